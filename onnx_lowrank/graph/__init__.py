@@ -1,0 +1,1 @@
+"""Everything that touches ONNX protos: loading, finding layers, rewriting, saving."""

@@ -1,0 +1,345 @@
+"""Layers and their factors -> a new model, in which nothing else has changed.
+
+Rules:
+
+1. The new proto is a copy of the input's; only nodes that the plan names are taken out, and their
+   chains stand in their places. The last node of a chain keeps the node's name, doc string,
+   metadata and output.
+2. Factors live where the weight lived (initializer or Constant node), in its dtype, under new names
+   that collide with nothing. Before IR 4 an initializer would have to be an input of the graph, so
+   there they are Constant nodes.
+3. What only rewritten nodes read goes with them: the weight, its views, a folded BatchNorm's
+   parameters, an old bias, their graph inputs, value_info and quantization annotations.
+4. Every new node (from IR 10 on) and the model say in their metadata what was done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto
+
+from onnx_lowrank.graph.chains import Fragment, Operands, convolution, convolution_layout, matrix, matrix_layout
+from onnx_lowrank.graph.layers import Binding, label
+from onnx_lowrank.graph.model import Model, scopes
+from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.graph.weights import VIEWS, resolve, Stored, viewed
+from onnx_lowrank.types import Certificate, Factors, Layer, Option, Use
+
+Store = Callable[[str, NDArray[Any]], TensorProto]
+"""Makes a tensor of a name and an array; big models put its bytes on disk."""
+
+METADATA = "onnx_lowrank"
+"""Prefix of the keys in metadata_props."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One layer of the plan, ready to be written.
+
+    Attributes:
+        binding: The layer and where it lives.
+        option: Its option.
+        factors: Its factors as stored: in the weight's dtype.
+        certificate: What they were proved to be.
+    """
+
+    binding: Binding
+    option: Option
+    factors: Factors
+    certificate: Certificate
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """The new model, and what became of the old one's parts.
+
+    Attributes:
+        model: The new model.
+        chains: For each layer and each of its uses, the names of the chain's nodes, in order.
+        removed_inputs: Graph inputs that went with their initializers.
+    """
+
+    model: Model
+    chains: Mapping[str, tuple[tuple[str, ...], ...]]
+    removed_inputs: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Edit:
+    """What changes in one scope: nodes by index of the original, and new initializers."""
+
+    before: dict[int, list[NodeProto]] = field(default_factory=dict)
+    deleted: set[int] = field(default_factory=set)
+    initializers: list[TensorProto] = field(default_factory=list)
+
+
+def inline(name: str, values: NDArray[Any]) -> TensorProto:
+    """A tensor that carries its own bytes."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=values.tobytes())
+
+
+def rewrite(
+    model: Model,
+    walk: Walk,
+    replacements: Iterable[Replacement],
+    metadata: Mapping[str, str],
+    store: Store = inline,
+) -> Rewritten:
+    """Replace layers by their chains.
+
+    Args:
+        model: The input model; it is not changed.
+        walk: Its walk.
+        replacements: The layers to replace, with their factors; consumed one by one, so that a
+            generator never has more than one layer's factors in memory beside the stored ones.
+        metadata: Entries for the model's metadata_props, keys without prefix.
+        store: Makes the new tensors.
+    """
+    writer = _Writer(model, walk, store)
+    for replacement in replacements:
+        writer.replace(replacement)
+    proto = writer.finish()
+    removed = _sweep(proto, writer.candidates)
+    for key, value in metadata.items():
+        _add_metadata(proto, f"{METADATA}.{key}", value)
+    return Rewritten(replace(model, proto=proto), writer.chains, removed)
+
+
+class _Writer:
+    """Gathers the edits of all scopes, then applies them to one copy of the model."""
+
+    def __init__(self, model: Model, walk: Walk, store: Store) -> None:
+        self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
+        self.candidates: set[str] = set()
+        self._model = model
+        self._walk = walk
+        self._store = store
+        self._edits: dict[str, _Edit] = {path: _Edit() for path in walk.scopes}
+        self._taken = set(_names(walk))
+
+    def replace(self, replacement: Replacement) -> None:
+        """Plan the edits for one layer."""
+        binding, layer = replacement.binding, replacement.binding.layer
+        nodes = [self._walk.node(Place(use.scope, use.node)) for use in layer.uses]
+        value = viewed(self._walk, self._model, binding.stored)
+        batch = value.shape[:-2] if value is not None and not layer.kernel else ()
+        if layer.kernel:
+            arrays = convolution_layout(layer, nodes, replacement.factors)
+        else:
+            arrays = matrix_layout(layer, batch, replacement.factors)
+        name = binding.stored.source.name
+        encoder, decoder = (
+            self._keep(binding, f"{name}_{role}", array)
+            for role, array in zip(("encoder", "decoder"), arrays, strict=True)
+        )
+        bias = self._new_bias(binding, nodes[0])
+        self.chains[layer.id] = tuple(
+            self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, bias)
+            for index in range(len(nodes))
+        )
+
+    def _unique(self, name: str) -> str:
+        candidate, n = name, 1
+        while candidate in self._taken:
+            n += 1
+            candidate = f"{name}_{n}"
+        self._taken.add(candidate)
+        return candidate
+
+    def _keep(self, binding: Binding, name: str, values: NDArray[Any]) -> str:
+        """Store a new tensor where the layer's weight is stored (rule 2); returns its name."""
+        source = binding.stored.source
+        edit = self._edits[source.scope]
+        tensor = self._store(self._unique(name), values)
+        if source.place is None and self._model.proto.ir_version >= 4:
+            edit.initializers.append(tensor)
+        else:
+            node = onnx.helper.make_node("Constant", [], [tensor.name], self._unique(f"{tensor.name}/constant"))
+            node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
+            index = 0 if source.place is None else source.place.node
+            edit.before.setdefault(index, []).append(node)
+        return tensor.name
+
+    def _new_bias(self, binding: Binding, node: NodeProto) -> str | None:
+        """The bias with the BatchNorm folded in, in the dtype in which the layer computes."""
+        norm = binding.layer.batchnorm
+        if norm is None:
+            return None
+        kind = binding.casts[0] or binding.stored.source.tensor.data_type
+        values = norm.bias.astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+        return self._keep(binding, f"{label(node)}_bias", values)
+
+    def _chain(
+        self,
+        replacement: Replacement,
+        nodes: Sequence[NodeProto],
+        index: int,
+        axes: int,
+        encoder: str,
+        decoder: str,
+        bias: str | None,
+    ) -> tuple[str, ...]:
+        """Plan the chain of one use; returns the names of its nodes."""
+        binding, layer = replacement.binding, replacement.binding.layer
+        use, node = layer.uses[index], nodes[index]
+        fragment = Fragment(label(node), self._unique)
+        cast = binding.casts[index]
+        if cast is not None:
+            encoder = fragment.add("encoder_cast", "Cast", [encoder], to=cast)
+            decoder = fragment.add("decoder_cast", "Cast", [decoder], to=cast)
+        value = node.input[1 - use.operand if use.op in ("Gemm", "MatMul", "Gather") else 0]
+        old_bias = node.input[2] if len(node.input) > 2 else ""
+        names = Operands(value, encoder, decoder, old_bias if bias is None else bias)
+        if layer.kernel:
+            convolution(fragment, layer, nodes, node, replacement.option, names)
+        else:
+            matrix(fragment, layer, use, node, replacement.option, axes, names)
+        self._splice(fragment.nodes, use, node, layer)
+        self._stamp(fragment.nodes, replacement)
+        self._release(binding, use, node)
+        return tuple(node.name for node in fragment.nodes)
+
+    def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
+        """Put a chain in a node's place: its last node takes over the node's name, notes and output."""
+        edit = self._edits[use.scope]
+        last, output = chain[-1], node.output[0]
+        if layer.batchnorm is not None:
+            edit.deleted.add(layer.batchnorm.node)
+            norm = self._walk.node(Place(use.scope, layer.batchnorm.node))
+            self.candidates.update((*norm.input[1:5], output))
+            output = norm.output[0]
+        last.output[0] = output
+        last.name = node.name or last.name
+        last.doc_string = node.doc_string
+        last.metadata_props.extend(node.metadata_props)
+        edit.deleted.add(use.node)
+        edit.before.setdefault(use.node, []).extend(chain)
+
+    def _stamp(self, chain: list[NodeProto], replacement: Replacement) -> None:
+        if self._model.proto.ir_version < 10:
+            return
+        option, certificate = replacement.option, replacement.certificate
+        entries = {
+            "layer": replacement.binding.layer.id,
+            "option": f"{option.fold} k={option.k} j={option.j}",
+            "spectral": json.dumps(certificate.spectral),
+            "frobenius": json.dumps(certificate.frobenius),
+        }
+        for node in chain:
+            for key, value in entries.items():
+                node.metadata_props.add(key=f"{METADATA}.{key}", value=value)
+
+    def _release(self, binding: Binding, use: Use, node: NodeProto) -> None:
+        """Note what may have lost its last reader (rule 3)."""
+        self.candidates.update((node.input[use.operand], binding.stored.source.name))
+        if binding.layer.batchnorm is not None and len(node.input) > 2:
+            self.candidates.add(node.input[2])
+
+    def finish(self) -> ModelProto:
+        """Apply all edits to a copy of the model, inner scopes before the ones that hold them."""
+        proto = ModelProto()
+        proto.CopyFrom(self._model.proto)
+        for scope in reversed(list(scopes(proto))):
+            edit = self._edits[scope.path]
+            for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
+                if index in edit.deleted:
+                    del scope.nodes[index]
+                for node in reversed(edit.before.get(index, [])):
+                    scope.nodes.insert(index, node)
+            if scope.graph is not None:
+                scope.graph.initializer.extend(edit.initializers)
+        return proto
+
+
+def _names(walk: Walk) -> Iterator[str]:
+    """Every name of a tensor or node in the model, in all scopes."""
+    for scope in walk.scopes.values():
+        if scope.graph is not None:
+            yield from (t.name for t in scope.graph.initializer)
+            yield from (t.values.name for t in scope.graph.sparse_initializer)
+            yield from (v.name for v in (*scope.graph.input, *scope.graph.output, *scope.graph.value_info))
+        else:
+            yield from (*scope.function.input, *scope.function.output)
+        for node in scope.nodes:
+            yield node.name
+            yield from (*node.input, *node.output)
+
+
+def _sweep(proto: ModelProto, candidates: set[str]) -> tuple[str, ...]:
+    """Take out what lost its last reader (rule 3); returns the graph inputs that went with it.
+
+    Args:
+        proto: The rewritten model; changed in place.
+        candidates: Names of the tensors that rewritten nodes read or made. What was unread before
+            stays.
+    """
+    walk = Walk(proto)
+    dead_nodes, dead_tensors = _unread(walk, candidates)
+    removed = tuple(v.name for v in proto.graph.input if ("", v.name) in dead_tensors)
+    _drop(proto.graph.input, lambda value: ("", value.name) in dead_tensors)
+    for path, scope in reversed(walk.scopes.items()):
+        for index in sorted((place.node for place in dead_nodes if place.scope == path), reverse=True):
+            del scope.nodes[index]
+        if scope.graph is None:
+            continue
+        _drop(scope.graph.initializer, lambda tensor, path=path: (path, tensor.name) in dead_tensors)
+        defined = {name for node in scope.nodes for name in node.output}
+        defined |= {tensor.name for tensor in scope.graph.initializer}
+        defined |= {value.name for value in scope.graph.input}
+        gone = candidates - defined
+        _drop(scope.graph.value_info, lambda value, gone=gone: value.name in gone)
+        _drop(scope.graph.quantization_annotation, lambda note, gone=gone: note.tensor_name in gone)
+    return removed
+
+
+def _unread(walk: Walk, candidates: set[str]) -> tuple[set[Place], set[tuple[str, str]]]:
+    """The candidates that nothing reads: their nodes (views and Constants), and their initializers."""
+    dead_nodes: set[Place] = set()
+    dead_tensors: set[tuple[str, str]] = set()
+    pending = [key for key in walk.tensors if key[1] in candidates]
+    pending += [key for key in walk.initializers if key[1] in candidates and key not in walk.tensors]
+    progress = True
+    while progress:
+        progress = False
+        for key in [key for key in pending if key not in dead_tensors]:
+            tensor = walk.tensors.get(key)
+            if tensor is not None and (
+                walk.is_output(tensor) or any(place not in dead_nodes for place, _ in walk.consumers(tensor))
+            ):
+                continue
+            place = None if tensor is None else walk.producer(tensor)
+            if place is not None:
+                if walk.node(place).op_type not in VIEWS | {"Constant"}:
+                    continue
+                dead_nodes.add(place)
+                operands = (walk.operand(place, index) for index in range(len(walk.node(place).input)))
+                pending += [walk.origin(operand) for operand in operands if operand is not None]
+            elif key not in walk.initializers:
+                continue
+            dead_tensors.add(key)
+            progress = True
+    return dead_nodes, dead_tensors
+
+
+def _drop(messages: Any, is_dead: Callable[[Any], bool]) -> None:
+    """Delete from a repeated field in place."""
+    for index in range(len(messages) - 1, -1, -1):
+        if is_dead(messages[index]):
+            del messages[index]
+
+
+def _add_metadata(proto: ModelProto, key: str, value: str) -> None:
+    """Add an entry under a free key: a model that was compressed before keeps its older entries."""
+    taken = {entry.key for entry in proto.metadata_props}
+    candidate, n = key, 1
+    while candidate in taken:
+        n += 1
+        candidate = f"{key}.{n}"
+    proto.metadata_props.add(key=candidate, value=value)

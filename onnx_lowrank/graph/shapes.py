@@ -1,0 +1,151 @@
+"""Tensor shapes through ONNX shape inference, and the MACs that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import prod
+
+import onnx
+from onnx import ModelProto, ValueInfoProto
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.model import Model, outline, scopes
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of
+from onnx_lowrank.types import Positions, ScopeWork
+
+Shape = tuple[int | None, ...]
+Shapes = Mapping[tuple[str, str], Shape]
+"""Shape of every tensor of known rank, by (path of its scope, name); unknown dimensions are None."""
+
+
+def infer(model: Model, input_shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """Infer the shapes of all tensors, with some inputs' shapes fixed.
+
+    Raises:
+        InputError: `input_shapes` names no input, or contradicts the model's own shape.
+    """
+    proto = outline(model)
+    _fix(proto, input_shapes)
+    try:
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        # A model that the inference cannot follow keeps the shapes that it states itself.
+        pass
+    shapes: dict[tuple[str, str], Shape] = {}
+    for scope in scopes(proto):
+        if scope.graph is not None:
+            for tensor in scope.graph.initializer:
+                shapes[scope.path, tensor.name] = tuple(tensor.dims)
+            for value in (*scope.graph.value_info, *scope.graph.input, *scope.graph.output):
+                if value.type.tensor_type.HasField("shape"):
+                    shapes[scope.path, value.name] = _shape(value)
+    return shapes
+
+
+def _shape(value: ValueInfoProto) -> Shape:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in dims)
+
+
+def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write the given shapes into a light copy's inputs, and the same values for shared symbols."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    inputs = {value.name: value for value in proto.graph.input if value.name not in weights}
+    symbols: dict[str, int] = {}
+    for name, shape in input_shapes.items():
+        if name not in inputs:
+            raise InputError(f"--input-shape names {name!r}, but the model's inputs are {', '.join(inputs)}.")
+        tensor = inputs[name].type.tensor_type
+        known = _shape(inputs[name]) if tensor.HasField("shape") else (None,) * len(shape)
+        if len(known) != len(shape) or any(k not in (None, n) for k, n in zip(known, shape, strict=True)):
+            stated = "×".join("?" if k is None else str(k) for k in known)
+            given = "×".join(map(str, shape))
+            raise InputError(f"--input-shape gives {name!r} the shape {given}, but the model says {stated}.")
+        dims = list(tensor.shape.dim)
+        symbols |= {d.dim_param: n for d, n in zip(dims, shape, strict=False) if d.dim_param}
+        del tensor.shape.dim[:]
+        for n in shape:
+            tensor.shape.dim.add(dim_value=n)
+    for value in inputs.values():
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in symbols:
+                dim.dim_value = symbols[dim.dim_param]
+
+
+def shape_of(walk: Walk, shapes: Shapes, tensor: object) -> Shape | None:
+    """Shape of a walk's tensor; None where even its rank is unknown."""
+    return None if tensor is None else shapes.get(walk.origin(tensor))
+
+
+def rank(walk: Walk, shapes: Shapes, place: Place, operand: int) -> int | None:
+    """Number of axes of the activation that meets the weight at a node."""
+    shape = shape_of(walk, shapes, walk.operand(place, _activation(walk, place, operand)))
+    return None if shape is None else len(shape)
+
+
+def _activation(walk: Walk, place: Place, operand: int) -> int:
+    """Index of the operand that meets the weight."""
+    return 1 - operand if walk.node(place).op_type in ("Gemm", "MatMul", "Gather") else 0
+
+
+def positions(walk: Walk, shapes: Shapes, place: Place, operand: int, features: int) -> Positions | None:
+    """Where a node with a constant weight of `features` outputs is evaluated; None where unknown."""
+    entering = shape_of(walk, shapes, walk.operand(place, _activation(walk, place, operand)))
+    leaving = shape_of(walk, shapes, walk.result(place))
+    match walk.node(place).op_type:
+        case "Gather":
+            rows = _elements(entering)
+            return None if rows is None else Positions(rows)
+        case "Gemm" | "MatMul":
+            elements = _elements(leaving)
+            return None if elements is None else Positions(elements // features)
+    inputs, outputs = _known(entering), _known(leaving)
+    return None if inputs is None or outputs is None else Positions(outputs[0], inputs[2:], outputs[2:])
+
+
+def _known(shape: Shape | None) -> tuple[int, ...] | None:
+    """The shape where every dimension is known, else None."""
+    sizes = tuple(n for n in shape if n is not None) if shape is not None else ()
+    return sizes if shape is not None and len(sizes) == len(shape) else None
+
+
+def _elements(shape: Shape | None) -> int | None:
+    known = _known(shape)
+    return None if known is None else prod(known)
+
+
+def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWork, ...]:
+    """The MACs of every scope's nodes that are not layers, and how the scopes hang together.
+
+    Counted are Conv, ConvTranspose, Gemm and MatMul, whatever their operands; what other operators
+    multiply counts nothing.
+    """
+    found = []
+    for path, scope in walk.scopes.items():
+        places = (Place(path, index) for index in range(len(scope.nodes)))
+        counts = [_node_macs(walk, shapes, place) for place in places if place not in layers]
+        known = [count for count in counts if count is not None]
+        macs = sum(known) if len(known) == len(counts) else None
+        is_branch = scope.parent is not None and walk.scopes[scope.parent].nodes[scope.node].op_type == "If"
+        found.append(ScopeWork(path, scope.parent, scope.node if is_branch else None, macs))
+    return tuple(found)
+
+
+def _node_macs(walk: Walk, shapes: Shapes, place: Place) -> int | None:
+    """MACs of one node; None where a dimension is unknown, 0 for operators that are not counted."""
+    node = walk.node(place)
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
+        return 0
+    leaving = _elements(shape_of(walk, shapes, walk.result(place)))
+    left, right = (_known(shape_of(walk, shapes, walk.operand(place, index))) for index in (0, 1))
+    if leaving is None or left is None or right is None:
+        return None
+    match node.op_type:
+        case "Conv":
+            return leaving * prod(right[1:])
+        case "ConvTranspose":
+            return prod(left) * prod(right[1:])
+        case "Gemm":
+            return leaving * left[0 if attribute_of(node, "transA", 0) else 1]
+        case _:
+            return leaving * left[-1]
