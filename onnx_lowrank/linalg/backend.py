@@ -1,0 +1,114 @@
+"""Where the linear algebra runs, and how it is spread over layers; the only module that imports CuPy."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import array_api_compat.numpy
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.types import Array
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A device for the linear algebra.
+
+    Attributes:
+        name: "cpu" or "cuda".
+        xp: Its array API namespace: array-api-compat's NumPy or CuPy.
+    """
+
+    name: str
+    xp: Any
+
+    def asarray(self, array: NDArray[Any]) -> Array:
+        """Put a NumPy array of any real dtype on the device, as float64."""
+        return self.xp.asarray(array.astype(np.float64, copy=False))
+
+    def to_numpy(self, array: Array) -> NDArray[Any]:
+        """Bring an array of the device to NumPy, without changing its dtype."""
+        return np.asarray(array.get() if self.name == "cuda" else array)
+
+
+def resolve(device: str) -> Backend:
+    """The backend that `--device` asks for.
+
+    Args:
+        device: "cpu", "cuda", or "auto": CUDA where CuPy and a device are there, else the CPU.
+
+    Raises:
+        InputError: The device is unknown, or CUDA is asked for where CuPy or a device is missing.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"There is no device {device!r}: choose auto, cpu or cuda.")
+    if device != "cpu":
+        missing = _missing_cuda()
+        if missing is None:
+            from array_api_compat import cupy
+
+            return Backend("cuda", cupy)
+        if device == "cuda":
+            raise InputError(
+                f"The device 'cuda' cannot be used, because {missing}: install what it needs with "
+                '`pip install "onnx-lowrank[gpu]"` on a machine with an NVIDIA GPU, or choose --device cpu.'
+            )
+    return Backend("cpu", array_api_compat.numpy)
+
+
+def _missing_cuda() -> str | None:
+    """What keeps CUDA from being used, or None."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no usable device ({error})"
+    return None if count else "CuPy finds no device"
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], backend: Backend) -> Iterator[R]:
+    """Apply a function to every item, in parallel, and yield the results in the order of the items.
+
+    On the CPU one thread per core works, each with one BLAS thread, so that a result has the same bits
+    whatever the number of cores (BLAS libraries split sums by their own thread count). On CUDA the items
+    go one after the other. An item is drawn from the iterable only when its turn comes: at most two per
+    worker are under way or waiting to be yielded, which bounds the memory that weights take.
+
+    The BLAS limit holds for the whole process until the iterator is exhausted or closed.
+    """
+    if backend.name == "cuda":
+        yield from map(function, items)
+        return
+    workers = _cores()
+    pending: deque[Future[R]] = deque()
+    source = iter(items)
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        try:
+            pending.extend(pool.submit(function, item) for item in islice(source, 2 * workers))
+            while pending:
+                yield pending.popleft().result()
+                pending.extend(pool.submit(function, item) for item in islice(source, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,116 @@
+"""Singular values of every slice, for every number of slices, from a few nested Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+
+from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.folding import fold as fold_slices
+from onnx_lowrank.types import Array, Fold, Spectra
+
+
+def spectra(
+    weight: NDArray[Any],
+    wanted: Mapping[Fold, Sequence[int]],
+    backend: Backend,
+    stored: np.dtype[Any] | None = None,
+) -> Spectra:
+    """Singular values of the slices of one weight, for many folds and numbers of slices at once.
+
+    Singular values are the square roots of the eigenvalues of a Gram matrix of the smaller side, and
+    the Gram matrices nest. For slices at least as wide as they are high, the row Gram M Mᵀ of a coarse
+    slice is the sum of those of the finer slices in it; for narrower ones, the column Gram Mᵀ M of a
+    fine slice is a diagonal block of that of the coarser slice around it. So one product per chain of
+    divisors serves every k of it.
+
+    Squaring costs digits: a value σ comes with an absolute error of about ε σ_1² / σ (ε = 2.2e-16,
+    σ_1 of its slice), so values below about 1e-8 σ_1 are noise, exact zeros of rank-deficient slices
+    among them. Weights of at most float32 have no such digits to lose; float64 weights take the SVD.
+
+    Args:
+        weight: Canonical weight, shape (g, f, c, *kernel), any real dtype, finite.
+        wanted: For every fold the numbers of slices k; each divides c.
+        backend: Where to compute.
+        stored: The dtype whose digits the weight has, where that is not the array's own (a float32
+            weight with its BatchNorm folded in, as float64).
+
+    Returns:
+        For every wanted (fold, k) the singular values, descending, of shape (g, k, min(rows, cols)).
+    """
+    array = backend.asarray(weight)
+    values = _by_svd if (stored or weight.dtype) == np.float64 else _by_gram
+    return {
+        (fold, k): backend.to_numpy(sigma)
+        for fold, counts in wanted.items()
+        for k, sigma in values(array, fold, counts)
+    }
+
+
+def _by_svd(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
+    xp = array_namespace(weight)
+    for k in counts:
+        yield k, xp.linalg.svdvals(fold_slices(weight, fold, k))
+
+
+def _by_gram(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
+    _, f, c, *kernel = weight.shape
+    encoder, decoder = fold.kernels(tuple(kernel))
+    rows, cols = f * prod(decoder), c * prod(encoder)
+    wide = {k for k in counts if cols // k >= rows}
+    for k, gram in _row_grams(weight, fold, wide):
+        yield k, _singular_values(gram)
+    for k, gram in _column_grams(weight, fold, set(counts) - wide):
+        yield k, _singular_values(gram)
+
+
+def _row_grams(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
+    """M Mᵀ of every slice, finest slices first: shape (g, k, rows, rows) for each k."""
+    xp = array_namespace(weight)
+    grams: dict[int, Array] = {}
+    for k in sorted(counts, reverse=True):
+        finer = next((n for n in reversed(grams) if n % k == 0), None)
+        if finer is None:
+            matrices = fold_slices(weight, fold, k)
+            grams[k] = xp.matmul(matrices, xp.matrix_transpose(matrices))
+        else:
+            g, _, rows, _ = grams[finer].shape
+            grams[k] = xp.sum(xp.reshape(grams[finer], (g, k, finer // k, rows, rows)), axis=2)
+        yield k, grams[k]
+
+
+def _column_grams(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
+    """Mᵀ M of every slice, coarsest slices first: shape (g, k, cols, cols) for each k."""
+    xp = array_namespace(weight)
+    grams: dict[int, Array] = {}
+    for k in sorted(counts):
+        coarser = next((n for n in reversed(grams) if k % n == 0), None)
+        if coarser is None:
+            matrices = fold_slices(weight, fold, k)
+            grams[k] = xp.matmul(xp.matrix_transpose(matrices), matrices)
+        else:
+            grams[k] = _diagonal_blocks(grams[coarser], k // coarser)
+        yield k, grams[k]
+
+
+def _diagonal_blocks(gram: Array, count: int) -> Array:
+    """The `count` diagonal blocks of every matrix: (g, k, n, n) to (g, k · count, n / count, n / count)."""
+    xp = array_namespace(gram)
+    g, k, n, _ = gram.shape
+    size = n // count
+    blocks = xp.permute_dims(xp.reshape(gram, (g, k, count, size, count, size)), (0, 1, 3, 5, 2, 4))
+    diagonal = xp.permute_dims(xp.linalg.diagonal(blocks), (0, 1, 4, 2, 3))
+    return xp.reshape(diagonal, (g, k * count, size, size))
+
+
+def _singular_values(gram: Array) -> Array:
+    xp = array_namespace(gram)
+    # A 1×1 matrix is its eigenvalue; there can be thousands of them, each dearer to call LAPACK for.
+    ascending = gram[..., 0] if gram.shape[-1] == 1 else xp.linalg.eigvalsh(gram)
+    descending = xp.flip(ascending, axis=-1)
+    return xp.sqrt(xp.maximum(descending, xp.zeros_like(descending)))
