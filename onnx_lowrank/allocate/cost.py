@@ -1,0 +1,190 @@
+"""What a layer costs, kept or decomposed: parameters and multiply-accumulates, exact integers.
+
+The cost of a decomposition grows linearly with its rank: cost(fold, k, j) = j · slope + constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.recipe import Recipe
+from onnx_lowrank.types import Budget, Fold, Layer, Option, Positions, ScopeWork, Use
+
+
+def parameters(layer: Layer, option: Option | None = None) -> int:
+    """Parameters of a layer: its weight, and what stands and falls with it (BatchNorm, biases).
+
+    Args:
+        layer: The layer.
+        option: Its decomposition, or None for the layer as it is.
+    """
+    if option is None:
+        return layer.size + layer.freed
+    encoder, decoder = _factor_sizes(layer, option.fold, option.k)
+    return option.j * (encoder + decoder) + layer.added
+
+
+def macs(layer: Layer, option: Option | None = None) -> int | None:
+    """Multiply-accumulates of all uses of a layer; None where a dimension is unknown.
+
+    Each factor is weighed by the number of positions at which it is evaluated, which differ between
+    the two where a stride stands in one of them. Biases count nothing.
+
+    Args:
+        layer: The layer.
+        option: Its decomposition, or None for the layer as it is.
+    """
+    counts = [use_macs(layer, use, option) for use in layer.uses]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None:
+    """Multiply-accumulates of one use of a layer; None where a dimension is unknown."""
+    if use.positions is None:
+        return None
+    if option is None:
+        return layer.size * _dense_positions(use, use.positions)
+    encoder, decoder = _factor_sizes(layer, option.fold, option.k)
+    at_encoder, at_decoder = _factor_positions(layer, option.fold, use, use.positions)
+    return option.j * (encoder * at_encoder + decoder * at_decoder)
+
+
+def total_macs(scopes: Sequence[ScopeWork], layers: Iterable[tuple[Layer, Option | None]]) -> int | None:
+    """Multiply-accumulates of a whole model; None where a dimension is unknown.
+
+    Of an If the dearer branch counts, the body of a Loop or Scan counts once.
+
+    Args:
+        scopes: Every scope of the model, each after the one that holds it.
+        layers: Every layer with its decomposition, or None where it is kept.
+    """
+    counts = {scope.path: [scope.macs] for scope in scopes}
+    for layer, option in layers:
+        for use in layer.uses:
+            counts[use.scope].append(use_macs(layer, use, option))
+    if any(None in parts for parts in counts.values()):
+        return None
+    totals = {path: sum(filter(None, parts)) for path, parts in counts.items()}
+    branches: dict[tuple[str, int], int] = {}
+    for scope in reversed(scopes):
+        if scope.parent is None:
+            continue
+        # The scopes of a parent are all seen before the parent itself, so its own total is final then.
+        if scope.branch_of is None:
+            totals[scope.parent] += totals[scope.path]
+        else:
+            key = scope.parent, scope.branch_of
+            dearest = max(branches.get(key, 0), totals[scope.path])
+            totals[scope.parent] += dearest - branches.get(key, 0)
+            branches[key] = dearest
+    return sum(totals[scope.path] for scope in scopes if scope.parent is None)
+
+
+def cost(layer: Layer, option: Option | None, budget: Budget) -> int:
+    """Cost of a layer, kept (option None) or decomposed, in a budget's unit.
+
+    Raises:
+        InputError: The budget counts MACs and a dimension that they need is unknown.
+    """
+    if budget is Budget.PARAMS:
+        return parameters(layer, option)
+    count = macs(layer, option)
+    if count is None:
+        raise InputError(
+            f"The MACs of layer {layer.id!r} are unknown because a dimension of the model's inputs is: "
+            "pass --input-shape NAME=1,3,224,224."
+        )
+    return count
+
+
+def linear(layer: Layer, fold: Fold, k: int, budget: Budget) -> tuple[int, int]:
+    """Slope and constant of the cost as a function of the rank: cost(j) = j · slope + constant.
+
+    Raises:
+        InputError: The budget counts MACs and a dimension that they need is unknown.
+    """
+    first = cost(layer, Option(fold, k, 1), budget)
+    slope = cost(layer, Option(fold, k, 2), budget) - first
+    return slope, first - slope
+
+
+def allowed(layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
+    """The folds and slice counts which a recipe asks for and a layer offers.
+
+    A fold of the recipe stands for the one with which it coincides on the layer's kernel (`Fold.on`).
+    Where the layer's operators allow none of them, its first fold takes their place.
+    """
+    asked = {fold.on(layer.kernel) for fold in recipe.folds}
+    folds = [fold for fold in layer.folds if fold in asked] or layer.folds[:1]
+    ks = tuple(k for k in layer.slices if recipe.groups is None or k in recipe.groups)
+    return {fold: ks for fold in folds if ks}
+
+
+def largest_rank(layer: Layer, fold: Fold, k: int, budget: Budget) -> int:
+    """The largest rank below full rank at which a decomposition is cheaper than the layer; 0 if none.
+
+    Raises:
+        InputError: The budget counts MACs and a dimension that they need is unknown.
+    """
+    slope, constant = linear(layer, fold, k, budget)
+    spare = cost(layer, None, budget) - constant - 1
+    if slope <= 0 or spare < slope:
+        return 0
+    return min(layer.full_rank(fold, k) - 1, spare // slope)
+
+
+def wanted_spectra(layer: Layer, recipe: Recipe, budget: Budget) -> dict[Fold, tuple[int, ...]]:
+    """The folds, and for each the slice counts, whose spectra `candidates` needs.
+
+    Those with an option that is cheaper than the layer, and k = 1 of the same fold, whose largest
+    singular value is the norm of the spectral measures. Empty where the layer can only be kept.
+
+    Raises:
+        InputError: The budget counts MACs and a dimension that they need is unknown.
+    """
+    wanted = {}
+    for fold, ks in allowed(layer, recipe).items():
+        if cheaper := {k for k in ks if largest_rank(layer, fold, k, budget)}:
+            wanted[fold] = tuple(sorted(cheaper | {1}))
+    return wanted
+
+
+def _factor_sizes(layer: Layer, fold: Fold, k: int) -> tuple[int, int]:
+    """Parameters of the encoder and of the decoder per unit of rank, over all groups and slices."""
+    encoder, decoder = fold.kernels(layer.kernel)
+    return layer.c * prod(encoder), k * layer.f * prod(decoder)
+
+
+def _dense_positions(use: Use, positions: Positions) -> int:
+    """How often the whole weight is applied; looking a row up in a table multiplies nothing."""
+    match use.op:
+        case "Gather":
+            return 0
+        case "ConvTranspose":
+            return positions.batch * prod(positions.inputs)
+        case _:
+            return positions.batch * prod(positions.outputs)
+
+
+def _factor_positions(layer: Layer, fold: Fold, use: Use, positions: Positions) -> tuple[int, int]:
+    """How often the encoder and the decoder are applied.
+
+    An axis' stride goes to the factor that holds its kernel. An axis of size 1 is nobody's: its stride
+    goes where fewer positions are left, to the encoder of Conv and to the decoder of ConvTranspose.
+    """
+    batch, inputs, outputs = positions.batch, positions.inputs, positions.outputs
+    held = fold.encoder_axes(len(layer.kernel))
+    match use.op:
+        case "Gather":
+            return (batch, 0) if use.transposed else (0, batch)
+        case "ConvTranspose":
+            encoder = {axis for axis in held if layer.kernel[axis] > 1}
+            between = (outputs[a] if a in encoder else inputs[a] for a in range(len(inputs)))
+            return batch * prod(inputs), batch * prod(between)
+        case _:
+            encoder = {axis for axis, n in enumerate(layer.kernel) if axis in held or n == 1}
+            between = (outputs[a] if a in encoder else inputs[a] for a in range(len(inputs)))
+            return batch * prod(between), batch * prod(outputs)

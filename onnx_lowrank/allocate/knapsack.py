@@ -1,0 +1,226 @@
+"""The multiple-choice knapsack, to proven optimality: one item per class, least value under a budget.
+
+Three steps. A Lagrangian multiplier gives a bound on the optimum and a first solution; items whose
+reduced cost exceeds the distance between the two cannot be part of a better one and go (D. Pisinger, A
+minimal algorithm for the multiple-choice knapsack problem, 1995). What is left is solved by dynamic
+programming over the classes: a state is a pair (cost, value) of the classes so far; states that another
+state beats, or whose bound from the linear relaxation of the classes to come exceeds the best solution
+known, are dropped, and rounding the states' relaxations to items keeps improving that solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import fsum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+_ROUNDING = 1 + 1e-12
+"""Bounds are float64 sums of up to thousands of terms: only what exceeds the best by more is dropped."""
+
+_MOST_STATES = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The items of one class: ascending integer costs, strictly descending non-negative values."""
+
+    cost: Ints
+    value: Floats
+
+    def take(self, items: Indices) -> Front:
+        """The class with only some of its items."""
+        return Front(self.cost[items], self.value[items])
+
+
+def solve_knapsack(
+    fronts: Sequence[Front], budget: int, most_states: int = _MOST_STATES
+) -> tuple[list[int], float]:
+    """Choose one item of every class with the least total value at a total cost within the budget.
+
+    Args:
+        fronts: The classes.
+        budget: Largest total cost; at least the sum of the classes' first costs.
+        most_states: How many states the dynamic program may hold. What it drops beyond them shows in
+            the gap.
+
+    Returns:
+        The index of the item of every class, and the proven relative gap between their value and the
+        optimum: 0 unless `most_states` was too few. Of equally good solutions the cheapest.
+    """
+    if sum(int(front.cost[-1]) for front in fronts) <= budget:
+        return [front.cost.size - 1 for front in fronts], 0.0
+    relaxed, multiplier = _relax(fronts, budget)
+    spare = budget - _total_cost(fronts, relaxed)
+    bound = _total_value(fronts, relaxed) - multiplier * spare
+    picks = _fill(fronts, relaxed, spare)
+    best = _total_value(fronts, picks)
+    reduced = [
+        front.value - front.value[pick] + multiplier * (front.cost - front.cost[pick])
+        for front, pick in zip(fronts, relaxed, strict=True)
+    ]
+    cores = [np.flatnonzero(costs <= best * _ROUNDING - bound) for costs in reduced]
+    # Coarse classes first: the finer the steps that remain, the tighter their linear relaxation.
+    order = sorted(range(len(fronts)), key=lambda i: (-int(np.ptp(fronts[i].cost[cores[i]])), i))
+    found, lowest = _program([fronts[i].take(cores[i]) for i in order], budget, best, most_states)
+    if found:
+        improved = [int(cores[i][item]) for i, item in sorted(zip(order, found, strict=True))]
+        picks = min(improved, picks, key=lambda items: _total_value(fronts, items))
+    value = _total_value(fronts, picks)
+    return picks, 0.0 if lowest * _ROUNDING >= value else 1 - lowest / value
+
+
+def _total_cost(fronts: Sequence[Front], picks: Sequence[int]) -> int:
+    return sum(int(front.cost[pick]) for front, pick in zip(fronts, picks, strict=True))
+
+
+def _total_value(fronts: Sequence[Front], picks: Sequence[int]) -> float:
+    return fsum(front.value[pick] for front, pick in zip(fronts, picks, strict=True))
+
+
+def _relax(fronts: Sequence[Front], budget: int) -> tuple[list[int], float]:
+    """Minimize value + multiplier · cost at the multiplier where the budget is met.
+
+    Between a solution within the budget and one beyond it, the multiplier at which both weigh the same
+    either shows a better one, which replaces one of the two, or is the one that is looked for.
+
+    Returns:
+        The solution within the budget, and a multiplier for which it is optimal.
+    """
+    sizes = [front.cost.size for front in fronts]
+    starts = np.concatenate(([0], np.cumsum(sizes[:-1])))
+    cost = np.concatenate([front.cost for front in fronts])
+    value = np.concatenate([front.value for front in fronts])
+    owner = np.repeat(np.arange(len(fronts)), sizes)
+
+    within, beyond = starts, starts + np.array(sizes) - 1
+    while True:
+        excess = cost[beyond].sum() - cost[within].sum()
+        multiplier = (value[within] - value[beyond]).sum() / excess
+        weight = value + multiplier * (cost - cost[within][owner])
+        least = np.minimum.reduceat(weight, starts)
+        # The first, thus the cheapest, of the items that reach the minimum.
+        hits = np.flatnonzero(weight <= least[owner])
+        picked = hits[np.unique(owner[hits], return_index=True)[1]]
+        total = cost[picked].sum()
+        if total <= cost[within].sum() or total >= cost[beyond].sum():
+            return [int(i) for i in within - starts], float(multiplier)
+        if total <= budget:
+            within = picked
+        else:
+            beyond = picked
+
+
+def _fill(fronts: Sequence[Front], picks: Sequence[int], spare: int) -> list[int]:
+    """Spend what a solution leaves of the budget: again and again the step that gains most and fits."""
+    filled = list(picks)
+
+    def step(i: int) -> tuple[float, int]:
+        front, pick = fronts[i], filled[i]
+        item = int(np.searchsorted(front.cost, front.cost[pick] + spare, side="right")) - 1
+        return float(front.value[pick] - front.value[item]), item
+
+    while True:
+        gain, item, i = max((*step(i), -i) for i in range(len(fronts)))
+        if gain <= 0:
+            return filled
+        spare -= int(fronts[-i].cost[item] - fronts[-i].cost[filled[-i]])
+        filled[-i] = item
+
+
+def _program(fronts: Sequence[Front], budget: int, best: float, most_states: int) -> tuple[list[int], float]:
+    """The dynamic program over the classes in their order.
+
+    Args:
+        fronts: The classes.
+        budget: Largest total cost.
+        best: Value of a known solution.
+        most_states: How many states are carried from one class to the next.
+
+    Returns:
+        The items of the best solution found, empty where it found none, and a lower bound on the value
+        of every solution that it did not look at (infinite where it looked at all).
+    """
+    lowest = float("inf")
+    cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
+    trail: list[tuple[Indices, Indices]] = []
+    for front, (costs, values) in zip(fronts, _relaxations(fronts), strict=True):
+        cost = (cost[:, None] + front.cost).ravel()
+        value = (value[:, None] + front.value).ravel()
+
+        kept = np.flatnonzero(cost <= budget - costs[0])
+        left = budget - cost[kept]
+        bound = value[kept] + np.interp(left, costs, values)
+        rounded = value[kept] + values[np.searchsorted(costs, left, side="right") - 1]
+        best = float(rounded.min(initial=best))
+        near = bound <= best * _ROUNDING
+        kept, bound = kept[near], bound[near]
+        unbeaten = _unbeaten(cost[kept], value[kept])
+        if unbeaten.size > most_states:
+            unbeaten = unbeaten[np.argsort(bound[unbeaten], kind="stable")]
+            lowest = min(lowest, float(bound[unbeaten[most_states]]))
+        kept = kept[unbeaten[:most_states]]
+
+        cost, value = cost[kept], value[kept]
+        trail.append(np.divmod(kept, front.cost.size))
+    return _trace(trail, int(np.lexsort((cost, value))[0])) if cost.size else [], lowest
+
+
+def _trace(trail: Sequence[tuple[Indices, Indices]], state: int) -> list[int]:
+    """The items on the way to a state behind the last class."""
+    items = []
+    for parent, item in reversed(trail):
+        items.append(int(item[state]))
+        state = int(parent[state])
+    return items[::-1]
+
+
+def _unbeaten(cost: Ints, value: Floats) -> Indices:
+    """Indices of the states than which none is as cheap and as good, by ascending cost."""
+    order = np.lexsort((value, cost))
+    least = np.minimum.accumulate(value[order])
+    first = np.ones(order.size, dtype=bool)
+    first[1:] = value[order][1:] < least[:-1]
+    return order[first]
+
+
+def _relaxations(fronts: Sequence[Front]) -> list[tuple[Ints, Floats]]:
+    """For every class, the least value of all classes behind it as a function of their budget.
+
+    The linear relaxation: a piecewise linear, convex function, given by its corners, each of which is
+    a choice of whole items.
+    """
+    first, last = 0, 0.0
+    gain, step = np.zeros(0), np.zeros(0, dtype=np.int64)
+    corners = []
+    for front in reversed(fronts):
+        order = np.argsort(-gain / step, kind="stable")
+        gain, step = gain[order], step[order]
+        costs = first + np.concatenate(([0], np.cumsum(step)))
+        # Summed from the last corner, where the values are smallest.
+        values = last + np.concatenate((np.cumsum(gain[::-1])[::-1], [0.0]))
+        corners.append((costs, values))
+        hull = lower_hull(front.cost.tolist(), front.value.tolist())
+        first, last = first + int(front.cost[0]), last + float(front.value[-1])
+        gain = np.concatenate((gain, -np.diff(front.value[hull])))
+        step = np.concatenate((step, np.diff(front.cost[hull])))
+    return corners[::-1]
+
+
+def lower_hull(cost: Sequence[int], value: Sequence[float]) -> list[int]:
+    """Indices of the corners of the lower convex hull of points with ascending costs."""
+    hull: list[int] = []
+    for i in range(len(cost)):
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (value[a] - value[b]) * (cost[i] - cost[b]) > (value[b] - value[i]) * (cost[b] - cost[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull

@@ -1,0 +1,132 @@
+"""The options of a layer: every decomposition worth considering, with its cost and its error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.allocate.cost import allowed, cost, largest_rank, linear
+from onnx_lowrank.recipe import Recipe
+from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, Spectra
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_FOLDS = tuple(Fold)
+_DIGITS = 9
+_LARGEST = 300
+_POWERS = np.array([float(f"1e{n}") for n in range(-_LARGEST, _LARGEST + 1)])
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The choices for one layer as parallel arrays; index 0 keeps the layer.
+
+    Attributes:
+        layer: The layer's id.
+        fold: Index of the fold in `Fold`'s order; -1 for keep.
+        k: Slice counts; 0 for keep.
+        j: Ranks; 0 for keep.
+        full: Full rank of (fold, k); 0 for keep.
+        cost: Costs in the budget's unit; every option is cheaper than keep.
+        error: Errors in the recipe's measure, rounded to 9 significant digits; 0 for keep.
+        price: The costs that the recipe trades against error, where they are not the budget's own.
+    """
+
+    layer: str
+    fold: Ints
+    k: Ints
+    j: Ints
+    full: Ints
+    cost: Ints
+    error: Floats
+    price: Ints | None = None
+
+    def option(self, index: int) -> Option | None:
+        """The option at an index, or None for keep."""
+        if index == 0:
+            return None
+        return Option(_FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index]))
+
+
+def candidates(layer: Layer, spectra: Spectra, recipe: Recipe, budget: Budget) -> Candidates:
+    """All options of a layer that are cheaper than keeping it and that no other option beats.
+
+    One option beats another when its price and its error are no larger. Ties go to the lower cost,
+    then fold order, k, j. Recipes that aggregate uniformly look at all ranks: nothing is beaten there.
+
+    Args:
+        layer: The layer.
+        spectra: Singular values, at least those of `wanted_spectra`.
+        recipe: Which options to consider and how to measure them.
+        budget: The unit of the costs.
+
+    Raises:
+        InputError: The budget or the recipe's price counts MACs and a dimension that they need is
+            unknown.
+    """
+    price = recipe.price or budget
+    rows = [np.array([[-1], [0], [0], [0], [cost(layer, None, budget)], [cost(layer, None, price)]])]
+    errors = [np.zeros(1)]
+    for fold, ks in allowed(layer, recipe).items():
+        for k in ks:
+            if top := largest_rank(layer, fold, k, budget):
+                rows.append(_options(layer, fold, k, top, budget, price))
+                errors.append(_errors(spectra, fold, k, recipe)[1 : top + 1])
+    table, error = np.concatenate(rows, axis=1, dtype=np.int64), _rounded(np.concatenate(errors))
+    if recipe.aggregate is not Aggregate.UNIFORM:
+        front = _pareto(table, error)
+        table, error = table[:, front], error[front]
+    folds, k_, j, full, costs, prices = table
+    return Candidates(layer.id, folds, k_, j, full, costs, error, None if price is budget else prices)
+
+
+def _options(layer: Layer, fold: Fold, k: int, top: int, budget: Budget, price: Budget) -> Ints:
+    """Rows fold, k, j, full, cost, price of the options with ranks 1 to top."""
+    j = np.arange(1, top + 1, dtype=np.int64)
+    rows: Ints = np.empty((6, top), dtype=np.int64)
+    rows[0], rows[1], rows[2], rows[3] = _FOLDS.index(fold), k, j, layer.full_rank(fold, k)
+    for row, unit in ((4, budget), (5, price)):
+        slope, constant = linear(layer, fold, k, unit)
+        rows[row] = j * slope + constant
+    return rows
+
+
+def _errors(spectra: Spectra, fold: Fold, k: int, recipe: Recipe) -> Floats:
+    """Errors at the ranks 0, 1, …, full rank − 1, by the formulas of `Measure`."""
+    values = spectra[fold, k]
+    match recipe.measure:
+        case Measure.SPECTRAL | Measure.SPECTRAL_BOUND:
+            residual = values.max(axis=(0, 1))
+            norm = spectra[fold, 1][..., 0].max()
+            if recipe.measure is Measure.SPECTRAL_BOUND:
+                residual = residual * np.sqrt(k)
+        case Measure.FROBENIUS | Measure.NUCLEAR:
+            terms = values**2 if recipe.measure is Measure.FROBENIUS else values
+            # From the smallest up: adding in this order keeps the small tails exact.
+            residual = np.cumsum(terms.sum(axis=(0, 1))[::-1])[::-1]
+            norm = residual[0]
+    if recipe.relative and norm > 0:
+        residual = residual / norm
+    return np.asarray(residual, dtype=np.float64)
+
+
+def _rounded(values: Floats) -> Floats:
+    """Round to significant digits, so that the last bits of a spectrum decide nothing."""
+    positive = values > 0
+    exponent = np.floor(np.log10(values, where=positive, out=np.zeros_like(values))).astype(int)
+    scale = _POWERS[np.clip(_DIGITS - 1 - exponent, -_LARGEST, _LARGEST) + _LARGEST]
+    return np.asarray(np.rint(values * scale) / scale, dtype=np.float64)
+
+
+def _pareto(table: Ints, error: Floats) -> NDArray[np.intp]:
+    """Indices of keep (0) and of the options that no other beats, by ascending price."""
+    fold, k, j, _, costs, prices = table[:, 1:]
+    order = np.lexsort((j, k, fold, costs, error[1:], prices)) + 1
+    best = np.minimum.accumulate(error[order])
+    wins = np.ones(order.size, dtype=bool)
+    wins[1:] = error[order][1:] < best[:-1]
+    front: NDArray[np.intp] = np.concatenate(([0], order[wins]))
+    return front
