@@ -1,0 +1,5 @@
+"""What was done to a model: as a table in the terminal, and as JSON."""
+
+from onnx_lowrank.report.model import LayerRow, Report, Solver, Total, Totals
+
+__all__ = ["LayerRow", "Report", "Solver", "Total", "Totals"]

@@ -1,0 +1,108 @@
+"""The report as JSON.
+
+Schema 1, keys in this order; a number that is unknown, infinite or not a number is null:
+
+- schema: 1. It grows when a key changes its meaning or goes; new keys do not change it.
+- version: of this program.
+- model: name, sha256 of the input model.
+- recipe: name, measure, aggregate.
+- ratio: budget, asked, reached.
+- solver: objective, gap; null where a plan was replayed.
+- totals: params, macs, bytes, each with before, after, ratio.
+- layers: a list in graph order of id, op, shape (groups, outputs per group, inputs per group, kernel ...),
+  dtype, nodes, fold, k, j, full_rank (null where kept), params, macs (each before, after, ratio), error,
+  certificate (spectral, frobenius: a list each, one number per operator group; null where kept), reason.
+- skipped: a list of scope, name, op, weight, reason.
+- removed_inputs: a list of names.
+- validation: engine, inputs, worst, outputs (a list of name, relative, largest, agreement, note), never_ran
+  (a list of layer ids, null where unknown), notes; null where none was made.
+- warnings: a list of sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from onnx_lowrank.report.model import LayerRow, Report, Total
+from onnx_lowrank.types import Validation
+
+SCHEMA = 1
+
+
+def dumps(report: Report) -> str:
+    """The report as JSON text that ends with a newline; the same report gives the same text."""
+    return json.dumps(_finite(as_dict(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """The report as plain dicts and lists, with the keys of the schema."""
+    totals = report.totals
+    return {
+        "schema": SCHEMA,
+        "version": report.version,
+        "model": {"name": report.model, "sha256": report.sha256},
+        "recipe": {
+            "name": report.recipe,
+            "measure": report.measure.value,
+            "aggregate": report.aggregate.value,
+        },
+        "ratio": {"budget": report.budget.value, "asked": report.asked, "reached": report.reached},
+        "solver": asdict(report.solver) if report.solver else None,
+        "totals": {
+            "params": _total(totals.params),
+            "macs": _total(totals.macs),
+            "bytes": _total(totals.bytes),
+        },
+        "layers": [_layer(row) for row in report.layers],
+        "skipped": [asdict(skipped) for skipped in report.skipped],
+        "removed_inputs": list(report.removed_inputs),
+        "validation": _validation(report.validation) if report.validation else None,
+        "warnings": list(report.warnings),
+    }
+
+
+def _total(total: Total) -> dict[str, Any]:
+    return {"before": total.before, "after": total.after, "ratio": total.ratio}
+
+
+def _layer(row: LayerRow) -> dict[str, Any]:
+    option = row.option
+    return {
+        "id": row.id,
+        "op": row.op,
+        "shape": list(row.shape),
+        "dtype": row.dtype,
+        "nodes": list(row.nodes),
+        "fold": option.fold.value if option else None,
+        "k": option.k if option else None,
+        "j": option.j if option else None,
+        "full_rank": row.full_rank,
+        "params": _total(row.params),
+        "macs": _total(row.macs),
+        "error": row.error,
+        "certificate": asdict(row.certificate) if row.certificate else None,
+        "reason": row.reason,
+    }
+
+
+def _validation(validation: Validation) -> dict[str, Any]:
+    return {
+        "engine": validation.engine,
+        "inputs": validation.inputs,
+        "worst": validation.worst,
+        "outputs": [asdict(output) for output in validation.outputs],
+        "never_ran": None if validation.never_ran is None else list(validation.never_ran),
+        "notes": list(validation.notes),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same, with null for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

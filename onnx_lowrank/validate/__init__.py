@@ -1,0 +1,202 @@
+"""Does the compressed model do what the input model does: the checker, and both on the same inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from onnx_lowrank.errors import InputError, ValidationError
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.types import OutputError, Validation
+from onnx_lowrank.validate.compare import compare
+from onnx_lowrank.validate.engines import (
+    Engine,
+    Feed,
+    Reference,
+    RejectedError,
+    Runtime,
+    UnsupportedError,
+    check,
+    first_run,
+    runtime,
+)
+from onnx_lowrank.validate.inputs import describe, make, read, specs
+
+__all__ = ["Alone", "runtime", "validate"]
+
+Alone = Callable[[str], tuple[ModelProto, ModelProto]]
+"""For a layer's id: a model of the layer as it was, and one of its chain, with the same inputs and output."""
+
+
+def validate(
+    original: Model,
+    compressed: Model,
+    nodes: Mapping[str, tuple[str, ...]],
+    *,
+    alone: Alone,
+    inputs: str | Path | Mapping[str, Any] | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    provider: str = "CPUExecutionProvider",
+    max_error: float | None = None,
+) -> Validation:
+    """Run both models on the same inputs and compare what comes out.
+
+    Where ONNX Runtime does not take the input model, onnx's reference implementation runs both; where that
+    fails, too, each rewritten layer runs alone. The result says so.
+
+    Args:
+        original: The input model.
+        compressed: What became of it.
+        nodes: The rewritten layers' ids, each with the names of the last nodes of its chains.
+        alone: Cuts a rewritten layer out of both models.
+        inputs: An .npz file or a mapping of arrays, named like the inputs; None makes some.
+        input_shapes: Shapes of inputs to make, where the model leaves them free.
+        provider: ONNX Runtime's execution provider.
+        max_error: Bound on the largest relative error over the outputs.
+
+    Raises:
+        InputError: ONNX Runtime or the provider is missing, or the inputs do not fit the model.
+        ValidationError: The compressed model is rejected by the checker or by what runs the input model,
+            gives NaN or Inf where that gives none, or is further from it than `max_error`.
+    """
+    engine = runtime(provider)
+    notes = list(_check(original, compressed))
+    wanted = specs(original.proto)
+    given = None if inputs is None else read(inputs, wanted)
+    feeds: _Feeds = (
+        partial(make, original.proto, wanted, input_shapes or {}) if given is None else lambda: (given,)
+    )
+    run = _run_original(original, engine, feeds, given is not None, notes)
+    if run is None:
+        result = _layers_alone(tuple(nodes), alone, engine)
+    else:
+        outputs = compare(run.outputs, _run_compressed(compressed, run))
+        source = "given" if given is not None else "made from the graph"
+        result = Validation(
+            engine=run.engine.name,
+            inputs=f"{source}: {describe(run.feed)}" if run.feed else "the model has none",
+            outputs=outputs,
+            never_ran=_never_ran(compressed, nodes, run),
+        )
+    result = replace(result, notes=(*notes, *result.notes))
+    _judge(result, max_error)
+    return result
+
+
+_Feeds = Callable[[], Iterable[Feed]]
+_NODE = re.compile(r",? ?node name: [^)]*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run of the input model that succeeded."""
+
+    engine: Engine
+    feed: Feed
+    outputs: Mapping[str, Any]
+
+
+def _check(original: Model, compressed: Model) -> tuple[str, ...]:
+    """Run the checker; gives a note where it has the same against the input model, and raises otherwise."""
+    complaints = check(compressed)
+    if not complaints:
+        return ()
+    known = check(original)
+    # A chain's nodes have other names than the node that they replace.
+    kinds = {_NODE.sub("", complaint) for complaint in known}
+    new = [complaint for complaint in complaints if _NODE.sub("", complaint) not in kinds]
+    if new:
+        raise ValidationError(
+            f"The ONNX checker rejects the compressed model ({new[0]}), which is a fault of this program: "
+            "please report it with the model."
+        )
+    return (f"The ONNX checker rejects the input model, and the compressed one alike: {known[0]}.",)
+
+
+def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, notes: list[str]) -> _Run | None:
+    """Run the input model where it can run; None where only its layers can. The notes say why."""
+    try:
+        return _Run(engine, *first_run(engine, model, feeds()))
+    except UnsupportedError as error:
+        notes.append(f"{engine.name} cannot run the input model: {error}.")
+    except RejectedError as error:
+        if given:
+            raise InputError(f"The input model fails on the given inputs ({error}): check them.") from error
+        notes.append(
+            f"The input model fails on inputs made from its graph ({error}): pass --inputs or --input-shape."
+        )
+        return None
+    reference = Reference()
+    try:
+        return _Run(reference, *first_run(reference, model, feeds()))
+    except (UnsupportedError, RejectedError) as error:
+        notes.append(f"{reference.name} cannot run it either: {error}.")
+    return None
+
+
+def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
+    try:
+        return first_run(run.engine, model, (run.feed,))[1]
+    except (UnsupportedError, RejectedError) as error:
+        raise ValidationError(
+            f"{run.engine.name} runs the input model and rejects the compressed one ({error}), which is "
+            "a fault of this program: please report it with the model."
+        ) from error
+
+
+def _never_ran(model: Model, nodes: Mapping[str, tuple[str, ...]], run: _Run) -> tuple[str, ...] | None:
+    """The layers of which no node ran; None where the engine does not tell."""
+    always = {node.name for node in model.proto.graph.node}
+    hidden = {layer: names for layer, names in nodes.items() if always.isdisjoint(names)}
+    if not hidden:
+        return ()
+    if not isinstance(run.engine, Runtime):
+        return None
+    executed = run.engine.executed(model, run.feed)
+    # The runtime writes a function's nodes into its caller, under names that begin with the function's.
+    inlined = tuple(name for name in executed if name.startswith("_inlfunc_"))
+    return tuple(
+        layer
+        for layer, names in hidden.items()
+        if not any(name in executed or any(i.endswith(f"_{name}") for i in inlined) for name in names)
+    )
+
+
+def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Validation:
+    """Compare every rewritten layer with its chain, each in a model of its own."""
+    outputs: list[OutputError] = []
+    notes: list[str] = []
+    used: dict[str, None] = {}
+    for layer in layers:
+        dense, chain = (Model(proto, layer, {}, "") for proto in alone(layer))
+        silent: list[str] = []
+        run = _run_original(dense, engine, partial(make, dense.proto, specs(dense.proto), {}), False, silent)
+        if run is None:
+            notes.append(f"The layer {layer!r} ran nowhere: {silent[-1]}")
+            continue
+        used[run.engine.name] = None
+        errors = compare(run.outputs, _run_compressed(chain, run))
+        outputs += [replace(error, name=f"layer {layer}") for error in errors]
+    return Validation(
+        engine=f"layers alone ({', '.join(used) or 'none ran'})",
+        inputs="made for every layer",
+        outputs=tuple(outputs),
+        never_ran=(),
+        notes=tuple(notes),
+    )
+
+
+def _judge(result: Validation, max_error: float | None) -> None:
+    if max_error is None or result.worst <= max_error:
+        return
+    worst = max(result.outputs, key=lambda output: output.relative or 0.0)
+    raise ValidationError(
+        f"The relative error of {worst.name!r} is {result.worst:.4g}, above --max-error {max_error:g}: "
+        "choose a larger ratio or a larger bound."
+    )

@@ -1,0 +1,226 @@
+"""What runs a model: ONNX Runtime, or onnx's reference implementation where the runtime cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.model import Model, save, serialized
+
+Feed = Mapping[str, NDArray[Any]]
+"""Input arrays by name."""
+
+Run = Callable[[Feed], dict[str, Any]]
+"""Runs a model that is open: inputs by name in, outputs by name out."""
+
+_NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "int4", "int2")
+
+
+class UnsupportedError(Exception):
+    """An engine cannot run the model at all, whatever its inputs; the message is one line."""
+
+
+class RejectedError(Exception):
+    """An engine failed on these inputs; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """ONNX Runtime with one execution provider."""
+
+    module: ModuleType
+    provider: str
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"ONNX Runtime {self.provider}")
+
+    @contextmanager
+    def open(self, model: Model) -> Iterator[Run]:
+        """Load a model.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            InputError: The provider does not start on this machine.
+        """
+        with _materialized(model) as source:
+            yield self._run(self._session(source, self._options()), source)
+
+    def executed(self, model: Model, feed: Feed) -> frozenset[str]:
+        """Names of the nodes that run on these inputs, those in subgraphs included.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            RejectedError: It fails on the inputs.
+        """
+        options = self._options()
+        # Optimizations fuse nodes and rename them.
+        options.graph_optimization_level = self.module.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_profiling = True
+        with _materialized(model) as source, TemporaryDirectory() as folder:
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._session(source, options)
+            self._run(session, source)(feed)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        suffix = "_kernel_time"
+        names = (event["name"] for event in events if event.get("cat") == "Node")
+        return frozenset(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+
+    def _options(self) -> Any:
+        options = self.module.SessionOptions()
+        options.log_severity_level = 4  # What fails is raised, too; nothing is logged twice.
+        return options
+
+    def _session(self, source: bytes | str, options: Any) -> Any:
+        providers = list(dict.fromkeys((self.provider, "CPUExecutionProvider")))
+        try:
+            session = self.module.InferenceSession(source, options, providers=providers)
+        except Exception as error:
+            raise UnsupportedError(one_line(error, source)) from error
+        if self.provider not in session.get_providers():
+            raise InputError(
+                f"The execution provider {self.provider} does not start on this machine: check its driver "
+                "and libraries, or pass --provider CPUExecutionProvider."
+            )
+        for value in (*session.get_inputs(), *session.get_outputs()):
+            if any(name in value.type for name in _NOT_IN_NUMPY):
+                raise UnsupportedError(
+                    f"its Python interface cannot pass {value.type}, the type of {value.name!r}"
+                )
+        return session
+
+    @staticmethod
+    def _run(session: Any, source: bytes | str) -> Run:
+        names = [output.name for output in session.get_outputs()]
+
+        def run(feed: Feed) -> dict[str, Any]:
+            try:
+                return dict(zip(names, session.run(names, dict(feed)), strict=True))
+            except Exception as error:
+                raise RejectedError(one_line(error, source)) from error
+
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """onnx's reference implementation: slow, and it knows every type."""
+
+    name: str = "onnx ReferenceEvaluator"
+
+    @contextmanager
+    def open(self, model: Model) -> Iterator[Run]:
+        """Load a model.
+
+        Raises:
+            UnsupportedError: The reference implementation does not know an operator of the model.
+        """
+        with _materialized(model) as source:
+            try:
+                evaluator: Any = ReferenceEvaluator(source)
+            except Exception as error:
+                raise UnsupportedError(one_line(error, source)) from error
+
+        def run(feed: Feed) -> dict[str, Any]:
+            try:
+                # Overflow and NaN are looked for in the outputs.
+                with np.errstate(all="ignore"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return dict(zip(evaluator.output_names, evaluator.run(None, dict(feed)), strict=True))
+            except Exception as error:
+                raise RejectedError(one_line(error)) from error
+
+        yield run
+
+
+Engine = Runtime | Reference
+
+
+def runtime(provider: str) -> Runtime:
+    """ONNX Runtime with an execution provider.
+
+    Raises:
+        InputError: ONNX Runtime is not installed, or it has no such provider.
+    """
+    try:
+        # It comes with an extra, so not every installation has it.
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(
+            "ONNX Runtime, which compares the two models, is not installed: "
+            "install onnx-lowrank[cpu] or onnx-lowrank[gpu]."
+        ) from error
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise InputError(
+            f"There is no execution provider {provider!r} in this ONNX Runtime: "
+            f"pass one of {', '.join(available)}."
+        )
+    return Runtime(onnxruntime, provider)
+
+
+def check(model: Model) -> tuple[str, ...]:
+    """What onnx's checker with full shape inference has against a model; () if nothing."""
+    with _materialized(model) as source:
+        try:
+            onnx.checker.check_model(source, full_check=True)
+        except Exception as error:
+            lines = (one_line(line, source) for line in str(error).splitlines())
+            return tuple(line for line in lines if line) or (type(error).__name__,)
+    return ()
+
+
+def one_line(error: object, source: bytes | str = b"") -> str:
+    """An engine's message in one line, without its decoration and without names of temporary files."""
+    text = str(error) or type(error).__name__
+    if isinstance(source, str):
+        text = text.replace(source, "the model").replace(str(Path(source).parent), "its folder")
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
+    # ONNX Runtime names the line of its own source and that function's signature.
+    text = re.sub(r"/\S*onnxruntime\S*:\d+ [^)]*\) ", "", text)
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= 240 else text[:239] + "…"
+
+
+def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed, dict[str, Any]]:
+    """Run a model on the first inputs that it accepts; gives these inputs and its outputs.
+
+    Raises:
+        UnsupportedError: The engine does not accept the model.
+        RejectedError: It fails on all inputs; the message is the first failure's.
+    """
+    failure: RejectedError | None = None
+    with engine.open(model) as run:
+        for feed in feeds:
+            try:
+                return feed, run(feed)
+            except RejectedError as error:
+                failure = failure or error
+    raise failure or RejectedError("there are no inputs to run it on")
+
+
+@contextmanager
+def _materialized(model: Model) -> Iterator[bytes | str]:
+    """A model as an engine loads it: its bytes, or a temporary file's name where its data lies outside."""
+    data = None if model.files else serialized(model.proto)
+    if data is not None:
+        yield data
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path)
+        yield str(path)
