@@ -1,0 +1,331 @@
+from fractions import Fraction
+from itertools import product
+from math import fsum
+
+import numpy as np
+import pytest
+
+from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack
+from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.allocate.solve import smallest, solve
+from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.recipe import Recipe
+from onnx_lowrank.types import Aggregate, Fold
+
+
+def recipe(aggregate, power=1.0):
+    return Recipe("test", "A test.", tuple(Fold), None, aggregate=aggregate, power=float(power))
+
+
+def table(kept, options, price=None):
+    """Candidates of keep and of options (cost, error) by ascending cost."""
+    n = len(options)
+    ints = [np.array([first, *[1] * n]) for first in (-1, 0)]
+    return Candidates(
+        layer="w",
+        fold=ints[0],
+        k=ints[1],
+        j=np.arange(n + 1),
+        full=np.array([0, *[n + 1] * n]),
+        cost=np.array([kept, *(cost for cost, _ in options)], dtype=np.int64),
+        error=np.array([0.0, *(error for _, error in options)]),
+        price=None if price is None else np.array(price, dtype=np.int64),
+    )
+
+
+def random_table(rng, most=6, grain=None):
+    """A random front; `grain` makes errors multiples of 1/grain, so that layers tie."""
+    n = int(rng.integers(0, most + 1))
+    costs = np.sort(rng.choice(np.arange(1, 40), n, replace=False))
+    errors = rng.choice(np.arange(1, grain + 1), min(n, grain), replace=False) / grain if grain else rng.random(n)
+    return table(int(rng.integers(40, 60)), list(zip(costs.tolist(), -np.sort(-errors), strict=False)))
+
+
+def instance(seed, grain=None):
+    rng = np.random.default_rng(seed)
+    tables = [random_table(rng, grain=grain) for _ in range(rng.integers(1, 6))]
+    low, high = (sum(int(reduce(t.cost)) for t in tables) for reduce in (np.min, np.max))
+    return tables, int(rng.integers(low, high + 1))
+
+
+def every_plan(tables, budget):
+    """All plans within the budget: (picks, cost, errors)."""
+    for picks in product(*(range(t.cost.size) for t in tables)):
+        cost = sum(int(t.cost[n]) for t, n in zip(tables, picks, strict=True))
+        if cost <= budget:
+            yield picks, cost, [float(t.error[n]) for t, n in zip(tables, picks, strict=True)]
+
+
+def check(solution, tables, budget):
+    pairs = list(zip(tables, solution.picks, strict=True))
+    assert solution.cost == sum(int(t.cost[n]) for t, n in pairs) <= budget
+    return [float(t.error[n]) for t, n in pairs]
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_max_is_the_lexicographic_optimum(seed):
+    tables, budget = instance(seed)
+    solution = solve(tables, budget, recipe(Aggregate.MAX))
+    errors = check(solution, tables, budget)
+    best = min(sorted(other, reverse=True) for _, _, other in every_plan(tables, budget))
+    assert sorted(errors, reverse=True) == best
+    assert solution.objective == best[0]
+    assert solution.gap == 0
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_max_leaves_as_few_ties_at_the_largest_error_as_possible(seed):
+    tables, budget = instance(seed, grain=4)
+    solution = solve(tables, budget, recipe(Aggregate.MAX))
+    errors = check(solution, tables, budget)
+    best = min((max(e), e.count(max(e))) for _, _, e in every_plan(tables, budget))
+    assert (solution.objective, errors.count(solution.objective)) == best
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_max_cannot_improve_a_single_layer(seed):
+    tables, budget = instance(seed, grain=3)
+    solution = solve(tables, budget, recipe(Aggregate.MAX))
+    check(solution, tables, budget)
+    for t, pick in zip(tables, solution.picks, strict=True):
+        better = t.cost[t.error < t.error[pick]]
+        assert not (solution.cost - t.cost[pick] + better <= budget).any()
+
+
+@pytest.mark.parametrize("power", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(80))
+def test_sum_is_the_optimum_at_the_lowest_cost(seed, power):
+    grain = (None, 8)[seed % 2]  # eighths: sums are exact, and many plans tie
+    tables, budget = instance(1000 + seed, grain)
+    solution = solve(tables, budget, recipe(Aggregate.SUM, power))
+    errors = check(solution, tables, budget)
+    best, cost = min((fsum(e**power for e in other), c) for _, c, other in every_plan(tables, budget))
+    assert solution.objective == fsum(e**power for e in errors) == pytest.approx(best, rel=1e-12, abs=0)
+    assert solution.gap == 0
+    if grain:
+        assert (solution.objective, solution.cost) == (best, cost)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sum_of_errors_over_many_decades_is_optimal(seed):
+    rng = np.random.default_rng(seed)
+    tables = [
+        table(60, list(zip(range(5, 40, 7), -np.sort(-(10.0 ** rng.uniform(-12, 0, 5))), strict=True)))
+        for _ in range(5)
+    ]
+    budget = int(rng.integers(25, 300))
+    solution = solve(tables, budget, recipe(Aggregate.SUM, 4))
+    check(solution, tables, budget)
+    best = min(fsum(e**4 for e in errors) for _, _, errors in every_plan(tables, budget))
+    assert solution.objective == pytest.approx(best, rel=1e-12, abs=0)
+
+
+def dynamic_program(fronts, budget):
+    """Least value for every budget, by the textbook."""
+    best = np.zeros(budget + 1)
+    for front in fronts:
+        new = np.full(budget + 1, np.inf)
+        for cost, value in zip(front.cost.tolist(), front.value.tolist(), strict=True):
+            if cost <= budget:
+                new[cost:] = np.minimum(new[cost:], best[: budget + 1 - cost] + value)
+        best = new
+    return best[budget]
+
+
+def random_front(rng, n, correlated=False):
+    cost = np.sort(rng.choice(np.arange(1, 300), n, replace=False))
+    noise = rng.integers(-20, 20, n)
+    value = np.sort(400.0 - cost + noise if correlated else rng.integers(0, 1000, n).astype(float))[::-1]
+    keep = np.concatenate(([True], np.diff(value) < 0))
+    return Front(cost[keep].astype(np.int64), value[keep])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_knapsack_agrees_with_the_textbook_program(seed):
+    rng = np.random.default_rng(seed)
+    fronts = [random_front(rng, int(rng.integers(1, 40)), seed % 2 == 0) for _ in range(12)]
+    low, high = (sum(int(front.cost[at]) for front in fronts) for at in (0, -1))
+    budget = int(rng.integers(low, high + 1))
+    picks, gap = solve_knapsack(fronts, budget)
+    assert gap == 0
+    assert sum(int(front.cost[n]) for front, n in zip(fronts, picks, strict=True)) <= budget
+    value = sum(front.value[n] for front, n in zip(fronts, picks, strict=True))
+    assert value == dynamic_program(fronts, budget)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_truncated_program_bounds_its_own_gap(seed):
+    rng = np.random.default_rng(seed)
+    fronts = [random_front(rng, 30, correlated=True) for _ in range(8)]
+    budget = sum(int(front.cost[front.cost.size // 2]) for front in fronts)
+    picks, gap = solve_knapsack(fronts, budget, most_states=2)
+    assert sum(int(front.cost[n]) for front, n in zip(fronts, picks, strict=True)) <= budget
+    value = sum(front.value[n] for front, n in zip(fronts, picks, strict=True))
+    optimum = dynamic_program(fronts, budget)
+    assert optimum <= value
+    assert value - optimum <= gap * value * (1 + 1e-9)
+
+
+def test_some_truncated_program_reports_a_gap():
+    rng = np.random.default_rng(0)
+    fronts = [random_front(rng, 30, correlated=True) for _ in range(8)]
+    budget = sum(int(front.cost[front.cost.size // 2]) for front in fronts)
+    gaps = [solve_knapsack(fronts, budget + n, most_states=1)[1] for n in range(20)]
+    assert any(0 < gap < 0.1 for gap in gaps)
+
+
+def test_lower_hull_keeps_the_corners_only():
+    assert lower_hull([0, 1, 2, 3, 4], [9.0, 9.0, 3.0, 2.0, 1.0]) == [0, 2, 4]
+    assert lower_hull([5], [1.0]) == [0]
+
+
+# --- uniform --------------------------------------------------------------------------------------
+
+
+def families(rng):
+    """A layer of several (fold, k), each with all ranks below its full rank that are cheaper."""
+    kept = int(rng.integers(20, 80))
+    rows, errors = [(-1, 0, 0, 0, kept)], [0.0]
+    for family in range(rng.integers(1, 3)):
+        full, slope = int(rng.integers(2, 9)), int(rng.integers(3, 15))
+        for j in range(1, min(full, -(-kept // slope))):
+            rows.append((family, 1, j, full, j * slope))
+            errors.append(1 - j / full)
+    fold, k, j, full, cost = np.array(rows, dtype=np.int64).T
+    return Candidates("w", fold, k, j, full, cost, np.array(errors))
+
+
+def uniform_plan(tables, ratio):
+    """Rank max(1, ⌊ratio · full⌋) of every (fold, k), the cheapest of them, else keep; exact."""
+    picks = []
+    for t in tables:
+        wanted = [
+            n for n in range(1, t.cost.size) if t.j[n] == max(1, ratio * int(t.full[n]) // 1)
+        ]
+        picks.append(min(wanted, key=lambda n: (t.cost[n], n)) if wanted else 0)
+    return picks, sum(int(t.cost[n]) for t, n in zip(tables, picks, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_uniform_takes_the_largest_relative_rank_that_fits(seed):
+    rng = np.random.default_rng(seed)
+    tables = [families(rng) for _ in range(rng.integers(1, 6))]
+    low, high = smallest(tables, recipe(Aggregate.UNIFORM)), sum(int(t.cost[0]) for t in tables)
+    budget = int(rng.integers(low, high + 1))
+    solution = solve(tables, budget, recipe(Aggregate.UNIFORM))
+    errors = check(solution, tables, budget)
+    ratios = sorted({Fraction(a, b) for b in range(1, 9) for a in range(b + 1)})
+    plans = [uniform_plan(tables, ratio) for ratio in ratios]
+    assert list(solution.picks) == [picks for picks, cost in plans if cost <= budget][-1]
+    assert solution.objective == max(errors)
+
+
+# --- a price --------------------------------------------------------------------------------------
+
+
+def priced_tables(rng):
+    tables = []
+    for _ in range(rng.integers(1, 5)):
+        n = int(rng.integers(1, 7))
+        price = np.sort(rng.choice(np.arange(1, 60), n, replace=False))
+        cost = np.sort(rng.choice(np.arange(1, 40), n, replace=False))
+        errors = -np.sort(-rng.random(n))
+        kept = int(rng.integers(30, 80))
+        tables.append(table(50, list(zip(cost.tolist(), errors, strict=True)), [kept, *price.tolist()]))
+    return tables
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("seed", range(60))
+def test_price_takes_the_smallest_multiplier_that_fits(seed, power):
+    rng = np.random.default_rng(seed)
+    tables, how = priced_tables(rng), recipe(Aggregate.SUM, power)
+    low = smallest(tables, how)
+    budget = int(rng.integers(low, sum(int(t.cost[0]) for t in tables) + 1))
+    solution = solve(tables, budget, how)
+    check(solution, tables, budget)
+    values = [t.error**power for t in tables]
+    slopes = {
+        float((v[a] - v[b]) / (t.price[b] - t.price[a]))
+        for t, v in zip(tables, values, strict=True)
+        for a in range(t.cost.size)
+        for b in range(t.cost.size)
+        if t.price[b] > t.price[a] and v[a] > v[b]
+    }
+    corners = sorted({0.0, *slopes})
+
+    def total(multiplier):
+        picks = [np.argmin(v + multiplier * t.price) for t, v in zip(tables, values, strict=True)]
+        return sum(int(t.cost[n]) for t, n in zip(tables, picks, strict=True))
+
+    # Between two neighbours of `corners` every layer has one minimizer.
+    between = [(a + b) / 2 for a, b in zip(corners, [*corners[1:], 2 * corners[-1] + 1], strict=True)]
+    fitting = next(m for m in between if total(m) <= budget)
+    at = corners[between.index(fitting)]
+    for t, v, pick in zip(tables, values, solution.picks, strict=True):
+        assert v[pick] + at * t.price[pick] <= (v + at * t.price).min() + 1e-12
+    assert low <= min(map(total, between))
+
+
+# --- edges ----------------------------------------------------------------------------------------
+
+RULES = [recipe(Aggregate.MAX), recipe(Aggregate.SUM, 4), recipe(Aggregate.UNIFORM)]
+TWO = [table(100, [(10, 0.5), (60, 0.25)]), table(50, [(5, 0.75)])]
+
+
+@pytest.mark.parametrize("how", RULES)
+def test_the_smallest_budget_is_met_exactly_and_one_below_it_is_an_error(how):
+    assert smallest(TWO, how) == 15
+    solution = solve(TWO, 15, how)
+    assert (solution.picks, solution.cost) == ((1, 1), 15)
+    with pytest.raises(BudgetError, match=r"^The layers cannot cost less than 15 .* leaves 14 for them"):
+        solve(TWO, 14, how)
+
+
+@pytest.mark.parametrize("how", RULES)
+@pytest.mark.parametrize("budget", [150, 10**15])
+def test_a_budget_for_everything_keeps_everything(how, budget):
+    solution = solve(TWO, budget, how)
+    assert (solution.picks, solution.cost, solution.objective) == ((0, 0), 150, 0)
+
+
+@pytest.mark.parametrize("how", RULES)
+def test_no_layers_have_the_empty_plan(how):
+    solution = solve([], 0, how)
+    assert (solution.picks, solution.cost, solution.objective, solution.gap) == ((), 0, 0, 0)
+    with pytest.raises(BudgetError):
+        solve([], -1, how)
+
+
+@pytest.mark.parametrize("how", RULES)
+def test_layers_without_options_are_kept(how):
+    assert solve([table(7, []), table(9, [(3, 0.5)])], 10, how).picks == (0, 1)
+    with pytest.raises(BudgetError):
+        solve([table(7, [])], 6, how)
+
+
+@pytest.mark.parametrize("how", RULES[:2])
+def test_an_option_without_error_is_taken_before_keep(how):
+    zero = table(100, [(10, 0.0)])
+    assert solve([zero], 1000, how).picks == (1,)
+    assert solve([zero, TWO[0]], 110, how).picks == (1, 0)
+
+
+@pytest.mark.parametrize(("budget", "picks"), [(10, (1,)), (59, (1,)), (60, (2,)), (99, (2,)), (100, (0,))])
+@pytest.mark.parametrize("how", RULES[:2])
+def test_a_single_layer_takes_the_best_that_fits(how, budget, picks):
+    assert solve(TWO[:1], budget, how).picks == picks
+
+
+@pytest.mark.parametrize("how", RULES[:2])
+def test_equal_layers_go_in_graph_order(how):
+    same = [table(100, [(10, 0.5), (20, 0.25)]) for _ in range(4)]
+    assert sorted(solve(same, 60, how).picks) == [1, 1, 2, 2]
+    assert solve(same, 60, how) == solve(same, 60, how)
+
+
+def test_the_leftover_goes_on_behind_the_layer_that_decides():
+    # Nothing below 0.75 fits for the second; what is left improves the first.
+    solution = solve(TWO, 65, recipe(Aggregate.MAX))
+    assert (solution.picks, solution.objective) == ((2, 0), 0.25) if solution.cost > 65 else ((2, 1), 0.75)
+    assert solution.cost == 65
