@@ -92,7 +92,13 @@ def parse(text: str, name: str) -> Recipe:
         except (ValueError, TypeError) as error:
             raise RecipeError(f"Recipe {name!r} has {key} = {value!r}, but {key} is {error}.") from error
         fields[field] = parsed
-    return Recipe(name=name, **fields)
+    recipe = Recipe(name=name, **fields)
+    for key in ("power", "price"):
+        if key in table and recipe.aggregate is not Aggregate.SUM:
+            raise RecipeError(
+                f'Recipe {name!r} has {key}, which means something with aggregate = "sum" only.'
+            )
+    return recipe
 
 
 def _folder() -> Path:
@@ -102,7 +108,7 @@ def _folder() -> Path:
 
 
 def _shipped() -> list[Path]:
-    return sorted(_folder().glob("*.toml"))
+    return sorted(_folder().glob("*.toml"), key=lambda path: path.stem)
 
 
 def _choice(kind: type[E], value: object) -> E:

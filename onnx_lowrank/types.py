@@ -69,13 +69,16 @@ class Measure(StrEnum):
     """The relative error of an option.
 
     SPECTRAL is max_i σ_{i,j+1} / σ_1(W), as the ALDS paper's code scores it; SPECTRAL_BOUND is √k
-    times that, the bound of its Theorem 1 on ‖W − Ŵ‖₂ / ‖W‖₂.
+    times that, the bound of its Theorem 1 on ‖W − Ŵ‖₂ / ‖W‖₂. FROBENIUS is Σ_i Σ_{m>j} σ²_{i,m} / ‖W‖²_F
+    and NUCLEAR the same with σ to the first power. SCHATTEN, (Σ_i Σ_{m>j} σ⁴_{i,m} / Σ_m σ_m(W)⁴)^¼, lies
+    between them: as the Schatten 4-norm lies between the Frobenius (2) and the spectral norm (∞).
     """
 
     SPECTRAL = "spectral"
     SPECTRAL_BOUND = "spectral-bound"
     FROBENIUS = "frobenius"
     NUCLEAR = "nuclear"
+    SCHATTEN = "schatten"
 
 
 class Aggregate(StrEnum):
@@ -304,7 +307,7 @@ class Factors:
     @property
     def size(self) -> int:
         """Number of parameters of both."""
-        return prod(self.encoder.shape) + prod(self.decoder.shape)
+        return int(prod(self.encoder.shape) + prod(self.decoder.shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ def allowed(layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
     Where the layer's operators allow none of them, its first fold takes their place.
     """
     asked = {fold.on(layer.kernel) for fold in recipe.folds}
-    folds = [fold for fold in layer.folds if fold in asked] or layer.folds[:1]
+    folds = [fold for fold in layer.folds if fold.on(layer.kernel) in asked] or layer.folds[:1]
     ks = tuple(k for k in layer.slices if recipe.groups is None or k in recipe.groups)
     return {fold: ks for fold in folds if ks}
 

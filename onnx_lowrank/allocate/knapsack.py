@@ -6,6 +6,7 @@ minimal algorithm for the multiple-choice knapsack problem, 1995). What is left 
 programming over the classes: a state is a pair (cost, value) of the classes so far; states that another
 state beats, or whose bound from the linear relaxation of the classes to come exceeds the best solution
 known, are dropped, and rounding the states' relaxations to items keeps improving that solution.
+Should its states ever outgrow their limit, branch and cut (HiGHS) goes on with the items that are left.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -25,6 +28,7 @@ _ROUNDING = 1 + 1e-12
 """Bounds are float64 sums of up to thousands of terms: only what exceeds the best by more is dropped."""
 
 _MOST_STATES = 1 << 15
+_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,15 @@ def solve_knapsack(
         improved = [int(cores[i][item]) for i, item in sorted(zip(order, found, strict=True))]
         picks = min(improved, picks, key=lambda items: _total_value(fronts, items))
     value = _total_value(fronts, picks)
-    return picks, 0.0 if lowest * _ROUNDING >= value else 1 - lowest / value
+    if lowest * _ROUNDING >= value:
+        return picks, 0.0
+    cut, lowest = _branch_and_cut(
+        [front.take(core) for front, core in zip(fronts, cores, strict=True)], budget, lowest
+    )
+    if cut:
+        items = [int(core[item]) for core, item in zip(cores, cut, strict=True)]
+        picks = min(items, picks, key=lambda some: _total_value(fronts, some))
+    return picks, max(0.0, 1 - lowest / _total_value(fronts, picks))
 
 
 def _total_cost(fronts: Sequence[Front], picks: Sequence[int]) -> int:
@@ -94,7 +106,7 @@ def _relax(fronts: Sequence[Front], budget: int) -> tuple[list[int], float]:
         The solution within the budget, and a multiplier for which it is optimal.
     """
     sizes = [front.cost.size for front in fronts]
-    starts = np.concatenate(([0], np.cumsum(sizes[:-1])))
+    starts = np.cumsum([0, *sizes[:-1]])
     cost = np.concatenate([front.cost for front in fronts])
     value = np.concatenate([front.value for front in fronts])
     owner = np.repeat(np.arange(len(fronts)), sizes)
@@ -170,6 +182,39 @@ def _program(fronts: Sequence[Front], budget: int, best: float, most_states: int
         cost, value = cost[kept], value[kept]
         trail.append(np.divmod(kept, front.cost.size))
     return _trace(trail, int(np.lexsort((cost, value))[0])) if cost.size else [], lowest
+
+
+def _branch_and_cut(fronts: Sequence[Front], budget: int, lowest: float) -> tuple[list[int], float]:
+    """HiGHS on one binary variable per item; the objective is scaled, since its gaps are absolute, too.
+
+    Args:
+        fronts: The classes.
+        budget: Largest total cost.
+        lowest: A positive lower bound on the optimum.
+
+    Returns:
+        The item of every class, empty where it found none, and a lower bound on the optimum.
+    """
+    sizes = [front.cost.size for front in fronts]
+    count = sum(sizes)
+    owner = np.repeat(np.arange(len(fronts)), sizes)
+    one_each = csr_array((np.ones(count), (owner, np.arange(count))), shape=(len(fronts), count))
+    cost = np.concatenate([front.cost for front in fronts])
+    result = milp(
+        np.concatenate([front.value for front in fronts]) / lowest,
+        integrality=np.ones(count, dtype=np.int64),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None, :], -np.inf, budget)],
+        options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
+    )
+    if result.x is None:
+        return [], lowest
+    starts = np.cumsum([0, *sizes[:-1]])
+    picks = [
+        int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)
+    ]
+    within = _total_cost(fronts, picks) <= budget  # in integers: HiGHS tolerates small violations
+    return picks if within else [], max(lowest, lowest * float(result.mip_dual_bound))
 
 
 def _trace(trail: Sequence[tuple[Indices, Indices]], state: int) -> list[int]:

@@ -96,21 +96,27 @@ def _options(layer: Layer, fold: Fold, k: int, top: int, budget: Budget, price: 
 
 def _errors(spectra: Spectra, fold: Fold, k: int, recipe: Recipe) -> Floats:
     """Errors at the ranks 0, 1, …, full rank − 1, by the formulas of `Measure`."""
-    values = spectra[fold, k]
+    values, whole = spectra[fold, k], spectra[fold, 1]
     match recipe.measure:
         case Measure.SPECTRAL | Measure.SPECTRAL_BOUND:
-            residual = values.max(axis=(0, 1))
-            norm = spectra[fold, 1][..., 0].max()
+            residual, norm = values.max(axis=(0, 1)), whole.max()
             if recipe.measure is Measure.SPECTRAL_BOUND:
                 residual = residual * np.sqrt(k)
         case Measure.FROBENIUS | Measure.NUCLEAR:
-            terms = values**2 if recipe.measure is Measure.FROBENIUS else values
-            # From the smallest up: adding in this order keeps the small tails exact.
-            residual = np.cumsum(terms.sum(axis=(0, 1))[::-1])[::-1]
+            residual = _tails(values, 2 if recipe.measure is Measure.FROBENIUS else 1)
             norm = residual[0]
+        case Measure.SCHATTEN:
+            unit = whole.max() or 1.0  # keeps fourth powers away from underflow
+            residual = _tails(values / unit, 4) ** 0.25 * unit
+            norm = _tails(whole / unit, 4)[0] ** 0.25 * unit
     if recipe.relative and norm > 0:
         residual = residual / norm
     return np.asarray(residual, dtype=np.float64)
+
+
+def _tails(values: Floats, power: int) -> Floats:
+    """Σ_i Σ_{m>j} σ_{i,m}^power for j = 0, 1, …; from the smallest up, which keeps small tails exact."""
+    return np.asarray(np.cumsum((values**power).sum(axis=(0, 1))[::-1])[::-1])
 
 
 def _rounded(values: Floats) -> Floats:

@@ -97,9 +97,9 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
     """Upper bounds, tight to about 1e-9, on the norms of W − Ŵ relative to W's, per operator group.
 
     The matrix is the encode fold's, f × (c · kernel), whatever the fold of the factors. Nothing is
-    estimated: every rounding error of this computation is bounded and added, short of underflow. With u = 2⁻⁵³ and
-    γ_n = nu / (1 − nu), for any order of summation, with or without fused multiply-add (N. Higham,
-    Accuracy and Stability of Numerical Algorithms, 2nd ed., chapters 3 and 10):
+    estimated: every rounding error of this computation is bounded and added, short of underflow. With
+    u = 2⁻⁵³ and γ_n = nu / (1 − nu), for any order of summation, with or without fused multiply-add
+    (N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., chapters 3 and 10):
 
     - Residual: a product of inner length j errs by at most γ_j |D||E| (eq. 3.13), in the Frobenius norm
       by γ_j ‖D‖_F ‖E‖_F per slice; subtracting adds u ‖R‖_F.
@@ -144,12 +144,12 @@ def _relative_norms(
         return bound, bound
     original, unit = _normalized(original)
     residual, residual_unit = _normalized(residual)
-    frobenius = _frobenius_above(residual)
-    error = math.ldexp(error, -residual_unit) + _UNIT * frobenius
-    spectral = (_spectral_above(residual) + error) / _spectral_below(original)
-    relative = spectral, (frobenius + error) / _frobenius_below(original)
-    above, frobenius_above = (math.ldexp(x * (1 + 8 * _UNIT), residual_unit - unit) for x in relative)
-    return above, frobenius_above
+    shift = residual_unit - unit
+    spectral = math.ldexp(_spectral_above(residual), shift)
+    frobenius = math.ldexp(_frobenius_above(residual), shift)
+    error = math.ldexp(error, -unit) + _UNIT * frobenius
+    above = (spectral + error) / _spectral_below(original) * (1 + 8 * _UNIT)
+    return above, (frobenius + error) / _frobenius_below(original) * (1 + 8 * _UNIT)
 
 
 def _normalized(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:

@@ -13,19 +13,6 @@ from array_api_compat import array_namespace
 from onnx_lowrank.types import Array, Factors, Fold
 
 
-def distinct_folds(kernel: tuple[int, ...]) -> tuple[Fold, ...]:
-    """The folds of a kernel that differ from each other, in tie order.
-
-    ROWS and COLS exist for two spatial axes. Of folds that put the same axes of size above 1 on the
-    encoder, the first stands for all: a 1×1 kernel has ENCODE only, a 5×1 kernel ENCODE and ROWS.
-    """
-    candidates = Fold if len(kernel) == 2 else (Fold.ENCODE, Fold.DECODE)
-    first: dict[tuple[tuple[int, ...], tuple[int, ...]], Fold] = {}
-    for candidate in candidates:
-        first.setdefault(candidate.kernels(kernel), candidate)
-    return tuple(first.values())
-
-
 def fold(weight: Array, fold: Fold, k: int) -> Array:
     """Cut the input channels of a canonical weight into k slices, then fold every slice to a matrix.
 
@@ -89,7 +76,7 @@ def compose(factors: Factors) -> Array:
     """The canonical weight, of shape (g, f, c, *kernel), that factors stand for."""
     xp = array_namespace(factors.encoder, factors.decoder)
     g, k, j, width, *encoder_kernel = factors.encoder.shape
-    f, *decoder_kernel = factors.decoder.shape[1], *factors.decoder.shape[4:]
+    _, f, _, _, *decoder_kernel = factors.decoder.shape
     kernel = (max(sizes) for sizes in zip(encoder_kernel, decoder_kernel, strict=True))
     decoder = xp.reshape(factors.decoder, (g, f, k, j, prod(decoder_kernel)))
     left = xp.reshape(xp.permute_dims(decoder, (0, 2, 1, 4, 3)), (g, k, f * prod(decoder_kernel), j))

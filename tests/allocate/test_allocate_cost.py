@@ -185,6 +185,8 @@ def test_an_embedding_costs_no_macs_and_is_kept_under_them():
         ((1, 1), (Fold.ENCODE,), ALL, (Fold.ENCODE,)),
         ((5, 1), (Fold.ENCODE, Fold.DECODE), (Fold.ROWS,), (Fold.DECODE,)),
         ((1, 5), (Fold.ENCODE, Fold.DECODE), (Fold.ROWS,), (Fold.ENCODE,)),
+        ((5, 1), (Fold.ENCODE, Fold.ROWS), (Fold.DECODE,), (Fold.ROWS,)),
+        ((1, 5), (Fold.ENCODE, Fold.COLS), ALL, (Fold.ENCODE, Fold.COLS)),
         ((5, 1), (Fold.ENCODE, Fold.DECODE), (Fold.COLS,), (Fold.ENCODE,)),
         ((5, 1), (Fold.ENCODE, Fold.DECODE), ALL, (Fold.ENCODE, Fold.DECODE)),
         ((), (Fold.ENCODE,), (Fold.ROWS,), (Fold.ENCODE,)),

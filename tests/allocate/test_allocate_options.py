@@ -10,9 +10,10 @@ from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, Positions, Use
 
 ALL = tuple(Fold)
+STRIDED = Positions(1, (9, 9), (5, 5))
 
 
-def layer(f=12, c=8, kernel=(3, 3), groups=1, positions=Positions(1, (9, 9), (5, 5)), **fields):
+def layer(f=12, c=8, kernel=(3, 3), groups=1, positions=STRIDED, **fields):
     use = Use("", 0, "node", "Conv", 1, positions=positions)
     slices = tuple(k for k in range(1, c // groups + 1) if c // groups % k == 0)
     folds = ALL if kernel == (3, 3) else (Fold.ENCODE,)
@@ -35,15 +36,17 @@ def spectra_of(weight, of, wanted):
     for fold, ks in wanted.items():
         left, right = axes[fold]
         for k in ks:
-            out[fold, k] = np.array([
+            out[fold, k] = np.array(
                 [
-                    np.linalg.svd(
-                        part.transpose(*left, *right).reshape(of.matrix(fold, k)), compute_uv=False
-                    )
-                    for part in np.split(group, k, axis=1)
+                    [
+                        np.linalg.svd(
+                            part.transpose(*left, *right).reshape(of.matrix(fold, k)), compute_uv=False
+                        )
+                        for part in np.split(group, k, axis=1)
+                    ]
+                    for group in weight
                 ]
-                for group in weight
-            ])
+            )
     return out
 
 
@@ -55,6 +58,9 @@ def error_of(spectra, option, measure, relative):
         error = max(tail[0] for tail in tails)
         norm = max(group[0][0] for group in spectra[option.fold, 1])
         error *= option.k**0.5 if measure is Measure.SPECTRAL_BOUND else 1
+    elif measure is Measure.SCHATTEN:
+        error = sum(value**4 for tail in tails for value in tail) ** 0.25
+        norm = (spectra[option.fold, 1] ** 4).sum() ** 0.25
     else:
         power = 2 if measure is Measure.FROBENIUS else 1
         error = sum(value**power for tail in tails for value in tail)
@@ -165,6 +171,7 @@ def test_a_planted_rank_shows_in_the_tail():
         (Measure.SPECTRAL, 1 / 4, 2.5e-13),
         (Measure.NUCLEAR, 1 / 10, 1.2e-12),
         (Measure.FROBENIUS, 1 / 30, 12e-24 / 30),
+        (Measure.SCHATTEN, 354**-0.25, 12**0.25 * 1e-12 / 354**0.25),
     ):
         how = recipe(groups=(1,), measure=measure, aggregate=Aggregate.UNIFORM)
         table = candidates(of, {(Fold.ENCODE, 1): values}, how, Budget.PARAMS)

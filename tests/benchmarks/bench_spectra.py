@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.linalg.backend import Backend, parallel_map, resolve
-from onnx_lowrank.linalg.folding import distinct_folds
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.types import Fold
 
@@ -57,7 +56,7 @@ def encode(backend: Backend) -> Job:
 def all_folds(backend: Backend) -> Job:
     def job(weight: Weight) -> Any:
         counts = divisors(weight.shape[2])
-        return spectra(weight, dict.fromkeys(distinct_folds(weight.shape[3:]), counts), backend)
+        return spectra(weight, dict.fromkeys(Fold.distinct(weight.shape[3:]), counts), backend)
 
     return job
 
