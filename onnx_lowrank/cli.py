@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from onnx_lowrank import recipe as recipes
 from onnx_lowrank.errors import LowRankError
@@ -18,112 +19,161 @@ from onnx_lowrank.report.progress import Silent, Terminal
 from onnx_lowrank.types import Budget
 
 _INTERRUPTED = 130
+_SIZES = re.compile(r"[1-9][0-9]{0,17}(,[1-9][0-9]{0,17})*")
+_EPILOG = """\b
+Exit codes:
+  0    done
+  1    internal error
+  2    wrong command or input
+  3    the ratio cannot be reached; the message says which can
+  4    validation failed; nothing is written
+  130  interrupted
+"""
 
 
-class _Shape(click.ParamType):
-    """NAME=1,3,224,224."""
-
-    name = "NAME=SIZES"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        name, separator, sizes = str(value).rpartition("=")
-        parts = sizes.replace("x", ",").split(",")
-        if not separator or not name or not all(part.isdigit() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} has to look like NAME=1,3,224,224", param, ctx)
-        return name, tuple(map(int, parts))
+def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no number, write it like 0.5") from None
 
 
-class _Ratio(click.ParamType):
-    """A number above 0 and at most 1."""
+def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for value in values:
+        name, _, sizes = value.rpartition("=")
+        if not name or not _SIZES.fullmatch(sizes):
+            raise click.BadParameter(f"{value!r} does not look like NAME=1,3,224,224")
+        shapes[name] = tuple(map(int, sizes.split(",")))
+    return shapes
 
-    name = "number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            ratio = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is no number: 0.5 keeps half", param, ctx)
-        if not 0 < ratio <= 1:
-            self.fail(f"{value} is not above 0 and at most 1: 0.5 keeps half", param, ctx)
-        return ratio
+def _report_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and str(value) != "-" and value.suffix != ".json":
+        raise click.BadParameter(f"{str(value)!r} is neither a .json file nor - for stdout, the only formats")
+    return value
 
 
 def _list_passes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if not value:
+    if not value or ctx.resilient_parsing:
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for recipe in recipes.load_all():
-        default = " (the default)" if recipe.name == DEFAULT_RECIPE else ""
-        table.add_row(recipe.name, recipe.summary + default)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    formatter = ctx.make_formatter()
+    if not sys.stdout.isatty():
+        formatter.width = sys.maxsize  # one line each, for grep and the like
+    default = {DEFAULT_RECIPE: " (the default)"}
+    formatter.write_dl([(r.name, r.summary + default.get(r.name, "")) for r in recipes.load_all()])
+    click.echo(formatter.getvalue(), nl=False)
     ctx.exit()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG
+)
 @click.argument("source", metavar="IN.onnx", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT.onnx", type=click.Path(path_type=Path), required=False)
-@click.option("--ratio", type=_Ratio(), help="What is left of the budget: 0.5 keeps half.")
-@click.option("--pass", "recipe", default=DEFAULT_RECIPE, show_default=True, metavar="NAME|FILE",
-              help="The recipe: one that --list-passes lists, or a TOML file.")
-@click.option("--list-passes", is_flag=True, is_eager=True, expose_value=False, callback=_list_passes,
-              help="List the recipes and exit.")
-@click.option("--budget", type=click.Choice([str(b) for b in Budget]), default=str(Budget.PARAMS),
-              show_default=True, help="What the ratio counts.")
-@click.option("--plan", type=click.Path(path_type=Path), help="Replay a saved plan instead of --ratio.")
-@click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Decompose only layers of these names. Repeatable.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave layers of these names alone. Repeatable.")
-@click.option("--inputs", type=click.Path(path_type=Path), metavar="DATA.npz",
-              help="Inputs on which both models are compared; made from the graph by default.")
-@click.option("--input-shape", multiple=True, type=_Shape(), metavar="NAME=1,3,224,224",
-              help="The shape of an input that the model leaves open. Repeatable.")
-@click.option("--max-error", type=float, help="Fail if an output's relative error is larger.")
-@click.option("--report", type=click.Path(path_type=Path, allow_dash=True), metavar="FILE.json",
-              help="Write the report as JSON; - is stdout.")
-@click.option("--dry-run", is_flag=True, help="Show the plan; factorize and write nothing.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where the linear algebra runs.")
-@click.option("--provider", default="CPUExecutionProvider", show_default=True, metavar="EP",
-              help="ONNX Runtime's execution provider for the comparison.")
+@click.option("--ratio", callback=_number, metavar="NUMBER", help="How much to keep: 0.5 keeps half.")
+@click.option(
+    "--pass",
+    "recipe",
+    metavar="NAME|FILE",
+    help=f"The recipe, by default {DEFAULT_RECIPE}: one that --list-passes lists, or a TOML file.",
+)
+@click.option(
+    "--list-passes",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_passes,
+    help="List the recipes and exit.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice([budget.value for budget in Budget]),
+    help=f"What the ratio counts, by default {Budget.PARAMS}.",
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Replay a saved plan, instead of --ratio, --pass and --budget.",
+)
+@click.option(
+    "--save-plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Write the plan, to edit it; - is stdout.",
+)
+@click.option(
+    "--include", multiple=True, metavar="GLOB", help="Decompose only these layers or nodes. Repeatable."
+)
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these layers or nodes. Repeatable.")
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Inputs on which to compare the models; made from the graph by default.",
+)
+@click.option(
+    "--input-shape",
+    multiple=True,
+    callback=_shapes,
+    metavar="NAME=1,3,224,224",
+    help="Shape of an input that the model leaves open. Repeatable.",
+)
+@click.option(
+    "--max-error", callback=_number, metavar="NUMBER", help="Largest relative error of an output to accept."
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, allow_dash=True),
+    callback=_report_path,
+    metavar="FILE.json",
+    help="Write the report as JSON; - is stdout.",
+)
+@click.option("--dry-run", is_flag=True, help="Only make the plan; write no model.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the linear algebra runs.",
+)
+@click.option(
+    "--provider",
+    default="CPUExecutionProvider",
+    show_default=True,
+    metavar="EP",
+    help="ONNX Runtime's execution provider for the comparison.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-@click.option("--verbose", "-v", is_flag=True, help="Print tracebacks too.")
+@click.option("--verbose", "-v", is_flag=True, help="Print tracebacks with errors.")
 @click.version_option(package_name="onnx-lowrank")
 def command(
     source: Path,
     out: Path | None,
     save_plan: Path | None,
     report: Path | None,
-    input_shape: Sequence[tuple[str, tuple[int, ...]]],
     dry_run: bool,
     quiet: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Make IN.onnx smaller by low-rank decomposition and write it to OUT.onnx.
-
-    Exit codes: 0 done; 1 internal error; 2 wrong command or input; 3 the ratio cannot be reached;
-    4 the result failed validation, and nothing was written; 130 interrupted.
-    """
+    """Make IN.onnx smaller by low-rank decomposition and write it to OUT.onnx."""
     if out is None and not dry_run:
         raise click.UsageError("OUT.onnx is missing: name the file to write, or pass --dry-run.")
     check_outputs(source, out, save_plan, report)
     console = Console(stderr=True)
-    result = compress(
-        source,
-        input_shape=dict(input_shape),
-        dry_run=dry_run,
-        progress=Silent() if quiet else Terminal(console),
-        **options,
-    )
-    if not quiet:
-        result.report.table(console)
-    write(result, None if dry_run else out, save_plan, report)
+    progress = Silent() if quiet else Terminal(console)
+    with compress(source, dry_run=dry_run, progress=progress, **options) as result:
+        write(result, None if dry_run else out, save_plan, report)
+        if not quiet:
+            result.report.table(console)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    verbose = any(argument in ("--verbose", "-v") for argument in arguments)
+    verbose = not {"-v", "--verbose"}.isdisjoint(arguments)
     sys.exit(_run(arguments, verbose))
 
 
@@ -131,21 +181,38 @@ def _run(arguments: Sequence[str], verbose: bool) -> int:
     try:
         return int(command.main(arguments, prog_name="onnx-lowrank", standalone_mode=False) or 0)
     except click.ClickException as error:
-        _complain(" ".join(error.format_message().split()), verbose)
-        return 2
+        _complain(_sentence(error))
+        return error.exit_code if error.exit_code == 2 else 1
     except (click.Abort, KeyboardInterrupt):
-        _complain("Interrupted; nothing was written.", False)
+        _complain("Interrupted; no file is half-written.")
         return _INTERRUPTED
     except LowRankError as error:
         _complain(str(error), verbose)
         return error.exit_code
     except Exception as error:
-        _complain(f"Internal error ({type(error).__name__}: {error}): please report it with --verbose.", verbose)
+        advice = "please report it." if verbose else "run again with --verbose and report what it prints."
+        _complain(f"Internal error ({type(error).__name__}: {error}): {advice}", verbose)
         return 1
 
 
-def _complain(message: str, verbose: bool) -> None:
+def _sentence(error: click.ClickException) -> str:
+    """What the parser has to say, as one sentence that tells what to do."""
+    message = " ".join(error.message.split()).rstrip(".")
+    match error:
+        case click.NoSuchOption():
+            known = " or ".join(sorted(error.possibilities or ())[:3])
+            hint = f"did you mean {known}?" if known else "--help lists all."
+            return f"There is no option {error.option_name}: {hint}"
+        case click.MissingParameter():
+            return "IN.onnx is missing: onnx-lowrank IN.onnx OUT.onnx --ratio 0.5 halves a model."
+        case click.BadParameter(param=click.Parameter() as param):
+            return f"{param.opts[0]}: {message}."
+    return f"{message}." if ": " in message else f"{message}: see --help."
+
+
+def _complain(message: str, verbose: bool = False) -> None:
     console = Console(stderr=True, soft_wrap=True)
     if verbose:
         console.print_exception()
-    console.print(f"onnx-lowrank: {message}", style="red", markup=False, highlight=False)
+    line = "".join(char if char.isprintable() else " " for char in f"onnx-lowrank: {message}")
+    console.print(Text(line, style="red"))

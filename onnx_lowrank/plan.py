@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
+from enum import StrEnum
+from math import isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.types import Budget, Choice, Fold, Layer, Measure, Option, Plan
 
 VERSION = 1
-_KEYS = {"version": int, "model": str, "recipe": str, "measure": str, "ratio": float, "budget": str, "layers": list}
+_KEYS = ("version", "model", "recipe", "measure", "ratio", "budget", "layers")
 _LAYER_KEYS = ("id", "fold", "k", "j", "cost", "error")
+_INTEGERS = 2**63  # what JSON readers and ONNX take for an integer
+
+E = TypeVar("E", bound=StrEnum)
 
 
 def to_json(plan: Plan) -> str:
-    """A plan as JSON, one line per layer; kept layers have fold, k and j null."""
-    head = {
-        "version": VERSION,
-        "model": plan.model,
-        "recipe": plan.recipe,
-        "measure": plan.measure,
-        "ratio": plan.ratio,
-        "budget": plan.budget,
-    }
-    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
-    layers = ",\n".join(f"    {json.dumps(_row(choice), ensure_ascii=False)}" for choice in plan.choices)
-    return "\n".join(["{", *lines, '  "layers": [', layers, "  ]", "}", ""])
+    """A plan as JSON, one line per layer; kept layers have fold, k and j null, unknown errors are null."""
+    values = (VERSION, plan.model, plan.recipe, plan.measure, plan.ratio, plan.budget)
+    head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(_KEYS, values, strict=False)]
+    rows = ",\n".join(f"    {_text(_row(choice))}" for choice in plan.choices)
+    return "\n".join(["{", *head, '  "layers": [', *([rows] if rows else []), "  ]", "}", ""])
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _row(choice: Choice) -> dict[str, Any]:
     option = choice.option
-    values = (None, None, None) if option is None else (str(option.fold), option.k, option.j)
-    return dict(zip(_LAYER_KEYS, (choice.layer, *values, choice.cost, choice.error), strict=True))
+    values = (None, None, None) if option is None else (option.fold, option.k, option.j)
+    error = None if isnan(choice.error) else choice.error
+    return dict(zip(_LAYER_KEYS, (choice.layer, *values, choice.cost, error), strict=True))
 
 
-def read(path: str | Path) -> Plan:
+def read(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
     Raises:
@@ -46,48 +51,85 @@ def read(path: str | Path) -> Plan:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise PlanError(f"The plan {path} cannot be read: {reason}.") from error
+        raise PlanError(f"The plan {path} cannot be read ({reason}): check the path.") from error
     try:
         table = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise PlanError(f"The plan {path} is not valid JSON ({error}): save it anew with --save-plan.") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"The plan {path} is not valid JSON ({error}): save it anew.") from error
     try:
         return _parse(table)
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"The plan {path} is wrong: {error}.") from error
+    except PlanError as error:
+        raise PlanError(f"The plan {path} is wrong: {error}; correct it or save it anew.") from error
 
 
-def _parse(table: Any) -> Plan:
-    if not isinstance(table, dict) or set(table) != set(_KEYS):
-        raise ValueError("it has to be an object with the keys " + ", ".join(_KEYS))
-    for key, kind in _KEYS.items():
-        if not isinstance(table[key], (float, int) if kind is float else kind):
-            raise ValueError(f"{key} is {table[key]!r}, which is no {kind.__name__}")
-    if table["version"] != VERSION:
-        raise ValueError(f"its version is {table['version']}, and this program reads version {VERSION}")
-    choices = tuple(_choice(row) for row in table["layers"])
-    ids = [choice.layer for choice in choices]
-    if len(set(ids)) != len(ids):
-        raise ValueError("a layer is named twice")
-    measure, budget = Measure(table["measure"]), Budget(table["budget"])
-    return Plan(table["model"], table["recipe"], measure, float(table["ratio"]), budget, choices)
+def _parse(table: object) -> Plan:
+    version, model, recipe, measure, ratio, budget, rows = _fields(table, _KEYS, "it")
+    if version != VERSION or isinstance(version, bool):
+        raise PlanError(f"version is {version!r}, and this program reads version {VERSION}")
+    if not isinstance(model, str) or not isinstance(recipe, str):
+        raise PlanError(f"model is {model!r} and recipe is {recipe!r}, which have to be texts")
+    if not _is_number(ratio) or not 0 < ratio <= 1:
+        raise PlanError(f"ratio is {ratio!r}, which has to be a number above 0 and at most 1")
+    if not isinstance(rows, list):
+        raise PlanError("layers has to be a list")
+    return Plan(
+        model=model,
+        recipe=recipe,
+        measure=_member(Measure, measure, "measure"),
+        ratio=float(ratio),
+        budget=_member(Budget, budget, "budget"),
+        choices=tuple(_choice(row) for row in rows),
+    )
 
 
-def _choice(row: Any) -> Choice:
-    if not isinstance(row, dict) or set(row) != set(_LAYER_KEYS):
-        raise ValueError("every layer has to be an object with the keys " + ", ".join(_LAYER_KEYS))
-    values = row["fold"], row["k"], row["j"]
+def _choice(row: object) -> Choice:
+    layer, fold, k, j, cost, error = _fields(row, _LAYER_KEYS, "every layer")
+    if not isinstance(layer, str):
+        raise PlanError(f"a layer's id is {layer!r}, which has to be a text")
+    if type(cost) is not int or not 0 <= cost < _INTEGERS:
+        raise PlanError(f"layer {layer!r} has cost = {cost!r}, which has to be a whole number")
+    if error is not None and not _is_number(error):
+        raise PlanError(f"layer {layer!r} has error = {error!r}, which has to be a number or null")
     option = None
-    if values != (None, None, None):
-        fold, k, j = values
+    if (fold, k, j) != (None, None, None):
         if type(k) is not int or type(j) is not int:
-            raise ValueError(f"layer {row['id']!r} has k = {k!r} and j = {j!r}, which have to be integers")
-        option = Option(Fold(fold), k, j)
-    return Choice(str(row["id"]), option, int(row["cost"]), float(row["error"]))
+            raise PlanError(f"layer {layer!r} has k = {k!r} and j = {j!r}, which have to be whole numbers")
+        option = Option(_member(Fold, fold, f"fold of layer {layer!r}"), k, j)
+    return Choice(layer, option, cost, nan if error is None else float(error))
+
+
+def _fields(table: object, keys: Sequence[str], what: str) -> list[Any]:
+    """The values of an object that has to have exactly these keys."""
+    if not isinstance(table, dict):
+        raise PlanError(f"{what} has to be an object with the keys {', '.join(keys)}")
+    for key in [*table, *keys]:
+        if key not in keys:
+            raise PlanError(f"{what} has an unknown key {key!r}, the keys are {', '.join(keys)}")
+        if key not in table:
+            raise PlanError(f"{what} lacks the key {key!r}")
+    return [table[key] for key in keys]
+
+
+def _member(kind: type[E], value: object, what: str) -> E:
+    known = [member.value for member in kind]
+    if value not in known:
+        raise PlanError(f"{what} is {value!r}, which is none of {', '.join(known)}")
+    return kind(value)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, of a size that a float can have."""
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
     """Check that a plan fits a model: the same file, the same layers, options that they have.
+
+    Args:
+        plan: The plan.
+        model: SHA-256 of the model.
+        layers: Its layers.
 
     Raises:
         PlanError: It does not.
@@ -98,22 +140,30 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
             "make a plan for this model with --save-plan."
         )
     known = {layer.id: layer for layer in layers}
-    named = {choice.layer for choice in plan.choices}
-    if known.keys() != named:
-        odd = min(named ^ known.keys())
-        problem = "names the layer {!r}, which the model does not have" if odd in named else "lacks the layer {!r}"
-        raise PlanError(f"The plan {problem.format(odd)}: use the same --include and --exclude as when it was made.")
+    named: set[str] = set()
+    advice = "use the same --include and --exclude as when it was made."
     for choice in plan.choices:
+        if choice.layer in named:
+            raise PlanError(f"The plan names the layer {choice.layer!r} twice: delete one of its lines.")
+        if choice.layer not in known:
+            raise PlanError(
+                f"The plan names the layer {choice.layer!r}, which the model does not have: {advice}"
+            )
+        named.add(choice.layer)
         if choice.option is not None:
             _check_option(known[choice.layer], choice.option)
+    for layer in layers:
+        if layer.id not in named:
+            raise PlanError(f"The plan lacks the layer {layer.id!r}: {advice}")
 
 
 def _check_option(layer: Layer, option: Option) -> None:
+    name = f"In the plan, layer {layer.id!r}"
     if option.fold not in layer.folds:
-        raise PlanError(f"Layer {layer.id!r} has no fold {option.fold}: choose one of {', '.join(layer.folds)}.")
+        raise PlanError(f"{name} has no fold {option.fold}: choose one of {', '.join(layer.folds)}.")
     if option.k not in layer.slices:
-        choices = ", ".join(map(str, layer.slices))
-        raise PlanError(f"Layer {layer.id!r} cannot be cut into k = {option.k} slices: choose one of {choices}.")
+        slices = ", ".join(map(str, layer.slices))
+        raise PlanError(f"{name} cannot be cut into k = {option.k} slices: choose one of {slices}.")
     full = layer.full_rank(option.fold, option.k)
     if not 1 <= option.j <= full:
-        raise PlanError(f"Layer {layer.id!r} cannot have rank j = {option.j}: choose one between 1 and {full}.")
+        raise PlanError(f"{name} cannot have rank j = {option.j}: choose one between 1 and {full}.")

@@ -5,9 +5,9 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - schema: 1. It grows when a key changes its meaning or goes; new keys do not change it.
 - version: of this program.
 - model: name, sha256 of the input model.
-- recipe: name, measure, aggregate.
+- recipe: name, measure.
 - ratio: budget, asked, reached.
-- solver: objective, gap; null where a plan was replayed.
+- solver: aggregate, power, objective, gap; null where a plan was replayed.
 - totals: params, macs, bytes, each with before, after, ratio.
 - layers: a list in graph order of id, op, shape (groups, outputs per group, inputs per group, kernel ...),
   dtype, nodes, fold, k, j, full_rank (null where kept), params, macs (each before, after, ratio), error,
@@ -47,7 +47,6 @@ def as_dict(report: Report) -> dict[str, Any]:
         "recipe": {
             "name": report.recipe,
             "measure": report.measure.value,
-            "aggregate": report.aggregate.value,
         },
         "ratio": {"budget": report.budget.value, "asked": report.asked, "reached": report.reached},
         "solver": asdict(report.solver) if report.solver else None,

@@ -75,10 +75,14 @@ class Solver:
     """How good the plan is.
 
     Attributes:
-        objective: The aggregate of the layers' errors that the recipe minimizes.
+        aggregate: How the layers' errors became the objective.
+        power: The exponent of an error in a sum.
+        objective: What the recipe minimizes.
         gap: Proven bound on how far the objective is above the best possible, relative to it; 0 is optimal.
     """
 
+    aggregate: Aggregate
+    power: float
     objective: float
     gap: float
 
@@ -93,7 +97,6 @@ class Report:
         sha256: Digest of the input model.
         recipe: Name of the recipe.
         measure: The error of an option.
-        aggregate: How the layers' errors became the objective.
         budget: What the ratio counts.
         asked: The ratio asked for.
         reached: The ratio of the output.
@@ -111,7 +114,6 @@ class Report:
     sha256: str
     recipe: str
     measure: Measure
-    aggregate: Aggregate
     budget: Budget
     asked: float
     reached: float

@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from onnx_lowrank.report.model import LayerRow, Report, Total
-from onnx_lowrank.types import Validation
+from onnx_lowrank.report.model import LayerRow, Report, Solver, Total
+from onnx_lowrank.types import Aggregate, Measure, Validation
 
 _ASCII = str.maketrans(
     {"×": "x", "·": "*", "→": ">", "–": "-", "≤": "<", "…": "~", "‖": "|", "−": "-", "Ŵ": "W'"}
@@ -153,8 +153,16 @@ def _ratios(report: Report) -> str:
     if report.solver is None:
         return line
     proof = "proven optimal" if report.solver.gap <= 0 else f"within {report.solver.gap:.2g} of the optimum"
-    objective = f"{report.aggregate} of {report.measure} errors"
-    return f"{line} Objective ({objective}): {_number(report.solver.objective)}, {proof}."
+    return f"{line} Objective ({_objective(report.solver, report.measure)}): {proof}."
+
+
+def _objective(solver: Solver, measure: Measure) -> str:
+    """What was minimized, and its value."""
+    value = _number(solver.objective)
+    if solver.aggregate is not Aggregate.SUM:
+        return f"largest {measure} error {value}"
+    power = "" if solver.power == 1 else f" to the power {solver.power:g}"
+    return f"sum of {measure} errors{power} {value}"
 
 
 def _validation(validation: Validation, page: _Page) -> None:

@@ -1,7 +1,7 @@
 """Scores of recipes over models and ratios: `python tests/benchmarks/bench_recipes.py [options]`.
 
 Without options: every recipe that ships, on every model, at the ratios of the table in passes/README.md.
-With --search, a grid of rules in place of the recipes: the measurement that chose the default.
+With --search, a grid of rules beside the recipes: the measurement that chose the default.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=[], help="names of models; by default all")
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.8, 0.65, 0.5, 0.35])
     parser.add_argument("--near-half", action="store_true", help=f"the mean over {NEAR_HALF} instead")
-    parser.add_argument("--search", action="store_true", help="a grid of rules instead of the recipes")
-    parser.add_argument("--recipes", nargs="*", default=[])
+    parser.add_argument("--search", action="store_true", help="a grid of rules beside the recipes")
+    parser.add_argument("--recipes", nargs="*", default=[], help="names of recipes or rules; by default all")
     options = parser.parse_args()
-    recipes = list(grid()) if options.search else list(load_all())
+    recipes = [*load_all(), *(grid() if options.search else ())]
     if options.recipes:
         recipes = [recipe for recipe in recipes if recipe.name in options.recipes]
     groups = [NEAR_HALF] if options.near_half else [(ratio,) for ratio in options.ratios]

@@ -44,11 +44,10 @@ def report(**changes: object) -> Report:
         sha256="ab" * 32,
         recipe="power",
         measure=Measure.SPECTRAL,
-        aggregate=Aggregate.SUM,
         budget=Budget.PARAMS,
         asked=0.5,
         reached=0.4987,
-        solver=Solver(0.0321, 0.0),
+        solver=Solver(Aggregate.SUM, 4, 0.0321, 0.0),
         layers=(row(0), row(1, kept=True), row(2)),
         skipped=(
             *(Skipped("", f"m{i}", "MatMul", "", "no constant operand") for i in range(5)),
@@ -97,7 +96,7 @@ def test_terminal_totals_ratio_and_proof():
     assert "0.500" in text
     assert "0.4987, asked for 0.5" in text
     assert "proven optimal" in text
-    assert "within 0.01 of the optimum" in printed(report(solver=Solver(1.0, 0.01)))
+    assert "within 0.01 of the optimum" in printed(report(solver=Solver(Aggregate.MAX, 1, 1.0, 0.01)))
     assert "Objective" not in printed(report(solver=None))
 
 

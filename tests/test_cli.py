@@ -1,0 +1,707 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_lowrank import cli, compress
+from onnx_lowrank import recipe as recipes
+from tiny import CNN, DIGITS, cnn, decaying, files
+
+HALF = ("in.onnx", "out.onnx", "--ratio", "0.5")
+RUN = ("--quiet", *HALF)
+STAGES = ("find layers", "spectra", "plan", "factorize", "validate")
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self):
+        """What went wrong, where nothing else was printed."""
+        assert self.out == ""
+        assert self.err.startswith("onnx-lowrank: ")
+        assert self.err.endswith((".\n", "?\n"))
+        assert self.err.count("\n") == 1, "one line, so no traceback either"
+        return self.err.removeprefix("onnx-lowrank: ").rstrip()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a model in it; temporary files go there, too, so that none is missed."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(tempfile, "tempdir", str(work))
+    onnx.save(cnn(), "in.onnx")
+    return work
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        return Outcome(exit_.value.code, *capsys.readouterr())
+
+    return run
+
+
+def report_of(outcome):
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+# --- what is wrong is told in one sentence, and nothing is written ------------------------------------
+
+WRONG = {
+    "no arguments": ([], "IN.onnx is missing"),
+    "no OUT": (
+        ["in.onnx", "--ratio", "0.5"],
+        "OUT.onnx is missing: name the file to write, or pass --dry-run",
+    ),
+    "too many files": ([*HALF, "more.onnx"], "unexpected extra argument (more.onnx)"),
+    "unknown option": ([*HALF, "--fast"], "no option --fast"),
+    "misspelt option": ([*HALF, "--reprot"], "no option --reprot: did you mean --report?"),
+    "option without value": (["in.onnx", "out.onnx", "--ratio"], "'--ratio' requires an argument"),
+    "missing file": (["no.onnx", "out.onnx", "--ratio", "0.5"], "no.onnx does not exist"),
+    "missing folder of IN": (["no/in.onnx", "out.onnx", "--ratio", "0.5"], "no/in.onnx does not exist"),
+    "folder as IN": ([".", "out.onnx", "--ratio", "0.5"], ". is a folder"),
+    "text as IN": (["text.txt", "out.onnx", "--ratio", "0.5"], "text.txt is no binary ONNX model"),
+    "empty IN": (["empty.onnx", "out.onnx", "--ratio", "0.5"], "empty.onnx is empty"),
+    "OUT is IN": (
+        ["in.onnx", "in.onnx", "--ratio", "0.5"],
+        "in.onnx is the input model, which is never changed",
+    ),
+    "OUT is IN, spelt otherwise": (["in.onnx", "sub/../in.onnx", "--ratio", "0.5"], "is the input model"),
+    "OUT links to IN": (["in.onnx", "link.onnx", "--ratio", "0.5"], "link.onnx is the input model"),
+    "IN links to OUT": (["link.onnx", "in.onnx", "--ratio", "0.5"], "in.onnx is the input model"),
+    "plan over IN": ([*HALF, "--save-plan", "in.onnx"], "in.onnx is the input model"),
+    "report over IN": (
+        ["model.json", "out.onnx", "--ratio", "1", "--report", "model.json"],
+        "is the input model",
+    ),
+    "plan is OUT": ([*HALF, "--save-plan", "out.onnx"], "Two of the output files are the same"),
+    "plan is the report": ([*HALF, "--save-plan", "r.json", "--report", "sub/../r.json"], "are the same"),
+    "plan and report on stdout": ([*HALF, "--save-plan", "-", "--report", "-"], "are the same"),
+    "OUT in no folder": (["in.onnx", "no/out.onnx", "--ratio", "0.5"], "there is no folder no: create it"),
+    "OUT is a folder": (["in.onnx", "sub", "--ratio", "0.5"], "sub is a folder"),
+    "OUT below a file": (
+        ["in.onnx", "text.txt/out.onnx", "--ratio", "0.5"],
+        "text.txt/out.onnx cannot be written",
+    ),
+    "plan in no folder": ([*HALF, "--save-plan", "no/p.json"], "there is no folder no"),
+    "report in no folder": ([*HALF, "--report", "no/r.json"], "there is no folder no"),
+    "report is a folder": ([*HALF, "--report", "sub.json"], "sub.json is a folder"),
+    "report as HTML": (
+        [*HALF, "--report", "r.html"],
+        "--report: 'r.html' is neither a .json file nor - for stdout",
+    ),
+    "report without suffix": ([*HALF, "--report", "report"], "--report: 'report' is neither a .json file"),
+    "no ratio": (["in.onnx", "out.onnx"], "either a ratio, such as --ratio 0.5, or a plan"),
+    "ratio and plan": ([*HALF, "--plan", "p.json"], "either a ratio, such as --ratio 0.5, or a plan"),
+    **{
+        f"ratio {value}": (
+            ["in.onnx", "out.onnx", "--ratio", value],
+            f"The ratio is {float(value)}, and has to be",
+        )
+        for value in ("0", "1.5", "-1", "nan", "inf", "-inf", "1e-400")
+    },
+    "ratio half": (
+        ["in.onnx", "out.onnx", "--ratio", "half"],
+        "--ratio: 'half' is no number, write it like 0.5",
+    ),
+    "ratio empty": (["in.onnx", "out.onnx", "--ratio", ""], "--ratio: '' is no number"),
+    "ratio in percent": (["in.onnx", "out.onnx", "--ratio", "50%"], "--ratio: '50%' is no number"),
+    "max-error nan": ([*HALF, "--max-error", "nan"], "largest error to accept is nan"),
+    "max-error negative": ([*HALF, "--max-error", "-1"], "largest error to accept is -1.0"),
+    "max-error text": ([*HALF, "--max-error", "small"], "--max-error: 'small' is no number"),
+    "unknown recipe": ([*HALF, "--pass", "magic"], "no recipe 'magic': name a .toml file or one of alds"),
+    "recipe with an unknown key": ([*HALF, "--pass", "key.toml"], "unknown key 'colour'"),
+    "recipe with a bad value": ([*HALF, "--pass", "value.toml"], "has power = 0"),
+    "recipe that is no TOML": ([*HALF, "--pass", "broken.toml"], "is not valid TOML"),
+    "recipe that is missing": ([*HALF, "--pass", "no.toml"], "no.toml"),
+    "recipe with a plan": (["in.onnx", "out.onnx", "--plan", "p.json", "--pass", "svd"], "leave out --pass"),
+    "budget with a plan": (["in.onnx", "out.onnx", "--plan", "p.json", "--budget", "macs"], "and --budget"),
+    "missing plan": (["in.onnx", "out.onnx", "--plan", "p.json"], "The plan p.json cannot be read"),
+    "folder as plan": (["in.onnx", "out.onnx", "--plan", "sub"], "The plan sub cannot be read"),
+    "model as plan": (["in.onnx", "out.onnx", "--plan", "in.onnx"], "The plan in.onnx"),
+    "unknown budget": ([*HALF, "--budget", "latency"], "--budget: 'latency' is not one of 'params', 'macs'"),
+    "MACs of free dimensions": ([*HALF, "--budget", "macs"], "pass them as --input-shape NAME=1,3,224,224"),
+    "unknown device": ([*HALF, "--device", "tpu"], "--device: 'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+    "unknown provider": ([*HALF, "--provider", "MagicExecutionProvider"], "one of"),
+    "include of nothing": ([*HALF, "--include", "conv9*"], "is named 'conv9*'"),
+    "exclude of nothing": ([*HALF, "--exclude", "fc", "--exclude", "head.*"], "is named 'head.*'"),
+    **{
+        f"input shape {value!r}": (
+            [*HALF, "--input-shape", value],
+            f"--input-shape: {value!r} does not look like",
+        )
+        for value in (
+            "x",
+            "x=",
+            "=1,2",
+            "x=1,",
+            "x=1,0",
+            "x=1,-8",
+            "x=a",
+            "x=1.5",
+            "x=²",
+            "x=1x2",
+            f"x={10**30}",
+        )
+    },
+    "input shape of no input": (
+        [*HALF, "--input-shape", "z=1,8,6,6"],
+        "names 'z', but the model's inputs are x",
+    ),
+    "input shape of another rank": ([*HALF, "--input-shape", "x=1,8"], "the shape 1×8, but the model says"),
+    "input shape that contradicts": ([*HALF, "--input-shape", "x=1,9,6,6"], "the shape 1×9×6×6, but"),
+    "missing inputs": ([*HALF, "--inputs", "no.npz"], "The inputs no.npz cannot be read"),
+    "inputs that are no archive": ([*HALF, "--inputs", "text.txt"], "text.txt is not an .npz archive"),
+    "inputs of another name": ([*HALF, "--inputs", "name.npz"], "no input 'z': its inputs are x"),
+    "inputs of another shape": ([*HALF, "--inputs", "shape.npz"], "shape N×8×6×6 in the model"),
+    "inputs of another dtype": ([*HALF, "--inputs", "dtype.npz"], "is float32 in the model, but float64"),
+}
+
+
+@pytest.fixture
+def cluttered(folder):
+    """Things that a mistaken command can name."""
+    (folder / "sub").mkdir()
+    (folder / "sub.json").mkdir()
+    (folder / "text.txt").write_text("I am no model.\n")
+    (folder / "empty.onnx").touch()
+    (folder / "link.onnx").symlink_to("in.onnx")
+    onnx.save(cnn(), "model.json", format="protobuf")
+    recipe = 'summary = "s"\nfolds = ["encode"]\ngroups = "divisors"\naggregate = "sum"\n'
+    (folder / "key.toml").write_text(recipe + 'colour = "red"\n')
+    (folder / "value.toml").write_text(recipe + "power = 0\n")
+    (folder / "broken.toml").write_text("summary = \n")
+    np.savez("name.npz", z=np.ones((1, 8, 6, 6), np.float32))
+    np.savez("shape.npz", x=np.ones((1, 8, 6), np.float32))
+    np.savez("dtype.npz", x=np.ones((1, 8, 6, 6)))
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "text"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_command_or_input_is_one_sentence_and_exit_code_2(run, cluttered, arguments, text):
+    before = files(cluttered)
+    outcome = run("--quiet", *arguments)
+    assert text in outcome.message
+    assert outcome.code == 2
+    assert files(cluttered) == before
+
+
+@pytest.mark.parametrize("cut", [1, 4, 100, 0.25, 0.5, 0.75, -1000, -100, -20, -2, -1])
+def test_a_truncated_file_is_told(run, folder, cut):
+    data = DIGITS.read_bytes()
+    end = int(len(data) * cut) if isinstance(cut, float) else cut
+    Path("cut.onnx").write_bytes(data[:end])
+    before = files(folder)
+    outcome = run("--quiet", "cut.onnx", "out.onnx", "--ratio", "0.5")
+    assert "cut.onnx" in outcome.message
+    assert outcome.code == 2
+    assert files(folder) == before
+
+
+def test_errors_show_a_traceback_with_verbose_only(run, folder):
+    Path("in.onnx").write_bytes(b"no model")
+    assert "Traceback" not in run(*HALF).err
+    assert "Traceback" in run("--verbose", *HALF).err
+
+
+def test_an_internal_error_exits_with_1_and_tells_how_to_report_it(run, folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(cli, "compress", broken)
+    outcome = run(*RUN)
+    assert outcome.message.startswith("Internal error (RuntimeError: first line second line): run again with")
+    assert outcome.code == 1
+    assert "Traceback" in run(*RUN, "-v").err
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(run, folder):
+    outcome = run("--quiet", "\x1b[2Jno\n:smile:[red].onnx", "out.onnx", "--ratio", "0.5")
+    assert "\x1b" not in outcome.message
+    assert ":smile:[red].onnx does not exist" in outcome.message
+
+
+def test_an_absent_onnx_runtime_names_both_extras(run, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    outcome = run(*RUN)
+    assert "onnx-lowrank[cpu] or onnx-lowrank[gpu]" in outcome.message
+    assert outcome.code == 2
+    assert not Path("out.onnx").exists()
+    assert run("--quiet", "in.onnx", "--ratio", "0.5", "--dry-run").code == 0, "a plan needs no runtime"
+
+
+def test_cuda_without_cupy_names_the_extra(run, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    outcome = run(*RUN, "--device", "cuda")
+    assert "CuPy is not installed" in outcome.message
+    assert "onnx-lowrank[gpu]" in outcome.message
+    assert outcome.code == 2
+
+
+# --- ratios that cannot be reached --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [r.name for r in recipes.load_all() if r.price is None])
+def test_a_ratio_out_of_reach_tells_the_smallest_which_then_works(run, folder, recipe):
+    before = files(folder)
+    outcome = run("--quiet", "in.onnx", "out.onnx", "--ratio", "0.001", "--pass", recipe)
+    assert (
+        f"The ratio 0.001 of params cannot be reached for in.onnx: the smallest with recipe {recipe!r} is"
+        in (outcome.message)
+    )
+    assert outcome.code == 3
+    assert files(folder) == before
+    smallest = float(outcome.message.rstrip(".").rsplit(" ", 1)[1])
+    assert 0.001 < smallest < 0.5
+    again = run("--quiet", "in.onnx", "out.onnx", "--ratio", smallest, "--pass", recipe, "--report", "-")
+    assert smallest - 0.001 < report_of(again)["ratio"]["reached"] <= smallest
+
+
+def test_a_model_without_layers_reaches_ratio_1_only(run, folder):
+    onnx.save(
+        onnx.parser.parse_model(
+            '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Relu (x) }'
+        ),
+        "relu.onnx",
+    )
+    outcome = run("--quiet", "relu.onnx", "out.onnx", "--ratio", "0.5")
+    assert "relu.onnx has no layer that can be decomposed" in outcome.message
+    assert "the smallest ratio that can be reached is 1" in outcome.message
+    assert outcome.code == 3
+    assert not Path("out.onnx").exists()
+    report = report_of(run("-q", "relu.onnx", "out.onnx", "--ratio", "1", "--report", "-"))
+    assert report["layers"] == []
+    assert Path("out.onnx").exists()
+
+
+# --- weights that are no use --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_layer_with_nan_or_inf_is_skipped_and_the_others_compress(run, folder, value):
+    weight = decaying(2, 16, 16, 3, 3)
+    weight[3, 2, 1, 0] = value
+    onnx.save(cnn(conv2=weight), "in.onnx")
+    report = report_of(run(*RUN[:-1], "0.8", "--report", "-"))
+    assert [(s["weight"], "NaN or Inf" in s["reason"]) for s in report["skipped"]] == [("conv2", True)]
+    assert {row["id"]: row["fold"] is not None for row in report["layers"]}["conv1"]
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load("out.onnx").graph.initializer}
+    np.testing.assert_array_equal(stored["conv2"], weight)
+
+
+def test_a_zero_weight_goes_first_and_without_error(run, folder):
+    onnx.save(cnn(conv2=np.zeros((16, 16, 3, 3), np.float32)), "in.onnx")
+    report = report_of(run(*RUN, "--report", "-"))
+    rows = {row["id"]: row for row in report["layers"]}
+    assert rows["conv2"]["j"] == 1
+    assert rows["conv2"]["error"] == 0
+    assert rows["conv2"]["certificate"] == {"spectral": [0.0], "frobenius": [0.0]}
+    assert rows["conv1"]["fold"] is None, "the zero weight alone reaches the ratio"
+    assert report["validation"]["worst"] == 0
+
+
+# --- validation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [None, b"precious"])
+def test_a_result_that_is_too_far_off_exits_with_4_and_writes_nothing(run, folder, existing):
+    if existing:
+        Path("out.onnx").write_bytes(existing)
+    before = files(folder)
+    outcome = run(*RUN, "--max-error", "1e-9", "--save-plan", "p.json", "--report", "r.json")
+    assert "The relative error of 'y' is" in outcome.message
+    assert "above --max-error 1e-09" in outcome.message
+    assert outcome.code == 4
+    assert files(folder) == before
+
+
+def test_a_result_within_the_bound_is_written(run, folder):
+    assert run(*RUN, "--max-error", "10").code == 0
+    assert Path("out.onnx").exists()
+
+
+def test_given_inputs_are_what_the_models_are_compared_on(run, folder):
+    np.savez("x.npz", x=np.zeros((3, 8, 6, 6), np.float32))
+    report = report_of(run(*RUN, "--inputs", "x.npz", "--report", "-"))
+    assert report["validation"]["inputs"] == "given: x float32 3×8×6×6"
+    assert report["validation"]["worst"] == 0
+
+
+# --- interrupts ---------------------------------------------------------------------------------------
+
+INTERRUPT_MESSAGE = "\nonnx-lowrank: Interrupted; no file is half-written.\n"
+INTERRUPTED = """
+import os, signal, sys
+from contextlib import contextmanager
+from onnx_lowrank import cli
+
+class Interrupting:
+    @contextmanager
+    def stage(self, name, total=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield lambda: None
+
+cli.Silent = Interrupting
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupt_at_any_stage_leaves_nothing_behind(run, folder, monkeypatch, stage):
+    onnx.save(cnn(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    before = files(folder)
+
+    class Interrupting(cli.Silent):
+        def stage(self, name, total=None):
+            if name == stage:
+                raise KeyboardInterrupt
+            return super().stage(name, total)
+
+    monkeypatch.setattr(cli, "Silent", Interrupting)
+    outcome = run("-q", "big.onnx", "out.onnx", "--ratio", "0.5")
+    assert outcome == Outcome(130, "", INTERRUPT_MESSAGE)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_an_interrupt_while_files_are_written_leaves_no_half_file(run, folder, monkeypatch, calls):
+    onnx.save(cnn(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    Path("out.onnx").write_bytes(b"old model")
+    Path("out.onnx.data").write_bytes(b"old data")
+    before = files(folder)
+    count = itertools.count()
+
+    def interrupted(file):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert run("-q", "big.onnx", "out.onnx", "--ratio", "0.5").code == 130
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("stage", ["spectra", "factorize"])
+def test_a_real_signal_exits_with_130(folder, stage):
+    before = files(folder)
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, stage, *RUN], capture_output=True, text=True, check=False
+    )
+    assert process.stderr == INTERRUPT_MESSAGE
+    assert process.returncode == 128 + signal.SIGINT
+    assert files(folder) == before
+
+
+# --- what the options promise -------------------------------------------------------------------------
+
+
+def test_one_run_writes_the_model_only_and_prints_to_stderr_only(run, folder):
+    before = files(folder)
+    outcome = run(*HALF)
+    assert outcome.code == 0
+    assert outcome.out == ""
+    for stage in STAGES:
+        assert stage in outcome.err
+    assert "conv1" in outcome.err
+    assert files(folder).keys() - before.keys() == {"out.onnx"}
+    assert files(folder)["in.onnx"] == before["in.onnx"]
+
+
+def test_quiet_prints_nothing(run, folder):
+    assert run(*RUN) == Outcome(0, "", "")
+
+
+def test_a_report_on_stdout_is_json_and_nothing_else(run, folder):
+    outcome = run(*HALF, "--report", "-")
+    report = json.loads(outcome.out)
+    assert report["ratio"]["reached"] <= report["ratio"]["asked"] == 0.5
+    assert "validate" in outcome.err
+    assert not Path("-").exists()
+
+
+def test_a_plan_on_stdout_is_the_plan_file(run, folder):
+    on_stdout = run(*RUN, "--save-plan", "-").out
+    assert run(*RUN, "--save-plan", "p.json").code == 0
+    assert Path("p.json").read_text(encoding="utf-8") == on_stdout
+    assert not Path("-").exists()
+
+
+def test_a_report_file_says_the_same_as_stdout(run, folder):
+    on_stdout = run(*RUN, "--report", "-").out
+    assert run(*RUN, "--report", "r.json").code == 0
+    assert Path("r.json").read_text(encoding="utf-8") == on_stdout
+
+
+def test_a_dry_run_needs_no_out_and_writes_nothing(run, folder):
+    before = files(folder)
+    without = run("in.onnx", "--ratio", "0.5", "--dry-run", "--report", "-")
+    with_out = run(*HALF, "--dry-run", "--report", "-")
+    report = report_of(without)
+    assert report == report_of(with_out)
+    assert report["validation"] is None
+    assert report["totals"]["bytes"]["after"] is None
+    assert any(row["fold"] for row in report["layers"])
+    assert files(folder) == before
+
+
+def test_a_dry_run_plans_what_the_real_run_does(run, folder):
+    assert run("-q", "in.onnx", "--ratio", "0.5", "--dry-run", "--save-plan", "dry.json").code == 0
+    assert run(*RUN, "--save-plan", "real.json").code == 0
+    assert Path("dry.json").read_bytes() == Path("real.json").read_bytes()
+
+
+def test_list_passes_gives_every_recipe_one_line_in_a_pipe(run):
+    outcome = run("--list-passes")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert [line.split()[0] for line in lines] == [recipe.name for recipe in recipes.load_all()]
+    for line, recipe in zip(lines, recipes.load_all(), strict=True):
+        assert recipe.summary in line
+        assert line == line.rstrip()
+        assert line.endswith(" (the default)") == (recipe.name == cli.DEFAULT_RECIPE)
+
+
+def test_list_passes_wraps_to_the_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("onnx_lowrank.cli.sys.stdout.isatty", lambda: True)
+    lines = run("--list-passes").out.splitlines()
+    assert len(lines) > len(recipes.load_all())
+    assert max(map(len, lines)) < 80
+
+
+def test_the_help_fits_80_columns_and_names_everything(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    outcome = run("-h")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome == run("--help")
+    assert max(map(len, outcome.out.splitlines())) < 80
+    for option in cli.command.params:
+        assert (
+            option.human_readable_name == "help"
+            or (option.opts[0] in outcome.out)
+            or option.metavar in outcome.out
+        )
+    for code in (
+        "0    done",
+        "1    internal",
+        "2    wrong",
+        "3    the ratio",
+        "4    validation",
+        "130  interrupted",
+    ):
+        assert f"    {code}" in outcome.out
+
+
+def test_every_option_is_an_argument_of_compress():
+    arguments = set(compress.__annotations__)
+    own = {"source", "out", "save_plan", "report", "quiet", "verbose", "list_passes", "version", "help"}
+    assert {option.name for option in cli.command.params} - own <= arguments
+
+
+@pytest.mark.parametrize("command", [["--version"], ["--list-passes"]])
+def test_the_module_runs_as_the_command(run, command):
+    process = subprocess.run(
+        [sys.executable, "-m", "onnx_lowrank", *command], capture_output=True, text=True, check=True
+    )
+    assert process.stdout == run(*command).out
+    assert process.stderr == ""
+
+
+def test_a_saved_plan_replays_to_the_same_bytes(run, folder):
+    first = report_of(run(*RUN, "--save-plan", "p.json", "--report", "-"))
+    again = run("-q", "in.onnx", "again.onnx", "--plan", "p.json", "--save-plan", "q.json", "--report", "-")
+    second = report_of(again)
+    assert Path("again.onnx").read_bytes() == Path("out.onnx").read_bytes()
+    assert Path("q.json").read_bytes() == Path("p.json").read_bytes()
+    assert second["solver"] is None
+    for key in ("totals", "ratio", "validation", "skipped"):
+        assert second[key] == first[key]
+    same = [{**row, "reason": ""} for row in second["layers"]]
+    assert same == [{**row, "reason": ""} for row in first["layers"]]
+
+
+def test_an_edited_plan_is_what_happens(run, folder):
+    assert run(*RUN, "--save-plan", "p.json").code == 0
+    plan = json.loads(Path("p.json").read_text())
+    for row in plan["layers"]:
+        row.update(fold=None, k=None, j=None)
+    plan["layers"][1].update(fold="cols", k=2, j=5)
+    Path("p.json").write_text(json.dumps(plan))
+    report = report_of(
+        run("-q", "in.onnx", "new.onnx", "--plan", "p.json", "--save-plan", "q.json", "--report", "-")
+    )
+    rows = {row["id"]: row for row in report["layers"]}
+    assert [rows["conv2"][key] for key in ("fold", "k", "j", "error")] == ["cols", 2, 5, None]
+    assert rows["conv1"]["reason"] == "the replayed plan keeps it"
+    factors = 5 * (2 * 16 * 3 + 16 * 3)
+    assert rows["conv2"]["params"] == {"before": 2304, "after": factors, "ratio": factors / 2304}
+    assert any("above the 0.5" in warning for warning in report["warnings"])
+    saved = json.loads(Path("q.json").read_text())["layers"][1]
+    assert saved == {"id": "conv2", "fold": "cols", "k": 2, "j": 5, "cost": factors, "error": None}
+
+
+ILLEGAL = {
+    "fold": ({"fold": "rows"}, "'fc' has no fold rows: choose one of encode"),
+    "k": ({"k": 3}, "cannot be cut into k = 3 slices: choose one of 1, 2, 4, 8, 16"),
+    "k of 0": ({"k": 0}, "cannot be cut into k = 0 slices"),
+    "j too large": ({"j": 5}, "cannot have rank j = 5: choose one between 1 and 4"),
+    "j of 0": ({"j": 0}, "cannot have rank j = 0"),
+    "unknown layer": ({"id": "head"}, "names the layer 'head', which the model does not have"),
+    "layer twice": ({"id": "conv1"}, "names the layer 'conv1' twice"),
+}
+
+
+@pytest.mark.parametrize(("edit", "text"), ILLEGAL.values(), ids=ILLEGAL.keys())
+def test_an_illegal_edit_is_told(run, folder, edit, text):
+    assert run("-q", "in.onnx", "--dry-run", "--ratio", "0.5", "--save-plan", "p.json").code == 0
+    plan = json.loads(Path("p.json").read_text())
+    assert plan["layers"][2]["id"] == "fc"
+    plan["layers"][2].update({"fold": "encode", "k": 1, "j": 1} | edit)
+    Path("p.json").write_text(json.dumps(plan))
+    before = files(folder)
+    outcome = run("-q", "in.onnx", "out.onnx", "--plan", "p.json")
+    assert text in outcome.message
+    assert outcome.code == 2
+    assert files(folder) == before
+
+
+def test_a_plan_of_another_model_or_other_layers_is_told(run, folder):
+    assert run("-q", "in.onnx", "--dry-run", "--ratio", "0.5", "--save-plan", "p.json").code == 0
+    outcome = run("-q", "in.onnx", "out.onnx", "--plan", "p.json", "--exclude", "conv1")
+    assert "names the layer 'conv1', which the model does not have: use the same --include" in outcome.message
+    assert outcome.code == 2
+    onnx.save(cnn(fc=decaying(9, 4, 16)), "in.onnx")
+    outcome = run("-q", "in.onnx", "out.onnx", "--plan", "p.json")
+    assert "The plan was made for another model" in outcome.message
+    assert outcome.code == 2
+    assert not Path("out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        (["--include", "conv1"], ["conv1"]),
+        (["--include", "n.c"], ["conv2"]),
+        (["--include", "conv[12]"], ["conv1", "conv2"]),
+        (["--include", "conv1", "--include", "n.c"], ["conv1", "conv2"]),
+        (["--exclude", "conv1"], ["conv2", "fc"]),
+        (["--exclude", "n.[ac]"], ["fc"]),
+        (["--exclude", "conv1", "--exclude", "fc"], ["conv2"]),
+        (["--include", "conv*", "--exclude", "n.a"], ["conv2"]),
+        (["--exclude", "*"], []),
+    ],
+)
+def test_include_and_exclude_choose_by_layer_and_by_node(run, folder, options, layers):
+    report = report_of(run("-q", "in.onnx", "--ratio", "1", "--dry-run", "--report", "-", *options))
+    assert [row["id"] for row in report["layers"]] == layers
+    assert {s["weight"] for s in report["skipped"]} == {"conv1", "conv2", "fc"} - set(layers)
+
+
+def test_layers_that_are_left_out_leave_as_they_came(run, folder):
+    assert run("-q", "in.onnx", "out.onnx", "--ratio", "0.8", "--exclude", "conv1").code == 0
+    before = {tensor.name: tensor for tensor in onnx.load("in.onnx").graph.initializer}
+    after = {tensor.name: tensor for tensor in onnx.load("out.onnx").graph.initializer}
+    assert after["conv1"] == before["conv1"]
+    assert "conv2" not in after
+
+
+def multiplications(proto):
+    """MACs of a model of Conv, Gemm and MatMul, counted from its inferred shapes."""
+    proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    graph = proto.graph
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    shapes = {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    total = 0
+    for node in graph.node:
+        if node.op_type == "Conv":
+            batch, _, *space = shapes[node.output[0]]
+            total += batch * int(np.prod(space)) * int(np.prod(weights[node.input[1]]))
+        elif node.op_type in ("Gemm", "MatMul"):
+            total += shapes[node.output[0]][0] * int(np.prod(weights[node.input[1]]))
+    return total
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+def test_a_budget_of_macs_is_kept_to_the_last_one(run, folder, ratio):
+    onnx.save(cnn(CNN.replace("N,", "2,")), "in.onnx")
+    options = ("--budget", "macs", "--include", "conv*", "--report", "-")
+    report = report_of(run("-q", "in.onnx", "out.onnx", "--ratio", ratio, *options))
+    before, after = (multiplications(onnx.load(name)) for name in ("in.onnx", "out.onnx"))
+    assert before == 2 * (36 * 16 * 8 * 9 + 36 * 16 * 16 * 9 + 4 * 16)
+    assert (report["totals"]["macs"]["before"], report["totals"]["macs"]["after"]) == (before, after)
+    assert ratio - 0.05 < after / before <= ratio
+    assert report["ratio"] == {"budget": "macs", "asked": ratio, "reached": after / before}
+
+
+def test_an_input_shape_makes_macs_known(run, folder):
+    report = report_of(run(*RUN, "--budget", "macs", "--input-shape", "x=2,8,6,6", "--report", "-"))
+    assert report["totals"]["macs"]["before"] == 2 * (36 * 16 * 8 * 9 + 36 * 16 * 16 * 9 + 4 * 16)
+    assert report["validation"]["inputs"].endswith("x float32 2×8×6×6")
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("recipe", [r.name for r in recipes.load_all() if r.price is None])
+def test_the_parameters_of_the_file_are_those_of_the_report(run, folder, ratio, recipe):
+    report = report_of(run("-q", "in.onnx", "out.onnx", "--ratio", ratio, "--pass", recipe, "--report", "-"))
+    counts = [
+        sum(
+            int(np.prod(tensor.dims)) for tensor in onnx.load(name).graph.initializer if tensor.data_type == 1
+        )
+        for name in ("in.onnx", "out.onnx")
+    ]
+    assert counts[0] == 16 * 8 * 9 + 16 * 16 * 9 + 4 * 16
+    assert [report["totals"]["params"][key] for key in ("before", "after")] == counts
+    assert counts[1] <= ratio * counts[0]
+
+
+# --- the same inputs give the same bytes --------------------------------------------------------------
+
+ON_CPUS = """
+import os, sys
+if hasattr(os, "sched_setaffinity") and sys.argv[1] == "one":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from onnx_lowrank.cli import main
+main(sys.argv[2:])
+"""
+
+
+def test_bytes_do_not_depend_on_threads_or_cpus(folder):
+    results = []
+    for cpus, threads in (("all", None), ("all", "1"), ("one", "2")):
+        environment = dict(os.environ)
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            environment.pop(name, None)
+            if threads:
+                environment[name] = threads
+        arguments = (DIGITS, "out.onnx", "--ratio", "0.5", "--save-plan", "p.json", "-q")
+        subprocess.run([sys.executable, "-c", ON_CPUS, cpus, *arguments], env=environment, check=True)
+        results.append((Path("out.onnx").read_bytes(), Path("p.json").read_bytes()))
+    assert results[0] == results[1] == results[2]
+
+
+def test_ratio_1_gives_the_input_model_back_and_says_so(run, folder):
+    outcome = run("in.onnx", "out.onnx", "--ratio", "1")
+    assert onnx.load("out.onnx") == onnx.load("in.onnx")
+    assert "Warning: No layer is rewritten, the output is the input model." in outcome.err

@@ -1,0 +1,200 @@
+import json
+from dataclasses import replace
+from math import isnan, nan
+
+import pytest
+
+from onnx_lowrank import plan as plans
+from onnx_lowrank.errors import PlanError
+from onnx_lowrank.types import Budget, Choice, Fold, Layer, Measure, Option, Plan
+
+PLAN = Plan(
+    model="ab" * 32,
+    recipe="power",
+    measure=Measure.SPECTRAL,
+    ratio=0.5,
+    budget=Budget.MACS,
+    choices=(
+        Choice("conv1", None, 100, 0.0),
+        Choice("body/größe\n", Option(Fold.DECODE, 2, 2), 48, 0.123456789),
+        Choice("fc", Option(Fold.ENCODE, 1, 3), 60, 1e-300),
+    ),
+)
+LAYERS = (
+    Layer("conv1", "Conv", 8, 8, (3, 3), 1, "float32", tuple(Fold), (1, 2, 4, 8), ()),
+    Layer("body/größe\n", "Conv", 8, 8, (3, 3), 2, "float32", (Fold.ENCODE, Fold.DECODE), (1, 2, 4), ()),
+    Layer("fc", "MatMul", 8, 4, (), 1, "float16", (Fold.ENCODE,), (1,), ()),
+)
+TABLE = json.loads(plans.to_json(PLAN))
+ROW = TABLE["layers"][1]
+
+
+def read(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    return plans.read(path)
+
+
+@pytest.mark.parametrize(
+    "plan", [PLAN, replace(PLAN, choices=()), replace(PLAN, ratio=1.0, measure=Measure.NUCLEAR)]
+)
+def test_a_plan_reads_back_as_it_was_written(tmp_path, plan):
+    text = plans.to_json(plan)
+    assert read(tmp_path, text) == plan
+    assert plans.to_json(read(tmp_path, text)) == text
+
+
+def test_the_file_has_one_line_for_each_layer():
+    lines = plans.to_json(PLAN).splitlines()
+    assert lines[0] == "{"
+    assert lines[1] == '  "version": 1,'
+    assert lines[7] == '  "layers": ['
+    assert lines[8] == ('    {"id": "conv1", "fold": null, "k": null, "j": null, "cost": 100, "error": 0.0},')
+    assert lines[9].startswith('    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "cost": 48, ')
+    assert lines[-2:] == ["  ]", "}"]
+
+
+def test_an_error_that_is_unknown_is_null(tmp_path):
+    plan = replace(PLAN, choices=(Choice("fc", Option(Fold.ENCODE, 1, 2), 24, nan),))
+    text = plans.to_json(plan)
+    assert json.loads(text)["layers"][0]["error"] is None
+    assert isnan(read(tmp_path, text).choices[0].error)
+
+
+@pytest.mark.parametrize("cost", [0, 10, 2**62])
+@pytest.mark.parametrize("error", [0, 1, 2.5, 1e300])
+def test_numbers_may_be_written_as_a_person_writes_them(tmp_path, cost, error):
+    table = {**TABLE, "ratio": 1, "layers": [{**ROW, "cost": cost, "error": error}]}
+    plan = read(tmp_path, json.dumps(table, indent=7))
+    assert plan.ratio == 1.0
+    assert (plan.choices[0].cost, plan.choices[0].error) == (cost, error)
+
+
+def table(**changes):
+    return json.dumps(TABLE | changes)
+
+
+def layer(**changes):
+    return json.dumps({**TABLE, "layers": [ROW | changes]})
+
+
+def without(mapping, key):
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+MALFORMED = {
+    "empty": ("", "not valid JSON"),
+    "cut": (plans.to_json(PLAN)[:-3], "not valid JSON"),
+    "TOML": ("[plan]\nversion = 1\n", "not valid JSON"),
+    "deep": ("[" * 200_000, "not valid JSON"),
+    "a huge integer": (
+        table(version=1).replace('"version": 1', '"version": ' + "9" * 5000),
+        "not valid JSON",
+    ),
+    "a list": ("[]", "it has to be an object with the keys version, model"),
+    "null": ("null", "it has to be an object"),
+    "a number": ("3", "it has to be an object"),
+    "an unknown key": (table(speed=1), "it has an unknown key 'speed'"),
+    **{f"no {key}": (json.dumps(without(TABLE, key)), f"it lacks the key {key!r}") for key in TABLE},
+    "version 2": (table(version=2), "version is 2, and this program reads version 1"),
+    "version true": (table(version=True), "version is True"),
+    "version text": (table(version="1"), "version is '1'"),
+    "model 3": (table(model=3), "model is 3"),
+    "model null": (table(model=None), "model is None"),
+    "recipe list": (table(recipe=[]), "recipe is []"),
+    "measure": (table(measure="magic"), "measure is 'magic', which is none of spectral, spectral-bound"),
+    "measure list": (table(measure=["spectral"]), "measure is ['spectral']"),
+    "budget": (table(budget="latency"), "budget is 'latency', which is none of params, macs"),
+    **{
+        f"ratio {value!r}": (table(ratio=value), f"ratio is {value!r}, which has to be a number above 0")
+        for value in (0, -0.5, 1.5, float("inf"), float("nan"), "0.5", None, True, [0.5], 10**400)
+    },
+    "layers null": (table(layers=None), "layers has to be a list"),
+    "layers object": (table(layers={}), "layers has to be a list"),
+    "layer text": (table(layers=["fc"]), "every layer has to be an object with the keys id, fold"),
+    "layer with an unknown key": (layer(rank=3), "every layer has an unknown key 'rank'"),
+    **{
+        f"layer without {key}": (
+            json.dumps({**TABLE, "layers": [without(ROW, key)]}),
+            f"lacks the key {key!r}",
+        )
+        for key in ROW
+    },
+    "id 3": (layer(id=3), "a layer's id is 3"),
+    "fold": (layer(fold="diagonal"), "is 'diagonal', which is none of encode, rows, cols, decode"),
+    "fold 1": (layer(fold=1), "is 1, which is none of"),
+    "fold null": (layer(fold=None), "is None, which is none of"),
+    **{
+        f"{key} {value!r}": (layer(**{key: value}), f"{key} = {value!r}")
+        for key in ("k", "j")
+        for value in (None, 1.0, "1", True, [])
+    },
+    **{
+        f"cost {value!r}": (layer(cost=value), f"cost = {value!r}, which has to be a whole number")
+        for value in (None, 1.5, -1, "1", True, 10**30)
+    },
+    **{
+        f"error {value!r}": (layer(error=value), f"error = {value!r}, which has to be a number or null")
+        for value in ("0.1", True, [], float("nan"), float("inf"), 10**400)
+    },
+}
+
+
+@pytest.mark.parametrize(("text", "message"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_plan_is_told_in_one_sentence(tmp_path, text, message):
+    with pytest.raises(PlanError) as error:
+        read(tmp_path, text)
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"The plan {tmp_path / 'plan.json'} is ")
+    assert str(error.value).endswith(".")
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(PlanError, match="cannot be read \\(No such file or directory\\)"):
+        plans.read(tmp_path / "no.json")
+    with pytest.raises(PlanError, match="cannot be read \\(Is a directory\\)"):
+        plans.read(tmp_path)
+    (tmp_path / "latin.json").write_bytes(b'{"version": "\xe9"}')
+    with pytest.raises(PlanError, match="no UTF-8 text"):
+        plans.read(tmp_path / "latin.json")
+    with pytest.raises(PlanError, match="cannot be read"):
+        plans.read("a\0b")
+
+
+def test_a_plan_fits_its_model_in_any_order():
+    plans.check(PLAN, PLAN.model, LAYERS)
+    plans.check(replace(PLAN, choices=PLAN.choices[::-1]), PLAN.model, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("option", "legal"),
+    [
+        *((Option(fold, 2, 2), fold in (Fold.ENCODE, Fold.DECODE)) for fold in Fold),
+        *((Option(Fold.ENCODE, k, 1), k in (1, 2, 4)) for k in range(-1, 10)),
+        *((Option(Fold.ENCODE, 1, j), 1 <= j <= 4) for j in range(-1, 8)),
+        *((Option(Fold.DECODE, 4, j), j == 1) for j in (0, 1, 2)),
+    ],
+)
+def test_an_option_has_to_be_one_of_the_layers(option, legal):
+    # Two groups of 4 features and 4 channels, kernel 3×3: the full rank is min(4, 36 / k) for encode and
+    # min(36, 4 / k) for decode.
+    plan = replace(PLAN, choices=(PLAN.choices[0], Choice("body/größe\n", option, 1, 0.0), PLAN.choices[2]))
+    if legal:
+        plans.check(plan, PLAN.model, LAYERS)
+    else:
+        with pytest.raises(PlanError, match="In the plan, layer 'body/größe"):
+            plans.check(plan, PLAN.model, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("choices", "model", "message"),
+    [
+        (PLAN.choices, "cd" * 32, "made for another model"),
+        (PLAN.choices[:2], PLAN.model, "lacks the layer 'fc': use the same --include and --exclude"),
+        ((*PLAN.choices, Choice("new", None, 1, 0.0)), PLAN.model, "names the layer 'new', which"),
+        ((*PLAN.choices, PLAN.choices[0]), PLAN.model, "names the layer 'conv1' twice"),
+    ],
+)
+def test_a_plan_for_something_else_is_told(choices, model, message):
+    with pytest.raises(PlanError, match=message):
+        plans.check(replace(PLAN, choices=choices), model, LAYERS)
