@@ -14,6 +14,7 @@ from rich.console import Console
 import onnx_lowrank
 from onnx_lowrank import BudgetError, InputError, PlanError, RecipeError, Result, ValidationError, compress
 from onnx_lowrank import recipe as recipes
+from onnx_lowrank.pipeline import DEFAULT_RECIPE
 from onnx_lowrank.types import Budget, Fold, Option
 from tiny import CNN, DIGITS, built, cnn, decaying, files
 
@@ -98,7 +99,7 @@ def test_a_result_explains_itself():
 
 def test_the_model_says_how_it_was_made_where_something_was_done():
     entries = {entry.key: entry.value for entry in compress(cnn(), 0.5).proto.metadata_props}
-    assert json.loads(entries["onnx_lowrank.run"])["recipe"] == "power"
+    assert json.loads(entries["onnx_lowrank.run"])["recipe"] == DEFAULT_RECIPE
 
 
 @pytest.mark.parametrize("recipe", FREE)

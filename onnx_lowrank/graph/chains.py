@@ -35,7 +35,9 @@ class Fragment:
         self._stem = stem
         self._unique = unique
 
-    def add(self, role: str, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
+    def add(
+        self, role: str, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
+    ) -> str:
         """Append a node and return the name of its output, by default a new one called after its role."""
         output = output or self._unique(f"{self._stem}_{role}")
         node = gs.Node(
@@ -67,11 +69,13 @@ class Operands:
 # --- convolutions ---------------------------------------------------------------------------------
 
 
-def convolution_layout(layer: Layer, nodes: Sequence[NodeProto], factors: Factors) -> tuple[NDArray[Any], NDArray[Any]]:
+def convolution_layout(
+    layer: Layer, nodes: Sequence[NodeProto], factors: Factors
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Lay the factors of a Conv or ConvTranspose out as their nodes read them."""
     encoder, decoder = factors.encoder, factors.decoder
     groups, k, j, c, *first = encoder.shape
-    f, *second = decoder.shape[1], *decoder.shape[4:]
+    _, f, _, _, *second = decoder.shape
     first_op, second_op = _operators(layer, nodes, factors.fold)
     if first_op == "ConvTranspose":
         encoder = encoder.swapaxes(2, 3).reshape(groups * k * c, j, *first)
@@ -85,11 +89,16 @@ def convolution_layout(layer: Layer, nodes: Sequence[NodeProto], factors: Factor
 
 
 def convolution(
-    fragment: Fragment, layer: Layer, nodes: Sequence[NodeProto], node: NodeProto, option: Option, names: Operands
+    fragment: Fragment,
+    layer: Layer,
+    nodes: Sequence[NodeProto],
+    node: NodeProto,
+    option: Option,
+    names: Operands,
 ) -> str:
     """Conv or ConvTranspose → two of them; returns the name of the result (design table of folds)."""
     first_op, second_op = _operators(layer, nodes, option.fold)
-    held = _held_by_encoder(layer, node, option.fold)
+    held = _held_by_encoder(layer, nodes, option.fold)
     rest = tuple(axis for axis in range(len(layer.kernel)) if axis not in held)
     kernels = option.fold.kernels(layer.kernel)
     hidden = fragment.add(
@@ -99,15 +108,17 @@ def convolution(
         **_geometry(node, held, kernels[0], layer.groups * option.k, first_op),
     )
     inputs = [hidden, names.decoder] + ([names.bias] if names.bias else [])
-    return fragment.add("decoder", second_op, inputs, **_geometry(node, rest, kernels[1], layer.groups, second_op))
+    return fragment.add(
+        "decoder", second_op, inputs, **_geometry(node, rest, kernels[1], layer.groups, second_op)
+    )
 
 
-def _held_by_encoder(layer: Layer, node: NodeProto, fold: Fold) -> tuple[int, ...]:
+def _held_by_encoder(layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[int, ...]:
     """The spatial axes whose stride, padding and dilation go to the first factor (rule 2)."""
     axes = fold.encoder_axes(len(layer.kernel))
-    if attribute_of(node, "output_shape") is not None:
+    if any(spatial(node, "output_shape") for node in nodes):  # it fixes all axes at once
         return axes
-    small_first = node.op_type == "Conv"
+    small_first = layer.op == "Conv"
     return tuple(a for a, n in enumerate(layer.kernel) if (a in axes if n > 1 else small_first))
 
 
@@ -118,22 +129,31 @@ def _operators(layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[st
     busy: set[int] = {axis for axis, n in enumerate(layer.kernel) if n > 1}
     for node in nodes:
         busy |= {axis for axis in range(len(layer.kernel)) if _is_busy(node, axis, len(layer.kernel))}
-    held = set(_held_by_encoder(layer, nodes[0], fold))
+    held = set(_held_by_encoder(layer, nodes, fold))
     return tuple("ConvTranspose" if axes else "Conv" for axes in (busy & held, busy - held))  # type: ignore[return-value]
 
 
 def _is_busy(node: NodeProto, axis: int, n: int) -> bool:
-    pads = attribute_of(node, "pads", [0] * 2 * n)
+    """Whether a node does more along an axis than its kernel would if it had size 1."""
+    pads = spatial(node, "pads") or [0] * 2 * n
     return bool(
-        attribute_of(node, "strides", [1] * n)[axis] != 1
+        (spatial(node, "strides") or [1] * n)[axis] != 1
         or pads[axis]
         or pads[axis + n]
-        or attribute_of(node, "output_padding", [0] * n)[axis]
-        or attribute_of(node, "output_shape") is not None
+        or (spatial(node, "output_padding") or [0] * n)[axis]
+        or spatial(node, "output_shape")
     )
 
 
-def _geometry(node: NodeProto, held: tuple[int, ...], kernel: tuple[int, ...], group: int, op: str) -> dict[str, Any]:
+def spatial(node: NodeProto, name: str) -> list[int]:
+    """The entries of a spatial attribute of a convolution; none where it is left out."""
+    values: list[int] = attribute_of(node, name, [])
+    return values
+
+
+def _geometry(
+    node: NodeProto, held: tuple[int, ...], kernel: tuple[int, ...], group: int, op: str
+) -> dict[str, Any]:
     """Attributes of the factor that holds the axes `held` of a convolution."""
     n = len(kernel)
     attributes: dict[str, Any] = {"kernel_shape": list(kernel)}
@@ -143,18 +163,16 @@ def _geometry(node: NodeProto, held: tuple[int, ...], kernel: tuple[int, ...], g
         return attributes
     per_axis = ["strides", "dilations"] + (["output_padding"] if op == "ConvTranspose" else [])
     for name in per_axis:
-        values = attribute_of(node, name)
-        if values is not None:
+        if values := spatial(node, name):
             neutral = 0 if name == "output_padding" else 1
             attributes[name] = [v if a in held else neutral for a, v in enumerate(values)]
-    pads = attribute_of(node, "pads")
-    if pads is not None:
+    if pads := spatial(node, "pads"):
         attributes["pads"] = [v if a % n in held else 0 for a, v in enumerate(pads)]
     # SAME and VALID decide for each axis by its own kernel and stride, so they can be repeated.
-    for name in ["auto_pad"] + (["output_shape"] if op == "ConvTranspose" else []):
-        value = attribute_of(node, name)
-        if value is not None:
-            attributes[name] = value
+    if auto_pad := attribute_of(node, "auto_pad", ""):
+        attributes["auto_pad"] = auto_pad
+    if op == "ConvTranspose" and (sizes := spatial(node, "output_shape")):
+        attributes["output_shape"] = sizes
     return attributes
 
 
@@ -167,7 +185,9 @@ def inputs_first(layer: Layer) -> bool:
     return use.op == "Gather" or use.operand == 1
 
 
-def matrix_layout(layer: Layer, batch: tuple[int, ...], factors: Factors) -> tuple[NDArray[Any], NDArray[Any]]:
+def matrix_layout(
+    layer: Layer, batch: tuple[int, ...], factors: Factors
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Lay the factors of Gemm, MatMul or Gather out as the first use's nodes read them.
 
     Args:
@@ -175,7 +195,7 @@ def matrix_layout(layer: Layer, batch: tuple[int, ...], factors: Factors) -> tup
         batch: Leading axes of its weight in the model (their product is layer.groups).
         factors: Encoder (groups, k, j, c / k), decoder (groups, f, k, j).
     """
-    groups, k, j, c = factors.encoder.shape
+    _, k, j, c = factors.encoder.shape
     f = factors.decoder.shape[1]
     if k > 1:
         encoder, decoder = factors.encoder[0], factors.decoder.reshape(f, k * j)
@@ -224,7 +244,7 @@ def matrix(
 
 
 def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:
-    """x (..., N, k · c) times k slices (k, c, j) → (..., N, k · j)."""
+    """From x (..., N, k · c) times k slices (k, c, j) → (..., N, k · j)."""
     k, j = option.k, option.j
     if rank == 1:
         parts = fragment.reshape("slices", value, [k, 1, c])
@@ -239,7 +259,7 @@ def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: 
 
 
 def _sliced_left(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:
-    """k slices (k, j, c) times x (..., k · c, N) → (..., k · j, N)."""
+    """From k slices (k, j, c) times x (..., k · c, N) → (..., k · j, N)."""
     k, j = option.k, option.j
     keep, columns = ([0] * (rank - 2), [-1]) if rank > 1 else ([], [1])
     parts = fragment.reshape("slices", value, [*keep, k, c, *columns])

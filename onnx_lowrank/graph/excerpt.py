@@ -12,6 +12,7 @@ from onnx.helper import (
     make_tensor_value_info,
 )
 
+from onnx_lowrank.graph.chains import spatial
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.rewrite import inline
@@ -43,9 +44,15 @@ def excerpts(
         places.append(Place(use.scope, layer.batchnorm.node))
     kind = binding.casts[0] or binding.stored.source.tensor.data_type
     entry = _entry(layer, node, kind)
-    names = {node.name: index for index, node in enumerate(new_walk.scopes[use.scope].nodes)}
+    # The last node has kept the old one's name, which need not be unique; but its output is.
+    result = walk.node(places[-1]).output[0]
+    new_nodes = new_walk.scopes[use.scope].nodes
+    names = {node.name: index for index, node in enumerate(new_nodes)}
+    names[chain[-1]] = next(index for index, node in enumerate(new_nodes) if result in node.output)
     new_places = [Place(use.scope, names[name]) for name in chain]
-    return _excerpt(original, walk, places, entry, kind), _excerpt(rewritten, new_walk, new_places, entry, kind)
+    return _excerpt(original, walk, places, entry, kind), _excerpt(
+        rewritten, new_walk, new_places, entry, kind
+    )
 
 
 def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto:
@@ -53,7 +60,7 @@ def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto:
     use = layer.uses[0]
     channels = layer.c // layer.groups
     if layer.kernel:
-        dilations = attribute_of(node, "dilations", [1] * len(layer.kernel))
+        dilations = spatial(node, "dilations") or [1] * len(layer.kernel)
         sizes = [(n - 1) * d + 1 + _SPREAD for n, d in zip(layer.kernel, dilations, strict=True)]
         return make_tensor_value_info(node.input[0], kind, [1, layer.c, *sizes])
     if use.op == "Gather":
@@ -65,13 +72,19 @@ def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto:
     return make_tensor_value_info(node.input[1 - use.operand], kind, shape)
 
 
-def _excerpt(model: Model, walk: Walk, places: Sequence[Place], entry: ValueInfoProto, kind: int) -> ModelProto:
+def _excerpt(
+    model: Model, walk: Walk, places: Sequence[Place], entry: ValueInfoProto, kind: int
+) -> ModelProto:
     nodes = [walk.node(place) for place in places]
     made = {name for node in nodes for name in node.output} | {entry.name, ""}
     constants: dict[str, TensorProto] = {}
     for place, node in zip(places, nodes, strict=True):
         for index, name in enumerate(node.input):
-            value = None if name in made or name in constants else constant(walk, model, walk.operand(place, index))
+            value = (
+                None
+                if name in made or name in constants
+                else constant(walk, model, walk.operand(place, index))
+            )
             if value is not None:
                 constants[name] = inline(name, value)
     result = make_tensor_value_info(nodes[-1].output[0], kind, None)

@@ -2,11 +2,13 @@
 
 The rules, in the order in which they are asked:
 
-1. The node is a Conv, ConvTranspose, Gemm, MatMul or Gather of the default domain, and none of its
-   attributes is a reference to a function's attribute.
+1. The node is a Conv, ConvTranspose, Gemm, MatMul or Gather of the default domain with an input and
+   an output, and none of its attributes is a reference to a function's attribute.
 2. One of its operands is a constant float tensor, behind any chain of views.
-3. The weight has a form that factors: a kernel that is not depthwise, a matrix, a table on axis 0.
-4. Everything that reads the constant is a use of the same matrix (or of its transpose, k = 1).
+3. The weight has a form that factors: a kernel that fits the node's attributes and is not depthwise, a
+   matrix, a table on axis 0.
+4. Everything that reads the constant is a use of the same matrix (or of its transpose, k = 1), and a
+   batch of matrices meets no vector.
 5. Its name is included and not excluded, rank 1 is smaller than the weight, and its numbers are
    finite.
 
@@ -29,8 +31,8 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.prepare import Preparation, prepare
 from onnx_lowrank.graph.shapes import Shapes, positions, rank
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of
-from onnx_lowrank.graph.weights import FLOATS, Source, Stored, cast_of, readers, resolve, viewed
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
+from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
 from onnx_lowrank.types import Fold, Layer, Skipped, Use
 
 OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": (1, 0), "Gather": (0,)}
@@ -47,11 +49,21 @@ LEFT_ALONE = {
         "it is quantized: compress before quantizing",
     ),
     **dict.fromkeys(
-        ("FusedConv", "FusedMatMul", "FusedGemm", "Attention", "MultiHeadAttention", "EmbedLayerNormalization"),
+        (
+            "FusedConv",
+            "FusedMatMul",
+            "FusedGemm",
+            "Attention",
+            "MultiHeadAttention",
+            "EmbedLayerNormalization",
+        ),
         "it is fused for one runtime: compress the model before that optimization",
     ),
 }
 """Operators with weights that are never layers, and why."""
+
+_SPATIAL = {"strides": 1, "dilations": 1, "pads": 2, "output_padding": 1, "output_shape": 1}
+"""Attributes of convolutions, with the entries that they have for every spatial axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +117,10 @@ def find(
             key = (seen.stored.source.scope, seen.stored.source.name)
             sources.setdefault(key, []).append(seen)
             order.append((place, key))
-    built = {key: _build(model, walk, shapes, uses, include, exclude) for key, uses in sources.items()}
+    ids = _ids(sources)
+    built = {
+        key: _build(model, walk, shapes, ids[key], uses, include, exclude) for key, uses in sources.items()
+    }
     skipped = []
     for place, what in order:
         outcome = what if isinstance(what, str) else built[what]
@@ -114,6 +129,21 @@ def find(
             node = walk.node(place)
             skipped.append(Skipped(place.scope, label(node), node.op_type, weight, outcome))
     return tuple(b for b in built.values() if isinstance(b, Binding)), tuple(skipped)
+
+
+def _ids(sources: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """An id for each (scope, name): the path, and a number where a slash in a name makes it ambiguous."""
+    ids: dict[tuple[str, str], str] = {}
+    taken: set[str] = set()
+    for scope, name in sources:
+        path = candidate = f"{scope}/{name}" if scope else name
+        n = 1
+        while candidate in taken:
+            n += 1
+            candidate = f"{path}#{n}"
+        taken.add(candidate)
+        ids[scope, name] = candidate
+    return ids
 
 
 def label(node: NodeProto) -> str:
@@ -128,9 +158,10 @@ def read(model: Model, walk: Walk, binding: Binding) -> NDArray[Any]:
 
 
 def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> NDArray[Any]:
-    weight = canonical_weight(walk.node(place), operand, viewed(walk, model, stored))
-    if isinstance(weight, str):  # find() has read it before, so its file has changed since
-        raise InputError(f"The weight {stored.source.name!r} changed while it was read: {weight}.")
+    value = viewed(walk, model, stored)
+    weight = None if value is None else canonical_weight(walk.node(place), operand, value)
+    if weight is None or isinstance(weight, str):  # find() has read it before, so its file has changed since
+        raise InputError(f"The weight {stored.source.name!r} changed while it was read: run again.")
     return weight
 
 
@@ -139,34 +170,39 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
     node = walk.node(place)
     if node.op_type in LEFT_ALONE:
         return LEFT_ALONE[node.op_type]
-    if node.op_type not in OPERANDS or node.domain not in ("", "ai.onnx"):
+    if not is_op(node, OPERANDS):
         return None
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its attributes come from the function's caller: inline the functions first"
-    reason = "its operands are computed, none is a constant weight"
+    if walk.result(place) is None or not all(node.input[:2]) or len(node.input) < 2:
+        return "it lacks an input or its output: repair the export"
+    reason = COMPUTED
     for operand in OPERANDS[node.op_type]:
-        tensor = walk.operand(place, operand)
-        found = resolve(walk, tensor) if tensor is not None else "its weight is missing"
-        if isinstance(found, Stored):
-            value = viewed(walk, model, found)
-            weight = canonical_weight(node, operand, value)
-            if value is not None and not isinstance(weight, str):
-                return _Seen(place, operand, found, value.shape, weight.shape)
-            found = weight
-        if "computed" not in found:
-            reason = found
+        found = resolve(walk, walk.operand(place, operand))
+        outcome = found if isinstance(found, str) else _seen(model, walk, place, operand, found)
+        if isinstance(outcome, _Seen):
+            return outcome
+        if reason is COMPUTED:
+            reason = outcome
     return reason
 
 
-def canonical_weight(node: NodeProto, operand: int, weight: NDArray[Any] | None) -> NDArray[Any] | str:
+def _seen(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> _Seen | str:
+    """Rule 3 for one constant operand."""
+    value = viewed(walk, model, stored)
+    if value is None:
+        return "the views of its weight are not constant or do not fit it: constant-fold the model first"
+    weight = canonical_weight(walk.node(place), operand, value)
+    return weight if isinstance(weight, str) else _Seen(place, operand, stored, value.shape, weight.shape)
+
+
+def canonical_weight(node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
     """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or say why it has none.
 
     ONNX lays weights out as: Conv (f, c / g, *kernel); ConvTranspose (c, f / g, *kernel); MatMul
     (*batch, c, f), or (*batch, f, c) where it is the left operand; Gemm likewise, under transA or
     transB; Gather (c, f), c the number of rows.
     """
-    if weight is None:
-        return "the views of its weight are not constant: constant-fold the model first"
     if weight.size == 0:
         return "its weight is empty"
     if node.op_type in ("Conv", "ConvTranspose"):
@@ -189,7 +225,13 @@ def canonical_weight(node: NodeProto, operand: int, weight: NDArray[Any] | None)
 def _kernel(node: NodeProto, weight: NDArray[Any]) -> NDArray[Any] | str:
     groups = attribute_of(node, "group", 1)
     if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
-        return f"its weight of shape {weight.shape} does not fit its {groups} groups"
+        return f"its weight of shape {weight.shape} does not fit its group {groups}: repair the export"
+    kernel = list(weight.shape[2:])
+    if attribute_of(node, "kernel_shape", kernel) not in ([], kernel):
+        return f"its weight of shape {weight.shape} does not fit its kernel_shape: repair the export"
+    for name, axes in _SPATIAL.items():
+        if len(attribute_of(node, name, [])) not in (0, axes * len(kernel)):
+            return f"its {name} do not fit its {len(kernel)} spatial axes: repair the export"
     blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     if node.op_type == "ConvTranspose":
         blocks = blocks.swapaxes(1, 2)
@@ -199,7 +241,13 @@ def _kernel(node: NodeProto, weight: NDArray[Any]) -> NDArray[Any] | str:
 
 
 def _build(
-    model: Model, walk: Walk, shapes: Shapes, seen: list[_Seen], include: Sequence[str], exclude: Sequence[str]
+    model: Model,
+    walk: Walk,
+    shapes: Shapes,
+    name: str,
+    seen: list[_Seen],
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> Binding | str:
     """Rules 4 and 5 for all uses of one source: the layer, or why it is none."""
     first = seen[0]
@@ -213,13 +261,14 @@ def _build(
         if isinstance(orientation, str):
             return orientation
         transposed.append(orientation)
-    name = f"{source.scope}/{source.name}" if source.scope else source.name
     reason = _selected((name, *(label(walk.node(use.place)) for use in seen)), include, exclude)
     if reason is not None:
         return reason
     uses = tuple(
         _use(walk, shapes, use, first.shape, flip) for use, flip in zip(seen, transposed, strict=True)
     )
+    if len(first.shape) == 3 and len(first.laid_out) > 2 and any(use.rank in (None, 1) for use in uses):
+        return "its batch of matrices needs an input of known rank above 1: pass --input-shape"
     alone = len(seen) == 1  # uses with a BatchNorm each could not share their factors
     features = first.shape[0] * first.shape[1]
     prepared = prepare(walk, model, first.place, first.operand, features) if alone else Preparation()
@@ -234,7 +283,7 @@ def _build(
 def _layer(walk: Walk, name: str, seen: list[_Seen], uses: tuple[Use, ...], prepared: Preparation) -> Layer:
     groups, f, c, *kernel = seen[0].shape
     folds = Fold.distinct(tuple(kernel))
-    if any(attribute_of(walk.node(use.place), "output_shape") is not None for use in seen):
+    if any(attribute_of(walk.node(use.place), "output_shape", []) for use in seen):
         # It fixes all spatial sizes at once, so one factor has to hold the whole kernel.
         folds = tuple(fold for fold in folds if 1 in map(prod, fold.kernels(tuple(kernel))))
     sliceable = bool(kernel) or (groups == 1 and _can_slice(walk, seen, uses))
@@ -288,7 +337,9 @@ def _other_readers(walk: Walk, source: Source, uses: set[tuple[Place, int]]) -> 
     for place, operand in found:
         if (place, operand) not in uses:
             node = walk.node(place)
-            return f"its weight is also read by {node.op_type} {label(node)!r}: give that node a copy of its own"
+            return (
+                f"its weight is also read by {node.op_type} {label(node)!r}: give that node a copy of its own"
+            )
     return None
 
 
@@ -313,11 +364,16 @@ def _orientation(model: Model, walk: Walk, first: _Seen, use: _Seen) -> bool | s
 def _selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
     names = tuple(names)
     for pattern in exclude:
-        if any(fnmatchcase(name, pattern) for name in names):
+        if matches(names, pattern):
             return f"--exclude {pattern} names it"
-    if include and not any(fnmatchcase(name, pattern) for name in names for pattern in include):
+    if include and not any(matches(names, pattern) for pattern in include):
         return "no --include pattern names it"
     return None
+
+
+def matches(names: Iterable[str], pattern: str) -> bool:
+    """Whether a glob, or a name as it is (which may have brackets), means one of the names."""
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
 
 
 def _use(walk: Walk, shapes: Shapes, seen: _Seen, shape: tuple[int, ...], transposed: bool) -> Use:

@@ -277,9 +277,11 @@ def outline(source: Model | onnx.ModelProto, keep: int = 1024) -> onnx.ModelProt
         keep: Contents of up to so many bytes stay, inline, as shape inference reads them; those of
             external tensors only if `source` is a Model, which knows their files.
     """
-    model = source if isinstance(source, Model) else None
     light = onnx.ModelProto()
-    _copy_light(source if model is None else model.proto, light, model, keep)
+    if isinstance(source, Model):
+        _copy_light(source.proto, light, source, keep)
+    else:
+        _copy_light(source, light, None, keep)
     return light
 
 

@@ -2,8 +2,8 @@
 
 It is folded under these conditions, otherwise it stays as it is:
 
-1. The layer is one Conv, ConvTranspose or Gemm with the weight on the right, and nothing but the
-   BatchNormalization reads its output.
+1. The layer is one Conv, ConvTranspose or Gemm (from opset 7 on, where a bias broadcasts) with the
+   weight on the right, and nothing but the BatchNormalization reads its output.
 2. The BatchNormalization runs in inference mode and computes one output.
 3. Its four parameters and the layer's bias are constants with one value per output feature, and
    what follows from them is finite.
@@ -19,9 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of
-from onnx_lowrank.graph.weights import constant, readers, resolve, Stored
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
+from onnx_lowrank.graph.weights import Stored, constant, readers, resolve
 from onnx_lowrank.types import BatchNorm
+
+_EPSILON = float(np.float32(1e-5))
+"""The default, which is a float32 like every float attribute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int)
         features: Output features of the layer, f.
     """
     node = walk.node(place)
-    if operand != 1 or node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+    biased = ("Conv", "ConvTranspose") + (("Gemm",) if walk.opsets[place.scope] >= 7 else ())
+    if operand != 1 or node.op_type not in biased:
         return Preparation()
     behind = _only_reader(walk, place)
     if behind is None or not _in_inference(walk, behind):
@@ -63,11 +67,11 @@ def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int)
 def _only_reader(walk: Walk, place: Place) -> Place | None:
     """The BatchNormalization that alone reads a node's output, in the same scope."""
     output = walk.result(place)
-    found = walk.consumers(output)
-    if walk.is_output(output) or len(found) != 1:
+    found = [] if output is None or walk.is_output(output) else walk.consumers(output)
+    if len(found) != 1:
         return None
     behind, operand = found[0]
-    is_norm = walk.node(behind).op_type == "BatchNormalization" and operand == 0
+    is_norm = is_op(walk.node(behind), ("BatchNormalization",)) and operand == 0
     return behind if is_norm and behind.scope == place.scope else None
 
 
@@ -77,7 +81,8 @@ def _in_inference(walk: Walk, place: Place) -> bool:
     if opset < 7:  # there the mode was an attribute that defaults to training
         training = not attribute_of(node, "is_test", 0)
     per_feature = attribute_of(node, "spatial", 1)
-    return not training and bool(per_feature) and sum(bool(name) for name in node.output) == 1
+    alone = walk.result(place) is not None and not any(node.output[1:])
+    return not training and bool(per_feature) and alone
 
 
 def _fold(walk: Walk, model: Model, place: Place, behind: Place, features: int) -> BatchNorm | None:
@@ -86,14 +91,12 @@ def _fold(walk: Walk, model: Model, place: Place, behind: Place, features: int) 
     BN(y) = γ (y − μ) / √(σ² + ε) + β per feature (ONNX operator specification, BatchNormalization).
     """
     values = [constant(walk, model, walk.operand(behind, index)) for index in (1, 2, 3, 4)]
-    if any(value is None or value.shape != (features,) for value in values):
+    bias = _bias(walk, model, place, features)
+    if bias is None or any(value is None or value.shape != (features,) for value in values):
         return None
     gamma, beta, mean, variance = (np.asarray(value, np.float64) for value in values)
-    bias = _bias(walk, model, place, features)
-    if bias is None:
-        return None
     with np.errstate(all="ignore"):
-        scale = gamma / np.sqrt(variance + attribute_of(walk.node(behind), "epsilon", 1e-5))
+        scale = gamma / np.sqrt(variance + attribute_of(walk.node(behind), "epsilon", _EPSILON))
         folded = scale * (bias - mean) + beta
     if not (np.isfinite(scale).all() and np.isfinite(folded).all()):
         return None

@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,11 +24,18 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
 
-from onnx_lowrank.graph.chains import Fragment, Operands, convolution, convolution_layout, matrix, matrix_layout
+from onnx_lowrank.graph.chains import (
+    Fragment,
+    Operands,
+    convolution,
+    convolution_layout,
+    matrix,
+    matrix_layout,
+)
 from onnx_lowrank.graph.layers import Binding, label
-from onnx_lowrank.graph.model import Model, scopes
-from onnx_lowrank.graph.walk import Place, Walk
-from onnx_lowrank.graph.weights import VIEWS, resolve, Stored, viewed
+from onnx_lowrank.graph.model import Model, Scope, scopes
+from onnx_lowrank.graph.walk import Place, Walk, is_op
+from onnx_lowrank.graph.weights import VIEWS, viewed
 from onnx_lowrank.types import Certificate, Factors, Layer, Option, Use
 
 Store = Callable[[str, NDArray[Any]], TensorProto]
@@ -72,10 +79,18 @@ class Rewritten:
 
 @dataclass(slots=True)
 class _Edit:
-    """What changes in one scope: nodes by index of the original, and new initializers."""
+    """What changes in one scope: nodes by index of the original, and tensors.
+
+    Attributes:
+        before: New nodes, by the node before which they stand.
+        deleted: The nodes that go.
+        forgotten: Names of the tensors that go, with all that is said about them.
+        initializers: New ones.
+    """
 
     before: dict[int, list[NodeProto]] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
+    forgotten: set[str] = field(default_factory=set)
     initializers: list[TensorProto] = field(default_factory=list)
 
 
@@ -105,8 +120,7 @@ def rewrite(
     writer = _Writer(model, walk, store)
     for replacement in replacements:
         writer.replace(replacement)
-    proto = writer.finish()
-    removed = _sweep(proto, writer.candidates)
+    proto, removed = writer.finish()
     for key, value in metadata.items():
         _add_metadata(proto, f"{METADATA}.{key}", value)
     return Rewritten(replace(model, proto=proto), writer.chains, removed)
@@ -117,12 +131,12 @@ class _Writer:
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
         self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
-        self.candidates: set[str] = set()
         self._model = model
         self._walk = walk
         self._store = store
         self._edits: dict[str, _Edit] = {path: _Edit() for path in walk.scopes}
-        self._taken = set(_names(walk))
+        self._taken = set(walk.names())
+        self._unreads: dict[tuple[Place, int], Any] = {}
 
     def replace(self, replacement: Replacement) -> None:
         """Plan the edits for one layer."""
@@ -161,7 +175,9 @@ class _Writer:
         if source.place is None and self._model.proto.ir_version >= 4:
             edit.initializers.append(tensor)
         else:
-            node = onnx.helper.make_node("Constant", [], [tensor.name], self._unique(f"{tensor.name}/constant"))
+            node = onnx.helper.make_node(
+                "Constant", [], [tensor.name], self._unique(f"{tensor.name}/constant")
+            )
             node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
             index = 0 if source.place is None else source.place.node
             edit.before.setdefault(index, []).append(node)
@@ -203,19 +219,19 @@ class _Writer:
             matrix(fragment, layer, use, node, replacement.option, axes, names)
         self._splice(fragment.nodes, use, node, layer)
         self._stamp(fragment.nodes, replacement)
-        self._release(binding, use, node)
+        self._release(layer, use)
         return tuple(node.name for node in fragment.nodes)
 
     def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
         """Put a chain in a node's place: its last node takes over the node's name, notes and output."""
         edit = self._edits[use.scope]
-        last, output = chain[-1], node.output[0]
+        last = chain[-1]
+        last.output[0] = node.output[0]
         if layer.batchnorm is not None:
-            edit.deleted.add(layer.batchnorm.node)
             norm = self._walk.node(Place(use.scope, layer.batchnorm.node))
-            self.candidates.update((*norm.input[1:5], output))
-            output = norm.output[0]
-        last.output[0] = output
+            last.output[0] = norm.output[0]
+            edit.deleted.add(layer.batchnorm.node)
+            edit.forgotten.add(node.output[0])
         last.name = node.name or last.name
         last.doc_string = node.doc_string
         last.metadata_props.extend(node.metadata_props)
@@ -236,96 +252,74 @@ class _Writer:
             for key, value in entries.items():
                 node.metadata_props.add(key=f"{METADATA}.{key}", value=value)
 
-    def _release(self, binding: Binding, use: Use, node: NodeProto) -> None:
-        """Note what may have lost its last reader (rule 3)."""
-        self.candidates.update((node.input[use.operand], binding.stored.source.name))
-        if binding.layer.batchnorm is not None and len(node.input) > 2:
-            self.candidates.add(node.input[2])
+    def _release(self, layer: Layer, use: Use) -> None:
+        """Note which tensors the chain of a use does not read any more (rule 3)."""
+        place = Place(use.scope, use.node)
+        unread = [(place, use.operand)]
+        if layer.batchnorm is not None:
+            unread += [
+                (place, 2),
+                *((Place(use.scope, layer.batchnorm.node), index) for index in range(1, 5)),
+            ]
+        for place, operand in unread:
+            tensor = self._walk.operand(place, operand)
+            if tensor is not None:
+                self._unreads[place, operand] = tensor
 
-    def finish(self) -> ModelProto:
-        """Apply all edits to a copy of the model, inner scopes before the ones that hold them."""
+    def _bury(self) -> tuple[str, ...]:
+        """Take out what has lost all its readers (rule 3); returns the graph inputs that go with it."""
+        removed = []
+        pending = list(self._unreads.values())
+        buried: set[tuple[str, str]] = set()
+        while pending:
+            tensor = pending.pop()
+            scope, name = key = self._walk.origin(tensor)
+            place = self._walk.producer(tensor)
+            is_kept = self._walk.is_output(tensor) or any(
+                read not in self._unreads for read in self._walk.consumers(tensor)
+            )
+            if is_kept or key in buried:
+                continue
+            if place is None and key in self._walk.initializers:
+                removed += [v.name for v in self._model.proto.graph.input if not scope and v.name == name]
+            elif place is None or not is_op(self._walk.node(place), VIEWS | {"Constant"}):
+                continue
+            else:
+                self._edits[scope].deleted.add(place.node)
+                for index in range(len(self._walk.node(place).input)):
+                    operand = self._walk.operand(place, index)
+                    if operand is not None:
+                        self._unreads[place, index] = operand
+                        pending.append(operand)
+            buried.add(key)
+            self._edits[scope].forgotten.add(name)
+        return tuple(sorted(removed))
+
+    def finish(self) -> tuple[ModelProto, tuple[str, ...]]:
+        """Apply all edits to a copy of the model; returns it and the graph inputs that are gone."""
+        removed = self._bury()
         proto = ModelProto()
         proto.CopyFrom(self._model.proto)
+        _drop(proto.graph.input, lambda value: value.name in removed)
+        # Inner scopes before the ones that hold them, so that no path changes before its turn.
         for scope in reversed(list(scopes(proto))):
-            edit = self._edits[scope.path]
-            for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
-                if index in edit.deleted:
-                    del scope.nodes[index]
-                for node in reversed(edit.before.get(index, [])):
-                    scope.nodes.insert(index, node)
-            if scope.graph is not None:
-                scope.graph.initializer.extend(edit.initializers)
-        return proto
+            _apply(self._edits[scope.path], scope)
+        return proto, removed
 
 
-def _names(walk: Walk) -> Iterator[str]:
-    """Every name of a tensor or node in the model, in all scopes."""
-    for scope in walk.scopes.values():
-        if scope.graph is not None:
-            yield from (t.name for t in scope.graph.initializer)
-            yield from (t.values.name for t in scope.graph.sparse_initializer)
-            yield from (v.name for v in (*scope.graph.input, *scope.graph.output, *scope.graph.value_info))
-        else:
-            yield from (*scope.function.input, *scope.function.output)
-        for node in scope.nodes:
-            yield node.name
-            yield from (*node.input, *node.output)
-
-
-def _sweep(proto: ModelProto, candidates: set[str]) -> tuple[str, ...]:
-    """Take out what lost its last reader (rule 3); returns the graph inputs that went with it.
-
-    Args:
-        proto: The rewritten model; changed in place.
-        candidates: Names of the tensors that rewritten nodes read or made. What was unread before
-            stays.
-    """
-    walk = Walk(proto)
-    dead_nodes, dead_tensors = _unread(walk, candidates)
-    removed = tuple(v.name for v in proto.graph.input if ("", v.name) in dead_tensors)
-    _drop(proto.graph.input, lambda value: ("", value.name) in dead_tensors)
-    for path, scope in reversed(walk.scopes.items()):
-        for index in sorted((place.node for place in dead_nodes if place.scope == path), reverse=True):
-            del scope.nodes[index]
-        if scope.graph is None:
-            continue
-        _drop(scope.graph.initializer, lambda tensor, path=path: (path, tensor.name) in dead_tensors)
-        defined = {name for node in scope.nodes for name in node.output}
-        defined |= {tensor.name for tensor in scope.graph.initializer}
-        defined |= {value.name for value in scope.graph.input}
-        gone = candidates - defined
-        _drop(scope.graph.value_info, lambda value, gone=gone: value.name in gone)
-        _drop(scope.graph.quantization_annotation, lambda note, gone=gone: note.tensor_name in gone)
-    return removed
-
-
-def _unread(walk: Walk, candidates: set[str]) -> tuple[set[Place], set[tuple[str, str]]]:
-    """The candidates that nothing reads: their nodes (views and Constants), and their initializers."""
-    dead_nodes: set[Place] = set()
-    dead_tensors: set[tuple[str, str]] = set()
-    pending = [key for key in walk.tensors if key[1] in candidates]
-    pending += [key for key in walk.initializers if key[1] in candidates and key not in walk.tensors]
-    progress = True
-    while progress:
-        progress = False
-        for key in [key for key in pending if key not in dead_tensors]:
-            tensor = walk.tensors.get(key)
-            if tensor is not None and (
-                walk.is_output(tensor) or any(place not in dead_nodes for place, _ in walk.consumers(tensor))
-            ):
-                continue
-            place = None if tensor is None else walk.producer(tensor)
-            if place is not None:
-                if walk.node(place).op_type not in VIEWS | {"Constant"}:
-                    continue
-                dead_nodes.add(place)
-                operands = (walk.operand(place, index) for index in range(len(walk.node(place).input)))
-                pending += [walk.origin(operand) for operand in operands if operand is not None]
-            elif key not in walk.initializers:
-                continue
-            dead_tensors.add(key)
-            progress = True
-    return dead_nodes, dead_tensors
+def _apply(edit: _Edit, scope: Scope) -> None:
+    """Change one scope in place."""
+    body: Any = scope.graph or scope.function
+    for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
+        if index in edit.deleted:
+            del body.node[index]
+        for node in reversed(edit.before.get(index, [])):
+            body.node.insert(index, node)
+    _drop(body.value_info, lambda value: value.name in edit.forgotten)
+    if scope.graph is not None:
+        _drop(scope.graph.initializer, lambda tensor: tensor.name in edit.forgotten)
+        _drop(scope.graph.quantization_annotation, lambda note: note.tensor_name in edit.forgotten)
+        scope.graph.initializer.extend(edit.initializers)
 
 
 def _drop(messages: Any, is_dead: Callable[[Any], bool]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from math import prod
 
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.constants import infer_shapes
 from onnx_lowrank.graph.model import Model, outline, scopes
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 from onnx_lowrank.types import Positions, ScopeWork
 
 Shape = tuple[int | None, ...]
@@ -22,15 +24,19 @@ def infer(model: Model, input_shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     """Infer the shapes of all tensors, with some inputs' shapes fixed.
 
     Raises:
-        InputError: `input_shapes` names no input, or contradicts the model's own shape.
+        InputError: `input_shapes` names no input or contradicts the model's own shape, or the model
+            has a text that is no UTF-8.
     """
-    proto = outline(model)
-    _fix(proto, input_shapes)
     try:
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        # A model that the inference cannot follow keeps the shapes that it states itself.
-        pass
+        proto = outline(model)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"The model has the text {error.object!r}, which is no UTF-8: export it again."
+        ) from error
+    _fix(proto, input_shapes)
+    # A model that the inference cannot follow keeps the shapes that it states itself.
+    with suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        proto = infer_shapes(proto)
     shapes: dict[tuple[str, str], Shape] = {}
     for scope in scopes(proto):
         if scope.graph is not None:
@@ -55,14 +61,16 @@ def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None
     for name, shape in input_shapes.items():
         if name not in inputs:
             raise InputError(f"--input-shape names {name!r}, but the model's inputs are {', '.join(inputs)}.")
+        if not inputs[name].type.HasField("tensor_type"):
+            raise InputError(f"--input-shape names {name!r}, but that input is no tensor: leave it out.")
         tensor = inputs[name].type.tensor_type
-        known = _shape(inputs[name]) if tensor.HasField("shape") else (None,) * len(shape)
-        if len(known) != len(shape) or any(k not in (None, n) for k, n in zip(known, shape, strict=True)):
-            stated = "×".join("?" if k is None else str(k) for k in known)
-            given = "×".join(map(str, shape))
-            raise InputError(f"--input-shape gives {name!r} the shape {given}, but the model says {stated}.")
-        dims = list(tensor.shape.dim)
-        symbols |= {d.dim_param: n for d, n in zip(dims, shape, strict=False) if d.dim_param}
+        _check_fits(inputs[name], shape)
+        for dim, n in zip(tensor.shape.dim, shape, strict=False):
+            if dim.dim_param and symbols.setdefault(dim.dim_param, n) != n:
+                raise InputError(
+                    f"--input-shape gives the dimension {dim.dim_param!r} the sizes "
+                    f"{symbols[dim.dim_param]} and {n}, but the model wants them equal: give one size."
+                )
         del tensor.shape.dim[:]
         for n in shape:
             tensor.shape.dim.add(dim_value=n)
@@ -72,13 +80,25 @@ def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None
                 dim.dim_value = symbols[dim.dim_param]
 
 
+def _check_fits(value: ValueInfoProto, shape: tuple[int, ...]) -> None:
+    known = _shape(value) if value.type.tensor_type.HasField("shape") else (None,) * len(shape)
+    if len(known) != len(shape) or any(k not in (None, n) for k, n in zip(known, shape, strict=True)):
+        stated = "×".join("?" if k is None else str(k) for k in known)
+        given = "×".join(map(str, shape))
+        raise InputError(
+            f"--input-shape gives {value.name!r} the shape {given}, but the model says {stated}."
+        )
+
+
 def shape_of(walk: Walk, shapes: Shapes, tensor: object) -> Shape | None:
     """Shape of a walk's tensor; None where even its rank is unknown."""
     return None if tensor is None else shapes.get(walk.origin(tensor))
 
 
 def rank(walk: Walk, shapes: Shapes, place: Place, operand: int) -> int | None:
-    """Number of axes of the activation that meets the weight at a node."""
+    """Number of axes of the activation that meets the weight at a node; None where unknown."""
+    if walk.node(place).op_type == "Gemm":
+        return 2
     shape = shape_of(walk, shapes, walk.operand(place, _activation(walk, place, operand)))
     return None if shape is None else len(shape)
 
@@ -100,7 +120,9 @@ def positions(walk: Walk, shapes: Shapes, place: Place, operand: int, features: 
             elements = _elements(leaving)
             return None if elements is None else Positions(elements // features)
     inputs, outputs = _known(entering), _known(leaving)
-    return None if inputs is None or outputs is None else Positions(outputs[0], inputs[2:], outputs[2:])
+    if inputs is None or outputs is None or not 2 < len(inputs) == len(outputs):
+        return None
+    return Positions(outputs[0], inputs[2:], outputs[2:])
 
 
 def _known(shape: Shape | None) -> tuple[int, ...] | None:
@@ -126,19 +148,22 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
         counts = [_node_macs(walk, shapes, place) for place in places if place not in layers]
         known = [count for count in counts if count is not None]
         macs = sum(known) if len(known) == len(counts) else None
-        is_branch = scope.parent is not None and walk.scopes[scope.parent].nodes[scope.node].op_type == "If"
-        found.append(ScopeWork(path, scope.parent, scope.node if is_branch else None, macs))
+        branch_of = None
+        if scope.parent is not None and scope.node is not None:
+            holder = walk.node(Place(scope.parent, scope.node))
+            branch_of = scope.node if is_op(holder, ("If",)) else None
+        found.append(ScopeWork(path, scope.parent, branch_of, macs))
     return tuple(found)
 
 
 def _node_macs(walk: Walk, shapes: Shapes, place: Place) -> int | None:
     """MACs of one node; None where a dimension is unknown, 0 for operators that are not counted."""
     node = walk.node(place)
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
+    if not is_op(node, ("Conv", "ConvTranspose", "Gemm", "MatMul")):
         return 0
     leaving = _elements(shape_of(walk, shapes, walk.result(place)))
     left, right = (_known(shape_of(walk, shapes, walk.operand(place, index))) for index in (0, 1))
-    if leaving is None or left is None or right is None:
+    if leaving is None or not left or not right:
         return None
     match node.op_type:
         case "Conv":
@@ -146,6 +171,6 @@ def _node_macs(walk: Walk, shapes: Shapes, place: Place) -> int | None:
         case "ConvTranspose":
             return prod(left) * prod(right[1:])
         case "Gemm":
-            return leaving * left[0 if attribute_of(node, "transA", 0) else 1]
+            return leaving * left[0 if attribute_of(node, "transA", 0) else -1]
         case _:
             return leaving * left[-1]

@@ -2,13 +2,13 @@
 
 graphsurgeon loses or rejects much of a real model when it imports it whole, so it gets a skeleton:
 node types, edges and graph attributes, nothing else. The skeleton's nodes stand in the model's
-order, and its tensors are named by the scope that defines them, so both lead back to the protos
-even where a subgraph shadows an outer name.
+order, and its tensors are named by the number of the scope that defines them, so both lead back to
+the protos even where a subgraph shadows an outer name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
 
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.model import Scope, scopes
 
-_SEPARATOR = "\0"
+_SEPARATOR = ":"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -35,7 +36,6 @@ class Walk:
     Attributes:
         scopes: Every scope by its path, in the model's order, each after the one that holds it.
         opsets: The version of the default domain in every scope.
-        tensors: Every tensor that a node or an interface names, by (defining scope, name).
         initializers: Every initializer, by (scope, name).
     """
 
@@ -49,16 +49,23 @@ class Walk:
             if scope.graph is not None
             for tensor in scope.graph.initializer
         }
-        self.tensors: dict[tuple[str, str], Any] = {}
+        self._paths = list(self.scopes)
         self._nodes: dict[Place, Any] = {}
         self._places: dict[int, Place] = {}
-        self._outputs: set[int] = set()
-        self._bodies = {
-            id(scope.graph or scope.function): path for path, scope in self.scopes.items()
-        }
+        self._outputs: set[tuple[str, str]] = set()
+        self._bodies = {id(scope.graph or scope.function): path for path, scope in self.scopes.items()}
+        for name in self.names():
+            if not isinstance(name, str):  # what protobuf gives for other bytes
+                raise InputError(f"The model has the name {name!r}, which is no UTF-8 text: export it again.")
         self._add_root("", proto.graph, _opset(proto))
         for function in proto.functions:
             self._add_root(self._bodies[id(function)], function, _opset(function))
+        for training in proto.training_info:
+            bound = (*training.initialization_binding, *training.update_binding)
+            self._outputs.update(("", entry.key) for entry in bound)
+            # An algorithm reads the main graph's tensors by their names.
+            nodes = (*training.initialization.node, *training.algorithm.node)
+            self._outputs.update(("", name) for node in nodes for name in node.input)
 
     def _add_root(self, path: str, body: GraphProto | FunctionProto, opset: int) -> None:
         skeleton = onnx.helper.make_model(self._skeleton(path, body, {}))
@@ -66,7 +73,8 @@ class Walk:
 
     def _skeleton(self, path: str, body: GraphProto | FunctionProto, outer: Mapping[str, str]) -> GraphProto:
         """Copy a body's structure, with every tensor named by the scope that defines it."""
-        names = dict(outer) | {name: path + _SEPARATOR + name for name in _defined(body)}
+        prefix = f"{self._paths.index(path)}{_SEPARATOR}"
+        names = dict(outer) | {name: prefix + name for name in _defined(body)}
         names[""] = ""
         skeleton = GraphProto(name=path or "main")
         if isinstance(body, GraphProto):
@@ -74,38 +82,32 @@ class Walk:
                 skeleton.initializer.add(name=names[tensor.name], data_type=onnx.TensorProto.FLOAT)
             for sparse in body.sparse_initializer:
                 skeleton.initializer.add(name=names[sparse.values.name], data_type=onnx.TensorProto.FLOAT)
-        for target, values in ((skeleton.input, body.input), (skeleton.output, body.output)):
-            for value in values:
-                name = value if isinstance(value, str) else value.name
-                target.add(name=names.get(name, path + _SEPARATOR + name))
+        for value in body.input:
+            skeleton.input.add(name=names[value if isinstance(value, str) else value.name])
+        for value in body.output:
+            name = value if isinstance(value, str) else value.name
+            self._outputs.add(self._origin(names.get(name, prefix + name)))
         for node in body.node:
             copy = skeleton.node.add(op_type=node.op_type, domain=node.domain, name=node.name)
-            copy.input.extend(names.get(name, path + _SEPARATOR + name) for name in node.input)
+            copy.input.extend(names.get(name, prefix + name) for name in node.input)
             copy.output.extend(names[name] for name in node.output)
-            for attribute in node.attribute:
-                bodies = [self._skeleton(self._bodies[id(g)], g, names) for g in graphs(attribute)]
-                if bodies:
-                    # One attribute per body: graphsurgeon does not read lists of graphs.
-                    for index, subgraph in enumerate(bodies):
-                        copy.attribute.add(name=f"{attribute.name}{_SEPARATOR}{index}", type=5, g=subgraph)
+            # One attribute per body: graphsurgeon does not read lists of graphs.
+            for index, subgraph in enumerate(_bodies(node)):
+                inner = self._skeleton(self._bodies[id(subgraph)], subgraph, names)
+                copy.attribute.add(name=str(index), type=AttributeProto.GRAPH, g=inner)
         return skeleton
 
     def _index(self, path: str, graph: Any, opset: int) -> None:
         self.opsets[path] = opset
-        self._outputs.update(id(tensor) for tensor in graph.outputs)
-        tensors = [*graph.inputs, *graph.outputs]
-        tensors += [tensor for node in graph.nodes for tensor in (*node.inputs, *node.outputs) if tensor.name]
-        self.tensors |= {self.origin(tensor): tensor for tensor in tensors}
         for index, (node, proto) in enumerate(zip(graph.nodes, self.scopes[path].nodes, strict=True)):
             place = Place(path, index)
             self._nodes[place] = node
             self._places[id(node)] = place
-            bodies = [g for attribute in proto.attribute for g in graphs(attribute)]
-            for body, imported in zip(bodies, node.attrs.values(), strict=True):
+            for body, imported in zip(_bodies(proto), node.attrs.values(), strict=True):
                 self._index(self._bodies[id(body)], imported, opset)
 
     def places(self) -> Iterator[Place]:
-        """All nodes, scope by scope, in the model's order."""
+        """All nodes in the model's order, those of a body right behind the node that holds it."""
         return iter(self._nodes)
 
     def node(self, place: Place) -> NodeProto:
@@ -117,16 +119,17 @@ class Walk:
         inputs = self._nodes[place].inputs
         return inputs[index] if index < len(inputs) and inputs[index].name else None
 
-    def result(self, place: Place, index: int = 0) -> Any:
-        """The tensor that a node computes as its output number `index`."""
-        return self._nodes[place].outputs[index]
+    def result(self, place: Place) -> Any | None:
+        """The tensor that a node computes as its first output; None where it is left out."""
+        outputs = self._nodes[place].outputs
+        return outputs[0] if outputs and outputs[0].name else None
 
     def producer(self, tensor: Any) -> Place | None:
         """The node that computes a tensor; None for inputs and initializers."""
         return self._places[id(tensor.inputs[0])] if tensor.inputs else None
 
     def consumers(self, tensor: Any) -> list[tuple[Place, int]]:
-        """Every (node, operand index) that reads a tensor, in the model's order."""
+        """Every (node, operand index) that reads a tensor, sorted."""
         nodes = {id(node): node for node in tensor.outputs}.values()
         return sorted(
             (self._places[id(node)], index)
@@ -136,19 +139,45 @@ class Walk:
         )
 
     def is_output(self, tensor: Any) -> bool:
-        """Whether a graph or function returns the tensor."""
-        return id(tensor) in self._outputs
+        """Whether a graph or function returns the tensor, or the model's training information names it."""
+        return self.origin(tensor) in self._outputs
 
-    @staticmethod
-    def origin(tensor: Any) -> tuple[str, str]:
+    def origin(self, tensor: Any) -> tuple[str, str]:
         """The scope that defines a tensor, and the tensor's name there."""
-        scope, name = tensor.name.split(_SEPARATOR, 1)
-        return scope, name
+        return self._origin(tensor.name)
+
+    def _origin(self, mangled: str) -> tuple[str, str]:
+        number, name = mangled.split(_SEPARATOR, 1)
+        return self._paths[int(number)], name
+
+    def names(self) -> Iterator[str]:
+        """Every name of a tensor, node or operator, in all scopes."""
+        for scope in self.scopes.values():
+            body: Any = scope.graph or scope.function
+            for value in (*body.input, *body.output):
+                yield value.name if scope.graph is not None else value
+            yield from (value.name for value in body.value_info)
+            if scope.graph is not None:
+                yield from (t.name for t in scope.graph.initializer)
+                yield from (t.values.name for t in scope.graph.sparse_initializer)
+                yield from (note.tensor_name for note in scope.graph.quantization_annotation)
+            for node in scope.nodes:
+                yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+                yield from (attribute.name for attribute in node.attribute)
 
 
-def graphs(attribute: AttributeProto) -> list[GraphProto]:
-    """The subgraphs of an attribute."""
-    return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+def is_op(node: NodeProto, types: Container[str]) -> bool:
+    """Whether a node is one of these operators of the default domain."""
+    return node.op_type in types and node.domain in ("", "ai.onnx")
+
+
+def _bodies(node: NodeProto) -> list[GraphProto]:
+    """The subgraphs of a node, in the order in which `scopes` finds them."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
+    ]
 
 
 def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -156,11 +185,21 @@ def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
 
     A reference to a function's attribute has no value of its own, so it yields the default;
     layers with such references are left alone before this is asked.
+
+    Raises:
+        InputError: The attribute has another type than the default.
     """
     for attribute in node.attribute:
         if attribute.name == name and not attribute.ref_attr_name:
-            value = onnx.helper.get_attribute_value(attribute)
-            return value.decode() if isinstance(value, bytes) else value
+            kind = AttributeProto.AttributeType.Name(attribute.type)
+            value = None if kind == "UNDEFINED" else onnx.helper.get_attribute_value(attribute)
+            value = value.decode(errors="replace") if isinstance(value, bytes) else value
+            if value is None or (default is not None and type(value) is not type(default)):
+                raise InputError(
+                    f"The {node.op_type} node {node.name!r} has the attribute {name!r} of type {kind}, "
+                    "which is wrong: export the model again."
+                )
+            return value
     return default
 
 

@@ -6,6 +6,7 @@ Transpose, Reshape, Cast, ...) that an exporter left between it and the node tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import AttributeProto, NodeProto, TensorProto
 
 from onnx_lowrank.graph.model import Model, array
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 
-FLOATS = {
+FLOATS: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
@@ -28,6 +29,9 @@ FLOATS = {
 
 VIEWS = frozenset({"Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Cast"})
 """Operators that hand on a constant's numbers without computing new ones."""
+
+COMPUTED = "its operands are computed, none is a constant weight"
+"""The reason to skip an operator that has no weight at all."""
 
 _LONGEST_CHAIN = 32
 
@@ -61,118 +65,82 @@ class Stored:
 
 def resolve(walk: Walk, tensor: Any) -> Stored | str:
     """Find the source of an operand, or say why it has none that can be decomposed."""
+    chain = _chain(walk, tensor)
+    if isinstance(chain, str):
+        return chain
+    views, end = chain
+    place = walk.producer(end)
+    if place is not None and is_op(walk.node(place), ("DequantizeLinear",)):
+        inner = _chain(walk, walk.operand(place, 0))
+        constant_inside = not isinstance(inner, str) and _source(walk, inner[1]) is not None
+        return "its weight is quantized: compress before quantizing" if constant_inside else COMPUTED
+    source = _source(walk, end)
+    if source is None:
+        return COMPUTED
+    casts = (attribute_of(walk.node(p), "to", 1) for p in views if walk.node(p).op_type == "Cast")
+    for verb, kind in (("stored as", source.tensor.data_type), *(("cast to", to) for to in casts)):
+        if kind not in FLOATS:
+            names = {number: name for name, number in TensorProto.DataType.items()}
+            return f"its weight is {verb} {names.get(kind, kind)}: only float weights are decomposed"
+    return Stored(source, views)
+
+
+def _chain(walk: Walk, tensor: Any) -> tuple[tuple[Place, ...], Any] | str:
+    """The views behind an operand, first to last, and the tensor that the first of them reads."""
     views: list[Place] = []
-    for _ in range(_LONGEST_CHAIN):
-        place = walk.producer(tensor)
-        if place is None:
-            source = _initializer(walk, tensor)
-            break
-        node = walk.node(place)
-        if node.op_type == "Constant":
-            source = _constant(walk, place)
-            break
-        if node.op_type in ("DequantizeLinear", "DynamicQuantizeLinear"):
-            return "its weight is quantized: compress before quantizing"
-        if node.op_type not in VIEWS or node.domain not in ("", "ai.onnx"):
-            source = None
-            break
-        views.append(place)
-        tensor = walk.operand(place, 0)
+    while len(views) <= _LONGEST_CHAIN:
         if tensor is None:
             return "its weight is missing"
-    else:
-        return "its weight stands behind too many views: constant-fold the model first"
-    if source is None:
-        return "its operands are computed, none is a constant weight"
-    if source.tensor.data_type not in FLOATS:
-        kind = onnx.TensorProto.DataType.Name(source.tensor.data_type)
-        return f"its weight is stored as {kind}: only float weights are decomposed"
-    return Stored(source, tuple(reversed(views)))
+        place = walk.producer(tensor)
+        if place is None or not is_op(walk.node(place), VIEWS):
+            return tuple(reversed(views)), tensor
+        views.append(place)
+        tensor = walk.operand(place, 0)
+    return "its weight stands behind too many views: constant-fold the model first"
 
 
-def _initializer(walk: Walk, tensor: Any) -> Source | None:
+def _source(walk: Walk, tensor: Any) -> Source | None:
+    """The initializer or Constant that a tensor is; None where it is neither, or holds no dense numbers."""
     scope, name = walk.origin(tensor)
-    found = walk.initializers.get((scope, name))
-    return None if found is None else Source(scope, name, None, found, tensor)
-
-
-def _constant(walk: Walk, place: Place) -> Source | None:
+    place = walk.producer(tensor)
+    if place is None:
+        found = walk.initializers.get((scope, name))
+        return None if found is None else Source(scope, name, None, found, tensor)
     node = walk.node(place)
-    value = next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
-    return None if value is None else Source(place.scope, node.output[0], place, value, walk.result(place))
+    if not is_op(node, ("Constant",)):
+        return None
+    literals = (_literal(attribute) for attribute in node.attribute if not attribute.ref_attr_name)
+    value = next((literal for literal in literals if literal is not None), None)
+    return None if value is None else Source(scope, name, place, value, tensor)
+
+
+def _literal(attribute: AttributeProto) -> TensorProto | None:
+    """The tensor that the attribute of a Constant node stands for."""
+    match attribute.name:
+        case "value":
+            return attribute.t
+        case "value_float":
+            return TensorProto(data_type=TensorProto.FLOAT, float_data=[attribute.f])
+        case "value_floats":
+            floats = attribute.floats
+            return TensorProto(data_type=TensorProto.FLOAT, dims=[len(floats)], float_data=floats)
+        case "value_int":
+            return TensorProto(data_type=TensorProto.INT64, int64_data=[attribute.i])
+        case "value_ints":
+            return TensorProto(
+                data_type=TensorProto.INT64, dims=[len(attribute.ints)], int64_data=attribute.ints
+            )
+    return None
 
 
 def constant(walk: Walk, model: Model, tensor: Any) -> NDArray[Any] | None:
     """The value of a constant operand behind any views; None where it is computed or absent."""
-    if tensor is None:
+    chain = _chain(walk, tensor)
+    source = None if isinstance(chain, str) else _source(walk, chain[1])
+    if isinstance(chain, str) or source is None:
         return None
-    place = walk.producer(tensor)
-    if place is None:
-        source = _initializer(walk, tensor)
-        return None if source is None else array(model, source.tensor)
-    node = walk.node(place)
-    if node.op_type == "Constant":
-        return _literal(walk, model, place)
-    if node.op_type in VIEWS and node.domain in ("", "ai.onnx"):
-        value = constant(walk, model, walk.operand(place, 0))
-        return None if value is None else view(walk, model, place, value)
-    return None
-
-
-def _literal(walk: Walk, model: Model, place: Place) -> NDArray[Any] | None:
-    source = _constant(walk, place)
-    if source is not None:
-        return array(model, source.tensor)
-    node = walk.node(place)
-    for name in ("value_float", "value_floats", "value_int", "value_ints"):
-        value = attribute_of(node, name)
-        if value is not None:
-            return np.asarray(value, np.float32 if "float" in name else np.int64)
-    return None
-
-
-def view(walk: Walk, model: Model, place: Place, value: NDArray[Any], *, cast: bool = True) -> NDArray[Any] | None:
-    """Apply one view node to an array; None where its parameters are not constant.
-
-    Args:
-        walk: The model's walk.
-        model: The model.
-        place: The view node.
-        value: Its input.
-        cast: Whether a Cast changes the dtype; False reads a weight in its stored dtype.
-    """
-    node = walk.node(place)
-    match node.op_type:
-        case "Identity":
-            return value
-        case "Cast":
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(attribute_of(node, "to", TensorProto.FLOAT))
-            return value.astype(dtype) if cast else value
-        case "Transpose":
-            return value.transpose(attribute_of(node, "perm", list(range(value.ndim))[::-1]))
-        case "Flatten":
-            axis = attribute_of(node, "axis", 1)
-            axis += value.ndim if axis < 0 else 0
-            return value.reshape(prod(value.shape[:axis]), -1)
-        case _:
-            return _reshaped(walk, model, place, value)
-
-
-def _reshaped(walk: Walk, model: Model, place: Place, value: NDArray[Any]) -> NDArray[Any] | None:
-    """Reshape, Unsqueeze and Squeeze: their parameter is an attribute in old opsets, an operand in new."""
-    node = walk.node(place)
-    attribute = attribute_of(node, "shape" if node.op_type == "Reshape" else "axes")
-    operand = walk.operand(place, 1)
-    numbers = constant(walk, model, operand) if operand is not None else attribute
-    if numbers is None:
-        return np.squeeze(value) if node.op_type == "Squeeze" and operand is None else None
-    parameters = [int(n) for n in np.ravel(numbers)]
-    if node.op_type == "Reshape":
-        copies = not attribute_of(node, "allowzero", 0)
-        return value.reshape([value.shape[i] if n == 0 and copies else n for i, n in enumerate(parameters)])
-    if node.op_type == "Unsqueeze":
-        return np.expand_dims(value, tuple(parameters))
-    return np.squeeze(value, tuple(parameters))
+    with np.errstate(all="ignore"):  # a cast may overflow, as it does in the model
+        return _applied(walk, model, array(model, source.tensor), chain[0], cast=True)
 
 
 def viewed(walk: Walk, model: Model, stored: Stored) -> NDArray[Any] | None:
@@ -180,34 +148,87 @@ def viewed(walk: Walk, model: Model, stored: Stored) -> NDArray[Any] | None:
 
     None where a view's parameters are computed, or do not fit the array (a runtime would reject it).
     """
-    value: NDArray[Any] | None = array(model, stored.source.tensor)
-    try:
-        for place in stored.views:
-            if value is not None:
-                value = view(walk, model, place, value, cast=False)
-    except (ValueError, IndexError):
-        return None
+    return _applied(walk, model, array(model, stored.source.tensor), stored.views, cast=False)
+
+
+def _applied(
+    walk: Walk, model: Model, value: NDArray[Any] | None, views: Iterable[Place], *, cast: bool
+) -> NDArray[Any] | None:
+    for place in views:
+        if value is None:
+            return None
+        try:
+            value = _view(walk, model, place, value, cast)
+        except (ValueError, TypeError, IndexError, KeyError, OverflowError):
+            return None
     return value
+
+
+def _view(walk: Walk, model: Model, place: Place, value: NDArray[Any], cast: bool) -> NDArray[Any] | None:
+    """Apply one view node; None where its parameters are computed, any error where they do not fit."""
+    node = walk.node(place)
+    match node.op_type:
+        case "Identity":
+            return value
+        case "Cast":
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(attribute_of(node, "to", 1))
+            return value.astype(dtype) if cast else value
+        case "Transpose":
+            return value.transpose(attribute_of(node, "perm", list(range(value.ndim))[::-1]))
+        case "Flatten":
+            axis = attribute_of(node, "axis", 1)
+            axis += value.ndim if axis < 0 else 0
+            if not 0 <= axis <= value.ndim:
+                return None
+            return value.reshape(prod(value.shape[:axis]), prod(value.shape[axis:]))
+    # Reshape, Unsqueeze and Squeeze: their parameter is an attribute in old opsets, an operand in new ones.
+    operand = walk.operand(place, 1)
+    if operand is None:
+        numbers = attribute_of(node, "shape" if node.op_type == "Reshape" else "axes")
+    else:
+        numbers = _parameter(walk, model, operand)
+    if numbers is None:
+        return np.squeeze(value) if node.op_type == "Squeeze" and operand is None else None
+    return _reshaped(node, value, [int(n) for n in np.ravel(numbers)])
+
+
+def _parameter(walk: Walk, model: Model, operand: Any) -> NDArray[Any] | None:
+    """A view's own parameter, which may itself stand behind views, but none that have parameters."""
+    chain = _chain(walk, operand)
+    if isinstance(chain, str) or any(walk.node(p).op_type not in ("Identity", "Cast") for p in chain[0]):
+        return None
+    return constant(walk, model, operand)
+
+
+def _reshaped(node: NodeProto, value: NDArray[Any], numbers: list[int]) -> NDArray[Any]:
+    if node.op_type == "Unsqueeze":
+        return np.expand_dims(value, tuple(numbers))
+    if node.op_type == "Squeeze":
+        return np.squeeze(value, tuple(numbers))
+    copies = not attribute_of(node, "allowzero", 0)
+    return value.reshape([value.shape[i] if n == 0 and copies else n for i, n in enumerate(numbers)])
 
 
 def cast_of(walk: Walk, stored: Stored) -> int | None:
     """The element type to which the views cast the weight, None where they do not."""
     casts = [walk.node(place) for place in stored.views if walk.node(place).op_type == "Cast"]
-    return int(attribute_of(casts[-1], "to", TensorProto.FLOAT)) if casts else None
+    return int(attribute_of(casts[-1], "to", 1)) if casts else None
 
 
 def readers(walk: Walk, source: Source) -> list[tuple[Place, int]] | None:
     """Every (node, operand) that reads a source, directly or behind views; None where a graph returns it."""
-    found: list[tuple[Place, int]] = []
+    found: set[tuple[Place, int]] = set()
     tensors = [source.value]
+    seen: set[Place] = set()
     while tensors:
         tensor = tensors.pop()
         if walk.is_output(tensor):
             return None
         for place, operand in walk.consumers(tensor):
-            node = walk.node(place)
-            if node.op_type in VIEWS and node.domain in ("", "ai.onnx") and operand == 0:
-                tensors.append(walk.result(place))
-            else:
-                found.append((place, operand))
+            result = walk.result(place)
+            if operand or result is None or not is_op(walk.node(place), VIEWS):
+                found.add((place, operand))
+            elif place not in seen:
+                seen.add(place)
+                tensors.append(result)
     return sorted(found)

@@ -53,7 +53,9 @@ def run(model: ModelProto | str, feeds: Mapping[str, NDArray[np.generic]]) -> Ou
 def open_session(model: ModelProto | str) -> onnxruntime.InferenceSession:
     """A session on ONNX Runtime's CPU provider."""
     source = model if isinstance(model, str) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def cifar_inputs(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,0 +1,214 @@
+"""A rewrite changes what the plan names, and nothing else."""
+# ruff: noqa: E501 - tables of models, one a line
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import onnx_lowrank
+from onnx_lowrank.graph.excerpt import excerpts
+from onnx_lowrank.graph.model import parameters
+from onnx_lowrank.graph.walk import Walk
+from onnx_lowrank.types import Budget, Choice, Measure, Option, Plan
+from rewriting import assert_only_named_changes, assert_same, found, full_rank, model, rewritten, tensors
+
+W = (8, 10)
+BODY = "g (float[3,8] x) => (float[] y) { h = MatMul (x, w) r = Relu (h) y = MatMul (r, v) }"
+
+
+def decorated(ir: int = 10) -> onnx.ModelProto:
+    """A model with something in every field that a rewrite could lose."""
+    proto = model(
+        "g (float[3,8] x) => (float[] y) { h = MatMul (x, w) q = local.Odd <level = 3> (h) y = MatMul (h, v) }",
+        opset=21,
+        ir=ir,
+        functions='<domain: "local", opset_import: ["" : 21]> Odd <level> (a) => (b) { b = Relu (a) }',
+        w=W,
+        v=(10, 8),
+        unused=(5,),
+    )
+    proto.producer_name, proto.producer_version, proto.domain = "maker", "1.2", "org.example"
+    proto.model_version, proto.doc_string = 7, "the model"
+    proto.metadata_props.add(key="author", value="somebody")
+    proto.metadata_props.add(key="onnx_lowrank.run", value="an older run")
+    graph = proto.graph
+    graph.doc_string = "the graph"
+    graph.metadata_props.add(key="graph", value="note")
+    graph.node[0].doc_string, graph.node[0].name = "first", "linear"
+    graph.node[0].metadata_props.add(key="node", value="note")
+    graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, [3, 10]))
+    graph.value_info.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, W))
+    graph.input[0].doc_string = "the input"
+    for name in ("h", "w", "y"):
+        note = graph.quantization_annotation.add(tensor_name=name)
+        note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="unused")
+    values = helper.make_tensor("sparse", TensorProto.FLOAT, [1], [2.0])
+    indices = helper.make_tensor("", TensorProto.INT64, [1], [3])
+    graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [8]))
+    proto.training_info.add().initialization.name = "training"
+    proto.functions[0].doc_string = "the function"
+    proto.functions[0].node[0].doc_string = "its node"
+    return proto
+
+
+@pytest.mark.parametrize("chosen", [("w",), ("v",), ("w", "v"), ()])
+@pytest.mark.parametrize("ir", [8, 10])
+def test_everything_else_survives(chosen, ir):
+    proto = decorated(ir)
+    data = proto.SerializeToString(deterministic=True)
+    seen = found(proto)
+    layers = [seen.layers[name] for name in chosen]
+    result = rewritten(seen, {layer.id: full_rank(layer) for layer in layers})
+    new = result.model.proto
+    assert_only_named_changes(proto, new, layers, result.chains)
+    assert proto.SerializeToString(deterministic=True) == data
+    assert (
+        [note.tensor_name for note in new.graph.quantization_annotation] == ["h", "w", "y"]
+        if "w" not in chosen
+        else ["h", "y"]
+    )
+    assert [v.name for v in new.graph.value_info] == (["h"] if "w" in chosen else ["h", "w"])
+    assert "unused" in {tensor.name for tensor in new.graph.initializer}
+
+
+def test_the_last_node_keeps_name_and_notes():
+    seen = found(decorated())
+    new = rewritten(seen).model.proto
+    last = next(node for node in new.graph.node if node.name == "linear")
+    assert (last.doc_string, last.output[0], last.metadata_props[0].key) == ("first", "h", "node")
+
+
+@pytest.mark.parametrize("ir", [8, 10])
+def test_provenance(ir):
+    new = rewritten(found(decorated(ir))).model.proto
+    keys = [entry.key for entry in new.metadata_props]
+    assert keys == ["author", "onnx_lowrank.run", "onnx_lowrank.run.2"]
+    stamped = [{e.key: e.value for e in node.metadata_props} for node in new.graph.node]
+    options = [notes["onnx_lowrank.option"] for notes in stamped if "onnx_lowrank.option" in notes]
+    assert options == (["encode k=1 j=8"] * 4 if ir >= 10 else [])
+
+
+def test_new_names_never_collide():
+    proto = model(BODY, w=W, v=(10, 8), w_encoder=(1,), w_decoder=(1,))
+    first = found(proto)
+    chain = rewritten(first).model.proto
+    names = {name for node in chain.graph.node for name in (node.name, *node.input, *node.output)}
+    names |= {tensor.name for tensor in chain.graph.initializer}
+    planted = sorted(names - {"x", "y", "h", "r", "w", "v", ""})
+    for kind in ("value_info", "initializer", "output", "node"):
+        again = model(BODY, w=W, v=(10, 8))
+        for name in planted:
+            if kind == "value_info":
+                again.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]))
+            elif kind == "initializer":
+                again.graph.initializer.extend(tensors(**{name: (1,)}))
+            else:
+                again.graph.node.add(
+                    op_type="Relu", input=["x"], output=[name if kind == "output" else f"o{name}"]
+                )
+                again.graph.node[-1].name = name if kind == "node" else ""
+        seen = found(again)
+        result = rewritten(seen)
+        new = {n for node in result.model.proto.graph.node for n in (node.name, *node.output)}
+        assert_only_named_changes(again, result.model.proto, list(seen.layers.values()), result.chains)
+        new -= {n for node in again.graph.node for n in (node.name, *node.output)}
+        assert new.isdisjoint(planted)
+        if kind != "value_info":
+            assert_same(again, result.model.proto)
+
+
+def test_duplicated_node_names():
+    proto = model(BODY, w=W, v=(10, 8))
+    for node in proto.graph.node:
+        node.name = "same"
+    seen = found(proto)
+    result = rewritten(seen)
+    walk = Walk(result.model.proto)
+    for binding in seen.bindings:
+        chain = result.chains[binding.layer.id][0]
+        dense, small = excerpts(seen.model, seen.walk, result.model, walk, binding, chain)
+        assert dense.graph.node[0].input[1] == binding.layer.id
+        assert small.graph.node[-1].output == dense.graph.node[-1].output
+        assert len(small.graph.node) == 2
+
+
+def test_what_was_unread_before_stays():
+    proto = model("g (float[3,8] x) => (float[] y) { d = Transpose (c) y = MatMul (x, w) }", w=W, c=(3, 3))
+    seen = found(proto)
+    result = rewritten(seen)
+    assert_only_named_changes(proto, result.model.proto, [seen.layer], result.chains)
+
+
+def test_a_view_that_something_else_reads_stays():
+    proto = model(
+        "g (float[3,8] x) => (float[] y, int64[] z) { s = Identity (t) v = Reshape (w, s) y = MatMul (x, v) z = Neg (s) }",
+        w=(80,),
+        t=np.array([8, 10]),
+    )
+    seen = found(proto)
+    new = rewritten(seen).model.proto
+    assert {node.op_type for node in new.graph.node} == {"Identity", "MatMul", "Neg"}
+    assert_same(proto, new)
+
+
+def full_rank_plan(model: onnx.ModelProto, fold_index: int = 0, k_index: int = 0) -> Plan:
+    seen = found(model)
+    choices = []
+    for layer in seen.layers.values():
+        fold = layer.folds[fold_index % len(layer.folds)]
+        k = layer.slices[k_index % len(layer.slices)]
+        choices.append(Choice(layer.id, Option(fold, k, layer.full_rank(fold, k)), 0, 0.0))
+    return Plan(seen.model.sha256, "test", Measure.SPECTRAL, 1.0, Budget.PARAMS, tuple(choices))
+
+
+MODELS = {
+    "matrices": (BODY, {"w": W, "v": (10, 8)}),
+    "conv": (
+        "g (float[1,4,6,6] x) => (float[] y) { h = Conv <strides = [2,1]> (x, w) r = Relu (h) y = Conv (r, v) }",
+        {"w": (8, 4, 3, 3), "v": (6, 8, 2, 2)},
+    ),
+    "gather": (
+        "g (int64[5] i) => (float[] y) { e = Gather (w, i) y = Gemm (e, v) }",
+        {"w": (30, 8), "v": (8, 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("fold", range(4))
+@pytest.mark.parametrize("k", range(3))
+@pytest.mark.parametrize("name", MODELS)
+def test_compress_at_full_rank(name, fold, k):
+    body, weights = MODELS[name]
+    proto = model(body, **weights)
+    result = onnx_lowrank.compress(proto, plan=full_rank_plan(proto, fold, k))
+    validation = result.report.validation
+    assert validation is not None
+    assert validation.worst < 1e-5
+    assert result.report.totals.params.after == parameters(result.model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compressing_twice(name):
+    body, weights = MODELS[name]
+    proto = model(body, **weights)
+    once = onnx_lowrank.compress(proto, ratio=0.8)
+    twice = onnx_lowrank.compress(once.proto, ratio=0.8)
+    assert parameters(twice.model) <= 0.8 * parameters(once.model) <= 0.64 * parameters(found(proto).model)
+    assert twice.report.validation is not None
+
+
+def test_external_data(tmp_path):
+    proto = model(BODY, w=W, v=(10, 8))
+    choices = full_rank_plan(proto).choices
+    path = tmp_path / "in.onnx"
+    inline = onnx.ModelProto.FromString(proto.SerializeToString())
+    onnx.save(proto, path, save_as_external_data=True, location="data", size_threshold=0)
+    seen = found(path)
+    plan = Plan(seen.model.sha256, "test", Measure.SPECTRAL, 1.0, Budget.PARAMS, choices)
+    result = onnx_lowrank.compress(path, plan=plan)
+    result.save(tmp_path / "out.onnx")
+    result.close()
+    assert_same(inline, onnx.load(tmp_path / "out.onnx"))

@@ -1,0 +1,143 @@
+"""Positions and MACs against numbers computed by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_lowrank.allocate.cost import total_macs
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.types import Positions
+from rewriting import found, model
+
+
+def total(seen) -> int | None:
+    return total_macs(seen.work, [(layer, None) for layer in seen.layers.values()])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "node", "w", "positions", "macs"),
+    [
+        ("float[2,4,6,7] x", "Conv (x, w)", (8, 4, 3, 3), Positions(2, (6, 7), (4, 5)), 2 * 20 * 8 * 36),
+        (
+            "float[2,4,9] x",
+            "Conv <strides = [2]> (x, w)",
+            (8, 4, 3),
+            Positions(2, (9,), (4,)),
+            2 * 4 * 8 * 12,
+        ),
+        (
+            "float[1,4,6,6] x",
+            "Conv <group = 2> (x, w)",
+            (8, 2, 3, 3),
+            Positions(1, (6, 6), (4, 4)),
+            16 * 8 * 18,
+        ),
+        (
+            "float[1,4,5,5] x",
+            "ConvTranspose <strides = [2,2]> (x, w)",
+            (4, 8, 3, 3),
+            Positions(1, (5, 5), (11, 11)),
+            25 * 4 * 8 * 9,
+        ),
+        ("float[5,8] x", "MatMul (x, w)", (8, 10), Positions(5), 400),
+        ("float[2,3,5,8] x", "MatMul (x, w)", (8, 10), Positions(30), 2400),
+        ("float[8] x", "MatMul (x, w)", (8, 10), Positions(1), 80),
+        ("float[2,8,5] x", "MatMul (w, x)", (10, 8), Positions(10), 800),
+        ("float[2,3,5,8] x", "MatMul (x, w)", (3, 8, 10), Positions(10), 2400),
+        ("float[5,8] x", "MatMul (x, w)", (3, 8, 10), Positions(5), 1200),
+        ("float[8,5] x", "Gemm <transA = 1> (x, w)", (8, 10), Positions(5), 400),
+        ("float[8,5] x", "Gemm (w, x)", (10, 8), Positions(5), 400),
+        ("int64[2,3] x", "Gather (w, x)", (9, 8), Positions(6), 0),
+    ],
+)
+def test_positions_and_macs(inputs, node, w, positions, macs):
+    seen = found(model(f"g ({inputs}) => (float[] y) {{ y = {node} }}", w=w))
+    (use,) = seen.layer.uses
+    assert use.positions == positions
+    assert total(seen) == macs
+    (without,) = found(seen.model.proto, exclude=("*",)).work
+    assert without.macs == macs
+
+
+def test_what_is_no_layer_counts():
+    seen = found(
+        model("g (float[5,8] x) => (float[] y) { t = Transpose (x) h = MatMul (x, t) y = MatMul (h, x) }")
+    )
+    assert total(seen) == 5 * 8 * 5 + 5 * 5 * 8
+
+
+def test_a_shared_weight_counts_per_use():
+    seen = found(model("g (float[5,8] x) => (float[] y) { h = MatMul (x, w) y = MatMul (h, w) }", w=(8, 8)))
+    assert total(seen) == 2 * 5 * 64
+
+
+def test_of_an_if_the_dearer_branch_counts():
+    body = """g (bool b, float[4,8] x) => (float[] y) { k = MatMul (x, w)
+        y = If (b) <then_branch = t () => (float[4,8] p) { h = MatMul (k, w) p = MatMul (h, w) },
+                    else_branch = e () => (float[4,8] q) { q = MatMul (k, w) }> }"""
+    assert total(found(model(body, w=(8, 8)))) == 4 * 64 * 3
+
+
+def test_the_body_of_a_loop_counts_once():
+    body = """g (int64 n, bool c, float[4,8] x) => (float[4,8] y) {
+        y = Loop (n, c, x) <body = l (int64 i, bool a, float[4,8] h) => (bool z, float[4,8] k)
+            { z = Identity (a) k = MatMul (h, w) }> }"""
+    assert total(found(model(body, w=(8, 8)))) == 4 * 64
+
+
+OPEN = "g (float[N,8] x, float[N,8] z) => (float[] y) { h = Add (x, z) y = MatMul (h, w) }"
+
+
+def test_an_unknown_dimension_makes_macs_unknown():
+    seen = found(model(OPEN, w=(8, 10)))
+    assert seen.layer.uses[0].positions is None
+    assert seen.layer.uses[0].rank == 2
+    assert total(seen) is None
+
+
+@pytest.mark.parametrize("shapes", [{"x": (7, 8)}, {"z": (7, 8)}, {"x": (7, 8), "z": (7, 8)}])
+def test_a_symbol_is_shared_between_inputs(shapes):
+    seen = found(model(OPEN, w=(8, 10)), shapes)
+    assert seen.layer.uses[0].positions == Positions(7)
+    assert total(seen) == 560
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"u": (1, 8)}, "names 'u'"),
+        ({"w": (8, 10)}, "names 'w'"),
+        ({"x": (7, 9)}, "7×9, but the model says \\?×8"),
+        ({"x": (7,)}, "shape 7, but"),
+        ({"x": (7, 8), "z": (6, 8)}, "'N' the sizes 7 and 6"),
+    ],
+)
+def test_shapes_that_contradict_the_model(shapes, words):
+    with pytest.raises(InputError, match=words):
+        found(model(OPEN, w=(8, 10)), shapes)
+
+
+def test_an_input_that_is_no_tensor_has_no_shape():
+    proto = model(
+        "g (seq(float[2,8]) s, int64 i) => (float[] y) { x = SequenceAt (s, i) y = MatMul (x, w) }", w=(8, 10)
+    )
+    with pytest.raises(InputError, match="no tensor"):
+        found(proto, {"s": (2, 8)})
+
+
+def test_an_input_without_a_rank_takes_any_shape():
+    proto = model("g (float[] x) => (float[4,10] y) { y = MatMul (x, w) }", w=(8, 10))
+    assert found(proto).layer.uses[0].rank is None
+    assert found(proto, {"x": (4, 8)}).layer.uses[0].positions == Positions(4)
+    assert found(proto).layer.slices == (1,)
+
+
+def test_a_gemm_needs_no_shapes_to_be_sliced():
+    proto = model("g (float[] x) => (float[4,10] y) { h = local.F (x) y = Gemm (h, w) }", w=(8, 10))
+    assert found(proto).layer.slices == (1, 2, 4, 8)
+
+
+def test_dead_ends_have_no_positions():
+    proto = model("g (float[] x) => (float[4,10] y) { y = Conv (x, w) }", w=np.ones((8, 4, 3, 3), np.float32))
+    assert found(proto).layer.uses[0].positions is None

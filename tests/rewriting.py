@@ -1,0 +1,381 @@
+"""Models as text, the stages from finding to rewriting in one call, and what a rewrite may change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, parser
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from onnx_lowrank.graph.layers import Binding, find, read
+from onnx_lowrank.graph.model import Model, load, scopes
+from onnx_lowrank.graph.rewrite import Replacement, Rewritten, inline, rewrite
+from onnx_lowrank.graph.shapes import infer, work
+from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.linalg.backend import resolve
+from onnx_lowrank.linalg.factorize import factorize
+from onnx_lowrank.types import Certificate, Factors, Layer, Option, ScopeWork, Skipped
+
+DTYPES: dict[str, Any] = {
+    "float": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "double": np.dtype(np.float64),
+}
+"""The float types, by their names in ONNX text."""
+
+BACKEND = resolve("cpu")
+
+
+def model(body: str, opset: int = 17, ir: int = 8, functions: str = "", **weights: Any) -> ModelProto:
+    """Parse "g (inputs) => (outputs) { nodes }", and put weights (arrays, or shapes to draw) into it."""
+    imports = f'<ir_version: {ir}, opset_import: ["" : {opset}, "local" : 1]>'
+    proto = parser.parse_model(f"{imports} {body} {functions}")
+    proto.graph.initializer.extend(tensors(**weights))
+    return shaped(proto)
+
+
+def shaped(proto: ModelProto) -> ModelProto:
+    """State the shapes of the outputs, which the checker wants and the text leaves out."""
+    inferred = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.output}
+    for value in proto.graph.output:
+        if not value.type.tensor_type.HasField("shape"):
+            value.CopyFrom(inferred[value.name])
+    return proto
+
+
+def tensors(**weights: Any) -> list[TensorProto]:
+    rng = np.random.default_rng(7)
+    arrays = {name: draw(rng, w) if isinstance(w, tuple) else np.asarray(w) for name, w in weights.items()}
+    return [inline(name, array) for name, array in arrays.items()]
+
+
+def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def constants(graph: Any, *values: TensorProto) -> None:
+    """Put tensors into Constant nodes at the beginning of a graph or function."""
+    for value in reversed(values):
+        node = onnx.helper.make_node("Constant", [], [value.name])
+        node.attribute.add(name="value", type=AttributeProto.TENSOR).t.CopyFrom(value)
+        graph.node.insert(0, node)
+
+
+@dataclass(frozen=True)
+class Found:
+    model: Model
+    walk: Walk
+    bindings: tuple[Binding, ...]
+    skipped: tuple[Skipped, ...]
+    work: tuple[ScopeWork, ...]
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        return {binding.layer.id: binding.layer for binding in self.bindings}
+
+    @property
+    def layer(self) -> Layer:
+        (binding,) = self.bindings
+        return binding.layer
+
+    @property
+    def reason(self) -> str:
+        assert not self.bindings
+        (skipped,) = self.skipped
+        return skipped.reason
+
+
+def found(
+    proto: Any, shapes: Mapping[str, tuple[int, ...]] | None = None, **selection: tuple[str, ...]
+) -> Found:
+    loaded = load(proto)
+    walk = Walk(loaded.proto)
+    inferred = infer(loaded, shapes or {})
+    bindings, skipped = find(loaded, walk, inferred, **selection)
+    places = {Place(use.scope, use.node) for binding in bindings for use in binding.layer.uses}
+    return Found(loaded, walk, bindings, skipped, work(walk, inferred, places))
+
+
+def full_rank(layer: Layer) -> Option:
+    return Option(layer.folds[0], layer.slices[0], layer.full_rank(layer.folds[0], layer.slices[0]))
+
+
+def rewritten(found: Found, options: Mapping[str, Option] | None = None) -> Rewritten:
+    """Rewrite the layers with these options; by default all of them at full rank."""
+    chosen = options if options is not None else {n: full_rank(layer) for n, layer in found.layers.items()}
+    replacements = [
+        _replacement(found, binding, chosen[binding.layer.id])
+        for binding in found.bindings
+        if binding.layer.id in chosen
+    ]
+    return rewrite(found.model, found.walk, replacements, {"run": "test"})
+
+
+def _replacement(found: Found, binding: Binding, option: Option) -> Replacement:
+    weight = read(found.model, found.walk, binding)
+    dtype, norm = weight.dtype, binding.layer.batchnorm
+    if norm is not None:
+        scale = norm.scale.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
+        weight = weight.astype(np.float64) * scale
+    exact = factorize(weight, option, BACKEND, dtype)
+    stored = Factors(exact.fold, exact.encoder.astype(dtype), exact.decoder.astype(dtype))
+    return Replacement(binding, option, stored, Certificate((0.0,), (0.0,)))
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(proto: ModelProto, feed: Mapping[str, Any]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    data = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(feed))
+
+
+def evaluate(proto: ModelProto, feed: Mapping[str, Any]) -> list[np.ndarray]:
+    """Run in NumPy, float64 included; onnx's own Conv and ConvTranspose are wrong in some cases."""
+    return ReferenceEvaluator(proto, new_ops=[Conv, ConvTranspose]).run(None, dict(feed))
+
+
+def _halves(total: int, auto_pad: str) -> tuple[int, int]:
+    return (total // 2, total - total // 2) if auto_pad == "SAME_UPPER" else (total - total // 2, total // 2)
+
+
+class Conv(OpRun):
+    """ONNX's Conv as its specification has it: a sum over the kernel's offsets."""
+
+    def _run(self, x, w, b=None, auto_pad="", dilations=(), group=1, kernel_shape=(), pads=(), strides=()):
+        kernel = w.shape[2:]
+        n, group = len(kernel), group or 1
+        strides, dilations = strides or [1] * n, dilations or [1] * n
+        span = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        around = list(zip(pads[:n], pads[n:], strict=True)) if pads else [(0, 0)] * n
+        if (auto_pad or "").startswith("SAME"):
+            sizes = zip(x.shape[2:], strides, span, strict=True)
+            around = [_halves(max((-(-i // s) - 1) * s + k - i, 0), auto_pad) for i, s, k in sizes]
+        x = np.pad(x, [(0, 0), (0, 0), *around])
+        out = [(i - k) // s + 1 for i, k, s in zip(x.shape[2:], span, strides, strict=True)]
+        y = np.zeros((x.shape[0], group, w.shape[0] // group, *out))
+        x = x.reshape(x.shape[0], group, -1, *x.shape[2:])
+        w = w.reshape(group, -1, *w.shape[1:])
+        for at in np.ndindex(*kernel):
+            starts = zip(at, dilations, out, strides, strict=True)
+            window = tuple(slice(a * d, a * d + (o - 1) * s + 1, s) for a, d, o, s in starts)
+            y += np.einsum("ngc...,gfc->ngf...", x[(..., *window)], w[(..., *at)])
+        y = y.reshape(y.shape[0], -1, *out)
+        return (y if b is None else y + b.reshape(-1, *[1] * n),)
+
+
+class ConvTranspose(OpRun):
+    """ONNX's ConvTranspose as its specification has it: every input is spread over the kernel's offsets."""
+
+    def _run(
+        self, x, w, b=None, auto_pad="", dilations=(), group=1, kernel_shape=(), output_padding=(),
+        output_shape=(), pads=(), strides=(),
+    ):  # fmt: skip
+        kernel = w.shape[2:]
+        n, group = len(kernel), group or 1
+        strides, dilations, extra = strides or [1] * n, dilations or [1] * n, output_padding or [0] * n
+        sizes = list(zip(x.shape[2:], strides, kernel, dilations, extra, strict=True))
+        full = [(i - 1) * s + (k - 1) * d + 1 + e for i, s, k, d, e in sizes]
+        cut = list(zip(pads[:n], pads[n:], strict=True)) if pads else [(0, 0)] * n
+        if not output_shape and (auto_pad or "").startswith("SAME"):
+            output_shape = [i * s for i, s in zip(x.shape[2:], strides, strict=True)]
+        if output_shape:
+            cut = [_halves(a - o, auto_pad) for a, o in zip(full, output_shape, strict=True)]
+        y = np.zeros((x.shape[0], group, w.shape[1], *full))
+        x = x.reshape(x.shape[0], group, -1, *x.shape[2:])
+        w = w.reshape(group, -1, *w.shape[1:])
+        for at in np.ndindex(*kernel):
+            starts = zip(at, dilations, x.shape[3:], strides, strict=True)
+            window = tuple(slice(a * d, a * d + (i - 1) * s + 1, s) for a, d, i, s in starts)
+            y[(..., *window)] += np.einsum("ngc...,gcf->ngf...", x, w[(..., *at)])
+        crop = tuple(slice(a, size - z) for (a, z), size in zip(cut, full, strict=True))
+        y = y[(..., *crop)]
+        y = y.reshape(y.shape[0], -1, *y.shape[3:])
+        return (y if b is None else y + b.reshape(-1, *[1] * n),)
+
+
+def feed_of(proto: ModelProto, seed: int = 3) -> dict[str, np.ndarray]:
+    """Random inputs; symbolic dimensions are 3, integers below 4."""
+    rng = np.random.default_rng(seed)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    feed = {}
+    for value in proto.graph.input:
+        if value.name in weights:
+            continue
+        kind = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else 3 for d in kind.shape.dim)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        is_float = kind.elem_type in (1, 10, 11, 16)
+        array = (
+            rng.standard_normal(shape) if is_float else rng.integers(0, 2 if dtype.kind == "b" else 4, shape)
+        )
+        feed[value.name] = np.asarray(array).astype(dtype)
+    return feed
+
+
+def difference(one: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> float:
+    """The largest ‖a − b‖ / ‖a‖ over pairs of arrays, which must have the same shapes."""
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        assert a.shape == b.shape
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        assert np.linalg.norm(x) > 0
+        worst = max(worst, float(np.linalg.norm(x - y) / np.linalg.norm(x)))
+    return worst
+
+
+def assert_same(proto: ModelProto, new: ModelProto, tolerance: float = 1e-5, **feed: Any) -> None:
+    """Both models pass the checker and compute the same in ONNX Runtime."""
+    onnx.checker.check_model(new, full_check=True)
+    inputs = feed_of(proto) | feed
+    names = {value.name for value in new.graph.input}
+    outputs = run(new, {name: value for name, value in inputs.items() if name in names})
+    assert difference(run(proto, inputs), outputs) < tolerance
+
+
+# --- what may change ------------------------------------------------------------------------------
+
+
+def assert_only_named_changes(
+    before: ModelProto,
+    after: ModelProto,
+    layers: Collection[Layer],
+    chains: Mapping[str, tuple[tuple[str, ...], ...]],
+) -> None:
+    """A rewrite has changed what its layers name, and nothing else, in content or in order.
+
+    Args:
+        before: The input model.
+        after: The output model.
+        layers: The rewritten layers.
+        chains: Names of the new nodes, as `rewrite` returns them.
+    """
+    old, new = _emptied(before), _emptied(after)
+    assert {layer.id for layer in layers} == set(chains)
+    assert new.metadata_props[: len(old.metadata_props)] == old.metadata_props[:]
+    added = new.metadata_props[len(old.metadata_props) :]
+    assert all(entry.key.startswith("onnx_lowrank.") for entry in added)
+    del new.metadata_props[len(old.metadata_props) :]
+    assert new == old
+
+    gone = _gone(before, after, layers)
+    chained = {name for uses in chains.values() for chain in uses for name in chain}
+    old_scopes, new_scopes = list(scopes(before)), list(scopes(after))
+    assert len(old_scopes) == len(new_scopes)
+    for scope, other in zip(old_scopes, new_scopes, strict=True):
+        names = {name for path, name in gone if path == scope.path}
+        removed = {node for layer in layers for path, node in _nodes(layer) if path == scope.path}
+        _assert_nodes(scope, other, removed, chained, names)
+        for field, name in (
+            ("initializer", "name"),
+            ("sparse_initializer", ""),
+            ("value_info", "name"),
+            ("quantization_annotation", "tensor_name"),
+            ("input", "name"),
+            ("output", ""),
+        ):
+            _assert_entries(scope, other, field, name, names)
+
+
+def _nodes(layer: Layer) -> list[tuple[str, int]]:
+    """Where the nodes of a layer stand, its BatchNorm among them."""
+    places = [(use.scope, use.node) for use in layer.uses]
+    norm = layer.batchnorm
+    return places if norm is None else [*places, (layer.uses[0].scope, norm.node)]
+
+
+def _gone(before: ModelProto, after: ModelProto, layers: Iterable[Layer]) -> set[tuple[str, str]]:
+    """What only rewritten nodes read, by (scope, name): weights, their views, BatchNorms, old biases."""
+    walk, new = Walk(before), Walk(after)
+    paths = dict(zip(new.scopes, walk.scopes, strict=True))
+    operands = (new.operand(p, i) for p in new.places() for i in range(len(new.node(p).input)))
+    origins = (new.origin(tensor) for tensor in operands if tensor is not None)
+    read = {(paths[scope], name) for scope, name in origins}
+    pending = []
+    hidden = set()
+    for layer in layers:
+        pending += [walk.operand(Place(use.scope, use.node), use.operand) for use in layer.uses]
+        if layer.batchnorm is not None:
+            place, norm = (Place(*at) for at in _nodes(layer))
+            pending += [walk.operand(place, 2), *(walk.operand(norm, index) for index in (1, 2, 3, 4))]
+            hidden.add((place.scope, walk.node(place).output[0]))
+    found = set()
+    for tensor in pending:
+        if tensor is not None and walk.origin(tensor) not in read and not walk.is_output(tensor):
+            place = walk.producer(tensor)
+            if place is not None and walk.node(place).op_type not in _SOURCES:
+                continue
+            found.add(walk.origin(tensor))
+            if place is not None:
+                pending += [walk.operand(place, index) for index in range(len(walk.node(place).input))]
+    return found | hidden
+
+
+def _emptied(proto: ModelProto) -> ModelProto:
+    """A copy without what `_assert_nodes` and `_assert_entries` compare."""
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    for scope in list(scopes(copy)):
+        body = scope.graph or scope.function
+        names = ("node", "initializer", "sparse_initializer", "value_info", "quantization_annotation")
+        for name in (*names, "input", "output"):
+            if name in body.DESCRIPTOR.fields_by_name:
+                body.ClearField(name)
+    return copy
+
+
+def _assert_nodes(old: Any, new: Any, removed: set[int], chained: set[str], gone: set[str]) -> None:
+    kept = [
+        _shallow(node)
+        for index, node in enumerate(old.nodes)
+        if index not in removed
+        and not (node.op_type in _SOURCES and all(name in gone for name in node.output))
+    ]
+    stay = [
+        _shallow(node)
+        for node in new.nodes
+        if node.name not in chained and not node.name.endswith("/constant")
+    ]
+    assert stay == kept
+
+
+_SOURCES = ("Constant", "Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Cast")
+
+
+def _shallow(node: NodeProto) -> NodeProto:
+    """A node without the contents of its bodies."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for attribute in copy.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            graph.Clear()
+    return copy
+
+
+def _assert_entries(old: Any, new: Any, field: str, name: str, gone: set[str]) -> None:
+    bodies: list[GraphProto | FunctionProto] = [scope.graph or scope.function for scope in (old, new)]
+    if field not in bodies[0].DESCRIPTOR.fields_by_name:
+        return
+    before, after = (list(getattr(body, field)) for body in bodies)
+    if field in ("input", "output") and old.graph is None:
+        assert after == before
+        return
+    kept = [entry for entry in before if not name or getattr(entry, name) not in gone]
+    assert after[: len(kept)] == kept
+    rest = after[len(kept) :]
+    assert field == "initializer" or not rest
+    assert all(
+        tensor.name.rstrip("_0123456789").endswith(("_encoder", "_decoder", "_bias")) for tensor in rest
+    )
