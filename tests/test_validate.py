@@ -95,7 +95,7 @@ class TestWholeModels:
         bad = _copy(proto)
         bad.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
         result = validate(load(bad), load(bad), {}, alone=never)
-        assert "rejects the input model, and the compressed one alike" in result.notes[0]
+        assert "rejects the input model, and so the compressed one" in result.notes[0]
         assert result.worst == 0.0
 
     def test_checker_names_other_nodes_in_the_chain(self):
@@ -103,7 +103,7 @@ class TestWholeModels:
         original = model(ours + "[conv] y = Conv(x, k) }")
         chain = model(ours + "[conv_encode] z = Conv(x, k) [conv_decode] y = Conv(z, k) }")
         result = validate(original, chain, {}, alone=never)
-        assert "compressed one alike" in result.notes[0]
+        assert "so the compressed one" in result.notes[0]
 
     def test_external_data(self, tmp_path):
         weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)

@@ -17,6 +17,7 @@ Whatever fails a rule is Skipped, with a reason that tells what to do about it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,6 +32,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.prepare import Preparation, prepare
 from onnx_lowrank.graph.shapes import Shapes, positions, rank
+from onnx_lowrank.graph.tensors import Region, is_external, region, tensors
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
 from onnx_lowrank.types import Fold, Layer, Skipped, Use
@@ -118,8 +120,11 @@ def find(
             sources.setdefault(key, []).append(seen)
             order.append((place, key))
     ids = _ids(sources)
+    regions = _regions(model)
     built = {
-        key: _build(model, walk, shapes, ids[key], uses, include, exclude) for key, uses in sources.items()
+        key: _shared_bytes(model, uses[0].stored.source, regions)
+        or _build(model, walk, shapes, ids[key], uses, include, exclude)
+        for key, uses in sources.items()
     }
     skipped = []
     for place, what in order:
@@ -278,6 +283,19 @@ def _build(
     if not np.isfinite(_canonical(model, walk, first.place, first.operand, first.stored)).all():
         return "its weight holds NaN or Inf: repair the export"
     return Binding(layer, first.stored, tuple(cast_of(walk, use.stored) for use in seen))
+
+
+def _regions(model: Model) -> Counter[Region]:
+    """How many tensors refer to each region of the data files."""
+    external = (tensor for tensor in tensors(model.proto) if is_external(tensor)) if model.files else ()
+    return Counter(region(tensor, model.files, model.name) for tensor in external)
+
+
+def _shared_bytes(model: Model, source: Source, regions: Counter[Region]) -> str | None:
+    """Rule 4 for data files: bytes that another tensor refers to, too, would stay, and save nothing."""
+    if is_external(source.tensor) and regions[region(source.tensor, model.files, model.name)] > 1:
+        return "other tensors share its bytes in the data file: give it bytes of its own"
+    return None
 
 
 def _layer(walk: Walk, name: str, seen: list[_Seen], uses: tuple[Use, ...], prepared: Preparation) -> Layer:

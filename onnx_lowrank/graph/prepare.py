@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
-from onnx_lowrank.graph.weights import Stored, constant, readers, resolve
+from onnx_lowrank.graph.weights import Stored, constant, dtype_of, readers, resolve
 from onnx_lowrank.types import BatchNorm
 
 _EPSILON = float(np.float32(1e-5))
@@ -98,9 +98,16 @@ def _fold(walk: Walk, model: Model, place: Place, behind: Place, features: int) 
     with np.errstate(all="ignore"):
         scale = gamma / np.sqrt(variance + attribute_of(walk.node(behind), "epsilon", _EPSILON))
         folded = scale * (bias - mean) + beta
-    if not (np.isfinite(scale).all() and np.isfinite(folded).all()):
+        stored_bias = folded.astype(_dtype(walk, place))
+    if not (np.isfinite(scale).all() and np.isfinite(stored_bias).all()):
         return None
     return BatchNorm(behind.node, scale, folded)
+
+
+def _dtype(walk: Walk, place: Place) -> np.dtype[Any]:
+    """The dtype in which a layer's node reads its weight, and in which its bias is stored."""
+    stored = resolve(walk, walk.operand(place, 1))
+    return np.dtype(np.float64) if isinstance(stored, str) else dtype_of(walk, stored)
 
 
 def _bias(walk: Walk, model: Model, place: Place, features: int) -> NDArray[np.float64] | None:

@@ -35,7 +35,7 @@ from onnx_lowrank.graph.chains import (
 from onnx_lowrank.graph.layers import Binding, label
 from onnx_lowrank.graph.model import Model, Scope, scopes
 from onnx_lowrank.graph.walk import Place, Walk, is_op
-from onnx_lowrank.graph.weights import VIEWS, viewed
+from onnx_lowrank.graph.weights import VIEWS, dtype_of, viewed
 from onnx_lowrank.types import Certificate, Factors, Layer, Option, Use
 
 Store = Callable[[str, NDArray[Any]], TensorProto]
@@ -188,8 +188,7 @@ class _Writer:
         norm = binding.layer.batchnorm
         if norm is None:
             return None
-        kind = binding.casts[0] or binding.stored.source.tensor.data_type
-        values = norm.bias.astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+        values = norm.bias.astype(dtype_of(self._walk, binding.stored))
         return self._keep(binding, f"{label(node)}_bias", values)
 
     def _chain(

@@ -232,3 +232,9 @@ def readers(walk: Walk, source: Source) -> list[tuple[Place, int]] | None:
                 seen.add(place)
                 tensors.append(result)
     return sorted(found)
+
+
+def dtype_of(walk: Walk, stored: Stored) -> np.dtype[Any]:
+    """The dtype in which the node reads an operand, after any Cast."""
+    kind = cast_of(walk, stored) or stored.source.tensor.data_type
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))

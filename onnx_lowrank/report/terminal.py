@@ -34,7 +34,9 @@ def show(report: Report, console: Console) -> None:
     console.print()
     console.print(_totals(report, page))
     if report.totals.macs.before is None:
-        page.line("MACs need the shapes that the model leaves open: --input-shape NAME=1,3,224,224.", style="dim")
+        page.line(
+            "MACs need the shapes that the model leaves open: --input-shape NAME=1,3,224,224.", style="dim"
+        )
     page.line(_ratios(report))
     console.print()
     kept = [(row.reason or "kept by the plan", row.id) for row in report.layers if row.option is None]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.validate.engines import Feed, UnsupportedError
@@ -130,7 +130,9 @@ def _spec(value: ValueInfoProto) -> Spec:
     if value.type.WhichOneof("value") != "tensor_type":
         return Spec(value.name, None, None)
     tensor = value.type.tensor_type
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else None
+    # An unknown element type is as good as none: the runtime will say what it makes of it.
+    known = tensor.elem_type and tensor.elem_type in TensorProto.DataType.values()
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if known else None
     if not tensor.HasField("shape"):
         return Spec(value.name, dtype, None)
     # Exporters write 0 and -1, too, where a size is free.

@@ -3,6 +3,7 @@ import importlib
 import os
 import resource
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -660,13 +661,15 @@ def test_a_spill_without_a_folder(tmp_path):
 # --- saving -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Let no file grow over 1000 bytes."""
+    """Let no file grow over 1000 bytes; not longer than needed, as pytest may itself write to one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def old_target(tmp_path: Path) -> Path:
@@ -682,26 +685,24 @@ def untouched(target: Path) -> bool:
         "out.onnx": b"out.onnx", "out.onnx.data": b"out.onnx.data"}  # fmt: skip
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_leaves_the_target(tmp_path):
     target = old_target(tmp_path)
-    with pytest.raises(InputError, match=r"out\.onnx cannot be written \(File too large\)"):
-        save(load(linear(weight(0, (4, 100)))), target)
-    assert untouched(target)
-
-
-def test_a_full_disk_leaves_the_target_and_its_data(tmp_path, request):
-    target = old_target(tmp_path)
-    model = load(external(tmp_path))
-    request.getfixturevalue("full_disk")
-    with pytest.raises(InputError, match="File too large"):
+    model = load(linear(weight(0, (4, 100))))
+    with full_disk(), pytest.raises(InputError, match=r"out\.onnx cannot be written \(File too large\)"):
         save(model, target)
     assert untouched(target)
 
 
-@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_target_and_its_data(tmp_path):
+    target = old_target(tmp_path)
+    model = load(external(tmp_path))
+    with full_disk(), pytest.raises(InputError, match="File too large"):
+        save(model, target)
+    assert untouched(target)
+
+
 def test_a_full_disk_under_a_spill(tmp_path):
-    with Spill(tmp_path) as spill, pytest.raises(InputError, match="File too large"):
+    with Spill(tmp_path) as spill, full_disk(), pytest.raises(InputError, match="File too large"):
         spill.tensor("w", np.ones((100, 100)))
 
 

@@ -75,6 +75,7 @@ KEPT = {
     "weight on the left": ("float[8,6] x", f"h = Gemm (w, x) {BN}", {"w": (7, 8)}),
     "matmul": ("float[3,8] x", f"h = MatMul (x, w) {BN}", {"w": (8, F)}),
     "as a parameter": ("float[1,8] x", "h = Gemm (x, w) k = Squeeze (h) y = BatchNormalization (z, k, b, m, v) z = Relu (b)", {"w": (8, F)}),
+    "bias beyond float16": ("float16[1,4,6,6] x", f"{CONV} {BN}", {"w": np.ones(KERNEL, np.float16), "m": np.full(F, -9e4, np.float32)}),
     "two uses": (X, f"{CONV} {BN} k = Conv (x, w) z = BatchNormalization (k, s, b, m, v)", {"w": KERNEL}),
     "other domain": (X, f"{CONV} y = local.BatchNormalization (h, s, b, m, v)", {"w": KERNEL}),
 }  # fmt: skip

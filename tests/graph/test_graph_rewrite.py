@@ -212,3 +212,27 @@ def test_external_data(tmp_path):
     result.save(tmp_path / "out.onnx")
     result.close()
     assert_same(inline, onnx.load(tmp_path / "out.onnx"))
+
+
+def test_weights_that_share_their_bytes_in_the_data_file_are_left_alone(tmp_path):
+    path = tmp_path / "in.onnx"
+    body = "g (float[3,16] x) => (float[3,16] y) { h = MatMul (x, w) k = MatMul (h, v) y = MatMul (k, u) }"
+    onnx.save(
+        model(body, w=(16, 16), v=(16, 16), u=(16, 16)),
+        path,
+        save_as_external_data=True,
+        location="data",
+        size_threshold=0,
+    )
+    proto = onnx.load(path, load_external_data=False)
+    first, second, _ = proto.graph.initializer
+    del second.external_data[:]
+    second.external_data.extend(first.external_data)
+    path.write_bytes(proto.SerializeToString())
+    seen = found(path)
+    assert parameters(seen.model) == 2 * 16 * 16
+    assert [binding.layer.id for binding in seen.bindings] == ["u"]
+    assert {item.weight for item in seen.skipped} == {"w", "v"}
+    assert all("share its bytes in the data file" in item.reason for item in seen.skipped)
+    result = onnx_lowrank.compress(path, ratio=0.9)
+    assert parameters(result.model) <= 0.9 * parameters(seen.model)
