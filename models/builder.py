@@ -119,9 +119,9 @@ class Builder:
             tensor.raw_data = values.astype(self.dtype, copy=False).tobytes()
         return name
 
-    def integers(self, *values: int) -> str:
-        """A constant int64 vector."""
-        name = "integers_" + "_".join(map(str, values))
+    def integers(self, *values: int, name: str = "") -> str:
+        """A constant int64 vector, named after its values by default."""
+        name = name or "integers_" + "_".join(map(str, values))
         if name not in self._constants:
             self._constants.add(name)
             self.model.graph.initializer.add().CopyFrom(

@@ -55,12 +55,7 @@ def _known_shapes(graph: GraphProto) -> dict[str, tuple[int, ...]]:
 def _fold(proto: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Replace nodes of the main graph by their results where these are small and known; True if any was."""
     graph = proto.graph
-    inputs = {value.name for value in graph.input}
-    values = {
-        t.name: onnx.numpy_helper.to_array(t)
-        for t in graph.initializer
-        if t.name not in inputs and _is_small(t)
-    }
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_small(t)}
     folded = []
     for index, node in enumerate(graph.node):
         constant = next(
@@ -97,8 +92,9 @@ def _result(
     """What a node computes, where that is a small tensor that is known already."""
     if node.domain not in ("", "ai.onnx") or len(node.output) != 1:
         return None
-    if node.op_type == "Shape" and not node.attribute and node.input[0] in shapes:
-        return np.array(shapes[node.input[0]], np.int64)
+    if node.op_type == "Shape" and node.input[0] in shapes:
+        ends = {attribute.name: attribute.i for attribute in node.attribute}
+        return np.array(shapes[node.input[0]][ends.get("start", 0) : ends.get("end")], np.int64)
     names: list[str] = [name for name in node.input if name]
     if node.op_type not in _OPERATORS or any(name not in values for name in names):
         return None

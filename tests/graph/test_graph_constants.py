@@ -1,0 +1,116 @@
+"""Shapes behind small computed tensors."""
+# ruff: noqa: E501 - models as text
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from onnx.parser import parse_model
+
+from onnx_lowrank.graph import constants
+from onnx_lowrank.graph.constants import infer_shapes
+
+PADS = (
+    "z = ConstantOfShape <value = int64[1] {0}> (four) p = Concat <axis = 0> (given, z) q = Reshape (p, pairs) "
+    "r = Slice (q, last, least, first, back) s = Transpose <perm = [1, 0]> (r) t = Reshape (s, flat) "
+    "u = Cast <to = 7> (t) y = Pad (x, u)"
+)
+PAD_WEIGHTS = (
+    "int64[1] four = {4}, int64[4] given = {0, 0, 0, 1}, int64[2] pairs = {-1, 2}, int64[1] last = {-1}, "
+    "int64[1] least = {-9223372036854775807}, int64[1] first = {0}, int64[1] back = {-1}, int64[1] flat = {-1}"
+)
+CASES = {
+    "pads as torch exports them": ("float[2,3,5,5] x", PAD_WEIGHTS, PADS, [2, 3, 6, 5]),
+    "shape to reshape": (
+        "float[2,6,4] x",
+        "int64 zero = {0}, int64[1] rest = {-1}, int64[1] axis = {0}",
+        "s = Shape (x) n = Gather (s, zero) u = Unsqueeze (n, axis) t = Concat <axis = 0> (u, rest) y = Reshape (x, t)",
+        [2, 24],
+    ),
+    "part of a shape": (
+        "float[2,6,4] x",
+        "int64[1] zero = {0}",
+        "e = Shape <start = 1, end = -1> (x) y = Slice (x, zero, e, zero)",
+        [2, 6, 4],
+    ),
+    "arithmetic": (
+        "float[2,6,4] x",
+        "int64[3] two = {1, 2, 1}, int64[3] one = {0, 1, 0}",
+        "s = Shape (x) a = Div (s, two) b = Mul (a, two) c = Sub (b, one) d = Add (c, one) y = Expand (x, d)",
+        [2, 6, 4],
+    ),
+    "one Shape behind another": (
+        "float[2,6,4] x",
+        "int64[1] i = {1}, int64[1] rest = {-1}",
+        "s = Shape (x) n = Gather (s, i) t = Concat <axis = 0> (n, rest) h = Reshape (x, t) "
+        "r = Shape (h) m = Gather (r, i) u = Concat <axis = 0> (m, rest) y = Reshape (h, u)",
+        [8, 6],
+    ),
+}
+
+
+def parsed(inputs: str, weights: str, nodes: str) -> onnx.ModelProto:
+    text = f'<ir_version: 8, opset_import: ["" : 17]> g ({inputs}) => (float[] y) <{weights}> {{ {nodes} }}'
+    proto = parse_model(text)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    return proto
+
+
+def shape_of(proto: onnx.ModelProto) -> list[int | None] | None:
+    tensor = proto.graph.output[0].type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_are_known_behind_small_computed_tensors(name):
+    *text, expected = CASES[name]
+    proto = parsed(*text)
+    before = proto.SerializeToString()
+    assert shape_of(infer_shapes(proto)) == expected
+    assert proto.SerializeToString() == before
+
+
+def test_some_of_these_defeat_plain_inference():
+    plain = {
+        name: shape_of(onnx.shape_inference.infer_shapes(parsed(*text), data_prop=True))
+        for name, (*text, _) in CASES.items()
+    }
+    assert plain["pads as torch exports them"] != CASES["pads as torch exports them"][-1]
+
+
+@pytest.mark.parametrize("name", ["shape to reshape", "one Shape behind another"])
+def test_what_depends_on_an_open_size_stays_unknown(name):
+    inputs, *text, _ = CASES[name]
+    found = shape_of(infer_shapes(parsed(inputs.replace("[2,6,4]", "[N,M,4]"), *text)))
+    assert found is None or None in found
+
+
+def test_nothing_large_is_made(monkeypatch):
+    made = []
+    evaluate = constants.ReferenceEvaluator
+    monkeypatch.setattr(constants, "ReferenceEvaluator", lambda model: made.append(model) or evaluate(model))
+    proto = parsed(
+        "float[1] x",
+        "int64[2] n = {1000000, 1000000}, int64[1] small = {3}",
+        "c = ConstantOfShape (n) d = ConstantOfShape (small) e = Add (c, d) y = Add (x, d)",
+    )
+    assert shape_of(infer_shapes(proto)) == [3]
+    assert [model.graph.node[0].output[0] for model in made] == ["d"]
+
+
+def test_what_the_reference_cannot_compute_stays_unknown():
+    proto = parsed(
+        "float[2,6] x", "int64[2] a = {1, 2}, int64[3] b = {1, 2, 3}", "t = Add (a, b) y = Reshape (x, t)"
+    )
+    proto = infer_shapes(proto) if _is_inferable(proto) else proto
+    assert shape_of(proto) is None or None in shape_of(proto)
+
+
+def _is_inferable(proto: onnx.ModelProto) -> bool:
+    try:
+        onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        return False
+    return True
