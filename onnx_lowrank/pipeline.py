@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -230,9 +229,9 @@ def _rewritten(
                 step()
                 yield replacement
 
-    note = json.dumps({"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget})
+    run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
     store = inline if spill is None else spill.tensor
-    rewritten = rewrite(found.model, found.walk, replacements(), {"run": note} if chosen else {}, store)
+    rewritten = rewrite(found.model, found.walk, replacements(), run, store)
     if spill is not None:
         files = {**rewritten.model.files, **spill.files}
         rewritten = replace(rewritten, model=replace(rewritten.model, files=files))

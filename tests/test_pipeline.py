@@ -98,8 +98,16 @@ def test_a_result_explains_itself():
 
 
 def test_the_model_says_how_it_was_made_where_something_was_done():
-    entries = {entry.key: entry.value for entry in compress(cnn(), 0.5).proto.metadata_props}
+    result = compress(cnn(), 0.5)
+    entries = {entry.key: entry.value for entry in result.proto.metadata_props}
     assert json.loads(entries["onnx_lowrank.run"])["recipe"] == DEFAULT_RECIPE
+    proofs = json.loads(entries["onnx_lowrank.layers"])
+    rows = {row.id: row for row in result.report.layers if row.option}
+    assert proofs.keys() == rows.keys()
+    for name, row in rows.items():
+        assert proofs[name]["option"] == f"{row.option.fold} k={row.option.k} j={row.option.j}"
+        assert tuple(proofs[name]["spectral"]) == row.certificate.spectral
+        assert tuple(proofs[name]["frobenius"]) == row.certificate.frobenius
 
 
 @pytest.mark.parametrize("recipe", FREE)

@@ -104,7 +104,7 @@ def rewrite(
     model: Model,
     walk: Walk,
     replacements: Iterable[Replacement],
-    metadata: Mapping[str, str],
+    run: Mapping[str, str],
     store: Store = inline,
 ) -> Rewritten:
     """Replace layers by their chains.
@@ -114,15 +114,17 @@ def rewrite(
         walk: Its walk.
         replacements: The layers to replace, with their factors; consumed one by one, so that a
             generator never has more than one layer's factors in memory beside the stored ones.
-        metadata: Entries for the model's metadata_props, keys without prefix.
+        run: What made the factors; it goes into the model's metadata_props as JSON, as do the option
+            and the certificate of every layer.
         store: Makes the new tensors.
     """
     writer = _Writer(model, walk, store)
     for replacement in replacements:
         writer.replace(replacement)
     proto, removed = writer.finish()
-    for key, value in metadata.items():
-        _add_metadata(proto, f"{METADATA}.{key}", value)
+    if writer.proofs:
+        _add_metadata(proto, "run", json.dumps(dict(run)))
+        _add_metadata(proto, "layers", json.dumps(writer.proofs, ensure_ascii=False))
     return Rewritten(replace(model, proto=proto), writer.chains, removed)
 
 
@@ -131,6 +133,7 @@ class _Writer:
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
         self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
+        self.proofs: dict[str, dict[str, Any]] = {}
         self._model = model
         self._walk = walk
         self._store = store
@@ -154,6 +157,12 @@ class _Writer:
             for role, array in zip(("encoder", "decoder"), arrays, strict=True)
         )
         bias = self._new_bias(binding, nodes[0])
+        option, certificate = replacement.option, replacement.certificate
+        self.proofs[layer.id] = {
+            "option": f"{option.fold} k={option.k} j={option.j}",
+            "spectral": certificate.spectral,
+            "frobenius": certificate.frobenius,
+        }
         self.chains[layer.id] = tuple(
             self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, bias)
             for index in range(len(nodes))
@@ -217,7 +226,7 @@ class _Writer:
         else:
             matrix(fragment, layer, use, node, replacement.option, axes, names)
         self._splice(fragment.nodes, use, node, layer)
-        self._stamp(fragment.nodes, replacement)
+        self._stamp(fragment.nodes, layer.id)
         self._release(layer, use)
         return tuple(node.name for node in fragment.nodes)
 
@@ -237,19 +246,14 @@ class _Writer:
         edit.deleted.add(use.node)
         edit.before.setdefault(use.node, []).extend(chain)
 
-    def _stamp(self, chain: list[NodeProto], replacement: Replacement) -> None:
+    def _stamp(self, chain: list[NodeProto], layer: str) -> None:
+        """Say in every node of a chain what it stands for (nodes have metadata from IR 10 on)."""
         if self._model.proto.ir_version < 10:
             return
-        option, certificate = replacement.option, replacement.certificate
-        entries = {
-            "layer": replacement.binding.layer.id,
-            "option": f"{option.fold} k={option.k} j={option.j}",
-            "spectral": json.dumps(certificate.spectral),
-            "frobenius": json.dumps(certificate.frobenius),
-        }
         for node in chain:
-            for key, value in entries.items():
-                node.metadata_props.add(key=f"{METADATA}.{key}", value=value)
+            _add_metadata(node, "layer", layer)
+            for key, value in self.proofs[layer].items():
+                _add_metadata(node, key, value if isinstance(value, str) else json.dumps(value))
 
     def _release(self, layer: Layer, use: Use) -> None:
         """Note which tensors the chain of a use does not read any more (rule 3)."""
@@ -328,11 +332,11 @@ def _drop(messages: Any, is_dead: Callable[[Any], bool]) -> None:
             del messages[index]
 
 
-def _add_metadata(proto: ModelProto, key: str, value: str) -> None:
-    """Add an entry under a free key: a model that was compressed before keeps its older entries."""
+def _add_metadata(proto: ModelProto | NodeProto, key: str, value: str) -> None:
+    """Add an entry under a free key: what was compressed before keeps its older entries."""
     taken = {entry.key for entry in proto.metadata_props}
-    candidate, n = key, 1
+    candidate, n = f"{METADATA}.{key}", 1
     while candidate in taken:
         n += 1
-        candidate = f"{key}.{n}"
+        candidate = f"{METADATA}.{key}.{n}"
     proto.metadata_props.add(key=candidate, value=value)

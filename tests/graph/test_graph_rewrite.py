@@ -85,7 +85,7 @@ def test_the_last_node_keeps_name_and_notes():
 def test_provenance(ir):
     new = rewritten(found(decorated(ir))).model.proto
     keys = [entry.key for entry in new.metadata_props]
-    assert keys == ["author", "onnx_lowrank.run", "onnx_lowrank.run.2"]
+    assert keys == ["author", "onnx_lowrank.run", "onnx_lowrank.run.2", "onnx_lowrank.layers"]
     stamped = [{e.key: e.value for e in node.metadata_props} for node in new.graph.node]
     options = [notes["onnx_lowrank.option"] for notes in stamped if "onnx_lowrank.option" in notes]
     assert options == (["encode k=1 j=8"] * 4 if ir >= 10 else [])
