@@ -12,7 +12,7 @@ Rules, shared by all chains:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,18 @@ from onnx_lowrank.types import Factors, Fold, Layer, Option, Use
 class Fragment:
     """Nodes under construction, built with graphsurgeon; tensors go by their names."""
 
-    def __init__(self, stem: str, unique: Any) -> None:
-        """Start a chain whose new names begin with `stem`; `unique` makes a name that is free."""
+    def __init__(self, stem: str, unique: Callable[[str], str], opset: int) -> None:
+        """Start a chain.
+
+        Args:
+            stem: What new names begin with.
+            unique: Makes a free name of one that may be taken.
+            opset: Version of the default domain where the chain will stand.
+        """
         self.nodes: list[NodeProto] = []
         self._stem = stem
         self._unique = unique
+        self._opset = opset
 
     def add(
         self, role: str, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
@@ -52,8 +59,18 @@ class Fragment:
 
     def reshape(self, role: str, value: str, shape: Sequence[int]) -> str:
         """Append a Reshape to a constant shape (0 copies an input axis)."""
-        target = gs.Constant(f"{self._stem}_shape", np.asarray(shape, np.int64))
-        return self.add(role, "Reshape", [value, self.add(f"{role}_shape", "Constant", [], value=target)])
+        return self.add(role, "Reshape", [value, self._integers(f"{role}_shape", shape)])
+
+    def along(self, op: str, role: str, value: str, axis: int) -> str:
+        """Append a Squeeze or Unsqueeze; its axes are an attribute before opset 13."""
+        if self._opset < 13:
+            return self.add(role, op, [value], axes=[axis])
+        return self.add(role, op, [value, self._integers(f"{role}_axes", [axis])])
+
+    def _integers(self, role: str, values: Sequence[int]) -> str:
+        """Append a Constant node of int64 numbers."""
+        tensor = gs.Constant(f"{self._stem}_{role}", np.asarray(values, np.int64))
+        return self.add(role, "Constant", [], value=tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +147,8 @@ def _operators(layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[st
     for node in nodes:
         busy |= {axis for axis in range(len(layer.kernel)) if _is_busy(node, axis, len(layer.kernel))}
     held = set(_held_by_encoder(layer, nodes, fold))
-    return tuple("ConvTranspose" if axes else "Conv" for axes in (busy & held, busy - held))  # type: ignore[return-value]
+    first, second = ("ConvTranspose" if axes else "Conv" for axes in (busy & held, busy - held))
+    return first, second
 
 
 def _is_busy(node: NodeProto, axis: int, n: int) -> bool:
@@ -261,7 +279,14 @@ def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: 
 def _sliced_left(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:
     """From k slices (k, j, c) times x (..., k · c, N) → (..., k · j, N)."""
     k, j = option.k, option.j
-    keep, columns = ([0] * (rank - 2), [-1]) if rank > 1 else ([], [1])
-    parts = fragment.reshape("slices", value, [*keep, k, c, *columns])
+    if rank == 1:
+        parts = fragment.add("encoder", "MatMul", [encoder, fragment.reshape("slices", value, [k, c, 1])])
+        return fragment.reshape("ranks", parts, [k * j])
+    # Reshape copies an axis (0) only to where it stood, so N stands behind an axis of size 1 meanwhile;
+    # a -1 in its place could not be resolved where the batch is empty.
+    keep = [0] * (rank - 2)
+    parts = fragment.along("Unsqueeze", "slices_axis", value, rank - 1)
+    parts = fragment.reshape("slices", parts, [*keep, k, c, 0])
     parts = fragment.add("encoder", "MatMul", [encoder, parts])
-    return fragment.reshape("ranks", parts, [*keep, k * j, *(columns if rank > 1 else [])])
+    parts = fragment.reshape("ranks_axis", parts, [*keep, k * j, 1, 0])
+    return fragment.along("Squeeze", "ranks", parts, rank - 1)

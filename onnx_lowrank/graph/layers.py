@@ -40,27 +40,30 @@ from onnx_lowrank.types import Fold, Layer, Skipped, Use
 OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": (1, 0), "Gather": (0,)}
 """The operators that become layers, with the operands that can be the weight."""
 
+_RECURRENT = "recurrent weights are not decomposed"
+_QUANTIZED = "it is quantized: compress before quantizing"
+_FUSED = "it is fused for one runtime: compress the model before that optimization"
+
 LEFT_ALONE = {
-    "LSTM": "recurrent weights are not decomposed",
-    "GRU": "recurrent weights are not decomposed",
-    "RNN": "recurrent weights are not decomposed",
-    "Einsum": "export it as MatMul to have it decomposed",
-    "DeformConv": "deformable kernels are not decomposed",
-    **dict.fromkeys(
-        ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm", "MatMulNBits"),
-        "it is quantized: compress before quantizing",
-    ),
-    **dict.fromkeys(
-        (
+    **dict.fromkeys((("", "LSTM"), ("", "GRU"), ("", "RNN")), _RECURRENT),
+    ("", "Einsum"): "export it as MatMul to have it decomposed",
+    ("", "DeformConv"): "deformable kernels are not decomposed",
+    **{("", op): _QUANTIZED for op in ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")},
+    **{
+        ("com.microsoft", op): _QUANTIZED
+        for op in ("QGemm", "MatMulNBits", "DynamicQuantizeMatMul", "QAttention")
+    },
+    **{
+        ("com.microsoft", op): _FUSED
+        for op in (
             "FusedConv",
             "FusedMatMul",
             "FusedGemm",
             "Attention",
-            "MultiHeadAttention",
             "EmbedLayerNormalization",
-        ),
-        "it is fused for one runtime: compress the model before that optimization",
-    ),
+            "NhwcFusedConv",
+        )
+    },
 }
 """Operators with weights that are never layers, and why."""
 
@@ -173,8 +176,8 @@ def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Sto
 def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
     """Rules 1 to 3 for one node: its use of a weight, or why it has none; None for other operators."""
     node = walk.node(place)
-    if node.op_type in LEFT_ALONE:
-        return LEFT_ALONE[node.op_type]
+    if (reason := LEFT_ALONE.get((node.domain.removeprefix("ai.onnx"), node.op_type))) is not None:
+        return reason
     if not is_op(node, OPERANDS):
         return None
     if any(attribute.ref_attr_name for attribute in node.attribute):

@@ -213,7 +213,7 @@ class _Writer:
         """Plan the chain of one use; returns the names of its nodes."""
         binding, layer = replacement.binding, replacement.binding.layer
         use, node = layer.uses[index], nodes[index]
-        fragment = Fragment(label(node), self._unique)
+        fragment = Fragment(label(node), self._unique, self._walk.opsets[use.scope])
         cast = binding.casts[index]
         if cast is not None:
             encoder = fragment.add("encoder_cast", "Cast", [encoder], to=cast)

@@ -142,6 +142,12 @@ class Walk:
         """Whether a graph or function returns the tensor, or the model's training information names it."""
         return self.origin(tensor) in self._outputs
 
+    def is_argument(self, tensor: Any) -> bool:
+        """Whether a tensor is what the caller of a function passes to it."""
+        scope, name = self.origin(tensor)
+        function = self.scopes[scope].function
+        return function is not None and name in function.input
+
     def origin(self, tensor: Any) -> tuple[str, str]:
         """The scope that defines a tensor, and the tensor's name there."""
         return self._origin(tensor.name)

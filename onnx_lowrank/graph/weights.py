@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -32,6 +33,9 @@ VIEWS = frozenset({"Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "
 
 COMPUTED = "its operands are computed, none is a constant weight"
 """The reason to skip an operator that has no weight at all."""
+
+ARGUMENT = "an operand comes from the function's caller: if it is a weight, inline the functions first"
+"""The reason to skip an operator in a function whose operand may be a weight."""
 
 _LONGEST_CHAIN = 32
 
@@ -76,12 +80,15 @@ def resolve(walk: Walk, tensor: Any) -> Stored | str:
         return "its weight is quantized: compress before quantizing" if constant_inside else COMPUTED
     source = _source(walk, end)
     if source is None:
-        return COMPUTED
-    casts = (attribute_of(walk.node(p), "to", 1) for p in views if walk.node(p).op_type == "Cast")
-    for verb, kind in (("stored as", source.tensor.data_type), *(("cast to", to) for to in casts)):
+        return ARGUMENT if walk.is_argument(end) else COMPUTED
+    kinds = [source.tensor.data_type]
+    kinds += [attribute_of(walk.node(p), "to", 1) for p in views if walk.node(p).op_type == "Cast"]
+    for verb, kind in zip(("stored as", *["cast to"] * len(kinds)), kinds, strict=False):
         if kind not in FLOATS:
             names = {number: name for name, number in TensorProto.DataType.items()}
             return f"its weight is {verb} {names.get(kind, kind)}: only float weights are decomposed"
+    if sum(one != other for one, other in pairwise(kinds)) > 1:
+        return "its weight passes through several Casts: constant-fold the model first"
     return Stored(source, views)
 
 

@@ -251,7 +251,8 @@ REASONS = {
     "a batch meets a vector": ("float[8] x", "y = MatMul (x, w)", {"w": (3, 8, 9)}, "rank above 1"),
     "computed view": (X, "s = Shape (x) v = Reshape (w, s) y = MatMul (x, v)", {"w": (24,)}, "views"),
     "recurrent": ("float[3,1,8] x", "y, h = GRU <hidden_size = 4> (x, w, r)", {"w": (1, 12, 8), "r": (1, 12, 4)}, "recurrent"),
-    "fused": (X, "y = local.FusedMatMul (x, w)", {"w": W}, "fused"),
+    "fused": (X, "y = com.microsoft.FusedMatMul (x, w)", {"w": W}, "fused"),
+    "several casts": (X, "u = Cast <to = 10> (w) v = Cast <to = 1> (u) y = MatMul (x, v)", {"w": W}, "several Casts"),
     "integer operator": ("int8[3,8] x", "y = MatMulInteger (x, w)", {"w": np.ones(W, np.int8)}, "before quantizing"),
 }  # fmt: skip
 
@@ -260,13 +261,27 @@ REASONS = {
 def test_reasons(name):
     inputs, nodes, weights, words = REASONS[name]
     proto = onnx.parser.parse_model(
-        f'<ir_version: 8, opset_import: ["" : 17, "local" : 1]> g ({inputs}) => (float[] y) {{ {nodes} }}'
+        f'<ir_version: 8, opset_import: ["" : 17, "local" : 1, "com.microsoft" : 1]> g ({inputs}) => (float[] y) {{ {nodes} }}'
     )
     proto.graph.initializer.extend(tensors(**weights))
     seen = found(proto)
     assert not seen.bindings
     assert words in seen.skipped[0].reason
     assert rewritten(seen).model.proto.graph == proto.graph
+
+
+def test_operators_of_other_domains_are_not_taken_for_those_of_a_runtime():
+    proto = model(
+        "g (float[3,8] x) => (float[3,10] y) { a = local.LSTM (x) h = local.FusedMatMul (a) y = MatMul (x, w) }",
+        w=W,
+    )
+    assert not found(proto).skipped
+
+
+def test_a_weight_that_a_function_is_given():
+    function = '<domain: "local", opset_import: ["" : 17]> Linear (a, b) => (c) { c = MatMul (a, b) }'
+    proto = model("g (float[3,8] x) => (float[3,10] y) { y = local.Linear (x, w) }", functions=function, w=W)
+    assert "inline the functions" in found(proto).reason
 
 
 def test_a_returned_weight():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -12,7 +13,7 @@ import onnx_lowrank
 from onnx_lowrank.graph.excerpt import excerpts
 from onnx_lowrank.graph.model import parameters
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.types import Budget, Choice, Measure, Option, Plan
+from onnx_lowrank.types import Budget, Choice, Fold, Measure, Option, Plan
 from rewriting import assert_only_named_changes, assert_same, found, full_rank, model, rewritten, tensors
 
 W = (8, 10)
@@ -212,6 +213,20 @@ def test_external_data(tmp_path):
     result.save(tmp_path / "out.onnx")
     result.close()
     assert_same(inline, onnx.load(tmp_path / "out.onnx"))
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 3), (2, 16, 0), (2, 16, 3)])
+@pytest.mark.parametrize("opset", [11, 13])
+def test_slices_of_a_weight_on_the_left_meet_empty_batches(shape, opset):
+    proto = model("g (float[A,16,B] x) => (float[A,10,B] y) { y = MatMul (w, x) }", opset=opset, w=(10, 16))
+    seen = found(proto)
+    new = rewritten(seen, {"w": Option(Fold.ENCODE, 4, 4)}).model.proto
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    one, other = (
+        onnxruntime.InferenceSession(some.SerializeToString()).run(None, {"x": x})[0] for some in (proto, new)
+    )
+    assert one.shape == other.shape == (shape[0], 10, shape[2])
+    np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_share_their_bytes_in_the_data_file_are_left_alone(tmp_path):
