@@ -53,6 +53,7 @@ LEFT_ALONE = {
         ("com.microsoft", op): _QUANTIZED
         for op in ("QGemm", "MatMulNBits", "DynamicQuantizeMatMul", "QAttention")
     },
+    **dict.fromkeys((("com.microsoft.nchwc", "Conv"), ("com.microsoft", "NhwcFusedConv")), _FUSED),
     **{
         ("com.microsoft", op): _FUSED
         for op in (
@@ -61,7 +62,6 @@ LEFT_ALONE = {
             "FusedGemm",
             "Attention",
             "EmbedLayerNormalization",
-            "NhwcFusedConv",
         )
     },
 }
@@ -328,15 +328,15 @@ def _layer(walk: Walk, name: str, seen: list[_Seen], uses: tuple[Use, ...], prep
 def _can_slice(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...]) -> bool:
     """Whether a matrix can be cut into k > 1 slices: every use reshapes its input to show them.
 
-    That needs an input of known rank, a weight without batch axes, and Reshape with an operand
-    (opset 5). Uses on different sides, transposed uses and tables keep one slice.
+    That needs an input of known rank, a weight without batch axes, and Constant nodes of integers
+    (opset 9). Uses on different sides, transposed uses and tables keep one slice.
     """
     sides = {use.operand for use in uses}
     return (
         len(sides) == 1
         and all(use.op != "Gather" and not use.transposed and use.rank is not None for use in uses)
         and all(len(use.laid_out) == 2 for use in seen)
-        and all(walk.opsets[use.scope] >= 5 for use in uses)
+        and all(walk.opsets[use.scope] >= 9 for use in uses)
     )
 
 
@@ -393,8 +393,12 @@ def _selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[st
 
 
 def matches(names: Iterable[str], pattern: str) -> bool:
-    """Whether a glob, or a name as it is (which may have brackets), means one of the names."""
-    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
+    """Whether a glob, or a name as it is (which may have brackets), means one of the names.
+
+    PyTorch calls the weight of a module NAME "NAME.weight", and users think of it as NAME.
+    """
+    spelled = (spelling for name in names for spelling in {name, name.removesuffix(".weight")})
+    return any(name == pattern or fnmatchcase(name, pattern) for name in spelled)
 
 
 def _use(walk: Walk, shapes: Shapes, seen: _Seen, shape: tuple[int, ...], transposed: bool) -> Use:

@@ -31,7 +31,7 @@ FLOATS: dict[int, str] = {
 VIEWS = frozenset({"Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Cast"})
 """Operators that hand on a constant's numbers without computing new ones."""
 
-COMPUTED = "its operands are computed, none is a constant weight"
+COMPUTED = "its operands are computed and none is a constant weight: there is nothing to decompose"
 """The reason to skip an operator that has no weight at all."""
 
 ARGUMENT = "an operand comes from the function's caller: if it is a weight, inline the functions first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -15,6 +15,7 @@ from onnx_lowrank.linalg.folding import compose, fold, split
 from onnx_lowrank.types import Array, Certificate, Factors, Option
 
 _UNIT = 2.0**-53  # unit roundoff u of float64
+_SAFE_EXPONENT = 100  # of two, for the largest entry: sums of 2^40 squares stay between 2^-1022 and 2^1024
 
 
 def factorize(
@@ -145,19 +146,22 @@ def _relative_norms(
     original, unit = _normalized(original)
     residual, residual_unit = _normalized(residual)
     shift = residual_unit - unit
-    spectral = math.ldexp(_spectral_above(residual), shift)
-    frobenius = math.ldexp(_frobenius_above(residual), shift)
+    size, residual_size = _frobenius(original), _frobenius(residual)
+    spectral = math.ldexp(_spectral_above(residual, residual_size.above), shift)
+    frobenius = math.ldexp(residual_size.above, shift)
     error = math.ldexp(error, -unit) + _UNIT * frobenius
-    above = (spectral + error) / _spectral_below(original) * (1 + 8 * _UNIT)
-    return above, (frobenius + error) / _frobenius_below(original) * (1 + 8 * _UNIT)
+    above = (spectral + error) / _spectral_below(original, size.above) * (1 + 8 * _UNIT)
+    return above, (frobenius + error) / size.below * (1 + 8 * _UNIT)
 
 
 def _normalized(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
-    """A matrix over the power of two above its largest entry, and the exponent.
+    """A matrix over a power of two that keeps its squares away from under- and overflow, and the exponent.
 
-    That is exact, and keeps the squares away from underflow and overflow.
+    That is exact. Almost all matrices are far from both and stay as they are, without a copy.
     """
-    exponent = math.frexp(float(np.max(np.abs(matrix))))[1]
+    exponent = math.frexp(max(float(np.max(matrix)), -float(np.min(matrix))))[1]
+    if abs(exponent) <= _SAFE_EXPONENT:
+        return matrix, 0
     return np.ldexp(matrix, -exponent), exponent
 
 
@@ -165,7 +169,7 @@ def _product_error(encoder: NDArray[np.float64], decoder: NDArray[np.float64]) -
     """Upper bound, in the Frobenius norm, on the rounding error of composing one group's factors."""
     k, j = encoder.shape[:2]
     by_slice = (
-        _frobenius_above(encoder[i].reshape(j, -1)) * _frobenius_above(decoder[:, i].reshape(-1, j))
+        _frobenius(encoder[i].reshape(j, -1)).above * _frobenius(decoder[:, i].reshape(-1, j)).above
         for i in range(k)
     )
     return _gamma(j + 8) * math.hypot(*by_slice)
@@ -176,24 +180,26 @@ def _gamma(n: int) -> float:
     return n * _UNIT / (1 - n * _UNIT)
 
 
-def _frobenius(matrix: NDArray[np.float64]) -> float:
-    return math.sqrt(np.sum(np.sum(matrix * matrix, axis=1)))
+class _Bounds(NamedTuple):
+    """What a number is at least and at most."""
+
+    below: float
+    above: float
 
 
-def _frobenius_above(matrix: NDArray[np.float64]) -> float:
-    return _frobenius(matrix) * (1 + _gamma(sum(matrix.shape) + 4))
-
-
-def _frobenius_below(matrix: NDArray[np.float64]) -> float:
-    return _frobenius(matrix) * (1 - _gamma(sum(matrix.shape) + 4))
+def _frobenius(matrix: NDArray[np.float64]) -> _Bounds:
+    """Bounds on the Frobenius norm; einsum squares and adds without a temporary of the matrix' size."""
+    norm = math.sqrt(np.sum(np.einsum("ij,ij->i", matrix, matrix)))
+    relative = _gamma(sum(matrix.shape) + 4)
+    return _Bounds(norm * (1 - relative), norm * (1 + relative))
 
 
 def _wide(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
-def _spectral_above(matrix: NDArray[np.float64]) -> float:
-    """Upper bound on the largest singular value."""
+def _spectral_above(matrix: NDArray[np.float64], frobenius: float) -> float:
+    """Upper bound on the largest singular value of a matrix, given one on its Frobenius norm."""
     if not np.any(matrix):
         return 0.0
     wide = _wide(matrix)
@@ -204,7 +210,7 @@ def _spectral_above(matrix: NDArray[np.float64]) -> float:
     while not _is_positive_definite(top * (1 + margin) * np.eye(n) - gram):
         margin *= 2
     shift = top * (1 + margin)
-    above = shift * (1 + n * _gamma(n + 4)) + _gamma(m) * _frobenius_above(matrix) ** 2
+    above = shift * (1 + n * _gamma(n + 4)) + _gamma(m) * frobenius**2
     return math.sqrt(above) * (1 + 4 * _UNIT)
 
 
@@ -216,8 +222,8 @@ def _is_positive_definite(matrix: NDArray[np.float64]) -> bool:
     return True
 
 
-def _spectral_below(matrix: NDArray[np.float64]) -> float:
-    """Lower bound on the largest singular value of a matrix that is not zero."""
+def _spectral_below(matrix: NDArray[np.float64], frobenius: float) -> float:
+    """Lower bound on the largest singular value of a matrix that is not zero; see `_spectral_above`."""
     wide = _wide(matrix)
     n, m = wide.shape
     gram = wide @ wide.T
@@ -227,4 +233,4 @@ def _spectral_below(matrix: NDArray[np.float64]) -> float:
     x /= np.max(np.abs(x))
     length = float(np.linalg.norm(x)) * (1 + _gamma(n + 4))
     image = float(np.linalg.norm(wide.T @ x)) * (1 - _gamma(m + 4))
-    return (image / length - _gamma(n) * _frobenius_above(matrix)) * (1 - 8 * _UNIT)
+    return (image / length - _gamma(n) * frobenius) * (1 - 8 * _UNIT)

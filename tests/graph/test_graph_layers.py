@@ -334,3 +334,11 @@ def test_selection_by_id_or_node(selection, ids):
     assert set(seen.layers) == ids
     assert len(seen.skipped) == 2 - len(ids)
     assert all("include" in s.reason or "exclude" in s.reason for s in seen.skipped)
+
+
+@pytest.mark.parametrize("pattern", ["fc.weight", "fc", "f?", "*c", "fc.*", "node", "n*"])
+def test_layers_go_by_their_weight_their_module_and_their_node(pattern):
+    proto = model("g (float[3,8] x) => (float[3,10] y) { [node] y = MatMul (x, w) }", w=W)
+    proto.graph.initializer[0].name = proto.graph.node[0].input[1] = "fc.weight"
+    assert not found(proto, exclude=[pattern]).bindings
+    assert found(proto, include=[pattern]).bindings

@@ -251,3 +251,22 @@ def test_weights_that_share_their_bytes_in_the_data_file_are_left_alone(tmp_path
     assert all("share its bytes in the data file" in item.reason for item in seen.skipped)
     result = onnx_lowrank.compress(path, ratio=0.9)
     assert parameters(result.model) <= 0.9 * parameters(seen.model)
+
+
+@pytest.mark.parametrize("opset", [6, 7, 8, 9])
+@pytest.mark.parametrize("node", ["y = MatMul (x, w)", "y = Gemm (x, w, b)"])
+def test_matrices_of_old_opsets_pass_the_checker_whatever_the_plan(node, opset):
+    biased = {"b": (12,)} if "Gemm" in node else {}
+    node = node.replace("Gemm", "Gemm <broadcast = 1>") if opset < 7 else node
+    proto = model(
+        f"g (float[3,16] x) => (float[3,12] y) {{ {node} }}", opset=opset, ir=4, w=(16, 12), **biased
+    )
+    layer = found(proto).layer
+    assert layer.slices == ((1,) if opset < 9 else (1, 2, 4, 8, 16))
+    for k in layer.slices:
+        choice = Choice("w", Option(Fold.ENCODE, k, layer.full_rank(Fold.ENCODE, k)), 0, 0.0)
+        digest = found(proto).model.sha256
+        plan = Plan(digest, "test", Measure.SPECTRAL, 1.0, Budget.PARAMS, (choice,))
+        validation = onnx_lowrank.compress(proto, plan=plan).report.validation
+        assert validation.worst < 1e-6
+        assert not any("checker" in note for note in validation.notes)
