@@ -9,6 +9,7 @@ from onnx_lowrank.errors import (
     ValidationError,
 )
 from onnx_lowrank.pipeline import Result, compress
+from onnx_lowrank.plan import read as read_plan
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.report import Report
 from onnx_lowrank.types import Plan
@@ -25,4 +26,5 @@ __all__ = [
     "Result",
     "ValidationError",
     "compress",
+    "read_plan",
 ]

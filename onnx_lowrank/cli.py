@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from difflib import get_close_matches
+from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,12 +18,14 @@ from rich.text import Text
 
 from onnx_lowrank import recipe as recipes
 from onnx_lowrank.errors import LowRankError
-from onnx_lowrank.pipeline import DEFAULT_RECIPE, check_outputs, compress, write
+from onnx_lowrank.output import check_outputs, print_text, write
+from onnx_lowrank.pipeline import DEFAULT_RECIPE, compress
 from onnx_lowrank.report.progress import Silent, Terminal
 from onnx_lowrank.types import Budget
 
 _INTERRUPTED = 130
 _SIZES = re.compile(r"[1-9][0-9]{0,17}(,[1-9][0-9]{0,17})*")
+_ALIKE = 0.8  # of one, as difflib measures it: --ratoi for --ratio, not --align for --plan
 _EPILOG = """\b
 Exit codes:
   0    done
@@ -32,10 +38,16 @@ Exit codes:
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
     try:
-        return None if value is None else float(value)
+        number = float(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is no number, write it like 0.5") from None
+    exact = Decimal(value)
+    if exact.is_finite() and (not isfinite(number) or bool(number) != bool(exact)):
+        raise click.BadParameter(f"{value!r} is too large or too close to 0, write it like 0.5")
+    return number
 
 
 def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -54,20 +66,34 @@ def _report_path(ctx: click.Context, param: click.Parameter, value: Path | None)
     return value
 
 
-def _list_passes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if not value or ctx.resilient_parsing:
-        return
+def _printing(text: Callable[[click.Context], str]) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """The callback of an option that prints a text and exits."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            print_text(text(ctx).rstrip("\n") + "\n")
+            ctx.exit()
+
+    return callback
+
+
+def _passes(ctx: click.Context) -> str:
     formatter = ctx.make_formatter()
     if not sys.stdout.isatty():
         formatter.width = sys.maxsize  # one line each, for grep and the like
     default = {DEFAULT_RECIPE: " (the default)"}
     formatter.write_dl([(r.name, r.summary + default.get(r.name, "")) for r in recipes.load_all()])
-    click.echo(formatter.getvalue(), nl=False)
-    ctx.exit()
+    return formatter.getvalue()
+
+
+def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.obj["verbose"] = value
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG
+    context_settings={"allow_extra_args": True, "max_content_width": 100},
+    epilog=_EPILOG,
+    add_help_option=False,
 )
 @click.argument("source", metavar="IN.onnx", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT.onnx", type=click.Path(path_type=Path), required=False)
@@ -83,12 +109,12 @@ def _list_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    callback=_list_passes,
+    callback=_printing(_passes),
     help="List the recipes and exit.",
 )
 @click.option(
     "--budget",
-    type=click.Choice([budget.value for budget in Budget]),
+    metavar="|".join(Budget),
     help=f"What the ratio counts, by default {Budget.PARAMS}.",
 )
 @click.option(
@@ -130,10 +156,10 @@ def _list_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     metavar="FILE.json",
     help="Write the report as JSON; - is stdout.",
 )
-@click.option("--dry-run", is_flag=True, help="Only make the plan; write no model.")
+@click.option("--dry-run", is_flag=True, help="Only make the plan; OUT.onnx is not written.")
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    metavar="auto|cpu|cuda",
     default="auto",
     show_default=True,
     help="Where the linear algebra runs.",
@@ -146,40 +172,63 @@ def _list_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     help="ONNX Runtime's execution provider for the comparison.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-@click.option("--verbose", "-v", is_flag=True, help="Print tracebacks with errors.")
-@click.version_option(package_name="onnx-lowrank")
+@click.option(
+    "--verbose",
+    "-v",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_verbose,
+    help="Print tracebacks with errors.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_printing(lambda _: f"onnx-lowrank, version {version('onnx-lowrank')}"),
+    help="Show the version and exit.",
+)
+@click.help_option("-h", "--help", callback=_printing(lambda ctx: ctx.get_help()))
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     source: Path,
     out: Path | None,
     save_plan: Path | None,
     report: Path | None,
     dry_run: bool,
     quiet: bool,
-    verbose: bool,
     **options: Any,
 ) -> None:
     """Make IN.onnx smaller by low-rank decomposition and write it to OUT.onnx."""
+    if ctx.args:
+        raise click.UsageError(
+            f"{ctx.args[0]!r} is one argument too many: name IN.onnx and OUT.onnx, the rest are options."
+        )
     if out is None and not dry_run:
         raise click.UsageError("OUT.onnx is missing: name the file to write, or pass --dry-run.")
+    out = None if dry_run else out
     check_outputs(source, out, save_plan, report)
     console = Console(stderr=True)
     progress = Silent() if quiet else Terminal(console)
     with compress(source, dry_run=dry_run, progress=progress, **options) as result:
-        write(result, None if dry_run else out, save_plan, report)
+        write(result, out, save_plan, report)
         if not quiet:
             result.report.table(console)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    verbose = not {"-v", "--verbose"}.isdisjoint(arguments)
-    sys.exit(_run(arguments, verbose))
+    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
-def _run(arguments: Sequence[str], verbose: bool) -> int:
+def _run(arguments: Sequence[str]) -> int:
+    parsed: dict[str, bool] = {}
     try:
-        return int(command.main(arguments, prog_name="onnx-lowrank", standalone_mode=False) or 0)
+        code = command.main(arguments, prog_name="onnx-lowrank", standalone_mode=False, obj=parsed)
+        return int(code or 0)
     except click.ClickException as error:
         _complain(_sentence(error))
         return error.exit_code if error.exit_code == 2 else 1
@@ -187,9 +236,10 @@ def _run(arguments: Sequence[str], verbose: bool) -> int:
         _complain("Interrupted; no file is half-written.")
         return _INTERRUPTED
     except LowRankError as error:
-        _complain(str(error), verbose)
+        _complain(str(error), parsed.get("verbose", False))
         return error.exit_code
     except Exception as error:
+        verbose = parsed.get("verbose", False)
         advice = "please report it." if verbose else "run again with --verbose and report what it prints."
         _complain(f"Internal error ({type(error).__name__}: {error}): {advice}", verbose)
         return 1
@@ -200,14 +250,14 @@ def _sentence(error: click.ClickException) -> str:
     message = " ".join(error.message.split()).rstrip(".")
     match error:
         case click.NoSuchOption():
-            known = " or ".join(sorted(error.possibilities or ())[:3])
-            hint = f"did you mean {known}?" if known else "--help lists all."
+            alike = get_close_matches(error.option_name, error.possibilities or (), cutoff=_ALIKE)
+            hint = f"did you mean {' or '.join(alike)}?" if alike else "-h lists all."
             return f"There is no option {error.option_name}: {hint}"
         case click.MissingParameter():
             return "IN.onnx is missing: onnx-lowrank IN.onnx OUT.onnx --ratio 0.5 halves a model."
         case click.BadParameter(param=click.Parameter() as param):
             return f"{param.opts[0]}: {message}."
-    return f"{message}." if ": " in message else f"{message}: see --help."
+    return f"{message}." if ": " in message else f"{message}: see -h."
 
 
 def _complain(message: str, verbose: bool = False) -> None:

@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
-from types import MappingProxyType
+from types import NoneType
 from typing import Any, Self
 
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from onnx_lowrank import plan as plans
-from onnx_lowrank import planner
+from onnx_lowrank import planner, reporting
 from onnx_lowrank import recipe as recipes
-from onnx_lowrank.allocate.cost import macs, parameters
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import model as models
-from onnx_lowrank.graph.atomic import check_writable, replacing
+from onnx_lowrank.graph.atomic import replacing
 from onnx_lowrank.graph.excerpt import excerpts
 from onnx_lowrank.graph.external import Spill
 from onnx_lowrank.graph.layers import Binding
-from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.model import Model, ModelProto
 from onnx_lowrank.graph.rewrite import Replacement, Rewritten, inline, rewrite
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.linalg.backend import Backend, parallel_map, resolve
 from onnx_lowrank.linalg.factorize import certify, factorize
-from onnx_lowrank.planner import Found, Goal, Planned, find_layers, prepared
+from onnx_lowrank.planner import Found, Goal, find_layers, prepared
 from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.report import LayerRow, Report, Total, Totals
+from onnx_lowrank.report import Report
 from onnx_lowrank.report.progress import Progress, Silent
-from onnx_lowrank.types import (
-    Budget,
-    Certificate,
-    Choice,
-    Factors,
-    Layer,
-    Option,
-    Plan,
-    Validation,
-)
+from onnx_lowrank.types import Budget, Certificate, Factors, Option, Plan, Validation
 from onnx_lowrank.validate import runtime, validate
 from onnx_lowrank.validate.inputs import read as read_inputs
 from onnx_lowrank.validate.inputs import specs
@@ -54,9 +41,6 @@ from onnx_lowrank.validate.inputs import specs
 DEFAULT_RECIPE = "schatten"
 """The recipe that is used where nothing is known but the model; `passes/README.md` says why."""
 
-_LARGE_ERROR = 0.5
-_SLACK = 0.05
-_STDOUT = Path("-")
 _LARGEST_SIZE = 2**63 - 1
 
 
@@ -87,6 +71,15 @@ class Result:
             InputError: The target cannot be written.
         """
         models.save(self.model, path)
+
+    def save_plan(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, to be edited and replayed with `compress(model, plan=path)`.
+
+        Raises:
+            InputError: The target cannot be written.
+        """
+        with replacing(Path(path)) as (file,):
+            file.write(plans.to_json(self.plan).encode())
 
     def close(self) -> None:
         """Delete what a big model keeps on disk; after it, the model cannot be saved any more."""
@@ -149,27 +142,33 @@ def compress(
     progress = progress or Silent()
     # Whatever can be wrong is better told before the work than after it.
     goal = _goal(ratio, recipe, budget, plan)
+    _require("max_error", max_error, (Real, NoneType), "a number")
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
     backend = resolve(device)
     if not dry_run:
         runtime(provider)
     shapes = _shapes(input_shape or {})
+    globs = _patterns("include", include), _patterns("exclude", exclude)
+    _require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
     with progress.stage("find layers"):
-        found = find_layers(models.load(model), shapes, _patterns(include), _patterns(exclude))
-    given = None if inputs is None else read_inputs(inputs, specs(found.model.proto))
+        loaded = models.load(model)
+        given = None if inputs is None else read_inputs(inputs, specs(loaded.proto))
+        # The inputs to compare on tell the shapes that nobody stated.
+        shapes = {name: array.shape for name, array in (given or {}).items() if array.size} | shapes
+        found = find_layers(loaded, shapes, *globs)
     if isinstance(goal, Plan):
-        planned = planner.replay(goal, found)
+        chosen = planner.replay(goal, found)
     else:
-        planned = planner.make(found, goal, backend, progress)
+        chosen = planner.make(found, goal, backend, progress)
     if dry_run:
-        return Result(_report(found, planned), planned.plan, found.model, ExitStack())
+        return Result(reporting.assemble(found, chosen), chosen, found.model, ExitStack())
     with ExitStack() as stack:
-        rewritten, certificates = _rewritten(found, planned.plan, backend, progress, stack)
+        rewritten, certificates = _rewritten(found, chosen, backend, progress, stack)
         with progress.stage("validate"):
             validation = _validated(found, rewritten, given, shapes, provider, max_error)
-        report = _report(found, planned, rewritten, certificates, validation, given is not None)
-        return Result(report, planned.plan, rewritten.model, stack.pop_all())
+        report = reporting.assemble(found, chosen, rewritten, certificates, validation, given is not None)
+        return Result(report, chosen, rewritten.model, stack.pop_all())
 
 
 def _goal(
@@ -178,6 +177,9 @@ def _goal(
     budget: str | None,
     plan: str | os.PathLike[str] | Plan | None,
 ) -> Goal | Plan:
+    _require("ratio", ratio, (Real, NoneType), "a number such as 0.5")
+    _require("recipe", recipe, (str, os.PathLike, Recipe, NoneType), "a name, a path or a Recipe")
+    _require("plan", plan, (str, os.PathLike, Plan, NoneType), "a path or a Plan")
     if (ratio is None) == (plan is None):
         raise InputError("Give either a ratio, such as --ratio 0.5, or a plan to replay with --plan FILE.")
     if plan is not None:
@@ -197,8 +199,16 @@ def _goal(
     )
 
 
+def _require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
+    """Say what is wrong with an argument of the API, which nothing has parsed."""
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
+
+
 def _shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    _require("input_shape", shapes, (Mapping,), "a mapping of input names to shapes")
     for name, shape in shapes.items():
+        _require(f"The shape of input {name!r}", shape, (Sequence,), "positive whole numbers")
         if not all(isinstance(n, Integral) and 0 < n <= _LARGEST_SIZE for n in shape):
             raise InputError(
                 f"The shape of input {name!r} is {shape}, and has to be of positive whole numbers."
@@ -206,8 +216,14 @@ def _shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(map(int, shape)) for name, shape in shapes.items()}
 
 
-def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        return (patterns,)
+    _require(name, patterns, (Iterable,), "names or globs")
+    globs = tuple(patterns)
+    for glob in globs:
+        _require(name, glob, (str,), "names or globs")
+    return globs
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -276,134 +292,3 @@ def _validated(
         provider=provider,
         max_error=max_error,
     )
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-
-def _report(
-    found: Found,
-    planned: Planned,
-    rewritten: Rewritten | None = None,
-    certificates: Mapping[str, Certificate] = MappingProxyType({}),
-    validation: Validation | None = None,
-    given: bool = False,
-) -> Report:
-    plan = planned.plan
-    totals = _totals(found, plan, rewritten)
-    before = found.total(plan.budget)
-    reached = found.total(plan.budget, plan.choices) / before if before else 1.0
-    return Report(
-        version=version("onnx-lowrank"),
-        model=Path(found.model.name).stem,
-        sha256=found.model.sha256,
-        recipe=plan.recipe,
-        measure=plan.measure,
-        budget=plan.budget,
-        asked=plan.ratio,
-        reached=reached,
-        solver=planned.solver,
-        layers=tuple(
-            _row(layer, choice, certificates.get(layer.id), planned.reasons.get(layer.id, ""))
-            for layer, choice in zip(found.layers, plan.choices, strict=True)
-        ),
-        skipped=found.skipped,
-        removed_inputs=() if rewritten is None else rewritten.removed_inputs,
-        totals=totals,
-        validation=validation,
-        warnings=tuple(_warnings(plan, reached, totals, validation, given)),
-    )
-
-
-def _warnings(
-    plan: Plan, reached: float, totals: Totals, validation: Validation | None, given: bool
-) -> Iterator[str]:
-    """What would surprise the user."""
-    if all(choice.option is None for choice in plan.choices):
-        yield "No layer is rewritten, the output is the input model."
-    elif reached > plan.ratio * (1 + 1e-9):
-        yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
-    elif reached < plan.ratio - _SLACK:
-        yield (
-            f"The ratio is {reached:.4g} where {plan.ratio:g} was asked for, as the options are coarse: "
-            "another recipe may come closer."
-        )
-    macs_before, macs_after = totals.macs.before, totals.macs.after
-    if macs_before is not None and macs_after is not None and macs_after > macs_before:
-        yield f"The MACs rise from {macs_before:,} to {macs_after:,}: the budget macs keeps them down."
-    if validation is not None and validation.worst > _LARGE_ERROR:
-        large = f"The largest relative error of an output is {validation.worst:.3g}"
-        if given:
-            yield f"{large}: choose a larger ratio or another recipe."
-        else:
-            yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
-
-
-def _row(layer: Layer, choice: Choice, certificate: Certificate | None, reason: str) -> LayerRow:
-    option = choice.option
-    return LayerRow(
-        id=layer.id,
-        op=layer.op,
-        shape=layer.shape,
-        dtype=layer.dtype,
-        nodes=tuple(use.name for use in layer.uses),
-        option=option,
-        full_rank=None if option is None else layer.full_rank(option.fold, option.k),
-        params=Total(parameters(layer), parameters(layer, option)),
-        macs=Total(macs(layer), macs(layer, option)),
-        error=None if option is None or math.isnan(choice.error) else choice.error,
-        certificate=certificate,
-        reason=reason,
-    )
-
-
-def _totals(found: Found, plan: Plan, rewritten: Rewritten | None) -> Totals:
-    return Totals(
-        params=Total(found.total(Budget.PARAMS), found.total(Budget.PARAMS, plan.choices)),
-        macs=Total(found.macs(), found.macs(plan.choices)),
-        bytes=Total(
-            models.stored_bytes(found.model),
-            None if rewritten is None else models.stored_bytes(rewritten.model),
-        ),
-    )
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report: Path | None) -> None:
-    """Say before the work begins what would keep its results from being written.
-
-    Raises:
-        InputError: A target is the input model or another target, or cannot be written.
-    """
-    targets = [target for target in (out, save_plan, report) if target is not None]
-    for target in targets:
-        if target == _STDOUT:
-            continue
-        check_writable(target)
-        if target.exists() and source.exists() and target.samefile(source):
-            raise InputError(f"{target} is the input model, which is never changed: name another file.")
-    if len({target.resolve() for target in targets}) < len(targets):
-        raise InputError("Two of the output files are the same: give each its own name.")
-
-
-def write(result: Result, out: Path | None, save_plan: Path | None, report: Path | None) -> None:
-    """Write the model, the plan and the report, each atomically; a plan or report named - goes to stdout.
-
-    Raises:
-        InputError: One of them cannot be written.
-    """
-    texts: dict[Path, str] = {}
-    if save_plan is not None:
-        texts[save_plan] = plans.to_json(result.plan)
-    if report is not None:
-        texts[report] = result.report.to_json()
-    if out is not None:
-        result.save(out)
-    for path, text in texts.items():
-        if path == _STDOUT:
-            sys.stdout.write(text)
-            continue
-        with replacing(path) as (file,):
-            file.write(text.encode())

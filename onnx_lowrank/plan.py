@@ -1,22 +1,29 @@
-"""Plan files: JSON that can be saved, edited and replayed."""
+"""Plan files: JSON that can be saved, edited and replayed.
+
+To edit a plan, change fold, k and j of a layer; all three null keep it. The rest may stay as it is: costs are
+computed anew, and the digest tells that what was proven of the plan does not hold any more.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from enum import StrEnum
-from math import isnan, nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.types import Budget, Choice, Fold, Layer, Measure, Option, Plan
+from onnx_lowrank.types import Aggregate, Budget, Choice, Fold, Layer, Measure, Option, Plan, Solver
 
 VERSION = 1
-_KEYS = ("version", "model", "recipe", "measure", "ratio", "budget", "layers")
-_LAYER_KEYS = ("id", "fold", "k", "j", "cost", "error")
+_KEYS = ("version", "model", "recipe", "measure", "ratio", "budget", "solver", "digest", "layers")
+_LAYER_KEYS = ("id", "fold", "k", "j", "cost", "error", "reason")
+_SOLVER_KEYS = tuple(field.name for field in fields(Solver))
 _INTEGERS = 2**63  # what JSON readers and ONNX take for an integer
 
 E = TypeVar("E", bound=StrEnum)
@@ -24,7 +31,8 @@ E = TypeVar("E", bound=StrEnum)
 
 def to_json(plan: Plan) -> str:
     """A plan as JSON, one line per layer; kept layers have fold, k and j null, unknown errors are null."""
-    values = (VERSION, plan.model, plan.recipe, plan.measure, plan.ratio, plan.budget)
+    solver = None if plan.solver is None else _solver_row(plan.solver)
+    values = (VERSION, plan.model, plan.recipe, plan.measure, plan.ratio, plan.budget, solver, plan.digest)
     head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(_KEYS, values, strict=False)]
     rows = ",\n".join(f"    {_text(_row(choice))}" for choice in plan.choices)
     return "\n".join(["{", *head, '  "layers": [', *([rows] if rows else []), "  ]", "}", ""])
@@ -37,8 +45,31 @@ def _text(value: object) -> str:
 def _row(choice: Choice) -> dict[str, Any]:
     option = choice.option
     values = (None, None, None) if option is None else (option.fold, option.k, option.j)
-    error = None if isnan(choice.error) else choice.error
-    return dict(zip(_LAYER_KEYS, (choice.layer, *values, choice.cost, error), strict=True))
+    row = (choice.layer, *values, choice.cost, _finite(choice.error), choice.reason)
+    return dict(zip(_LAYER_KEYS, row, strict=True))
+
+
+def _solver_row(solver: Solver) -> dict[str, Any]:
+    values = (solver.aggregate, solver.power, _finite(solver.objective), solver.gap)
+    return dict(zip(_SOLVER_KEYS, values, strict=True))
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
+def sealed(plan: Plan) -> Plan:
+    """The plan with the digest of what it is now."""
+    return replace(plan, digest=_digest(plan))
+
+
+def is_edited(plan: Plan) -> bool:
+    """Whether a plan is another than when it was made."""
+    return plan.digest != _digest(plan)
+
+
+def _digest(plan: Plan) -> str:
+    return hashlib.sha256(to_json(replace(plan, digest="")).encode()).hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> Plan:
@@ -63,11 +94,13 @@ def read(path: str | os.PathLike[str]) -> Plan:
 
 
 def _parse(table: object) -> Plan:
-    version, model, recipe, measure, ratio, budget, rows = _fields(table, _KEYS, "it")
+    version, model, recipe, measure, ratio, budget, solver, digest, rows = _fields(table, _KEYS, "it")
     if version != VERSION or isinstance(version, bool):
         raise PlanError(f"version is {version!r}, and this program reads version {VERSION}")
     if not isinstance(model, str) or not isinstance(recipe, str):
         raise PlanError(f"model is {model!r} and recipe is {recipe!r}, which have to be texts")
+    if not isinstance(digest, str):
+        raise PlanError(f"digest is {digest!r}, which has to be a text")
     if not _is_number(ratio) or not 0 < ratio <= 1:
         raise PlanError(f"ratio is {ratio!r}, which has to be a number above 0 and at most 1")
     if not isinstance(rows, list):
@@ -79,23 +112,40 @@ def _parse(table: object) -> Plan:
         ratio=float(ratio),
         budget=_member(Budget, budget, "budget"),
         choices=tuple(_choice(row) for row in rows),
+        solver=None if solver is None else _solver(solver),
+        digest=digest,
+    )
+
+
+def _solver(table: object) -> Solver:
+    aggregate, power, objective, gap = _fields(table, _SOLVER_KEYS, "solver")
+    for key, value, optional in (("power", power, False), ("objective", objective, True), ("gap", gap, True)):
+        if not _is_number(value) and not (optional and value is None):
+            raise PlanError(f"solver has {key} = {value!r}, which has to be a number")
+    return Solver(
+        aggregate=_member(Aggregate, aggregate, "aggregate"),
+        power=float(power),
+        objective=nan if objective is None else float(objective),
+        gap=None if gap is None else float(gap),
     )
 
 
 def _choice(row: object) -> Choice:
-    layer, fold, k, j, cost, error = _fields(row, _LAYER_KEYS, "every layer")
+    layer, fold, k, j, cost, error, reason = _fields(row, _LAYER_KEYS, "every layer")
     if not isinstance(layer, str):
         raise PlanError(f"a layer's id is {layer!r}, which has to be a text")
     if type(cost) is not int or not 0 <= cost < _INTEGERS:
         raise PlanError(f"layer {layer!r} has cost = {cost!r}, which has to be a whole number")
     if error is not None and not _is_number(error):
         raise PlanError(f"layer {layer!r} has error = {error!r}, which has to be a number or null")
+    if not isinstance(reason, str):
+        raise PlanError(f"layer {layer!r} has reason = {reason!r}, which has to be a text")
     option = None
     if (fold, k, j) != (None, None, None):
         if type(k) is not int or type(j) is not int:
             raise PlanError(f"layer {layer!r} has k = {k!r} and j = {j!r}, which have to be whole numbers")
         option = Option(_member(Fold, fold, f"fold of layer {layer!r}"), k, j)
-    return Choice(layer, option, cost, nan if error is None else float(error))
+    return Choice(layer, option, cost, nan if error is None else float(error), reason)
 
 
 def _fields(table: object, keys: Sequence[str], what: str) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,21 +11,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank import plan as plans
-from onnx_lowrank.allocate.cost import cost, parameters, total_macs, wanted_spectra
+from onnx_lowrank.allocate.cost import cost, dearest, parameters, running, total_macs, wanted_spectra
+from onnx_lowrank.allocate.limits import Limits, macs_limits
 from onnx_lowrank.allocate.options import Candidates, candidates
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.graph import model as models
 from onnx_lowrank.graph.layers import Binding, find, matches, read
 from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.shapes import infer, work
+from onnx_lowrank.graph.shapes import infer, open_inputs, work
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.linalg.backend import Backend, parallel_map
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.report import Solver
 from onnx_lowrank.report.progress import Progress
-from onnx_lowrank.types import Aggregate, Budget, Choice, Layer, Plan, ScopeWork, Skipped, Spectra
+from onnx_lowrank.types import (
+    Aggregate,
+    Budget,
+    Choice,
+    Layer,
+    Option,
+    Plan,
+    Positions,
+    ScopeWork,
+    Skipped,
+    Solver,
+    Spectra,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,7 @@ class Found:
         bindings: Its layers and where they live, in graph order.
         skipped: The operators that are left alone.
         work: The MACs of every scope beside the layers'.
+        open_inputs: Names of the inputs of which a dimension is unknown.
     """
 
     model: Model
@@ -45,6 +58,7 @@ class Found:
     bindings: tuple[Binding, ...]
     skipped: tuple[Skipped, ...]
     work: tuple[ScopeWork, ...]
+    open_inputs: tuple[str, ...]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -61,8 +75,15 @@ class Found:
 
     def macs(self, choices: Sequence[Choice] = ()) -> int | None:
         """MACs of the model under a plan, by default as it is."""
+        return total_macs(self.work, self._options(choices))
+
+    def route(self, choices: Sequence[Choice] = ()) -> Mapping[str, int]:
+        """How often every scope runs where the model under a plan, by default as it is, is dearest."""
+        return dearest(self.work, self._options(choices))[1]
+
+    def _options(self, choices: Sequence[Choice]) -> list[tuple[Layer, Option | None]]:
         options = {choice.layer: choice.option for choice in choices}
-        return total_macs(self.work, [(layer, options.get(layer.id)) for layer in self.layers])
+        return [(layer, options.get(layer.id)) for layer in self.layers]
 
     def total(self, budget: Budget, choices: Sequence[Choice] = ()) -> int:
         """What the budget counts in the model under a plan, by default as it is.
@@ -70,17 +91,31 @@ class Found:
         Raises:
             InputError: It counts MACs, and these are unknown.
         """
-        options = {choice.layer: choice.option for choice in choices}
         if budget is Budget.PARAMS:
-            saved = sum(parameters(layer) - parameters(layer, options.get(layer.id)) for layer in self.layers)
+            saved = sum(parameters(layer) - parameters(layer, of) for layer, of in self._options(choices))
             return models.parameters(self.model) - saved
         count = self.macs(choices)
         if count is None:
-            raise InputError(
-                "The model's MACs are unknown because dimensions of its inputs are: pass them as "
+            raise InputError(f"The model's MACs are unknown because {self._unknown()}")
+        return count
+
+    def _unknown(self) -> str:
+        """Why the MACs are unknown, and what to do about it."""
+        if self.open_inputs:
+            return (
+                f"dimensions of its inputs {', '.join(self.open_inputs)} are: pass them as "
                 "--input-shape NAME=1,3,224,224, or choose --budget params."
             )
-        return count
+        for scope in self.work:
+            uses = (use for layer in self.layers for use in layer.uses if use.scope == scope.path)
+            name = next((use.name for use in uses if use.positions is None), scope.unknown)
+            if name and scope.path in running(self.work):
+                place = f" in {scope.path}" if scope.path else ""
+                return (
+                    f"the shapes at node {name!r}{place} do not follow from its inputs' shapes: inline "
+                    "functions and check --input-shape, or choose --budget params."
+                )
+        return "its functions call themselves: choose --budget params."
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +125,6 @@ class Goal:
     ratio: float
     recipe: Recipe
     budget: Budget
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan, and what is known of how it was made.
-
-    Attributes:
-        plan: The plan.
-        reasons: Why layers are kept, by id.
-        solver: How good the plan is; None where it was replayed.
-    """
-
-    plan: Plan
-    reasons: Mapping[str, str]
-    solver: Solver | None = None
 
 
 def find_layers(
@@ -125,7 +145,10 @@ def find_layers(
     inferred = infer(model, shapes)
     bindings, skipped = find(model, walk, inferred, include, exclude)
     places = {Place(use.scope, use.node) for binding in bindings for use in binding.layer.uses}
-    found = Found(model, walk, bindings, skipped, work(walk, inferred, places))
+    scopes = work(walk, inferred, places)
+    ran = running(scopes)
+    bindings = tuple(_idle(binding, ran) for binding in bindings)
+    found = Found(model, walk, bindings, skipped, scopes, open_inputs(model, inferred))
     for pattern in (*include, *exclude):
         if not matches(found.names(), pattern):
             raise InputError(
@@ -135,8 +158,21 @@ def find_layers(
     return found
 
 
-def replay(plan: Plan, found: Found) -> Planned:
-    """Take over a plan that was made before, with the layers in graph order and their true costs.
+def _idle(binding: Binding, running: Container[str]) -> Binding:
+    """A layer whose uses in functions that nothing calls are evaluated nowhere."""
+    uses = tuple(
+        use if use.scope in running else replace(use, positions=_nowhere(binding.layer))
+        for use in binding.layer.uses
+    )
+    return replace(binding, layer=replace(binding.layer, uses=uses))
+
+
+def _nowhere(layer: Layer) -> Positions:
+    return Positions(0, (0,) * len(layer.kernel), (0,) * len(layer.kernel))
+
+
+def replay(plan: Plan, found: Found) -> Plan:
+    """Take over a plan that was made before; an edited one in graph order and at its true costs.
 
     Raises:
         PlanError: It does not fit the model.
@@ -146,10 +182,14 @@ def replay(plan: Plan, found: Found) -> Planned:
     found.total(plan.budget)
     by_id = {choice.layer: choice for choice in plan.choices}
     choices = tuple(_repriced(by_id[layer.id], layer, plan.budget) for layer in found.layers)
-    return Planned(
-        replace(plan, choices=choices),
-        {choice.layer: "the replayed plan keeps it" for choice in choices if choice.option is None},
+    # Other positions (--input-shape) make other costs, under which another plan may be the best.
+    priced = [choice.cost for choice in plan.choices] == [choice.cost for choice in choices]
+    if priced and not plans.is_edited(plan):
+        return plan
+    edited = tuple(
+        replace(choice, reason="" if choice.option else "the replayed plan keeps it") for choice in choices
     )
+    return plans.sealed(replace(plan, choices=edited, solver=None))
 
 
 def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
@@ -159,7 +199,7 @@ def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
     return replace(choice, cost=true, error=error)
 
 
-def make(found: Found, goal: Goal, backend: Backend, progress: Progress) -> Planned:
+def make(found: Found, goal: Goal, backend: Backend, progress: Progress) -> Plan:
     """Make the best plan for a goal.
 
     Raises:
@@ -180,18 +220,20 @@ def make(found: Found, goal: Goal, backend: Backend, progress: Progress) -> Plan
             step()
     with progress.stage("plan"):
         solution = _solved(found, tables, goal)
+    recipe = goal.recipe
+    reasons = _reasons(tables, solution, recipe)
     plan = Plan(
         model=found.model.sha256,
-        recipe=goal.recipe.name,
-        measure=goal.recipe.measure,
+        recipe=recipe.name,
+        measure=recipe.measure,
         ratio=goal.ratio,
         budget=goal.budget,
-        choices=_choices(tables, solution),
+        choices=tuple(
+            replace(choice, reason=reasons.get(choice.layer, "")) for choice in _choices(tables, solution)
+        ),
+        solver=Solver(recipe.aggregate, recipe.power, solution.objective, solution.gap),
     )
-    reasons = _reasons(tables, solution, goal.recipe)
-    recipe = goal.recipe
-    solver = Solver(recipe.aggregate, recipe.power, solution.objective, solution.gap)
-    return Planned(plan, reasons, solver)
+    return plans.sealed(plan)
 
 
 def _spectra(found: Found, goal: Goal, backend: Backend) -> Iterator[Spectra]:
@@ -221,30 +263,78 @@ def prepared(found: Found, binding: Binding) -> tuple[NDArray[Any], np.dtype[Any
 def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:
     """The best plan whose whole model stays within the ratio.
 
-    The solver sees the sum over all layers. An If counts its dearer branch only, so with MACs a plan
-    within that sum can still exceed the ratio; then the sum is tightened until it does not. Every step
-    is as small as the excess, so that a ratio which the smallest plan reaches is never missed.
+    Raises:
+        BudgetError: There is none; the error knows the smallest ratio that there is.
     """
     total = found.total(goal.budget)
     limit = math.floor(goal.ratio * total * (1 + 1e-12))
-    kept = sum(int(table.cost[0]) for table in tables)
-    room = limit - (total - kept)
-    if goal.budget is Budget.MACS:
-        room = max(room, math.floor(goal.ratio * kept))
-    least = smallest(tables, goal.recipe)
-    while room >= least:
-        solution = solve(tables, room, goal.recipe)
-        excess = found.total(goal.budget, _choices(tables, solution)) - limit
-        if excess <= 0:
-            return solution
-        room = min(room, solution.cost) - excess
-    choices = _choices(tables, solve(tables, least, goal.recipe))
+    try:
+        return _within(found, tables, goal, limit, solve)
+    except BudgetError:
+        choices = _choices(tables, _within(found, tables, goal, limit, smallest))
     shown = math.ceil(found.total(goal.budget, choices) / total * 1000) / 1000
     raise BudgetError(
         f"The ratio {goal.ratio:g} of {goal.budget} cannot be reached for {found.model.name}: the smallest "
         f"with recipe {goal.recipe.name!r} is {shown:g}.",
         shown,
     )
+
+
+_Rule = Callable[[Sequence[Candidates], Limits, Recipe], Solution]
+_MOST_ROUTES = 64
+
+
+def _within(found: Found, tables: Sequence[Candidates], goal: Goal, limit: int, rule: _Rule) -> Solution:
+    """What a rule makes of the limit on the whole model.
+
+    Of an If the dearer branch counts, so MACs are limited on every route through the branches. These are
+    added one by one: a plan that is best under some of them is best under all if it keeps within all.
+    """
+    if goal.budget is Budget.PARAMS:
+        kept = sum(int(table.cost[0]) for table in tables)
+        return rule(tables, Limits.single(tables, limit - (found.total(goal.budget) - kept)), goal.recipe)
+    routes = [found.route()]
+    while True:
+        limits = macs_limits(found.layers, tables, found.work, routes, limit)
+        solution = rule(tables, limits, goal.recipe)
+        choices = _choices(tables, solution)
+        route = found.route(choices)
+        if found.total(goal.budget, choices) <= limit or route in routes:
+            return solution
+        if len(routes) == _MOST_ROUTES:
+            return solution if rule is smallest else _tightened(found, tables, goal, limit, limits, solution)
+        routes.append(route)
+
+
+def _tightened(
+    found: Found, tables: Sequence[Candidates], goal: Goal, limit: int, limits: Limits, relaxed: Solution
+) -> Solution:
+    """A plan that keeps within a limit by tightening others, where there are too many routes.
+
+    Args:
+        found: The model.
+        tables: The candidates of its layers.
+        goal: What the plan is made for.
+        limit: The largest total of the whole model.
+        limits: Some of the routes' limits.
+        relaxed: The best plan under these; the gap tells how far from it the tightening led.
+
+    Raises:
+        BudgetError: Not even the smallest plan keeps within the limit.
+    """
+    solution, less = relaxed, 0
+    while (excess := found.total(goal.budget, _choices(tables, solution)) - limit) > 0:
+        less = 2 * less + excess
+        tighter = replace(limits, budgets=limits.budgets - less)
+        least = smallest(tables, tighter, goal.recipe)
+        if found.total(goal.budget, _choices(tables, least)) <= limit and tighter.excess(least.picks) > 0:
+            solution = least
+        else:
+            solution = solve(tables, tighter, goal.recipe)
+    if relaxed.gap is None:
+        return solution
+    bound = relaxed.objective * (1 - relaxed.gap)
+    return replace(solution, gap=1 - bound / solution.objective if solution.objective else 0.0)
 
 
 def _choices(tables: Sequence[Candidates], solution: Solution) -> tuple[Choice, ...]:

@@ -220,12 +220,16 @@ class ScopeWork:
         parent: The scope around it; None for the main graph and for functions.
         branch_of: Index in the parent of the If of which it is a branch; None for other bodies.
         macs: MACs of its nodes that are not layers; None where a dimension is unknown.
+        calls: The paths of the functions that its nodes call, one entry per call.
+        unknown: What to call the first of these nodes with an unknown dimension; empty if none has.
     """
 
     path: str
     parent: str | None
     branch_of: int | None
     macs: int | None
+    calls: tuple[str, ...] = ()
+    unknown: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,12 +265,32 @@ class Choice:
         option: The decomposition, or None to keep the layer.
         cost: Cost of the layer in the plan's budget.
         error: Its error in the recipe's measure.
+        reason: Why the layer is kept; "" where it is not.
     """
 
     layer: str
     option: Option | None
     cost: int
     error: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """How good a plan is.
+
+    Attributes:
+        aggregate: How the layers' errors became the objective.
+        power: The exponent of an error in a sum.
+        objective: What the recipe minimizes.
+        gap: Proven bound on how far the objective is above the best possible, relative to it; 0 is optimal.
+            None where the recipe follows a rule and minimizes no objective.
+    """
+
+    aggregate: Aggregate
+    power: float
+    objective: float
+    gap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +304,9 @@ class Plan:
         ratio: The ratio asked for.
         budget: What the ratio counts.
         choices: One per layer, in graph order.
+        solver: How good it is; None where that is unknown, as of an edited plan.
+        digest: SHA-256 of all the rest, from when it was made. An edited plan does not have its digest,
+            and what was proven of the original is not said of it.
     """
 
     model: str
@@ -288,6 +315,8 @@ class Plan:
     ratio: float
     budget: Budget
     choices: tuple[Choice, ...]
+    solver: Solver | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,8 +359,8 @@ class OutputError:
     Attributes:
         name: The output; "layer ID" where layers ran alone; elements of sequences as "name[0]".
         relative: ‖y − ŷ‖₂ / ‖y‖₂ in float64: 0 where both are zero, Inf where only y is or where the shapes
-            differ. None for strings.
-        largest: Largest |y − ŷ|. None for strings and where the shapes differ.
+            differ. None for strings, and where there is no element to compare.
+        largest: Largest |y − ŷ|. None where the relative error is, and where the shapes differ.
         agreement: For floats whose last axis looks like classes (two axes or more, the last of at least
             two elements): share of rows with the same largest element. For integers, booleans and
             strings: share of equal elements. None elsewhere.
@@ -352,9 +381,10 @@ class Validation:
     Attributes:
         engine: What ran them.
         inputs: Where the inputs came from, with their dtypes and shapes.
-        outputs: One per output, or one per rewritten layer where layers ran alone.
+        outputs: One per output; none where the model ran nowhere.
         never_ran: The rewritten layers which never ran (an If's other branch); None where unknown.
         notes: What the user should know: a model that the checker or the runtime does not accept.
+        alone: One per rewritten layer, run alone, where the model ran nowhere.
     """
 
     engine: str
@@ -362,8 +392,9 @@ class Validation:
     outputs: tuple[OutputError, ...]
     never_ran: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
+    alone: tuple[OutputError, ...] = ()
 
     @property
-    def worst(self) -> float:
-        """The largest relative error over the outputs."""
-        return max((output.relative for output in self.outputs if output.relative is not None), default=0.0)
+    def worst(self) -> float | None:
+        """The largest relative error over the outputs; None where none was measured."""
+        return max((output.relative for output in self.outputs if output.relative is not None), default=None)

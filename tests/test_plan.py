@@ -1,12 +1,12 @@
 import json
 from dataclasses import replace
-from math import isnan, nan
+from math import inf, isnan, nan
 
 import pytest
 
 from onnx_lowrank import plan as plans
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.types import Budget, Choice, Fold, Layer, Measure, Option, Plan
+from onnx_lowrank.types import Aggregate, Budget, Choice, Fold, Layer, Measure, Option, Plan, Solver
 
 PLAN = Plan(
     model="ab" * 32,
@@ -15,10 +15,12 @@ PLAN = Plan(
     ratio=0.5,
     budget=Budget.MACS,
     choices=(
-        Choice("conv1", None, 100, 0.0),
+        Choice("conv1", None, 100, 0.0, "it is small"),
         Choice("body/größe\n", Option(Fold.DECODE, 2, 2), 48, 0.123456789),
         Choice("fc", Option(Fold.ENCODE, 1, 3), 60, 1e-300),
     ),
+    solver=Solver(Aggregate.SUM, 4.0, 0.1, 1e-17),
+    digest="cd" * 32,
 )
 LAYERS = (
     Layer("conv1", "Conv", 8, 8, (3, 3), 1, "float32", tuple(Fold), (1, 2, 4, 8), ()),
@@ -36,7 +38,14 @@ def read(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "plan", [PLAN, replace(PLAN, choices=()), replace(PLAN, ratio=1.0, measure=Measure.NUCLEAR)]
+    "plan",
+    [
+        PLAN,
+        replace(PLAN, choices=()),
+        replace(PLAN, ratio=1.0, measure=Measure.NUCLEAR),
+        replace(PLAN, solver=None, digest=""),
+        replace(PLAN, solver=Solver(Aggregate.UNIFORM, 1.0, 0.5, None)),
+    ],
 )
 def test_a_plan_reads_back_as_it_was_written(tmp_path, plan):
     text = plans.to_json(plan)
@@ -48,9 +57,11 @@ def test_the_file_has_one_line_for_each_layer():
     lines = plans.to_json(PLAN).splitlines()
     assert lines[0] == "{"
     assert lines[1] == '  "version": 1,'
-    assert lines[7] == '  "layers": ['
-    assert lines[8] == ('    {"id": "conv1", "fold": null, "k": null, "j": null, "cost": 100, "error": 0.0},')
-    assert lines[9].startswith('    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "cost": 48, ')
+    assert lines[7] == '  "solver": {"aggregate": "sum", "power": 4.0, "objective": 0.1, "gap": 1e-17},'
+    assert lines[9] == '  "layers": ['
+    assert lines[10].startswith('    {"id": "conv1", "fold": null, "k": null, "j": null, "cost": 100, ')
+    assert lines[10].endswith('"error": 0.0, "reason": "it is small"},')
+    assert lines[11].startswith('    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "cost": 48, ')
     assert lines[-2:] == ["  ]", "}"]
 
 
@@ -59,6 +70,27 @@ def test_an_error_that_is_unknown_is_null(tmp_path):
     text = plans.to_json(plan)
     assert json.loads(text)["layers"][0]["error"] is None
     assert isnan(read(tmp_path, text).choices[0].error)
+
+
+def test_an_objective_that_is_too_large_for_a_number_is_null(tmp_path):
+    text = plans.to_json(replace(PLAN, solver=replace(PLAN.solver, objective=inf)))
+    assert json.loads(text)["solver"]["objective"] is None
+    assert isnan(read(tmp_path, text).solver.objective)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
+    plan = plans.sealed(PLAN)
+    if replayed:
+        plan = read(tmp_path, plans.to_json(plan))
+    assert not plans.is_edited(plan)
+    assert plans.sealed(plan) == plan
+    assert plans.is_edited(PLAN)
+    edits = {"model": "ef" * 32, "recipe": "svd", "measure": Measure.NUCLEAR, "ratio": 0.25}
+    edits |= {"budget": Budget.PARAMS, "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
+    assert edits.keys() == PLAN.__dataclass_fields__.keys()
+    for name, value in edits.items():
+        assert plans.is_edited(replace(plan, **{name: value})), name
 
 
 @pytest.mark.parametrize("cost", [0, 10, 2**62])
@@ -109,6 +141,21 @@ MALFORMED = {
         f"ratio {value!r}": (table(ratio=value), f"ratio is {value!r}, which has to be a number above 0")
         for value in (0, -0.5, 1.5, float("inf"), float("nan"), "0.5", None, True, [0.5], 10**400)
     },
+    "digest 3": (table(digest=3), "digest is 3, which has to be a text"),
+    "solver text": (table(solver="best"), "solver has to be an object with the keys aggregate, power"),
+    **{
+        f"solver {key} {value!r}": (
+            table(solver=TABLE["solver"] | {key: value}),
+            f"{key} is {value!r}" if key == "aggregate" else f"solver has {key} = {value!r}",
+        )
+        for key, value in [
+            ("aggregate", "mean"),
+            ("power", None),
+            ("power", "4"),
+            ("objective", []),
+            ("gap", True),
+        ]
+    },
     "layers null": (table(layers=None), "layers has to be a list"),
     "layers object": (table(layers={}), "layers has to be a list"),
     "layer text": (table(layers=["fc"]), "every layer has to be an object with the keys id, fold"),
@@ -133,6 +180,7 @@ MALFORMED = {
         f"cost {value!r}": (layer(cost=value), f"cost = {value!r}, which has to be a whole number")
         for value in (None, 1.5, -1, "1", True, 10**30)
     },
+    "reason 3": (layer(reason=3), "reason = 3, which has to be a text"),
     **{
         f"error {value!r}": (layer(error=value), f"error = {value!r}, which has to be a number or null")
         for value in ("0.1", True, [], float("nan"), float("inf"), 10**400)

@@ -66,6 +66,37 @@ class TestWholeModels:
         with pytest.raises(ValidationError, match=r"'y' is 0\.25, above --max-error"):
             validate(scaled(2.0), scaled(1.5), {}, alone=never, max_error=bound)
 
+    @pytest.mark.parametrize(
+        ("outputs", "name"),
+        [
+            ("float[0, 4] y", None),
+            ("float[N, 4] y, float[0, 4] z", "z"),
+            ("float[0, 4] z, float[N, 4] y", "z"),
+        ],
+    )
+    def test_a_bound_needs_elements_in_every_output(self, outputs, name):
+        body = "{ i = Constant <value_ints = [0]> () z = Slice (x, i, i, i) y = Abs (x) }"
+        if name is None:
+            body = body.replace("z = Slice", "y = Slice").replace(" y = Abs (x)", "")
+        sliced = model(f"g (float[N, 4] x) => ({outputs}) {body}")
+        result = validate(sliced, sliced, {}, alone=never)
+        assert result.worst == (None if name is None else 0.0)
+        with pytest.raises(
+            ValidationError, match=f"'{name or 'y'}' has no relative error .It has no elements"
+        ):
+            validate(sliced, sliced, {}, alone=never, max_error=10)
+
+    @pytest.mark.parametrize("equal", [True, False])
+    def test_texts_keep_a_bound_where_they_are_equal(self, equal):
+        texts = [
+            model(f'g () => (string[1] y) {{ y = Constant <value_strings = ["{t}"]> () }}') for t in "ab"
+        ]
+        if equal:
+            assert validate(texts[0], texts[0], {}, alone=never, max_error=0.0).worst is None
+            return
+        with pytest.raises(ValidationError, match=r"'y' has no relative error .It holds texts"):
+            validate(*texts, {}, alone=never, max_error=10)
+
     def test_equal_models_meet_a_bound_of_zero(self):
         assert validate(scaled(2.0), scaled(2.0), {}, alone=never, max_error=0.0).worst == 0.0
 
@@ -116,7 +147,7 @@ class TestWholeModels:
         assert external.files
         assert validate(external, load(proto), {}, alone=never).worst == 0.0
         with pytest.raises(ValidationError) as caught:
-            validate(external, replace(external, proto=_broken(external.proto)), {}, alone=never)
+            validate(external, replace(external, proto=_broken(external.proto), path=None), {}, alone=never)
         assert str(tmp_path.parent.parent.parent) not in str(caught.value)
 
     def test_model_without_inputs(self):
@@ -173,11 +204,32 @@ class TestEngines:
         parts = {"w": (scaled(1.0).proto, scaled(0.5).proto)}
         result = validate(unknown, unknown, {"w": ("n",)}, alone=parts.__getitem__)
         assert result.engine == "layers alone (ONNX Runtime CPUExecutionProvider)"
-        assert [output.name for output in result.outputs] == ["layer w"]
-        assert result.worst == pytest.approx(0.5)
+        assert result.outputs == ()
+        assert result.worst is None, "a layer is no output"
+        assert [(error.name, error.relative) for error in result.alone] == [("layer w", 0.5)]
         assert len(result.notes) == 2
-        with pytest.raises(ValidationError, match="'layer w'"):
-            validate(unknown, unknown, {"w": ("n",)}, alone=parts.__getitem__, max_error=0.1)
+        for bound in (0.1, 10):
+            with pytest.raises(
+                ValidationError, match=r"No output of the model could be compared .* be judged"
+            ):
+                validate(unknown, unknown, {"w": ("n",)}, alone=parts.__getitem__, max_error=bound)
+
+    def test_a_bound_is_not_kept_by_outputs_that_nobody_compared(self):
+        header = '<ir_version: 10, opset_import: ["": 21, "custom": 1]>'
+        unknown = model("g (float[2, 4] x) => (float[2, 4] y) { y = custom.Mystery(x) }", header)
+        assert validate(unknown, unknown, {}, alone=never).worst is None
+        with pytest.raises(ValidationError, match=r"cannot be judged.*pass --inputs"):
+            validate(unknown, unknown, {}, alone=never, max_error=1e6)
+
+    def test_a_kernel_that_lacks_a_type_only_when_it_runs_is_no_fault_of_the_inputs(self):
+        inputs = "double[3, 1, 4] x, double[1, 8, 4] w, double[1, 8, 2] r"
+        lstm = model(f"g ({inputs}) => (double[3, 1, 1, 2] y) {{ y = LSTM<hidden_size = 2>(x, w, r) }}")
+        rng = np.random.default_rng(0)
+        feed = {"x": rng.random((3, 1, 4)), "w": rng.random((1, 8, 4)), "r": rng.random((1, 8, 2))}
+        result = validate(lstm, lstm, {}, alone=never, inputs=feed)
+        assert result.engine == "onnx ReferenceEvaluator"
+        assert "not support" in result.notes[0]
+        assert result.worst == 0.0
 
     def test_layer_that_runs_nowhere_is_noted(self):
         header = '<ir_version: 10, opset_import: ["": 21, "custom": 1]>'
@@ -455,7 +507,7 @@ class TestCompare:
         assert error.agreement == sum(y[i].argmax() == z[i].argmax() for i in range(6)) / 6
 
     @pytest.mark.parametrize(
-        ("y", "z", "relative"), [([0.0], [0.0], 0.0), ([0.0], [1.0], float("inf")), ([], [], 0.0)]
+        ("y", "z", "relative"), [([0.0], [0.0], 0.0), ([0.0], [1.0], float("inf")), ([], [], None)]
     )
     def test_zero_outputs(self, y, z, relative):
         assert self.one(y, z).relative == relative
@@ -483,6 +535,11 @@ class TestCompare:
         error = self.one(np.ones((2, 3)), np.ones((4, 3)))
         assert error.relative == float("inf")
         assert "(4, 3)" in error.note
+
+    def test_nothing_but_nan_is_nothing_to_compare(self):
+        error = self.one([np.nan, np.inf], [1.0, np.nan])
+        assert (error.relative, error.largest) == (None, None)
+        assert "2 of 2" in error.note
 
     def test_nan_of_the_input_model_is_left_out(self):
         error = self.one([1.0, np.nan, np.inf], [2.0, 5.0, np.nan])

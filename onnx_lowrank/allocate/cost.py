@@ -5,7 +5,9 @@ The cost of a decomposition grows linearly with its rank: cost(fold, k, j) = j Â
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from math import prod
 
 from onnx_lowrank.errors import InputError
@@ -55,32 +57,84 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
 def total_macs(scopes: Sequence[ScopeWork], layers: Iterable[tuple[Layer, Option | None]]) -> int | None:
     """Multiply-accumulates of a whole model; None where a dimension is unknown.
 
-    Of an If the dearer branch counts, the body of a Loop or Scan counts once.
+    Of an If the dearer branch counts, the body of a Loop or Scan once, a function once per call: what
+    is never called does not count.
 
     Args:
-        scopes: Every scope of the model, each after the one that holds it.
+        scopes: Every scope of the model, the main graph first, each after the one that holds it.
         layers: Every layer with its decomposition, or None where it is kept.
     """
-    counts = {scope.path: [scope.macs] for scope in scopes}
+    return dearest(scopes, layers)[0]
+
+
+def dearest(
+    scopes: Sequence[ScopeWork], layers: Iterable[tuple[Layer, Option | None]]
+) -> tuple[int | None, Mapping[str, int]]:
+    """The multiply-accumulates of `total_macs`, and the route on which they are spent.
+
+    Args:
+        scopes: Every scope of the model, the main graph first, each after the one that holds it.
+        layers: Every layer with its decomposition, or None where it is kept.
+
+    Returns:
+        The multiply-accumulates, and how often every scope runs on the dearest route through the
+        branches; empty where the multiply-accumulates are unknown.
+    """
+    parts = {scope.path: [scope.macs] for scope in scopes}
     for layer, option in layers:
         for use in layer.uses:
-            counts[use.scope].append(use_macs(layer, use, option))
-    if any(None in parts for parts in counts.values()):
-        return None
-    totals = {path: sum(filter(None, parts)) for path, parts in counts.items()}
-    branches: dict[tuple[str, int], int] = {}
-    for scope in reversed(scopes):
-        if scope.parent is None:
-            continue
-        # The scopes of a parent are all seen before the parent itself, so its own total is final then.
-        if scope.branch_of is None:
-            totals[scope.parent] += totals[scope.path]
-        else:
+            parts[use.scope].append(use_macs(layer, use, option))
+    steps = _steps(scopes)
+    try:
+        order = list(TopologicalSorter({path: chain(*of) for path, of in steps.items()}).static_order())
+    except CycleError:  # functions that call themselves never end
+        return None, {}
+    totals: dict[str, int | None] = {}
+    for path in order:
+        counts = [*parts[path], *(_dearer(totals, step) for step in steps[path])]
+        totals[path] = None if None in counts else sum(filter(None, counts))
+    start = scopes[0].path
+    if totals[start] is None:
+        return None, {}
+    runs = dict.fromkeys(totals, 0) | {start: 1}
+    for path in reversed(order):
+        for step in steps[path] if runs[path] else ():
+            runs[max(step, key=lambda body: totals[body] or 0)] += runs[path]
+    return totals[start], runs
+
+
+def running(scopes: Sequence[ScopeWork]) -> set[str]:
+    """The paths of the scopes that some route runs: all but functions that nothing running calls."""
+    steps = _steps(scopes)
+    found: set[str] = set()
+    pending = [scopes[0].path]
+    while pending:
+        path = pending.pop()
+        if path not in found:
+            found.add(path)
+            pending.extend(chain(*steps[path]))
+    return found
+
+
+def _steps(scopes: Sequence[ScopeWork]) -> dict[str, list[list[str]]]:
+    """What every scope runs beside its own nodes: for each step, the bodies of which it takes one."""
+    steps: dict[str, list[list[str]]] = {scope.path: [[path] for path in scope.calls] for scope in scopes}
+    branches: dict[tuple[str, int], list[str]] = {}
+    for scope in scopes:
+        if scope.parent is not None and scope.branch_of is None:
+            steps[scope.parent].append([scope.path])
+        elif scope.parent is not None and scope.branch_of is not None:
             key = scope.parent, scope.branch_of
-            dearest = max(branches.get(key, 0), totals[scope.path])
-            totals[scope.parent] += dearest - branches.get(key, 0)
-            branches[key] = dearest
-    return sum(totals[scope.path] for scope in scopes if scope.parent is None)
+            if key not in branches:
+                steps[scope.parent].append(branches.setdefault(key, []))
+            branches[key].append(scope.path)
+    return steps
+
+
+def _dearer(totals: Mapping[str, int | None], bodies: Sequence[str]) -> int | None:
+    counts = [totals[path] for path in bodies]
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None
 
 
 def cost(layer: Layer, option: Option | None, budget: Budget) -> int:
@@ -94,8 +148,9 @@ def cost(layer: Layer, option: Option | None, budget: Budget) -> int:
     count = macs(layer, option)
     if count is None:
         raise InputError(
-            f"The MACs of layer {layer.id!r} are unknown because a dimension of the model's inputs is: "
-            "pass --input-shape NAME=1,3,224,224."
+            f"The MACs of layer {layer.id!r} are unknown because a shape there is: pass the dimensions that "
+            "the model's inputs leave open as --input-shape NAME=1,3,224,224, or leave the layer out "
+            "with --exclude."
         )
     return count
 

@@ -17,7 +17,7 @@ from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 Ints = NDArray[np.int64]
@@ -80,12 +80,56 @@ def solve_knapsack(
     if lowest * _ROUNDING >= value:
         return picks, 0.0
     cut, lowest = _branch_and_cut(
-        [front.take(core) for front, core in zip(fronts, cores, strict=True)], budget, lowest
+        [front.cost[None, core] for front, core in zip(fronts, cores, strict=True)],
+        [front.value[core] for front, core in zip(fronts, cores, strict=True)],
+        np.array([budget]),
+        lowest,
+        lowest,
     )
     if cut:
         items = [int(core[item]) for core, item in zip(cores, cut, strict=True)]
         picks = min(items, picks, key=lambda some: _total_value(fronts, some))
     return picks, max(0.0, 1 - lowest / _total_value(fronts, picks))
+
+
+def solve_knapsacks(
+    costs: Sequence[Ints], values: Sequence[Floats], budgets: Ints, most_states: int = _MOST_STATES
+) -> tuple[list[int], float]:
+    """The same under several budgets at once, each for its own costs.
+
+    Args:
+        costs: What the items of every class cost, shape (budgets, items).
+        values: Their non-negative values, shape (items,).
+        budgets: Largest total costs, shape (budgets,); the items of every class which cost least in
+            all stay within them.
+        most_states: How many partial solutions may be held before branch and cut takes over.
+
+    Returns:
+        The index of the item of every class, and the proven relative gap between their value and the
+        optimum. Branch and cut proves it to about 1e-6.
+    """
+    picks = [int(np.argmin(value)) for value in values]
+    if (_spare(costs, picks, budgets) >= 0).all():
+        return picks, 0.0
+    picks, multipliers = _relax_all(costs, values, budgets)
+    picks = _fill_all(costs, values, picks, _spare(costs, picks, budgets))
+    best = _value(values, picks)
+    weights = [value + multipliers @ cost for cost, value in zip(costs, values, strict=True)]
+    bound = fsum(weight.min() for weight in weights) - float(multipliers @ budgets)
+    slack = max(best * _ROUNDING - bound, 0.0)
+    reduced = [weight - weight.min() for weight in weights]
+    cores = [np.flatnonzero(weight <= slack) for weight in reduced]
+    core = [cost[:, items] for cost, items in zip(costs, cores, strict=True)]
+    weight = [part[items] for part, items in zip(reduced, cores, strict=True)]
+    value = [part[items] for part, items in zip(values, cores, strict=True)]
+    found, lowest = _enumerate(core, value, weight, budgets, slack, most_states), float("inf")
+    if found is None:
+        found, lowest = _branch_and_cut(core, value, budgets, best, bound)
+    if found:
+        items = [int(part[item]) for part, item in zip(cores, found, strict=True)]
+        picks = min(items, picks, key=lambda some: _value(values, some))
+    best = _value(values, picks)
+    return picks, 0.0 if lowest * _ROUNDING >= best else 1 - lowest / best
 
 
 def _total_cost(fronts: Sequence[Front], picks: Sequence[int]) -> int:
@@ -184,37 +228,135 @@ def _program(fronts: Sequence[Front], budget: int, best: float, most_states: int
     return _trace(trail, int(np.lexsort((cost, value))[0])) if cost.size else [], lowest
 
 
-def _branch_and_cut(fronts: Sequence[Front], budget: int, lowest: float) -> tuple[list[int], float]:
+def _branch_and_cut(
+    costs: Sequence[Ints], values: Sequence[Floats], budgets: Ints, scale: float, lowest: float
+) -> tuple[list[int], float]:
     """HiGHS on one binary variable per item; the objective is scaled, since its gaps are absolute, too.
 
     Args:
-        fronts: The classes.
-        budget: Largest total cost.
-        lowest: A positive lower bound on the optimum.
+        costs: What the items of every class cost, shape (budgets, items).
+        values: Their values.
+        budgets: Largest total costs.
+        scale: About the optimum, positive.
+        lowest: A lower bound on the optimum.
 
     Returns:
         The item of every class, empty where it found none, and a lower bound on the optimum.
     """
-    sizes = [front.cost.size for front in fronts]
-    count = sum(sizes)
-    owner = np.repeat(np.arange(len(fronts)), sizes)
-    one_each = csr_array((np.ones(count), (owner, np.arange(count))), shape=(len(fronts), count))
-    cost = np.concatenate([front.cost for front in fronts])
+    cost, one_each = np.concatenate(costs, axis=1), _one_each(values)
     result = milp(
-        np.concatenate([front.value for front in fronts]) / lowest,
-        integrality=np.ones(count, dtype=np.int64),
+        np.concatenate(values) / scale,
+        integrality=np.ones(cost.shape[1], dtype=np.int64),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None, :], -np.inf, budget)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost, -np.inf, budgets)],
         options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
     )
+    bound = result.mip_dual_bound
+    lowest = lowest if bound is None else max(lowest, scale * float(bound))
     if result.x is None:
         return [], lowest
-    starts = np.cumsum([0, *sizes[:-1]])
+    picks = [int(np.argmax(part)) for part in _by_class(values, result.x)]
+    # In integers: HiGHS tolerates small violations.
+    return picks if (_spare(costs, picks, budgets) >= 0).all() else [], lowest
+
+
+def _relax_all(costs: Sequence[Ints], values: Sequence[Floats], budgets: Ints) -> tuple[list[int], Floats]:
+    """The linear relaxation under several budgets.
+
+    Returns:
+        A solution within the budgets, and multipliers for which the Lagrangian bound is its value.
+    """
+    cheapest = [int(np.argmin(cost.sum(axis=0))) for cost in costs]
+    units = np.maximum(budgets, 1).astype(np.float64)
+    unit = _value(values, cheapest)  # positive, or the best items would have fit
+    result = linprog(  # type: ignore[call-overload]  # the stubs do not know sparse A_eq
+        np.concatenate(values) / unit,
+        A_ub=np.concatenate(costs, axis=1) / units[:, None],
+        b_ub=budgets / units,
+        A_eq=_one_each(values),
+        b_eq=np.ones(len(values)),
+        method="highs",
+    )
+    if not result.success:
+        return cheapest, np.zeros(budgets.size)
+    support = (np.flatnonzero(part > _ROUNDING - 1) for part in _by_class(values, result.x))
     picks = [
-        int(np.argmax(result.x[start : start + size])) for start, size in zip(starts, sizes, strict=True)
+        int(items[np.argmin(cost[:, items].sum(axis=0))]) for items, cost in zip(support, costs, strict=True)
     ]
-    within = _total_cost(fronts, picks) <= budget  # in integers: HiGHS tolerates small violations
-    return picks if within else [], max(lowest, lowest * float(result.mip_dual_bound))
+    within = (_spare(costs, picks, budgets) >= 0).all()
+    return picks if within else cheapest, np.maximum(-result.ineqlin.marginals, 0) * unit / units
+
+
+def _fill_all(
+    costs: Sequence[Ints], values: Sequence[Floats], picks: Sequence[int], spare: Ints
+) -> list[int]:
+    """As `_fill`, under several budgets."""
+    filled = list(picks)
+
+    def step(i: int) -> tuple[float, int]:
+        fits = (costs[i] - costs[i][:, filled[i], None] <= spare[:, None]).all(axis=0)
+        item = int(np.argmin(np.where(fits, values[i], np.inf)))
+        return float(values[i][filled[i]] - values[i][item]), item
+
+    while True:
+        gain, item, i = max((*step(i), -i) for i in range(len(costs)))
+        if gain <= 0:
+            return filled
+        spare = spare - (costs[-i][:, item] - costs[-i][:, filled[-i]])
+        filled[-i] = item
+
+
+def _enumerate(
+    costs: Sequence[Ints],
+    values: Sequence[Floats],
+    weights: Sequence[Floats],
+    budgets: Ints,
+    slack: float,
+    most_states: int,
+) -> list[int] | None:
+    """Look at all solutions within the budgets whose weights sum up to at most `slack`.
+
+    Returns:
+        The best of them, the cheapest of equals; empty if there is none, None if there are too many.
+    """
+    rest = sum((cost.min(axis=1) for cost in costs), np.zeros_like(budgets))
+    spent, weighed, value = np.zeros((budgets.size, 1), np.int64), np.zeros(1), np.zeros(1)
+    trail: list[tuple[Indices, Indices]] = []
+    for cost, gain, weight in zip(costs, values, weights, strict=True):
+        if budgets.size * weighed.size * weight.size > 64 * most_states:
+            return None
+        rest = rest - cost.min(axis=1)
+        spent = (spent[:, :, None] + cost[:, None, :]).reshape(budgets.size, -1)
+        weighed = (weighed[:, None] + weight).ravel()
+        value = (value[:, None] + gain).ravel()
+        fits = (spent <= (budgets - rest)[:, None]).all(axis=0)
+        kept = np.flatnonzero(fits & (weighed <= slack * _ROUNDING))
+        if kept.size > most_states:
+            return None
+        spent, weighed, value = spent[:, kept], weighed[kept], value[kept]
+        trail.append(np.divmod(kept, weight.size))
+    return _trace(trail, int(np.lexsort((spent.sum(axis=0), value))[0])) if value.size else []
+
+
+def _spare(costs: Sequence[Ints], picks: Sequence[int], budgets: Ints) -> Ints:
+    spent = (cost[:, pick] for cost, pick in zip(costs, picks, strict=True))
+    left: Ints = budgets - sum(spent, np.zeros_like(budgets))
+    return left
+
+
+def _value(values: Sequence[Floats], picks: Sequence[int]) -> float:
+    return fsum(value[pick] for value, pick in zip(values, picks, strict=True))
+
+
+def _one_each(values: Sequence[Floats]) -> csr_array:
+    """One row per class that counts its items."""
+    count = sum(value.size for value in values)
+    owner = np.repeat(np.arange(len(values)), [value.size for value in values])
+    return csr_array((np.ones(count), (owner, np.arange(count))), shape=(len(values), count))
+
+
+def _by_class(values: Sequence[Floats], items: Floats) -> list[Floats]:
+    return np.split(items, np.cumsum([value.size for value in values])[:-1])
 
 
 def _trace(trail: Sequence[tuple[Indices, Indices]], state: int) -> list[int]:

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import fsum
+from operator import itemgetter
 
 import numpy as np
 
-from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack
+from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack, solve_knapsacks
+from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, Floats, Ints
 from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.recipe import Recipe
@@ -24,62 +26,86 @@ class Solution:
 
     Attributes:
         picks: Index into each layer's candidates.
-        cost: Their total cost, at most the budget.
+        cost: Their total cost.
         objective: What the recipe minimizes: the largest error (max), the sum of the errors to the
             recipe's power (sum); under uniform, the largest error, which follows from the rank.
-        gap: Proven upper bound on (objective − optimum) / objective; 0 is a proven optimum.
+        gap: Proven upper bound on (objective − optimum) / objective; 0 is a proven optimum. None under
+            uniform and with a price, which follow a rule and minimize no objective.
     """
 
     picks: tuple[int, ...]
     cost: int
     objective: float
-    gap: float = 0.0
+    gap: float | None
 
 
-def smallest(tables: Sequence[Candidates], recipe: Recipe) -> int:
-    """The least total cost that a recipe can reach."""
-    if _is_priced(tables):
-        return min(total for total, _ in _priced_path(tables, recipe.power))
-    return sum(int(table.cost.min()) for table in tables)
+def smallest(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solution:
+    """The plan of a recipe which exceeds its limits least, or stays farthest below them.
+
+    Args:
+        tables: The candidates of every layer, in graph order.
+        limits: What to stay within.
+        recipe: Which plans there are.
+    """
+    if recipe.aggregate is Aggregate.UNIFORM:
+        picks = [_at_ratio(table, 0.0) for table in tables]
+    elif _is_priced(tables):
+        _, picks = min(_priced_path(tables, limits, recipe.power), key=itemgetter(0))
+    else:
+        picks = [_front(table)[0] for table in tables]
+    return _solution(tables, picks, recipe, None)
 
 
-def solve(tables: Sequence[Candidates], budget: int, recipe: Recipe) -> Solution:
-    """Choose the candidates which minimize a recipe's objective at a total cost within the budget.
+def solve(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solution:
+    """Choose the candidates which minimize a recipe's objective within its limits.
 
-    - max: the least largest error; then, of the layers at this error as many as possible go below it,
-      then the largest error of all others is minimized in turn, until every layer is settled.
-    - sum: the least sum of errors to the recipe's power, a multiple-choice knapsack.
+    - max: the least largest error, proven. Then the same for the other layers, with this one settled,
+      and so on until every layer is. While no two layers tie at the error at which one is settled, the
+      sorted errors are the lexicographic minimum. Layers that tie go below it in the order of their
+      next step's cost: under one budget as many as possible at the first such error; nothing is proven
+      of what comes after a tie.
+    - sum: the least sum of errors to the recipe's power, a multiple-choice knapsack, to the gap that
+      the solution states.
     - sum with a price: the least sum of errors to the power plus λ · price at the smallest λ whose
-      total cost fits (Idelbayev and Carreira-Perpiñán, Low-rank compression of neural nets: learning
+      costs fit (Idelbayev and Carreira-Perpiñán, Low-rank compression of neural nets: learning
       the rank of each layer, CVPR 2020).
     - uniform: the largest ρ at which all layers at rank max(1, ⌊ρ · full rank⌋) fit; a layer that is
       no cheaper at this rank is kept, and of several (fold, k) a layer takes the cheapest.
 
-    Equal objectives go to the lower cost, then to the order of the candidates.
+    Equal objectives go to the lower cost (sum: under one budget), then to the order of the candidates.
 
     Args:
         tables: The candidates of every layer, in graph order.
-        budget: Largest total cost of these layers.
+        limits: What to stay within.
         recipe: What to minimize.
 
     Raises:
-        BudgetError: Even the smallest total cost exceeds the budget.
+        BudgetError: Even the smallest plan exceeds the limits.
     """
-    least = smallest(tables, recipe)
-    if least > budget:
+    excess = limits.excess(smallest(tables, limits, recipe).picks)
+    if excess > 0:
         raise BudgetError(
-            f"The layers cannot cost less than {least} with recipe {recipe.name!r}, "
-            f"but the budget leaves {budget} for them: raise the ratio or choose another recipe."
+            f"The smallest plan of recipe {recipe.name!r} exceeds its budget by {excess}: "
+            "raise the ratio or choose another recipe."
         )
-    gap = 0.0
-    if recipe.aggregate is Aggregate.MAX:
-        picks = _minimize_largest(tables, budget)
-    elif recipe.aggregate is Aggregate.UNIFORM:
-        picks = _uniform(tables, budget)
+    gap: float | None = None
+    if recipe.aggregate is Aggregate.UNIFORM:
+        picks = _uniform(tables, limits)
     elif _is_priced(tables):
-        picks = next(picks for total, picks in _priced_path(tables, recipe.power) if total <= budget)
+        path = _priced_path(tables, limits, recipe.power)
+        picks = next(picks for excess, picks in path if excess <= 0)
+    elif recipe.aggregate is Aggregate.MAX:
+        picks, gap = _minimize_largest(tables, limits), 0.0
     else:
-        picks, gap = _minimize_sum(tables, budget, recipe.power)
+        picks, gap = _minimize_sum(tables, limits, recipe.power)
+    if gap is not None and not limits.alike:
+        gap = 1.0
+    return _solution(tables, picks, recipe, gap)
+
+
+def _solution(
+    tables: Sequence[Candidates], picks: Sequence[int], recipe: Recipe, gap: float | None
+) -> Solution:
     pairs = list(zip(tables, picks, strict=True))
     errors = [float(table.error[pick]) for table, pick in pairs]
     total = recipe.aggregate is Aggregate.SUM
@@ -110,46 +136,61 @@ def _front(table: Candidates) -> list[int]:
     return options if options and table.error[options[-1]] == 0 else [*options, 0]
 
 
-def _minimize_largest(tables: Sequence[Candidates], budget: int) -> list[int]:
+def _minimize_largest(tables: Sequence[Candidates], limits: Limits) -> list[int]:
     """Walk down the finite set of errors from the cheapest plan.
 
-    A layer's cheapest candidate below an error does not depend on the other layers, and the total cost
-    only grows on the way down. So the largest error is least where the first layer at it can go no
-    further within the budget; this layer is settled, and the walk goes on with the others. Layers that
-    tie go in the order of the cost of their next step: then as many of them as possible go below.
+    A layer's cheapest candidate below an error does not depend on the other layers, and no cost falls on
+    the way down. So the largest error is least where the first layer at it can go no further within
+    the limits; this layer is settled, and the walk goes on with the others. Layers that tie go in the
+    order of the cost of their next step: under one budget, as many of them as possible go below.
     """
     fronts = [_front(table) for table in tables]
-    spare = budget - sum(int(table.cost[front[0]]) for table, front in zip(tables, fronts, strict=True))
+    spare = limits.spare([front[0] for front in fronts])
     at = [0] * len(tables)
 
-    def entry(i: int) -> tuple[float, int, int]:
+    def step(i: int) -> Ints:
         here, there = fronts[i][at[i]], fronts[i][at[i] + 1]
-        return -float(tables[i].error[here]), int(tables[i].cost[there] - tables[i].cost[here]), i
+        costs: Ints = limits.costs[i][:, there] - limits.costs[i][:, here]
+        return costs
+
+    def entry(i: int) -> tuple[float, int, int]:
+        return -float(tables[i].error[fronts[i][at[i]]]), int(step(i).sum()), i
 
     heap = [entry(i) for i, front in enumerate(fronts) if len(front) > 1]
     heapq.heapify(heap)
     while heap:
-        _, step, i = heapq.heappop(heap)
-        if step <= spare:
-            spare -= step
+        *_, i = heapq.heappop(heap)
+        if (step(i) <= spare).all():
+            spare -= step(i)
             at[i] += 1
             if at[i] + 1 < len(fronts[i]):
                 heapq.heappush(heap, entry(i))
     return [front[i] for front, i in zip(fronts, at, strict=True)]
 
 
-def _minimize_sum(tables: Sequence[Candidates], budget: int, power: float) -> tuple[list[int], float]:
+def _minimize_sum(tables: Sequence[Candidates], limits: Limits, power: float) -> tuple[list[int], float]:
     fronts = [np.array(_front(table)) for table in tables]
-    classes = [
-        Front(table.cost[front], table.error[front] ** power)
-        for table, front in zip(tables, fronts, strict=True)
-    ]
-    picks, gap = solve_knapsack(classes, budget)
+    costs = [costs[:, front] for costs, front in zip(limits.costs, fronts, strict=True)]
+    values = [table.error[front] ** power for table, front in zip(tables, fronts, strict=True)]
+    if limits.budgets.size > 1:
+        picks, gap = solve_knapsacks(costs, values, limits.budgets)
+    else:
+        # Where a route passes a layer by, all of its candidates cost nothing there: the best remains.
+        fronts = [
+            front[-1:] if np.ptp(cost) == 0 else front for front, cost in zip(fronts, costs, strict=True)
+        ]
+        classes = [
+            Front(cost[0, -front.size :], value[-front.size :])
+            for front, cost, value in zip(fronts, costs, values, strict=True)
+        ]
+        picks, gap = solve_knapsack(classes, int(limits.budgets[0]))
     return [int(front[pick]) for front, pick in zip(fronts, picks, strict=True)], gap
 
 
-def _priced_path(tables: Sequence[Candidates], power: float) -> Iterator[tuple[int, list[int]]]:
-    """Total costs and picks that minimize Σ error^power + λ · price, for λ from 0 to infinity.
+def _priced_path(
+    tables: Sequence[Candidates], limits: Limits, power: float
+) -> Iterator[tuple[int, list[int]]]:
+    """The picks that minimize Σ error^power + λ · price, for λ from 0 to infinity, behind their excess.
 
     The minimizers change only at the slopes of the layers' lower convex hulls.
     """
@@ -165,25 +206,22 @@ def _priced_path(tables: Sequence[Candidates], power: float) -> Iterator[tuple[i
             for at, (a, b) in enumerate(pairwise(corners))
         ]
     picks = [hull[-1] for hull in hulls]
-    total = sum(int(table.cost[pick]) for table, pick in zip(tables, picks, strict=True))
-    yield total, list(picks)
+    spare = limits.spare(picks)
+    yield -int(spare.min()), list(picks)
     for _, i, at in sorted(steps):
-        total += int(tables[i].cost[hulls[i][at]] - tables[i].cost[picks[i]])
+        spare += limits.costs[i][:, picks[i]] - limits.costs[i][:, hulls[i][at]]
         picks[i] = hulls[i][at]
-        yield total, list(picks)
+        yield -int(spare.min()), list(picks)
 
 
-def _uniform(tables: Sequence[Candidates], budget: int) -> list[int]:
-    """The total cost grows with ρ, and it changes only at ratios of a rank to its full rank."""
+def _uniform(tables: Sequence[Candidates], limits: Limits) -> list[int]:
+    """The costs grow with ρ, and they change only at ratios of a rank to its full rank."""
     ratios = np.unique(np.concatenate([[0.0], *(ratio for table in tables for ratio in _ratios(table))]))
 
     def picks(ratio: float) -> list[int]:
         return [_at_ratio(table, ratio) for table in tables]
 
-    def total(ratio: float) -> int:
-        return sum(int(table.cost[pick]) for table, pick in zip(tables, picks(ratio), strict=True))
-
-    return picks(ratios[bisect_right(ratios, budget, key=total) - 1])
+    return picks(ratios[bisect_right(ratios, 0, key=lambda ratio: limits.excess(picks(ratio))) - 1])
 
 
 def _ratios(table: Candidates) -> tuple[Floats, Floats]:

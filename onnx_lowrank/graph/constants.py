@@ -1,77 +1,207 @@
 """Small tensors that follow from shapes: exporters compute pads and targets of Reshape from them.
 
-ONNX shape inference stops at such computations, so their results are put in as constants.
+ONNX shape inference stops at such computations, and at an If whose branches differ in rank though its
+condition follows from shapes. So the results are put in as constants, in all graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator
 from math import prod
 from typing import Any, cast
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
-from onnx.helper import make_graph, make_model, make_tensor_value_info
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
 from onnx.reference import ReferenceEvaluator
 
 _OPERATORS = frozenset(
     [
-        *("Add", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Floor", "Gather", "Identity"),
-        *("Mod", "Mul", "Neg", "ReduceProd", "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
-        "Where",
+        *(
+            "Abs",
+            "Add",
+            "And",
+            "Cast",
+            "Ceil",
+            "Concat",
+            "ConstantOfShape",
+            "Div",
+            "Equal",
+            "Floor",
+            "Gather",
+        ),
+        *("Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg"),
+        *("Not", "Or", "ReduceProd", "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
     ]
 )
 _LARGEST = 1024  # elements; shapes and pads have a few
+_MOST = 1 << 22  # elements of all tensors that are put in
 _ROUNDS = 32  # each reaches behind one more Shape; chains of them are short
+
+_Values = ChainMap[str, NDArray[Any] | None]
+_Shapes = ChainMap[str, tuple[int, ...] | None]
 
 
 def infer_shapes(light: ModelProto) -> ModelProto:
-    """Shape inference that also follows the small tensors computed from shapes in the main graph.
+    """Shape inference that also follows the small tensors computed from shapes, in all graphs.
 
     Args:
         light: A model without large contents; it is not changed.
+
+    Returns:
+        The model with its shapes and with constants in place of what could be computed: every other
+        node stands where it stood.
     """
     proto = ModelProto()
     proto.CopyFrom(light)
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    folder = _Folder(proto)
     for _ in range(_ROUNDS):
-        if not _fold(proto, _known_shapes(inferred.graph)):
+        if not folder.fold(inferred.graph):
             break
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     return inferred
 
 
+class _Folder:
+    """Puts constants into a model, which it changes, for as long as new shapes give new ones."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        self._proto = proto
+        self._room = _MOST
+        self._failed: set[str] = set()
+        self._changed = False
+
+    def fold(self, inferred: GraphProto) -> bool:
+        """Go once through all graphs, with the shapes of a copy; True if anything could be put in."""
+        self._changed = False
+        self._graph(self._proto.graph, inferred, ChainMap(), ChainMap(), "")
+        return self._changed
+
+    def _graph(
+        self, graph: GraphProto, inferred: GraphProto, outer: _Values, around: _Shapes, path: str
+    ) -> None:
+        # What a graph defines hides what the graphs around it call the same.
+        local: dict[str, NDArray[Any] | None] = dict.fromkeys(_defined(graph))
+        local |= {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_small(t)}
+        values: _Values = outer.new_child(local)
+        shapes: _Shapes = around.new_child({**dict.fromkeys(local), **_known_shapes(inferred)})
+        for index, (node, seen) in enumerate(zip(graph.node, inferred.node, strict=True)):
+            here = f"{path}/{index}"
+            self._capture(graph, node, values, local)
+            if self._replace(node, values, shapes, here):
+                continue
+            for attribute, copy in zip(node.attribute, seen.attribute, strict=True):
+                inner = f"{here}.{attribute.name}"
+                if attribute.HasField("g"):
+                    self._graph(attribute.g, copy.g, values, shapes, inner)
+                for i, pair in enumerate(zip(attribute.graphs, copy.graphs, strict=True)):
+                    self._graph(*pair, values, shapes, f"{inner}[{i}]")
+            if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+                self._decide(graph, node, seen, values)
+
+    def _capture(
+        self, graph: GraphProto, node: NodeProto, values: _Values, local: dict[str, NDArray[Any] | None]
+    ) -> None:
+        """Give a node its operands from outer scopes as initializers: inference sees no values out there."""
+        for i, name in enumerate(node.input):
+            value = values.get(name)
+            if value is None or name in local or not self._takes(value):
+                continue
+            alias = f"{name}:captured"
+            while alias in values:
+                alias += "_"
+            graph.initializer.append(onnx.numpy_helper.from_array(value, alias))
+            local[alias] = value
+            node.input[i] = alias
+            self._changed = True
+
+    def _replace(self, node: NodeProto, values: _Values, shapes: _Shapes, here: str) -> bool:
+        """Put a Constant in the place of a node that computes a small tensor known already; True if so."""
+        if here in self._failed or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
+            return False
+        if node.op_type == "Constant":
+            tensor = next((a.t for a in node.attribute if a.name == "value"), None)
+            if tensor is not None and _is_small(tensor):
+                values[node.output[0]] = onnx.numpy_helper.to_array(tensor)
+            return False
+        try:
+            result = _result(self._proto, node, values, shapes)
+        except Exception:
+            # Whatever the reference implementation cannot compute stays unknown, as it was.
+            self._failed.add(here)
+            return False
+        if result is None or result.size > _LARGEST or not self._takes(result):
+            return False
+        output = node.output[0]
+        values[output] = result
+        # In place: subgraphs of nameless nodes are called by the node's index.
+        node.CopyFrom(
+            make_node("Constant", [], [output], node.name, value=onnx.numpy_helper.from_array(result))
+        )
+        self._changed = True
+        return True
+
+    def _takes(self, value: NDArray[Any]) -> bool:
+        """Whether one more tensor may be put in; counts it."""
+        self._room -= max(value.size, 1)
+        return self._room >= 0
+
+    def _decide(self, graph: GraphProto, node: NodeProto, seen: NodeProto, values: _Values) -> None:
+        """State the shapes of an If's outputs where its condition is known: those of the branch it takes."""
+        condition = values.get(node.input[0]) if node.input else None
+        if condition is None or condition.size != 1:
+            return
+        taken = "then_branch" if condition.item() else "else_branch"
+        results = [value for a in seen.attribute if a.name == taken for value in a.g.output]
+        for name, result in zip(node.output, results, strict=False):
+            if result.type.tensor_type.HasField("shape") and _state(graph, name, result):
+                self._changed = True
+
+
+def _defined(graph: GraphProto) -> Iterator[str]:
+    yield from (value.name for value in graph.input)
+    yield from (tensor.name for tensor in graph.initializer)
+    for node in graph.node:
+        yield from node.output
+
+
+def _state(graph: GraphProto, name: str, known: ValueInfoProto) -> bool:
+    """Write a known shape into a graph; True if it did not say as much before."""
+    stated = next((value for value in (*graph.output, *graph.value_info) if value.name == name), None)
+    if stated is None:
+        stated = graph.value_info.add(name=name)
+    tensor, before, new = (
+        stated.type.tensor_type,
+        *(_sizes(v.type.tensor_type.shape) for v in (stated, known)),
+    )
+    same_rank = tensor.HasField("shape") and len(before) == len(new)
+    sizes = [old if n is None else n for old, n in zip(before, new, strict=True)] if same_rank else new
+    if same_rank and sizes == before:
+        return False
+    tensor.elem_type = known.type.tensor_type.elem_type
+    tensor.shape.ClearField("dim")
+    tensor.shape.SetInParent()
+    for size in sizes:
+        tensor.shape.dim.add(dim_value=size)
+    return True
+
+
+def _sizes(shape: onnx.TensorShapeProto) -> list[int | None]:
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in shape.dim]
+
+
 def _known_shapes(graph: GraphProto) -> dict[str, tuple[int, ...]]:
     found = {}
-    for value in (*graph.value_info, *graph.input):
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
-            found[value.name] = tuple(dim.dim_value for dim in dims)
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            sizes = _sizes(value.type.tensor_type.shape)
+            if None not in sizes:
+                found[value.name] = tuple(cast(list[int], sizes))
     return found
-
-
-def _fold(proto: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Replace nodes of the main graph by their results where these are small and known; True if any was."""
-    graph = proto.graph
-    values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_small(t)}
-    folded = []
-    for index, node in enumerate(graph.node):
-        constant = next(
-            (a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None
-        )
-        if constant is not None and _is_small(constant):
-            values[node.output[0]] = onnx.numpy_helper.to_array(constant)
-        result = _result(proto, node, values, shapes)
-        if result is not None and result.size <= _LARGEST:
-            values[node.output[0]] = result
-            folded.append(index)
-    for index in reversed(folded):
-        name = graph.node[index].output[0]
-        graph.initializer.append(onnx.numpy_helper.from_array(values[name], name))
-        del graph.node[index]
-    return bool(folded)
 
 
 def _is_small(tensor: TensorProto) -> bool:
@@ -83,32 +213,26 @@ def _is_small(tensor: TensorProto) -> bool:
     return bool(has_contents) and plain and prod(tensor.dims) <= _LARGEST
 
 
-def _result(
-    proto: ModelProto,
-    node: NodeProto,
-    values: Mapping[str, NDArray[Any]],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> NDArray[Any] | None:
+def _result(proto: ModelProto, node: NodeProto, values: _Values, shapes: _Shapes) -> NDArray[Any] | None:
     """What a node computes, where that is a small tensor that is known already."""
-    if node.domain not in ("", "ai.onnx") or len(node.output) != 1:
-        return None
-    if node.op_type == "Shape" and node.input[0] in shapes:
-        ends = {attribute.name: attribute.i for attribute in node.attribute}
-        return np.array(shapes[node.input[0]][ends.get("start", 0) : ends.get("end")], np.int64)
     names: list[str] = [name for name in node.input if name]
-    if node.op_type not in _OPERATORS or any(name not in values for name in names):
+    if node.op_type in ("Shape", "Size"):
+        shape = shapes.get(names[0])
+        if shape is None:
+            return None
+        ends = {attribute.name: attribute.i for attribute in node.attribute}
+        part = shape[ends.get("start", 0) : ends.get("end")]
+        return np.array(prod(shape) if node.op_type == "Size" else part, np.int64)
+    known = {name: value for name in names if (value := values.get(name)) is not None}
+    if node.op_type not in _OPERATORS or any(name not in known for name in names):
         return None
-    if node.op_type == "ConstantOfShape" and np.prod(values[names[0]].astype(float)) > _LARGEST:
+    if node.op_type == "ConstantOfShape" and np.prod(known[names[0]].astype(float)) > _LARGEST:
         return None
     entries = [
-        make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(values[n].dtype), values[n].shape)
-        for n in dict.fromkeys(names)
+        make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in known.items()
     ]
     graph = make_graph([node], "one", entries, [onnx.ValueInfoProto(name=node.output[0])])
     model = make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    try:
-        outputs = cast(list[Any], ReferenceEvaluator(model).run(None, {n: values[n] for n in names}))
-        return np.asarray(outputs[0])
-    except Exception:
-        # Whatever the reference implementation cannot compute stays unknown, as it was.
-        return None
+    outputs = cast(list[Any], ReferenceEvaluator(model).run(None, known))
+    return np.asarray(outputs[0])

@@ -33,7 +33,7 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.prepare import Preparation, prepare
 from onnx_lowrank.graph.shapes import Shapes, positions, rank
 from onnx_lowrank.graph.tensors import Region, is_external, region, tensors
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
 from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
 from onnx_lowrank.types import Fold, Layer, Skipped, Use
 
@@ -152,11 +152,6 @@ def _ids(sources: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
         taken.add(candidate)
         ids[scope, name] = candidate
     return ids
-
-
-def label(node: NodeProto) -> str:
-    """A node's name as reports show it; a nameless node goes by its first output."""
-    return node.name or next((name for name in node.output if name), node.op_type)
 
 
 def read(model: Model, walk: Walk, binding: Binding) -> NDArray[Any]:

@@ -31,6 +31,9 @@ from onnx_lowrank.graph.tensors import (
     tensors,
 )
 
+ModelProto = onnx.ModelProto
+"""The type of a model in memory, for the modules that do not know ONNX."""
+
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _PROTOBUF_LIMIT = 2**31 - 1
 
@@ -47,12 +50,14 @@ class Model:
             sorted order of their locations. For a model from memory, of its deterministic
             serialization; where that would exceed protobuf's 2 GB, of the serialized outline without
             any contents, followed by every tensor's raw_data or, lacking that, its serialization.
+        path: The file which holds it as it is; None for a model from memory or a rewritten one.
     """
 
     proto: onnx.ModelProto
     name: str
     files: Mapping[str, Path]
     sha256: str
+    path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,8 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
         _check_proto(source, model.name)
         _check_tensors(model)
         return replace(model, sha256=_digest_in_memory(source))
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"A {type(source).__name__} is no model: give a path or an onnx.ModelProto.")
     path = Path(source)
     data = _read_bytes(path)
     proto = onnx.ModelProto()
@@ -113,7 +120,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     for _, file in sorted(model.files.items()):
         for chunk in Region(file, 0, file.stat().st_size).chunks():
             digest.update(chunk)
-    return replace(model, sha256=digest.hexdigest())
+    return replace(model, sha256=digest.hexdigest(), path=path)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -258,9 +265,11 @@ def _stored_tensors(scope: Scope) -> Iterator[TensorProto]:
 
 
 def stored_bytes(model: Model) -> int:
-    """Bytes of the serialized proto and of the regions of external files that it refers to, each once."""
-    data = serialized(model.proto)
-    if data is not None:
+    """Bytes of the file or the serialized proto, and of the regions of external files, each once."""
+    data = None if model.path is not None else serialized(model.proto)
+    if model.path is not None:
+        size = model.path.stat().st_size
+    elif data is not None:
         size = len(data)
     else:  # piecewise, to within a few bytes for each tensor
         size = len(outline(model.proto, 0).SerializeToString())

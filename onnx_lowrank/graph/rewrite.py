@@ -32,9 +32,9 @@ from onnx_lowrank.graph.chains import (
     matrix,
     matrix_layout,
 )
-from onnx_lowrank.graph.layers import Binding, label
+from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model, Scope, scopes
-from onnx_lowrank.graph.walk import Place, Walk, is_op
+from onnx_lowrank.graph.walk import Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import VIEWS, dtype_of, viewed
 from onnx_lowrank.types import Certificate, Factors, Layer, Option, Use
 
@@ -125,7 +125,7 @@ def rewrite(
     if writer.proofs:
         _add_metadata(proto, "run", json.dumps(dict(run)))
         _add_metadata(proto, "layers", json.dumps(writer.proofs, ensure_ascii=False))
-    return Rewritten(replace(model, proto=proto), writer.chains, removed)
+    return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed)
 
 
 class _Writer:

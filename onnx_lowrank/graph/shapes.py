@@ -12,7 +12,7 @@ from onnx import ModelProto, ValueInfoProto
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.constants import infer_shapes
 from onnx_lowrank.graph.model import Model, outline, scopes
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
 from onnx_lowrank.types import Positions, ScopeWork
 
 Shape = tuple[int | None, ...]
@@ -90,6 +90,19 @@ def _check_fits(value: ValueInfoProto, shape: tuple[int, ...]) -> None:
         )
 
 
+def open_inputs(model: Model, shapes: Shapes) -> tuple[str, ...]:
+    """Names of a model's inputs of which a dimension is unknown."""
+    graph = model.proto.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return tuple(
+        value.name
+        for value in graph.input
+        if value.name not in weights
+        and value.type.HasField("tensor_type")
+        and None in shapes.get(("", value.name), (None,))
+    )
+
+
 def shape_of(walk: Walk, shapes: Shapes, tensor: object) -> Shape | None:
     """Shape of a walk's tensor; None where even its rank is unknown."""
     return None if tensor is None else shapes.get(walk.origin(tensor))
@@ -142,17 +155,31 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
     Counted are Conv, ConvTranspose, Gemm and MatMul, whatever their operands; what other operators
     multiply counts nothing.
     """
+    functions = {
+        (scope.function.domain, scope.function.name, scope.function.overload): path
+        for path, scope in walk.scopes.items()
+        if scope.function is not None
+    }
     found = []
     for path, scope in walk.scopes.items():
         places = (Place(path, index) for index in range(len(scope.nodes)))
-        counts = [_node_macs(walk, shapes, place) for place in places if place not in layers]
-        known = [count for count in counts if count is not None]
-        macs = sum(known) if len(known) == len(counts) else None
+        counts = {place: _node_macs(walk, shapes, place) for place in places if place not in layers}
+        unknown = next((walk.node(place) for place, count in counts.items() if count is None), None)
+        called = (functions.get((node.domain, node.op_type, node.overload)) for node in scope.nodes)
         branch_of = None
         if scope.parent is not None and scope.node is not None:
             holder = walk.node(Place(scope.parent, scope.node))
             branch_of = scope.node if is_op(holder, ("If",)) else None
-        found.append(ScopeWork(path, scope.parent, branch_of, macs))
+        found.append(
+            ScopeWork(
+                path,
+                scope.parent,
+                branch_of,
+                sum(filter(None, counts.values())) if unknown is None else None,
+                tuple(function for function in called if function is not None),
+                "" if unknown is None else label(unknown),
+            )
+        )
     return tuple(found)
 
 

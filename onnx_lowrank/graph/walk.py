@@ -177,6 +177,11 @@ def is_op(node: NodeProto, types: Container[str]) -> bool:
     return node.op_type in types and node.domain in ("", "ai.onnx")
 
 
+def label(node: NodeProto) -> str:
+    """A node's name as reports show it; a nameless node goes by its first output."""
+    return node.name or next((name for name in node.output if name), node.op_type)
+
+
 def _bodies(node: NodeProto) -> list[GraphProto]:
     """The subgraphs of a node, in the order in which `scopes` finds them."""
     return [

@@ -7,15 +7,17 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - model: name, sha256 of the input model.
 - recipe: name, measure.
 - ratio: budget, asked, reached.
-- solver: aggregate, power, objective, gap; null where a plan was replayed.
+- solver: aggregate, power, objective, gap (null under uniform and with a price, which follow a rule);
+  null where an edited plan was replayed.
 - totals: params, macs, bytes, each with before, after, ratio.
 - layers: a list in graph order of id, op, shape (groups, outputs per group, inputs per group, kernel ...),
   dtype, nodes, fold, k, j, full_rank (null where kept), params, macs (each before, after, ratio), error,
   certificate (spectral, frobenius: a list each, one number per operator group; null where kept), reason.
 - skipped: a list of scope, name, op, weight, reason.
 - removed_inputs: a list of names.
-- validation: engine, inputs, worst, outputs (a list of name, relative, largest, agreement, note), never_ran
-  (a list of layer ids, null where unknown), notes; null where none was made.
+- validation: engine, inputs, worst (over the outputs; null where none could be measured), outputs (a list of
+  name, relative, largest, agreement, note), never_ran (a list of layer ids, null where unknown), notes, alone
+  (as outputs, one per rewritten layer, where the model ran nowhere); null where none was made.
 - warnings: a list of sentences.
 """
 
@@ -95,6 +97,7 @@ def _validation(validation: Validation) -> dict[str, Any]:
         "outputs": [asdict(output) for output in validation.outputs],
         "never_ran": None if validation.never_ran is None else list(validation.never_ran),
         "notes": list(validation.notes),
+        "alone": [asdict(output) for output in validation.alone],
     }
 
 

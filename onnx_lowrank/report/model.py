@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from onnx_lowrank.types import Aggregate, Budget, Certificate, Measure, Option, Skipped, Validation
+from onnx_lowrank.types import Budget, Certificate, Measure, Option, Skipped, Solver, Validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +71,6 @@ class LayerRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Solver:
-    """How good the plan is.
-
-    Attributes:
-        aggregate: How the layers' errors became the objective.
-        power: The exponent of an error in a sum.
-        objective: What the recipe minimizes.
-        gap: Proven bound on how far the objective is above the best possible, relative to it; 0 is optimal.
-    """
-
-    aggregate: Aggregate
-    power: float
-    objective: float
-    gap: float
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """Everything that a run has to say.
 
@@ -100,7 +83,7 @@ class Report:
         budget: What the ratio counts.
         asked: The ratio asked for.
         reached: The ratio of the output.
-        solver: How good the plan is; None where a plan was replayed.
+        solver: How good the plan is; None where an edited plan was replayed.
         layers: All layers in graph order.
         skipped: What was left alone.
         removed_inputs: Graph inputs that went with their initializers.

@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from onnx_lowrank.report.model import LayerRow, Report, Solver, Total
-from onnx_lowrank.types import Aggregate, Measure, Validation
+from onnx_lowrank.report.model import LayerRow, Report, Total
+from onnx_lowrank.types import Aggregate, Measure, Solver, Validation
 
 _ASCII = str.maketrans(
     {"×": "x", "·": "*", "→": ">", "–": "-", "≤": "<", "…": "~", "‖": "|", "−": "-", "Ŵ": "W'"}
@@ -156,7 +156,12 @@ def _ratios(report: Report) -> str:
     line = f"Ratio of {report.budget}: {report.reached:.4f}, asked for {report.asked:g}."
     if report.solver is None:
         return line
-    proof = "proven optimal" if report.solver.gap <= 0 else f"within {report.solver.gap:.2g} of the optimum"
+    gap = report.solver.gap
+    if gap is None:
+        uniform = report.solver.aggregate is Aggregate.UNIFORM
+        proof = "one relative rank for all layers" if uniform else "the smallest lambda that fits"
+    else:
+        proof = "proven optimal" if gap <= 0 else f"within {gap:.2g} of the optimum"
     return f"{line} Objective ({_objective(report.solver, report.measure)}): {proof}."
 
 
@@ -172,7 +177,7 @@ def _objective(solver: Solver, measure: Measure) -> str:
 def _validation(validation: Validation, page: _Page) -> None:
     page.line(f"Validation on {validation.engine}")
     page.line(f"inputs {validation.inputs}", style="dim", indent=2)
-    for output in validation.outputs:
+    for output in (*validation.outputs, *validation.alone):
         parts = []
         if output.relative is not None:
             parts.append(f"relative error {_number(output.relative)}")

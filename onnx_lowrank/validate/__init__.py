@@ -57,12 +57,13 @@ def validate(
         inputs: An .npz file or a mapping of arrays, named like the inputs; None makes some.
         input_shapes: Shapes of inputs to make, where the model leaves them free.
         provider: ONNX Runtime's execution provider.
-        max_error: Bound on the largest relative error over the outputs.
+        max_error: Bound on the largest relative error over the outputs; each has to be measured.
 
     Raises:
         InputError: ONNX Runtime or the provider is missing, or the inputs do not fit the model.
         ValidationError: The compressed model is rejected by the checker or by what runs the input model,
-            gives NaN or Inf where that gives none, or is further from it than `max_error`.
+            gives NaN or Inf where that gives none, or is further from it than `max_error` or than
+            anything that was measured tells.
     """
     engine = runtime(provider)
     notes = list(_check(original, compressed))
@@ -184,17 +185,34 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
     return Validation(
         engine=f"layers alone ({', '.join(used) or 'none ran'})",
         inputs="made for every layer",
-        outputs=tuple(outputs),
+        outputs=(),
         never_ran=(),
         notes=tuple(notes),
+        alone=tuple(outputs),
     )
 
 
 def _judge(result: Validation, max_error: float | None) -> None:
-    if max_error is None or result.worst <= max_error:
+    """Hold the outputs of the whole model to a bound; what was not measured does not keep it."""
+    if max_error is None:
         return
+    bound = f"--max-error {max_error:g}"
+    if not result.outputs:
+        why = f" ({result.notes[-1].rstrip('.')})" if result.notes else ""
+        raise ValidationError(
+            f"No output of the model could be compared{why}, so {bound} cannot be judged: pass --inputs on "
+            "which the model runs, or leave out --max-error."
+        )
+    for output in result.outputs:
+        # Texts have no norm; that all of them are equal is as good as an error of 0.
+        if output.relative is None and output.agreement != 1:
+            raise ValidationError(
+                f"The output {output.name!r} has no relative error ({output.note.rstrip('.')}), so {bound} "
+                "cannot be judged: pass --inputs for which it has one, or leave out --max-error."
+            )
     worst = max(result.outputs, key=lambda output: output.relative or 0.0)
-    raise ValidationError(
-        f"The relative error of {worst.name!r} is {result.worst:.4g}, above --max-error {max_error:g}: "
-        "choose a larger ratio or a larger bound."
-    )
+    if worst.relative is not None and worst.relative > max_error:
+        raise ValidationError(
+            f"The relative error of {worst.name!r} is {worst.relative:.4g}, above {bound}: choose a larger "
+            "ratio or a larger bound."
+        )

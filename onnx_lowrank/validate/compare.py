@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from onnx_lowrank.errors import ValidationError
 from onnx_lowrank.types import OutputError
 
+_EMPTY = "It has no elements."
+
 
 def compare(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[OutputError, ...]:
     """Compare the outputs of the input model with the compressed model's.
@@ -51,7 +53,8 @@ def _compare(name: str, y: NDArray[Any], z: NDArray[Any]) -> OutputError:
         note = f"Its shape is {z.shape}, the input model's {y.shape}."
         return OutputError(name, float("inf"), None, None, note)
     if y.dtype.kind in "OSU":
-        return OutputError(name, None, None, float(np.mean(y == z)) if y.size else None)
+        equal = float(np.mean(y == z)) if y.size else None
+        return OutputError(name, None, None, equal, "It holds texts." if y.size else _EMPTY)
     exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
     y, z = _wide(y), _wide(z)
     finite = np.isfinite(y)
@@ -63,11 +66,13 @@ def _compare(name: str, y: NDArray[Any], z: NDArray[Any]) -> OutputError:
         )
     hidden = y.size - int(np.count_nonzero(finite))
     note = f"{hidden} of {y.size} elements are NaN or Inf in the input model, too." if hidden else ""
+    if not finite.any():
+        return OutputError(name, None, None, None, note or _EMPTY)
     difference = np.abs(y[finite] - z[finite])
     norm, residual = float(np.linalg.norm(y[finite])), float(np.linalg.norm(difference))
     relative = residual / norm if norm else float("inf") if residual else 0.0
-    agreement = (float(np.mean(y == z)) if y.size else None) if exact else _top1(y, z)
-    return OutputError(name, relative, float(difference.max(initial=0.0)), agreement, note)
+    agreement = float(np.mean(y == z)) if exact else _top1(y, z)
+    return OutputError(name, relative, float(difference.max()), agreement, note)
 
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:

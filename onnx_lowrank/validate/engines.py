@@ -111,7 +111,10 @@ class Runtime:
             try:
                 return dict(zip(names, session.run(names, dict(feed)), strict=True))
             except Exception as error:
-                raise RejectedError(one_line(error, source)) from error
+                message = one_line(error, source)
+                # Some kernels find out only when they run that they lack a type.
+                unsupported = re.search(r"not (yet )?support|not implemented", message, re.IGNORECASE)
+                raise (UnsupportedError if unsupported else RejectedError)(message) from error
 
         return run
 
@@ -215,7 +218,10 @@ def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed
 
 @contextmanager
 def _materialized(model: Model) -> Iterator[bytes | str]:
-    """A model as an engine loads it: its bytes, or a temporary file's name where its data lies outside."""
+    """A model as an engine loads it: its file, its bytes, or a temporary file where its data lies outside."""
+    if model.path is not None:
+        yield str(model.path)
+        return
     data = None if model.files else serialized(model.proto)
     if data is not None:
         yield data

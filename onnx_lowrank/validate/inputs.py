@@ -65,7 +65,7 @@ def read(source: str | Path | Mapping[str, Any], wanted: tuple[Spec, ...]) -> Fe
         InputError: The file is no .npz, or a name, dtype or shape is not what the model takes.
     """
     arrays = (
-        {name: np.asarray(array) for name, array in source.items()}
+        {name: _array_of(name, array) for name, array in source.items()}
         if isinstance(source, Mapping)
         else _load(Path(source))
     )
@@ -152,6 +152,13 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
         raise InputError(
             f"The file {path} is not an .npz archive of plain arrays: write it with numpy.savez."
         ) from error
+
+
+def _array_of(name: str, value: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"The input {name!r} is no array ({error}): give one.") from error
 
 
 def _fitting(spec: Spec, array: NDArray[Any]) -> NDArray[Any]:

@@ -7,10 +7,12 @@ import pytest
 from onnx_lowrank.allocate.cost import (
     allowed,
     cost,
+    dearest,
     largest_rank,
     linear,
     macs,
     parameters,
+    running,
     total_macs,
     wanted_spectra,
 )
@@ -230,11 +232,12 @@ def test_a_layer_that_cannot_become_cheaper_wants_nothing(f, c):
     assert wanted_spectra(layer(f, c), recipe(), Budget.PARAMS) == {}
 
 
-def scopes(*unknown):
-    """A model with an If whose branches cost 100 and 75, a Loop (5 of these) in the second; a function."""
+def scopes(*unknown, calls=("function",)):
+    """A model with an If whose branches cost 100 and 75, a Loop (5 of these) in the second; functions."""
     rows = [("", None, None, 1000), ("then", "", 4, 100), ("else", "", 4, 70), ("loop", "else", None, 5)]
-    rows.append(("function", None, None, 3))
-    return tuple(ScopeWork(path, *rest, None if path in unknown else n) for path, *rest, n in rows)
+    rows += [("function", None, None, 3), ("idle", None, None, 7)]
+    made = [ScopeWork(path, *rest, None if path in unknown else n) for path, *rest, n in rows]
+    return (replace(made[0], calls=calls), *made[1:])
 
 
 def in_scope(*paths):
@@ -253,6 +256,7 @@ def in_scope(*paths):
         (("loop",), Option(Fold.ENCODE, 1, 1), 1103),
         (("then", "loop"), None, 1103 + 48),
         (("else", "loop", "function", ""), None, 1103 + 4 * 48 - 25),
+        (("idle",), None, 1103),
     ],
 )
 def test_total_macs_count_the_dearer_branch_and_every_other_body_once(paths, option, expected):
@@ -265,3 +269,34 @@ def test_total_macs_are_unknown_where_those_of_any_scope_are(unknown):
     assert total_macs(scopes(), [(in_scope(unknown), None)]) is not None
     nowhere = layer(8, 6, uses=[replace(use("MatMul"), scope=unknown)])
     assert total_macs(scopes(), [(nowhere, None)]) is None
+
+
+def test_a_function_that_nothing_calls_costs_nothing_even_unknown():
+    nowhere = layer(8, 6, uses=[replace(use("MatMul"), scope="idle")])
+    assert total_macs(scopes("idle"), [(nowhere, None)]) == 1103
+    assert "idle" not in running(scopes())
+    assert running(scopes()) == {"", "then", "else", "loop", "function"}
+
+
+def test_a_function_counts_once_per_call_wherever_it_is_called():
+    assert total_macs(scopes(calls=("function",) * 3), []) == 1100 + 9
+    outer = [*scopes(calls=("idle", "idle"))]
+    outer[-1] = replace(outer[-1], calls=("function", "function", "function"))
+    assert total_macs(outer, []) == 1100 + 2 * (7 + 9)
+    assert dearest(outer, [])[1] == {"": 1, "then": 1, "else": 0, "loop": 0, "function": 6, "idle": 2}
+    branch = [*scopes(calls=())]
+    branch[2] = replace(branch[2], calls=("function",) * 9)
+    assert total_macs(branch, []) == 1000 + 70 + 5 + 27
+    assert dearest(branch, [])[1]["else"] == 1
+
+
+def test_functions_that_call_themselves_have_no_macs():
+    loop = [*scopes(calls=("idle",))]
+    loop[-1] = replace(loop[-1], calls=("idle",))
+    assert total_macs(loop, []) is None
+
+
+def test_the_dearest_route_goes_where_the_layers_are():
+    heavy = layer(80, 6, uses=[replace(use("MatMul", Positions(1)), scope="loop")])
+    assert dearest(scopes(), [(heavy, None)])[1]["loop"] == 1
+    assert dearest(scopes(), [(heavy, Option(Fold.ENCODE, 1, 0))])[1]["loop"] == 0

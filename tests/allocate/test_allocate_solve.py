@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.allocate import knapsack
-from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack
+from onnx_lowrank.allocate import solve as solver
+from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack, solve_knapsacks
+from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
-from onnx_lowrank.allocate.solve import smallest, solve
 from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.types import Aggregate, Fold
@@ -16,6 +17,14 @@ from onnx_lowrank.types import Aggregate, Fold
 
 def recipe(aggregate, power=1.0):
     return Recipe("test", "A test.", tuple(Fold), None, aggregate=aggregate, power=float(power))
+
+
+def solve(tables, budget, how):
+    return solver.solve(tables, Limits.single(tables, budget), how)
+
+
+def smallest(tables, how):
+    return solver.smallest(tables, Limits.single(tables, 0), how).cost
 
 
 def table(kept, options, price=None):
@@ -226,6 +235,7 @@ def test_uniform_takes_the_largest_relative_rank_that_fits(seed):
     plans = [uniform_plan(tables, ratio) for ratio in ratios]
     assert list(solution.picks) == [picks for picks, cost in plans if cost <= budget][-1]
     assert solution.objective == max(errors)
+    assert solution.gap is None
 
 
 # --- a price --------------------------------------------------------------------------------------
@@ -273,6 +283,110 @@ def test_price_takes_the_smallest_multiplier_that_fits(seed, power):
     for t, v, pick in zip(tables, values, solution.picks, strict=True):
         assert v[pick] + at * t.price[pick] <= (v + at * t.price).min() + 1e-12
     assert low <= min(map(total, between))
+    assert solution.gap is None
+
+
+# --- several limits -------------------------------------------------------------------------------
+
+
+def routed(seed, grain=None):
+    """Layers that some of several routes pass, some of them more than once, and what each route leaves."""
+    tables, _ = instance(2000 + seed, grain)
+    rng = np.random.default_rng(seed)
+    runs = rng.integers(0, 3, (len(tables), 3))
+    costs = [counts[:, None] * t.cost for counts, t in zip(runs, tables, strict=True)]
+    low, high = (sum(reduce(part, axis=1) for part in costs) for reduce in (np.min, np.max))
+    return tables, Limits(rng.integers(low, high + 1), tuple(costs))
+
+
+def fitting(tables, limits):
+    """The errors of all plans within the limits."""
+    for picks in product(*(range(t.cost.size) for t in tables)):
+        if all(
+            sum(cost[r, n] for cost, n in zip(limits.costs, picks, strict=True)) <= budget
+            for r, budget in enumerate(limits.budgets.tolist())
+        ):
+            yield [float(t.error[n]) for t, n in zip(tables, picks, strict=True)]
+
+
+@pytest.mark.parametrize("power", [1, 4])
+@pytest.mark.parametrize("seed", range(60))
+def test_sum_under_several_limits_is_the_optimum(seed, power):
+    tables, limits = routed(seed)
+    solution = solver.solve(tables, limits, recipe(Aggregate.SUM, power))
+    assert limits.excess(solution.picks) <= 0
+    best = min(fsum(e**power for e in errors) for errors in fitting(tables, limits))
+    assert solution.objective == pytest.approx(best, rel=1e-12, abs=0)
+    assert solution.gap == 0
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_max_under_several_limits_is_the_lexicographic_optimum(seed):
+    tables, limits = routed(seed)
+    solution = solver.solve(tables, limits, recipe(Aggregate.MAX))
+    assert limits.excess(solution.picks) <= 0
+    errors = [float(t.error[n]) for t, n in zip(tables, solution.picks, strict=True)]
+    assert sorted(errors, reverse=True) == min(sorted(e, reverse=True) for e in fitting(tables, limits))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_max_under_several_limits_is_the_optimum_where_layers_tie(seed):
+    tables, limits = routed(seed, grain=3)
+    solution = solver.solve(tables, limits, recipe(Aggregate.MAX))
+    assert limits.excess(solution.picks) <= 0
+    assert solution.objective == min(max(errors) for errors in fitting(tables, limits))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_smallest_plan_is_so_under_every_limit(seed):
+    tables, limits = routed(seed)
+    low = sum(cost.min(axis=1) for cost in limits.costs)
+    for how in (recipe(Aggregate.MAX), recipe(Aggregate.SUM)):
+        picks = solver.smallest(tables, limits, how).picks
+        assert (limits.budgets - limits.spare(picks) == low).all()
+        with pytest.raises(BudgetError):
+            solver.solve(tables, Limits(low - (low == low.max()), limits.costs), how)
+
+
+@pytest.mark.parametrize("most_states", [0, 1 << 15])
+@pytest.mark.parametrize("seed", range(30))
+def test_knapsacks_agree_with_every_selection(seed, most_states):
+    rng = np.random.default_rng(seed)
+    costs = [rng.integers(1, 50, (2, 5)) for _ in range(5)]
+    costs = [np.sort(cost, axis=1) for cost in costs]
+    values = [-np.sort(-rng.random(5)) for _ in range(5)]
+    budgets = sum(cost[:, 2] for cost in costs)
+    picks, gap = solve_knapsacks(costs, values, budgets, most_states)
+    assert (sum(cost[:, n] for cost, n in zip(costs, picks, strict=True)) <= budgets).all()
+    best = min(
+        sum(value[n] for value, n in zip(values, other, strict=True))
+        for other in product(range(5), repeat=5)
+        if (sum(cost[:, n] for cost, n in zip(costs, other, strict=True)) <= budgets).all()
+    )
+    assert sum(value[n] for value, n in zip(values, picks, strict=True)) == pytest.approx(best, rel=1e-9)
+    assert gap < 1e-5 if most_states == 0 else gap == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_without_the_time_to_finish_several_limits_the_gap_says_so(seed, monkeypatch):
+    monkeypatch.setattr(knapsack, "_SECONDS", 0.0)
+    fronts, budget = truncated(seed)
+    costs = [np.stack([front.cost, front.cost]) for front in fronts]
+    values = [front.value for front in fronts]
+    picks, gap = solve_knapsacks(costs, values, np.array([budget, budget]), 0)
+    assert sum(int(front.cost[n]) for front, n in zip(fronts, picks, strict=True)) <= budget
+    value, optimum = (
+        sum(front.value[n] for front, n in zip(fronts, picks, strict=True)),
+        dynamic_program(fronts, budget),
+    )
+    assert optimum <= value
+    assert value - optimum <= gap * value * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("aggregate", [Aggregate.MAX, Aggregate.SUM])
+def test_nothing_is_proven_where_limits_order_candidates_differently(aggregate):
+    limits = Limits(np.array([70]), tuple(t.cost[None, :] for t in TWO), alike=False)
+    assert solver.solve(TWO, limits, recipe(aggregate)).gap == 1
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -286,7 +400,7 @@ def test_the_smallest_budget_is_met_exactly_and_one_below_it_is_an_error(how):
     assert smallest(TWO, how) == 15
     solution = solve(TWO, 15, how)
     assert (solution.picks, solution.cost) == ((1, 1), 15)
-    with pytest.raises(BudgetError, match=r"^The layers cannot cost less than 15 .* leaves 14 for them"):
+    with pytest.raises(BudgetError, match=r"^The smallest plan of recipe 'test' exceeds its budget by 1:"):
         solve(TWO, 14, how)
 
 
@@ -300,7 +414,8 @@ def test_a_budget_for_everything_keeps_everything(how, budget):
 @pytest.mark.parametrize("how", RULES)
 def test_no_layers_have_the_empty_plan(how):
     solution = solve([], 0, how)
-    assert (solution.picks, solution.cost, solution.objective, solution.gap) == ((), 0, 0, 0)
+    assert (solution.picks, solution.cost, solution.objective) == ((), 0, 0)
+    assert solution.gap == (None if how.aggregate is Aggregate.UNIFORM else 0)
     with pytest.raises(BudgetError):
         solve([], -1, how)
 

@@ -100,17 +100,112 @@ def test_nothing_large_is_made(monkeypatch):
     assert [model.graph.node[0].output[0] for model in made] == ["d"]
 
 
-def test_what_the_reference_cannot_compute_stays_unknown():
+def test_what_the_reference_cannot_compute_stays_unknown(monkeypatch):
+    asked = []
+
+    class Evaluator:
+        def __init__(self, model):
+            asked.append(model.graph.node[0].op_type)
+
+        def run(self, *_):
+            raise NotImplementedError
+
+    proto = parsed(*CASES["pads as torch exports them"][:3])
+    assert shape_of(infer_shapes(proto)) == [2, 3, 6, 5]
+    monkeypatch.setattr(constants, "ReferenceEvaluator", Evaluator)
+    found = shape_of(infer_shapes(proto))
+    assert found is None or None in found
+    # Each is asked once, however many rounds there are; the others' operands stay unknown.
+    assert asked == ["ConstantOfShape"]
+
+
+def test_an_index_out_of_range_is_asked_for_and_stays_unknown(monkeypatch):
+    asked = []
+    evaluate = constants.ReferenceEvaluator
+    monkeypatch.setattr(constants, "ReferenceEvaluator", lambda model: asked.append(model) or evaluate(model))
     proto = parsed(
-        "float[2,6] x", "int64[2] a = {1, 2}, int64[3] b = {1, 2, 3}", "t = Add (a, b) y = Reshape (x, t)"
+        "float[2,6] x", "int64[2] a = {1, 12}, int64[1] i = {7}", "t = Gather (a, i) y = Reshape (x, t)"
     )
-    proto = infer_shapes(proto) if _is_inferable(proto) else proto
-    assert shape_of(proto) is None or None in shape_of(proto)
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=False)
+    assert shape_of(inferred) in (None, [None])
+    found = shape_of(infer_shapes(proto))
+    assert found is None or None in found
+    assert [model.graph.node[0].op_type for model in asked] == ["Gather"]
 
 
-def _is_inferable(proto: onnx.ModelProto) -> bool:
-    try:
-        onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except onnx.shape_inference.InferenceError:
-        return False
-    return True
+# --- subgraphs ----------------------------------------------------------------------------------------
+
+DOUBLE = "s = Shape (x) two = Constant <value = int64[1] {2}> () d = Mul (s, two)"
+
+
+def branched(before: str, then: str, other: str, condition: str = "bool c, ") -> onnx.ModelProto:
+    text = (
+        f'<ir_version: 8, opset_import: ["" : 17]> g ({condition}float[4] x) => (float[] y) {{ {before} '
+        f"y = If (c) <then_branch = t () => (float[] p) {{ {then} }}, "
+        f"else_branch = e () => (float[] q) {{ {other} }}> }}"
+    )
+    proto = parse_model(text)
+    for graph in (proto.graph, *(a.g for a in proto.graph.node[-1].attribute)):
+        graph.output[0].type.tensor_type.ClearField("shape")
+    return proto
+
+
+def inner(proto: onnx.ModelProto) -> dict[str, list[int | None] | None]:
+    """Shapes of the outputs of both branches of the last node."""
+    return {a.g.output[0].name: shape_of(onnx.ModelProto(graph=a.g)) for a in proto.graph.node[-1].attribute}
+
+
+def test_folding_keeps_every_node_in_its_place():
+    proto = branched(DOUBLE, "p = Expand (x, d)", "q = Identity (x)")
+    found = infer_shapes(proto)
+    assert [list(node.output) for node in found.graph.node] == [
+        list(node.output) for node in proto.graph.node
+    ]
+    assert [node.op_type for node in found.graph.node] == ["Constant", "Constant", "Constant", "If"]
+
+
+def test_small_tensors_inside_branches_and_from_around_them_are_known():
+    proto = branched(
+        DOUBLE, "r = Concat <axis = 0> (two, d) p = ConstantOfShape (r)", "q = ConstantOfShape (d)"
+    )
+    before = proto.SerializeToString()
+    assert inner(infer_shapes(proto)) == {"p": [2, 8], "q": [8]}
+    assert proto.SerializeToString() == before
+
+
+def test_a_value_hidden_by_a_branch_is_not_taken_from_around_it():
+    proto = branched(
+        "two = Constant <value = int64[1] {2}> ()",
+        "two = Cast <to = 7> (x) p = ConstantOfShape (two)",
+        "q = Identity (x)",
+    )
+    known = constants._Folder(proto)
+    known.fold(proto.graph)
+    (then, _) = (a.g for a in proto.graph.node[-1].attribute)
+    assert [node.op_type for node in then.node] == ["Cast", "ConstantOfShape"]
+    assert not then.initializer
+
+
+@pytest.mark.parametrize(("size", "shape"), [(4, [1, 4]), (3, [4])])
+def test_an_if_whose_condition_follows_from_shapes_has_the_shape_of_its_branch(size, shape):
+    before = (
+        f"s = Shape (x) n = Constant <value = int64[1] {{{size}}}> () c = Equal (s, n) "
+        "axis = Constant <value = int64[1] {0}> ()"
+    )
+    proto = branched(before, "p = Unsqueeze (x, axis)", "q = Identity (x)", condition="")
+    assert shape_of(onnx.shape_inference.infer_shapes(proto, data_prop=True)) is None
+    assert shape_of(infer_shapes(proto)) == shape
+
+
+def test_a_captured_value_reaches_the_operators_of_a_branch():
+    proto = branched(
+        "axis = Constant <value = int64[1] {0}> ()", "p = Unsqueeze (x, axis)", "q = Identity (x)"
+    )
+    assert inner(infer_shapes(proto))["p"] == [1, 4]
+
+
+def test_all_that_is_put_in_is_bounded(monkeypatch):
+    monkeypatch.setattr(constants, "_MOST", 1)
+    inputs, *text, _ = CASES["one Shape behind another"]
+    found = infer_shapes(parsed(inputs, *text))
+    assert sum(node.op_type == "Constant" for node in found.graph.node) == 0

@@ -141,3 +141,51 @@ def test_a_gemm_needs_no_shapes_to_be_sliced():
 def test_dead_ends_have_no_positions():
     proto = model("g (float[] x) => (float[4,10] y) { y = Conv (x, w) }", w=np.ones((8, 4, 3, 3), np.float32))
     assert found(proto).layer.uses[0].positions is None
+
+
+# --- subgraphs and functions ------------------------------------------------------------------------------
+
+FOLDED = "s = Shape (x) one = Constant <value = int64[1] {1}> () n = Gather (s, one) m = Add (n, one) "
+
+
+def test_a_nameless_if_behind_folded_nodes_keeps_its_shapes():
+    body = f"""g (bool b, float[4,8] x) => (float[4,8] y) {{ {FOLDED} h = MatMul (x, w)
+        y = If (b) <then_branch = t () => (float[4,8] p) {{ k = MatMul (h, w) p = MatMul (k, w) }},
+                    else_branch = e () => (float[4,8] q) {{ q = MatMul (h, w) }}> }}"""
+    assert total(found(model(body, w=(8, 8)))) == 4 * 64 * 3
+
+
+def test_nameless_ifs_behind_folded_nodes_do_not_take_each_others_shapes():
+    branches = """<then_branch = t () => ({type} p{n}) {{ {node} p{n} = Relu (k{n}) }},
+                   else_branch = e () => ({type} q{n}) {{ {node} q{n} = Identity (k{n}) }}>"""
+    first = branches.format(n=1, type="float[2,8,6,6]", node="k1 = Conv (x, v)")
+    second = branches.format(n=2, type="float[2,5,10]", node="k2 = MatMul (z, w)")
+    # One node is folded between them: were it deleted, the second would take the first one's place.
+    body = f"""g (bool b, float[2,4,8,8] x, float[2,5,8] z) => (float[2,8,6,6] y1, float[2,5,10] y2) {{
+        s = Shape (x) t = Shape (z) y1 = If (b) {first} u = Shape (z) r = Shape (x) y2 = If (b) {second} }}"""
+    seen = found(model(body, v=(8, 4, 3, 3), w=(8, 10)))
+    ranks = {name: {use.rank for use in layer.uses} for name, layer in seen.layers.items()}
+    assert ranks == {"v": {4}, "w": {3}}
+    assert total(seen) == 2 * 36 * 8 * 36 + 10 * 80
+
+
+FUNCTION = """<domain: "local", opset_import: ["" : 17]> {name} (a) => (c) {{ {nodes} }}"""
+
+
+def called(calls: int, *, unknown: bool = False):
+    """A main graph of one product that calls a function of the domain local so often."""
+    applied = "".join(f"h{i + 1} = local.F (h{i})" for i in range(calls))
+    body = f"g (float[4,8] x) => (float[4,8] y) {{ h0 = MatMul (x, w) {applied} y = Relu (h{calls}) }}"
+    nodes = "c = MatMul (a, a)" if unknown else "c = Relu (a)"
+    return found(model(body, functions=FUNCTION.format(name="F", nodes=nodes), w=(8, 8)))
+
+
+def test_a_function_that_nothing_calls_does_not_matter():
+    assert total(called(0, unknown=True)) == 256
+    assert total(called(2)) == 256
+
+
+def test_scopes_name_their_calls_and_what_is_unknown():
+    main, function = called(3, unknown=True).work
+    assert main.calls == ("local:F",) * 3
+    assert (main.unknown, function.macs, function.unknown) == ("", None, "c")

@@ -124,6 +124,8 @@ def test_terminal_warnings_and_validation():
         assert part in text
     assert "Warning: be careful" in text
     assert "unknown" in printed(report(validation=replace(validation, never_ran=None)))
+    alone = replace(validation, outputs=(), alone=(OutputError("layer w", 0.25, 0.5, None),))
+    assert "layer w: relative error 0.25" in printed(report(validation=alone))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,13 @@ def test_json_holds_everything():
     assert loaded["validation"]["outputs"][0]["relative"] is None  # Inf is no JSON number.
     assert loaded["validation"]["worst"] is None
     assert loaded["validation"]["never_ran"] is None
+    assert loaded["validation"]["alone"] == []
+    alone = (OutputError("layer w", 0.25, 0.5, None),)
+    loaded = json.loads(report(validation=replace(validation, outputs=(), alone=alone)).to_json())[
+        "validation"
+    ]
+    assert (loaded["worst"], loaded["outputs"]) == (None, [])
+    assert [error["name"] for error in loaded["alone"]] == ["layer w"]
 
 
 def test_json_is_stable_and_ends_with_a_newline():

@@ -1,0 +1,118 @@
+"""From what the stages found to the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+
+from onnx_lowrank.allocate.cost import macs, parameters
+from onnx_lowrank.graph import model as models
+from onnx_lowrank.graph.rewrite import Rewritten
+from onnx_lowrank.planner import Found
+from onnx_lowrank.report import LayerRow, Report, Total, Totals
+from onnx_lowrank.types import Budget, Certificate, Choice, Layer, Plan, Validation
+
+_LARGE_ERROR = 0.5
+_SLACK = 0.05
+
+
+def assemble(
+    found: Found,
+    plan: Plan,
+    rewritten: Rewritten | None = None,
+    certificates: Mapping[str, Certificate] = MappingProxyType({}),
+    validation: Validation | None = None,
+    given: bool = False,
+) -> Report:
+    """Gather what a run has to say.
+
+    Args:
+        found: The input model with its layers.
+        plan: What is done with them, in graph order.
+        rewritten: The compressed model; None in a dry run.
+        certificates: Of the rewritten layers, by id.
+        validation: What the comparison gave; None where none was made.
+        given: Whether the user gave the inputs to compare on.
+    """
+    totals = _totals(found, plan, rewritten)
+    counted = totals.params if plan.budget is Budget.PARAMS else totals.macs
+    reached = 1.0 if counted.ratio is None else counted.ratio
+    return Report(
+        version=version("onnx-lowrank"),
+        model=Path(found.model.name).stem,
+        sha256=found.model.sha256,
+        recipe=plan.recipe,
+        measure=plan.measure,
+        budget=plan.budget,
+        asked=plan.ratio,
+        reached=reached,
+        solver=plan.solver,
+        layers=tuple(
+            _row(layer, choice, certificates.get(layer.id))
+            for layer, choice in zip(found.layers, plan.choices, strict=True)
+        ),
+        skipped=found.skipped,
+        removed_inputs=() if rewritten is None else rewritten.removed_inputs,
+        totals=totals,
+        validation=validation,
+        warnings=tuple(_warnings(plan, reached, totals, validation, given)),
+    )
+
+
+def _warnings(
+    plan: Plan, reached: float, totals: Totals, validation: Validation | None, given: bool
+) -> Iterator[str]:
+    """What would surprise the user."""
+    if all(choice.option is None for choice in plan.choices):
+        yield "No layer is rewritten, the output is the input model."
+    elif reached > plan.ratio * (1 + 1e-9):
+        yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
+    elif reached < plan.ratio - _SLACK:
+        yield (
+            f"The ratio is {reached:.4g} where {plan.ratio:g} was asked for, as the options are coarse: "
+            "another recipe may come closer."
+        )
+    macs_before, macs_after = totals.macs.before, totals.macs.after
+    if macs_before is not None and macs_after is not None and macs_after > macs_before:
+        yield f"The MACs rise from {macs_before:,} to {macs_after:,}: the budget macs keeps them down."
+    worst = None if validation is None else validation.worst
+    if worst is not None and worst > _LARGE_ERROR:
+        large = f"The largest relative error of an output is {worst:.3g}"
+        if given:
+            yield f"{large}: choose a larger ratio or another recipe."
+        else:
+            yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
+
+
+def _row(layer: Layer, choice: Choice, certificate: Certificate | None) -> LayerRow:
+    option = choice.option
+    return LayerRow(
+        id=layer.id,
+        op=layer.op,
+        shape=layer.shape,
+        dtype=layer.dtype,
+        nodes=tuple(use.name for use in layer.uses),
+        option=option,
+        full_rank=None if option is None else layer.full_rank(option.fold, option.k),
+        params=Total(parameters(layer), parameters(layer, option)),
+        macs=Total(macs(layer), macs(layer, option)),
+        error=None if option is None or math.isnan(choice.error) else choice.error,
+        certificate=certificate,
+        reason=choice.reason,
+    )
+
+
+def _totals(found: Found, plan: Plan, rewritten: Rewritten | None) -> Totals:
+    # A rewrite can free more than a plan counts on: what only rewritten layers share.
+    params = (
+        found.total(Budget.PARAMS, plan.choices) if rewritten is None else models.parameters(rewritten.model)
+    )
+    stored = None if rewritten is None else models.stored_bytes(rewritten.model)
+    return Totals(
+        params=Total(models.parameters(found.model), params),
+        macs=Total(found.macs(), found.macs(plan.choices)),
+        bytes=Total(models.stored_bytes(found.model), stored),
+    )

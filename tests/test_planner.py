@@ -1,0 +1,155 @@
+"""Plans under MACs where models branch and call functions."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import fsum
+
+import numpy as np
+import pytest
+
+from onnx_lowrank import planner
+from onnx_lowrank import recipe as recipes
+from onnx_lowrank.allocate.options import candidates
+from onnx_lowrank.errors import BudgetError, InputError
+from onnx_lowrank.graph.model import load
+from onnx_lowrank.linalg.backend import resolve
+from onnx_lowrank.planner import Goal, find_layers, make
+from onnx_lowrank.report.progress import Silent
+from onnx_lowrank.types import Budget, Choice
+from rewriting import model
+
+CPU = resolve("cpu")
+RECIPES = [recipe for recipe in recipes.load_all() if recipe.price is None]
+IF = """g (bool b, float[4,{n}] x) => (float[4,{n}] y) {{ h = {before} (x{and_w})
+    y = If (b) <then_branch = t () => (float[4,{n}] p) {{ k = MatMul (h, a) p = MatMul (k, b1) }},
+                else_branch = e () => (float[4,{n}] q) {{ q = MatMul (h, c) }}> }}"""
+
+
+def decaying(seed, n, power=0.5):
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2))
+    return ((u * np.arange(1, n + 1) ** -power) @ v).astype(np.float32)
+
+
+def branching(n=8, main=False, power=0.5):
+    names = ("a", "b1", "c", *(["w"] if main else []))
+    weights = {name: decaying(seed, n, power) for seed, name in enumerate(names)}
+    text = IF.format(n=n, before="MatMul" if main else "Relu", and_w=", w" if main else "")
+    return model(text, **weights)
+
+
+def found(proto):
+    return find_layers(load(proto), {}, (), ())
+
+
+def planned(seen, ratio, recipe, budget=Budget.MACS):
+    return make(seen, Goal(ratio, recipe, budget), CPU, Silent())
+
+
+def all_plans(seen, recipe):
+    """(total MACs, errors) of every choice of candidates."""
+    goal = Goal(1.0, recipe, Budget.MACS)
+    spectra = planner._spectra(seen, goal, CPU)
+    tables = [
+        candidates(of, values, recipe, Budget.MACS) for of, values in zip(seen.layers, spectra, strict=True)
+    ]
+    for picks in product(*(range(table.cost.size) for table in tables)):
+        pairs = list(zip(tables, picks, strict=True))
+        choices = [Choice(t.layer, t.option(n), int(t.cost[n]), float(t.error[n])) for t, n in pairs]
+        yield seen.macs(choices), [choice.error for choice in choices]
+
+
+def test_what_the_cheaper_branch_keeps_costs_nothing():
+    plan = planned(found(branching(64)), 0.9, recipes.load("schatten"))
+    options = {choice.layer.rpartition("/")[2]: choice.option for choice in plan.choices}
+    assert options["c"] is None
+    assert any(options.values())
+
+
+@pytest.mark.parametrize("main", [False, True])
+@pytest.mark.parametrize("ratio", [0.95, 0.8, 0.6, 0.4])
+@pytest.mark.parametrize("name", ["schatten", "alds"])
+def test_plans_over_branches_are_optimal(name, ratio, main):
+    recipe, seen = recipes.load(name), found(branching(main=main))
+    result = planned(seen, ratio, recipe)
+    total = seen.macs()
+    assert seen.macs(result.choices) <= ratio * total
+    largest = name == "alds"
+    worth = [
+        max(errors) if largest else fsum(error**recipe.power for error in errors)
+        for macs, errors in all_plans(seen, recipe)
+        if macs <= ratio * total
+    ]
+    assert result.solver.objective == pytest.approx(min(worth), rel=1e-12)
+    assert result.solver.gap == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_the_smallest_ratio_is_the_smallest(recipe):
+    seen = found(branching(main=True))
+    with pytest.raises(BudgetError) as caught:
+        planned(seen, 0.01, recipe)
+    least = min(macs for macs, _ in all_plans(seen, recipe)) / seen.macs()
+    assert least <= caught.value.smallest_ratio < least + 0.001
+    assert seen.macs(planned(seen, caught.value.smallest_ratio, recipe).choices) == least * seen.macs()
+
+
+@pytest.mark.parametrize("routes", [1, 2])
+@pytest.mark.parametrize("ratio", [0.95, 0.6, 0.4])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_too_many_routes_leave_a_true_gap(monkeypatch, recipe, ratio, routes):
+    seen = found(branching())
+    best = planned(seen, ratio, recipe).solver
+    monkeypatch.setattr(planner, "_MOST_ROUTES", routes)
+    result = planned(seen, ratio, recipe)
+    assert seen.macs(result.choices) <= ratio * seen.macs()
+    if best.gap is None:
+        assert result.solver.gap is None
+    else:
+        assert result.solver.objective * (1 - result.solver.gap) <= best.objective * (1 + 1e-12)
+        assert best.objective <= result.solver.objective * (1 + 1e-12)
+
+
+def test_what_follows_a_rule_has_no_gap():
+    seen = found(branching())
+    assert planned(seen, 0.6, recipes.load("svd")).solver.gap is None
+    assert planned(seen, 0.6, recipes.load("l-rank"), Budget.PARAMS).solver.gap is None
+
+
+# --- functions --------------------------------------------------------------------------------------
+
+FUNCTION = """<domain: "local", opset_import: ["" : 17]> F (a) => (c)
+    {{ w = Constant <value = float[2,2] {{1.0, 2.0, 3.0, 5.0}}> () c = {node} }}"""
+
+
+def calling(calls, node="MatMul (a, w)"):
+    applied = " ".join(f"h{i + 1} = local.F (h{i})" for i in range(calls))
+    text = f"g (float[4,8] x) => (float[4,8] y) {{ h0 = MatMul (x, v) {applied} y = Relu (h{calls}) }}"
+    return model(text, functions=FUNCTION.format(node=node), v=decaying(0, 8))
+
+
+def test_a_function_that_nothing_calls_does_not_stop_a_plan():
+    seen = found(calling(0))
+    assert seen.macs() == 4 * 64
+    result = planned(seen, 0.6, recipes.load("schatten"))
+    assert seen.macs(result.choices) <= 0.6 * 256
+
+
+@pytest.mark.parametrize(
+    ("proto", "words"),
+    [
+        (model("g (float[N,8] x) => (float[N,8] y) { y = MatMul (x, w) }", w=(8, 8)), "its inputs x are"),
+        (calling(1), r"the shapes at node 'c' in local:F do not follow"),
+        (
+            model(
+                "g (float[4,8] x) => (float[4,8] y) { h = local.G (x) k = MatMul (h, w) y = Relu (k) }",
+                w=(8, 8),
+            ),
+            "the shapes at node",
+        ),
+    ],
+)
+def test_unknown_macs_name_their_cause(proto, words):
+    with pytest.raises(InputError, match=f"^The model's MACs are unknown because .*{words}"):
+        found(proto).total(Budget.MACS)
