@@ -10,7 +10,6 @@ from typing import Literal
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -68,7 +67,10 @@ class _Page:
         return Text(text, style=style)
 
     def line(self, text: str, style: str = "", indent: int = 0) -> None:
-        self.console.print(Padding(self.text(text, style), (0, 0, 0, indent), expand=False))
+        """Print text, wrapped and without the blanks with which rich would fill up the lines."""
+        for part in self.text(text).wrap(self.console, self.console.width - indent):
+            part.rstrip()
+            self.console.print(Text(" " * indent + part.plain, style=style))
 
     def grid(self, columns: list[_Column], styles: list[str]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
@@ -154,7 +156,7 @@ def _legend(report: Report) -> str:
 
 def _ratios(report: Report) -> str:
     line = f"Ratio of {report.budget}: {report.reached:.4f}, asked for {report.asked:g}."
-    if report.solver is None:
+    if report.solver is None or all(row.option is None for row in report.layers):
         return line
     gap = report.solver.gap
     if gap is None:

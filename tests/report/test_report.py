@@ -241,3 +241,20 @@ def test_progress_in_a_terminal_reaches_the_end(total, shown):
 def test_progress_hands_on_errors():
     with pytest.raises(ZeroDivisionError), Terminal(Console(file=io.StringIO())).stage("x", 2):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_no_line_of_text_ends_in_blanks(width):
+    warning = "This is a sentence that is long enough to be wrapped on any console that this test opens."
+    text = printed(report(warnings=(warning,) * 3), width)
+    wrapped = [
+        line for line in text.splitlines() if "sentence" in line or "wrapped" in line or "opens" in line
+    ]
+    assert len(wrapped) >= 3
+    assert all(line == line.rstrip() for line in wrapped)
+
+
+def test_nothing_is_called_optimal_where_nothing_was_done():
+    rows = tuple(replace(row, option=None) for row in report().layers)
+    assert "proven optimal" in printed(report())
+    assert "Objective" not in printed(report(layers=rows))
