@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -267,7 +268,7 @@ def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:
         BudgetError: There is none; the error knows the smallest ratio that there is.
     """
     total = found.total(goal.budget)
-    limit = math.floor(goal.ratio * total * (1 + 1e-12))
+    limit = largest_total(goal.ratio, total)
     try:
         return _within(found, tables, goal, limit, solve)
     except BudgetError:
@@ -278,6 +279,14 @@ def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:
         f"with recipe {goal.recipe.name!r} is {shown:g}.",
         shown,
     )
+
+
+def largest_total(ratio: float, total: int) -> int:
+    """The largest whole number within a ratio of another: exact, for the ratio as it is written.
+
+    0.3 of 10 is 3, although the float next to 0.3 times 10 is less; and no total is too large for it.
+    """
+    return math.floor(Fraction(str(float(ratio))) * total)
 
 
 _Rule = Callable[[Sequence[Candidates], Limits, Recipe], Solution]

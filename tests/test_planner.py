@@ -153,3 +153,20 @@ def test_a_function_that_nothing_calls_does_not_stop_a_plan():
 def test_unknown_macs_name_their_cause(proto, words):
     with pytest.raises(InputError, match=f"^The model's MACs are unknown because .*{words}"):
         found(proto).total(Budget.MACS)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "total", "limit"),
+    [
+        (0.3, 10, 3),
+        (0.29, 100, 29),
+        (0.1, 10**30, 10**29),
+        (0.5, 2 * 10**12, 10**12),
+        (0.5, 2 * 10**18 + 1, 10**18),
+        (1 / 3, 3, 0),
+        (1e-05, 99_999, 0),
+        (1, 7, 7),
+    ],
+)
+def test_a_ratio_is_a_bound_to_the_last_unit(ratio, total, limit):
+    assert planner.largest_total(ratio, total) == limit
