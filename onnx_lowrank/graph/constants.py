@@ -18,25 +18,14 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
 from onnx.reference import ReferenceEvaluator
 
-_OPERATORS = frozenset(
-    [
-        *(
-            "Abs",
-            "Add",
-            "And",
-            "Cast",
-            "Ceil",
-            "Concat",
-            "ConstantOfShape",
-            "Div",
-            "Equal",
-            "Floor",
-            "Gather",
-        ),
-        *("Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg"),
-        *("Not", "Or", "ReduceProd", "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
-    ]
-)
+# fmt: off
+_OPERATORS = frozenset({
+    "Abs", "Add", "And", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal",
+    "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min",
+    "Mod", "Mul", "Neg", "Not", "Or", "ReduceProd", "Reshape", "Slice", "Squeeze",
+    "Sub", "Transpose", "Unsqueeze", "Where",
+})
+# fmt: on
 _LARGEST = 1024  # elements; shapes and pads have a few
 _MOST = 1 << 22  # elements of all tensors that are put in
 _ROUNDS = 32  # each reaches behind one more Shape; chains of them are short
