@@ -1,0 +1,177 @@
+"""Calibration data as people have it, streamed: memory does not grow with the number of samples.
+
+Data is either a table (arrays with samples on their first axis, from which batches of any size are cut)
+or a list of feeds (the files of a folder, or what an iterable gives), which the model takes as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+from numpy.typing import ArrayLike, NDArray
+
+from onnx_lowrank.calibrate import stored
+from onnx_lowrank.calibrate.feeds import Feeds, as_array, drawn, folder
+from onnx_lowrank.calibrate.shares import Batch, counted
+from onnx_lowrank.calibrate.stored import Column, InMemory, Spool
+from onnx_lowrank.calibrate.table import Table, table
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.validate.inputs import Spec
+
+FEW = 32
+"""With fewer samples than this, a warning says that estimates are weak."""
+
+_OWN = "The calibration data"
+
+
+@runtime_checkable
+class FeedReader(Protocol):
+    """What gives one feed after the other, as ONNX Runtime's CalibrationDataReader does."""
+
+    def get_next(self) -> Mapping[str, ArrayLike] | None:
+        """The next feed; None behind the last."""
+
+
+Source = str | Path | Mapping[str, ArrayLike] | FeedReader | NDArray[Any] | Iterable[Mapping[str, ArrayLike]]
+"""A file, a folder, arrays by name, one array for a model of one input, or feeds."""
+
+
+class Samples:
+    """Checked calibration data, to be read as often as needed; a context manager, or call `close`.
+
+    Attributes:
+        count: Number of samples used; a feed that cannot be split is one.
+        held: How many of them are held out, every fifth; 0 where there are fewer than five.
+        description: Where they came from, a short phrase.
+        warnings: What the user should know about them, sentences.
+    """
+
+    def __init__(self, data: Table | Feeds, name: str, files: ExitStack) -> None:
+        """Take over the data.
+
+        Args:
+            data: The checked data.
+            name: What it goes by.
+            files: Closed with the samples.
+        """
+        self._data = data
+        self._files = files
+        self.count = len(data.held)
+        self.held = int(data.held.sum())
+        self.description = f"{name}: {data.extent}, {self.held} held out"
+        self.warnings = (*data.warnings, *_few(self.count))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Read the data once; its batches are the same every time.
+
+        Memory holds 5 · `size` samples of a table, or one feed.
+
+        Args:
+            size: The most samples in a batch, at least 1. A batch size that the model fixes goes before it,
+                and a feed that cannot be split is given whole.
+
+        Returns:
+            Batches, each of which lies wholly in the fit share or wholly in the held-out share.
+
+        Raises:
+            InputError: A file can no longer be read.
+        """
+        return self._data.batches(size)
+
+    def close(self) -> None:
+        """Delete what was spooled."""
+        self._files.close()
+
+
+def open(source: Source, wanted: tuple[Spec, ...], samples: int | None = None) -> Samples:  # noqa: A001
+    """Open calibration data, and check all that is used of it against the model.
+
+    An array whose rank is the input's has samples on its first axis. With one axis more, every sample is
+    given alone, without the first axis (models without a batch axis). A scalar, or an array that fits an
+    input whose first axis the model fixes, is given with every sample where other arrays have more.
+
+    Args:
+        source: An .npz file (arrays named like the inputs) or an .npy file (models of one input); a folder
+            of ONNX's test_data_set_*/input_*.pb, or of .npz files that are one feed each; arrays by name, or
+            one array; an iterable of feeds, or a reader with `get_next`, which are spooled to disk.
+        wanted: The model's inputs.
+        samples: The most samples to use: evenly spaced over arrays and files, the first ones of an iterable.
+
+    Raises:
+        InputError: There is no such file, or something in the data is not what the model takes.
+    """
+    if samples is not None and samples < 1:
+        raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
+    if not wanted:
+        raise InputError("The model has no inputs to calibrate: leave --calibration out.")
+    for spec in wanted:
+        if spec.dtype is None:
+            raise InputError(f"The input {spec.name!r} of the model is no tensor: leave --calibration out.")
+    with ExitStack() as files:
+        name, data = _opened(source, wanted, samples, files)
+        return Samples(data, name, files.pop_all())
+
+
+def _opened(
+    source: Source, wanted: tuple[Spec, ...], most: int | None, files: ExitStack
+) -> tuple[str, Table | Feeds]:
+    """What a source goes by, and its data."""
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return path.resolve().name, folder(path, wanted, most) if path.is_dir() else _file(path, wanted, most)
+    if isinstance(source, Mapping):
+        columns = {name: InMemory(as_array(a, f"{_OWN} for {name!r}")) for name, a in source.items()}
+        return "arrays", table(columns, wanted, most, _OWN)
+    if hasattr(source, "__array__"):
+        return "array", table(_only(InMemory(as_array(source, _OWN)), wanted, _OWN), wanted, most, _OWN)
+    if isinstance(source, FeedReader):
+        given: Iterable[Any] = _each(source)
+    elif isinstance(source, Iterable):
+        given = source
+    else:
+        kind = type(source).__name__
+        raise InputError(f"{_OWN} is of the type {kind}: pass a path, arrays by name, or feeds.")
+    spool = files.enter_context(Spool(spec.name for spec in wanted))
+    return "feeds", drawn(given, wanted, most, spool)
+
+
+def _file(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Table:
+    if not path.is_file():
+        raise InputError(f"{_OWN} {path} does not exist: pass an .npz or .npy file, or a folder.")
+    found = stored.load(path)
+    columns = found if isinstance(found, dict) else _only(found, wanted, str(path))
+    return table(columns, wanted, most, str(path))
+
+
+def _only(column: Column, wanted: tuple[Spec, ...], where: str) -> dict[str, Column]:
+    if len(wanted) > 1:
+        names = ", ".join(repr(spec.name) for spec in wanted)
+        raise InputError(
+            f"{where} is one array, but the model has the inputs {names}: name arrays in an .npz."
+        )
+    return {wanted[0].name: column}
+
+
+def _each(reader: FeedReader) -> Iterator[Mapping[str, ArrayLike]]:
+    while (feed := reader.get_next()) is not None:
+        yield feed
+
+
+def _few(number: int) -> tuple[str, ...]:
+    if number >= FEW:
+        return ()
+    return (
+        f"Estimates from {counted(number, 'sample')} are weak: give at least {FEW}, better a few hundred.",
+    )

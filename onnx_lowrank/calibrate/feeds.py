@@ -1,0 +1,260 @@
+"""Calibration data in feeds, which are given to the model as they are: files, or drawn from an iterable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.calibrate import fitting, stored
+from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
+from onnx_lowrank.calibrate.stored import Spool
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.validate.engines import Feed
+from onnx_lowrank.validate.inputs import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A feed, or some samples of it (`rows`; None for all of it)."""
+
+    feed: int
+    rows: NDArray[np.intp] | None
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Feeds:
+    """Feeds that have been checked against the model.
+
+    Attributes:
+        load: Gives a feed by its number, as the model takes it.
+        pieces: What is used of them.
+        held: For each sample used, whether it is held out; a feed that cannot be split is one sample.
+        extent: How many there are, in words.
+        warnings: What the user should know.
+    """
+
+    load: Callable[[int], Feed]
+    pieces: tuple[_Piece, ...]
+    held: NDArray[np.bool_]
+    extent: str
+    warnings: tuple[str, ...]
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """One pass over the feeds; those that can be split give batches of at most `size` samples."""
+        for piece in self.pieces:
+            feed = self.load(piece.feed)
+            if piece.rows is None:
+                yield Batch(feed, piece.held)
+                continue
+            for first in range(0, len(piece.rows), size):
+                rows = piece.rows[first : first + size]
+                yield Batch({name: a[rows] if a.ndim else a for name, a in feed.items()}, piece.held)
+
+
+class _Inspection:
+    """What is found out about feeds while they are read for the first time."""
+
+    def __init__(self, wanted: tuple[Spec, ...]) -> None:
+        self.wanted = wanted
+        self.sizes: list[int | None] = []
+        self._narrowed: dict[str, None] = {}
+        self._variation = fitting.Variation()
+
+    @property
+    def samples(self) -> int:
+        """Number of samples seen."""
+        return sum(size or 1 for size in self.sizes)
+
+    def see(self, given: Mapping[str, NDArray[Any]], where: str, most: int | None = None) -> Feed:
+        """Check a feed; gives it as the model takes it, cut to `most` samples if it can be split."""
+        feed: Feed = fitting.fitted(given, self.wanted, where)
+        size = _samples(feed, self.wanted)
+        if size is not None and most is not None and most < size:
+            feed = {name: array[:most] if array.ndim else array for name, array in feed.items()}
+            size = most
+        for spec in self.wanted:
+            array = feed[spec.name]
+            self._variation.see(spec.name, array[None] if size is None or not array.ndim else array)
+            warning = fitting.narrowed(spec, given[spec.name].dtype)
+            if warning is not None:
+                self._narrowed[warning] = None
+        self.sizes.append(size)
+        return feed
+
+    def feeds(self, load: Callable[[int], Feed], most: int | None) -> Feeds:
+        """The inspected feeds, without more than `most` samples of them."""
+        pieces = tuple(_pieces(self.sizes, most))
+        held = [(piece.held, 1 if piece.rows is None else len(piece.rows)) for piece in pieces]
+        number = len({piece.feed for piece in pieces})
+        shares = np.repeat(np.array([h for h, _ in held], bool), [n for _, n in held])
+        total = "" if len(shares) == number else f" with {counted(len(shares), 'sample')}"
+        return Feeds(
+            load=load,
+            pieces=pieces,
+            held=shares,
+            extent=counted(number, "feed") + total,
+            warnings=(*self._narrowed, *self._variation.warnings(self.samples)),
+        )
+
+
+def folder(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Feeds:
+    """The feeds in a folder: ONNX test data sets, or .npz files, in the natural order of their names.
+
+    Args:
+        path: The folder; it may also be a single test data set.
+        wanted: The model's inputs.
+        most: The most samples to use, evenly spaced over the files; None for all.
+
+    Raises:
+        InputError: There are none, or one is not what the model takes.
+    """
+    sets = [p for p in _listed(path) if p.is_dir() and re.fullmatch(r"test_data_set_\d+", p.name)]
+    archives = [p for p in _listed(path) if p.is_file() and p.suffix == ".npz"]
+    if not sets and not archives and any(path.glob("input_*.pb")):
+        sets = [path]
+    if bool(sets) == bool(archives):
+        what = "both" if sets else "neither"
+        raise InputError(
+            f"{path} holds {what} test_data_set_*/input_*.pb {'and' if sets else 'nor'} .npz files: "
+            "give a folder of one of them."
+        )
+    found = sets or archives
+    used = [found[number] for number in spaced(len(found), most)]
+    read = _read_test_set if sets else _read_archive
+
+    def load(number: int) -> Feed:
+        return fitting.fitted(read(used[number], wanted), wanted, str(used[number]))
+
+    inspection = _Inspection(wanted)
+    for source in used:
+        inspection.see(read(source, wanted), str(source))
+    return inspection.feeds(load, most)
+
+
+def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spool: Spool) -> Feeds:
+    """Draw feeds and spool them.
+
+    Args:
+        source: Gives mappings of names to arrays; only as many are drawn as are used.
+        wanted: The model's inputs.
+        most: The most samples to use, the first ones; None for all.
+        spool: Takes the feeds.
+
+    Raises:
+        InputError: There are none, one is not what the model takes, or the disk is full.
+    """
+    inspection = _Inspection(wanted)
+    for number, given in enumerate(source):
+        where = _label(number)
+        if not isinstance(given, Mapping):
+            raise InputError(
+                f"{where} is of the type {type(given).__name__}: give a dict of arrays named like the inputs."
+            )
+        feed = {name: as_array(value, f"{where}: the input {name!r}") for name, value in given.items()}
+        stored.bounded(sum(array.nbytes for array in feed.values()), where)
+        left = None if most is None else most - inspection.samples
+        spool.append(inspection.see(feed, where, left), where)
+        if inspection.samples == most:
+            break
+    if not inspection.sizes:
+        raise InputError("The calibration data gives no feeds: a generator must be fresh, and give dicts.")
+    return inspection.feeds(lambda n: fitting.fitted(spool.read(n), wanted, _label(n)), most)
+
+
+def as_array(value: Any, what: str) -> NDArray[Any]:
+    """Anything array-like as an array.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{what} is no array ({error}): give one.") from error
+
+
+def _label(number: int) -> str:
+    return f"Feed {number} of the calibration data"
+
+
+def _samples(feed: Feed, wanted: tuple[Spec, ...]) -> int | None:
+    """Number of samples of a feed; None where it cannot be split.
+
+    It can where every input but scalars has a free first axis, of one size, which is not its only axis
+    (the only axis of a waveform is time).
+    """
+    arrays = [(spec, feed[spec.name].shape) for spec in wanted if feed[spec.name].ndim]
+    sizes = {shape[0] for _, shape in arrays}
+    fixed = any(spec.shape is not None and isinstance(spec.shape[0], int) for spec, _ in arrays)
+    if fixed or len(sizes) != 1 or all(len(shape) == 1 for _, shape in arrays):
+        return None
+    (size,) = sizes
+    return int(size)
+
+
+def _pieces(sizes: Sequence[int | None], most: int | None) -> Iterator[_Piece]:
+    """What is used of feeds of these sizes, and how it is shared.
+
+    Every fifth feed is held out; of fewer feeds than that, every fifth sample, where they can be split.
+    """
+    ends = np.cumsum([size or 1 for size in sizes])
+    chosen = spaced(int(ends[-1]), most)
+    owner = np.searchsorted(ends, chosen, side="right")
+    used = np.unique(owner)
+    by_sample = (
+        held_out(len(chosen)) if len(used) < HOLD_EVERY else held_out(len(used))[np.searchsorted(used, owner)]
+    )
+    for feed in used:
+        own = np.flatnonzero(owner == feed)
+        size = sizes[feed]
+        for share in (False, True):
+            rows = chosen[own[by_sample[own] == share]] - (ends[feed] - (size or 1))
+            if len(rows):
+                yield _Piece(int(feed), None if size is None else rows, share)
+
+
+def _listed(path: Path) -> list[Path]:
+    """What is in a folder, in natural order: 2 before 10."""
+    try:
+        found = list(path.iterdir())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): check the folder.") from error
+    return sorted(found, key=lambda p: _natural(p.name))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [
+        (int(part), "") if place % 2 else (0, part) for place, part in enumerate(re.split(r"([0-9]+)", name))
+    ]
+
+
+def _read_test_set(path: Path, wanted: tuple[Spec, ...]) -> dict[str, NDArray[Any]]:
+    """The tensors input_0.pb, input_1.pb, ... of a test data set: the inputs in their order."""
+    found = {p.name for p in _listed(path) if re.fullmatch(r"input_[0-9]+\.pb", p.name)}
+    needed = [f"input_{place}.pb" for place in range(len(wanted))]
+    if found != set(needed):
+        odd = sorted(found ^ set(needed), key=_natural)[0]
+        raise InputError(
+            f"{path} {'has' if odd in found else 'lacks'} {odd}, but the model has {len(wanted)} inputs: "
+            "give one file input_N.pb for each, N from 0."
+        )
+    stored.bounded(sum((path / name).stat().st_size for name in needed), str(path))
+    return {spec.name: stored.tensor(path / name) for spec, name in zip(wanted, needed, strict=True)}
+
+
+def _read_archive(path: Path, wanted: tuple[Spec, ...]) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file."""
+    arrays = stored.load(path)
+    if not isinstance(arrays, dict):
+        raise InputError(f"{path} is no .npz archive but an .npy array: write it with numpy.savez.")
+    fitting.check_names(arrays, wanted, str(path))
+    stored.bounded(sum(prod(a.shape) * a.dtype.itemsize for a in arrays.values()), str(path))
+    return {name: array.read() for name, array in arrays.items()}

@@ -1,0 +1,188 @@
+"""Whether calibration data is what a model takes: names, dtypes, shapes and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.validate.inputs import Spec, _fits, _text
+
+
+def check_names(given: Iterable[str], wanted: tuple[Spec, ...], where: str) -> None:
+    """Compare names with the model's inputs.
+
+    Raises:
+        InputError: One is unknown, or an input is missing.
+    """
+    names = [spec.name for spec in wanted]
+    given = list(given)
+    for name in given:
+        if name not in names:
+            raise InputError(
+                f"{where}: the model has no input {name!r}: name the arrays {', '.join(map(repr, names))}."
+            )
+    for name in names:
+        if name not in given:
+            raise InputError(
+                f"{where} lacks the input {name!r}: give an array for each of {', '.join(map(repr, names))}."
+            )
+
+
+def check_dtype(spec: Spec, given: np.dtype[Any], where: str) -> None:
+    """Compare a dtype with an input's: what can be cast without harm will be.
+
+    Raises:
+        InputError: Neither equal, nor floats for floats, integers or booleans for integers, or strings.
+    """
+    wanted = np.dtype(spec.dtype)
+    if wanted == given or _same_bits(wanted, given):
+        return
+    if (_is_float(wanted) and given.kind == "f") or (wanted.kind in "iu" and given.kind in "iub"):
+        return
+    if wanted.kind == "O" and given.kind == "U":
+        return
+    what = (
+        "apply the model's own preprocessing first"
+        if _is_float(wanted) and given.kind in "iub"
+        else "convert it"
+    )
+    raise InputError(
+        f"{where}: the input {spec.name!r} is {wanted.name} in the model, but {given.name} was given: {what}."
+    )
+
+
+def check_shape(spec: Spec, shape: tuple[int, ...], where: str) -> None:
+    """Compare the shape of a whole feed's array with an input's.
+
+    Raises:
+        InputError: It does not fit, or it has no elements.
+    """
+    if not fits(shape, spec):
+        raise shape_error(spec, shape, where)
+    if 0 in shape:
+        raise InputError(f"{where}: the input {spec.name!r} is empty ({_text(shape)}): give samples.")
+
+
+def fits(shape: tuple[int, ...], spec: Spec) -> bool:
+    """Whether an array of this shape can be given to an input as it is."""
+    return spec.shape is None or _fits(shape, spec.shape)
+
+
+def shape_error(spec: Spec, shape: tuple[int, ...], where: str) -> InputError:
+    """The error for a shape that an input does not take."""
+    return InputError(
+        f"{where}: the input {spec.name!r} has the shape {_text(spec.shape or ())} in the model, "
+        f"but {_text(shape)} was given: reshape it, samples on its first axis."
+    )
+
+
+def cast(
+    spec: Spec, values: NDArray[Any], where: str, numbers: Sequence[int] | NDArray[np.intp] | None = None
+) -> NDArray[Any]:
+    """An array as the model takes it, native and in C order; `check_dtype` has accepted its dtype.
+
+    Args:
+        spec: The input.
+        values: The array.
+        where: What to call its origin in errors.
+        numbers: The numbers of the samples on its first axis; None where it is one thing.
+
+    Raises:
+        InputError: A value is NaN or Inf, or lies outside the input's integer type.
+    """
+    wanted = np.dtype(spec.dtype)
+    if _same_bits(wanted, values.dtype):
+        values = values.view(wanted)
+    if wanted.kind == "O" and values.dtype.kind == "O" and not all(isinstance(v, str) for v in values.flat):
+        raise InputError(f"{where}: the input {spec.name!r} has an element that is no string: give strings.")
+    bad = None
+    if wanted.kind in "iu" and values.dtype != wanted:
+        info = np.iinfo(wanted)
+        bad = np.zeros(values.shape, bool)
+        if int(values.min()) < info.min or int(values.max()) > info.max:
+            bad = (values < info.min) | (values > info.max)
+    with np.errstate(over="ignore"):  # what overflows is looked for below
+        result = np.asarray(values, wanted, order="C")
+    if _is_float(wanted) or wanted.kind == "c":
+        bad = ~np.isfinite(result)
+    if bad is not None and bad.any():
+        raise _value_error(spec, bad, where, numbers)
+    return result
+
+
+def _value_error(
+    spec: Spec, bad: NDArray[np.bool_], where: str, numbers: Sequence[int] | NDArray[np.intp] | None
+) -> InputError:
+    wanted = np.dtype(spec.dtype)
+    what = f"a value outside {wanted.name}" if wanted.kind in "iu" else f"NaN or Inf (as {wanted.name})"
+    if numbers is None:
+        return InputError(f"{where}: the input {spec.name!r} has {what}: correct it.")
+    first = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+    return InputError(
+        f"{where}: sample {numbers[first]} of the input {spec.name!r} has {what}: correct it or leave it out."
+    )
+
+
+def fitted(feed: Mapping[str, NDArray[Any]], wanted: tuple[Spec, ...], where: str) -> dict[str, NDArray[Any]]:
+    """A whole feed as the model takes it, its inputs in the model's order.
+
+    Raises:
+        InputError: A name, dtype, shape or value is not what the model takes.
+    """
+    check_names(feed, wanted, where)
+    for spec in wanted:
+        check_dtype(spec, feed[spec.name].dtype, where)
+        check_shape(spec, feed[spec.name].shape, where)
+    return {spec.name: cast(spec, feed[spec.name], where) for spec in wanted}
+
+
+def narrowed(spec: Spec, given: np.dtype[Any]) -> str | None:
+    """The warning for an array that loses digits; None where it does not."""
+    wanted = np.dtype(spec.dtype)
+    if not (_is_float(wanted) and given.kind == "f" and given.itemsize > wanted.itemsize):
+        return None
+    return f"The input {spec.name!r} is given as {given.name} and rounded to the model's {wanted.name}."
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
+def _same_bits(wanted: np.dtype[Any], given: np.dtype[Any]) -> bool:
+    """.npy files keep the bits of bfloat16, not its name."""
+    return (
+        given.kind == "V" and given.names is None and wanted.kind == "V" and wanted.itemsize == given.itemsize
+    )
+
+
+class Variation:
+    """What inputs have in common over all samples: data that does not vary says little."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, NDArray[Any]] = {}
+        self._varies: set[str] = set()
+        self._uneven: set[str] = set()
+
+    def see(self, name: str, samples: NDArray[Any]) -> None:
+        """Take note of samples of an input, on the first axis."""
+        if len(samples) == 0:
+            return
+        first = self._first.setdefault(name, samples[0].copy())
+        if name not in self._varies and (samples.shape[1:] != first.shape or (samples != first).any()):
+            self._varies.add(name)
+        if name not in self._uneven and (first.size < 2 or (samples != first.flat[0]).any()):
+            self._uneven.add(name)
+
+    def warnings(self, count: int) -> list[str]:
+        """Sentences on what `count` samples lack."""
+        if count > 1 and self._first and not self._varies:
+            return [f"All {count} samples are the same: give different ones."]
+        return [
+            f"The input {name!r} is {first.flat[0]:g} everywhere in all samples: check the data."
+            for name, first in self._first.items()
+            if name not in self._uneven and _is_float(first.dtype)
+        ]

@@ -1,0 +1,211 @@
+"""Calibration data in arrays with samples on their first axis, from which batches of any size are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.calibrate import fitting
+from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
+from onnx_lowrank.calibrate.stored import Column, bounded
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.validate.engines import Feed
+from onnx_lowrank.validate.inputs import Spec
+
+_CHECKED_BYTES = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Arrays that have been checked against the model.
+
+    Attributes:
+        where: What to call them in errors.
+        columns: The inputs that have samples on their first axis, with their arrays.
+        alone: The names of those that are given one sample at a time, without that axis.
+        every: What is given with every sample, as the model takes it.
+        unit: Number of samples that the model takes at once; None where it takes any number.
+        chosen: The numbers of the samples used, ascending.
+        held: For each of them, whether it is held out.
+        extent: How many there are, in words.
+        warnings: What the user should know.
+    """
+
+    where: str
+    columns: tuple[tuple[Spec, Column], ...]
+    alone: frozenset[str]
+    every: Feed
+    unit: int | None
+    chosen: NDArray[np.intp]
+    held: NDArray[np.bool_]
+    extent: str
+    warnings: tuple[str, ...]
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """One pass over the samples in batches of at most `size`, or of `unit`."""
+        step = self.unit or size
+        # Of the samples of five batches, one full batch is held out.
+        for start, block in self._blocks(HOLD_EVERY * step):
+            held = self.held[start : start + HOLD_EVERY * step]
+            for share in (False, True):
+                own = np.flatnonzero(held == share)
+                for first in range(0, len(own), step):
+                    yield Batch(self._feed(block, own[first : first + step]), share)
+
+    def _blocks(self, length: int) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """The used samples of all columns, as the model takes them, so many at a time, with their place."""
+        with ExitStack() as readers:
+            takes = [(spec, readers.enter_context(column.reader())) for spec, column in self.columns]
+            for start in range(0, len(self.chosen), length):
+                numbers = self.chosen[start : start + length]
+                yield (
+                    start,
+                    {
+                        spec.name: fitting.cast(spec, take(numbers), self.where, numbers)
+                        for spec, take in takes
+                    },
+                )
+
+    def _feed(self, block: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> Feed:
+        sampled = {
+            name: np.asarray(values[rows[0]]) if name in self.alone else values[rows]
+            for name, values in block.items()
+        }
+        return {**self.every, **sampled}
+
+    def _variation(self) -> list[str]:
+        """Read all samples once, which checks their values; gives warnings on what they have in common."""
+        variation = fitting.Variation()
+        for _, block in self._blocks(max(1, _CHECKED_BYTES // max(_row_bytes(self.columns), 1))):
+            for name, values in block.items():
+                variation.see(name, values)
+        return variation.warnings(len(self.chosen))
+
+
+def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | None, where: str) -> Table:
+    """Check arrays against the model, the values of those samples that are used included.
+
+    Args:
+        columns: The arrays by name.
+        wanted: The model's inputs.
+        most: The most samples to use, evenly spaced; None for all.
+        where: What to call the arrays in errors.
+
+    Raises:
+        InputError: Something in them is not what the model takes.
+    """
+    _check(columns, wanted, where)
+    shapes = {name: column.shape for name, column in columns.items()}
+    total, alone, constant = _roles(shapes, wanted, where)
+    sampled = tuple((spec, columns[spec.name]) for spec in wanted if spec.name not in constant)
+    fixed = tuple((spec, columns[spec.name]) for spec in wanted if spec.name in constant)
+    bounded(_row_bytes(sampled) + sum(_bytes(spec, c.shape, c) for spec, c in fixed), f"{where}: one sample")
+    unit = _unit([spec for spec, _ in sampled], [spec for spec, _ in fixed], alone, where)
+    chosen, left = _filling(spaced(total, most), unit or 1, where)
+    result = Table(
+        where=where,
+        columns=sampled,
+        alone=alone,
+        every={spec.name: fitting.cast(spec, column.read(), where) for spec, column in fixed},
+        unit=unit,
+        chosen=chosen,
+        held=held_out(len(chosen) // (unit or 1)).repeat(unit or 1),
+        extent=f"{len(chosen)} of " * (len(chosen) < total) + counted(total, "sample"),
+        warnings=tuple(
+            warning
+            for spec in wanted
+            if (warning := fitting.narrowed(spec, columns[spec.name].dtype)) is not None
+        ),
+    )
+    dropped = [f"The last samples do not fill a batch of {unit}: {left} left out."] if left else []
+    return replace(result, warnings=(*result.warnings, *dropped, *result._variation()))
+
+
+def _check(columns: Mapping[str, Column], wanted: tuple[Spec, ...], where: str) -> None:
+    """Compare names and dtypes with the model's, and look for arrays that have no elements."""
+    fitting.check_names(columns, wanted, where)
+    for spec in wanted:
+        fitting.check_dtype(spec, columns[spec.name].dtype, where)
+        if 0 in columns[spec.name].shape:
+            raise InputError(f"{where}: the array of the input {spec.name!r} is empty: give samples.")
+
+
+def _filling(chosen: NDArray[np.intp], unit: int, where: str) -> tuple[NDArray[np.intp], int]:
+    """The samples that fill batches of `unit`, and how many are left."""
+    left = len(chosen) % unit
+    if left == len(chosen):
+        raise InputError(
+            f"{where} gives {left} samples, but the model takes {unit} at once: give {unit} or more."
+        )
+    return chosen[: len(chosen) - left], left
+
+
+def _roles(
+    shapes: Mapping[str, tuple[int, ...]], wanted: tuple[Spec, ...], where: str
+) -> tuple[int, frozenset[str], frozenset[str]]:
+    """Number of samples, the inputs given one at a time, and those given with every sample."""
+    counts: dict[str, int] = {}
+    alone, whole = set(), set()
+    for spec in wanted:
+        shape = shapes[spec.name]
+        rank = len(shape) if spec.shape is None else len(spec.shape)
+        if len(shape) == rank + 1 and fitting.fits(shape[1:], spec):
+            alone.add(spec.name)
+        elif not fitting.fits(shape, _any_number(spec)):
+            raise fitting.shape_error(spec, shape, where)
+        elif rank == 0 or (spec.shape and isinstance(spec.shape[0], int) and shape[0] == spec.shape[0]):
+            whole.add(spec.name)
+        if shape:
+            counts[spec.name] = shape[0]
+    own = {name: number for name, number in counts.items() if name not in whole}
+    total = max((own or counts).values(), default=1)
+    every = {name for name in whole if alone or counts.get(name) != total}
+    for name, number in counts.items():
+        if name not in every and number != total:
+            most = next(other for other, n in (own or counts).items() if n == total)
+            raise InputError(
+                f"{where}: the input {name!r} has {number} samples, but {most!r} has {total}: "
+                "give as many of each, on the first axis."
+            )
+    return total, frozenset(alone), frozenset(every)
+
+
+def _any_number(spec: Spec) -> Spec:
+    """The input, with a free first axis."""
+    return replace(spec, shape=(None, *spec.shape[1:])) if spec.shape else spec
+
+
+def _unit(sampled: list[Spec], every: list[Spec], alone: frozenset[str], where: str) -> int | None:
+    """Number of samples that the model takes at once; None where it takes any number."""
+    fixed = {
+        spec.shape[0]: spec.name
+        for spec in sampled
+        if spec.name not in alone and spec.shape and isinstance(spec.shape[0], int)
+    }
+    sizes = sorted({*fixed, 1} if alone else fixed)
+    if len(sizes) > 1:
+        raise InputError(
+            f"{where}: the input {fixed[sizes[-1]]!r} takes {sizes[-1]} samples at once, "
+            f"but others {sizes[0]}: give every array one axis more, with a whole feed in each place."
+        )
+    if sizes:
+        return int(sizes[0])
+    # What is given with every sample may have to match the batch on an axis of its own.
+    free = any(spec.shape is None or not all(isinstance(n, int) for n in spec.shape) for spec in every)
+    return 1 if alone or free else None
+
+
+def _row_bytes(columns: tuple[tuple[Spec, Column], ...]) -> int:
+    """Bytes of one sample."""
+    return sum(_bytes(spec, column.shape[1:], column) for spec, column in columns)
+
+
+def _bytes(spec: Spec, shape: tuple[int, ...], column: Column) -> int:
+    """Bytes of an array as stored or as the model takes it, whichever is more."""
+    return prod(shape) * max(column.dtype.itemsize, np.dtype(spec.dtype).itemsize)
