@@ -79,6 +79,14 @@ class Measure(StrEnum):
     FROBENIUS = "frobenius"
     NUCLEAR = "nuclear"
     SCHATTEN = "schatten"
+    ACTIVATION = "activation"
+
+
+class Fit(StrEnum):
+    """What factors are fitted to: the weight itself, or what it makes of calibration inputs."""
+
+    WEIGHTS = "weights"
+    ACTIVATIONS = "activations"
 
 
 class Aggregate(StrEnum):
@@ -245,6 +253,36 @@ class Skipped:
 
 Spectra = Mapping[tuple[Fold, int], NDArray[np.float64]]
 """Singular values of every slice, descending, for each (fold, k): shape (groups, k, full rank)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """First and second moments of vectors, for every operator group on its own.
+
+    Attributes:
+        count: Number of vectors.
+        mean: Their mean, shape (g, n).
+        second: Their centred second moments, E[(x − E x)(x − E x)ᵀ], shape (g, n, n).
+    """
+
+    count: int
+    mean: NDArray[np.float64]
+    second: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a layer should give, beside the moments of the inputs x that it gets.
+
+    Attributes:
+        mean: E[y], shape (g, f / g).
+        cross: E[(y − E y)(x − E x)ᵀ], shape (g, f / g, p).
+        power: E‖y − E y‖², shape (g,).
+    """
+
+    mean: NDArray[np.float64]
+    cross: NDArray[np.float64]
+    power: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, order=True)
