@@ -83,6 +83,8 @@ class Runtime:
     def _options(self) -> Any:
         options = self.module.SessionOptions()
         options.log_severity_level = 4  # What fails is raised, too; nothing is logged twice.
+        # Idle threads that spin take the cores from whatever runs beside them, a second session or BLAS.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return options
 
     def _session(self, source: bytes | str, options: Any) -> Any:

@@ -1,0 +1,301 @@
+"""The walk from layer to layer: what each one reads in the compressed prefix and in the original model.
+
+The tensors that cross a cut are kept on disk, for every batch, so that each layer costs one run of
+its segment in either model, whatever stands before it, and memory holds one batch at a time. A tensor
+that does not depend on a substituted layer is the same in both, and is computed and kept once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx.helper import np_dtype_to_tensor_dtype
+
+from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.layers import Binding
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.segments import Segment, Segments, Substitute
+from onnx_lowrank.graph.walk import Walk
+from onnx_lowrank.validate.engines import Engine, Feed, UnsupportedError
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a layer meets in one batch.
+
+    Attributes:
+        x: The activation that it reads in the original model, as its node reads it; None unless asked for.
+        x_hat: The same in the compressed prefix.
+        y: What it gives in the original model, behind a folded BatchNorm.
+        held: Whether the batch is held out.
+    """
+
+    x: NDArray[Any] | None
+    x_hat: NDArray[Any]
+    y: NDArray[Any]
+    held: bool
+
+
+class Step:
+    """One layer of the walk.
+
+    Attributes:
+        binding: The layer.
+    """
+
+    def __init__(self, binding: Binding, sights: Callable[[bool], Iterator[Sight]]) -> None:
+        self.binding = binding
+        self._sights = sights
+        self._started: Iterator[Sight] | None = None
+        self._substitute: Substitute | None = None
+
+    def batches(self, *, original: bool = False) -> Iterator[Sight]:
+        """What the layer meets, batch by batch; it can be asked for once.
+
+        Args:
+            original: Give x, too.
+
+        Raises:
+            InputError: The disk does not hold the activations.
+            UnsupportedError: The engine does not run a part of the model on its own.
+            RejectedError: It fails on a batch.
+        """
+        if self._started is not None:
+            raise RuntimeError(f"the batches of {self.binding.layer.id} have been handed out")
+        self._started = self._sights(original)
+        return self._started
+
+    def substitute(self, weight: NDArray[Any], bias: NDArray[Any] | None = None) -> None:
+        """Have the layer compute something else in the compressed prefix, from here on.
+
+        Args:
+            weight: Its canonical weight, shape (groups, f / groups, c / groups, *kernel), with a folded
+                BatchNorm in it.
+            bias: What it adds to its output features, shape (f,), with a folded BatchNorm in it; None
+                for what it adds anyway.
+        """
+        self._substitute = Substitute(weight, bias)
+
+    def finish(self) -> Substitute | None:
+        """Run the batches that have not been asked for; returns what the layer computes from here on."""
+        for _ in self.batches() if self._started is None else self._started:
+            pass
+        return self._substitute
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Where the walk stands.
+
+    Attributes:
+        index: The layer.
+        before: What depends on a substituted layer at the cut before the previous layer.
+        changed: The same at the cut before this layer.
+        substitute: What the previous layer computes in the compressed prefix, unless it is as it was.
+    """
+
+    index: int
+    before: frozenset[str]
+    changed: frozenset[str]
+    substitute: Substitute | None
+
+
+_Key = tuple[str, bool]
+"""A tensor's name, and whether it is that of the compressed prefix rather than the original model's."""
+
+
+class Prefix:
+    """Walks the layers of a model in the order of their nodes, in one pass over the data for each.
+
+    Use it as a context manager: it keeps activations in a temporary folder.
+    """
+
+    def __init__(
+        self, model: Model, walk: Walk, bindings: Iterable[Binding], batches: Iterable[Batch], engine: Engine
+    ) -> None:
+        """Prepare the walk; nothing runs yet.
+
+        Args:
+            model: The model.
+            walk: Its walk.
+            bindings: The layers to stop at. Those with several uses and those outside the main graph
+                are passed over.
+            batches: The calibration inputs, at least one batch; they are gone through once.
+            engine: What runs the segments.
+        """
+        self._segments = Segments(model, walk, bindings)
+        self._batches = batches
+        self._engine = engine
+        self._kinds: dict[str, int] = {}
+        self._held: list[bool] = []
+
+    def __enter__(self) -> Self:
+        """Make the folder."""
+        self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
+        self._shelf = _Shelf(Path(self._folder.name))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Delete the folder."""
+        self._folder.cleanup()
+
+    def steps(self) -> Iterator[Step]:
+        """The layers, one after the other; each is finished before the next one comes.
+
+        Raises:
+            InputError: There are no batches, or the disk does not hold the activations.
+            UnsupportedError: The engine does not run a part of the model on its own, or what crosses a cut
+                is no tensor of numbers.
+            RejectedError: The engine fails on a batch.
+        """
+        if not self._segments.bindings:
+            return
+        self._start()
+        changed: frozenset[str] = frozenset()
+        substitute: Substitute | None = None
+        for index, binding in enumerate(self._segments.bindings):
+            before, changed = changed, self._segments.changed(index, changed, substitute is not None)
+            stage = _Stage(index, before, changed, substitute)
+            step = Step(binding, partial(self._sights, stage))
+            yield step
+            substitute = step.finish()
+
+    def _start(self) -> None:
+        """Go through the data once, and keep what crosses the first cut."""
+        segments, shelf = self._segments, self._shelf
+        segment = segments.segment(0, segments.made(0), {})
+        with self._opened(segment) as run:
+            for number, batch in enumerate(self._batches):
+                made = run({name: batch.feed[name] for name in segment.inputs})
+                self._keep(number, {name: made.get(name, batch.feed.get(name)) for name in segments.cut(0)})
+                self._held.append(batch.held)
+                # How much is still to come is unknown, and what crosses later cuts needs room as well.
+                shelf.require(shelf.used)
+        if not self._held:
+            raise InputError("There are no calibration inputs: give at least one.")
+
+    def _sights(self, stage: _Stage, original: bool) -> Iterator[Sight]:
+        """One pass: the original model is run past the layer, the compressed prefix up to it."""
+        segments, shelf, index = self._segments, self._shelf, stage.index
+        x, y = segments.entering(index), segments.leaving(index)
+        ahead = segments.segment(index + 1, (y, *segments.made(index + 1)), self._kinds)
+        wanted = (name for name in segments.made(index) if name in stage.changed)
+        behind = segments.segment(index, wanted, self._kinds, stage.substitute)
+        dead = self._dead(stage)
+        with self._opened(ahead) as run, self._opened(behind) as rerun:
+            for number, held in enumerate(self._held):
+                used = shelf.used
+                made = run({name: shelf.get((name, False), number) for name in ahead.inputs})
+                remade = rerun(
+                    {name: shelf.get((name, name in stage.before), number) for name in behind.inputs}
+                )
+                self._keep(number, {name: made[name] for name in segments.made(index + 1)})
+                self._keep(number, remade, changed=True)
+                x_hat = shelf.get((x, x in stage.changed), number)
+                sight = Sight(shelf.get((x, False), number) if original else None, x_hat, made[y], held)
+                for key in dead:
+                    shelf.drop(key, number)
+                if number == 0:
+                    shelf.require((shelf.used - used) * (len(self._held) - 1))
+                yield sight
+
+    def _dead(self, stage: _Stage) -> set[_Key]:
+        """What no later step reads of what is on the shelf in a step."""
+        cut, index = self._segments.cut, stage.index
+        ahead, here = set(cut(index + 1)), set(cut(index))
+        previous = set(cut(index - 1)) if index else set()
+        # The next step runs the compressed prefix from here, on what is the same in both models, too.
+        kept = ahead | (here - stage.changed)
+        dead = {(name, False) for name in (here | (previous - stage.before)) - kept}
+        return dead | {(name, True) for name in stage.before - stage.changed}
+
+    def _keep(self, number: int, values: Mapping[str, Any], changed: bool = False) -> None:
+        for name, value in values.items():
+            if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind == "O":
+                raise UnsupportedError(f"the value {name!r}, which layers share, is no tensor of numbers")
+            self._kinds[name] = np_dtype_to_tensor_dtype(value.dtype)
+            self._shelf.put((name, changed), number, np.asarray(value, order="C"))
+
+    @contextmanager
+    def _opened(self, segment: Segment) -> Iterator[Callable[[Feed], dict[str, Any]]]:
+        """Load a segment; one of which nothing is wanted is not loaded, and gives nothing."""
+        if not segment.outputs:
+            yield lambda feed: {}
+            return
+        with self._engine.open(segment.model) as run:
+            yield run
+
+
+class _Shelf:
+    """Arrays on disk, a file for each tensor and batch.
+
+    Attributes:
+        used: Bytes of all files on it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.used = 0
+        self._folder = folder
+        self._numbers: dict[_Key, int] = {}
+
+    def put(self, key: _Key, batch: int, value: NDArray[Any]) -> None:
+        """Write an array.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        try:
+            np.save(self._path(key, batch), value, allow_pickle=False)
+        except OSError as error:
+            raise InputError(
+                f"{self._folder.parent} cannot be written ({error.strerror}): make room there, or use fewer "
+                "inputs with --calibration-samples."
+            ) from error
+        self.used += self._path(key, batch).stat().st_size
+
+    def get(self, key: _Key, batch: int) -> NDArray[Any]:
+        """Read an array."""
+        array: NDArray[Any] = np.load(self._path(key, batch), allow_pickle=False)
+        return array
+
+    def drop(self, key: _Key, batch: int) -> None:
+        """Delete an array."""
+        path = self._path(key, batch)
+        self.used -= path.stat().st_size
+        path.unlink()
+
+    def require(self, further: int) -> None:
+        """See that the disk has room.
+
+        Args:
+            further: Bytes.
+
+        Raises:
+            InputError: It has not.
+        """
+        free = shutil.disk_usage(self._folder).free
+        if further > free:
+            raise InputError(
+                f"The activations between two layers take {further / _GIB:.1f} GiB more and "
+                f"{self._folder.parent} has {free / _GIB:.1f} GiB free: make room there, or use fewer "
+                "inputs with --calibration-samples."
+            )
+
+    def _path(self, key: _Key, batch: int) -> Path:
+        # Names of tensors are no names of files.
+        return self._folder / f"{self._numbers.setdefault(key, len(self._numbers))}-{batch}.npy"
