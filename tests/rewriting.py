@@ -108,18 +108,20 @@ def full_rank(layer: Layer) -> Option:
     return Option(layer.folds[0], layer.slices[0], layer.full_rank(layer.folds[0], layer.slices[0]))
 
 
-def rewritten(found: Found, options: Mapping[str, Option] | None = None) -> Rewritten:
-    """Rewrite the layers with these options; by default all of them at full rank."""
+def rewritten(
+    found: Found, options: Mapping[str, Option] | None = None, biases: Mapping[str, np.ndarray] | None = None
+) -> Rewritten:
+    """Rewrite the layers with these options, by default all of them at full rank, and with new biases."""
     chosen = options if options is not None else {n: full_rank(layer) for n, layer in found.layers.items()}
     replacements = [
-        _replacement(found, binding, chosen[binding.layer.id])
+        _replacement(found, binding, chosen[binding.layer.id], (biases or {}).get(binding.layer.id))
         for binding in found.bindings
         if binding.layer.id in chosen
     ]
     return rewrite(found.model, found.walk, replacements, {"run": "test"})
 
 
-def _replacement(found: Found, binding: Binding, option: Option) -> Replacement:
+def _replacement(found: Found, binding: Binding, option: Option, bias: np.ndarray | None) -> Replacement:
     weight = read(found.model, found.walk, binding)
     dtype, norm = weight.dtype, binding.layer.batchnorm
     if norm is not None:
@@ -127,7 +129,7 @@ def _replacement(found: Found, binding: Binding, option: Option) -> Replacement:
         weight = weight.astype(np.float64) * scale
     exact = factorize(weight, option, BACKEND, dtype)
     stored = Factors(exact.fold, exact.encoder.astype(dtype), exact.decoder.astype(dtype))
-    return Replacement(binding, option, stored, Certificate((0.0,), (0.0,)))
+    return Replacement(binding, option, stored, Certificate((0.0,), (0.0,)), bias)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -306,10 +308,15 @@ def _gone(before: ModelProto, after: ModelProto, layers: Iterable[Layer]) -> set
     pending = []
     hidden = set()
     for layer in layers:
-        pending += [walk.operand(Place(use.scope, use.node), use.operand) for use in layer.uses]
+        places = [Place(use.scope, use.node) for use in layer.uses]
+        pending += [
+            walk.operand(place, index)
+            for place, use in zip(places, layer.uses, strict=True)
+            for index in (use.operand, 2)
+        ]
         if layer.batchnorm is not None:
             place, norm = (Place(*at) for at in _nodes(layer))
-            pending += [walk.operand(place, 2), *(walk.operand(norm, index) for index in (1, 2, 3, 4))]
+            pending += [walk.operand(norm, index) for index in (1, 2, 3, 4)]
             hidden.add((place.scope, walk.node(place).output[0]))
     found = set()
     for tensor in pending:

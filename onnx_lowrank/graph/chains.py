@@ -75,7 +75,10 @@ class Fragment:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """Names of the tensors that a chain reads: its input, its two factors, its bias ("" for none)."""
+    """Names of the tensors that a chain reads: its input, its two factors, its bias ("" for none).
+
+    A bias other than the node's own is added as it is, without a Gemm's beta.
+    """
 
     value: str
     encoder: str
@@ -256,7 +259,7 @@ def matrix(
     pair = [hidden, second] if on_right else [second, hidden]
     if use.op == "MatMul":
         return fragment.add("decoder", "MatMul", pair)
-    dropped = {"transA", "transB"} | ({"beta"} if layer.batchnorm is not None else set())
+    dropped = {"transA", "transB"} | ({"beta"} if names.bias and names.bias not in node.input else set())
     kept = {a.name: attribute_of(node, a.name) for a in node.attribute if a.name not in dropped}
     return fragment.add("decoder", "Gemm", pair + ([names.bias] if names.bias else []), **kept)
 

@@ -10,6 +10,7 @@ Rules:
    there they are Constant nodes.
 3. What only rewritten nodes read goes with them: the weight, its views, a folded BatchNorm's
    parameters, an old bias, their graph inputs, value_info and quantization annotations.
+   A new bias takes the place of the old one, in its shape; a Gemm's beta is in it and goes.
 4. Every new node (from IR 10 on) and the model say in their metadata what was done.
 """
 
@@ -20,10 +21,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
 
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.bias import bias
 from onnx_lowrank.graph.chains import (
     Fragment,
     Operands,
@@ -54,12 +58,15 @@ class Replacement:
         option: Its option.
         factors: Its factors as stored: in the weight's dtype.
         certificate: What they were proved to be.
+        bias: What to add to the output features in place of `bias(model, walk, binding).values`, shape
+            (f,), float64 or any float dtype; None leaves the bias as it is.
     """
 
     binding: Binding
     option: Option
     factors: Factors
     certificate: Certificate
+    bias: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +91,14 @@ class _Edit:
     Attributes:
         before: New nodes, by the node before which they stand.
         deleted: The nodes that go.
+        repointed: New inputs of nodes that stay, by node and operand.
         forgotten: Names of the tensors that go, with all that is said about them.
         initializers: New ones.
     """
 
     before: dict[int, list[NodeProto]] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
+    repointed: dict[tuple[int, int], str] = field(default_factory=dict)
     forgotten: set[str] = field(default_factory=set)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -117,6 +126,10 @@ def rewrite(
         run: What made the factors; it goes into the model's metadata_props as JSON, as do the option
             and the certificate of every layer.
         store: Makes the new tensors.
+
+    Raises:
+        InputError: A replacement has a bias where its layer has none that could be changed, or one that
+            its dtype cannot hold.
     """
     writer = _Writer(model, walk, store)
     for replacement in replacements:
@@ -156,7 +169,7 @@ class _Writer:
             self._keep(binding, f"{name}_{role}", array)
             for role, array in zip(("encoder", "decoder"), arrays, strict=True)
         )
-        bias = self._new_bias(binding, nodes[0])
+        new_bias = self._new_bias(replacement, nodes[0])
         option, certificate = replacement.option, replacement.certificate
         self.proofs[layer.id] = {
             "option": f"{option.fold} k={option.k} j={option.j}",
@@ -164,7 +177,7 @@ class _Writer:
             "frobenius": certificate.frobenius,
         }
         self.chains[layer.id] = tuple(
-            self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, bias)
+            self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, new_bias)
             for index in range(len(nodes))
         )
 
@@ -192,13 +205,30 @@ class _Writer:
             edit.before.setdefault(index, []).append(node)
         return tensor.name
 
-    def _new_bias(self, binding: Binding, node: NodeProto) -> str | None:
-        """The bias with the BatchNorm folded in, in the dtype in which the layer computes."""
-        norm = binding.layer.batchnorm
-        if norm is None:
-            return None
-        values = norm.bias.astype(dtype_of(self._walk, binding.stored))
-        return self._keep(binding, f"{label(node)}_bias", values)
+    def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
+        """Store a layer's new bias, in the dtype in which it computes; returns its name for the chain.
+
+        That is "" where the bias stays as it is, and where an Add behind the chain adds the new one.
+        """
+        binding, layer = replacement.binding, replacement.binding.layer
+        norm = layer.batchnorm
+        values = norm.bias if replacement.bias is None and norm is not None else replacement.bias
+        if values is None:
+            return ""
+        old = bias(self._model, self._walk, binding)
+        if old is None:
+            raise InputError(f"The layer {layer.id!r} has no bias that can be changed: give none for it.")
+        dtype = dtype_of(self._walk, binding.stored)
+        with np.errstate(over="ignore"):
+            stored = values.reshape(old.shape).astype(dtype)
+        if not np.isfinite(stored).all():
+            raise InputError(f"The new bias of {layer.id!r} is not finite in {dtype}: exclude this layer.")
+        name = self._keep(binding, f"{label(node)}_bias", stored)
+        self._unread(old.place, old.operand)
+        if old.place.node == layer.uses[0].node:
+            return name
+        self._edits[old.place.scope].repointed[old.place.node, old.operand] = name
+        return ""
 
     def _chain(
         self,
@@ -208,7 +238,7 @@ class _Writer:
         axes: int,
         encoder: str,
         decoder: str,
-        bias: str | None,
+        new_bias: str,
     ) -> tuple[str, ...]:
         """Plan the chain of one use; returns the names of its nodes."""
         binding, layer = replacement.binding, replacement.binding.layer
@@ -220,7 +250,7 @@ class _Writer:
             decoder = fragment.add("decoder_cast", "Cast", [decoder], to=cast)
         value = node.input[1 - use.operand if use.op in ("Gemm", "MatMul", "Gather") else 0]
         old_bias = node.input[2] if len(node.input) > 2 else ""
-        names = Operands(value, encoder, decoder, old_bias if bias is None else bias)
+        names = Operands(value, encoder, decoder, new_bias or old_bias)
         if layer.kernel:
             convolution(fragment, layer, nodes, node, replacement.option, names)
         else:
@@ -257,17 +287,16 @@ class _Writer:
 
     def _release(self, layer: Layer, use: Use) -> None:
         """Note which tensors the chain of a use does not read any more (rule 3)."""
-        place = Place(use.scope, use.node)
-        unread = [(place, use.operand)]
+        self._unread(Place(use.scope, use.node), use.operand)
         if layer.batchnorm is not None:
-            unread += [
-                (place, 2),
-                *((Place(use.scope, layer.batchnorm.node), index) for index in range(1, 5)),
-            ]
-        for place, operand in unread:
-            tensor = self._walk.operand(place, operand)
-            if tensor is not None:
-                self._unreads[place, operand] = tensor
+            for operand in range(1, 5):
+                self._unread(Place(use.scope, layer.batchnorm.node), operand)
+
+    def _unread(self, place: Place, operand: int) -> None:
+        """Note that a node does not read a tensor any more."""
+        tensor = self._walk.operand(place, operand)
+        if tensor is not None:
+            self._unreads[place, operand] = tensor
 
     def _bury(self) -> tuple[str, ...]:
         """Take out what has lost all its readers (rule 3); returns the graph inputs that go with it."""
@@ -313,6 +342,8 @@ class _Writer:
 def _apply(edit: _Edit, scope: Scope) -> None:
     """Change one scope in place."""
     body: Any = scope.graph or scope.function
+    for (index, operand), name in edit.repointed.items():
+        body.node[index].input[operand] = name
     for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
         if index in edit.deleted:
             del body.node[index]

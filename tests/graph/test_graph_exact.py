@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from onnx_lowrank.allocate.cost import parameters as cost
+from onnx_lowrank.graph.bias import bias
 from onnx_lowrank.graph.model import parameters
 from onnx_lowrank.graph.rewrite import inline
 from onnx_lowrank.types import Option
@@ -120,6 +121,16 @@ MATMUL = [
     ("left, batched", (3, 8, 5), (3, 6, 8), 0),
     ("left, two batch axes", (2, 3, 8, 5), (2, 3, 6, 8), 0),
 ]
+ADDED = [  # a MatMul and the Add behind it
+    ("right, rank 1", (8,), (8, 6), 1, (6,)),
+    ("right, rank 2", (5, 8), (8, 6), 1, (6,)),
+    ("right, rank 3", (2, 5, 8), (8, 6), 1, (1, 6)),
+    ("right, more axes", (5, 8), (8, 6), 1, (1, 1, 6)),
+    ("right, batch of one", (3, 5, 8), (1, 8, 6), 1, (6,)),
+    ("left, rank 1", (8,), (6, 8), 0, (6,)),
+    ("left, rank 2", (8, 5), (6, 8), 0, (6, 1)),
+    ("left, rank 4", (2, 3, 8, 5), (6, 8), 0, (1, 6, 1)),
+]
 GATHER = [((),), ((4,),), ((2, 3),), ((2, 1, 3),)]
 
 CASES = {
@@ -142,6 +153,7 @@ CASES = {
         for n, a, x, w, side, bias in GEMM
     },
     **{f"MatMul {name}": ("MatMul", "", x, w, side, None) for name, x, w, side in MATMUL},
+    **{f"MatMul {name}, Add": ("MatMul", "", x, w, side, bias) for name, x, w, side, bias in ADDED},
     **{f"Gather rank {len(x)}": ("Gather", "", x, (11, 6), 0, None) for (x,) in GATHER},
 }
 
@@ -169,9 +181,13 @@ def build(case: str, kind: str, norm: bool = False, opset: int = 0, ir: int = 10
     if shape is not None:
         arrays["c"] = draw(rng, shape, dtype)
     operands = ["x", "w"] if side else ["w", "x"]
-    operands += ["c"] * (len(arrays) > 1)
+    added = op == "MatMul" and shape is not None
+    operands += ["c"] * (len(arrays) > 1 and not added)
     brackets = f"<{attributes}>" * bool(attributes)
     nodes = [onnx.parser.parse_node(f"y = {op} {brackets} ({', '.join(operands)})")]
+    if added:
+        nodes[0].output[0] = "h"
+        nodes.append(onnx.parser.parse_node("y = Add (h, c)"))
     if norm:
         groups = int(attributes.split("group = ")[1].split(",")[0]) if "group" in attributes else 1
         f = {"Conv": w[0], "ConvTranspose": w[1] * groups, "Gemm": 6}[op]
@@ -231,23 +247,33 @@ def expected_slices(case: str) -> set[int]:
     return {k for k in range(1, c + 1) if c % k == 0}
 
 
+def value_for(proto: onnx.ModelProto, kind: str) -> np.ndarray:
+    x = proto.graph.input[0].type.tensor_type
+    shape = tuple(dim.dim_value for dim in x.shape.dim)
+    rng = np.random.default_rng(11)
+    is_ids = x.elem_type == onnx.TensorProto.INT64
+    return np.asarray(
+        rng.integers(-11, 11, shape) if is_ids else draw(rng, shape, np.float64).astype(DTYPES[kind])
+    )
+
+
+def tolerance(kind: str) -> float:
+    eps = float(2.0**-7) if kind == "bfloat16" else float(np.finfo(DTYPES[kind]).eps)
+    return TOLERANCE[kind] * eps
+
+
 def check_all(case: str, kind: str, proto: onnx.ModelProto) -> None:
     seen = found(proto)
     assert not seen.skipped, seen.skipped
     layer = seen.layer
     assert set(layer.slices) == expected_slices(case)
-    x = proto.graph.input[0].type.tensor_type
-    shape = tuple(dim.dim_value for dim in x.shape.dim)
-    rng = np.random.default_rng(11)
-    is_ids = x.elem_type == onnx.TensorProto.INT64
-    value = rng.integers(-11, 11, shape) if is_ids else draw(rng, shape, np.float64).astype(DTYPES[kind])
-    original = outputs(proto, kind, np.asarray(value))
-    eps = float(2.0**-7) if kind == "bfloat16" else float(np.finfo(DTYPES[kind]).eps)
+    value = value_for(proto, kind)
+    original = outputs(proto, kind, value)
     before = parameters(seen.model)
     for option in options(seen):
         result = rewritten(seen, {layer.id: option})
         new = result.model.proto
-        assert difference(original, outputs(new, kind, np.asarray(value))) < TOLERANCE[kind] * eps, option
+        assert difference(original, outputs(new, kind, value)) < tolerance(kind), option
         assert parameters(result.model) == before - cost(layer) + cost(layer, option)
         assert_only_named_changes(proto, new, [layer], result.chains)
 
@@ -271,6 +297,50 @@ def test_full_rank_with_a_batchnorm_is_exact(case, kind):
     proto = build(case, kind, norm=True)
     assert found(proto).layer.batchnorm is not None
     check_all(case, kind, proto)
+
+
+FEATURES = {  # the axis of the output features, where a bias lies along it
+    case: 1 if "Conv" in op else -1 if side or len(x) == 1 else -2
+    for case, (op, _, x, _, side, bias) in CASES.items()
+    if bias == "f" or bias in (("last", "row") if side else ("column",)) or (op == "MatMul" and bias)
+}
+
+
+def check_new_bias(case: str, kind: str, proto: onnx.ModelProto, axis: int) -> None:
+    seen = found(proto)
+    layer = seen.layer
+    value = value_for(proto, kind)
+    (original,) = outputs(proto, kind, value)
+    change = 16 * draw(np.random.default_rng(len(case)), (layer.f,), np.float64)
+    along = np.moveaxis(change.reshape(layer.f, *[1] * (original.ndim - 1)), 0, axis)
+    expected = original.astype(np.float64) + along
+    assert difference([expected], [original]) > 2 * tolerance(kind)
+    old = bias(seen.model, seen.walk, seen.bindings[0])
+    for option in (options(seen)[0], options(seen)[-1]):
+        result = rewritten(seen, {layer.id: option}, {layer.id: old.values + change})
+        new = result.model.proto
+        assert difference([expected], outputs(new, kind, value)) < tolerance(kind), option
+        assert parameters(result.model) == parameters(seen.model) - cost(layer) + cost(layer, option)
+        if "Add" not in case:
+            assert_only_named_changes(proto, new, [layer], result.chains)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("case", FEATURES)
+def test_full_rank_with_a_new_bias_is_exact(case, kind):
+    check_new_bias(case, kind, build(case, kind), FEATURES[case])
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("case", FOLDABLE)
+def test_full_rank_with_a_batchnorm_and_a_new_bias_is_exact(case, kind):
+    check_new_bias(case, kind, build(case, kind, norm=True), 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_a_bias_per_feature_can_be_changed(case):
+    seen = found(build(case, "float"))
+    assert (bias(seen.model, seen.walk, seen.bindings[0]) is not None) == (case in FEATURES)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,50 @@ def test_everything_else_survives(chosen, ir):
     assert "unused" in {tensor.name for tensor in new.graph.initializer}
 
 
+@pytest.mark.parametrize("ir", [8, 10])
+def test_an_add_keeps_everything_but_its_bias(ir):
+    body = "g (float[3,8] x) => (float[3,10] y) { h = MatMul (x, w) y = Add (h, c) }"
+    proto = model(body, ir=ir, opset=21, w=W, c=(10,), y_bias=(2,), h_bias=(3,))
+    graph = proto.graph
+    add = graph.node[1]
+    add.name, add.doc_string = "shift", "a note"
+    if ir >= 10:
+        add.metadata_props.add(key="node", value="note")
+    graph.value_info.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, [10]))
+    graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, [3, 10]))
+    graph.quantization_annotation.add(tensor_name="c")
+    graph.quantization_annotation.add(tensor_name="y")
+    graph.input.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, [10]))
+    data = proto.SerializeToString(deterministic=True)
+    seen = found(proto)
+    result = rewritten(seen, biases={"w": np.arange(10.0)})
+    new = result.model.proto
+    onnx.checker.check_model(new, full_check=True)
+    assert proto.SerializeToString(deterministic=True) == data
+    expected = onnx.NodeProto.FromString(add.SerializeToString())
+    expected.input[1] = "h_bias_2"
+    assert new.graph.node[-1] == expected
+    assert new.metadata_props == rewritten(seen).model.proto.metadata_props
+    assert [value.name for value in new.graph.value_info] == ["h"]
+    assert [note.tensor_name for note in new.graph.quantization_annotation] == ["y"]
+    assert result.removed_inputs == ("c",)
+    names = [tensor.name for tensor in new.graph.initializer]
+    assert names == ["y_bias", "h_bias", "w_encoder", "w_decoder", "h_bias_2"]
+
+
+@pytest.mark.parametrize("node", ["y = Gemm <beta = 2.0> (x, w, c)", "h = MatMul (x, w) y = Add (h, c)"])
+def test_a_bias_changes_only_where_one_is_given(node):
+    proto = model(f"g (float[3,8] x) => (float[3,10] y) {{ {node} }}", w=W, c=(10,))
+    new = rewritten(found(proto)).model.proto
+    (old,) = (tensor for tensor in proto.graph.initializer if tensor.name == "c")
+    assert [tensor for tensor in new.graph.initializer if "bias" in tensor.name or tensor.name == "c"] == [
+        old
+    ]
+    last, original = new.graph.node[-1], proto.graph.node[-1]
+    assert last.input[-1] == "c"
+    assert last.attribute == original.attribute
+
+
 def test_the_last_node_keeps_name_and_notes():
     seen = found(decorated())
     new = rewritten(seen).model.proto
