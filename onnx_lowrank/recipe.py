@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onnx_lowrank.errors import RecipeError
-from onnx_lowrank.types import Aggregate, Budget, Fold, Measure
+from onnx_lowrank.types import Aggregate, Budget, Fit, Fold, Measure
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -30,6 +30,9 @@ class Recipe:
         aggregate: How the layers' errors become one objective.
         power: The exponent of an error inside a sum.
         price: The cost that is traded against error where it is not the budget's own.
+        factors: What the factors are fitted to.
+        recover: Fit every layer to what the original gives, on what the compressed layers before it make of
+            its inputs.
     """
 
     name: str
@@ -41,6 +44,13 @@ class Recipe:
     aggregate: Aggregate = Aggregate.MAX
     power: float = 1.0
     price: Budget | None = None
+    factors: Fit = Fit.WEIGHTS
+    recover: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration inputs."""
+        return self.measure is Measure.ACTIVATION or self.factors is Fit.ACTIVATIONS
 
 
 def load(name: str | Path) -> Recipe:
@@ -93,12 +103,22 @@ def parse(text: str, name: str) -> Recipe:
             raise RecipeError(f"Recipe {name!r} has {key} = {value!r}, but {key} is {error}.") from error
         fields[field] = parsed
     recipe = Recipe(name=name, **fields)
+    _check_combination(recipe, table)
+    return recipe
+
+
+def _check_combination(recipe: Recipe, table: Mapping[str, object]) -> None:
+    """Reject keys that mean nothing beside the others."""
     for key in ("power", "price"):
         if key in table and recipe.aggregate is not Aggregate.SUM:
             raise RecipeError(
-                f'Recipe {name!r} has {key}, which means something with aggregate = "sum" only.'
+                f'Recipe {recipe.name!r} has {key}, which means something with aggregate = "sum" only.'
             )
-    return recipe
+    if recipe.recover and recipe.factors is not Fit.ACTIVATIONS:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} has recover = true, which means something with "
+            'factors = "activations" only.'
+        )
 
 
 def _folder() -> Path:
@@ -151,6 +171,12 @@ def _power(value: object) -> tuple[str, float]:
     return "power", float(value)
 
 
+def _recover(value: object) -> tuple[str, bool]:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")  # noqa: TRY004 - parse() tells what is wrong of both alike
+    return "recover", value
+
+
 _KEYS: Mapping[str, Callable[[object], tuple[str, object]]] = {
     "summary": _summary,
     "folds": _folds,
@@ -160,5 +186,7 @@ _KEYS: Mapping[str, Callable[[object], tuple[str, object]]] = {
     "aggregate": lambda value: ("aggregate", _choice(Aggregate, value)),
     "power": _power,
     "price": lambda value: ("price", _choice(Budget, value)),
+    "factors": lambda value: ("factors", _choice(Fit, value)),
+    "recover": _recover,
 }
 _REQUIRED = ("summary", "folds", "groups", "aggregate")

@@ -69,7 +69,7 @@ def test_a_wrong_value_is_told_with_its_key(key, value):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("key", ["fold", "Measure", "recover", "name", "relative", '"a b"', "table.key"])
+@pytest.mark.parametrize("key", ["fold", "Measure", "recovery", "name", "relative", '"a b"', "table.key"])
 def test_an_unknown_key_is_told_with_the_known_ones(key):
     with pytest.raises(
         RecipeError, match=r"^Recipe 'test' has an unknown key .*: the keys are .*folds"

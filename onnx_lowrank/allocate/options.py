@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, 
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Errors = Mapping[tuple[Fold, int], Floats]
+"""For (fold, k): the errors at the ranks 0, 1, …; at least up to the largest that is cheaper."""
 
 _FOLDS = tuple(Fold)
 _DIGITS = 9
@@ -51,7 +54,7 @@ class Candidates:
         return Option(_FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index]))
 
 
-def candidates(layer: Layer, spectra: Spectra, recipe: Recipe, budget: Budget) -> Candidates:
+def candidates(layer: Layer, errors: Errors, recipe: Recipe, budget: Budget) -> Candidates:
     """All options of a layer that are cheaper than keeping it and that no other option beats.
 
     One option beats another when its price and its error are no larger. Ties go to the lower cost,
@@ -59,8 +62,8 @@ def candidates(layer: Layer, spectra: Spectra, recipe: Recipe, budget: Budget) -
 
     Args:
         layer: The layer.
-        spectra: Singular values, at least those of `wanted_spectra`.
-        recipe: Which options to consider and how to measure them.
+        errors: Their errors; a (fold, k) without errors is not considered.
+        recipe: Which options to consider.
         budget: The unit of the costs.
 
     Raises:
@@ -69,13 +72,13 @@ def candidates(layer: Layer, spectra: Spectra, recipe: Recipe, budget: Budget) -
     """
     price = recipe.price or budget
     rows = [np.array([[-1], [0], [0], [0], [cost(layer, None, budget)], [cost(layer, None, price)]])]
-    errors = [np.zeros(1)]
+    columns = [np.zeros(1)]
     for fold, ks in allowed(layer, recipe).items():
         for k in ks:
-            if top := largest_rank(layer, fold, k, budget):
+            if (fold, k) in errors and (top := largest_rank(layer, fold, k, budget)):
                 rows.append(_options(layer, fold, k, top, budget, price))
-                errors.append(_errors(spectra, fold, k, recipe)[1 : top + 1])
-    table, error = np.concatenate(rows, axis=1, dtype=np.int64), _rounded(np.concatenate(errors))
+                columns.append(errors[fold, k][1 : top + 1])
+    table, error = np.concatenate(rows, axis=1, dtype=np.int64), _rounded(np.concatenate(columns))
     if recipe.aggregate is not Aggregate.UNIFORM:
         front = _pareto(table, error)
         table, error = table[:, front], error[front]
@@ -94,22 +97,37 @@ def _options(layer: Layer, fold: Fold, k: int, top: int, budget: Budget, price: 
     return rows
 
 
-def _errors(spectra: Spectra, fold: Fold, k: int, recipe: Recipe) -> Floats:
-    """Errors at the ranks 0, 1, …, full rank − 1, by the formulas of `Measure`."""
-    values, whole = spectra[fold, k], spectra[fold, 1]
-    match recipe.measure:
+def weight_errors(spectra: Spectra, measure: Measure, *, relative: bool) -> Errors:
+    """Errors of options that follow from the weight's spectra, by the formulas of `Measure`.
+
+    Args:
+        spectra: Singular values; those of k = 1 for every fold of which there are any.
+        measure: Any but `Measure.ACTIVATION`.
+        relative: Divide by the norm of the weight.
+    """
+    return {
+        (fold, k): _errors(values, spectra[fold, 1], measure, relative)
+        for (fold, k), values in spectra.items()
+    }
+
+
+def _errors(values: Floats, whole: Floats, measure: Measure, relative: bool) -> Floats:
+    """Errors at the ranks 0, 1, …, full rank − 1 of slices, given the spectrum of the whole weight."""
+    match measure:
         case Measure.SPECTRAL | Measure.SPECTRAL_BOUND:
             residual, norm = values.max(axis=(0, 1)), whole.max()
-            if recipe.measure is Measure.SPECTRAL_BOUND:
-                residual = residual * np.sqrt(k)
+            if measure is Measure.SPECTRAL_BOUND:
+                residual = residual * np.sqrt(values.shape[1])
         case Measure.FROBENIUS | Measure.NUCLEAR:
-            residual = _tails(values, 2 if recipe.measure is Measure.FROBENIUS else 1)
+            residual = _tails(values, 2 if measure is Measure.FROBENIUS else 1)
             norm = residual[0]
         case Measure.SCHATTEN:
             unit = whole.max() or 1.0  # keeps fourth powers away from underflow
             residual = _tails(values / unit, 4) ** 0.25 * unit
             norm = _tails(whole / unit, 4)[0] ** 0.25 * unit
-    if recipe.relative and norm > 0:
+        case Measure.ACTIVATION:
+            raise ValueError("the spectra of a weight tell nothing of activations")
+    if relative and norm > 0:
         residual = residual / norm
     return np.asarray(residual, dtype=np.float64)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from onnx_lowrank import recipe as recipes
 from onnx_lowrank.allocate.cost import wanted_spectra
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import candidates
+from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.linalg import backend
@@ -43,7 +43,8 @@ def main() -> int:
     for binding in found.bindings:
         weight, dtype = prepared(found, binding)
         values = spectra(weight, wanted_spectra(binding.layer, recipe, Budget.PARAMS), cpu, dtype)
-        tables.append(candidates(binding.layer, values, recipe, Budget.PARAMS))
+        errors = weight_errors(values, recipe.measure, relative=recipe.relative)
+        tables.append(candidates(binding.layer, errors, recipe, Budget.PARAMS))
     ok = True
     print(f"{'size at most':>12} {'score to reach':>15} {'size':>8} {'score':>8}")
     for name, rows in (("reference code", REFERENCE), ("global optimum", OPTIMA)):

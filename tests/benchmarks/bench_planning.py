@@ -15,7 +15,7 @@ from zoo_layers import zoo_layers
 from onnx_lowrank import recipe as recipes
 from onnx_lowrank.allocate.cost import parameters
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import candidates
+from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.linalg.backend import parallel_map, resolve
@@ -51,8 +51,12 @@ def main() -> None:
         budget = int(arguments.ratio * sum(map(parameters, found.layers)))
         for recipe in chosen:
             start = perf_counter()
-            pairs = zip(found.layers, values, strict=True)
-            tables = [candidates(*pair, recipe, Budget.PARAMS) for pair in pairs]
+            tables = [
+                candidates(
+                    layer, weight_errors(of, recipe.measure, relative=recipe.relative), recipe, Budget.PARAMS
+                )
+                for layer, of in zip(found.layers, values, strict=True)
+            ]
             middle = perf_counter()
             solution = solve(tables, Limits.single(tables, budget), recipe)
             end = perf_counter()
