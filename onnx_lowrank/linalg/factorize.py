@@ -54,7 +54,7 @@ def factorize(
             f"one between 1 and the full rank {full}."
         )
     svd = _lapack_svd if (stored or weight.dtype) == np.float64 else _gram_svd
-    left, right = _balance(*svd(matrices, option.j))
+    left, right = balance(*svd(matrices, option.j))
     factors = split(left, right, option.fold, weight.shape)
     return Factors(factors.fold, backend.to_numpy(factors.encoder), backend.to_numpy(factors.decoder))
 
@@ -85,7 +85,7 @@ def _gram_svd(matrices: Array, j: int) -> tuple[Array, Array, Array]:
     return u, sigma, projected / divisor[..., None]
 
 
-def _balance(u: Array, sigma: Array, vt: Array) -> tuple[Array, Array]:
+def balance(u: Array, sigma: Array, vt: Array) -> tuple[Array, Array]:
     """U√Σ and √ΣVᵀ, with the sign that makes the largest entry of every column of U positive."""
     xp = array_namespace(u)
     positive = xp.max(u, axis=-2) >= -xp.min(u, axis=-2)

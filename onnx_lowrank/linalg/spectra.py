@@ -94,11 +94,11 @@ def _column_grams(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[
             matrices = fold_slices(weight, fold, k)
             grams[k] = xp.matmul(xp.matrix_transpose(matrices), matrices)
         else:
-            grams[k] = _diagonal_blocks(grams[coarser], k // coarser)
+            grams[k] = diagonal_blocks(grams[coarser], k // coarser)
         yield k, grams[k]
 
 
-def _diagonal_blocks(gram: Array, count: int) -> Array:
+def diagonal_blocks(gram: Array, count: int) -> Array:
     """The `count` diagonal blocks of every matrix: (g, k, n, n) to (g, k · count, n / count, n / count)."""
     xp = array_namespace(gram)
     g, k, n, _ = gram.shape

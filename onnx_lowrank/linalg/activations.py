@@ -1,0 +1,192 @@
+"""Factors of least error on a layer's activations, and the errors of all ranks at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+
+from onnx_lowrank.linalg import projection
+from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.factorize import balance
+from onnx_lowrank.linalg.folding import compose, split, unfold
+from onnx_lowrank.linalg.quadratic import Quadratic, about, error, matrices_of, ridges
+from onnx_lowrank.types import Array, Factors, Fold, Moments, Option
+
+
+def errors(
+    quadratic: Quadratic, shape: tuple[int, ...], fold: Fold, k: int, top: int, backend: Backend
+) -> NDArray[np.float64]:
+    """The relative error of the factors of `fit` without refinement, for every rank at once.
+
+    The encoder of rank j is the first j rows of that of rank `top`, so one Cholesky factorization
+    serves all ranks.
+
+    Args:
+        quadratic: The error to minimize.
+        shape: Shape of the canonical weight, (g, f, c, *kernel).
+        fold: How to unfold it.
+        k: Number of slices; divides c.
+        top: The largest rank, at most the full rank.
+        backend: Where to compute.
+
+    Returns:
+        e / e(0) at the ranks 0 … top, shape (top + 1,); never increasing.
+    """
+    total = float(np.sum(quadratic.power))
+    if total <= 0:
+        return np.zeros(top + 1)
+    problem = projection.folded(quadratic, shape, fold, k, backend)
+    gains = backend.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
+    return np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)])
+
+
+def fit(
+    quadratic: Quadratic,
+    shape: tuple[int, ...],
+    option: Option,
+    backend: Backend,
+    held: Quadratic | None = None,
+    steps: int = 0,
+) -> Factors:
+    """Factors of one option with a small error: the encoder, then the decoder by least squares.
+
+    The encoder of slice i is Uᵀ M_i: M_i its matrix in the quadratic's minimizer, U the top eigenvectors
+    of M_i K_i M_iᵀ, K_i the moments of the encoder's inputs. That is optimal for the encode fold of one
+    slice, and at full rank. Elsewhere it can be refined, with the decoder solved for in every step.
+
+    Args:
+        quadratic: The error to minimize.
+        shape: Shape of the canonical weight, (g, f, c, *kernel).
+        option: Fold, number of slices (divides c) and rank (between 1 and the full rank).
+        backend: Where to compute.
+        held: The error on held-out inputs: the refinement ends when it no longer falls, and the factors
+            of its least value on the way are given. None gives the last.
+        steps: Iterations of the refinement at most.
+
+    Returns:
+        Float64 NumPy arrays; every slice balanced as U√Σ and √ΣVᵀ of its product.
+    """
+    problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
+    if option.j == min(problem.optimum.shape[-2:]):
+        xp = array_namespace(problem.optimum)
+        return _factors(xp.linalg.svd(problem.optimum, full_matrices=False), option.fold, shape, backend)
+    encoder = projection.encoder(problem, option.j)
+    if steps and not (option.fold.on(shape[3:]) is Fold.ENCODE and option.k == 1):
+        score = None if held is None else partial(_held_error, held, problem, option.fold, shape, backend)
+        encoder = projection.refine(problem, encoder, backend, score, steps)
+    svd = _product_svd(projection.solve(problem, encoder).left, encoder)
+    return _factors(svd, option.fold, shape, backend)
+
+
+def output_errors(
+    outputs: Moments, weight: NDArray[Any], *, centred: bool, ridge: float
+) -> NDArray[np.float64]:
+    """As `errors`, for the encode fold of one slice, from the moments of a layer's outputs alone.
+
+    The error of projecting the outputs on their top eigenvectors; it needs f² numbers, where `errors`
+    needs the p² of the inputs.
+
+    Args:
+        outputs: Moments of the outputs W x, without bias.
+        weight: Canonical weight W, shape (g, f, c, *kernel).
+        centred: Whether a bias takes the change of the mean.
+        ridge: What ‖W − Ŵ‖²_F counts beside E‖(W − Ŵ) x‖²; relative to both at Ŵ = 0, per operator group.
+
+    Returns:
+        e / e(0) at the ranks 0 … min(f, c · prod(kernel)).
+    """
+    second, matrices = _output_moments(outputs, weight, centred, ridge)
+    values = np.maximum(np.linalg.eigvalsh(second).sum(axis=0)[::-1], 0.0)
+    total = values.sum()
+    full = min(matrices.shape[1:])
+    if total <= 0:
+        return np.zeros(full + 1)
+    tails = np.concatenate([np.cumsum(values[::-1])[::-1], np.zeros(1)])
+    relative: NDArray[np.float64] = np.minimum(tails[: full + 1] / total, 1.0)
+    return relative
+
+
+def output_fit(
+    outputs: Moments, weight: NDArray[Any], j: int, backend: Backend, *, centred: bool, ridge: float
+) -> Factors:
+    """The factors of `output_errors`: D = U, the top eigenvectors of the outputs' moments, and E = UᵀW.
+
+    Args:
+        outputs: Moments of the outputs W x, without bias.
+        weight: Canonical weight W, shape (g, f, c, *kernel).
+        j: The rank, between 1 and min(f, c · prod(kernel)).
+        backend: Where to compute.
+        centred: Whether a bias takes the change of the mean.
+        ridge: As in `output_errors`.
+
+    Returns:
+        Float64 NumPy arrays, balanced.
+    """
+    second, matrices = _output_moments(outputs, weight, centred, ridge)
+    array = backend.asarray(second)
+    xp = array_namespace(array)
+    _, vectors = xp.linalg.eigh(array)
+    left = vectors[:, None, :, vectors.shape[-1] - j :]
+    right = xp.matmul(xp.matrix_transpose(left), backend.asarray(matrices)[:, None])
+    return _factors(_product_svd(left, right), Fold.ENCODE, weight.shape, backend)
+
+
+def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> NDArray[np.float64]:
+    """(W − Ŵ) E[x]: what a bias must add so that the mean of the outputs stays; shape (g · f,).
+
+    Args:
+        weight: Canonical weight W, shape (g, f, c, *kernel).
+        factors: Its factors, in any dtype.
+        inputs: Moments of the patches x.
+    """
+    exact = Factors(factors.fold, factors.encoder.astype(np.float64), factors.decoder.astype(np.float64))
+    lost = weight.astype(np.float64) - compose(exact)
+    change: NDArray[np.float64] = np.einsum("gfp,gp->gf", lost.reshape(*lost.shape[:2], -1), inputs.mean)
+    return change.reshape(-1)
+
+
+def _held_error(
+    held: Quadratic,
+    problem: projection.Problem,
+    fold: Fold,
+    shape: tuple[int, ...],
+    backend: Backend,
+    encoder: Array,
+) -> float:
+    """The error on held-out inputs of an encoder with the decoder that is fitted to it."""
+    xp = array_namespace(encoder)
+    product = xp.matmul(projection.solve(problem, encoder).left, encoder)
+    return error(held, backend.to_numpy(unfold(product, fold, shape)))
+
+
+def _product_svd(left: Array, right: Array) -> tuple[Array, Array, Array]:
+    """U, σ and Vᵀ of left · right, from the small factors of both: no product of full size."""
+    xp = array_namespace(left)
+    q_left, r_left = xp.linalg.qr(left)
+    q_right, r_right = xp.linalg.qr(xp.matrix_transpose(right))
+    u, sigma, vt = xp.linalg.svd(xp.matmul(r_left, xp.matrix_transpose(r_right)), full_matrices=False)
+    return xp.matmul(q_left, u), sigma, xp.matmul(vt, xp.matrix_transpose(q_right))
+
+
+def _factors(
+    svd: tuple[Array, Array, Array], fold: Fold, shape: tuple[int, ...], backend: Backend
+) -> Factors:
+    """Balanced factors on the host."""
+    factors = split(*balance(*svd), fold, shape)
+    return Factors(fold, backend.to_numpy(factors.encoder), backend.to_numpy(factors.decoder))
+
+
+def _output_moments(
+    outputs: Moments, weight: NDArray[Any], centred: bool, ridge: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Moments of the outputs with the ridge, (g, f, f), and the weight as matrices, (g, f, p)."""
+    matrices = matrices_of(weight)
+    own = matrices @ np.swapaxes(matrices, 1, 2)
+    second = about(outputs.mean, outputs.mean, outputs.second, centred)
+    size = np.trace(own, axis1=1, axis2=2)
+    level = ridges(np.trace(second, axis1=1, axis2=2) / np.where(size > 0, size, 1.0), ridge)
+    return second + level[:, None, None] * own, matrices

@@ -1,0 +1,283 @@
+"""Variable projection: the encoder of a fold as the only unknown, its decoder solved for by least squares.
+
+The whole encoder is the map P of patches to (rank, slice, tap), n × p with n = j · k · taps: taps are the
+positions of the decoder's kernel, and P is zero but where the patch's slice and tap agree with the row's;
+there it is the encoder E_i of the slice. P is never built: products with it run over slices and taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, prod
+
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+from scipy.optimize import OptimizeResult, minimize
+
+from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.folding import fold as fold_slices
+from onnx_lowrank.linalg.quadratic import Quadratic
+from onnx_lowrank.linalg.spectra import diagonal_blocks
+from onnx_lowrank.types import Array, Fold
+
+_BLOCK = 64  # rows that substitution solves for at a time
+_ROUND = 3  # iterations from one look at the score to the next
+_PATIENCE = 2  # looks in a row without a fall that end the refinement
+_EPSILON = 2.0**-52
+
+Score = Callable[[Array], float]
+"""What an encoder is judged by beside the error that is minimized."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A quadratic on the device, its patches in the order (slice, tap, column): p = k · taps · q.
+
+    Attributes:
+        second: C, shape (g, k, taps, q, p).
+        cross: X folded, shape (g, k, f · taps, q).
+        optimum: The minimizer folded, shape (g, k, f · taps, q).
+        power: Σ_g a.
+        f: Output features per operator group.
+    """
+
+    second: Array
+    cross: Array
+    optimum: Array
+    power: float
+    f: int
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The best decoder of an encoder.
+
+    Attributes:
+        left: The decoder as matrices, shape (g, k, f · taps, j).
+        value: The error e.
+        gradient: Gives the gradient of e by the encoder, shape (g, k, j, q).
+    """
+
+    left: Array
+    value: float
+    gradient: Callable[[], Array]
+
+
+def folded(quadratic: Quadratic, shape: tuple[int, ...], fold: Fold, k: int, backend: Backend) -> Problem:
+    """Put a quadratic of a canonical weight's shape (g, f, c, *kernel) on the device, folded in k slices."""
+    g, f, c, *kernel = shape
+    p = c * prod(kernel)
+    order = fold_slices(np.arange(p).reshape(1, 1, c, *kernel), fold, k)
+    taps, q = order.shape[-2:]
+    second = backend.asarray(quadratic.second)
+    xp = array_namespace(second)
+    if taps > 1:
+        index = xp.asarray(order.reshape(-1))
+        second = xp.take(xp.take(second, index, axis=1), index, axis=2)
+    return Problem(
+        second=xp.reshape(second, (g, k, taps, q, p)),
+        cross=fold_slices(xp.reshape(backend.asarray(quadratic.cross), shape), fold, k),
+        optimum=fold_slices(xp.reshape(backend.asarray(quadratic.optimum), shape), fold, k),
+        power=float(np.sum(quadratic.power)),
+        f=f,
+    )
+
+
+def encoder(problem: Problem, j: int) -> Array:
+    """E_i = Uᵀ M_i for the j top eigenvectors U of M_i K_i M_iᵀ, best first: shape (g, k, j, q).
+
+    K_i is the mean over the taps of the moments of the columns. Where M_i is higher than wide, its R
+    factor stands for it: M = Q R has U = Q U_R, so Uᵀ M = U_Rᵀ R.
+    """
+    g, k, taps, q, p = problem.second.shape
+    xp = array_namespace(problem.second)
+    blocks = diagonal_blocks(xp.reshape(problem.second, (g, 1, p, p)), k * taps)
+    columns = xp.mean(xp.reshape(blocks, (g, k, taps, q, q)), axis=2)
+    matrices = problem.optimum
+    if matrices.shape[-2] > q:
+        _, matrices = xp.linalg.qr(matrices)
+    _, vectors = xp.linalg.eigh(matrices @ columns @ xp.matrix_transpose(matrices))
+    u = xp.flip(vectors[..., vectors.shape[-1] - j :], axis=-1)
+    return xp.matmul(xp.matrix_transpose(u), matrices)
+
+
+def gains(problem: Problem, encoder: Array) -> Array:
+    """By how much every rank lowers e beside the ranks before it: shape (j,).
+
+    With G = L Lᵀ the best decoder explains ‖L⁻¹ P Xᵀ‖² in all. The rows of P begin with the rank, so the
+    leading blocks of L are the factors of the smaller encoders, and row by row the squares are the gains.
+    """
+    xp = array_namespace(encoder)
+    gram, moments = _normal_equations(problem, encoder, _image(problem, encoder))
+    scale, lower = _cholesky(problem, encoder, gram)
+    squares = _substitute(lower, scale * moments) ** 2
+    return xp.sum(xp.reshape(squares, (gram.shape[0], encoder.shape[2], -1)), axis=(0, 2))
+
+
+def solve(problem: Problem, encoder: Array) -> Solution:
+    """The decoder D = X Pᵀ G⁻¹ of an encoder, of shape (g, k, j, q).
+
+    e's gradient there is the one at a fixed decoder: by P it is −2 Dᵀ(X − D P C), by the encoder the
+    sum of its blocks over the taps.
+    """
+    xp = array_namespace(encoder)
+    g, k, taps, q, _ = problem.second.shape
+    j, f = encoder.shape[2], problem.f
+    image = _image(problem, encoder)
+    gram, moments = _normal_equations(problem, encoder, image)
+    scale, lower = _cholesky(problem, encoder, gram)
+    decoder = scale * _substitute_back(lower, _substitute(lower, scale * moments))
+    left = xp.permute_dims(xp.reshape(decoder, (g, j, k, taps, f)), (0, 2, 4, 3, 1))
+    left = xp.reshape(left, (g, k, f * taps, j))
+
+    def gradient() -> Array:
+        fitted = xp.reshape(xp.matmul(xp.matrix_transpose(decoder), image), (g, f, k, taps, q))
+        fitted = xp.reshape(xp.permute_dims(fitted, (0, 2, 1, 3, 4)), (g, k, f * taps, q))
+        return -2 * xp.matmul(xp.matrix_transpose(left), problem.cross - fitted)
+
+    return Solution(left, problem.power - float(xp.sum(decoder * moments)), gradient)
+
+
+def refine(problem: Problem, encoder: Array, backend: Backend, score: Score | None, steps: int) -> Array:
+    """The encoder after L-BFGS iterations on e, the decoder solved for in every evaluation.
+
+    G. Golub and V. Pereyra, The differentiation of pseudo-inverses and nonlinear least squares problems
+    whose variables separate, 1973.
+
+    Args:
+        problem: The error to minimize.
+        encoder: Where to begin, shape (g, k, j, q).
+        backend: Where to compute.
+        score: Ends the iterations when it no longer falls; the encoder of least score is given. None
+            gives the last.
+        steps: Iterations at most.
+    """
+    start = solve(problem, encoder).value
+    if start <= _EPSILON * problem.power:
+        return encoder
+    shape = encoder.shape
+
+    def objective(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        found = solve(problem, backend.asarray(x.reshape(shape)))
+        return found.value / start, backend.to_numpy(found.gradient()).reshape(-1) / start
+
+    kept = _Lowest(encoder, score, backend)
+    result = minimize(
+        objective,
+        backend.to_numpy(encoder).reshape(-1),
+        jac=True,
+        method="L-BFGS-B",
+        callback=kept.look,
+        options={"maxiter": steps},
+    )
+    return kept.best(result.x)
+
+
+class _Lowest:
+    """The iterate of least score, looked for every few iterations; without a score the last iterate."""
+
+    def __init__(self, encoder: Array, score: Score | None, backend: Backend) -> None:
+        self._encoder = encoder
+        self._score = score
+        self._backend = backend
+        self._lowest = inf if score is None else score(encoder)
+        self._iterations = 0
+        self._misses = 0
+
+    def look(self, intermediate_result: OptimizeResult) -> None:
+        """SciPy's callback: ends the minimization where the score no longer falls."""
+        self._iterations += 1
+        if self._score is None or self._iterations % _ROUND:
+            return
+        self._misses = 0 if self._falls(intermediate_result.x) else self._misses + 1
+        if self._misses == _PATIENCE:
+            raise StopIteration
+
+    def best(self, last: NDArray[np.float64]) -> Array:
+        """The encoder to use, given the last iterate."""
+        self._falls(last)
+        return self._encoder
+
+    def _falls(self, x: NDArray[np.float64]) -> bool:
+        encoder = self._backend.asarray(x.reshape(self._encoder.shape).copy())
+        value = -inf if self._score is None else self._score(encoder)
+        if value >= self._lowest:
+            return False
+        self._encoder, self._lowest = encoder, value
+        return True
+
+
+def _image(problem: Problem, encoder: Array) -> Array:
+    """P C, shape (g, n, p)."""
+    xp = array_namespace(encoder)
+    product = xp.matmul(encoder[:, :, None, :, :], problem.second)
+    g, k, taps, j, p = product.shape
+    return xp.reshape(xp.permute_dims(product, (0, 3, 1, 2, 4)), (g, j * k * taps, p))
+
+
+def _normal_equations(problem: Problem, encoder: Array, image: Array) -> tuple[Array, Array]:
+    """G = P C Pᵀ and P Xᵀ, shapes (g, n, n) and (g, n, f)."""
+    xp = array_namespace(encoder)
+    g, k, taps, q, _ = problem.second.shape
+    n, j, f = image.shape[1], encoder.shape[2], problem.f
+    transposed = xp.matrix_transpose(encoder)
+    by_slice = xp.permute_dims(xp.reshape(image, (g, n, k, taps, q)), (0, 2, 1, 3, 4))
+    gram = xp.matmul(xp.reshape(by_slice, (g, k, n * taps, q)), transposed)
+    gram = xp.permute_dims(xp.reshape(gram, (g, k, n, taps, j)), (0, 2, 4, 1, 3))
+    moments = xp.reshape(xp.matmul(problem.cross, transposed), (g, k, f, taps, j))
+    moments = xp.permute_dims(moments, (0, 4, 1, 3, 2))
+    return xp.reshape(gram, (g, n, n)), xp.reshape(moments, (g, n, f))
+
+
+def _cholesky(problem: Problem, encoder: Array, gram: Array) -> tuple[Array, Array]:
+    """Scale s and L with L Lᵀ = s G sᵀ + εI, shapes (g, n, 1) and (g, n, n).
+
+    The scale is that of rows of length 1 and patches of mean power 1. Then rounding errors of G are of the
+    size of the unit roundoff even where C is singular and G all rounding; ε begins there and grows until
+    the factorization runs. It is a ridge on C of that size, far below any that is asked for.
+    """
+    xp = array_namespace(gram)
+    g, k, taps, _, p = problem.second.shape
+    n, j = gram.shape[-1], encoder.shape[2]
+    power = xp.linalg.trace(xp.reshape(problem.second, (g, p, p))) / p
+    squares = xp.sum(encoder**2, axis=-1) * power[:, None, None]
+    squares = xp.where(squares > 0, squares, xp.ones_like(squares))
+    rows = xp.broadcast_to(xp.matrix_transpose(squares)[..., None], (g, j, k, taps))
+    scale = 1 / xp.sqrt(xp.reshape(rows, (g, n, 1)))
+    scaled = gram * scale * xp.matrix_transpose(scale)
+    identity = xp.eye(n, dtype=gram.dtype)
+    jitter = 4 * n * _EPSILON
+    while (lower := _try_cholesky(scaled + jitter * identity)) is None:
+        jitter *= 10
+    return scale, lower
+
+
+def _try_cholesky(matrix: Array) -> Array | None:
+    """L, or None where the matrix is not positive definite; CuPy does not raise then."""
+    xp = array_namespace(matrix)
+    try:
+        lower = xp.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return None
+    return lower if bool(xp.all(xp.linalg.diagonal(lower) > 0)) else None
+
+
+def _substitute(lower: Array, right: Array) -> Array:
+    """L⁻¹ B by blocks, as the array API has no triangular solver. Shapes (g, n, n) and (g, n, m)."""
+    xp = array_namespace(lower)
+    n = right.shape[1]
+    solution = xp.zeros_like(right)
+    for start in range(0, n, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, n))
+        known = xp.matmul(lower[:, rows, :start], solution[:, :start, :])
+        solution[:, rows, :] = xp.linalg.solve(lower[:, rows, rows], right[:, rows, :] - known)
+    return solution
+
+
+def _substitute_back(lower: Array, right: Array) -> Array:
+    """L⁻ᵀ B: in reversed order Lᵀ is a lower triangle."""
+    xp = array_namespace(lower)
+    reverse = xp.flip(xp.matrix_transpose(lower), axis=(1, 2))
+    return xp.flip(_substitute(reverse, xp.flip(right, axis=1)), axis=1)

@@ -1,0 +1,195 @@
+"""The error of a layer as a quadratic function of its weight, from moments of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.types import Moments, Targets
+
+_DEAD = 1e-9  # what inputs that are always zero weigh, relative to the mean over the operator groups
+_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+Weights = NDArray[np.float64]
+"""A canonical weight (g, f, c, *kernel) or its matrices (g, f, p), p = c · prod(kernel)."""
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """e(Ŵ) = Σ_g a − 2⟨Ŵ, X⟩ + ⟨Ŵ C, Ŵ⟩: the expected squared error of a layer's outputs, and a ridge.
+
+    g operator groups have f output features each; patches have p = c · prod(kernel) elements in the
+    order (c, *kernel) of the canonical weight.
+
+    Attributes:
+        second: C, second moments of the patches, shape (g, p, p); symmetric, positive semidefinite.
+        cross: X, moments of outputs with patches, shape (g, f, p).
+        power: a, shape (g,); e(Ŵ) is relative to its sum, the error of Ŵ = 0.
+        known: A minimizer X C⁻¹, where one is known without solving for it; shape (g, f, p).
+
+    Raises:
+        InputError: The moments are not finite.
+    """
+
+    second: NDArray[np.float64]
+    cross: NDArray[np.float64]
+    power: NDArray[np.float64]
+    known: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        if not all(np.isfinite(array).all() for array in (self.second, self.cross, self.power)):
+            raise InputError(
+                "The moments of a layer's activations are not finite in float64: look for NaN, Inf and huge "
+                "values in the calibration data and in the model's weights."
+            )
+
+    @cached_property
+    def optimum(self) -> NDArray[np.float64]:
+        """The weight X C⁻¹ of least error, shape (g, f, p)."""
+        if self.known is not None:
+            return self.known
+        return np.stack([_regression(*group) for group in zip(self.second, self.cross, strict=True)])
+
+
+def of_weight(weight: NDArray[Any], inputs: Moments, *, centred: bool, ridge: float) -> Quadratic:
+    """The error E‖(W − Ŵ) x‖² + λ ‖W − Ŵ‖² of an approximation of a weight on its own inputs.
+
+    Args:
+        weight: Canonical weight W, shape (g, f, c, *kernel), any real dtype.
+        inputs: Moments of the patches x.
+        centred: Whether a bias takes the change of the mean, so that only the deviations from it count.
+        ridge: λ relative to the mean of the diagonal of C, per operator group. Inputs that are zero
+            throughout count as white, so that the error is the weight's own.
+    """
+    matrices = matrices_of(weight)
+    second = about(inputs.mean, inputs.mean, inputs.second, centred)
+    _add_to_diagonal(second, ridges(_input_power(second), ridge))
+    cross = matrices @ second
+    return Quadratic(second, cross, np.einsum("gfp,gfp->g", cross, matrices), matrices)
+
+
+def of_targets(
+    weight: NDArray[Any], inputs: Moments, targets: Targets, *, centred: bool, ridge: float
+) -> Quadratic:
+    """The error E‖y − Ŵ x‖² + λ ‖W − Ŵ‖² of a weight that gets inputs x and should give y.
+
+    Args:
+        weight: Canonical weight W towards which the ridge draws, shape (g, f, c, *kernel).
+        inputs: Moments of the patches x.
+        targets: Moments of the outputs y, and theirs with x.
+        centred: Whether a bias takes the means of both.
+        ridge: λ, as in `of_weight`.
+    """
+    matrices = matrices_of(weight)
+    second = about(inputs.mean, inputs.mean, inputs.second, centred)
+    level = ridges(_input_power(second), ridge)
+    _add_to_diagonal(second, level)
+    cross = about(targets.mean, inputs.mean, targets.cross, centred) + level[:, None, None] * matrices
+    return Quadratic(second, cross, _power(targets, centred) + level * np.sum(matrices**2, axis=(1, 2)))
+
+
+def error(quadratic: Quadratic, weight: Weights) -> float:
+    """e(Ŵ) relative to e(0), at least 0; where e(0) is zero, 0 for a weight without error, else Inf."""
+    matrices = weight.reshape(quadratic.cross.shape)
+    total = float(np.sum(quadratic.power))
+    gain = 2 * quadratic.cross - matrices @ quadratic.second
+    value = total - float(np.einsum("gfp,gfp->", matrices, gain))
+    if total > 0:
+        return max(value / total, 0.0)
+    return inf if value > 0 else 0.0
+
+
+def best_ridge(
+    weight: NDArray[Any],
+    inputs: Moments,
+    targets: Targets,
+    held_inputs: Moments,
+    held_targets: Targets,
+    *,
+    centred: bool,
+    grid: Sequence[float] = _RIDGES,
+) -> float:
+    """The ridge of `of_targets` whose minimizer has the least error E‖y − Ŵ x‖² on held-out moments.
+
+    With C = V Λ Vᵀ the minimizers are W + (X − W C) V (Λ + λ)⁻¹ Vᵀ, so one eigendecomposition serves all.
+
+    Args:
+        weight: Canonical weight W, shape (g, f, c, *kernel).
+        inputs: Moments of the patches to fit on.
+        targets: Moments of the outputs to fit on.
+        held_inputs: The held-out patches'.
+        held_targets: The held-out outputs'.
+        centred: Whether a bias takes the means.
+        grid: The ridges to try; of equally good ones the largest is taken, which is nearest to W.
+    """
+    matrices = matrices_of(weight)
+    second = about(inputs.mean, inputs.mean, inputs.second, centred)
+    residual = about(targets.mean, inputs.mean, targets.cross, centred) - matrices @ second
+    held = of_targets(weight, held_inputs, held_targets, centred=centred, ridge=0.0)
+    values, vectors = np.linalg.eigh(second)
+    values = np.maximum(values, 0.0)[:, None, :]
+    rotated = residual @ vectors
+    back = np.swapaxes(vectors, 1, 2)
+
+    def held_error(ridge: float) -> float:
+        level = ridges(_input_power(second), ridge)[:, None, None]
+        return error(held, matrices + (rotated / (values + level)) @ back)
+
+    return min(sorted(grid, reverse=True), key=held_error)
+
+
+def matrices_of(weight: NDArray[Any]) -> NDArray[np.float64]:
+    """A canonical weight as matrices of shape (g, f, p), in float64."""
+    return weight.astype(np.float64).reshape(*weight.shape[:2], -1)
+
+
+def about(
+    left: NDArray[np.float64], right: NDArray[np.float64], moments: NDArray[np.float64], centred: bool
+) -> NDArray[np.float64]:
+    """A copy of centred moments, or the same about zero: E[y xᵀ] = E[(y − E y)(x − E x)ᵀ] + E y E xᵀ."""
+    return moments.copy() if centred else moments + left[:, :, None] * right[:, None, :]
+
+
+def _power(targets: Targets, centred: bool) -> NDArray[np.float64]:
+    return targets.power if centred else targets.power + np.sum(targets.mean**2, axis=1)
+
+
+def ridges(power: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+    """λ of every group, shape (g,), from the mean power of an element of its inputs.
+
+    Positive where that is zero: next to nothing beside other groups, 1 where all are.
+    """
+    mean = float(np.mean(power))
+    return np.where(power > 0, ridge * power, _DEAD * mean if mean > 0 else 1.0)
+
+
+def _input_power(second: NDArray[np.float64]) -> NDArray[np.float64]:
+    power: NDArray[np.float64] = np.trace(second, axis1=1, axis2=2) / second.shape[-1]
+    return power
+
+
+def _add_to_diagonal(second: NDArray[np.float64], level: NDArray[np.float64]) -> None:
+    """Add λ_g I in place."""
+    index = np.arange(second.shape[-1])
+    second[:, index, index] += level[:, None]
+
+
+def _regression(second: NDArray[np.float64], cross: NDArray[np.float64]) -> NDArray[np.float64]:
+    """X C⁺ of one group; where C is singular to working precision, of least norm."""
+    try:
+        lower = np.linalg.cholesky(second)
+    except np.linalg.LinAlgError:
+        return cross @ scipy.linalg.pinvh(second)
+    diagonal = np.diagonal(second)
+    if np.min(np.diagonal(lower)) ** 2 <= len(second) * np.finfo(np.float64).eps * np.max(diagonal):
+        return cross @ scipy.linalg.pinvh(second)
+    solution: NDArray[np.float64] = scipy.linalg.cho_solve((lower, True), cross.T).T
+    return solution
