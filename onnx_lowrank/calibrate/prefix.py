@@ -40,12 +40,15 @@ class Sight:
         x: The activation that it reads in the original model, as its node reads it; None unless asked for.
         x_hat: The same in the compressed prefix.
         y: What it gives in the original model, behind a folded BatchNorm.
+        lack: What the compressed prefix lacks of the tensor that an Add puts beside y, in y's shape; None
+            where it lacks nothing, or nothing is added.
         held: Whether the batch is held out.
     """
 
     x: NDArray[Any] | None
     x_hat: NDArray[Any]
     y: NDArray[Any]
+    lack: NDArray[Any] | None
     held: bool
 
 
@@ -207,12 +210,21 @@ class Prefix:
                 self._keep(number, {name: made[name] for name in segments.made(index + 1)})
                 self._keep(number, remade, changed=True)
                 x_hat = shelf.get((x, x in stage.changed), number)
-                sight = Sight(shelf.get((x, False), number) if original else None, x_hat, made[y], held)
+                lack = self._lack(stage, made[y].shape, number)
+                sight = Sight(shelf.get((x, False), number) if original else None, x_hat, made[y], lack, held)
                 for key in dead:
                     shelf.drop(key, number)
                 if number == 0:
                     shelf.require((shelf.used - used) * (len(self._held) - 1))
                 yield sight
+
+    def _lack(self, stage: _Stage, shape: tuple[int, ...], number: int) -> NDArray[Any] | None:
+        """What the compressed prefix lacks of what is added to the layer's result, if they have one shape."""
+        name = self._segments.beside(stage.index)
+        if name is None or name not in stage.changed:
+            return None
+        whole = self._shelf.get((name, False), number)
+        return whole - self._shelf.get((name, True), number) if whole.shape == shape else None
 
     def _dead(self, stage: _Stage) -> set[_Key]:
         """What no later step reads of what is on the shelf in a step."""

@@ -8,6 +8,8 @@ Rules:
 2. What crosses a cut are the tensors that are fed or computed before it and that a later layer needs.
    What follows from constants alone does not: every segment has its own copy of what it needs of that.
 3. A segment holds no more than what the tensors that are asked of it need.
+4. What an Add puts beside a layer's result (a residual connection) crosses the cut before the layer, if
+   it is made there: the layer can make up for what the compressed prefix has done to it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.rewrite import inline
 from onnx_lowrank.graph.tensors import is_external, reference, tensors
-from onnx_lowrank.graph.walk import Walk, attribute_of
+from onnx_lowrank.graph.walk import Walk, attribute_of, is_op
 from onnx_lowrank.graph.weights import dtype_of, viewed
 from onnx_lowrank.types import Use
 
@@ -106,6 +108,7 @@ class Segments:
         made = (name for step in self._steps for name in step.node.output if name)
         self._order = {name: number for number, name in enumerate((*self._entries, *made))}
         self._parts = self._divided()
+        self._beside = [self._added(index) for index in range(len(self.bindings))]
         self._cuts = self._crossings()
         self._names = set(walk.names())
 
@@ -117,6 +120,10 @@ class Segments:
     def leaving(self, index: int) -> str:
         """Name of the tensor that a layer gives, behind a folded BatchNorm."""
         return self._steps[_nodes(self.bindings[index])[-1]].node.output[0]
+
+    def beside(self, index: int) -> str | None:
+        """Name of the tensor that an Add puts beside what a layer gives (rule 4), or None."""
+        return self._beside[index]
 
     def cut(self, index: int) -> tuple[str, ...]:
         """The tensors that cross the cut before a layer, in the order in which they are made.
@@ -224,6 +231,8 @@ class Segments:
         cuts: list[tuple[str, ...]] = []
         for index in reversed(range(len(self._parts))):
             constant = [self.entering(index)] if index < len(self.bindings) else []
+            if index < len(self.bindings) and (added := self._beside[index]) is not None:
+                live.add(added)
             cuts.append(tuple(sorted(live.union(constant), key=lambda name: self._order.get(name, -1))))
             if index:
                 live.add(self.leaving(index - 1))
@@ -232,6 +241,21 @@ class Segments:
                     live.difference_update(step.node.output)
                     live |= step.reads - self._constants
         return cuts[::-1]
+
+    def _added(self, index: int) -> str | None:
+        """Follow what a layer gives, past a constant that is added to it, to an Add of another tensor."""
+        name, node = self.leaving(index), self.bindings[index].layer.uses[0].node
+        earlier = set(self._entries) | _outputs(self._steps[:node])
+        given = {value.name for value in self._model.proto.graph.output}
+        while name not in given:
+            readers = [step for step in self._steps if name in step.reads]
+            if len(readers) != 1 or not is_op(readers[0].node, ("Add",)):
+                return None
+            other = next((operand for operand in readers[0].node.input if operand != name), name)
+            if other not in self._constants:
+                return other if other in earlier else None
+            name = readers[0].node.output[0]
+        return None
 
     def _substituted(
         self, binding: Binding, substitute: Substitute
@@ -262,11 +286,7 @@ class Segments:
         if node.op_type in ("MatMul", "Gather"):
             result, node.output[0] = node.output[0], self._free(f"{node.output[0]}_unbiased")
             return [node, make_node("Add", [node.output[0], bias], [result])]
-        del node.input[2:]
-        node.input.append(bias)
-        kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
+        set_bias(node, bias)
         return [node]
 
     def _free(self, name: str) -> str:
@@ -274,6 +294,15 @@ class Segments:
         while name in self._names:
             name += "_"
         return name
+
+
+def set_bias(node: NodeProto, name: str) -> None:
+    """Have a Conv, ConvTranspose or Gemm, which is changed, add a tensor as it is: without a Gemm's beta."""
+    del node.input[2:]
+    node.input.append(name)
+    kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def laid_out(node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:

@@ -87,7 +87,8 @@ def test_what_is_handed_on_stays_changed():
 
 def test_what_only_later_nodes_need_does_not_cross():
     segments = segments_of(found(model(RESIDUAL, **WEIGHTS), exclude=("w3",)))
-    assert [segments.cut(i) for i in range(3)] == [("x",), ("r",), ()]
+    assert [segments.cut(i) for i in range(3)] == [("x",), ("a", "r"), ()]
+    assert [segments.beside(i) for i in range(2)] == [None, "a"]  # which alone makes it cross
 
 
 @pytest.mark.parametrize(
