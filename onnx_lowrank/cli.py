@@ -17,14 +17,20 @@ from rich.console import Console
 from rich.text import Text
 
 from onnx_lowrank import recipe as recipes
+from onnx_lowrank.arguments import AUTO_RECIPE, DEFAULT_RECIPE
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.output import check_outputs, print_text, write
-from onnx_lowrank.pipeline import DEFAULT_RECIPE, compress
+from onnx_lowrank.pipeline import compress
 from onnx_lowrank.report.progress import Silent, Terminal
 from onnx_lowrank.types import Budget
 
 _INTERRUPTED = 130
 _SIZES = re.compile(r"[1-9][0-9]{0,17}(,[1-9][0-9]{0,17})*")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_AUTO = (
+    "Tries several recipes and keeps the best on held-out calibration inputs "
+    "(the default with --calibration)."
+)
 _ALIKE = 0.8  # of one, as difflib measures it: --ratoi for --ratio, not --align for --plan
 _EPILOG = """\b
 Exit codes:
@@ -48,6 +54,12 @@ def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> fl
     if exact.is_finite() and (not isfinite(number) or bool(number) != bool(exact)):
         raise click.BadParameter(f"{value!r} is too large or too close to 0, write it like 0.5")
     return number
+
+
+def _count(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is not None and not _WHOLE.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is no whole number, write it like 500")
+    return None if value is None else int(value)
 
 
 def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -82,7 +94,8 @@ def _passes(ctx: click.Context) -> str:
     if not sys.stdout.isatty():
         formatter.width = sys.maxsize  # one line each, for grep and the like
     default = {DEFAULT_RECIPE: " (the default)"}
-    formatter.write_dl([(r.name, r.summary + default.get(r.name, "")) for r in recipes.load_all()])
+    listed = [(recipe.name, recipe.summary + default.get(recipe.name, "")) for recipe in recipes.load_all()]
+    formatter.write_dl([(AUTO_RECIPE, _AUTO), *listed])
     return formatter.getvalue()
 
 
@@ -102,7 +115,8 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     "--pass",
     "recipe",
     metavar="NAME|FILE",
-    help=f"The recipe, by default {DEFAULT_RECIPE}: one that --list-passes lists, or a TOML file.",
+    help="A recipe that --list-passes lists, or a TOML file; "
+    f"by default {DEFAULT_RECIPE}, with --calibration {AUTO_RECIPE}.",
 )
 @click.option(
     "--list-passes",
@@ -116,6 +130,32 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     "--budget",
     metavar="|".join(Budget),
     help=f"What the ratio counts, by default {Budget.PARAMS}.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="DATA",
+    help="Inputs to fit to, no labels: .npz, .npy, or a folder of .npz or of ONNX test data.",
+)
+@click.option("--calibration-samples", callback=_count, metavar="N", help="How many of them to use at most.")
+@click.option(
+    "--no-recover",
+    "recover",
+    is_flag=True,
+    callback=lambda ctx, param, value: not value,
+    help="Fit every layer on its own, not to make up for those before it.",
+)
+@click.option(
+    "--target-error",
+    callback=_number,
+    metavar="NUMBER",
+    help="Instead of --ratio: the smallest model of this relative error on held-out calibration inputs.",
+)
+@click.option(
+    "--target-agreement",
+    callback=_number,
+    metavar="NUMBER",
+    help="Instead of --ratio: the smallest model that agrees so often, 0.99 for 99 %.",
 )
 @click.option(
     "--plan",
@@ -137,7 +177,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     "--inputs",
     type=click.Path(path_type=Path),
     metavar="FILE.npz",
-    help="Inputs on which to compare the models; made from the graph by default.",
+    help="Inputs on which to compare the models; by default of --calibration, or else made from the graph.",
 )
 @click.option(
     "--input-shape",
@@ -169,7 +209,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     default="CPUExecutionProvider",
     show_default=True,
     metavar="EP",
-    help="ONNX Runtime's execution provider for the comparison.",
+    help="ONNX Runtime's execution provider, to calibrate and to compare.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option(

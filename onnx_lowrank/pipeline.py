@@ -1,47 +1,46 @@
-"""compress(): load → prepare → find layers → spectra → allocate → factorize → rewrite → validate."""
+"""compress(): load → prepare → find layers → scores → allocate → factorize → rewrite → validate."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from importlib.metadata import version
-from numbers import Integral, Real
+from dataclasses import dataclass
+from functools import cache
+from numbers import Real
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from onnx_lowrank import arguments, planner, reporting
 from onnx_lowrank import plan as plans
-from onnx_lowrank import planner, reporting
-from onnx_lowrank import recipe as recipes
+from onnx_lowrank.arguments import Request
+from onnx_lowrank.build import Built, build
+from onnx_lowrank.calibrate import data, statistics
+from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.data import Samples, Source
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.found import Found, find_layers
 from onnx_lowrank.graph import model as models
 from onnx_lowrank.graph.atomic import replacing
 from onnx_lowrank.graph.excerpt import excerpts
-from onnx_lowrank.graph.external import Spill
-from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model, ModelProto
-from onnx_lowrank.graph.rewrite import Replacement, Rewritten, inline, rewrite
+from onnx_lowrank.graph.rewrite import Rewritten
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.linalg.backend import Backend, parallel_map, resolve
-from onnx_lowrank.linalg.factorize import certify, factorize
-from onnx_lowrank.planner import Found, Goal, find_layers, prepared
+from onnx_lowrank.linalg.backend import Backend, resolve
+from onnx_lowrank.planner import Goal
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.report import Report
 from onnx_lowrank.report.progress import Progress, Silent
-from onnx_lowrank.types import Budget, Certificate, Factors, Option, Plan, Validation
+from onnx_lowrank.scoring import Scores
+from onnx_lowrank.search import Search, Target
+from onnx_lowrank.types import Calibrated, Plan, Trial, Validation
 from onnx_lowrank.validate import runtime, validate
+from onnx_lowrank.validate.engines import Feed
 from onnx_lowrank.validate.inputs import read as read_inputs
 from onnx_lowrank.validate.inputs import specs
-
-DEFAULT_RECIPE = "schatten"
-"""The recipe that is used where nothing is known but the model; `passes/README.md` says why."""
-
-_LARGEST_SIZE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +102,11 @@ def compress(
     plan: str | os.PathLike[str] | Plan | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    calibration: Source | None = None,
+    calibration_samples: int | None = None,
+    recover: bool = True,
+    target_error: float | None = None,
+    target_agreement: float | None = None,
     inputs: str | Path | Mapping[str, NDArray[Any]] | None = None,
     input_shape: Mapping[str, Sequence[int]] | None = None,
     max_error: float | None = None,
@@ -116,17 +120,25 @@ def compress(
     Args:
         model: A path or a model in memory; it is not changed.
         ratio: Budget of the output over that of the input, above 0 and at most 1.
-        recipe: Name of a recipe, path of a TOML file, or a recipe; by default `DEFAULT_RECIPE`.
+        recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
+            on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
         budget: What the ratio counts: "params" (the default) or "macs".
         plan: A plan to replay, instead of ratio, recipe and budget.
         include: Globs of layer ids or node names; where there are any, only these are decomposed.
         exclude: Globs of layer ids or node names that are left alone.
+        calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder, arrays by name, an
+            iterable of feeds, or an ONNX Runtime CalibrationDataReader; see `calibrate.data.open`.
+        calibration_samples: How many of them to use at most.
+        recover: Let recipes that say so recover each layer from the errors of those before it.
+        target_error: Instead of a ratio, find the smallest model whose outputs on held-out calibration
+            inputs have at most this relative error.
+        target_agreement: The same for the share of outputs that agree, above 0 and at most 1.
         inputs: An .npz file, or arrays by input name, on which the models are compared; by default
-            inputs are made from the graph.
+            held-out calibration inputs, or inputs that are made from the graph.
         input_shape: Shapes by input name, where the model leaves dimensions open.
         max_error: Bound on the largest relative error over the outputs.
         device: Where the linear algebra runs: "auto", "cpu" or "cuda".
-        provider: ONNX Runtime's execution provider for the comparison.
+        provider: ONNX Runtime's execution provider, for calibration and for the comparison.
         dry_run: Make the plan and the report only; the model stays as it is.
         progress: Where to show progress; by default nowhere.
 
@@ -135,160 +147,173 @@ def compress(
         result, or use it in a `with` block.
 
     Raises:
-        InputError: An argument or the model is wrong.
+        InputError: An argument, the calibration data or the model is wrong.
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not do what the input model does.
     """
-    progress = progress or Silent()
     # Whatever can be wrong is better told before the work than after it.
-    goal = _goal(ratio, recipe, budget, plan)
-    _require("max_error", max_error, (Real, NoneType), "a number")
+    calibrated = calibration is not None
+    arguments.check_calibration(calibration_samples, calibrated=calibrated, recover=recover)
+    target = arguments.target(target_error, target_agreement, calibrated=calibrated)
+    asked = arguments.request(ratio, recipe, budget, plan, target, calibrated=calibrated, recover=recover)
+    arguments.require("max_error", max_error, (Real, NoneType), "a number")
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
-    backend = resolve(device)
-    if not dry_run:
-        runtime(provider)
-    shapes = _shapes(input_shape or {})
-    globs = _patterns("include", include), _patterns("exclude", exclude)
-    _require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
-    with progress.stage("find layers"):
-        loaded = models.load(model)
-        given = None if inputs is None else read_inputs(inputs, specs(loaded.proto))
-        # The inputs to compare on tell the shapes that nobody stated.
-        shapes = {name: array.shape for name, array in (given or {}).items() if array.size} | shapes
-        found = find_layers(loaded, shapes, *globs)
-    if isinstance(goal, Plan):
-        chosen = planner.replay(goal, found)
-    else:
-        chosen = planner.make(found, goal, backend, progress)
-    if dry_run:
-        return Result(reporting.assemble(found, chosen), chosen, found.model, ExitStack())
-    with ExitStack() as stack:
-        rewritten, certificates = _rewritten(found, chosen, backend, progress, stack)
-        with progress.stage("validate"):
-            validation = _validated(found, rewritten, given, shapes, provider, max_error)
-        report = reporting.assemble(found, chosen, rewritten, certificates, validation, given is not None)
-        return Result(report, chosen, rewritten.model, stack.pop_all())
-
-
-def _goal(
-    ratio: float | None,
-    recipe: str | Path | Recipe | None,
-    budget: str | None,
-    plan: str | os.PathLike[str] | Plan | None,
-) -> Goal | Plan:
-    _require("ratio", ratio, (Real, NoneType), "a number such as 0.5")
-    _require("recipe", recipe, (str, os.PathLike, Recipe, NoneType), "a name, a path or a Recipe")
-    _require("plan", plan, (str, os.PathLike, Plan, NoneType), "a path or a Plan")
-    if (ratio is None) == (plan is None):
-        raise InputError("Give either a ratio, such as --ratio 0.5, or a plan to replay with --plan FILE.")
-    if plan is not None:
-        if recipe is not None or budget is not None:
-            raise InputError("A plan has its own recipe and budget: leave out --pass and --budget.")
-        return plan if isinstance(plan, Plan) else plans.read(plan)
-    if ratio is None or not 0 < ratio <= 1:
-        raise InputError(f"The ratio is {ratio}, and has to be above 0 and at most 1: 0.5 keeps half.")
-    known = [member.value for member in Budget]
-    if budget is not None and budget not in known:
-        raise InputError(f"There is no budget {budget!r}: choose one of {', '.join(known)}.")
-    chosen = DEFAULT_RECIPE if recipe is None else recipe
-    return Goal(
-        ratio=float(ratio),
-        recipe=chosen if isinstance(chosen, Recipe) else recipes.load(chosen),
-        budget=Budget.PARAMS if budget is None else Budget(budget),
+    arguments.require(
+        "inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name"
     )
+    shapes = arguments.shapes(input_shape or {})
+    globs = arguments.patterns("include", include), arguments.patterns("exclude", exclude)
+    backend = resolve(device)
+    if calibrated or not dry_run:
+        runtime(provider)
+    progress = progress or Silent()
+    with ExitStack() as stack:
+        with progress.stage("find layers"):
+            loaded = models.load(model)
+            given = None if inputs is None else read_inputs(inputs, specs(loaded.proto))
+            samples = None
+            if calibration is not None:
+                samples = stack.enter_context(
+                    data.open(calibration, specs(loaded.proto), calibration_samples)
+                )
+            # The inputs to compare on tell the shapes that nobody stated.
+            shown = given or (_held_out(samples) if samples is not None else {})
+            shapes = {name: array.shape for name, array in shown.items() if array.size} | shapes
+            found = find_layers(loaded, shapes, *globs)
+        job = _Job(found, asked, backend, progress, provider, shapes, max_error, given)
+        return job.run(None if samples is None else job.calibrated(samples, stack), dry_run=dry_run)
 
 
-def _require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
-    """Say what is wrong with an argument of the API, which nothing has parsed."""
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A request on a model whose layers are found."""
 
+    found: Found
+    asked: Request
+    backend: Backend
+    progress: Progress
+    provider: str
+    shapes: Mapping[str, tuple[int, ...]]
+    max_error: float | None
+    given: Feed | None
 
-def _shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    _require("input_shape", shapes, (Mapping,), "a mapping of input names to shapes")
-    for name, shape in shapes.items():
-        _require(f"The shape of input {name!r}", shape, (Sequence,), "positive whole numbers")
-        if not all(isinstance(n, Integral) and 0 < n <= _LARGEST_SIZE for n in shape):
-            raise InputError(
-                f"The shape of input {name!r} is {shape}, and has to be of positive whole numbers."
+    def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
+        """Measure what the request needs to know of the activations."""
+        engine = runtime(self.provider)
+        bindings = self.found.bindings if self.asked.fits_activations else ()
+        with self.progress.stage("activations", 1) as step:
+            measured = statistics.measure(
+                self.found.model, self.found.walk, bindings, samples, engine, step=step
             )
-    return {name: tuple(map(int, shape)) for name, shape in shapes.items()}
+        return Calibration(samples, engine, stack.enter_context(measured))
+
+    def run(self, calibration: Calibration | None, *, dry_run: bool) -> Result:
+        """Make the plan, and the model where it is wanted."""
+        with ExitStack() as stack:
+            if calibration is not None and self.asked.plan is None and (not dry_run or self.asked.is_search):
+                built, trials = self._searched(calibration)
+            else:
+                plan, trials = self._plan(calibration), ()
+                if dry_run:
+                    return self._result(plan, calibration)
+                built = build(self.found, plan, calibration, self.backend, self.progress)
+            stack.enter_context(built.resources)
+            if dry_run:
+                return self._result(built.plan, calibration, trials)
+            with self.progress.stage("validate"):
+                validation = self._validated(built.rewritten, calibration)
+            return self._result(built.plan, calibration, trials, built, validation, stack.pop_all())
+
+    def _searched(self, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
+        """The best model that held-out inputs show, and what was tried."""
+        budget, recipes = self.asked.budget, self.asked.recipes
+        scores = Scores(self.found, budget, self.backend, self.progress, calibration)
+        search = Search(self.found, budget, scores, calibration, self.backend, self.progress)
+        if self.asked.ratio is not None:
+            built = search.best(recipes, self.asked.ratio)
+        else:
+            built = search.smallest(recipes, self.asked.target or Target())
+        return built, tuple(search.trials)
+
+    def _plan(self, calibration: Calibration | None) -> Plan:
+        if self.asked.plan is not None:
+            return planner.replay(self.asked.plan, self.found)
+        scores = Scores(self.found, self.asked.budget, self.backend, self.progress, calibration)
+        goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0], self.asked.budget)
+        return planner.make(self.found, goal, scores, self.progress)
+
+    def _result(
+        self,
+        plan: Plan,
+        calibration: Calibration | None,
+        trials: tuple[Trial, ...] = (),
+        built: Built | None = None,
+        validation: Validation | None = None,
+        resources: ExitStack | None = None,
+    ) -> Result:
+        report = reporting.assemble(
+            self.found,
+            plan,
+            None if built is None else built.rewritten,
+            {} if built is None else built.certificates,
+            validation,
+            self.given is not None or calibration is not None,
+            calibration=None if calibration is None else _summary(calibration),
+            trials=trials,
+            fits={} if built is None else built.fits,
+            target_error=self.asked.target.error if self.asked.target else None,
+            target_agreement=self.asked.target.agreement if self.asked.target else None,
+        )
+        model = self.found.model if built is None else built.rewritten.model
+        return Result(report, plan, model, resources or ExitStack())
+
+    def _validated(self, rewritten: Rewritten, calibration: Calibration | None) -> Validation:
+        bindings = {binding.layer.id: binding for binding in self.found.bindings}
+
+        @cache
+        def new_walk() -> Walk:
+            return Walk(rewritten.model.proto)
+
+        def alone(layer: str) -> tuple[ModelProto, ModelProto]:
+            chain = rewritten.chains[layer][0]
+            model, walk = self.found.model, self.found.walk
+            return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
+
+        shown, source = self.given, "given"
+        if shown is None and calibration is not None:
+            shown = _held_out(calibration.samples)
+            source = "held-out calibration inputs" if calibration.samples.held else "calibration inputs"
+        last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
+        return validate(
+            self.found.model,
+            rewritten.model,
+            last,
+            alone=alone,
+            inputs=shown,
+            source=source,
+            input_shapes=self.shapes,
+            provider=self.provider,
+            max_error=self.max_error,
+        )
 
 
-def _patterns(name: str, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        return (patterns,)
-    _require(name, patterns, (Iterable,), "names or globs")
-    globs = tuple(patterns)
-    for glob in globs:
-        _require(name, glob, (str,), "names or globs")
-    return globs
+_SHOWN = 16
+"""Calibration samples on which the models are compared at the end."""
 
 
-# --- the model ------------------------------------------------------------------------------------
+def _held_out(samples: Samples) -> Feed:
+    """Some calibration inputs, held-out ones where there are any."""
+    batches = samples.batches(_SHOWN)
+    return next(batch.feed for batch in batches if batch.held or not samples.held)
 
 
-def _rewritten(
-    found: Found, plan: Plan, backend: Backend, progress: Progress, stack: ExitStack
-) -> tuple[Rewritten, dict[str, Certificate]]:
-    """Factorize every layer that the plan names, certify what is stored, and write it into the model."""
-    options = {choice.layer: choice.option for choice in plan.choices if choice.option is not None}
-    chosen = [(b, options[b.layer.id]) for b in found.bindings if b.layer.id in options]
-    spill = stack.enter_context(Spill()) if found.model.files else None
-    certificates: dict[str, Certificate] = {}
-
-    def replacements() -> Iterator[Replacement]:
-        with progress.stage("factorize", len(chosen)) as step:
-            for replacement in parallel_map(partial(_replacement, found, backend), chosen, backend):
-                certificates[replacement.binding.layer.id] = replacement.certificate
-                step()
-                yield replacement
-
-    run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
-    store = inline if spill is None else spill.tensor
-    rewritten = rewrite(found.model, found.walk, replacements(), run, store)
-    if spill is not None:
-        files = {**rewritten.model.files, **spill.files}
-        rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
-    return rewritten, certificates
-
-
-def _replacement(found: Found, backend: Backend, item: tuple[Binding, Option]) -> Replacement:
-    binding, option = item
-    weight, dtype = prepared(found, binding)
-    factors = factorize(weight, option, backend, dtype)
-    stored = Factors(factors.fold, factors.encoder.astype(dtype), factors.decoder.astype(dtype))
-    del factors  # a large layer's are gigabytes
-    return Replacement(binding, option, stored, certify(weight, stored))
-
-
-def _validated(
-    found: Found,
-    rewritten: Rewritten,
-    inputs: Mapping[str, NDArray[Any]] | None,
-    shapes: Mapping[str, tuple[int, ...]],
-    provider: str,
-    max_error: float | None,
-) -> Validation:
-    bindings = {binding.layer.id: binding for binding in found.bindings}
-
-    @cache
-    def new_walk() -> Walk:
-        return Walk(rewritten.model.proto)
-
-    def alone(layer: str) -> tuple[ModelProto, ModelProto]:
-        chain = rewritten.chains[layer][0]
-        return excerpts(found.model, found.walk, rewritten.model, new_walk(), bindings[layer], chain)
-
-    last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
-    return validate(
-        found.model,
-        rewritten.model,
-        last,
-        alone=alone,
-        inputs=inputs,
-        input_shapes=shapes,
-        provider=provider,
-        max_error=max_error,
+def _summary(calibration: Calibration) -> Calibrated:
+    samples, reasons = calibration.samples, calibration.statistics.reasons
+    return Calibrated(
+        source=samples.description,
+        samples=samples.count,
+        held=samples.held,
+        unmeasured=tuple(reasons.items()),
+        warnings=samples.warnings,
     )

@@ -18,10 +18,22 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.types import Aggregate, Budget, Choice, Fold, Layer, Measure, Option, Plan, Solver
+from onnx_lowrank.types import Aggregate, Budget, Choice, Fit, Fold, Layer, Measure, Option, Plan, Solver
 
-VERSION = 1
-_KEYS = ("version", "model", "recipe", "measure", "ratio", "budget", "solver", "digest", "layers")
+VERSION = 2
+_KEYS = (
+    "version",
+    "model",
+    "recipe",
+    "measure",
+    "ratio",
+    "budget",
+    "factors",
+    "recover",
+    "solver",
+    "digest",
+    "layers",
+)
 _LAYER_KEYS = ("id", "fold", "k", "j", "cost", "error", "reason")
 _SOLVER_KEYS = tuple(field.name for field in fields(Solver))
 _INTEGERS = 2**63  # what JSON readers and ONNX take for an integer
@@ -32,8 +44,9 @@ E = TypeVar("E", bound=StrEnum)
 def to_json(plan: Plan) -> str:
     """A plan as JSON, one line per layer; kept layers have fold, k and j null, unknown errors are null."""
     solver = None if plan.solver is None else _solver_row(plan.solver)
-    values = (VERSION, plan.model, plan.recipe, plan.measure, plan.ratio, plan.budget, solver, plan.digest)
-    head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(_KEYS, values, strict=False)]
+    wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover)
+    values = (VERSION, plan.model, *wanted, solver, plan.digest)
+    head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(_KEYS[:-1], values, strict=True)]
     rows = ",\n".join(f"    {_text(_row(choice))}" for choice in plan.choices)
     return "\n".join(["{", *head, '  "layers": [', *([rows] if rows else []), "  ]", "}", ""])
 
@@ -94,7 +107,8 @@ def read(path: str | os.PathLike[str]) -> Plan:
 
 
 def _parse(table: object) -> Plan:
-    version, model, recipe, measure, ratio, budget, solver, digest, rows = _fields(table, _KEYS, "it")
+    fields = _fields(table, _KEYS, "it")
+    version, model, recipe, measure, ratio, budget, factors, recover, solver, digest, rows = fields
     if version != VERSION or isinstance(version, bool):
         raise PlanError(f"version is {version!r}, and this program reads version {VERSION}")
     if not isinstance(model, str) or not isinstance(recipe, str):
@@ -103,6 +117,11 @@ def _parse(table: object) -> Plan:
         raise PlanError(f"digest is {digest!r}, which has to be a text")
     if not _is_number(ratio) or not 0 < ratio <= 1:
         raise PlanError(f"ratio is {ratio!r}, which has to be a number above 0 and at most 1")
+    if not isinstance(recover, bool):
+        raise PlanError(f"recover is {recover!r}, which has to be true or false")
+    fit = _member(Fit, factors, "factors")
+    if recover and fit is not Fit.ACTIVATIONS:
+        raise PlanError(f"recover is true and factors is {factors!r}, which has to be 'activations' then")
     if not isinstance(rows, list):
         raise PlanError("layers has to be a list")
     return Plan(
@@ -114,6 +133,8 @@ def _parse(table: object) -> Plan:
         choices=tuple(_choice(row) for row in rows),
         solver=None if solver is None else _solver(solver),
         digest=digest,
+        factors=fit,
+        recover=recover,
     )
 
 

@@ -50,7 +50,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it needs calibration inputs."""
-        return self.measure is Measure.ACTIVATION or self.factors is Fit.ACTIVATIONS
+        return not self.measure.of_weights or self.factors is Fit.ACTIVATIONS
 
 
 def load(name: str | Path) -> Recipe:

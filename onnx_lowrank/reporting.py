@@ -9,11 +9,21 @@ from pathlib import Path
 from types import MappingProxyType
 
 from onnx_lowrank.allocate.cost import macs, parameters
+from onnx_lowrank.found import Found
 from onnx_lowrank.graph import model as models
 from onnx_lowrank.graph.rewrite import Rewritten
-from onnx_lowrank.planner import Found
 from onnx_lowrank.report import LayerRow, Report, Total, Totals
-from onnx_lowrank.types import Budget, Certificate, Choice, Layer, Plan, Validation
+from onnx_lowrank.types import (
+    Budget,
+    Calibrated,
+    Certificate,
+    Choice,
+    Layer,
+    LayerFit,
+    Plan,
+    Trial,
+    Validation,
+)
 
 _LARGE_ERROR = 0.5
 _SLACK = 0.05
@@ -26,6 +36,12 @@ def assemble(
     certificates: Mapping[str, Certificate] = MappingProxyType({}),
     validation: Validation | None = None,
     given: bool = False,
+    *,
+    calibration: Calibrated | None = None,
+    trials: tuple[Trial, ...] = (),
+    fits: Mapping[str, LayerFit] = MappingProxyType({}),
+    target_error: float | None = None,
+    target_agreement: float | None = None,
 ) -> Report:
     """Gather what a run has to say.
 
@@ -35,11 +51,19 @@ def assemble(
         rewritten: The compressed model; None in a dry run.
         certificates: Of the rewritten layers, by id.
         validation: What the comparison gave; None where none was made.
-        given: Whether the user gave the inputs to compare on.
+        given: Whether the inputs to compare on are the user's, from --inputs or for calibration.
+        calibration: What calibration inputs were used for; None where there were none.
+        trials: The plans that were tried on them.
+        fits: How the factors of the rewritten layers came about, by id.
+        target_error: The error that was asked for instead of a ratio.
+        target_agreement: The agreement that was asked for instead of a ratio.
     """
     totals = _totals(found, plan, rewritten)
     counted = totals.params if plan.budget is Budget.PARAMS else totals.macs
     reached = 1.0 if counted.ratio is None else counted.ratio
+    targeted = target_error is not None or target_agreement is not None
+    warnings = _ratio_warnings(plan, reached, totals, targeted)
+    more = _error_warnings(validation, given, calibrated=calibration is not None)
     return Report(
         version=version("onnx-lowrank"),
         model=Path(found.model.name).stem,
@@ -51,26 +75,28 @@ def assemble(
         reached=reached,
         solver=plan.solver,
         layers=tuple(
-            _row(layer, choice, certificates.get(layer.id))
+            _row(layer, choice, certificates.get(layer.id), fits.get(layer.id))
             for layer, choice in zip(found.layers, plan.choices, strict=True)
         ),
         skipped=found.skipped,
         removed_inputs=() if rewritten is None else rewritten.removed_inputs,
         totals=totals,
         validation=validation,
-        warnings=tuple(_warnings(plan, reached, totals, validation, given)),
+        warnings=(*warnings, *more, *(calibration.warnings if calibration else ())),
+        calibration=calibration,
+        trials=trials,
+        target_error=target_error,
+        target_agreement=target_agreement,
     )
 
 
-def _warnings(
-    plan: Plan, reached: float, totals: Totals, validation: Validation | None, given: bool
-) -> Iterator[str]:
-    """What would surprise the user."""
+def _ratio_warnings(plan: Plan, reached: float, totals: Totals, targeted: bool) -> Iterator[str]:
+    """What would surprise the user about the size."""
     if all(choice.option is None for choice in plan.choices):
         yield "No layer is rewritten, the output is the input model."
     elif reached > plan.ratio * (1 + 1e-9):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
-    elif reached < plan.ratio - _SLACK:
+    elif reached < plan.ratio - _SLACK and not targeted:
         yield (
             f"The ratio is {reached:.4g} where {plan.ratio:g} was asked for, as the options are coarse: "
             "another recipe may come closer."
@@ -78,16 +104,22 @@ def _warnings(
     macs_before, macs_after = totals.macs.before, totals.macs.after
     if macs_before is not None and macs_after is not None and macs_after > macs_before:
         yield f"The MACs rise from {macs_before:,} to {macs_after:,}: the budget macs keeps them down."
+
+
+def _error_warnings(validation: Validation | None, given: bool, calibrated: bool) -> Iterator[str]:
+    """What would surprise the user about the outputs."""
     worst = None if validation is None else validation.worst
-    if worst is not None and worst > _LARGE_ERROR:
-        large = f"The largest relative error of an output is {worst:.3g}"
-        if given:
-            yield f"{large}: choose a larger ratio or another recipe."
-        else:
-            yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
+    if worst is None or worst <= _LARGE_ERROR:
+        return
+    large = f"The largest relative error of an output is {worst:.3g}"
+    if not given:
+        yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
+    else:
+        advice = "" if calibrated else ", or pass inputs to fit to as --calibration"
+        yield f"{large}: choose a larger ratio or another recipe{advice}."
 
 
-def _row(layer: Layer, choice: Choice, certificate: Certificate | None) -> LayerRow:
+def _row(layer: Layer, choice: Choice, certificate: Certificate | None, fit: LayerFit | None) -> LayerRow:
     option = choice.option
     return LayerRow(
         id=layer.id,
@@ -102,6 +134,7 @@ def _row(layer: Layer, choice: Choice, certificate: Certificate | None) -> Layer
         error=None if option is None or math.isnan(choice.error) else choice.error,
         certificate=certificate,
         reason=choice.reason,
+        fit=fit,
     )
 
 

@@ -72,6 +72,9 @@ class Measure(StrEnum):
     times that, the bound of its Theorem 1 on ‖W − Ŵ‖₂ / ‖W‖₂. FROBENIUS is Σ_i Σ_{m>j} σ²_{i,m} / ‖W‖²_F
     and NUCLEAR the same with σ to the first power. SCHATTEN, (Σ_i Σ_{m>j} σ⁴_{i,m} / Σ_m σ_m(W)⁴)^¼, lies
     between them: as the Schatten 4-norm lies between the Frobenius (2) and the spectral norm (∞).
+
+    Two need calibration inputs x. ACTIVATION is E‖(W − Ŵ) x‖² / E‖W x‖². OUTPUT is the same error as it
+    shows at the model's outputs, predicted from what a few options of every layer do to them.
     """
 
     SPECTRAL = "spectral"
@@ -80,6 +83,12 @@ class Measure(StrEnum):
     NUCLEAR = "nuclear"
     SCHATTEN = "schatten"
     ACTIVATION = "activation"
+    OUTPUT = "output"
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether it follows from the weights alone."""
+        return self not in (Measure.ACTIVATION, Measure.OUTPUT)
 
 
 class Fit(StrEnum):
@@ -345,6 +354,8 @@ class Plan:
         solver: How good it is; None where that is unknown, as of an edited plan.
         digest: SHA-256 of all the rest, from when it was made. An edited plan does not have its digest,
             and what was proven of the original is not said of it.
+        factors: What its factors are fitted to.
+        recover: Whether they are fitted to what the compressed layers before them give.
     """
 
     model: str
@@ -355,6 +366,8 @@ class Plan:
     choices: tuple[Choice, ...]
     solver: Solver | None = None
     digest: str = ""
+    factors: Fit = Fit.WEIGHTS
+    recover: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,3 +449,71 @@ class Validation:
     def worst(self) -> float | None:
         """The largest relative error over the outputs; None where none was measured."""
         return max((output.relative for output in self.outputs if output.relative is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A plan that was tried, and what its model gives on the held-out calibration inputs.
+
+    Attributes:
+        recipe: Name of the recipe.
+        ratio: The ratio that was asked for.
+        recovered: Whether its layers were recovered from the errors of those before them.
+        outputs: One per output of the model; none where the recipe does not reach the ratio.
+        chosen: Whether its model was taken.
+        note: Why there are no outputs, a sentence.
+    """
+
+    recipe: str
+    ratio: float
+    recovered: bool = False
+    outputs: tuple[OutputError, ...] = ()
+    chosen: bool = False
+    note: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """The largest relative error over the outputs; None where none was measured."""
+        return max((output.relative for output in self.outputs if output.relative is not None), default=None)
+
+    @property
+    def agreement(self) -> float | None:
+        """The least agreement over the outputs; None where none has one."""
+        return min(
+            (output.agreement for output in self.outputs if output.agreement is not None), default=None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What calibration inputs were used for.
+
+    Attributes:
+        source: Where they came from, a short phrase.
+        samples: How many were used.
+        held: How many of them were held out.
+        unmeasured: The layers of which they tell nothing, each with the reason, a sentence.
+        warnings: What the user should know about them, sentences.
+    """
+
+    source: str
+    samples: int
+    held: int
+    unmeasured: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFit:
+    """How the factors of one layer came about.
+
+    Attributes:
+        fit: What they were fitted to.
+        recovered: Whether that was what the compressed layers before it give.
+        error: The squared error of its outputs over their own square, on held-out calibration inputs
+            where there are any, else on those that were fitted to; None where that is unknown.
+    """
+
+    fit: Fit
+    recovered: bool = False
+    error: float | None = None

@@ -14,11 +14,18 @@ import pytest
 
 from onnx_lowrank import cli, compress
 from onnx_lowrank import recipe as recipes
-from tiny import CNN, DIGITS, cnn, decaying, files
+from tiny import CNN, DIGITS, built, cnn, decaying, files
 
 HALF = ("in.onnx", "out.onnx", "--ratio", "0.5")
 RUN = ("--quiet", *HALF)
 STAGES = ("find layers", "spectra", "plan", "factorize", "validate")
+CALIBRATED = (*HALF, "--calibration", "cal.npz")
+CALIBRATED_STAGES = ("activations", "errors", "outputs", "recover", "compare", "validate")
+RECIPES = {
+    recipe.name: ("--calibration", "cal.npz") if recipe.calibrated else ()
+    for recipe in recipes.load_all()
+    if recipe.price is None
+}
 
 
 @dataclass
@@ -45,6 +52,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setattr(tempfile, "tempdir", str(work))
     onnx.save(cnn(), "in.onnx")
+    np.savez("cal.npz", x=np.random.default_rng(5).standard_normal((60, 8, 6, 6), np.float32))
     return work
 
 
@@ -139,7 +147,7 @@ WRONG = {
     "max-error nan": ([*HALF, "--max-error", "nan"], "largest error to accept is nan"),
     "max-error negative": ([*HALF, "--max-error", "-1"], "largest error to accept is -1.0"),
     "max-error text": ([*HALF, "--max-error", "small"], "--max-error: 'small' is no number"),
-    "unknown recipe": ([*HALF, "--pass", "magic"], "no recipe 'magic': name a .toml file or one of alds"),
+    "unknown recipe": ([*HALF, "--pass", "magic"], "no recipe 'magic': name a .toml file or one of "),
     "recipe with an unknown key": ([*HALF, "--pass", "key.toml"], "unknown key 'colour'"),
     "recipe with a bad value": ([*HALF, "--pass", "value.toml"], "has power = 0"),
     "recipe that is no TOML": ([*HALF, "--pass", "broken.toml"], "is not valid TOML"),
@@ -184,6 +192,67 @@ WRONG = {
     "inputs of another name": ([*HALF, "--inputs", "name.npz"], "no input 'z': its inputs are x"),
     "inputs of another shape": ([*HALF, "--inputs", "shape.npz"], "shape N×8×6×6 in the model"),
     "inputs of another dtype": ([*HALF, "--inputs", "dtype.npz"], "is float32 in the model, but float64"),
+    **{
+        f"calibration samples {value!r}": (
+            [*CALIBRATED, "--calibration-samples", value],
+            f"--calibration-samples: {value!r} is no whole number, write it like 500",
+        )
+        for value in ("many", "1.5", "1e3", "", " 5", "0x10", "٣", "9" * 5000)
+    },
+    **{
+        f"{value} calibration samples": ([*CALIBRATED, "--calibration-samples", value], f"is {value}: pass 1")
+        for value in ("0", "-3")
+    },
+    "calibration samples alone": ([*HALF, "--calibration-samples", "5"], "of --calibration"),
+    "no recovery alone": ([*HALF, "--no-recover"], "--calibration"),
+    "auto alone": ([*HALF, "--pass", "auto"], "--pass auto chooses by held-out calibration inputs"),
+    **{
+        f"recipe {recipe} alone": (
+            [*HALF, "--pass", recipe],
+            f"The recipe {recipe!r} needs calibration inputs",
+        )
+        for recipe, options in RECIPES.items()
+        if options
+    },
+    **{
+        f"{target} alone": (["in.onnx", "out.onnx", target, "0.9"], "pass some with --calibration")
+        for target in ("--target-error", "--target-agreement")
+    },
+    **{
+        f"{target} with a ratio": ([*CALIBRATED, target, "0.9"], "Give either a ratio")
+        for target in ("--target-error", "--target-agreement")
+    },
+    **{
+        f"{target} with a plan": (
+            ["in.onnx", "out.onnx", "--plan", "p.json", "--calibration", "cal.npz", target, "0.9"],
+            "Give either a ratio",
+        )
+        for target in ("--target-error", "--target-agreement")
+    },
+    **{
+        f"target agreement {value}": (
+            ["in.onnx", "out.onnx", "--calibration", "cal.npz", "--target-agreement", value],
+            f"The target agreement is {float(value)}, and has to be above 0 and at most 1",
+        )
+        for value in ("0", "1.01", "-1", "nan", "inf")
+    },
+    **{
+        f"target error {value}": (
+            ["in.onnx", "out.onnx", "--calibration", "cal.npz", "--target-error", value],
+            f"The target error is {float(value)}, and has to be 0 or more",
+        )
+        for value in ("-1", "nan", "-inf")
+    },
+    **{
+        f"{target} text": (["in.onnx", "out.onnx", target, "5%"], f"{target}: '5%' is no number")
+        for target in ("--target-error", "--target-agreement")
+    },
+    "missing calibration": ([*HALF, "--calibration", "no.npz"], "no.npz does not exist"),
+    "empty calibration folder": ([*HALF, "--calibration", "sub"], "sub"),
+    "calibration that is no archive": ([*HALF, "--calibration", "text.txt"], "text.txt"),
+    "calibration of another name": ([*HALF, "--calibration", "name.npz"], "'z'"),
+    "calibration of another shape": ([*HALF, "--calibration", "shape.npz"], "shape.npz"),
+    "calibration with NaN": ([*HALF, "--calibration", "nan.npz"], "NaN"),
 }
 
 
@@ -203,6 +272,7 @@ def cluttered(folder):
     np.savez("name.npz", z=np.ones((1, 8, 6, 6), np.float32))
     np.savez("shape.npz", x=np.ones((1, 8, 6), np.float32))
     np.savez("dtype.npz", x=np.ones((1, 8, 6, 6)))
+    np.savez("nan.npz", x=np.full((9, 8, 6, 6), np.nan, np.float32))
     return folder
 
 
@@ -270,10 +340,11 @@ def test_cuda_without_cupy_names_the_extra(run, folder, monkeypatch):
 # --- ratios that cannot be reached --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [r.name for r in recipes.load_all() if r.price is None])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_ratio_out_of_reach_tells_the_smallest_which_then_works(run, folder, recipe):
     before = files(folder)
-    outcome = run("--quiet", "in.onnx", "out.onnx", "--ratio", "0.001", "--pass", recipe)
+    options = ("--pass", recipe, *RECIPES[recipe])
+    outcome = run("--quiet", "in.onnx", "out.onnx", "--ratio", "0.001", *options)
     assert (
         f"The ratio 0.001 of params cannot be reached for in.onnx: the smallest with recipe {recipe!r} is"
         in (outcome.message)
@@ -282,7 +353,7 @@ def test_a_ratio_out_of_reach_tells_the_smallest_which_then_works(run, folder, r
     assert files(folder) == before
     smallest = float(outcome.message.rstrip(".").rsplit(" ", 1)[1])
     assert 0.001 < smallest < 0.5
-    again = run("--quiet", "in.onnx", "out.onnx", "--ratio", smallest, "--pass", recipe, "--report", "-")
+    again = run("--quiet", "in.onnx", "out.onnx", "--ratio", smallest, *options, "--report", "-")
     assert smallest - 0.001 < report_of(again)["ratio"]["reached"] <= smallest
 
 
@@ -369,15 +440,21 @@ class Interrupting:
     def stage(self, name, total=None):
         if name == sys.argv[1]:
             os.kill(os.getpid(), signal.SIGINT)
-        yield lambda: None
+        yield lambda done=None: None
 
 cli.Silent = Interrupting
 cli.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_interrupt_at_any_stage_leaves_nothing_behind(run, folder, monkeypatch, stage):
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        *((stage, ()) for stage in STAGES),
+        *((stage, ("--calibration", "cal.npz")) for stage in (*STAGES, *CALIBRATED_STAGES)),
+    ],
+)
+def test_an_interrupt_at_any_stage_leaves_nothing_behind(run, folder, monkeypatch, stage, options):
     onnx.save(cnn(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
     before = files(folder)
 
@@ -388,7 +465,7 @@ def test_an_interrupt_at_any_stage_leaves_nothing_behind(run, folder, monkeypatc
             return super().stage(name, total)
 
     monkeypatch.setattr(cli, "Silent", Interrupting)
-    outcome = run("-q", "big.onnx", "out.onnx", "--ratio", "0.5")
+    outcome = run("-q", "big.onnx", "out.onnx", "--ratio", "0.5", *options)
     assert outcome == Outcome(130, "", INTERRUPT_MESSAGE)
     assert files(folder) == before
 
@@ -482,12 +559,14 @@ def test_a_dry_run_plans_what_the_real_run_does(run, folder):
 def test_list_passes_gives_every_recipe_one_line_in_a_pipe(run):
     outcome = run("--list-passes")
     assert (outcome.code, outcome.err) == (0, "")
-    lines = outcome.out.splitlines()
+    auto, *lines = outcome.out.splitlines()
+    assert auto.split()[0] == "auto"
+    assert auto.endswith("on held-out calibration inputs (the default with --calibration).")
     assert [line.split()[0] for line in lines] == [recipe.name for recipe in recipes.load_all()]
     for line, recipe in zip(lines, recipes.load_all(), strict=True):
         assert recipe.summary in line
         assert line == line.rstrip()
-        assert line.endswith(" (the default)") == (recipe.name == cli.DEFAULT_RECIPE)
+        assert line.endswith(" (the default)") == (recipe.name == "schatten")
 
 
 def test_list_passes_wraps_to_the_terminal(run, monkeypatch):
@@ -673,9 +752,10 @@ def test_an_input_shape_makes_macs_known(run, folder):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
-@pytest.mark.parametrize("recipe", [r.name for r in recipes.load_all() if r.price is None])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_parameters_of_the_file_are_those_of_the_report(run, folder, ratio, recipe):
-    report = report_of(run("-q", "in.onnx", "out.onnx", "--ratio", ratio, "--pass", recipe, "--report", "-"))
+    options = ("--pass", recipe, *RECIPES[recipe], "--report", "-")
+    report = report_of(run("-q", "in.onnx", "out.onnx", "--ratio", ratio, *options))
     counts = [
         sum(
             int(np.prod(tensor.dims)) for tensor in onnx.load(name).graph.initializer if tensor.data_type == 1
@@ -769,3 +849,97 @@ def test_no_small_file_is_left_where_the_model_cannot_be_written(run, folder, mo
     assert "No space left" in outcome.message
     assert outcome.code == 2
     assert files(folder) == before
+
+
+# --- calibration --------------------------------------------------------------------------------------
+
+
+def test_calibration_tries_several_recipes_and_keeps_the_best(run, folder):
+    report = report_of(run("-q", *CALIBRATED, "--report", "-"))
+    assert report["calibration"]["source"].startswith("cal.npz: 60 samples")
+    assert (report["calibration"]["samples"], report["calibration"]["held"]) == (60, 12)
+    assert len(report["trials"]) > 1
+    best = min(report["trials"], key=lambda trial: trial["error"])
+    assert [trial for trial in report["trials"] if trial["chosen"]] == [best]
+    assert report["recipe"]["name"] == best["recipe"]
+    assert {trial["ratio"] for trial in report["trials"]} == {0.5}
+    for row in report["layers"]:
+        assert (row["fit"] is None) == (row["fold"] is None)
+    assert report == report_of(run("-q", *CALIBRATED, "--pass", "auto", "--report", "-"))
+
+
+def test_a_calibrated_run_shows_its_stages_and_its_comparison(run, folder):
+    outcome = run(*CALIBRATED)
+    assert (outcome.code, outcome.out) == (0, "")
+    for text in (*CALIBRATED_STAGES, "Calibration on cal.npz", "held-out error", "→ "):
+        assert text in outcome.err
+    assert run(*CALIBRATED, "--quiet") == Outcome(0, "", "")
+
+
+@pytest.mark.parametrize("options", [(), ("--no-recover",)])
+def test_no_recover_fits_every_layer_on_its_own(run, folder, options):
+    report = report_of(run("-q", *CALIBRATED, "--pass", "activation", *options, "--report", "-"))
+    fits = [row["fit"] for row in report["layers"] if row["fit"]]
+    assert all(fit["factors"] == "activations" for fit in fits)
+    assert all(0 < fit["error"] < 1 for fit in fits)
+    assert any(fit["recovered"] for fit in fits) == (not options)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(5, 5), (40, 40), (1000, 60)])
+def test_calibration_samples_are_no_more_than_asked_for(run, folder, asked, used):
+    options = ("--calibration-samples", asked, "--pass", "activation", "--report", "-")
+    report = report_of(run("-q", *CALIBRATED, *options))
+    assert report["calibration"]["samples"] == used
+    assert any("are weak" in warning for warning in report["warnings"]) == (used < 32)
+
+
+@pytest.mark.parametrize("error", [0.02, 0.1, 0.4])
+def test_a_target_error_is_held_by_the_smallest_model_that_was_tried(run, folder, error):
+    options = ("--calibration", "cal.npz", "--pass", "activation", "--target-error", error, "--report", "-")
+    report = report_of(run("-q", "in.onnx", "out.onnx", *options))
+    (chosen,) = [trial for trial in report["trials"] if trial["chosen"]]
+    assert chosen["error"] <= error
+    assert len({trial["ratio"] for trial in report["trials"]}) > 2
+    measured = [trial for trial in report["trials"] if trial["error"] is not None]
+    assert all(trial["error"] > error for trial in measured if trial["ratio"] < chosen["ratio"])
+    assert report["ratio"]["reached"] <= chosen["ratio"] == report["ratio"]["asked"]
+
+
+MLP = """
+<ir_version: 8, opset_import: ["": 17]>
+mlp (float[N, 24] x) => (float[N, 8] y) { a = MatMul (x, w1) b = Relu (a) y = MatMul (b, w2) }
+"""
+
+
+def test_a_target_agreement_is_held_by_the_smallest_model_that_was_tried(run, folder):
+    onnx.save(built(MLP, {"w1": decaying(1, 24, 32), "w2": decaying(2, 32, 8)}), "in.onnx")
+    np.savez("cal.npz", x=np.random.default_rng(6).standard_normal((300, 24), np.float32))
+    options = ("--calibration", "cal.npz", "--pass", "activation", "--target-agreement", "0.9")
+    report = report_of(run("-q", "in.onnx", "out.onnx", *options, "--report", "-"))
+    (chosen,) = [trial for trial in report["trials"] if trial["chosen"]]
+    assert chosen["agreement"] >= 0.9
+    smaller = [trial for trial in report["trials"] if trial["ratio"] < chosen["ratio"] and trial["outputs"]]
+    assert smaller
+    assert all(trial["agreement"] < 0.9 for trial in smaller)
+
+
+def test_the_same_calibration_data_gives_the_same_bytes(run, folder):
+    results = []
+    for _ in range(2):
+        outcome = run("-q", *CALIBRATED, "--save-plan", "p.json", "--report", "-")
+        results.append((outcome, Path("out.onnx").read_bytes(), Path("p.json").read_bytes()))
+    assert results[0] == results[1]
+
+
+def test_a_calibrated_plan_replays_to_the_same_bytes_with_the_same_data(run, folder):
+    assert run("-q", *CALIBRATED, "--pass", "activation", "--save-plan", "p.json").code == 0
+    saved = json.loads(Path("p.json").read_text())
+    assert (saved["factors"], saved["recover"]) == ("activations", True)
+    again = ("-q", "in.onnx", "again.onnx", "--plan", "p.json")
+    outcome = run(*again)
+    assert outcome.message == (
+        "The plan's factors are fitted to calibration inputs: pass them with --calibration."
+    )
+    assert outcome.code == 2
+    assert run(*again, "--calibration", "cal.npz").code == 0
+    assert Path("again.onnx").read_bytes() == Path("out.onnx").read_bytes()

@@ -6,7 +6,7 @@ import pytest
 
 from onnx_lowrank import plan as plans
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.types import Aggregate, Budget, Choice, Fold, Layer, Measure, Option, Plan, Solver
+from onnx_lowrank.types import Aggregate, Budget, Choice, Fit, Fold, Layer, Measure, Option, Plan, Solver
 
 PLAN = Plan(
     model="ab" * 32,
@@ -44,6 +44,8 @@ def read(tmp_path, text):
         replace(PLAN, choices=()),
         replace(PLAN, ratio=1.0, measure=Measure.NUCLEAR),
         replace(PLAN, solver=None, digest=""),
+        replace(PLAN, measure=Measure.ACTIVATION, factors=Fit.ACTIVATIONS),
+        replace(PLAN, measure=Measure.OUTPUT, factors=Fit.ACTIVATIONS, recover=True),
         replace(PLAN, solver=Solver(Aggregate.UNIFORM, 1.0, 0.5, None)),
     ],
 )
@@ -56,12 +58,13 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path, plan):
 def test_the_file_has_one_line_for_each_layer():
     lines = plans.to_json(PLAN).splitlines()
     assert lines[0] == "{"
-    assert lines[1] == '  "version": 1,'
-    assert lines[7] == '  "solver": {"aggregate": "sum", "power": 4.0, "objective": 0.1, "gap": 1e-17},'
-    assert lines[9] == '  "layers": ['
-    assert lines[10].startswith('    {"id": "conv1", "fold": null, "k": null, "j": null, "cost": 100, ')
-    assert lines[10].endswith('"error": 0.0, "reason": "it is small"},')
-    assert lines[11].startswith('    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "cost": 48, ')
+    assert lines[1] == '  "version": 2,'
+    assert lines[7:9] == ['  "factors": "weights",', '  "recover": false,']
+    assert lines[9] == '  "solver": {"aggregate": "sum", "power": 4.0, "objective": 0.1, "gap": 1e-17},'
+    assert lines[11] == '  "layers": ['
+    assert lines[12].startswith('    {"id": "conv1", "fold": null, "k": null, "j": null, "cost": 100, ')
+    assert lines[12].endswith('"error": 0.0, "reason": "it is small"},')
+    assert lines[13].startswith('    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "cost": 48, ')
     assert lines[-2:] == ["  ]", "}"]
 
 
@@ -88,6 +91,7 @@ def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
     assert plans.is_edited(PLAN)
     edits = {"model": "ef" * 32, "recipe": "svd", "measure": Measure.NUCLEAR, "ratio": 0.25}
     edits |= {"budget": Budget.PARAMS, "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
+    edits |= {"factors": Fit.ACTIVATIONS, "recover": True}
     assert edits.keys() == PLAN.__dataclass_fields__.keys()
     for name, value in edits.items():
         assert plans.is_edited(replace(plan, **{name: value})), name
@@ -120,7 +124,7 @@ MALFORMED = {
     "TOML": ("[plan]\nversion = 1\n", "not valid JSON"),
     "deep": ("[" * 200_000, "not valid JSON"),
     "a huge integer": (
-        table(version=1).replace('"version": 1', '"version": ' + "9" * 5000),
+        table().replace('"version": 2', '"version": ' + "9" * 5000),
         "not valid JSON",
     ),
     "a list": ("[]", "it has to be an object with the keys version, model"),
@@ -128,7 +132,7 @@ MALFORMED = {
     "a number": ("3", "it has to be an object"),
     "an unknown key": (table(speed=1), "it has an unknown key 'speed'"),
     **{f"no {key}": (json.dumps(without(TABLE, key)), f"it lacks the key {key!r}") for key in TABLE},
-    "version 2": (table(version=2), "version is 2, and this program reads version 1"),
+    "version 1": (table(version=1), "version is 1, and this program reads version 2"),
     "version true": (table(version=True), "version is True"),
     "version text": (table(version="1"), "version is '1'"),
     "model 3": (table(model=3), "model is 3"),
@@ -141,6 +145,16 @@ MALFORMED = {
         f"ratio {value!r}": (table(ratio=value), f"ratio is {value!r}, which has to be a number above 0")
         for value in (0, -0.5, 1.5, float("inf"), float("nan"), "0.5", None, True, [0.5], 10**400)
     },
+    "factors": (table(factors="biases"), "factors is 'biases', which is none of weights, activations"),
+    "factors null": (table(factors=None), "factors is None, which is none of"),
+    **{
+        f"recover {value!r}": (table(recover=value), f"recover is {value!r}, which has to be true or false")
+        for value in (None, 0, 1, "true", [])
+    },
+    "recovered weights": (
+        table(recover=True),
+        "recover is true and factors is 'weights', which has to be 'activations' then",
+    ),
     "digest 3": (table(digest=3), "digest is 3, which has to be a text"),
     "solver text": (table(solver="best"), "solver has to be an object with the keys aggregate, power"),
     **{

@@ -10,17 +10,18 @@ import pytest
 
 from onnx_lowrank import planner
 from onnx_lowrank import recipe as recipes
-from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.errors import BudgetError, InputError
+from onnx_lowrank.found import find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.linalg.backend import resolve
-from onnx_lowrank.planner import Goal, find_layers, make
+from onnx_lowrank.planner import Goal, make
 from onnx_lowrank.report.progress import Silent
+from onnx_lowrank.scoring import Scores
 from onnx_lowrank.types import Budget, Choice
 from rewriting import model
 
 CPU = resolve("cpu")
-RECIPES = [recipe for recipe in recipes.load_all() if recipe.price is None]
+RECIPES = [recipe for recipe in recipes.load_all() if recipe.price is None and not recipe.calibrated]
 IF = """g (bool b, float[4,{n}] x) => (float[4,{n}] y) {{ h = {before} (x{and_w})
     y = If (b) <then_branch = t () => (float[4,{n}] p) {{ k = MatMul (h, a) p = MatMul (k, b1) }},
                 else_branch = e () => (float[4,{n}] q) {{ q = MatMul (h, c) }}> }}"""
@@ -44,16 +45,12 @@ def found(proto):
 
 
 def planned(seen, ratio, recipe, budget=Budget.MACS):
-    return make(seen, Goal(ratio, recipe, budget), CPU, Silent())
+    return make(seen, Goal(ratio, recipe, budget), Scores(seen, budget, CPU, Silent()), Silent())
 
 
 def all_plans(seen, recipe):
     """(total MACs, errors) of every choice of candidates."""
-    goal = Goal(1.0, recipe, Budget.MACS)
-    spectra = planner._spectra(seen, goal, CPU)
-    tables = [
-        candidates(of, values, recipe, Budget.MACS) for of, values in zip(seen.layers, spectra, strict=True)
-    ]
+    tables = Scores(seen, Budget.MACS, CPU, Silent()).candidates(recipe)
     for picks in product(*(range(table.cost.size) for table in tables)):
         pairs = list(zip(tables, picks, strict=True))
         choices = [Choice(t.layer, t.option(n), int(t.cost[n]), float(t.error[n])) for t, n in pairs]

@@ -102,7 +102,7 @@ def weight_errors(spectra: Spectra, measure: Measure, *, relative: bool) -> Erro
 
     Args:
         spectra: Singular values; those of k = 1 for every fold of which there are any.
-        measure: Any but `Measure.ACTIVATION`.
+        measure: One that follows from the weights alone.
         relative: Divide by the norm of the weight.
     """
     return {
@@ -125,7 +125,7 @@ def _errors(values: Floats, whole: Floats, measure: Measure, relative: bool) -> 
             unit = whole.max() or 1.0  # keeps fourth powers away from underflow
             residual = _tails(values / unit, 4) ** 0.25 * unit
             norm = _tails(whole / unit, 4)[0] ** 0.25 * unit
-        case Measure.ACTIVATION:
+        case Measure.ACTIVATION | Measure.OUTPUT:
             raise ValueError("the spectra of a weight tell nothing of activations")
     if relative and norm > 0:
         residual = residual / norm

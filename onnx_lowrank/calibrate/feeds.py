@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate import fitting, stored
+from onnx_lowrank.calibrate import checks, stored
 from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
 from onnx_lowrank.calibrate.stored import Spool
 from onnx_lowrank.errors import InputError
@@ -66,7 +66,7 @@ class _Inspection:
         self.wanted = wanted
         self.sizes: list[int | None] = []
         self._narrowed: dict[str, None] = {}
-        self._variation = fitting.Variation()
+        self._variation = checks.Variation()
 
     @property
     def samples(self) -> int:
@@ -75,7 +75,7 @@ class _Inspection:
 
     def see(self, given: Mapping[str, NDArray[Any]], where: str, most: int | None = None) -> Feed:
         """Check a feed; gives it as the model takes it, cut to `most` samples if it can be split."""
-        feed: Feed = fitting.fitted(given, self.wanted, where)
+        feed: Feed = checks.fitted(given, self.wanted, where)
         size = _samples(feed, self.wanted)
         if size is not None and most is not None and most < size:
             feed = {name: array[:most] if array.ndim else array for name, array in feed.items()}
@@ -83,7 +83,7 @@ class _Inspection:
         for spec in self.wanted:
             array = feed[spec.name]
             self._variation.see(spec.name, array[None] if size is None or not array.ndim else array)
-            warning = fitting.narrowed(spec, given[spec.name].dtype)
+            warning = checks.narrowed(spec, given[spec.name].dtype)
             if warning is not None:
                 self._narrowed[warning] = None
         self.sizes.append(size)
@@ -131,7 +131,7 @@ def folder(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Feeds:
     read = _read_test_set if sets else _read_archive
 
     def load(number: int) -> Feed:
-        return fitting.fitted(read(used[number], wanted), wanted, str(used[number]))
+        return checks.fitted(read(used[number], wanted), wanted, str(used[number]))
 
     inspection = _Inspection(wanted)
     for source in used:
@@ -166,7 +166,7 @@ def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spo
             break
     if not inspection.sizes:
         raise InputError("The calibration data gives no feeds: a generator must be fresh, and give dicts.")
-    return inspection.feeds(lambda n: fitting.fitted(spool.read(n), wanted, _label(n)), most)
+    return inspection.feeds(lambda n: checks.fitted(spool.read(n), wanted, _label(n)), most)
 
 
 def as_array(value: Any, what: str) -> NDArray[Any]:
@@ -255,6 +255,6 @@ def _read_archive(path: Path, wanted: tuple[Spec, ...]) -> dict[str, NDArray[Any
     arrays = stored.load(path)
     if not isinstance(arrays, dict):
         raise InputError(f"{path} is no .npz archive but an .npy array: write it with numpy.savez.")
-    fitting.check_names(arrays, wanted, str(path))
+    checks.check_names(arrays, wanted, str(path))
     stored.bounded(sum(prod(a.shape) * a.dtype.itemsize for a in arrays.values()), str(path))
     return {name: array.read() for name, array in arrays.items()}

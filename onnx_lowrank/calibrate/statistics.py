@@ -19,6 +19,7 @@ import numpy as np
 
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.patches import CHUNK, Geometry, geometry, outputs, patches
+from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.instrument import Instrumented, Tap, instrument
 from onnx_lowrank.graph.layers import Binding
@@ -26,25 +27,16 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.linalg.backend import parallel_map, resolve
 from onnx_lowrank.types import Layer, Moments
-from onnx_lowrank.validate.engines import Engine, Feed, RejectedError, Run, UnsupportedError
+from onnx_lowrank.validate.engines import Engine, RejectedError, Run, UnsupportedError
 
 MEMORY = 2**30
 """Bytes that the moments under way take at most, all layers together."""
 
+_UNMEASURED = 32
+"""Samples to run at a time where nothing is measured."""
+
 _TAPPED = 2**28
 """Bytes that the tapped tensors of one batch take, about."""
-
-
-class Batch(Protocol):
-    """Calibration inputs that are fed together."""
-
-    @property
-    def feed(self) -> Feed:
-        """The input arrays by name."""
-
-    @property
-    def held(self) -> bool:
-        """Whether they are held out, to judge what was fitted to the others."""
 
 
 class Samples(Protocol):
@@ -103,11 +95,13 @@ class Statistics(Mapping[str, LayerMoments]):
 
     Attributes:
         reasons: Why the layers without moments have none.
+        batch: How many samples were run at a time.
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
         """Start without moments of these layers."""
         self.reasons: dict[str, str] = {}
+        self.batch = _UNMEASURED
         self._layers = tuple(layers)
         self._files: dict[str, tuple[int, bool]] = {}
         self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
@@ -137,6 +131,11 @@ class Statistics(Mapping[str, LayerMoments]):
         number, of_outputs = self._files[layer]
         fit, held = (self._read(number, share) for share in ("fit", "held"))
         return LayerMoments(outputs=fit, held_outputs=held) if of_outputs else LayerMoments(fit, held)
+
+    def has_inputs(self, layer: str) -> bool:
+        """Whether there are moments of a layer's inputs, of both shares."""
+        number, of_outputs = self._files.get(layer, (-1, True))
+        return not of_outputs and self._path(number, "held", "count").exists()
 
     def store(self, layers: Iterable[str], fit: Moments, held: Moments | None, *, of_outputs: bool) -> None:
         """Put moments on disk that several layers may share.
@@ -300,7 +299,7 @@ class _Measurement:
         jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
         tasks = [_Task(job, layers) for job, layers in jobs.items()]
         with self._engine.open(instrumented.model) as run:
-            size = self._batch_size(run)
+            size = self._statistics.batch = self._batch_size(run)
             expected = ceil(self._samples.count / size)
             for done, batch in enumerate(self._samples.batches(size), 1):
                 _add(tasks, run(batch.feed), batch.held)

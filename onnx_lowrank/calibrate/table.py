@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate import fitting
+from onnx_lowrank.calibrate import checks
 from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
 from onnx_lowrank.calibrate.stored import Column, bounded
 from onnx_lowrank.errors import InputError
@@ -67,7 +67,7 @@ class Table:
                 yield (
                     start,
                     {
-                        spec.name: fitting.cast(spec, take(numbers), self.where, numbers)
+                        spec.name: checks.cast(spec, take(numbers), self.where, numbers)
                         for spec, take in takes
                     },
                 )
@@ -81,7 +81,7 @@ class Table:
 
     def _variation(self) -> list[str]:
         """Read all samples once, which checks their values; gives warnings on what they have in common."""
-        variation = fitting.Variation()
+        variation = checks.Variation()
         for _, block in self._blocks(max(1, _CHECKED_BYTES // max(_row_bytes(self.columns), 1))):
             for name, values in block.items():
                 variation.see(name, values)
@@ -112,7 +112,7 @@ def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | N
         where=where,
         columns=sampled,
         alone=alone,
-        every={spec.name: fitting.cast(spec, column.read(), where) for spec, column in fixed},
+        every={spec.name: checks.cast(spec, column.read(), where) for spec, column in fixed},
         unit=unit,
         chosen=chosen,
         held=held_out(len(chosen) // (unit or 1)).repeat(unit or 1),
@@ -120,7 +120,7 @@ def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | N
         warnings=tuple(
             warning
             for spec in wanted
-            if (warning := fitting.narrowed(spec, columns[spec.name].dtype)) is not None
+            if (warning := checks.narrowed(spec, columns[spec.name].dtype)) is not None
         ),
     )
     dropped = [f"The last samples do not fill a batch of {unit}: {left} left out."] if left else []
@@ -129,9 +129,9 @@ def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | N
 
 def _check(columns: Mapping[str, Column], wanted: tuple[Spec, ...], where: str) -> None:
     """Compare names and dtypes with the model's, and look for arrays that have no elements."""
-    fitting.check_names(columns, wanted, where)
+    checks.check_names(columns, wanted, where)
     for spec in wanted:
-        fitting.check_dtype(spec, columns[spec.name].dtype, where)
+        checks.check_dtype(spec, columns[spec.name].dtype, where)
         if 0 in columns[spec.name].shape:
             raise InputError(f"{where}: the array of the input {spec.name!r} is empty: give samples.")
 
@@ -155,10 +155,10 @@ def _roles(
     for spec in wanted:
         shape = shapes[spec.name]
         rank = len(shape) if spec.shape is None else len(spec.shape)
-        if len(shape) == rank + 1 and fitting.fits(shape[1:], spec):
+        if len(shape) == rank + 1 and checks.fits(shape[1:], spec):
             alone.add(spec.name)
-        elif not fitting.fits(shape, _any_number(spec)):
-            raise fitting.shape_error(spec, shape, where)
+        elif not checks.fits(shape, _any_number(spec)):
+            raise checks.shape_error(spec, shape, where)
         elif rank == 0 or (spec.shape and isinstance(spec.shape[0], int) and shape[0] == spec.shape[0]):
             whole.add(spec.name)
         if shape:

@@ -40,6 +40,7 @@ class Bias:
             so that what the layer gives includes it, or the Add behind a MatMul.
         operand: The input of that node that holds it.
         shape: The shape in which it is held.
+        in_node: Whether the layer's own node adds it.
     """
 
     values: NDArray[np.float64]
@@ -47,6 +48,7 @@ class Bias:
     place: Place
     operand: int
     shape: tuple[int, ...]
+    in_node: bool
 
 
 def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
@@ -58,7 +60,7 @@ def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
     place = Place(use.scope, use.node)
     scale = attribute_of(walk.node(place), "alpha", 1.0) if layer.op == "Gemm" else 1.0
     if layer.batchnorm is not None:
-        return Bias(layer.batchnorm.bias, scale, place, 2, (layer.f,))
+        return Bias(layer.batchnorm.bias, scale, place, 2, (layer.f,), in_node=True)
     adder = _adder(walk, layer, place)
     value = None if adder is None else _own_constant(model, walk, *adder)
     if adder is None or value is None or not _is_per_feature(value.shape, layer.f, _feature_axis(use)):
@@ -68,7 +70,7 @@ def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
         values = beta * value.astype(np.float64).ravel()
     if beta == 0 or not np.isfinite(values).all():
         return None
-    return Bias(values, scale, *adder, value.shape)
+    return Bias(values, scale, *adder, value.shape, in_node=adder[0] == place)
 
 
 def _adder(walk: Walk, layer: Layer, place: Place) -> tuple[Place, int] | None:

@@ -12,13 +12,20 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - totals: params, macs, bytes, each with before, after, ratio.
 - layers: a list in graph order of id, op, shape (groups, outputs per group, inputs per group, kernel ...),
   dtype, nodes, fold, k, j, full_rank (null where kept), params, macs (each before, after, ratio), error,
-  certificate (spectral, frobenius: a list each, one number per operator group; null where kept), reason.
+  certificate (spectral, frobenius: a list each, one number per operator group; null where kept), reason,
+  fit (factors: what they were fitted to, weights or activations; recovered: whether to what the compressed
+  layers before give; error: squared, of the layer's outputs, relative; null where kept).
 - skipped: a list of scope, name, op, weight, reason.
 - removed_inputs: a list of names.
 - validation: engine, inputs, worst (over the outputs; null where none could be measured), outputs (a list of
   name, relative, largest, agreement, note), never_ran (a list of layer ids, null where unknown), notes, alone
   (as outputs, one per rewritten layer, where the model ran nowhere); null where none was made.
 - warnings: a list of sentences.
+- target: error, agreement (one can be null): what was asked for instead of a ratio; null where a ratio was.
+- calibration: source, samples, held (how many of them were held out), unmeasured (a list of layer, reason);
+  null where there were no calibration inputs.
+- trials: a list of recipe, ratio, recovered, error, agreement (the worst over the outputs), chosen, note,
+  outputs (as in validation, on the held-out calibration inputs); empty where nothing was compared.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from dataclasses import asdict
 from typing import Any
 
 from onnx_lowrank.report.model import LayerRow, Report, Total
-from onnx_lowrank.types import Validation
+from onnx_lowrank.types import Calibrated, LayerFit, Trial, Validation
 
 SCHEMA = 1
 
@@ -62,6 +69,9 @@ def as_dict(report: Report) -> dict[str, Any]:
         "removed_inputs": list(report.removed_inputs),
         "validation": _validation(report.validation) if report.validation else None,
         "warnings": list(report.warnings),
+        "target": _target(report),
+        "calibration": _calibration(report.calibration) if report.calibration else None,
+        "trials": [_trial(trial) for trial in report.trials],
     }
 
 
@@ -86,7 +96,12 @@ def _layer(row: LayerRow) -> dict[str, Any]:
         "error": row.error,
         "certificate": asdict(row.certificate) if row.certificate else None,
         "reason": row.reason,
+        "fit": _fit(row.fit) if row.fit else None,
     }
+
+
+def _fit(fit: LayerFit) -> dict[str, Any]:
+    return {"factors": fit.fit.value, "recovered": fit.recovered, "error": fit.error}
 
 
 def _validation(validation: Validation) -> dict[str, Any]:
@@ -98,6 +113,33 @@ def _validation(validation: Validation) -> dict[str, Any]:
         "never_ran": None if validation.never_ran is None else list(validation.never_ran),
         "notes": list(validation.notes),
         "alone": [asdict(output) for output in validation.alone],
+    }
+
+
+def _target(report: Report) -> dict[str, Any] | None:
+    target = {"error": report.target_error, "agreement": report.target_agreement}
+    return None if set(target.values()) == {None} else target
+
+
+def _calibration(calibration: Calibrated) -> dict[str, Any]:
+    return {
+        "source": calibration.source,
+        "samples": calibration.samples,
+        "held": calibration.held,
+        "unmeasured": [{"layer": layer, "reason": reason} for layer, reason in calibration.unmeasured],
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "recipe": trial.recipe,
+        "ratio": trial.ratio,
+        "recovered": trial.recovered,
+        "error": trial.error,
+        "agreement": trial.agreement,
+        "chosen": trial.chosen,
+        "note": trial.note,
+        "outputs": [asdict(output) for output in trial.outputs],
     }
 
 

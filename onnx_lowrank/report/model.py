@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from onnx_lowrank.types import Budget, Certificate, Measure, Option, Skipped, Solver, Validation
+from onnx_lowrank.types import (
+    Budget,
+    Calibrated,
+    Certificate,
+    LayerFit,
+    Measure,
+    Option,
+    Skipped,
+    Solver,
+    Trial,
+    Validation,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,7 @@ class LayerRow:
         error: In the recipe's measure; None where the layer is kept.
         certificate: Norms of the residual, from the factors as stored.
         reason: Why it is kept; "" where it is not.
+        fit: How its factors came about; None where that is unknown, or it is kept.
     """
 
     id: str
@@ -68,6 +80,7 @@ class LayerRow:
     error: float | None = None
     certificate: Certificate | None = None
     reason: str = ""
+    fit: LayerFit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,11 @@ class Report:
         totals: Of the whole model.
         validation: The comparison; None where none was made.
         warnings: What the user should know, a sentence each.
+        calibration: What calibration inputs were used for; None where there were none.
+        trials: The plans that were tried on calibration inputs.
+        target_error: The error that the held-out outputs were to keep to, where that was asked for instead
+            of a ratio.
+        target_agreement: The agreement that they were to keep, likewise.
     """
 
     version: str
@@ -107,6 +125,10 @@ class Report:
     totals: Totals
     validation: Validation | None = None
     warnings: tuple[str, ...] = ()
+    calibration: Calibrated | None = None
+    trials: tuple[Trial, ...] = ()
+    target_error: float | None = None
+    target_agreement: float | None = None
 
     def table(self, console: Console | None = None) -> None:
         """Print the report, by default on stdout."""

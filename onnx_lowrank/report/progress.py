@@ -5,25 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from math import inf
+from threading import Lock
+from time import monotonic
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
+from rich.text import Text
 
-Step = Callable[[], None]
-"""Reports that one unit of a stage is done; threads may call it."""
+_FIRST, _EVERY = 10.0, 30.0  # seconds until a long stage tells how far it is, and between such lines
+
+
+class Step(Protocol):
+    """Reports how far a stage is; threads may call it."""
+
+    def __call__(self, done: float | None = None) -> None:
+        """One more of the stage's steps is done, or else the share `done` of it, from 0 to 1."""
+        ...
 
 
 class Progress(Protocol):
-    """Shows which stage works and how far it is."""
+    """Shows which stage works and how far it is; stages follow each other and do not nest."""
 
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Step]:
         """Show a stage for as long as the context is open.
 
         Args:
             name: What it does.
-            total: How many steps it has; None where that is unknown.
+            total: How many steps it has, 1 where it reports shares; None where that is unknown.
         """
         ...
 
@@ -35,31 +56,100 @@ class Silent:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Step]:
         """Show nothing."""
-        yield lambda: None
+        yield _nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Terminal:
-    """A bar for each stage; a line for each where nobody watches (a pipe, a file).
+    """A bar with the time left for the stage at work.
+
+    Where nobody watches (a pipe, a file) it is a line for each stage, and for long ones more of them.
 
     Attributes:
         console: Where to; it should stand on stderr.
+        clock: Seconds since any moment.
     """
 
     console: Console
+    clock: Callable[[], float] = monotonic
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Step]:
         """Show a stage for as long as the context is open."""
+        # One average over the whole stage: steps may be further apart than any shorter window.
+        bars = Bars(
+            *_columns(total),
+            console=self.console,
+            get_time=self.clock,
+            speed_estimate_period=inf,
+            transient=True,
+        )
+        task = bars.add_task(name, total=total)
+
+        def step(done: float | None = None) -> None:
+            if done is None:
+                bars.advance(task)
+            elif total is not None:
+                bars.update(task, completed=done * total)
+
         if not self.console.is_terminal:
-            self.console.print(name if total is None else f"{name} ({total})", markup=False, highlight=False)
-            yield lambda: None
+            yield self._logged(bars.tasks[0], step)
             return
-        columns: list[ProgressColumn] = [TextColumn("{task.description:<12}", markup=False), BarColumn(24)]
-        if total is not None:
-            columns.append(MofNCompleteColumn())
-        with Bars(*columns, TimeElapsedColumn(), console=self.console) as bars:
-            task = bars.add_task(name, total=total)
-            yield lambda: bars.advance(task)
-            if total is None:
+        with bars:
+            yield step
+            if total is None or total == 1:
                 bars.update(task, total=1, completed=1)
+
+    def _logged(self, task: Task, step: Step) -> Step:
+        """A step that prints a line now and then; the stage's own line is printed at once."""
+        counted = f"{task.description} ({task.total:g})" if _is_counted(task.total) else task.description
+        self._print(counted)
+        due = self.clock() + _FIRST
+        lock = Lock()
+
+        def logged(done: float | None = None) -> None:
+            nonlocal due
+            with lock:
+                step(done)
+                now = self.clock()
+                if now < due or task.total is None or task.finished:
+                    return
+                due = now + _EVERY
+                self._print(f"{task.description}: {_state(task)}")
+
+        return logged
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left, called that beside the time elapsed."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.finished else super().render(task).append(" left")
+
+
+def _columns(total: int | None) -> list[ProgressColumn]:
+    name, bar = TextColumn("{task.description:<12}", markup=False), BarColumn(24)
+    if total is None:
+        return [name, bar, TimeElapsedColumn()]
+    state = MofNCompleteColumn() if _is_counted(total) else TaskProgressColumn()
+    return [name, bar, state, TimeElapsedColumn(), _TimeLeft()]
+
+
+def _state(task: Task) -> str:
+    """How far a stage of known total is, and how long it still takes."""
+    counted = f"{int(task.completed)}/{task.total:g}"
+    state = counted if _is_counted(task.total) else f"{task.percentage:.0f} %"
+    left = task.time_remaining
+    return state if left is None else f"{state}, {timedelta(seconds=int(left))} left"
+
+
+def _is_counted(total: float | None) -> bool:
+    """Whether a stage of this total tells a count, and not a share."""
+    return total is not None and total != 1
+
+
+def _nothing(done: float | None = None) -> None:
+    """Show nothing."""

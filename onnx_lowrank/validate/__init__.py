@@ -40,6 +40,7 @@ def validate(
     *,
     alone: Alone,
     inputs: str | Path | Mapping[str, Any] | None = None,
+    source: str = "given",
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     provider: str = "CPUExecutionProvider",
     max_error: float | None = None,
@@ -55,6 +56,7 @@ def validate(
         nodes: The rewritten layers' ids, each with the names of the last nodes of its chains.
         alone: Cuts a rewritten layer out of both models.
         inputs: An .npz file or a mapping of arrays, named like the inputs; None makes some.
+        source: What to call them in the result.
         input_shapes: Shapes of inputs to make, where the model leaves them free.
         provider: ONNX Runtime's execution provider.
         max_error: Bound on the largest relative error over the outputs; each has to be measured.
@@ -77,10 +79,10 @@ def validate(
         result = _layers_alone(tuple(nodes), alone, engine)
     else:
         outputs = compare(run.outputs, _run_compressed(compressed, run))
-        source = "given" if given is not None else "made from the graph"
+        origin = source if given is not None else "made from the graph"
         result = Validation(
             engine=run.engine.name,
-            inputs=f"{source}: {describe(run.feed)}" if run.feed else "the model has none",
+            inputs=f"{origin}: {describe(run.feed)}" if run.feed else "the model has none",
             outputs=outputs,
             never_ran=_never_ran(compressed, nodes, run),
         )

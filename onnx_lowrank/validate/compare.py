@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import hypot
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ _EMPTY = "It has no elements."
 
 
 def compare(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[OutputError, ...]:
-    """Compare the outputs of the input model with the compressed model's.
+    """Compare the outputs of the input model with the compressed model's, on one feed.
 
     Sequences and maps are compared element by element; an optional that is empty in both is left out.
 
@@ -26,14 +28,111 @@ def compare(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[OutputEr
     Raises:
         ValidationError: An output has NaN or Inf where the input model's has none.
     """
-    errors = []
-    for name, value in wanted.items():
-        ours, theirs = dict(_leaves(name, value)), dict(_leaves(name, got.get(name)))
-        errors += [_compare(leaf, ours[leaf], theirs[leaf]) for leaf in ours if leaf in theirs]
-        if ours.keys() != theirs.keys():
-            note = f"It has {len(theirs)} elements, the input model's {len(ours)}."
-            errors.append(OutputError(name, float("inf"), None, None, note))
-    return tuple(errors)
+    comparison = Comparison()
+    comparison.add(wanted, got)
+    return comparison.errors()
+
+
+class Comparison:
+    """How far the outputs of two models lie apart over many feeds."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, _Sums] = {}
+
+    def add(self, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+        """Add the outputs on one feed; see `compare`.
+
+        Raises:
+            ValidationError: An output has NaN or Inf where the input model's has none.
+        """
+        for name, value in wanted.items():
+            ours, theirs = dict(_leaves(name, value)), dict(_leaves(name, got.get(name)))
+            for leaf in ours:
+                if leaf in theirs:
+                    self._of(leaf).add(ours[leaf], theirs[leaf])
+            if ours.keys() != theirs.keys():
+                self._of(name).fault = f"It has {len(theirs)} elements, the input model's {len(ours)}."
+
+    def errors(self) -> tuple[OutputError, ...]:
+        """One per output."""
+        return tuple(sums.error() for sums in self._sums.values())
+
+    def _of(self, name: str) -> _Sums:
+        return self._sums.setdefault(name, _Sums(name))
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What is summed up of one output.
+
+    Attributes:
+        name: The output.
+        size: Its elements.
+        compared: Those that were compared.
+        norm: ‖y‖².
+        residual: ‖y − ŷ‖².
+        largest: Largest |y − ŷ|.
+        rows: Rows, or elements, of which it is known whether they agree.
+        agreeing: How many of them do.
+        fault: Why the outputs cannot be compared at all; "" where they can.
+        is_text: Whether it holds texts.
+    """
+
+    name: str
+    size: int = 0
+    compared: int = 0
+    norm: float = 0.0
+    residual: float = 0.0
+    largest: float = 0.0
+    rows: int = 0
+    agreeing: int = 0
+    fault: str = ""
+    is_text: bool = False
+
+    def add(self, y: NDArray[Any], z: NDArray[Any]) -> None:
+        if y.shape != z.shape:
+            self.fault = self.fault or f"Its shape is {z.shape}, the input model's {y.shape}."
+            return
+        self.size += y.size
+        if y.dtype.kind in "OSU":
+            self.is_text = True
+            self._agree(y == z)
+            return
+        exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
+        y, z = _wide(y), _wide(z)
+        finite = np.isfinite(y)
+        lost = int(np.count_nonzero(finite & ~np.isfinite(z)))
+        if lost:
+            raise ValidationError(
+                f"The compressed model gives NaN or Inf in {lost} of {y.size} elements of {self.name!r}, "
+                "where the input model gives none: choose a larger ratio, or a wider dtype than the weights "
+                "have now."
+            )
+        difference = np.abs(y[finite] - z[finite])
+        self.compared += difference.size
+        self.norm = hypot(self.norm, float(np.linalg.norm(y[finite])))
+        self.residual = hypot(self.residual, float(np.linalg.norm(difference)))
+        self.largest = max(self.largest, float(difference.max(initial=0.0)))
+        agreement = y == z if exact else _top1(y, z)
+        if agreement is not None:
+            self._agree(agreement)
+
+    def _agree(self, agreement: NDArray[np.bool_]) -> None:
+        self.rows += agreement.size
+        self.agreeing += int(np.count_nonzero(agreement))
+
+    def error(self) -> OutputError:
+        if self.fault:
+            return OutputError(self.name, float("inf"), None, None, self.fault)
+        agreement = self.agreeing / self.rows if self.rows else None
+        if self.is_text:
+            return OutputError(self.name, None, None, agreement, "It holds texts." if self.size else _EMPTY)
+        hidden = self.size - self.compared
+        note = f"{hidden} of {self.size} elements are NaN or Inf in the input model, too." if hidden else ""
+        if not self.compared:
+            return OutputError(self.name, None, None, None, note or _EMPTY)
+        relative = self.residual / self.norm if self.norm else float("inf") if self.residual else 0.0
+        return OutputError(self.name, relative, self.largest, agreement, note)
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -48,42 +147,14 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
         yield name, np.asarray(value)
 
 
-def _compare(name: str, y: NDArray[Any], z: NDArray[Any]) -> OutputError:
-    if y.shape != z.shape:
-        note = f"Its shape is {z.shape}, the input model's {y.shape}."
-        return OutputError(name, float("inf"), None, None, note)
-    if y.dtype.kind in "OSU":
-        equal = float(np.mean(y == z)) if y.size else None
-        return OutputError(name, None, None, equal, "It holds texts." if y.size else _EMPTY)
-    exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
-    y, z = _wide(y), _wide(z)
-    finite = np.isfinite(y)
-    lost = int(np.count_nonzero(finite & ~np.isfinite(z)))
-    if lost:
-        raise ValidationError(
-            f"The compressed model gives NaN or Inf in {lost} of {y.size} elements of {name!r}, where the "
-            "input model gives none: choose a larger ratio, or a wider dtype than the weights have now."
-        )
-    hidden = y.size - int(np.count_nonzero(finite))
-    note = f"{hidden} of {y.size} elements are NaN or Inf in the input model, too." if hidden else ""
-    if not finite.any():
-        return OutputError(name, None, None, None, note or _EMPTY)
-    difference = np.abs(y[finite] - z[finite])
-    norm, residual = float(np.linalg.norm(y[finite])), float(np.linalg.norm(difference))
-    relative = residual / norm if norm else float("inf") if residual else 0.0
-    agreement = float(np.mean(y == z)) if exact else _top1(y, z)
-    return OutputError(name, relative, float(difference.max()), agreement, note)
-
-
 def _wide(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
-def _top1(y: NDArray[Any], z: NDArray[Any]) -> float | None:
-    """Share of rows whose largest element is at the same place; None where the last axis holds no classes."""
+def _top1(y: NDArray[Any], z: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """For every row, whether its largest element is at the same place; None where there are no classes."""
     if y.ndim < 2 or y.shape[-1] < 2 or not y.size or y.dtype.kind == "c":
         return None
     rows = np.isfinite(y).all(-1)
-    if not rows.any():
-        return None
-    return float(np.mean(y.argmax(-1)[rows] == z.argmax(-1)[rows]))
+    same: NDArray[np.bool_] = y.argmax(-1)[rows] == z.argmax(-1)[rows]
+    return same

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -148,7 +150,17 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
             return dict(archive.items())
     except OSError as error:
         raise InputError(f"The inputs {path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except (
+        ValueError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        RuntimeError,  # an encrypted member
+        SyntaxError,  # a header that is no Python literal
+        TokenError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(
             f"The file {path} is not an .npz archive of plain arrays: write it with numpy.savez."
         ) from error
@@ -175,21 +187,23 @@ def _fitting(spec: Spec, array: NDArray[Any]) -> NDArray[Any]:
             f"The input {spec.name!r} is {dtype.name} in the model, but {array.dtype.name} was "
             "given: convert it."
         )
-    if spec.shape is not None and not _fits(array.shape, spec.shape):
+    if spec.shape is not None and not fits(array.shape, spec.shape):
         raise InputError(
-            f"The input {spec.name!r} has the shape {_text(spec.shape)} in the model, "
-            f"but {_text(array.shape)} was given: reshape it."
+            f"The input {spec.name!r} has the shape {shape_text(spec.shape)} in the model, "
+            f"but {shape_text(array.shape)} was given: reshape it."
         )
     return array
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | str | None, ...]) -> bool:
+def fits(shape: tuple[int, ...], wanted: tuple[int | str | None, ...]) -> bool:
+    """Whether a shape is one that an input takes."""
     return len(shape) == len(wanted) and all(
         not isinstance(size, int) or size == n for n, size in zip(shape, wanted, strict=True)
     )
 
 
-def _text(shape: tuple[int | str | None, ...]) -> str:
+def shape_text(shape: tuple[int | str | None, ...]) -> str:
+    """A shape as messages show it."""
     return "×".join("?" if size is None else str(size) for size in shape) or "of a scalar"
 
 
@@ -203,10 +217,10 @@ def _sizes_given(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]
                 f"The model has no input {name!r}: --input-shape takes one of {', '.join(by_name) or 'none'}."
             )
         free = by_name[name].shape
-        if free is not None and not _fits(shape, free):
+        if free is not None and not fits(shape, free):
             raise InputError(
-                f"The input {name!r} has the shape {_text(free)} in the model, "
-                f"which --input-shape {_text(shape)} does not fit: pass sizes for '?' and names only."
+                f"The input {name!r} has the shape {shape_text(free)} in the model, "
+                f"which --input-shape {shape_text(shape)} does not fit: pass sizes for '?' and names only."
             )
         sizes.update((s, n) for s, n in zip(free or (), shape, strict=free is not None) if isinstance(s, str))
     return sizes
@@ -256,7 +270,7 @@ def _bound(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> N
         name = max(sizes, key=sizes.__getitem__)
         raise InputError(
             f"The inputs to make have {sum(sizes.values()) / 2**30:.1f} GiB, more than 1 GiB "
-            f"({name!r} is {_text(chosen[name])}): give smaller ones with --input-shape or --inputs."
+            f"({name!r} is {shape_text(chosen[name])}): give smaller ones with --input-shape or --inputs."
         )
 
 

@@ -73,7 +73,7 @@ def table_of(of, spectra, how, budget):
     return candidates(of, weight_errors(spectra, how.measure, relative=how.relative), how, budget)
 
 
-OF_WEIGHTS = [measure for measure in Measure if measure is not Measure.ACTIVATION]
+OF_WEIGHTS = [measure for measure in Measure if measure.of_weights]
 CASES = [
     (measure, relative, groups, seed)
     for measure, relative in product(OF_WEIGHTS, (True, False))

@@ -17,10 +17,10 @@ from onnx_lowrank.allocate.cost import wanted_spectra
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
+from onnx_lowrank.found import find_layers, prepared
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.linalg import backend
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.planner import find_layers, prepared
 from onnx_lowrank.types import Budget
 
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "resnet20_cifar10.onnx"

@@ -17,10 +17,10 @@ from onnx_lowrank.allocate.cost import parameters
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
+from onnx_lowrank.found import Found, prepared
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.linalg.backend import parallel_map, resolve
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.planner import Found, prepared
 from onnx_lowrank.types import Budget, Spectra
 
 MODELS = ("resnet50", "vgg16", "vit_b_16")

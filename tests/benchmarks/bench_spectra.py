@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from zoo_layers import zoo_layers
 
+from onnx_lowrank.found import Found, prepared
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.linalg.backend import Backend, parallel_map, resolve
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.planner import Found, prepared
 from onnx_lowrank.types import Fold
 
 Job = Callable[[Found, Binding], Any]

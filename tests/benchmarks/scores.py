@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,9 @@ import zoo  # noqa: E402
 Outputs = list[NDArray[np.float32]]
 
 DIGITS = str(CHECKOUT / "models/digits.onnx")
+REAL = ("resnet20", "magika", "ultraface", "digits")
 ZOO = ("resnet18", "mobilenet_v2", "vit_b_16", "bert_base")
+EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # UltraFace's images: to calibrate on, to score on
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +95,10 @@ def _magika_agreement(model: ModelProto) -> float:
     return float(np.mean(run(model, feeds)[0].argmax(1) == original))
 
 
-def _faces(model: ModelProto) -> float:
+def _faces(model: ModelProto, images: slice = slice(None)) -> float:
     """Share of the original's boxes (score > 0.7) that the model also finds, with IoU > 0.5."""
     found = total = 0
-    for wanted, given in zip(_wanted_faces(), _all_boxes(model), strict=True):
+    for wanted, given in zip(_wanted_faces()[images], _all_boxes(model, images), strict=True):
         total += len(wanted)
         found += sum(bool(len(given)) and float(_iou(box, given).max()) > 0.5 for box in wanted)
     return found / total
@@ -107,10 +109,13 @@ def _wanted_faces() -> list[NDArray[np.float32]]:
     return _all_boxes(str(SHARED / "models/ultraface_rfb320.onnx"))
 
 
-def _all_boxes(model: ModelProto | str) -> list[NDArray[np.float32]]:
+def _face_images() -> NDArray[np.float32]:
+    return (np.load(SHARED / "data/faces_320x240.npz")["images"].astype(np.float32) - 127) / 128
+
+
+def _all_boxes(model: ModelProto | str, images: slice = slice(None)) -> list[NDArray[np.float32]]:
     session = open_session(model)
-    images = (np.load(SHARED / "data/faces_320x240.npz")["images"].astype(np.float32) - 127) / 128
-    return [_boxes(session.run(None, {"input": image[None]})) for image in images]
+    return [_boxes(session.run(None, {"input": image[None]})) for image in _face_images()[images]]
 
 
 def _boxes(outputs: Outputs) -> NDArray[np.float32]:
@@ -176,3 +181,37 @@ def tasks(names: tuple[str, ...] = ()) -> list[Task]:
     found.append(Task("digits", "top-1", lambda: DIGITS, _digits, {"image": (1, 1, 8, 8)}))
     wanted = [task for task in found if not names or task.name in names]
     return wanted + [_zoo(name, 0.25) for name in ZOO if not names or name in names]
+
+
+def real_tasks(names: tuple[str, ...] = REAL) -> list[Task]:
+    """The scores of the real models: those of `tasks`, and UltraFace's on what `calibration` leaves out.
+
+    Args:
+        names: Which of `REAL`; by default all.
+    """
+    found = []
+    for task in tasks(names or REAL):
+        found.append(task)
+        if task.name == "ultraface":
+            odd = partial(_faces, images=ODD)
+            found.append(replace(task, score="faces found, odd images", measure=odd))
+    return found
+
+
+def calibration(name: str) -> dict[str, NDArray[np.generic]]:
+    """Unlabelled inputs of a real model that it is not scored on.
+
+    UltraFace has 24 images in all: these are the even ones, so that only its score on the odd ones is clean.
+    """
+    match name:
+        case "resnet20":
+            return {"input": cifar_inputs(np.load(SHARED / "data/cifar10_subset.npz")["calibration_images"])}
+        case "magika":
+            files = np.load(SHARED / "data/magika_files.npz")["calibration_bytes"].astype(np.int32)
+            scored = {file.tobytes() for file in files[::4]}  # by the agreement; some files are there twice
+            return {"bytes": np.array([file for file in files if file.tobytes() not in scored])}
+        case "ultraface":
+            return {"input": _face_images()[EVEN]}
+        case "digits":
+            return {"image": evaluate_digits.load().train_images}
+    raise ValueError(f"There are no calibration inputs of {name!r}: choose one of {', '.join(REAL)}.")

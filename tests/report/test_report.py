@@ -6,16 +6,19 @@ import pytest
 from rich.console import Console
 
 from onnx_lowrank.report import LayerRow, Report, Solver, Total, Totals
-from onnx_lowrank.report.progress import Silent, Terminal
 from onnx_lowrank.types import (
     Aggregate,
     Budget,
+    Calibrated,
     Certificate,
+    Fit,
     Fold,
+    LayerFit,
     Measure,
     Option,
     OutputError,
     Skipped,
+    Trial,
     Validation,
 )
 
@@ -170,9 +173,10 @@ def test_json_holds_everything():
     loaded = json.loads(report(validation=validation, warnings=("w",)).to_json())
     assert list(loaded) == [
         "schema", "version", "model", "recipe", "ratio", "solver", "totals", "layers", "skipped",
-        "removed_inputs", "validation", "warnings",
+        "removed_inputs", "validation", "warnings", "target", "calibration", "trials",
     ]  # fmt: skip
     assert loaded["schema"] == 1
+    assert (loaded["target"], loaded["calibration"], loaded["trials"]) == (None, None, [])
     assert loaded["model"] == {"name": "net", "sha256": "ab" * 32}
     assert loaded["ratio"] == {"budget": "params", "asked": 0.5, "reached": 0.4987}
     assert loaded["totals"]["params"] == {"before": 123456, "after": 61234, "ratio": 61234 / 123456}
@@ -182,6 +186,7 @@ def test_json_holds_everything():
     assert first["shape"] == [1, 64, 32, 3, 3]
     assert first["certificate"] == {"spectral": [0.1, 0.12341], "frobenius": [0.2, 0.3]}
     assert (kept["fold"], kept["error"], kept["reason"]) == (None, None, "no option is cheaper")
+    assert [first["fit"], kept["fit"]] == [None, None]
     assert len(loaded["skipped"]) == 6
     assert loaded["validation"]["outputs"][0]["relative"] is None  # Inf is no JSON number.
     assert loaded["validation"]["worst"] is None
@@ -210,39 +215,6 @@ def test_table_prints_on_stdout_by_default(capsys):
     assert captured.err == ""
 
 
-def test_silent_progress(capsys):
-    with Silent().stage("spectra", total=2) as step:
-        step()
-        step()
-    assert capsys.readouterr() == ("", "")
-
-
-def test_progress_in_a_pipe_is_one_line_for_each_stage():
-    file = io.StringIO()
-    progress = Terminal(Console(file=file))
-    with progress.stage("spectra", total=3) as step:
-        step()
-    with progress.stage("[plan]"):
-        pass
-    assert file.getvalue() == "spectra (3)\n[plan]\n"
-
-
-@pytest.mark.parametrize(("total", "shown"), [(3, "3/3"), (None, "plan")])
-def test_progress_in_a_terminal_reaches_the_end(total, shown):
-    file = io.StringIO()
-    with Terminal(Console(file=file, force_terminal=True, width=80, color_system=None)).stage(
-        "plan", total
-    ) as step:
-        for _ in range(total or 0):
-            step()
-    assert shown in file.getvalue()
-
-
-def test_progress_hands_on_errors():
-    with pytest.raises(ZeroDivisionError), Terminal(Console(file=io.StringIO())).stage("x", 2):
-        raise ZeroDivisionError
-
-
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_no_line_of_text_ends_in_blanks(width):
     warning = "This is a sentence that is long enough to be wrapped on any console that this test opens."
@@ -258,3 +230,225 @@ def test_nothing_is_called_optimal_where_nothing_was_done():
     rows = tuple(replace(row, option=None) for row in report().layers)
     assert "proven optimal" in printed(report())
     assert "Objective" not in printed(report(layers=rows))
+
+
+# --- calibration --------------------------------------------------------------------------------------
+
+FITS = (
+    LayerFit(Fit.ACTIVATIONS, recovered=True, error=0.0123),
+    None,
+    LayerFit(Fit.ACTIVATIONS, error=0.5),
+    LayerFit(Fit.WEIGHTS),
+)
+TRIALS = (
+    Trial("output", 0.5, False, (OutputError("y", 0.0321, 1.0, 0.975), OutputError("z", 0.01, 1.0, None))),
+    Trial(
+        "schatten",
+        0.5,
+        False,
+        (OutputError("y", 0.0123, 1.0, 0.9875), OutputError("z", 0.002, 1.0, 1.0)),
+        True,
+    ),
+    Trial("svd", 0.5, note="The ratio 0.5 cannot be reached: the smallest is 0.625."),
+)
+
+
+def calibrated(**changes: object) -> Report:
+    rows = tuple(replace(row(i, kept=fit is None), fit=fit) for i, fit in enumerate(FITS))
+    source = Calibrated("data.npz: 400 samples, 80 held out", 400, 80, (("stage3.conv.weight", "it is odd"),))
+    base = report(layers=rows, measure=Measure.ACTIVATION, calibration=source, trials=TRIALS)
+    return replace(base, **changes)
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_terminal_tells_how_every_layer_was_fitted():
+    lines = printed(calibrated(), 160).splitlines()
+    header = next(line for line in lines if line.startswith("layer"))
+    assert header.split()[-2:] == ["fit", "held-out"]
+    ends = [line.split()[-2:] for line in lines if line.startswith("stage")]
+    assert ends == [["recovered", "1.23%"], ["–", "–"], ["activations", "50.0%"], ["weights", "–"]]
+
+
+def test_terminal_has_no_columns_for_what_was_not_calibrated():
+    assert "held-out" not in printed(calibrated(calibration=None, trials=()), 160)
+    assert "activations" not in printed(calibrated(calibration=None, trials=()), 160)
+    weights = tuple(replace(row(i), fit=LayerFit(Fit.WEIGHTS)) for i in range(2))
+    header = next(line for line in printed(calibrated(layers=weights), 160).splitlines() if "rank" in line)
+    assert header.split()[-1] == "fit"
+    header = next(
+        line
+        for line in printed(calibrated(layers=(row(0), row(1, kept=True))), 160).splitlines()
+        if "rank" in line
+    )
+    assert header.split()[-1] == "bound"
+
+
+def test_an_error_on_the_fitted_inputs_is_not_called_held_out():
+    text = printed(calibrated(calibration=Calibrated("x: 4 samples, 0 held out", 4, 0)), 160)
+    assert "held-out" not in text
+    assert "output error" in text
+    assert "measured: ‖y − ŷ‖²/‖y‖² of the layer's output y, on the calibration inputs." in text
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 72, 80, 90, 100, 110, 120, 160])
+@pytest.mark.parametrize("count", [1, 3, 54])
+def test_a_calibrated_report_fits_the_width_and_never_cuts_a_number(width, count):
+    rows = tuple(replace(row(i), fit=FITS[0]) for i in range(count))
+    text = printed(calibrated(layers=rows), width)
+    assert max(map(len, text.splitlines())) <= width
+    for index in range(count):
+        assert f"{7 + index} of 48" in text
+    for number in ("0.0321", "0.0123", "97.50%", "98.75%", "123,456"):
+        assert number in text
+    assert ("1.23%" in text) == ("held-out: " in text)
+    assert "1.23%" in text or width < 60
+
+
+@pytest.mark.parametrize("width", [40, 60, 72, 80, 90, 120, 160])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_the_legend_explains_the_columns_that_are_shown(width, fitted):
+    lines = printed(calibrated() if fitted else report(), width).splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("layer "))
+    header = lines[start].split()
+    explained = {line.split(":")[0] for line in lines if line.split(":")[0] in ("bound", "fit", "held-out")}
+    assert explained == {"bound", "fit", "held-out"} & set(header)
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        (Measure.SPECTRAL, "error: spectral, as the recipe scores it."),
+        (Measure.ACTIVATION, "error: activation, ‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from"),
+        (
+            Measure.OUTPUT,
+            "error: output, what the layer is predicted to add to the squared error of the model",
+        ),
+    ],
+)
+def test_the_legend_says_what_the_error_is(measure, words):
+    assert words in flat(printed(calibrated(measure=measure)))
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (0.0, "0.00%"),
+        (1e-12, "<0.01%"),
+        (0.0001, "0.01%"),
+        (0.01234, "1.23%"),
+        (0.1234, "12.3%"),
+        (1.0, "100.0%"),
+        (12345.0, "1e+06%"),
+        (float("inf"), "inf%"),
+        (None, "–"),
+    ],
+)
+def test_a_held_out_error_is_shown_in_per_cent(error, shown):
+    rows = (replace(row(0), fit=LayerFit(Fit.ACTIVATIONS, error=error)), replace(row(1), fit=FITS[0]))
+    line = next(line for line in printed(calibrated(layers=rows), 160).splitlines() if "7 of 48" in line)
+    assert line.split()[-1] == shown
+
+
+def test_terminal_compares_what_was_tried():
+    lines = printed(calibrated(), 160).splitlines()
+    assert "Calibration on data.npz: 400 samples, 80 held out" in lines
+    start = next(n for n, line in enumerate(lines) if line.startswith("  recipe"))
+    assert lines[start].split() == ["recipe", "ratio", "held-out", "error", "agreement"]
+    assert [line.split() for line in lines[start + 2 : start + 5]] == [
+        ["output", "0.5", "0.0321", "97.50%"],
+        ["→", "schatten", "0.5", "0.0123", "98.75%"],
+        ["svd", "0.5", "–", "–"],
+    ]
+    assert lines[start + 5] == "  svd at 0.5: The ratio 0.5 cannot be reached: the smallest is 0.625."
+
+
+def test_ratios_that_were_tried_stand_in_their_order():
+    tried = tuple(
+        Trial("output", ratio, False, (OutputError("y", 1 - ratio, 1.0, None),), chosen=ratio == 0.375)
+        for ratio in (0.5, 0.25, 0.375, 0.3125)
+    )
+    lines = [line for line in printed(calibrated(trials=tried)).splitlines() if " output " in line]
+    assert [line.split()[-2:] for line in lines[-4:]] == [
+        ["0.5", "0.5"],
+        ["0.375", "0.625"],
+        ["0.3125", "0.688"],
+        ["0.25", "0.75"],
+    ]
+    assert [line.startswith("→") for line in lines[-4:]] == [False, True, False, False]
+    assert "agreement" not in "".join(lines)
+
+
+def test_a_long_name_of_a_recipe_is_cut_and_its_numbers_are_not():
+    tried = tuple(replace(trial, recipe=f"my_own_recipe_{'x' * 60}_{i}") for i, trial in enumerate(TRIALS))
+    lines = printed(calibrated(trials=tried), 60).splitlines()
+    assert len([line for line in lines if "97.50%" in line or "98.75%" in line]) == 2
+
+
+def test_terminal_groups_the_layers_that_were_not_calibrated():
+    unmeasured = (*((f"w{i}", "they never run") for i in range(5)), ("v", "they are too large"))
+    text = printed(calibrated(calibration=Calibrated("x: 9 samples, 1 held out", 9, 1, unmeasured)))
+    assert "Not calibrated: 6 layers" in text
+    assert "5 × they never run (w0, w1, w2 and 2 more)" in text
+    assert "1 × they are too large (v)" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "agreement", "words"),
+    [
+        (None, None, "asked for 0.5"),
+        (0.05, None, "the smallest tried of held-out error at most 0.05"),
+        (None, 0.99, "the smallest tried of held-out agreement at least 0.99"),
+        (0.05, 0.99, "the smallest tried of held-out error at most 0.05 and agreement at least 0.99"),
+    ],
+)
+def test_the_ratio_is_told_by_what_was_asked_for(error, agreement, words):
+    shown = calibrated(target_error=error, target_agreement=agreement)
+    assert f"Ratio of params: 0.4987, {words}. " in flat(printed(shown, 160)) + " "
+    target = json.loads(shown.to_json())["target"]
+    assert target == (None if error is agreement is None else {"error": error, "agreement": agreement})
+
+
+def test_json_holds_calibration_and_trials():
+    nan = Trial("alds", 0.5, False, (OutputError("y", float("nan"), None, None),))
+    loaded = json.loads(calibrated(trials=(*TRIALS, nan)).to_json())
+    assert loaded["calibration"] == {
+        "source": "data.npz: 400 samples, 80 held out",
+        "samples": 400,
+        "held": 80,
+        "unmeasured": [{"layer": "stage3.conv.weight", "reason": "it is odd"}],
+    }
+    assert [row["fit"] for row in loaded["layers"]] == [
+        {"factors": "activations", "recovered": True, "error": 0.0123},
+        None,
+        {"factors": "activations", "recovered": False, "error": 0.5},
+        {"factors": "weights", "recovered": False, "error": None},
+    ]
+    output, schatten, svd, alds = loaded["trials"]
+    assert list(output) == ["recipe", "ratio", "recovered", "error", "agreement", "chosen", "note", "outputs"]
+    assert [output[key] for key in ("recipe", "ratio", "error", "agreement")] == [
+        "output",
+        0.5,
+        0.0321,
+        0.975,
+    ]
+    assert [trial["chosen"] for trial in loaded["trials"]] == [False, True, False, False]
+    assert schatten["outputs"][1] == {
+        "name": "z",
+        "relative": 0.002,
+        "largest": 1.0,
+        "agreement": 1.0,
+        "note": "",
+    }
+    assert (svd["error"], svd["agreement"], svd["outputs"]) == (None, None, [])
+    assert svd["note"] == "The ratio 0.5 cannot be reached: the smallest is 0.625."
+    assert (alds["error"], alds["outputs"][0]["relative"]) == (None, None)
+
+
+def test_a_calibrated_report_needs_no_unicode():
+    text = printed(calibrated(), 160, "ascii")
+    assert "> schatten" in text
+    assert "|y - y'|^2/|y|^2" in text
+    assert "?" not in text

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.validate.inputs import Spec, _fits, _text
+from onnx_lowrank.validate.inputs import Spec, shape_text
+from onnx_lowrank.validate.inputs import fits as fits_shape
 
 
 def check_names(given: Iterable[str], wanted: tuple[Spec, ...], where: str) -> None:
@@ -64,19 +65,19 @@ def check_shape(spec: Spec, shape: tuple[int, ...], where: str) -> None:
     if not fits(shape, spec):
         raise shape_error(spec, shape, where)
     if 0 in shape:
-        raise InputError(f"{where}: the input {spec.name!r} is empty ({_text(shape)}): give samples.")
+        raise InputError(f"{where}: the input {spec.name!r} is empty ({shape_text(shape)}): give samples.")
 
 
 def fits(shape: tuple[int, ...], spec: Spec) -> bool:
     """Whether an array of this shape can be given to an input as it is."""
-    return spec.shape is None or _fits(shape, spec.shape)
+    return spec.shape is None or fits_shape(shape, spec.shape)
 
 
 def shape_error(spec: Spec, shape: tuple[int, ...], where: str) -> InputError:
     """The error for a shape that an input does not take."""
     return InputError(
-        f"{where}: the input {spec.name!r} has the shape {_text(spec.shape or ())} in the model, "
-        f"but {_text(shape)} was given: reshape it, samples on its first axis."
+        f"{where}: the input {spec.name!r} has the shape {shape_text(spec.shape or ())} in the model, "
+        f"but {shape_text(shape)} was given: reshape it, samples on its first axis."
     )
 
 

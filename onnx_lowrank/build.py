@@ -1,0 +1,84 @@
+"""A plan -> the compressed model, and how far its outputs lie from the input model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.factors import fitted
+from onnx_lowrank.found import Found
+from onnx_lowrank.graph.external import Spill
+from onnx_lowrank.graph.rewrite import Replacement, Rewritten, inline, rewrite
+from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.report.progress import Progress
+from onnx_lowrank.types import Certificate, LayerFit, OutputError, Plan
+from onnx_lowrank.validate.compare import Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A compressed model.
+
+    Attributes:
+        plan: What it was made by.
+        rewritten: The model.
+        certificates: What was proved of the factors, by layer.
+        fits: How they came about, by layer.
+        resources: What the model keeps on disk; to be closed with it.
+    """
+
+    plan: Plan
+    rewritten: Rewritten
+    certificates: dict[str, Certificate]
+    fits: dict[str, LayerFit]
+    resources: ExitStack
+
+
+def build(
+    found: Found, plan: Plan, calibration: Calibration | None, backend: Backend, progress: Progress
+) -> Built:
+    """Make the factors that a plan names, certify them as stored, and write them into the model.
+
+    Raises:
+        InputError: The model fails on the calibration inputs, or the disk is full.
+    """
+    count = sum(choice.option is not None for choice in plan.choices)
+    certificates: dict[str, Certificate] = {}
+    fits: dict[str, LayerFit] = {}
+
+    def replacements() -> Iterator[Replacement]:
+        with progress.stage("recover" if plan.recover else "factorize", count) as step:
+            for replacement, fit in fitted(found, plan, calibration, backend):
+                layer = replacement.binding.layer.id
+                certificates[layer], fits[layer] = replacement.certificate, fit
+                step()
+                yield replacement
+
+    with ExitStack() as stack:
+        spill = stack.enter_context(Spill()) if found.model.files else None
+        run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
+        store = inline if spill is None else spill.tensor
+        rewritten = rewrite(found.model, found.walk, replacements(), run, store)
+        if spill is not None:
+            files = {**rewritten.model.files, **spill.files}
+            rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
+        return Built(plan, rewritten, certificates, fits, stack.pop_all())
+
+
+def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:
+    """Compare both models on the held-out calibration inputs; on all of them where none are held out.
+
+    Raises:
+        ValidationError: The compressed model gives NaN or Inf where the input model gives none.
+        InputError: The model fails on the calibration inputs.
+    """
+    comparison = Comparison()
+    samples, engine = calibration.samples, calibration.engine
+    with engine.open(found.model) as original, engine.open(built.rewritten.model) as compressed:
+        for batch in samples.batches(calibration.statistics.batch):
+            if batch.held or not samples.held:
+                comparison.add(original(batch.feed), compressed(batch.feed))
+    return comparison.errors()

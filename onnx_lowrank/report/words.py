@@ -1,0 +1,75 @@
+"""Numbers and names as the terminal shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os.path import commonprefix
+
+_NAMES_SHOWN = 3
+
+
+def error(value: float | None) -> str:
+    """A number that may be unknown."""
+    return "–" if value is None else number(value)
+
+
+def number(value: float) -> str:
+    """Three digits, or two with an exponent."""
+    return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e3 else f"{value:.1e}"
+
+
+def exact(value: int | None) -> str:
+    """All digits."""
+    return "unknown" if value is None else f"{value:,}"
+
+
+def short(value: int | None) -> str:
+    """Three digits: 36.9k, 2.36M."""
+    if value is None:
+        return "?"
+    size, unit = float(value), ""
+    for larger in ("k", "M", "G", "T"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{value}" if not unit else f"{size:.3g}{unit}"
+
+
+def distinct(names: list[str], room: int) -> tuple[str, ...]:
+    """Names that are too long lose the folders and the ending that all of them share, then their middle."""
+    if len(set(names)) > 1 and max(map(len, names)) > room:
+        shared = _shared(names)
+        head = 1 + max(shared.rfind(separator) for separator in "/.:")
+        tail = min(len(_shared([name[::-1] for name in names])), min(map(len, names)) - len(shared))
+        names = [("…" if head else "") + name[head : len(name) - tail] for name in names]
+    return tuple(middle(name, room) for name in names)
+
+
+def _shared(names: list[str]) -> str:
+    """What all names begin with."""
+    return commonprefix(names)  # noqa: RUF071 - characters are meant: names are no paths
+
+
+def middle(name: str, room: int) -> str:
+    """A name cut in its middle, as both of its ends tell layers apart."""
+    if len(name) <= room:
+        return name
+    tail = room // 2
+    return f"{name[: room - 1 - tail]}…{name[-tail:]}"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    more = len(listed) - _NAMES_SHOWN
+    shown = ", ".join(middle(name, 40) for name in listed[:_NAMES_SHOWN])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def percent(value: float | None) -> str:
+    """A share to three digits or so; what there is at all is never shown as nothing."""
+    if value is None:
+        return "–"
+    if 0 < value < 1e-4:
+        return "<0.01%"
+    return f"{value:.2%}" if value < 0.1 else f"{value:.1%}" if value < 10 else f"{100 * value:.0e}%"

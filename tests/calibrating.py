@@ -1,0 +1,61 @@
+"""Calibrated runs of single stages: a model, its layers, and what was measured on given arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto
+
+from onnx_lowrank.build import Built, build
+from onnx_lowrank.calibrate import data, statistics
+from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.found import Found, find_layers
+from onnx_lowrank.graph.model import load
+from onnx_lowrank.linalg.backend import resolve
+from onnx_lowrank.report.progress import Silent
+from onnx_lowrank.types import Budget, Choice, Fit, Measure, Option, Plan
+from onnx_lowrank.validate import runtime
+from onnx_lowrank.validate.inputs import specs
+
+CPU = resolve("cpu")
+ENGINE = runtime("CPUExecutionProvider")
+
+
+def seen(proto: ModelProto) -> Found:
+    return find_layers(load(proto), {}, (), ())
+
+
+@contextmanager
+def measured(found: Found, source: Any, **options: Any) -> Iterator[Calibration]:
+    """Calibration by any data that compress() takes."""
+    model = found.model
+    with (
+        data.open(source, specs(model.proto)) as samples,
+        statistics.measure(model, found.walk, found.bindings, samples, ENGINE, **options) as taken,
+    ):
+        yield Calibration(samples, ENGINE, taken)
+
+
+def plan_of(
+    found: Found, options: Sequence[Option | None], fit: Fit = Fit.ACTIVATIONS, *, recover: bool = False
+) -> Plan:
+    """A plan that gives every layer its option."""
+    choices = tuple(
+        Choice(layer.id, option, 0, 0.0) for layer, option in zip(found.layers, options, strict=True)
+    )
+    sha = found.model.sha256
+    return Plan(sha, "test", Measure.ACTIVATION, 0.5, Budget.PARAMS, choices, factors=fit, recover=recover)
+
+
+def made(found: Found, plan: Plan, calibration: Calibration | None) -> Built:
+    return build(found, plan, calibration, CPU, Silent())
+
+
+def run(proto: ModelProto, **feed: Any) -> np.ndarray:
+    """The first output, in float64."""
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feed)[0], np.float64)
