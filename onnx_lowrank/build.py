@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.factors import fitted
+from onnx_lowrank.calibrate.prefix import Prefix
+from onnx_lowrank.factors import Fitted, on_activations, on_weight
 from onnx_lowrank.found import Found
 from onnx_lowrank.graph.external import Spill
+from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.rewrite import Replacement, Rewritten, inline, rewrite
-from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.backend import Backend, parallel_map
+from onnx_lowrank.recovery import Recovery, can_recover
 from onnx_lowrank.report.progress import Progress
-from onnx_lowrank.types import Certificate, LayerFit, OutputError, Plan
+from onnx_lowrank.types import Certificate, Fit, LayerFit, OutputError, Plan
 from onnx_lowrank.validate.compare import Comparison
 
 
@@ -51,7 +54,7 @@ def build(
 
     def replacements() -> Iterator[Replacement]:
         with progress.stage("recover" if plan.recover else "factorize", count) as step:
-            for replacement, fit in fitted(found, plan, calibration, backend):
+            for replacement, fit in _fitted(found, plan, calibration, backend):
                 layer = replacement.binding.layer.id
                 certificates[layer], fits[layer] = replacement.certificate, fit
                 step()
@@ -66,6 +69,38 @@ def build(
             files = {**rewritten.model.files, **spill.files}
             rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
         return Built(plan, rewritten, certificates, fits, stack.pop_all())
+
+
+def _fitted(found: Found, plan: Plan, calibration: Calibration | None, backend: Backend) -> Iterator[Fitted]:
+    """Make the factors of all layers that a plan rewrites, one by one.
+
+    Args:
+        found: The model.
+        plan: What to do with its layers.
+        calibration: The inputs to fit to, where the plan asks for that.
+        backend: Where the linear algebra runs.
+
+    Raises:
+        InputError: The model fails on the calibration inputs, or the disk is full.
+    """
+    options = {choice.layer: choice.option for choice in plan.choices if choice.option is not None}
+    chosen = [binding for binding in found.bindings if binding.layer.id in options]
+    if plan.factors is Fit.WEIGHTS or calibration is None:
+        yield from parallel_map(lambda b: on_weight(found, b, options[b.layer.id], backend), chosen, backend)
+        return
+    walked = [b for b in chosen if plan.recover and can_recover(found, b, calibration)]
+    ids = {binding.layer.id for binding in walked}
+
+    def alone(binding: Binding) -> Fitted:
+        return on_activations(found, binding, options[binding.layer.id], calibration, backend)
+
+    yield from parallel_map(alone, [b for b in chosen if b.layer.id not in ids], backend)
+    if walked:
+        batches = calibration.samples.batches(calibration.statistics.batch)
+        with Prefix(found.model, found.walk, walked, batches, calibration.engine) as prefix:
+            for step in prefix.steps():
+                option = options[step.binding.layer.id]
+                yield Recovery(found, step.binding, option, calibration, backend).run(step)
 
 
 def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:

@@ -29,7 +29,7 @@ from onnx_lowrank.graph.excerpt import excerpts
 from onnx_lowrank.graph.model import Model, ModelProto
 from onnx_lowrank.graph.rewrite import Rewritten
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.linalg.backend import Backend, resolve
+from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 from onnx_lowrank.planner import Goal
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.report import Report
@@ -168,7 +168,7 @@ def compress(
     if calibrated or not dry_run:
         runtime(provider)
     progress = progress or Silent()
-    with ExitStack() as stack:
+    with one_blas_thread(), ExitStack() as stack:
         with progress.stage("find layers"):
             loaded = models.load(model)
             given = None if inputs is None else read_inputs(inputs, specs(loaded.proto))
@@ -178,7 +178,7 @@ def compress(
                     data.open(calibration, specs(loaded.proto), calibration_samples)
                 )
             # The inputs to compare on tell the shapes that nobody stated.
-            shown = given or (_held_out(samples) if samples is not None else {})
+            shown = given or (_held_out(samples, 1) if samples is not None else {})
             shapes = {name: array.shape for name, array in shown.items() if array.size} | shapes
             found = find_layers(loaded, shapes, *globs)
         job = _Job(found, asked, backend, progress, provider, shapes, max_error, given)
@@ -282,7 +282,7 @@ class _Job:
 
         shown, source = self.given, "given"
         if shown is None and calibration is not None:
-            shown = _held_out(calibration.samples)
+            shown = _held_out(calibration.samples, _SHOWN)
             source = "held-out calibration inputs" if calibration.samples.held else "calibration inputs"
         last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
         return validate(
@@ -302,9 +302,9 @@ _SHOWN = 16
 """Calibration samples on which the models are compared at the end."""
 
 
-def _held_out(samples: Samples) -> Feed:
+def _held_out(samples: Samples, size: int) -> Feed:
     """Some calibration inputs, held-out ones where there are any."""
-    batches = samples.batches(_SHOWN)
+    batches = samples.batches(size)
     return next(batch.feed for batch in batches if batch.held or not samples.held)
 
 

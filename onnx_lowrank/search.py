@@ -85,7 +85,7 @@ class Search:
         self._progress = progress
 
     def best(self, recipes: Sequence[Recipe], ratio: float) -> Built:
-        """The model of least held-out error over several recipes, with and without their recovery.
+        """The model of least held-out error over several recipes, of which the best is recovered, too.
 
         Recovery is judged layer by layer, so that only the whole model shows whether it has paid.
 
@@ -97,20 +97,34 @@ class Search:
             return self._chosen(self._best(recipes, ratio))
 
     def _best(self, recipes: Sequence[Recipe], ratio: float) -> _Outcome:
+        """As `best`: all recipes without recovery, which is quick, then the best that has one with it."""
         best: _Outcome | None = None
         errors: list[BudgetError | ValidationError] = []
-        variants = (replace(r, recover=recover) for r in recipes for recover in sorted({False, r.recover}))
-        for recipe in variants:
-            try:
-                outcome = self._try(recipe, ratio)
-            except (BudgetError, ValidationError) as error:
-                self.trials.append(Trial(recipe.name, ratio, recipe.recover, note=str(error)))
-                errors.append(error)
-                continue
-            best = outcome if best is None else _better(best, outcome)
+        found: list[tuple[tuple[float, float], Recipe]] = []
+        for recipe in recipes:
+            outcome = self._tried(replace(recipe, recover=False), ratio, errors)
+            if outcome is not None:
+                best = outcome if best is None else _better(best, outcome)
+                found.append((_loss(outcome.trial), recipe))
+        recovering = [pair for pair in found if pair[1].recover]
+        if recovering and self._calibration.samples.held:
+            outcome = self._tried(min(recovering, key=lambda pair: pair[0])[1], ratio, errors)
+            if outcome is not None:
+                best = outcome if best is None else _better(best, outcome)
         if best is None:
             raise min(errors, key=_reach)
         return best
+
+    def _tried(
+        self, recipe: Recipe, ratio: float, errors: list[BudgetError | ValidationError]
+    ) -> _Outcome | None:
+        """What a recipe makes, or None: then the trial says why, and the error is among the others."""
+        try:
+            return self._try(recipe, ratio)
+        except (BudgetError, ValidationError) as error:
+            self.trials.append(Trial(recipe.name, ratio, recipe.recover, note=str(error)))
+            errors.append(error)
+            return None
 
     def smallest(self, recipes: Sequence[Recipe], target: Target) -> Built:
         """The model of the smallest ratio that holds a target, by bisection.

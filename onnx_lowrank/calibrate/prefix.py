@@ -40,15 +40,15 @@ class Sight:
         x: The activation that it reads in the original model, as its node reads it; None unless asked for.
         x_hat: The same in the compressed prefix.
         y: What it gives in the original model, behind a folded BatchNorm.
-        lack: What the compressed prefix lacks of the tensor that an Add puts beside y, in y's shape; None
-            where it lacks nothing, or nothing is added.
+        beside: The tensor that an Add puts beside y, in the original model and in the compressed prefix, both
+            in y's shape; None where there is none.
         held: Whether the batch is held out.
     """
 
     x: NDArray[Any] | None
     x_hat: NDArray[Any]
     y: NDArray[Any]
-    lack: NDArray[Any] | None
+    beside: tuple[NDArray[Any], NDArray[Any]] | None
     held: bool
 
 
@@ -57,16 +57,26 @@ class Step:
 
     Attributes:
         binding: The layer.
+        rectified: Whether nothing but a Relu reads what the layer gives, with what is added to it.
     """
 
-    def __init__(self, binding: Binding, sights: Callable[[bool], Iterator[Sight]]) -> None:
+    def __init__(
+        self,
+        binding: Binding,
+        sights: Callable[[bool], Iterator[Sight]],
+        again: Callable[[int], Iterator[Sight]],
+        *,
+        rectified: bool,
+    ) -> None:
         self.binding = binding
+        self.rectified = rectified
         self._sights = sights
+        self._again = again
         self._started: Iterator[Sight] | None = None
         self._substitute: Substitute | None = None
 
     def batches(self, *, original: bool = False) -> Iterator[Sight]:
-        """What the layer meets, batch by batch; it can be asked for once.
+        """What the layer meets, batch by batch; `again` gives it once more.
 
         Args:
             original: Give x, too.
@@ -80,6 +90,10 @@ class Step:
             raise RuntimeError(f"the batches of {self.binding.layer.id} have been handed out")
         self._started = self._sights(original)
         return self._started
+
+    def again(self, every: int = 1) -> Iterator[Sight]:
+        """What `batches` has given, without x: of each share, one batch of so many."""
+        return self._again(every)
 
     def substitute(self, weight: NDArray[Any], bias: NDArray[Any] | None = None) -> None:
         """Have the layer compute something else in the compressed prefix, from here on.
@@ -115,6 +129,9 @@ class _Stage:
     changed: frozenset[str]
     substitute: Substitute | None
 
+
+_TARGET = ""
+"""Stands for a layer's result in the original model; no tensor has this name."""
 
 _Key = tuple[str, bool]
 """A tensor's name, and whether it is that of the compressed prefix rather than the original model's."""
@@ -174,9 +191,15 @@ class Prefix:
         for index, binding in enumerate(self._segments.bindings):
             before, changed = changed, self._segments.changed(index, changed, substitute is not None)
             stage = _Stage(index, before, changed, substitute)
-            step = Step(binding, partial(self._sights, stage))
+            step = Step(
+                binding,
+                partial(self._sights, stage),
+                partial(self._again, stage),
+                rectified=self._segments.rectified(index),
+            )
             yield step
             substitute = step.finish()
+            self._clear(stage)
 
     def _start(self) -> None:
         """Go through the data once, and keep what crosses the first cut."""
@@ -199,7 +222,6 @@ class Prefix:
         ahead = segments.segment(index + 1, (y, *segments.made(index + 1)), self._kinds)
         wanted = (name for name in segments.made(index) if name in stage.changed)
         behind = segments.segment(index, wanted, self._kinds, stage.substitute)
-        dead = self._dead(stage)
         with self._opened(ahead) as run, self._opened(behind) as rerun:
             for number, held in enumerate(self._held):
                 used = shelf.used
@@ -210,21 +232,41 @@ class Prefix:
                 self._keep(number, {name: made[name] for name in segments.made(index + 1)})
                 self._keep(number, remade, changed=True)
                 x_hat = shelf.get((x, x in stage.changed), number)
-                lack = self._lack(stage, made[y].shape, number)
-                sight = Sight(shelf.get((x, False), number) if original else None, x_hat, made[y], lack, held)
-                for key in dead:
-                    shelf.drop(key, number)
+                whole = shelf.get((x, False), number) if original else None
+                sight = Sight(whole, x_hat, made[y], self._beside(stage, made[y].shape, number), held)
+                self._keep(number, {_TARGET: made[y]})
                 if number == 0:
                     shelf.require((shelf.used - used) * (len(self._held) - 1))
                 yield sight
 
-    def _lack(self, stage: _Stage, shape: tuple[int, ...], number: int) -> NDArray[Any] | None:
-        """What the compressed prefix lacks of what is added to the layer's result, if they have one shape."""
+    def _again(self, stage: _Stage, every: int) -> Iterator[Sight]:
+        """What `_sights` has shown, from the shelf: of each share, one batch of so many."""
+        name, shelf = self._segments.entering(stage.index), self._shelf
+        shares = [
+            [number for number, held in enumerate(self._held) if held is share] for share in (False, True)
+        ]
+        for number in sorted(number for share in shares for number in share[::every]):
+            held = self._held[number]
+            x_hat, y = shelf.get((name, name in stage.changed), number), shelf.get((_TARGET, False), number)
+            yield Sight(None, x_hat, y, self._beside(stage, y.shape, number), held)
+
+    def _clear(self, stage: _Stage) -> None:
+        """Drop what no later step reads."""
+        for number in range(len(self._held)):
+            for key in (*self._dead(stage), (_TARGET, False)):
+                self._shelf.drop(key, number)
+
+    def _beside(
+        self, stage: _Stage, shape: tuple[int, ...], number: int
+    ) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """What is added to the layer's result in both models, if it has the result's shape."""
         name = self._segments.beside(stage.index)
-        if name is None or name not in stage.changed:
+        if name is None:
             return None
         whole = self._shelf.get((name, False), number)
-        return whole - self._shelf.get((name, True), number) if whole.shape == shape else None
+        return (
+            (whole, self._shelf.get((name, name in stage.changed), number)) if whole.shape == shape else None
+        )
 
     def _dead(self, stage: _Stage) -> set[_Key]:
         """What no later step reads of what is on the shelf in a step."""

@@ -71,6 +71,19 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What happens to a layer's result.
+
+    Attributes:
+        beside: The tensor that is added to it, made before the layer runs; None where there is none.
+        rectified: Whether only a Relu reads what comes of that.
+    """
+
+    beside: str | None
+    rectified: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Step:
     """A node of the main graph, and the names that it reads there, in its bodies too."""
 
@@ -108,7 +121,7 @@ class Segments:
         made = (name for step in self._steps for name in step.node.output if name)
         self._order = {name: number for number, name in enumerate((*self._entries, *made))}
         self._parts = self._divided()
-        self._beside = [self._added(index) for index in range(len(self.bindings))]
+        self._surrounding = [self._surroundings(index) for index in range(len(self.bindings))]
         self._cuts = self._crossings()
         self._names = set(walk.names())
 
@@ -123,7 +136,11 @@ class Segments:
 
     def beside(self, index: int) -> str | None:
         """Name of the tensor that an Add puts beside what a layer gives (rule 4), or None."""
-        return self._beside[index]
+        return self._surrounding[index].beside
+
+    def rectified(self, index: int) -> bool:
+        """Whether nothing but a Relu reads what a layer gives, with what is added to it."""
+        return self._surrounding[index].rectified
 
     def cut(self, index: int) -> tuple[str, ...]:
         """The tensors that cross the cut before a layer, in the order in which they are made.
@@ -231,7 +248,7 @@ class Segments:
         cuts: list[tuple[str, ...]] = []
         for index in reversed(range(len(self._parts))):
             constant = [self.entering(index)] if index < len(self.bindings) else []
-            if index < len(self.bindings) and (added := self._beside[index]) is not None:
+            if index < len(self.bindings) and (added := self._surrounding[index].beside) is not None:
                 live.add(added)
             cuts.append(tuple(sorted(live.union(constant), key=lambda name: self._order.get(name, -1))))
             if index:
@@ -242,20 +259,25 @@ class Segments:
                     live |= step.reads - self._constants
         return cuts[::-1]
 
-    def _added(self, index: int) -> str | None:
-        """Follow what a layer gives, past a constant that is added to it, to an Add of another tensor."""
+    def _surroundings(self, index: int) -> _Surroundings:
+        """Follow what a layer gives: past constants and one other tensor that are added to it, to a Relu."""
         name, node = self.leaving(index), self.bindings[index].layer.uses[0].node
         earlier = set(self._entries) | _outputs(self._steps[:node])
         given = {value.name for value in self._model.proto.graph.output}
+        beside: str | None = None
         while name not in given:
             readers = [step for step in self._steps if name in step.reads]
+            if len(readers) == 1 and is_op(readers[0].node, ("Relu",)):
+                return _Surroundings(beside, rectified=True)
             if len(readers) != 1 or not is_op(readers[0].node, ("Add",)):
-                return None
+                break
             other = next((operand for operand in readers[0].node.input if operand != name), name)
             if other not in self._constants:
-                return other if other in earlier else None
+                if beside is not None or other not in earlier:
+                    break
+                beside = other
             name = readers[0].node.output[0]
-        return None
+        return _Surroundings(beside, rectified=False)
 
     def _substituted(
         self, binding: Binding, substitute: Substitute

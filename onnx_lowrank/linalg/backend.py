@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -105,6 +106,13 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], backend: Backen
                 pending.extend(pool.submit(function, item) for item in islice(source, 1))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Have BLAS use one thread in the whole process, as `parallel_map` does, for the same bits everywhere."""
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
 
 
 def _cores() -> int:

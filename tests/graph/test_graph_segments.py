@@ -368,3 +368,25 @@ def test_a_bias_on_rows_needs_a_known_rank():
     segments = segments_of(found(proto))
     with pytest.raises(InputError, match="--input-shape"):
         segments.segment(1, ["y"], {}, Substitute(np.ones((1, 6, 8)), np.ones(6)))
+
+
+@pytest.mark.parametrize(
+    ("body", "beside", "rectified"),
+    [
+        ("a = MatMul (x, w)\n y = Relu (a)", None, True),
+        ("a = MatMul (x, w)\n s = Add (a, b)\n y = Relu (s)", None, True),
+        ("a = MatMul (x, w)\n s = Add (x, a)\n y = Relu (s)", "x", True),
+        ("a = MatMul (x, w)\n c = Add (b, a)\n s = Add (c, x)\n y = Relu (s)", "x", True),
+        ("a = MatMul (x, w)\n y = Add (x, a)", "x", False),
+        ("a = MatMul (x, w)\n y = Add (a, a)", None, False),
+        ("a = MatMul (x, w)\n s = Sub (x, a)\n y = Relu (s)", None, False),
+        ("a = MatMul (x, w)\n s = Add (x, a)\n t = Add (x, s)\n y = Relu (t)", "x", False),
+        ("a = MatMul (x, w)\n r = Relu (a)\n y = Add (r, a)", None, False),
+        ("y = MatMul (x, w)\n r = Relu (y)", None, False),
+        ("a = MatMul (x, w)\n e = Exp (x)\n y = Add (e, a)", None, False),
+    ],
+)
+def test_what_happens_to_a_result(body, beside, rectified):
+    text = f"g (float[N,8] x) => (float[N,8] y) {{\n {body} }}"
+    segments = segments_of(found(model(text, w=(8, 8), b=(8,))))
+    assert (segments.beside(0), segments.rectified(0)) == (beside, rectified)
