@@ -25,7 +25,7 @@ from onnx import ModelProto, NodeProto
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model, Scope, scopes
 from onnx_lowrank.graph.rewrite import inline
-from onnx_lowrank.graph.walk import Place, Walk, is_op, label
+from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.types import Use
 
 
@@ -120,7 +120,7 @@ class _Taps:
         self.proto.CopyFrom(model.proto)
         self._walk = walk
         self._scopes: dict[str, Scope] = {scope.path: scope for scope in scopes(self.proto)}
-        self._taken = set(walk.names())
+        self._unique = FreeNames(walk).unique
         self._made: dict[tuple[str, str], Tap] = {}
 
     def of(self, binding: Binding, named: Callable[[Walk, Binding, Use], str]) -> tuple[Tap, ...]:
@@ -179,14 +179,6 @@ class _Taps:
                 node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
                 attribute.g.node.append(node)
                 _add_output(attribute.g, name, kind)
-
-    def _unique(self, name: str) -> str:
-        candidate, n = name, 1
-        while candidate in self._taken:
-            n += 1
-            candidate = f"{name}_{n}"
-        self._taken.add(candidate)
-        return candidate
 
 
 def _add_output(graph: Any, name: str, kind: int) -> None:

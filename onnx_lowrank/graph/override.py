@@ -30,7 +30,7 @@ from onnx_lowrank.graph.layers import Binding, read
 from onnx_lowrank.graph.model import Model, Scope, scopes
 from onnx_lowrank.graph.rewrite import inline
 from onnx_lowrank.graph.segments import Substitute, laid_out, set_bias
-from onnx_lowrank.graph.walk import Place, Walk, is_op, label
+from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import Source, dtype_of, viewed
 
 _FIRST_IR = 4
@@ -77,7 +77,7 @@ class Overridable:
         """
         self._original = model
         self._walk = walk
-        self._taken = set(walk.names())
+        self._unique = FreeNames(walk).unique
         self._slots: dict[str, _Slot] = {}
         self._proto = _copy(model.proto)
         self._scopes: dict[str, Scope] = {scope.path: scope for scope in scopes(self._proto)}
@@ -184,14 +184,6 @@ class Overridable:
         result = np.empty(prod(dims), dtype)
         result[origins.ravel()] = laid_out(node, use.operand, values, origins.shape).ravel()
         return result.reshape(dims)
-
-    def _unique(self, name: str) -> str:
-        candidate, n = name, 1
-        while candidate in self._taken:
-            n += 1
-            candidate = f"{name}_{n}"
-        self._taken.add(candidate)
-        return candidate
 
 
 def _copy(source: ModelProto) -> ModelProto:

@@ -38,7 +38,7 @@ from onnx_lowrank.graph.chains import (
 )
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model, Scope, scopes
-from onnx_lowrank.graph.walk import Place, Walk, is_op, label
+from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import VIEWS, dtype_of, viewed
 from onnx_lowrank.types import Certificate, Factors, Layer, Option, Use
 
@@ -151,7 +151,7 @@ class _Writer:
         self._walk = walk
         self._store = store
         self._edits: dict[str, _Edit] = {path: _Edit() for path in walk.scopes}
-        self._taken = set(walk.names())
+        self._unique = FreeNames(walk).unique
         self._unreads: dict[tuple[Place, int], Any] = {}
 
     def replace(self, replacement: Replacement) -> None:
@@ -180,14 +180,6 @@ class _Writer:
             self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, new_bias)
             for index in range(len(nodes))
         )
-
-    def _unique(self, name: str) -> str:
-        candidate, n = name, 1
-        while candidate in self._taken:
-            n += 1
-            candidate = f"{name}_{n}"
-        self._taken.add(candidate)
-        return candidate
 
     def _keep(self, binding: Binding, name: str, values: NDArray[Any]) -> str:
         """Store a new tensor where the layer's weight is stored (rule 2); returns its name."""

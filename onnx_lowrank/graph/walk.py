@@ -172,6 +172,23 @@ class Walk:
                 yield from (attribute.name for attribute in node.attribute)
 
 
+class FreeNames:
+    """Makes names that nothing in a model has."""
+
+    def __init__(self, walk: Walk) -> None:
+        """Take note of all names of a model."""
+        self._taken = set(walk.names())
+
+    def unique(self, name: str) -> str:
+        """The name, or the name with a number where it is taken; it is taken from now on."""
+        candidate, n = name, 1
+        while candidate in self._taken:
+            n += 1
+            candidate = f"{name}_{n}"
+        self._taken.add(candidate)
+        return candidate
+
+
 def is_op(node: NodeProto, types: Container[str]) -> bool:
     """Whether a node is one of these operators of the default domain."""
     return node.op_type in types and node.domain in ("", "ai.onnx")
