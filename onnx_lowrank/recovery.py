@@ -102,13 +102,14 @@ class Recovery:
         fits = (lambda: self._fitted(shares, ridge, STEPS), self._plain)
         candidates = list(parallel_map(lambda make: make(), fits, self._backend))
         weighed = [(error(judge, compose(exact(factors))), factors) for factors in candidates]
-        loss, stored = min(weighed, key=lambda pair: pair[0])
+        _, stored = min(weighed, key=lambda pair: pair[0])
         best = first = _Map(stored, self._shifted(stored, shares[False]))
         if step.rectified and first.bias is not None:
             best = self._rectified(step, shares, first, ridge)
         recovered = stored is candidates[0] or best is not first
         stored, shifted = best.factors, best.bias
         weight = compose(exact(stored))
+        loss = error(judge, weight)
         step.substitute(weight, None if shifted is None else shifted - self._added_behind())
         replacement = Replacement(self._binding, self._option, stored, certify(self._weight, stored), shifted)
         return replacement, LayerFit(Fit.ACTIVATIONS, recovered, loss)

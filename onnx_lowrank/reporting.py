@@ -82,7 +82,7 @@ def assemble(
         removed_inputs=() if rewritten is None else rewritten.removed_inputs,
         totals=totals,
         validation=validation,
-        warnings=(*warnings, *more, *(calibration.warnings if calibration else ())),
+        warnings=(*warnings, *more, *_calibration_warnings(plan, calibration)),
         calibration=calibration,
         trials=trials,
         target_error=target_error,
@@ -104,6 +104,20 @@ def _ratio_warnings(plan: Plan, reached: float, totals: Totals, targeted: bool) 
     macs_before, macs_after = totals.macs.before, totals.macs.after
     if macs_before is not None and macs_after is not None and macs_after > macs_before:
         yield f"The MACs rise from {macs_before:,} to {macs_after:,}: the budget macs keeps them down."
+
+
+def _calibration_warnings(plan: Plan, calibration: Calibrated | None) -> Iterator[str]:
+    """What the calibration inputs leave open."""
+    if calibration is None:
+        return
+    yield from calibration.warnings
+    unmeasured = dict(calibration.unmeasured)
+    blind = [choice.layer for choice in plan.choices if choice.option and choice.layer in unmeasured]
+    if blind:
+        yield (
+            f"Calibration tells nothing of {len(blind)} of the rewritten layers ({blind[0]!r} first), so no "
+            "figure shows what they lose: give inputs that reach them, or --exclude them."
+        )
 
 
 def _error_warnings(validation: Validation | None, given: bool, calibrated: bool) -> Iterator[str]:

@@ -177,8 +177,12 @@ class Scores:
             return
         self._probed = True
         calibration = _calibrated(self._calibration)
+        # What the inputs do not reach has no effect on these outputs, which says nothing of others.
+        unseen = calibration.statistics.reasons
         chosen = {
             binding.layer.id: _probes(candidates(binding.layer, known.activation, recipe, self._budget))
+            if binding.layer.id not in unseen
+            else ()
             for binding, known in self._items()
         }
 
@@ -198,7 +202,7 @@ class Scores:
                 step=step,
             )
         for binding, known in self._items():
-            if binding.layer.id in effects:
+            if binding.layer.id in effects and effects[binding.layer.id].any():
                 own = [error for _, error in chosen[binding.layer.id]]
                 known.effects = tuple(zip(own, effects[binding.layer.id].tolist(), strict=True))
         self._assume_effects()

@@ -19,6 +19,7 @@ from onnx_lowrank.found import Found
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.planner import Goal
 from onnx_lowrank.recipe import Recipe
+from onnx_lowrank.recovery import can_recover
 from onnx_lowrank.report.progress import Progress
 from onnx_lowrank.scoring import Scores
 from onnx_lowrank.types import Budget, Trial
@@ -107,13 +108,17 @@ class Search:
                 best = outcome if best is None else _better(best, outcome)
                 found.append((_loss(outcome.trial), recipe))
         recovering = [pair for pair in found if pair[1].recover]
-        if recovering and self._calibration.samples.held:
+        if recovering and self._recovers():
             outcome = self._tried(min(recovering, key=lambda pair: pair[0])[1], ratio, errors)
             if outcome is not None:
                 best = outcome if best is None else _better(best, outcome)
         if best is None:
             raise min(errors, key=_reach)
         return best
+
+    def _recovers(self) -> bool:
+        """Whether there is a layer to recover; else recovery would make the same model once more."""
+        return any(can_recover(self._found, b, self._calibration) for b in self._found.bindings)
 
     def _tried(
         self, recipe: Recipe, ratio: float, errors: list[BudgetError | ValidationError]

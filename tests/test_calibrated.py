@@ -567,3 +567,25 @@ def test_a_calibrated_run_of_the_command(tmp_path, capsys):
     assert (plan.measure, plan.factors, plan.recover) == (Measure.ACTIVATION, Fit.ACTIVATIONS, False)
     again = compress(DIGITS, plan=plan, calibration=tmp_path / "x.npz", calibration_samples=6)
     assert content(again) == onnx.load(tmp_path / "out.onnx").SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("recipe", ["output", "auto"])
+def test_a_branch_that_never_runs_is_not_taken_for_free(recipe):
+    text = """
+    <ir_version: 8, opset_import: ["": 17]>
+    branches (float[N,24] x, bool flag) => (float[N,24] y) {
+      y = If (flag) <
+        then_branch = a () => (float[N,24] u) { u = MatMul (x, w) },
+        else_branch = b () => (float[N,24] v) { v = MatMul (x, v0) }
+      >
+    }"""
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(text)
+    for name in ("w", "v0"):
+        values = rng.standard_normal((24, 24), np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    feeds = [{"x": rng.standard_normal((4, 24), np.float32), "flag": np.array(True)} for _ in range(40)]
+    result = compress(proto, 0.6, recipe=recipe, calibration=feeds)
+    ranks = {choice.layer: choice.option.j if choice.option else 24 for choice in result.plan.choices}
+    assert max(ranks.values()) < 24, "both are cut, as if both mattered"
+    assert any("Calibration tells nothing of 1 of the rewritten layers" in w for w in result.report.warnings)
