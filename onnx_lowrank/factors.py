@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.moments import shrinkage
+from onnx_lowrank.calibrate.moments import INPUT_RIDGE, shrinkage
 from onnx_lowrank.calibrate.statistics import LayerMoments
 from onnx_lowrank.found import Found, prepared
 from onnx_lowrank.graph.bias import Bias, bias
@@ -90,7 +90,9 @@ def activation_factors(
         steps: Iterations of the refinement at most; it needs held-out moments.
     """
     if moments.inputs is not None:
-        problem = of_weight(weight, moments.inputs, centred=centred, ridge=shrinkage(moments.inputs))
+        problem = of_weight(
+            weight, moments.inputs, centred=centred, ridge=shrinkage(moments.inputs, INPUT_RIDGE)
+        )
         held = None
         if moments.held is not None:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)

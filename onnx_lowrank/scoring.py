@@ -13,7 +13,7 @@ from onnx_lowrank.allocate.curves import predicted
 from onnx_lowrank.allocate.options import Candidates, Errors, candidates, weight_errors
 from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.moments import shrinkage
+from onnx_lowrank.calibrate.moments import INPUT_RIDGE, shrinkage
 from onnx_lowrank.factors import activation_factors, lost_mean
 from onnx_lowrank.found import Found, prepared
 from onnx_lowrank.graph.bias import bias
@@ -155,7 +155,7 @@ class Scores:
         weight, dtype = prepared(self._found, binding)
         centred = bias(self._found.model, self._found.walk, binding) is not None
         if moments.inputs is not None:
-            ridge = shrinkage(moments.inputs)
+            ridge = shrinkage(moments.inputs, INPUT_RIDGE)
             problem = of_weight(weight, moments.inputs, centred=centred, ridge=ridge)
             tops = {key: largest_rank(layer, *key, self._budget) for key in keys}
             table = {

@@ -43,8 +43,8 @@ def scores(calibration, found=FOUND):
 
 def test_the_activation_errors_are_those_of_the_factors(calibration, monkeypatch):
     """On the inputs that are fitted to, with the ridge left out of both."""
-    monkeypatch.setattr(module, "shrinkage", lambda moments: 0.0)
-    monkeypatch.setattr("onnx_lowrank.factors.shrinkage", lambda moments: 0.0)
+    monkeypatch.setattr(module, "shrinkage", lambda moments, least=0.0: 0.0)
+    monkeypatch.setattr("onnx_lowrank.factors.shrinkage", lambda moments, least=0.0: 0.0)
     checked = 0
     for binding, table in zip(FOUND.bindings, scores(calibration).candidates(ACTIVATION), strict=True):
         moments = replace(calibration.statistics[binding.layer.id], held=None)

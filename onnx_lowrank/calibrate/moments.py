@@ -12,7 +12,9 @@ from onnx_lowrank.calibrate.patches import CHUNK
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.types import Moments, Targets
 
-_LEAST_RIDGE = 0.1
+_DEFINITE = 1e-6  # keeps inputs that never vary from making the moments singular
+
+INPUT_RIDGE = 0.1
 """Measured on several models: that much pull towards the weights never costs much, and keeps inputs that are
 mostly alike (padding) from deciding alone."""
 
@@ -101,11 +103,6 @@ class Accumulator:
         self._count = total
 
 
-def uncentred(moments: Moments) -> NDArray[np.float64]:
-    """E[x xᵀ] = E[(x − E x)(x − E x)ᵀ] + E x (E x)ᵀ, shape (g, n, n)."""
-    return moments.second + moments.mean[:, :, None] * moments.mean[:, None, :]
-
-
 def merged(parts: Sequence[Moments]) -> Moments:
     """The moments of all vectors of several streams, by the same update, in the order given."""
     count, mean, second = parts[0].count, parts[0].mean, parts[0].second
@@ -119,12 +116,12 @@ def merged(parts: Sequence[Moments]) -> Moments:
     return Moments(count, mean, second)
 
 
-def shrinkage(moments: Moments) -> float:
+def shrinkage(moments: Moments, least: float = 0.0) -> float:
     """How much ridge the second moments need for the number of vectors that they come from.
 
     The oracle approximating shrinkage ρ of Chen, Wiesel, Eldar, Hero, "Shrinkage Algorithms for MMSE
     Covariance Estimation", 2010, eq. 23, as a ridge ρ / (1 − ρ) relative to the mean variance; the largest
-    over the operator groups, and at most 1.
+    over the operator groups, at least `least`, and at most 1.
     """
     n = moments.second.shape[-1]
     trace = np.trace(moments.second, axis1=1, axis2=2)
@@ -133,7 +130,7 @@ def shrinkage(moments: Moments) -> float:
     wanted = (1 - 2 / n) * squares + trace**2
     share = np.where(wanted < excess, wanted / np.where(excess > 0, excess, 1.0), 1.0)
     rho = min(float(np.max(share)), 0.5)
-    return max(rho / (1 - rho), _LEAST_RIDGE)
+    return max(rho / (1 - rho), least, _DEFINITE)
 
 
 def split(joint: Moments, inputs: int) -> tuple[Moments, Targets]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.calibrate import moments as module
-from onnx_lowrank.calibrate.moments import Accumulator, split, uncentred
+from onnx_lowrank.calibrate.moments import Accumulator, merged, shrinkage, split
 from onnx_lowrank.errors import InputError
 
 
@@ -127,12 +127,6 @@ def test_what_is_not_finite_names_the_layer(value, row):
         streamed(rows, (100, 400))
 
 
-def test_uncentred():
-    rows = correlated(9, 100, 2, 5, "float64", offset=3.0)
-    expected = np.einsum("rgi,rgj->gij", rows, rows) / 100
-    np.testing.assert_allclose(uncentred(streamed(rows)), expected, rtol=1e-12)
-
-
 @pytest.mark.parametrize("groups", [1, 2])
 def test_split(groups):
     rng = np.random.default_rng(10)
@@ -146,3 +140,34 @@ def test_split(groups):
     np.testing.assert_allclose(targets.mean, y.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(targets.cross, cross, rtol=1e-11, atol=1e-11)
     np.testing.assert_allclose(targets.power, np.mean((centred**2).sum(axis=2), axis=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [(5,), (5, 40), (1, 2, 3, 60)])
+def test_merged_parts_are_the_whole(parts):
+    rows = np.random.default_rng(sum(parts)).standard_normal((sum(parts), 2, 6)) * [1, 2, 3, 4, 5, 6] + 7
+
+    def of(some):
+        accumulator = Accumulator("x", 2, 6)
+        accumulator.add(some)
+        return accumulator.moments()
+
+    whole = merged([of(part) for part in np.split(rows, np.cumsum(parts)[:-1])])
+    assert whole.count == sum(parts)
+    np.testing.assert_allclose(whole.mean, rows.mean(axis=0), rtol=1e-12)
+    for group in range(2):
+        expected = np.cov(rows[:, group].T, bias=True)
+        np.testing.assert_allclose(whole.second[group], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_shrinkage_falls_with_the_number_of_vectors_and_keeps_its_floor():
+    rng = np.random.default_rng(0)
+    scale = np.arange(1, 21)
+    found = []
+    for count in (10, 100, 10_000):
+        accumulator = Accumulator("x", 1, 20)
+        accumulator.add(rng.standard_normal((count, 1, 20)) * scale)
+        moments = accumulator.moments()
+        found.append(shrinkage(moments))
+        assert shrinkage(moments, 0.9) == max(found[-1], 0.9)
+    assert 1 >= found[0] > found[1] > found[2] > 0
+    assert found[2] < 0.01
