@@ -115,5 +115,5 @@ def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputE
     with engine.open(found.model) as original, engine.open(built.rewritten.model) as compressed:
         for batch in samples.batches(calibration.statistics.batch):
             if batch.held or not samples.held:
-                comparison.add(original(batch.feed), compressed(batch.feed))
+                comparison.add(original(batch.feed), compressed(batch.feed), batch.feed)
     return comparison.errors()

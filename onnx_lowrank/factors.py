@@ -21,7 +21,7 @@ from onnx_lowrank.found import Found, prepared
 from onnx_lowrank.graph.bias import Bias, bias
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.rewrite import Replacement
-from onnx_lowrank.linalg.activations import corrected_mean, fit, output_fit
+from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
@@ -122,11 +122,11 @@ def lost_mean(
 def _error(
     weight: NDArray[np.generic], stored: Factors, moments: LayerMoments, *, centred: bool
 ) -> float | None:
-    """The relative activation error of factors as stored; None where only outputs were measured."""
-    judge = moments.held or moments.inputs
-    if judge is None:
-        return None
-    return error(of_weight(weight, judge, centred=centred, ridge=0.0), compose(exact(stored)))
+    """The relative activation error of factors as stored; None where nothing was measured."""
+    if (inputs := moments.held or moments.inputs) is not None:
+        return error(of_weight(weight, inputs, centred=centred, ridge=0.0), compose(exact(stored)))
+    outputs = moments.held_outputs or moments.outputs
+    return None if outputs is None else output_error(outputs, stored, centred=centred)
 
 
 def stored_as(factors: Factors, dtype: np.dtype[np.generic]) -> Factors:

@@ -416,6 +416,10 @@ class OutputError:
             two elements): share of rows with the same largest element. For integers, booleans and
             strings: share of equal elements. None elsewhere.
         note: What else there is to know, a sentence; mostly empty.
+        centred: ‖y − ŷ‖₂ / ‖y − ȳ‖₂, ȳ the mean over the samples: the relative error that a constant offset
+            does not flatter. None for integers, booleans and strings, for one sample, for samples of several
+            shapes, and where y does not vary.
+        is_exact: Whether it holds integers, booleans or strings, of which agreement tells and no norm.
     """
 
     name: str
@@ -423,6 +427,8 @@ class OutputError:
     largest: float | None
     agreement: float | None
     note: str = ""
+    centred: float | None = None
+    is_exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,8 +479,13 @@ class Trial:
 
     @property
     def error(self) -> float | None:
-        """The largest relative error over the outputs; None where none was measured."""
-        return max((output.relative for output in self.outputs if output.relative is not None), default=None)
+        """The largest error of an output of floats, centred where that tells; None where there is none."""
+        errors = (
+            output.relative if output.centred is None else output.centred
+            for output in self.outputs
+            if not output.is_exact
+        )
+        return max((error for error in errors if error is not None), default=None)
 
     @property
     def agreement(self) -> float | None:
@@ -510,8 +521,9 @@ class LayerFit:
     Attributes:
         fit: What they were fitted to.
         recovered: Whether that was what the compressed layers before it give.
-        error: The squared error of its outputs over their own square, on held-out calibration inputs
-            where there are any, else on those that were fitted to; None where that is unknown.
+        error: ‖y − ŷ‖² / ‖y‖² of its output y on held-out calibration inputs where there are any, else on
+            those that were fitted to; y less its mean where a bias keeps that. A recovered layer's y makes
+            up for the layers before it, and ŷ is computed behind them. None where it is unknown.
     """
 
     fit: Fit

@@ -9,8 +9,9 @@ from onnx import TensorProto, numpy_helper
 
 from onnx_lowrank.errors import InputError, ValidationError
 from onnx_lowrank.graph.model import Model, load
+from onnx_lowrank.types import OutputError, Trial
 from onnx_lowrank.validate import engines, runtime, validate
-from onnx_lowrank.validate.compare import compare
+from onnx_lowrank.validate.compare import Comparison, compare
 from onnx_lowrank.validate.inputs import make, read, specs
 from onnx_lowrank.validate.tables import id_limits
 
@@ -493,7 +494,7 @@ class TestGivenInputs:
 
 class TestCompare:
     def one(self, y, z):
-        (error,) = compare({"y": np.asarray(y)}, {"y": np.asarray(z)})
+        (error,) = compare({"y": np.asarray(y)}, {"y": np.asarray(z)}, {})
         return error
 
     @pytest.mark.parametrize("seed", range(20))
@@ -554,10 +555,93 @@ class TestCompare:
     def test_sequences_maps_and_optionals(self):
         ours = {"s": [np.ones(2), np.ones(3)], "m": [{1: 0.5}], "o": None}
         theirs = {"s": [np.ones(2), 2 * np.ones(3)], "m": [{1: 0.25}], "o": None}
-        errors = {error.name: error.relative for error in compare(ours, theirs)}
+        errors = {error.name: error.relative for error in compare(ours, theirs, {})}
         assert errors == {"s[0]": 0.0, "s[1]": 1.0, "m[0][1]": 0.5}
 
     def test_sequences_of_other_length(self):
-        errors = compare({"s": [np.ones(2)]}, {"s": [np.ones(2), np.ones(2)]})
+        errors = compare({"s": [np.ones(2)]}, {"s": [np.ones(2), np.ones(2)]}, {})
         assert [error.relative for error in errors] == [0.0, float("inf")]
         assert errors[-1].note == "It has 2 elements, the input model's 1."
+
+
+class TestCentred:
+    """‖y − ŷ‖ / ‖y − ȳ‖, ȳ the mean over samples."""
+
+    def of(self, feeds, ys, zs):
+        comparison = Comparison()
+        for x, y, z in zip(feeds, ys, zs, strict=True):
+            comparison.add({"y": y}, {"y": z}, {"x": x})
+        (error,) = comparison.errors()
+        return error
+
+    def drawn(self, seed, shape=(12, 3, 4)):
+        rng = np.random.default_rng(seed)
+        y = rng.standard_normal(shape) + 1e4 * rng.standard_normal(shape[1:])
+        return y, y + 0.1 * rng.standard_normal(shape)
+
+    def wanted(self, y, z):
+        return np.linalg.norm(z - y) / np.linalg.norm(y - y.mean(axis=0))
+
+    @pytest.mark.parametrize("size", [1, 2, 5, 12])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_batches_make_no_difference(self, seed, size):
+        y, z = self.drawn(seed)
+        parts = [slice(n, n + size) for n in range(0, 12, size)]
+        error = self.of([np.zeros(len(y[p])) for p in parts], [y[p] for p in parts], [z[p] for p in parts])
+        assert error.centred == pytest.approx(self.wanted(y, z), rel=1e-9)
+        assert error.relative == pytest.approx(np.linalg.norm(z - y) / np.linalg.norm(y), rel=1e-9)
+        assert error.centred > 100 * error.relative
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_outputs_without_a_batch_axis_are_a_sample_each(self, seed):
+        y, z = self.drawn(seed)
+        error = self.of([np.zeros(7)] * 12, y, z)
+        assert error.centred == pytest.approx(self.wanted(y, z), rel=1e-9)
+
+    def test_complex_outputs(self):
+        y, z = self.drawn(0)
+        turned = self.of([np.zeros(12)], [y * 1j], [z * 1j])
+        assert turned.centred == pytest.approx(self.wanted(y, z), rel=1e-9)
+
+    def test_what_is_not_finite_in_the_input_model_counts_as_nothing(self):
+        y, z = self.drawn(1)
+        y[:, 0, 0] = np.inf
+        error = self.of([np.zeros(12)], [y], [z])
+        kept = [a.reshape(12, -1)[:, 1:] for a in (y, z)]
+        assert error.centred == pytest.approx(self.wanted(*kept), rel=1e-9)
+
+    @pytest.mark.parametrize(
+        "ys",
+        [
+            [np.ones((1, 3))],
+            [np.ones((4, 3))],
+            [np.full((4, 3), 0.1), np.full((2, 3), 0.1)],
+            [np.arange(12).reshape(4, 3)],
+            [np.arange(12).reshape(4, 3) > 5],
+            [np.array([["a"], ["b"]])],
+            [np.arange(12.0).reshape(4, 3), np.arange(10.0).reshape(2, 5)],
+            [np.zeros((0, 3))],
+        ],
+        ids=["one", "constant", "batches", "integers", "booleans", "texts", "shapes", "empty"],
+    )
+    def test_what_does_not_vary_or_has_no_norm_has_none(self, ys):
+        error = self.of([np.zeros(len(y)) for y in ys], ys, ys)
+        assert error.centred is None
+        assert error.is_exact == (ys[0].dtype.kind in "ibU")
+
+    def test_a_trial_counts_no_integers_and_centres_where_it_can(self):
+        floats, whole = OutputError("y", 0.1, 1.0, 0.9, centred=0.4), OutputError("i", 7.0, 7.0, 0.5)
+        whole = replace(whole, is_exact=True)
+        assert Trial("a", 0.5, outputs=(floats, whole)).error == 0.4
+        assert Trial("a", 0.5, outputs=(floats, whole)).agreement == 0.5
+        assert Trial("a", 0.5, outputs=(replace(floats, centred=None), whole)).error == 0.1
+        assert Trial("a", 0.5, outputs=(whole,)).error is None
+
+
+def test_what_was_measured_on_more_inputs_is_judged():
+    known = (OutputError("y", 0.25, 1.0, None),)
+    given = {"inputs": {"x": np.ones((1, 4), np.float32)}, "measured": known, "source": "80 inputs"}
+    result = validate(scaled(2.0), scaled(1.5), {}, alone=never, **given)
+    assert (result.outputs, result.inputs) == (known, "80 inputs")
+    with pytest.raises(ValidationError, match=r"The relative error of 'y' is 0\.25"):
+        validate(scaled(2.0), scaled(1.5), {}, alone=never, max_error=0.2, **given)

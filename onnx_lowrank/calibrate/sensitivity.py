@@ -27,6 +27,7 @@ from onnx_lowrank.graph.segments import Substitute
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.graph.weights import FLOATS
 from onnx_lowrank.validate.engines import Engine, Feed, RejectedError, Run, UnsupportedError
+from onnx_lowrank.validate.spread import Spread, is_batched
 
 LOST = 1e6
 """The error of an output that becomes NaN or infinite, and the largest one."""
@@ -34,7 +35,6 @@ LOST = 1e6
 MEMORY = 2**28
 """Bytes of inputs and outputs that are kept."""
 
-_CONSTANT = 1e-12  # of the energy of an output: what varies by less is rounding
 _GROUP = 4
 """Layers that are overridden in one session: the fewer, the faster it runs, the more often one is opened."""
 
@@ -201,26 +201,11 @@ class _Trial:
         """One output, or None where it cannot be compared."""
         if not all(isinstance(v, np.ndarray) and v.dtype.name in FLOATS.values() for v in values):
             return None
-        finite = [np.where(np.isfinite(v), v, np.zeros_like(v)) for v in values]
-        with np.errstate(over="ignore", invalid="ignore"):
-            power, energy = self._spread(finite), sum(_energy(v) for v in finite)
-        power = power if power > _CONSTANT * energy else energy
+        spread = Spread()
+        for feed, value in zip(self._feeds, values, strict=True):
+            spread.add(value.astype(np.float64), batched=is_batched(feed, value))
+        power = spread.power() or spread.energy
         return _Output(name, values, power) if 0 < power < np.inf else None
-
-    def _spread(self, values: Sequence[NDArray[Any]]) -> float:
-        """Σ ‖y − ȳ‖², ȳ the mean over the first axis if that counts samples, or else over the batches."""
-        if len({v.shape[1:] for v in values}) == 1 and all(map(_is_batched, self._feeds, values)):
-            mean = sum(v.sum(axis=0, dtype=np.float64) for v in values) / sum(len(v) for v in values)
-        elif len({v.shape for v in values}) == 1:
-            mean = sum(v.astype(np.float64) for v in values) / len(values)
-        else:
-            return 0.0
-        return sum(_energy(v - mean) for v in values)
-
-
-def _is_batched(feed: Feed, value: NDArray[Any]) -> bool:
-    """Whether the first axis of an output is as long as that of an input."""
-    return value.ndim > 0 and any(array.ndim > 0 and len(array) == len(value) for array in feed.values())
 
 
 def _energy(values: NDArray[Any]) -> float:

@@ -135,6 +135,23 @@ def output_fit(
     return _factors(_product_svd(left, right), Fold.ENCODE, weight.shape, backend)
 
 
+def output_error(outputs: Moments, factors: Factors, *, centred: bool) -> float:
+    """What the factors of `output_fit` lose of a layer's outputs: ‖y − P y‖² / ‖y‖², P on their decoder.
+
+    Args:
+        outputs: Moments of the outputs y, on any inputs.
+        factors: Its factors, in any dtype.
+        centred: Whether a bias takes the change of the mean.
+    """
+    decoder = factors.decoder.astype(np.float64)
+    q, r = np.linalg.qr(decoder.reshape(*decoder.shape[:2], -1))
+    q = q * (np.diagonal(r, axis1=1, axis2=2) != 0)[:, None, :]  # a column of zeros spans nothing
+    second = about(outputs.mean, outputs.mean, outputs.second, centred)
+    total = float(np.trace(second, axis1=1, axis2=2).sum())
+    kept = float(np.sum(q * np.matmul(second, q)))
+    return max(0.0, 1 - kept / total) if total > 0 else 0.0
+
+
 def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> NDArray[np.float64]:
     """(W − Ŵ) E[x]: what a bias must add so that the mean of the outputs stays; shape (g · f,).
 

@@ -15,8 +15,13 @@ _COMPACT = frozenset(("operator", "weight"))
 _HELD, _MEASURED = "held-out", "measured"
 _FITTED = frozenset(("fit", _HELD, _MEASURED))
 _MEANING = {
-    Measure.ACTIVATION: "‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from calibration inputs",
-    Measure.OUTPUT: "what the layer is predicted to add to the squared error of the model's outputs",
+    Measure.ACTIVATION: (
+        "‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from calibration inputs, with a ridge for what "
+        "they do not show"
+    ),
+    Measure.OUTPUT: (
+        "what the layer alone is predicted to add to the square of the output error, before any recovery"
+    ),
 }
 # How numbers are written and which columns are left out, the most telling layout first.
 _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
@@ -53,10 +58,12 @@ def _legend(report: Report, shown: Container[str]) -> Iterator[str]:
         yield "bound: certified ‖W − Ŵ‖/‖W‖, spectral norm, of the factors as stored."
     if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report)):
         yield "fit: recovered factors make up for the errors of the layers before them."
-    if _HELD in shown:
-        yield f"{_HELD}: ‖y − ŷ‖²/‖y‖² of the layer's output y, on held-out calibration inputs."
-    if _MEASURED in shown:
-        yield f"{_MEASURED}: ‖y − ŷ‖²/‖y‖² of the layer's output y, on the calibration inputs."
+    for header, which in ((_HELD, "held-out"), (_MEASURED, "the")):
+        if header in shown:
+            yield (
+                f"{header}: ‖y − ŷ‖²/‖y‖² of the layer's output y on {which} calibration inputs; about the "
+                "mean where the layer's bias keeps that."
+            )
 
 
 def _columns(report: Report, number: Callable[[int | None], str]) -> list[Column]:

@@ -60,6 +60,23 @@ class Silent:
 
 
 @dataclass(frozen=True, slots=True)
+class Labelled:
+    """Shows the stages of another, each with what it is done for.
+
+    Attributes:
+        progress: The other.
+        label: What for.
+    """
+
+    progress: Progress
+    label: str
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Step]:
+        """Show a stage with its label."""
+        return self.progress.stage(f"{name} ({self.label})", total)
+
+
+@dataclass(frozen=True, slots=True)
 class Terminal:
     """A bar with the time left for the stage at work.
 

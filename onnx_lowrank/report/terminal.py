@@ -80,7 +80,7 @@ def _asked(report: Report) -> str:
     """What the user asked for: a ratio or a target."""
     wanted = []
     if report.target_error is not None:
-        wanted.append(f"error at most {report.target_error:g}")
+        wanted.append(f"output error at most {report.target_error:g}")
     if report.target_agreement is not None:
         wanted.append(f"agreement at least {report.target_agreement:g}")
     if not wanted:
@@ -104,7 +104,13 @@ def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page)
         return
     ordered = sorted(trials, key=lambda trial: -trial.ratio)
     page.blank()
-    _trials(ordered, "held-out error" if calibration.held else "output error", page)
+    _trials(ordered, page)
+    held = "held-out " if calibration.held else ""
+    page.line(
+        f"output error: ‖y − ŷ‖/‖y − ȳ‖ of the model's output y, ȳ its mean, on {held}calibration inputs; "
+        "the largest of several outputs.",
+        style="dim",
+    )
     for trial in ordered:
         if trial.note:
             page.line(f"{_recipe(trial)} at {trial.ratio:.4g}: {trial.note}", style="dim", indent=2)
@@ -115,11 +121,11 @@ def _recipe(trial: Trial) -> str:
     return f"{trial.recipe}, recovered" if trial.recovered else trial.recipe
 
 
-def _trials(trials: list[Trial], error: str, page: Page) -> None:
+def _trials(trials: list[Trial], page: Page) -> None:
     """Print the table of what was tried."""
     columns = [
         Column("ratio", tuple(f"{trial.ratio:.4g}" for trial in trials), "right"),
-        Column(error, tuple(words.error(trial.error) for trial in trials), "right"),
+        Column("output error", tuple(words.error(trial.error) for trial in trials), "right"),
     ]
     if any(trial.agreement is not None for trial in trials):
         shares = tuple("–" if trial.agreement is None else f"{trial.agreement:.2%}" for trial in trials)
@@ -137,7 +143,8 @@ def _validation(validation: Validation, page: Page) -> None:
     for output in (*validation.outputs, *validation.alone):
         parts = []
         if output.relative is not None:
-            parts.append(f"relative error {words.number(output.relative)}")
+            centred = "" if output.centred is None else f" ({words.number(output.centred)} about the mean)"
+            parts.append(f"relative error {words.number(output.relative)}{centred}")
         if output.largest is not None:
             parts.append(f"largest difference {words.number(output.largest)}")
         if output.agreement is not None:

@@ -40,6 +40,7 @@ def validate(
     *,
     alone: Alone,
     inputs: str | Path | Mapping[str, Any] | None = None,
+    measured: tuple[OutputError, ...] | None = None,
     source: str = "given",
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     provider: str = "CPUExecutionProvider",
@@ -56,7 +57,8 @@ def validate(
         nodes: The rewritten layers' ids, each with the names of the last nodes of its chains.
         alone: Cuts a rewritten layer out of both models.
         inputs: An .npz file or a mapping of arrays, named like the inputs; None makes some.
-        source: What to call them in the result.
+        measured: How far the outputs lie apart, where that is known from more inputs than these.
+        source: What the inputs of the comparison are called in the result.
         input_shapes: Shapes of inputs to make, where the model leaves them free.
         provider: ONNX Runtime's execution provider.
         max_error: Bound on the largest relative error over the outputs; each has to be measured.
@@ -78,17 +80,21 @@ def validate(
     if run is None:
         result = _layers_alone(tuple(nodes), alone, engine)
     else:
-        outputs = compare(run.outputs, _run_compressed(compressed, run))
-        origin = source if given is not None else "made from the graph"
+        got = _run_compressed(compressed, run)
         result = Validation(
             engine=run.engine.name,
-            inputs=f"{origin}: {describe(run.feed)}" if run.feed else "the model has none",
-            outputs=outputs,
+            inputs=source if measured is not None else _described(run.feed, source, given is not None),
+            outputs=compare(run.outputs, got, run.feed) if measured is None else measured,
             never_ran=_never_ran(compressed, nodes, run),
         )
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
     return result
+
+
+def _described(feed: Feed, source: str, is_given: bool) -> str:
+    origin = source if is_given else "made from the graph"
+    return f"{origin}: {describe(feed)}" if feed else "the model has none"
 
 
 _Feeds = Callable[[], Iterable[Feed]]
@@ -182,7 +188,7 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
             notes.append(f"The layer {layer!r} ran nowhere: {silent[-1]}")
             continue
         used[run.engine.name] = None
-        errors = compare(run.outputs, _run_compressed(chain, run))
+        errors = compare(run.outputs, _run_compressed(chain, run), run.feed)
         outputs += [replace(error, name=f"layer {layer}") for error in errors]
     return Validation(
         engine=f"layers alone ({', '.join(used) or 'none ran'})",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import hypot
+from dataclasses import dataclass, field
+from math import hypot, sqrt
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.errors import ValidationError
 from onnx_lowrank.types import OutputError
+from onnx_lowrank.validate.spread import Spread, is_batched
 
 _EMPTY = "It has no elements."
 
 
-def compare(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[OutputError, ...]:
+def compare(
+    wanted: Mapping[str, Any], got: Mapping[str, Any], feed: Mapping[str, NDArray[Any]]
+) -> tuple[OutputError, ...]:
     """Compare the outputs of the input model with the compressed model's, on one feed.
 
     Sequences and maps are compared element by element; an optional that is empty in both is left out.
@@ -24,12 +27,13 @@ def compare(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[OutputEr
     Args:
         wanted: The input model's outputs by name.
         got: The compressed model's.
+        feed: The inputs of both, which tell where samples are.
 
     Raises:
         ValidationError: An output has NaN or Inf where the input model's has none.
     """
     comparison = Comparison()
-    comparison.add(wanted, got)
+    comparison.add(wanted, got, feed)
     return comparison.errors()
 
 
@@ -39,7 +43,9 @@ class Comparison:
     def __init__(self) -> None:
         self._sums: dict[str, _Sums] = {}
 
-    def add(self, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    def add(
+        self, wanted: Mapping[str, Any], got: Mapping[str, Any], feed: Mapping[str, NDArray[Any]]
+    ) -> None:
         """Add the outputs on one feed; see `compare`.
 
         Raises:
@@ -49,7 +55,8 @@ class Comparison:
             ours, theirs = dict(_leaves(name, value)), dict(_leaves(name, got.get(name)))
             for leaf in ours:
                 if leaf in theirs:
-                    self._of(leaf).add(ours[leaf], theirs[leaf])
+                    y = ours[leaf]
+                    self._of(leaf).add(y, theirs[leaf], batched=is_batched(feed, y))
             if ours.keys() != theirs.keys():
                 self._of(name).fault = f"It has {len(theirs)} elements, the input model's {len(ours)}."
 
@@ -76,6 +83,8 @@ class _Sums:
         agreeing: How many of them do.
         fault: Why the outputs cannot be compared at all; "" where they can.
         is_text: Whether it holds texts.
+        is_exact: Whether it holds texts, integers or booleans.
+        spread: How much it varies.
     """
 
     name: str
@@ -88,17 +97,19 @@ class _Sums:
     agreeing: int = 0
     fault: str = ""
     is_text: bool = False
+    is_exact: bool = False
+    spread: Spread = field(default_factory=Spread)
 
-    def add(self, y: NDArray[Any], z: NDArray[Any]) -> None:
+    def add(self, y: NDArray[Any], z: NDArray[Any], *, batched: bool) -> None:
         if y.shape != z.shape:
             self.fault = self.fault or f"Its shape is {z.shape}, the input model's {y.shape}."
             return
         self.size += y.size
         if y.dtype.kind in "OSU":
-            self.is_text = True
+            self.is_text = self.is_exact = True
             self._agree(y == z)
             return
-        exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
+        self.is_exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
         y, z = _wide(y), _wide(z)
         finite = np.isfinite(y)
         lost = int(np.count_nonzero(finite & ~np.isfinite(z)))
@@ -113,7 +124,8 @@ class _Sums:
         self.norm = hypot(self.norm, float(np.linalg.norm(y[finite])))
         self.residual = hypot(self.residual, float(np.linalg.norm(difference)))
         self.largest = max(self.largest, float(difference.max(initial=0.0)))
-        agreement = y == z if exact else _top1(y, z)
+        self.spread.add(y, batched=batched)
+        agreement = y == z if self.is_exact else _top1(y, z)
         if agreement is not None:
             self._agree(agreement)
 
@@ -126,13 +138,21 @@ class _Sums:
             return OutputError(self.name, float("inf"), None, None, self.fault)
         agreement = self.agreeing / self.rows if self.rows else None
         if self.is_text:
-            return OutputError(self.name, None, None, agreement, "It holds texts." if self.size else _EMPTY)
+            note = "It holds texts." if self.size else _EMPTY
+            return OutputError(self.name, None, None, agreement, note, is_exact=True)
         hidden = self.size - self.compared
         note = f"{hidden} of {self.size} elements are NaN or Inf in the input model, too." if hidden else ""
         if not self.compared:
-            return OutputError(self.name, None, None, None, note or _EMPTY)
+            return OutputError(self.name, None, None, None, note or _EMPTY, is_exact=self.is_exact)
         relative = self.residual / self.norm if self.norm else float("inf") if self.residual else 0.0
-        return OutputError(self.name, relative, self.largest, agreement, note)
+        return OutputError(
+            self.name, relative, self.largest, agreement, note, self._centred(), is_exact=self.is_exact
+        )
+
+    def _centred(self) -> float | None:
+        """‖y − ŷ‖ / ‖y − ȳ‖, or None where that tells nothing."""
+        power = None if self.is_exact else self.spread.power()
+        return None if power is None else self.residual / sqrt(power)
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:

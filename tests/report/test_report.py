@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -290,7 +291,8 @@ def test_an_error_on_the_fitted_inputs_is_not_called_held_out():
     text = printed(calibrated(calibration=Calibrated("x: 4 samples, 0 held out", 4, 0)), 160)
     assert "held-out" not in text
     assert "output error" in text
-    assert "measured: ‖y − ŷ‖²/‖y‖² of the layer's output y, on the calibration inputs." in text
+    assert "measured: ‖y − ŷ‖²/‖y‖² of the layer's output y on the calibration inputs;" in text
+    assert "output error: ‖y − ŷ‖/‖y − ȳ‖ of the model's output y, ȳ its mean, on calibration inputs" in text
 
 
 @pytest.mark.parametrize("width", [40, 50, 60, 72, 80, 90, 100, 110, 120, 160])
@@ -324,7 +326,7 @@ def test_the_legend_explains_the_columns_that_are_shown(width, fitted):
         (Measure.ACTIVATION, "error: activation, ‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from"),
         (
             Measure.OUTPUT,
-            "error: output, what the layer is predicted to add to the squared error of the model",
+            "error: output, what the layer alone is predicted to add to the square of the output error",
         ),
     ],
 )
@@ -356,13 +358,15 @@ def test_terminal_compares_what_was_tried():
     lines = printed(calibrated(), 160).splitlines()
     assert "Calibration on data.npz: 400 samples, 80 held out" in lines
     start = next(n for n, line in enumerate(lines) if line.startswith("  recipe"))
-    assert lines[start].split() == ["recipe", "ratio", "held-out", "error", "agreement"]
+    assert lines[start].split() == ["recipe", "ratio", "output", "error", "agreement"]
     assert [line.split() for line in lines[start + 2 : start + 5]] == [
         ["output", "0.5", "0.0321", "97.50%"],
         ["→", "schatten", "0.5", "0.0123", "98.75%"],
         ["svd", "0.5", "–", "–"],
     ]
-    assert lines[start + 5] == "  svd at 0.5: The ratio 0.5 cannot be reached: the smallest is 0.625."
+    assert lines[start + 5].startswith("output error: ")
+    assert "on held-out calibration inputs" in lines[start + 5]
+    assert lines[start + 6] == "  svd at 0.5: The ratio 0.5 cannot be reached: the smallest is 0.625."
 
 
 def test_ratios_that_were_tried_stand_in_their_order():
@@ -370,7 +374,8 @@ def test_ratios_that_were_tried_stand_in_their_order():
         Trial("output", ratio, False, (OutputError("y", 1 - ratio, 1.0, None),), chosen=ratio == 0.375)
         for ratio in (0.5, 0.25, 0.375, 0.3125)
     )
-    lines = [line for line in printed(calibrated(trials=tried)).splitlines() if " output " in line]
+    lines = printed(calibrated(trials=tried)).splitlines()
+    lines = [line for line in lines if re.match(r"[ →] output ", line)]
     assert [line.split()[-2:] for line in lines[-4:]] == [
         ["0.5", "0.5"],
         ["0.375", "0.625"],
@@ -399,9 +404,9 @@ def test_terminal_groups_the_layers_that_were_not_calibrated():
     ("error", "agreement", "words"),
     [
         (None, None, "asked for 0.5"),
-        (0.05, None, "the smallest tried of held-out error at most 0.05"),
+        (0.05, None, "the smallest tried of held-out output error at most 0.05"),
         (None, 0.99, "the smallest tried of held-out agreement at least 0.99"),
-        (0.05, 0.99, "the smallest tried of held-out error at most 0.05 and agreement at least 0.99"),
+        (0.05, 0.99, "the smallest tried of held-out output error at most 0.05 and agreement at least 0.99"),
     ],
 )
 def test_the_ratio_is_told_by_what_was_asked_for(error, agreement, words):
@@ -441,6 +446,8 @@ def test_json_holds_calibration_and_trials():
         "largest": 1.0,
         "agreement": 1.0,
         "note": "",
+        "centred": None,
+        "is_exact": False,
     }
     assert (svd["error"], svd["agreement"], svd["outputs"]) == (None, None, [])
     assert svd["note"] == "The ratio 0.5 cannot be reached: the smallest is 0.625."

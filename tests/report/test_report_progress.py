@@ -4,7 +4,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from onnx_lowrank.report.progress import Silent, Terminal
+from onnx_lowrank.report.progress import Labelled, Silent, Terminal
 
 
 class Clock:
@@ -46,6 +46,13 @@ def test_a_pipe_gets_one_line_for_each_stage():
     with progress.stage("factorize", total=0):
         pass
     assert file.getvalue() == "spectra (3)\n[plan]\nactivations\nfactorize (0)\n"
+
+
+def test_a_stage_tells_what_it_is_done_for():
+    file, progress = piped()
+    with Labelled(progress, "output at 0.5").stage("recover", total=3) as step:
+        step()
+    assert file.getvalue() == "recover (output at 0.5) (3)\n"
 
 
 def test_a_long_stage_tells_a_pipe_how_far_it_is():
