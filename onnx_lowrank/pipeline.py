@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx_lowrank import arguments, planner, reporting
 from onnx_lowrank import plan as plans
 from onnx_lowrank.arguments import Request
-from onnx_lowrank.build import Built, build
+from onnx_lowrank.build import Built, build, judge
 from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.data import Samples, Source
@@ -27,7 +27,6 @@ from onnx_lowrank.graph import model as models
 from onnx_lowrank.graph.atomic import replacing
 from onnx_lowrank.graph.excerpt import excerpts
 from onnx_lowrank.graph.model import Model, ModelProto
-from onnx_lowrank.graph.rewrite import Rewritten
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 from onnx_lowrank.planner import Goal
@@ -35,7 +34,7 @@ from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.report import Report
 from onnx_lowrank.report.progress import Progress, Silent
 from onnx_lowrank.scoring import Scores
-from onnx_lowrank.search import Search, Target
+from onnx_lowrank.search import Search, Target, check_target
 from onnx_lowrank.types import Calibrated, Plan, Trial, Validation
 from onnx_lowrank.validate import runtime, validate
 from onnx_lowrank.validate.engines import Feed
@@ -182,6 +181,8 @@ def compress(
             shapes = {name: array.shape for name, array in shown.items() if array.size} | shapes
             found = find_layers(loaded, shapes, *globs)
         job = _Job(found, asked, backend, progress, provider, shapes, max_error, given)
+        if asked.plan is None:
+            planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.budget)
         return job.run(None if samples is None else job.calibrated(samples, stack), dry_run=dry_run)
 
 
@@ -201,6 +202,8 @@ class _Job:
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
         """Measure what the request needs to know of the activations."""
         engine = runtime(self.provider)
+        if self.asked.target is not None:
+            check_target(self.asked.target, self.found.model, _held_out(samples, _SHOWN), engine)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
             measured = statistics.measure(
@@ -222,7 +225,7 @@ class _Job:
             if dry_run:
                 return self._result(built.plan, calibration, trials)
             with self.progress.stage("validate"):
-                validation = self._validated(built.rewritten, calibration)
+                validation = self._validated(built, calibration, trials)
             return self._result(built.plan, calibration, trials, built, validation, stack.pop_all())
 
     def _searched(self, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
@@ -268,7 +271,10 @@ class _Job:
         model = self.found.model if built is None else built.rewritten.model
         return Result(report, plan, model, resources or ExitStack())
 
-    def _validated(self, rewritten: Rewritten, calibration: Calibration | None) -> Validation:
+    def _validated(
+        self, built: Built, calibration: Calibration | None, trials: tuple[Trial, ...]
+    ) -> Validation:
+        rewritten = built.rewritten
         bindings = {binding.layer.id: binding for binding in self.found.bindings}
 
         @cache
@@ -280,10 +286,14 @@ class _Job:
             model, walk = self.found.model, self.found.walk
             return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
 
-        shown, source = self.given, "given"
+        shown, measured, source = self.given, None, "given"
         if shown is None and calibration is not None:
-            shown = _held_out(calibration.samples, _SHOWN)
-            source = "held-out calibration inputs" if calibration.samples.held else "calibration inputs"
+            samples = calibration.samples
+            shown = _held_out(samples, _SHOWN)
+            measured = next((trial.outputs for trial in trials if trial.chosen), None)
+            measured = measured or judge(self.found, built, calibration)
+            source = "held-out calibration" if samples.held else "calibration"
+            source = f"{samples.held or samples.count} {source} inputs"
         last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
         return validate(
             self.found.model,
@@ -291,6 +301,7 @@ class _Job:
             last,
             alone=alone,
             inputs=shown,
+            measured=measured,
             source=source,
             input_shapes=self.shapes,
             provider=self.provider,
@@ -299,7 +310,7 @@ class _Job:
 
 
 _SHOWN = 16
-"""Calibration samples on which the models are compared at the end."""
+"""Calibration samples that show which layers run."""
 
 
 def _held_out(samples: Samples, size: int) -> Feed:

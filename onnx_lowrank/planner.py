@@ -10,7 +10,7 @@ from fractions import Fraction
 from onnx_lowrank import plan as plans
 from onnx_lowrank.allocate.cost import cost
 from onnx_lowrank.allocate.limits import Limits, macs_limits
-from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.allocate.options import Candidates, unscored
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.found import Found
@@ -57,6 +57,35 @@ def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
     return replace(choice, cost=true, error=error)
 
 
+def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], budget: Budget) -> None:
+    """Find out whether a ratio is in reach before any error is computed: that takes costs alone.
+
+    Args:
+        found: The model.
+        ratio: The ratio asked for.
+        recipes: The recipes, of which one is enough.
+        budget: What the ratio counts.
+
+    Raises:
+        BudgetError: None of them reaches it; the error is the one that comes closest.
+        InputError: MACs are needed and unknown.
+    """
+    total = found.total(budget)
+    limit = largest_total(ratio, total)
+    errors = []
+    for recipe in recipes:
+        if recipe.price not in (None, budget):
+            return  # what such a recipe reaches depends on the errors
+        goal = Goal(ratio, recipe, budget)
+        tables = [unscored(layer, recipe, budget) for layer in found.layers]
+        choices = _choices(tables, _within(found, tables, goal, limit, smallest))
+        least = found.total(budget, choices)
+        if least <= limit and (found.bindings or ratio == 1):
+            return
+        errors.append(_out_of_reach(found, goal, least))
+    raise min(errors, key=lambda error: error.smallest_ratio or 1.0)
+
+
 def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     """Make the best plan for a goal.
 
@@ -70,13 +99,6 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         BudgetError: The ratio cannot be reached.
         InputError: MACs are needed and unknown.
     """
-    found.total(goal.budget)
-    if not found.bindings and goal.ratio < 1:
-        raise BudgetError(
-            f"{found.model.name} has no layer that can be decomposed, so the smallest ratio that can be "
-            "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
-            1.0,
-        )
     tables = scores.candidates(goal.recipe)
     with progress.stage("plan"):
         solution = _solved(found, tables, goal)
@@ -110,8 +132,19 @@ def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:
         return _within(found, tables, goal, limit, solve)
     except BudgetError:
         choices = _choices(tables, _within(found, tables, goal, limit, smallest))
-    shown = math.ceil(found.total(goal.budget, choices) / total * 1000) / 1000
-    raise BudgetError(
+    raise _out_of_reach(found, goal, found.total(goal.budget, choices))
+
+
+def _out_of_reach(found: Found, goal: Goal, least: int) -> BudgetError:
+    """What to say where the least total of a recipe is above the ratio."""
+    if not found.bindings:
+        return BudgetError(
+            f"{found.model.name} has no layer that can be decomposed, so the smallest ratio that can be "
+            "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
+            1.0,
+        )
+    shown = math.ceil(least / found.total(goal.budget) * 1000) / 1000
+    return BudgetError(
         f"The ratio {goal.ratio:g} of {goal.budget} cannot be reached for {found.model.name}: the smallest "
         f"with recipe {goal.recipe.name!r} is {shown:g}.",
         shown,

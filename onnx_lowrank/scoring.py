@@ -121,6 +121,8 @@ class Scores:
             weight, dtype = prepared(self._found, binding)
             return spectra(weight, of, self._backend, dtype)
 
+        if not any(any(of.values()) for of in missing):
+            return
         with self._progress.stage("spectra", len(missing)) as step:
             items = zip(self._found.bindings, missing, strict=True)
             for known, found in zip(self._known, parallel_map(compute, items, self._backend), strict=True):
@@ -138,6 +140,8 @@ class Scores:
             binding, keys = item
             return self._activation_errors(binding, keys) if keys else ({}, 1.0)
 
+        if not any(missing):
+            return
         with self._progress.stage("errors", len(missing)) as step:
             items = zip(self._found.bindings, missing, strict=True)
             for known, (found, scale), keys in zip(

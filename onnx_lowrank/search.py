@@ -14,21 +14,27 @@ from math import inf
 from onnx_lowrank import planner
 from onnx_lowrank.build import Built, build, judge
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.errors import BudgetError, ValidationError
+from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.found import Found
+from onnx_lowrank.graph.model import Model
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.planner import Goal
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.recovery import can_recover
-from onnx_lowrank.report.progress import Progress
+from onnx_lowrank.report.progress import Labelled, Progress
 from onnx_lowrank.scoring import Scores
 from onnx_lowrank.types import Budget, Trial
+from onnx_lowrank.validate.compare import compare
+from onnx_lowrank.validate.engines import Engine, Feed, RejectedError, UnsupportedError, first_run
 
 AUTO = ("output", "activation", "schatten")
 """The recipes that `auto` tries; `passes/README.md` says why these."""
 
-_STEPS = 7
-"""Bisections of the ratio: to within 1/128."""
+_PRECISION = 128
+"""The ratio that a search finds is at most 1/128 of itself above one that does not hold."""
+
+_RETRIED = 8
+"""All recipes are tried again once the ratio is known to 1/8 of itself: the best may be another there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,7 @@ class Target:
     """What the outputs of the compressed model have to hold on held-out calibration inputs.
 
     Attributes:
-        error: The largest relative error of any output; None for any.
+        error: The largest error of any output, centred where that tells; None for any.
         agreement: The least agreement of any output that has one; None for any.
     """
 
@@ -52,6 +58,40 @@ class Target:
             return False
         agreement = 0.0 if trial.agreement is None else trial.agreement
         return self.agreement is None or agreement >= self.agreement
+
+    def loss(self, trial: Trial) -> tuple[float, ...]:
+        """What is better is less: what holds first, then by what the target asks for, by error if by neither.
+
+        Where errors are equal or unknown agreement decides, and the other way round.
+        """
+        error, disagreement = inf if trial.error is None else trial.error, -(trial.agreement or 0.0)
+        by_error = self.error is not None or self.agreement is None
+        order = (error, disagreement) if by_error else (disagreement, error)
+        return (0.0 if self.holds(trial) else 1.0, *order)
+
+
+def check_target(target: Target, model: Model, feed: Feed, engine: Engine) -> None:
+    """Find out whether a model has an output that a target can be judged by.
+
+    Args:
+        target: The target.
+        model: The input model.
+        feed: Some of its inputs.
+        engine: What runs it.
+
+    Raises:
+        InputError: It has none.
+    """
+    try:
+        outputs = first_run(engine, model, (feed,))[1]
+    except (UnsupportedError, RejectedError):
+        return  # the statistics tell what is wrong
+    if not target.holds(Trial("", 1.0, outputs=compare(outputs, outputs, feed))):
+        asked = "an agreement" if target.agreement is not None else "an error"
+        raise InputError(
+            f"The target cannot be judged, as no output of {model.name} has {asked}: give the other target, "
+            "or a ratio."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +135,23 @@ class Search:
             ValidationError: All that do give NaN or Inf.
         """
         with self._deleted_on_error():
-            return self._chosen(self._best(recipes, ratio))
+            return self._chosen(self._best(recipes, ratio, Target()))
 
-    def _best(self, recipes: Sequence[Recipe], ratio: float) -> _Outcome:
-        """As `best`: all recipes without recovery, which is quick, then the best that has one with it."""
+    def _best(self, recipes: Sequence[Recipe], ratio: float, target: Target) -> _Outcome:
+        """As `best`, for a target: all without recovery, which is quick, then the best of them with it."""
         best: _Outcome | None = None
         errors: list[BudgetError | ValidationError] = []
-        found: list[tuple[tuple[float, float], Recipe]] = []
+        found: list[tuple[tuple[float, ...], Recipe]] = []
         for recipe in recipes:
             outcome = self._tried(replace(recipe, recover=False), ratio, errors)
             if outcome is not None:
-                best = outcome if best is None else _better(best, outcome)
-                found.append((_loss(outcome.trial), recipe))
+                best = outcome if best is None else _better(best, outcome, target)
+                found.append((target.loss(outcome.trial), recipe))
         recovering = [pair for pair in found if pair[1].recover]
         if recovering and self._recovers():
             outcome = self._tried(min(recovering, key=lambda pair: pair[0])[1], ratio, errors)
             if outcome is not None:
-                best = outcome if best is None else _better(best, outcome)
+                best = outcome if best is None else _better(best, outcome, target)
         if best is None:
             raise min(errors, key=_reach)
         return best
@@ -134,34 +174,38 @@ class Search:
     def smallest(self, recipes: Sequence[Recipe], target: Target) -> Built:
         """The model of the smallest ratio that holds a target, by bisection.
 
-        The recipe that is best at ratio ½ makes all of them.
+        The recipe that is best at ratio ½ makes them, until all are tried again close to the end.
 
         Raises:
             ValidationError: No model holds it, not even that of ratio 1.
         """
         with self._deleted_on_error():
-            held = self._bisected(recipes, target)
-            if held is None:
-                held = self._best(recipes, 1.0)
-                if not target.holds(held.trial):
-                    raise ValidationError(
-                        "The target cannot be judged, because no output of the model has what it asks for: "
-                        "see the comparison that --ratio 1 gives, and choose the other target."
-                    )
+            held = self._bisected(recipes, target) or self._best(recipes, 1.0, target)
+            if not target.holds(held.trial):
+                raise ValidationError(
+                    "Not even the model of ratio 1 holds the target: it gives other outputs each time that "
+                    "it runs. Choose the other target, or a ratio."
+                )
             return self._chosen(held)
 
     def _bisected(self, recipes: Sequence[Recipe], target: Target) -> _Outcome | None:
         """The model of the smallest ratio below 1 that holds a target, or None."""
         low, high = 0.0, 1.0
         held: _Outcome | None = None
-        for _ in range(_STEPS):
+        going, is_retried = recipes, False
+        while high - low > high / _PRECISION:
             middle = (low + high) / 2
+            if not is_retried and high - low <= high / _RETRIED:
+                going, is_retried = recipes, True
             try:
-                outcome = self._best(recipes, middle)
-            except (BudgetError, ValidationError):
+                outcome = self._best(going, middle, target)
+            except BudgetError as error:
+                low = max(middle, min(error.smallest_ratio or 0.0, high))
+                continue
+            except ValidationError:
                 low = middle
                 continue
-            recipes = [recipe for recipe in recipes if recipe.name == outcome.trial.recipe]
+            going = [recipe for recipe in going if recipe.name == outcome.trial.recipe]
             loser: _Outcome | None = outcome
             if target.holds(outcome.trial):
                 held, loser, high = outcome, held, middle
@@ -182,11 +226,12 @@ class Search:
             raise
 
     def _try(self, recipe: Recipe, ratio: float) -> _Outcome:
-        plan = planner.make(self._found, Goal(ratio, recipe, self._budget), self._scores, self._progress)
-        built = build(self._found, plan, self._calibration, self._backend, self._progress)
+        progress = Labelled(self._progress, f"{recipe.name} at {ratio:.3g}")
+        plan = planner.make(self._found, Goal(ratio, recipe, self._budget), self._scores, progress)
+        built = build(self._found, plan, self._calibration, self._backend, progress)
         self._made.append(built.resources)
         try:
-            with self._progress.stage("compare"):
+            with progress.stage("compare"):
                 outputs = judge(self._found, built, self._calibration)
         except ValidationError:
             built.resources.close()
@@ -201,9 +246,10 @@ class Search:
         return outcome.built
 
 
-def _better(one: _Outcome, other: _Outcome) -> _Outcome:
-    """The outcome of less error, the first of equals; the other's model is deleted."""
-    worse, better = (one, other) if _loss(other.trial) < _loss(one.trial) else (other, one)
+def _better(one: _Outcome, other: _Outcome, target: Target) -> _Outcome:
+    """The outcome of less loss, the first of equals; the other's model is deleted."""
+    is_second = target.loss(other.trial) < target.loss(one.trial)
+    worse, better = (one, other) if is_second else (other, one)
     worse.built.resources.close()
     return better
 
@@ -212,8 +258,3 @@ def _reach(error: BudgetError | ValidationError) -> float:
     """The smallest ratio that an error knows of."""
     smallest = error.smallest_ratio if isinstance(error, BudgetError) else None
     return inf if smallest is None else smallest
-
-
-def _loss(trial: Trial) -> tuple[float, float]:
-    """What is better is less: the error, and the disagreement where errors are equal or unknown."""
-    return inf if trial.error is None else trial.error, -(trial.agreement or 0.0)

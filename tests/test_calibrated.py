@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,12 @@ def relative(before, after, x=HELD):
     return np.linalg.norm(run(after, x=x) - wanted) / np.linalg.norm(wanted)
 
 
+def centred(before, after, x=HELD):
+    """The same, without what is constant."""
+    wanted = run(before, x=x)
+    return np.linalg.norm(run(after, x=x) - wanted) / np.linalg.norm(wanted - wanted.mean(axis=0))
+
+
 def content(result):
     return result.proto.SerializeToString(deterministic=True)
 
@@ -67,13 +74,22 @@ def temporary(tmp_path, monkeypatch):
 # --- what it gains ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
-@pytest.mark.parametrize("recipe", RECOVERING)
-def test_on_new_inputs_it_beats_the_default_without_data(recipe, ratio):
+@pytest.mark.parametrize(
+    ("recipe", "ratio", "share"),
+    [
+        ("output", 0.3, 0.35),
+        ("output", 0.5, 0.45),
+        ("output", 0.7, 0.2),
+        ("activation", 0.3, 0.9),
+        ("activation", 0.5, 0.25),
+        ("activation", 0.7, 0.3),
+    ],
+)
+def test_on_new_inputs_it_beats_the_default_without_data(recipe, ratio, share):
     ours, theirs = compress(cnn(), ratio, recipe=recipe, calibration=X), compress(cnn(), ratio)
     for result in (ours, theirs):
         assert result.report.reached <= ratio
-    assert 0 < relative(cnn(), ours.proto, images(2)) < 0.9 * relative(cnn(), theirs.proto, images(2))
+    assert 0 < relative(cnn(), ours.proto, images(2)) < share * relative(cnn(), theirs.proto, images(2))
 
 
 # --- auto ---------------------------------------------------------------------------------------------
@@ -98,7 +114,8 @@ def test_the_error_of_a_trial_is_that_of_all_held_out_inputs(results, name):
     (trial,) = (trial for trial in results[name].report.trials if trial.chosen)
     before, after = cnn(ONE), results[name].proto
     wanted, given = (np.concatenate([run(p, x=x[None]) for x in HELD]) for p in (before, after))
-    assert trial.error == pytest.approx(np.linalg.norm(given - wanted) / np.linalg.norm(wanted), rel=1e-5)
+    varying = np.linalg.norm(wanted - wanted.mean(axis=0))
+    assert trial.error == pytest.approx(np.linalg.norm(given - wanted) / varying, rel=1e-5)
     assert trial.agreement == (given.argmax(1) == wanted.argmax(1)).mean()
 
 
@@ -126,13 +143,14 @@ def test_the_ratio_found_holds_the_target_and_the_next_smaller_one_does_not(kind
     result = compress(cnn(), recipe="activation", calibration=X, **{kind: value})
     wanted, given = run(cnn(), x=HELD), run(result.proto, x=HELD)
     agreement = (wanted.argmax(1) == given.argmax(1)).mean()
-    held = relative(cnn(), result.proto) <= value if kind == "target_error" else agreement >= value
+    held = centred(cnn(), result.proto) <= value if kind == "target_error" else agreement >= value
     assert held
     (chosen,) = (trial for trial in result.report.trials if trial.chosen)
     assert chosen.ratio == result.plan.ratio == result.report.asked
     assert result.report.reached <= chosen.ratio < 1
     smaller = [trial for trial in result.report.trials if trial.ratio < chosen.ratio]
-    assert max(trial.ratio for trial in smaller) >= chosen.ratio - 1 / 128
+    told = [float(found[1]) for t in smaller if (found := re.search(r" is ([0-9.]+)\.$", t.note))]
+    assert max([*told, *(trial.ratio for trial in smaller)]) >= chosen.ratio * (1 - 1 / 128)
     for trial in smaller:
         assert not trial.outputs or (
             trial.error > value if kind == "target_error" else trial.agreement < value
@@ -504,7 +522,7 @@ def test_layers_that_fall_back_are_told_with_the_reason(recipe):
 
 def test_the_models_are_compared_on_held_out_inputs():
     result = compress(cnn(), 0.5, recipe="activation", calibration=X)
-    assert "calibration" in result.report.validation.inputs
+    assert result.report.validation.inputs == "8 held-out calibration inputs"
     assert result.report.validation.worst == pytest.approx(relative(cnn(), result.proto), rel=1e-4)
 
 
@@ -530,7 +548,7 @@ def test_a_model_with_its_data_outside_leaves_no_file_behind(tmp_path, temporary
     before = files(folder)
     with compress(folder / "in.onnx", calibration=X, **given) as result:
         result.save(tmp_path / "out.onnx")
-        assert relative(cnn(), onnx.load(tmp_path / "out.onnx")) == pytest.approx(
+        assert centred(cnn(), onnx.load(tmp_path / "out.onnx")) == pytest.approx(
             next(trial.error for trial in result.report.trials if trial.chosen), rel=1e-4
         )
         assert len(list(temporary.iterdir())) == 1, "the chosen model's tensors, and no loser's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import fsum
 
@@ -14,7 +15,7 @@ from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.found import find_layers
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.linalg.backend import resolve
-from onnx_lowrank.planner import Goal, make
+from onnx_lowrank.planner import Goal, check_reach, make
 from onnx_lowrank.report.progress import Silent
 from onnx_lowrank.scoring import Scores
 from onnx_lowrank.types import Budget, Choice
@@ -167,3 +168,31 @@ def test_unknown_macs_name_their_cause(proto, words):
 )
 def test_a_ratio_is_a_bound_to_the_last_unit(ratio, total, limit):
     assert planner.largest_total(ratio, total) == limit
+
+
+@pytest.mark.parametrize("budget", list(Budget))
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_what_is_in_reach_is_known_before_any_error_is(recipe, budget):
+    """The check and the plan draw the line at the same ratio."""
+    seen = found(branching(main=True))
+    with pytest.raises(BudgetError) as caught:
+        planned(seen, 1e-9, recipe, budget)
+    with pytest.raises(BudgetError) as early:
+        check_reach(seen, 1e-9, [recipe], budget)
+    assert (str(early.value), early.value.smallest_ratio) == (str(caught.value), caught.value.smallest_ratio)
+    check_reach(seen, early.value.smallest_ratio, [recipe], budget)
+    planned(seen, early.value.smallest_ratio, recipe, budget)
+
+
+def test_one_recipe_that_reaches_the_ratio_is_enough():
+    seen = found(branching())
+    near = recipes.load("schatten")
+    far = replace(near, groups=(8,))
+    with pytest.raises(BudgetError):
+        check_reach(seen, 0.3, [far], Budget.PARAMS)
+    check_reach(seen, 0.3, [far, near], Budget.PARAMS)
+
+
+def test_a_recipe_with_a_price_of_its_own_is_not_refused_early():
+    priced = replace(recipes.load("schatten"), price=Budget.MACS)
+    check_reach(found(branching()), 1e-9, [priced], Budget.PARAMS)

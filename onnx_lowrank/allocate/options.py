@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.allocate.cost import allowed, cost, largest_rank, linear
+from onnx_lowrank.allocate.cost import allowed, cost, largest_rank, linear, wanted_spectra
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, Spectra
 
@@ -84,6 +84,17 @@ def candidates(layer: Layer, errors: Errors, recipe: Recipe, budget: Budget) -> 
         table, error = table[:, front], error[front]
     folds, k_, j, full, costs, prices = table
     return Candidates(layer.id, folds, k_, j, full, costs, error, None if price is budget else prices)
+
+
+def unscored(layer: Layer, recipe: Recipe, budget: Budget) -> Candidates:
+    """As `candidates`, where no error is known: what tells how cheap a layer can become.
+
+    Raises:
+        InputError: As `candidates`.
+    """
+    wanted = wanted_spectra(layer, recipe, budget)
+    sizes = {(fold, k): layer.full_rank(fold, k) for fold, ks in wanted.items() for k in ks}
+    return candidates(layer, {key: np.ones(size + 1) for key, size in sizes.items()}, recipe, budget)
 
 
 def _options(layer: Layer, fold: Fold, k: int, top: int, budget: Budget, price: Budget) -> Ints:
