@@ -172,6 +172,8 @@ def check_calibration(samples: int | None, *, calibrated: bool, recover: bool) -
     require("calibration_samples", samples, (Integral, NoneType), "a whole number")
     if not isinstance(recover, bool):
         raise InputError(f"recover is {recover!r}: give True or False.")
+    if samples is not None and samples < 1:
+        raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
     if not calibrated and samples is not None:
         raise InputError("--calibration-samples says how many to use of --calibration: pass that, too.")
     if not calibrated and not recover:
@@ -182,6 +184,8 @@ def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> N
     """Say what is wrong with an argument of the API, which nothing has parsed."""
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
+    if isinstance(value, str) and not value:
+        raise InputError(f"{name} is an empty text: give {wanted}.")
 
 
 def shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

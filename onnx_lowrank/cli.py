@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from difflib import get_close_matches
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -25,6 +29,8 @@ from onnx_lowrank.report.progress import Silent, Terminal
 from onnx_lowrank.types import Budget
 
 _INTERRUPTED = 130
+_TERMINATED = 143
+_NOTHING_HALF = "Interrupted; no file is half-written."
 _SIZES = re.compile(r"[1-9][0-9]{0,17}(,[1-9][0-9]{0,17})*")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _AUTO = (
@@ -40,7 +46,12 @@ Exit codes:
   3    the ratio cannot be reached; the message says which can
   4    validation failed; nothing is written
   130  interrupted
+  143  terminated
 """
+
+
+class _Terminated(BaseException):
+    """The program was asked to end, which no handler of errors may catch."""
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -70,6 +81,13 @@ def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -
             raise click.BadParameter(f"{value!r} does not look like NAME=1,3,224,224")
         shapes[name] = tuple(map(int, sizes.split(",")))
     return shapes
+
+
+def _given_path(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    # As a Path, an empty text would be the current folder.
+    if value == "":
+        raise click.BadParameter("the path is empty, name a file or leave the option out")
+    return None if value is None else Path(value)
 
 
 def _report_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -133,7 +151,8 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
+    callback=_given_path,
     metavar="DATA",
     help="Inputs to fit to, no labels: .npz, .npy, or a folder of .npz or of ONNX test data.",
 )
@@ -175,7 +194,8 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Keep these layers or nodes. Repeatable.")
 @click.option(
     "--inputs",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
+    callback=_given_path,
     metavar="FILE.npz",
     help="Inputs on which to compare the models; by default of --calibration, or else made from the graph.",
 )
@@ -261,7 +281,37 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
+    with _unwinding_on_sigterm():
+        try:
+            code = _run(sys.argv[1:] if arguments is None else list(arguments))
+        except _Terminated:
+            _complain(_NOTHING_HALF)
+            code = _TERMINATED
+    sys.exit(code)
+
+
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM close what is open, as SIGINT does; on its own it would leave temporary files.
+
+    Whoever calls `main` keeps a handler of their own, and only the main thread can have one.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one must not cut the clean-up short.
+    raise _Terminated
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -273,7 +323,7 @@ def _run(arguments: Sequence[str]) -> int:
         _complain(_sentence(error))
         return error.exit_code if error.exit_code == 2 else 1
     except (click.Abort, KeyboardInterrupt):
-        _complain("Interrupted; no file is half-written.")
+        _complain(_NOTHING_HALF)
         return _INTERRUPTED
     except LowRankError as error:
         _complain(str(error), parsed.get("verbose", False))

@@ -152,6 +152,7 @@ def compress(
     """
     # Whatever can be wrong is better told before the work than after it.
     calibrated = calibration is not None
+    arguments.require("calibration", calibration, (object,), "a path, arrays by name, or feeds")
     arguments.check_calibration(calibration_samples, calibrated=calibrated, recover=recover)
     target = arguments.target(target_error, target_agreement, calibrated=calibrated)
     asked = arguments.request(ratio, recipe, budget, plan, target, calibrated=calibrated, recover=recover)

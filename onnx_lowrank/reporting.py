@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,6 +14,7 @@ from onnx_lowrank.found import Found
 from onnx_lowrank.graph import model as models
 from onnx_lowrank.graph.rewrite import Rewritten
 from onnx_lowrank.report import LayerRow, Report, Total, Totals
+from onnx_lowrank.report.words import percent
 from onnx_lowrank.types import (
     Budget,
     Calibrated,
@@ -20,12 +22,14 @@ from onnx_lowrank.types import (
     Choice,
     Layer,
     LayerFit,
+    OutputError,
     Plan,
     Trial,
     Validation,
 )
 
 _LARGE_ERROR = 0.5
+_LOW_AGREEMENT = 0.9
 _SLACK = 0.05
 
 
@@ -63,7 +67,10 @@ def assemble(
     reached = 1.0 if counted.ratio is None else counted.ratio
     targeted = target_error is not None or target_agreement is not None
     warnings = _ratio_warnings(plan, reached, totals, targeted)
-    more = _error_warnings(validation, given, calibrated=calibration is not None)
+    advice = _advice(targeted, calibrated=calibration is not None)
+    # Whoever asks for less agreement is not surprised to get less.
+    least = _LOW_AGREEMENT if target_agreement is None else min(_LOW_AGREEMENT, target_agreement)
+    more = () if validation is None else _output_warnings(validation, given, advice, least)
     return Report(
         version=version("onnx-lowrank"),
         model=Path(found.model.name).stem,
@@ -120,17 +127,37 @@ def _calibration_warnings(plan: Plan, calibration: Calibrated | None) -> Iterato
         )
 
 
-def _error_warnings(validation: Validation | None, given: bool, calibrated: bool) -> Iterator[str]:
+def _advice(targeted: bool, calibrated: bool) -> str:
+    """What brings the outputs closer."""
+    if targeted:
+        return "set a stricter target or choose another recipe"
+    more = "" if calibrated else ", or pass inputs to fit to as --calibration"
+    return f"choose a larger ratio or another recipe{more}"
+
+
+def _output_warnings(validation: Validation, given: bool, advice: str, least: float) -> Iterator[str]:
     """What would surprise the user about the outputs."""
-    worst = None if validation is None else validation.worst
-    if worst is None or worst <= _LARGE_ERROR:
-        return
-    large = f"The largest relative error of an output is {worst:.3g}"
-    if not given:
+    worst = validation.worst
+    large = f"The largest relative error of an output is {worst:.3g}" if (worst or 0) > _LARGE_ERROR else ""
+    # What made-up inputs give is mostly no class at all, so that nothing follows from its agreement.
+    low = _low_agreement(validation.outputs, least) if given else ""
+    if large and not given:
         yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
-    else:
-        advice = "" if calibrated else ", or pass inputs to fit to as --calibration"
-        yield f"{large}: choose a larger ratio or another recipe{advice}."
+    elif large and low:
+        yield f"{large}, and only {low}: {advice}."
+    elif large or low:
+        yield f"{large or f'Only {low}'}: {advice}."
+
+
+def _low_agreement(outputs: tuple[OutputError, ...], least: float) -> str:
+    """How little the output agrees that agrees least; empty where that is enough."""
+    known = [(output.agreement, output) for output in outputs if output.agreement is not None]
+    agreement, worst = min(known, key=itemgetter(0), default=(least, None))
+    if worst is None or agreement >= least:
+        return ""
+    if worst.is_exact:
+        return f"{percent(agreement)} of the elements of {worst.name!r} are equal"
+    return f"{percent(agreement)} of the rows of {worst.name!r} have the same largest element"
 
 
 def _row(layer: Layer, choice: Choice, certificate: Certificate | None, fit: LayerFit | None) -> LayerRow:

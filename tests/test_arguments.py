@@ -172,6 +172,8 @@ def test_no_target_is_none():
     ("given", "words"),
     [
         ({"samples": 5}, "^--calibration-samples says how many to use of --calibration: pass that, too"),
+        ({"samples": 0}, "^--calibration-samples is 0: pass 1 or more"),
+        ({"samples": -3, "calibrated": True}, "^--calibration-samples is -3: pass 1 or more"),
         ({"recover": False}, "^--no-recover leaves out what only --calibration makes possible"),
         ({"samples": 1.5}, "^calibration_samples is '1.5' of type float: give a whole number"),
         ({"samples": True}, "^calibration_samples is 'True' of type bool: give a whole number"),
@@ -182,7 +184,26 @@ def test_no_target_is_none():
 )
 def test_arguments_that_go_with_calibration(given, words):
     with pytest.raises(InputError, match=words):
-        check_calibration(given.get("samples"), calibrated=False, recover=given.get("recover", True))
+        check_calibration(**{"samples": None, "calibrated": False, "recover": True} | given)
+
+
+@pytest.mark.parametrize("samples", [None, 1, np.int64(7)])
+def test_any_number_of_samples_will_do(samples):
+    check_calibration(samples, calibrated=True, recover=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("inputs", "a path or arrays by input name"),
+        ("recipe", "a name, a path or a Recipe"),
+        ("plan", "a path or a Plan"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(name, wanted):
+    ratio = {} if name == "plan" else {"ratio": 0.5}
+    with pytest.raises(InputError, match=f"^{name} is an empty text: give {wanted}\\.$"):
+        compress("nosuch.onnx", **ratio, **{name: ""})
 
 
 @pytest.mark.parametrize(
@@ -203,6 +224,11 @@ def test_arguments_that_go_with_calibration(given, words):
         {"target_error": 0.1},
         {"target_agreement": 0.9},
         {"calibration_samples": 2.0, "calibration": X},
+        {"calibration_samples": 0, "calibration": X},
+        {"calibration_samples": -1, "calibration": X},
+        {"inputs": ""},
+        {"recipe": ""},
+        {"plan": ""},
         {"recover": "no", "calibration": X},
         {"ratio": 0.5, "device": "tpu", "calibration": X},
         {"ratio": 0.5, "provider": "NoSuchProvider", "calibration": X},

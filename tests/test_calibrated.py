@@ -472,6 +472,11 @@ def test_what_is_no_data_is_an_input_error(source):
         compress(cnn(), 0.5, calibration=source)
 
 
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(InputError, match=r"^calibration is an empty text: give a path, arrays by name"):
+        compress("nosuch.onnx", 0.5, calibration="")
+
+
 @pytest.mark.parametrize("name", ["x.npz", "x.npy"])
 @pytest.mark.parametrize("written", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00", b"hello"])
 def test_a_file_that_is_no_data_is_an_input_error(tmp_path, name, written):

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +204,20 @@ WRONG = {
     **{
         f"{value} calibration samples": ([*CALIBRATED, "--calibration-samples", value], f"is {value}: pass 1")
         for value in ("0", "-3")
+    },
+    **{
+        f"{value} calibration samples of no model": (
+            ["no.onnx", "out.onnx", *CALIBRATED[2:], "--calibration-samples", value],
+            f"--calibration-samples is {value}: pass 1 or more.",
+        )
+        for value in ("0", "-3")
+    },
+    **{
+        f"{option} of an empty path": (
+            ["no.onnx", "out.onnx", "--ratio", "0.5", option, ""],
+            f"{option}: the path is empty, name a file or leave the option out",
+        )
+        for option in ("--calibration", "--inputs")
     },
     "calibration samples alone": ([*HALF, "--calibration-samples", "5"], "of --calibration"),
     "no recovery alone": ([*HALF, "--no-recover"], "--calibration"),
@@ -498,6 +514,116 @@ def test_a_real_signal_exits_with_130(folder, stage):
     assert files(folder) == before
 
 
+TERMINATED = """
+import os, shutil, signal, sys
+from contextlib import contextmanager
+from onnx_lowrank import cli
+
+rmtree = shutil.rmtree
+
+def rmtree_cut_short(*args, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    rmtree(*args, **options)
+
+class Terminating:
+    @contextmanager
+    def stage(self, name, total=None):
+        if name.split(" (")[0] == sys.argv[1]:
+            shutil.rmtree = rmtree_cut_short
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield lambda done=None: None
+
+cli.Silent = Terminating
+cli.main(sys.argv[2:])
+"""
+TERMINATED_MESSAGE = INTERRUPT_MESSAGE.lstrip()
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where a command of its own has its temporary files."""
+    path = tmp_path / "temporary"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    return path
+
+
+def left(temporary):
+    return files(temporary).keys() - {".ses"}  # ONNX Runtime's own, written when it is imported.
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("find layers", ()),
+        ("factorize", ()),
+        ("validate", ()),
+        ("activations", ("--calibration", "cal.npz")),
+        ("outputs", ("--calibration", "cal.npz")),
+        ("recover", ("--calibration", "cal.npz")),
+        ("compare", ("--calibration", "cal.npz")),
+    ],
+)
+def test_a_termination_and_one_more_during_the_clean_up_leave_nothing_behind(
+    folder, temporary, stage, options
+):
+    onnx.save(cnn(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    before = files(folder)
+    process = subprocess.run(
+        [sys.executable, "-c", TERMINATED, stage, "-q", "big.onnx", *RUN[2:], *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stderr == TERMINATED_MESSAGE
+    assert (process.returncode, process.stdout) == (128 + signal.SIGTERM, "")
+    assert files(folder) == before
+    assert not left(temporary)
+
+
+def test_a_termination_from_outside_leaves_no_temporary_file(folder, temporary):
+    """The command has seconds of work left when its folder of activations appears."""
+    np.savez("images.npz", image=np.random.default_rng(6).random((2000, 1, 8, 8), np.float32))
+    before = files(folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnx_lowrank", DIGITS, *RUN[2:], "--quiet", "--calibration", "images.npz"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not any(path.is_dir() and any(path.iterdir()) for path in temporary.glob("onnx-lowrank-*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", TERMINATED_MESSAGE)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not left(temporary)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: None])
+def test_the_handler_of_whoever_calls_the_command_stays(run, folder, monkeypatch, handler):
+    seen = []
+    monkeypatch.setattr(cli, "check_outputs", lambda *paths: seen.append(signal.getsignal(signal.SIGTERM)))
+    old = signal.signal(signal.SIGTERM, handler)
+    try:
+        assert run(*RUN, "--ratio", "2").code == 2
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert len(seen) == 1
+    assert (seen[0] is handler) == (handler is not signal.SIG_DFL)
+
+
+def test_the_command_runs_in_any_thread(run, folder):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, *RUN).result() == Outcome(0, "", "")
+
+
 # --- what the options promise -------------------------------------------------------------------------
 
 
@@ -596,6 +722,7 @@ def test_the_help_fits_80_columns_and_names_everything(run, monkeypatch):
         "3    the ratio",
         "4    validation",
         "130  interrupted",
+        "143  terminated",
     ):
         assert f"    {code}" in outcome.out
 

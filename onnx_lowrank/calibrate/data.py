@@ -107,13 +107,12 @@ def open(source: Source, wanted: tuple[Spec, ...], samples: int | None = None) -
             of ONNX's test_data_set_*/input_*.pb, or of .npz files that are one feed each; arrays by name, or
             one array; an iterable of feeds, or a reader with `get_next`, which are spooled to disk.
         wanted: The model's inputs.
-        samples: The most samples to use: evenly spaced over arrays and files, the first ones of an iterable.
+        samples: The most samples to use, at least 1: evenly spaced over arrays and files, the first ones of
+            an iterable.
 
     Raises:
         InputError: There is no such file, or something in the data is not what the model takes.
     """
-    if samples is not None and samples < 1:
-        raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
     if not wanted:
         raise InputError("The model has no inputs to calibrate: leave --calibration out.")
     for spec in wanted:

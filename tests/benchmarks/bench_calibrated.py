@@ -4,7 +4,8 @@
 
 Every cell is one run of the command in a process of its own, so that its seconds and its memory are what a
 user meets, validation included. The calibration inputs are those of `scores.calibration`, without labels;
-recipes of weights alone get none. Models from ../shared take part where that folder is.
+recipes of weights alone get none. Models from ../shared take part where that folder is, of the zoo, whose
+weights are random, BERT at a quarter of its width.
 
 The cells go into a JSON file one by one, each with the environment it was measured in: package versions, CPU
 and the digest of the program. A run that was cut off goes on where it was when it is started again, and
@@ -31,11 +32,12 @@ from typing import Any
 import numpy as np
 import onnx
 from bench_spectra import cpu_model
-from scores import CHECKOUT, REAL, Task, calibration, real_tasks
+from scores import CHECKOUT, REAL, ZOO, Task, calibrated_tasks, calibration
 
 from onnx_lowrank import recipe as shipped
 from onnx_lowrank.arguments import AUTO_RECIPE
 
+MODELS = (*REAL, "bert_base")
 RECIPES = ("schatten", "pca", "activation", "output", AUTO_RECIPE)
 RATIOS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.2)
 RESULTS = Path(__file__).parent / "results" / "calibrated.json"
@@ -122,7 +124,7 @@ def measure(asked: Cell, tasks: Sequence[Task], folder: Path) -> Cell:
         with `failed`, the message.
     """
     out, report = folder / "out.onnx", folder / "report.json"
-    command = [sys.executable, "-m", "onnx_lowrank", str(tasks[0].model()), str(out), "--quiet"]
+    command = [sys.executable, "-m", "onnx_lowrank", model_file(tasks[0], folder), str(out), "--quiet"]
     command += ["--ratio", str(asked["ratio"]), "--pass", asked["recipe"], "--report", str(report)]
     for name, shape in tasks[0].shape.items():
         command += ["--input-shape", f"{name}={','.join(map(str, shape))}"]
@@ -147,6 +149,16 @@ def is_calibrated(recipe: str) -> bool:
     return recipe == AUTO_RECIPE or shipped.load(recipe).calibrated
 
 
+def model_file(task: Task, folder: Path) -> str:
+    """The model as the command reads it."""
+    model = task.model()
+    if isinstance(model, str):
+        return model
+    path = folder / f"{task.name}.onnx"
+    onnx.save(model, path)
+    return str(path)
+
+
 def calibration_file(model: str, folder: Path) -> Path:
     """The calibration inputs as the command reads them, written once."""
     path = folder / f"{model}.npz"
@@ -168,8 +180,8 @@ def reported(path: Path) -> Cell:
     }
 
 
-def scored(path: str, tasks: Iterable[Task]) -> dict[str, float]:
-    model = onnx.load(path)
+def scored(model: str | onnx.ModelProto, tasks: Iterable[Task]) -> dict[str, float]:
+    model = onnx.load(model) if isinstance(model, str) else model
     return {task.score: round(task.measure(model), 4) for task in tasks}
 
 
@@ -216,7 +228,7 @@ def line(cell: Cell) -> str:
 def original(tasks: Sequence[Task]) -> Cell:
     """The uncompressed model's scores."""
     asked = {"model": tasks[0].name, "recipe": ORIGINAL, "ratio": 1.0, "samples": None}
-    return asked | {"scores": scored(str(tasks[0].model()), tasks)}
+    return asked | {"scores": scored(tasks[0].model(), tasks)}
 
 
 def cells_of(tasks: Sequence[Task], options: argparse.Namespace, results: Results) -> Iterator[Cell]:
@@ -235,7 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=REAL, default=list(REAL))
+    parser.add_argument("--models", nargs="+", choices=[*REAL, *ZOO], default=list(MODELS))
     names = [AUTO_RECIPE, *(recipe.name for recipe in shipped.load_all())]
     parser.add_argument("--recipes", nargs="+", choices=names, default=list(RECIPES))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
@@ -244,7 +256,9 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables, too")
     options = parser.parse_args()
     results = Results(options.json)
-    groups = [list(group) for _, group in groupby(real_tasks(tuple(options.models)), lambda task: task.name)]
+    groups = [
+        list(group) for _, group in groupby(calibrated_tasks(tuple(options.models)), lambda task: task.name)
+    ]
     total, cells = len(groups) * len(options.recipes) * len(options.ratios), []
     for tasks in groups:
         for number, cell in enumerate(cells_of(tasks, options, results)):

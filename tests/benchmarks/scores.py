@@ -24,6 +24,7 @@ Outputs = list[NDArray[np.float32]]
 
 DIGITS = str(CHECKOUT / "models/digits.onnx")
 REAL = ("resnet20", "magika", "ultraface", "digits")
+_ZOO_SUFFIX = " (zoo)"
 ZOO = ("resnet18", "mobilenet_v2", "vit_b_16", "bert_base")
 EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # UltraFace's images: to calibrate on, to score on
 
@@ -138,18 +139,8 @@ def _iou(box: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.fl
 
 def _zoo(name: str, scale: float) -> Task:
     """A zoo model at random inputs: 1 − relative error of what tells different inputs apart."""
-    rng = np.random.default_rng(0)
     model = zoo.build(name, scale=scale)
-    feeds: dict[str, NDArray[np.generic]] = {}
-    for value in model.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        sizes = [dim.dim_value or (16 if axis == 0 else 32) for axis, dim in enumerate(dims)]
-        if value.name == "input_ids":
-            feeds[value.name] = rng.integers(0, 100, sizes)
-        elif value.type.tensor_type.elem_type == TensorProto.INT64:
-            feeds[value.name] = np.full(sizes, int("mask" in value.name))
-        else:
-            feeds[value.name] = rng.standard_normal(sizes, np.float32)
+    feeds = _zoo_inputs(model, 0, 16)
     original = run(model, feeds)[0].astype(np.float64)
     spread = np.linalg.norm(original - original.mean(0))
 
@@ -157,7 +148,25 @@ def _zoo(name: str, scale: float) -> Task:
         difference = run(compressed, feeds)[0] - original
         return 1 - float(np.linalg.norm(difference - difference.mean(0)) / spread)
 
-    return Task(f"{name} (zoo)", "1 − error", lambda: model, measure, {k: v.shape for k, v in feeds.items()})
+    return Task(
+        name + _ZOO_SUFFIX, "1 − error", lambda: model, measure, {k: v.shape for k, v in feeds.items()}
+    )
+
+
+def _zoo_inputs(model: ModelProto, seed: int, number: int) -> dict[str, NDArray[np.generic]]:
+    """Random inputs of a zoo model, so many samples of sequences of 32 where the model leaves that open."""
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, NDArray[np.generic]] = {}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        sizes = [dim.dim_value or (number if axis == 0 else 32) for axis, dim in enumerate(dims)]
+        if value.name == "input_ids":
+            feeds[value.name] = rng.integers(0, 100, sizes)
+        elif value.type.tensor_type.elem_type == TensorProto.INT64:
+            feeds[value.name] = np.full(sizes, int("mask" in value.name))
+        else:
+            feeds[value.name] = rng.standard_normal(sizes, np.float32)
+    return feeds
 
 
 def tasks(names: tuple[str, ...] = ()) -> list[Task]:
@@ -183,14 +192,14 @@ def tasks(names: tuple[str, ...] = ()) -> list[Task]:
     return wanted + [_zoo(name, 0.25) for name in ZOO if not names or name in names]
 
 
-def real_tasks(names: tuple[str, ...] = REAL) -> list[Task]:
-    """The scores of the real models: those of `tasks`, and UltraFace's on what `calibration` leaves out.
+def calibrated_tasks(names: tuple[str, ...]) -> list[Task]:
+    """The scores of models: those of `tasks`, and UltraFace's on what `calibration` leaves out.
 
     Args:
-        names: Which of `REAL`; by default all.
+        names: Which of `REAL` and `ZOO`.
     """
     found = []
-    for task in tasks(names or REAL):
+    for task in tasks(names):
         found.append(task)
         if task.name == "ultraface":
             odd = partial(_faces, images=ODD)
@@ -199,7 +208,7 @@ def real_tasks(names: tuple[str, ...] = REAL) -> list[Task]:
 
 
 def calibration(name: str) -> dict[str, NDArray[np.generic]]:
-    """Unlabelled inputs of a real model that it is not scored on.
+    """Unlabelled inputs of a task's model that it is not scored on.
 
     UltraFace has 24 images in all: these are the even ones, so that only its score on the odd ones is clean.
     """
@@ -214,4 +223,7 @@ def calibration(name: str) -> dict[str, NDArray[np.generic]]:
             return {"input": _face_images()[EVEN]}
         case "digits":
             return {"image": evaluate_digits.load().train_images}
-    raise ValueError(f"There are no calibration inputs of {name!r}: choose one of {', '.join(REAL)}.")
+    (task,) = tasks((name.removesuffix(_ZOO_SUFFIX),))
+    model = task.model()
+    assert isinstance(model, ModelProto)
+    return _zoo_inputs(model, 1, 256)

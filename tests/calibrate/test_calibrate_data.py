@@ -649,11 +649,6 @@ class TestNamesAndShapes:
         ):
             data.open(source, (spec("a"), spec("b")))
 
-    @pytest.mark.parametrize("samples", [0, -3])
-    def test_no_samples(self, samples):
-        with pytest.raises(InputError, match=f"--calibration-samples is {samples}: pass 1 or more"):
-            data.open(ramp(6, 4), X, samples)
-
     def test_no_tensor(self):
         with pytest.raises(InputError, match="'x' of the model is no tensor: leave --calibration out"):
             data.open(ramp(6, 4), (Spec("x", None, None),))
