@@ -11,7 +11,9 @@ from types import NoneType
 
 from onnx_lowrank import plan as plans
 from onnx_lowrank import recipe as recipes
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.hardware import block
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.search import AUTO, Target
 from onnx_lowrank.types import Budget, Fit, Plan
@@ -22,7 +24,11 @@ DEFAULT_RECIPE = "schatten"
 AUTO_RECIPE = "auto"
 """Stands for several recipes, of which held-out calibration inputs choose one."""
 
+ALIGN_AUTO = "auto"
+"""Stands for the blocks in which the execution provider computes."""
+
 _LARGEST_SIZE = 2**63 - 1
+_LARGEST_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +36,14 @@ class Request:
     """What to make.
 
     Attributes:
-        budget: What is counted.
+        grid: What is counted, and which ranks there are.
         recipes: The recipes to choose from; none where a plan is replayed.
         ratio: The ratio to reach; None where a target or a plan says it.
         target: What the outputs have to hold instead.
         plan: The plan to replay instead.
     """
 
-    budget: Budget
+    grid: Grid
     recipes: tuple[Recipe, ...] = ()
     ratio: float | None = None
     target: Target | None = None
@@ -63,6 +69,8 @@ def request(
     plan: str | os.PathLike[str] | Plan | None,
     target: Target | None,
     *,
+    align: int | str | None,
+    provider: str,
     calibrated: bool,
     recover: bool,
 ) -> Request:
@@ -74,6 +82,8 @@ def request(
         budget: As in `compress`.
         plan: As in `compress`.
         target: What the outputs have to hold, if anything.
+        align: As in `compress`.
+        provider: As in `compress`.
         calibrated: Whether there is calibration data.
         recover: As in `compress`.
 
@@ -89,14 +99,19 @@ def request(
             "--calibration, --target-error or --target-agreement."
         )
     if plan is not None:
-        return _replayed(plan, recipe, budget, calibrated=calibrated, recover=recover)
+        if any(what is not None for what in (recipe, budget, align)):
+            raise InputError(
+                "A plan has its own recipe, budget and ranks: leave out --pass, --budget and --align."
+            )
+        return _replayed(plan, calibrated=calibrated, recover=recover)
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"The ratio is {ratio}, and has to be above 0 and at most 1: 0.5 keeps half.")
     known = [member.value for member in Budget]
     if budget is not None and budget not in known:
         raise InputError(f"There is no budget {budget!r}: choose one of {', '.join(known)}.")
+    counted = Budget.PARAMS if budget is None else Budget(budget)
     return Request(
-        budget=Budget.PARAMS if budget is None else Budget(budget),
+        grid=Grid(counted, _block(align, provider)),
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
         ratio=None if ratio is None else float(ratio),
         target=target,
@@ -105,18 +120,29 @@ def request(
 
 def _replayed(
     plan: str | os.PathLike[str] | Plan,
-    recipe: str | Path | Recipe | None,
-    budget: str | None,
     *,
     calibrated: bool,
     recover: bool,
 ) -> Request:
-    if recipe is not None or budget is not None:
-        raise InputError("A plan has its own recipe and budget: leave out --pass and --budget.")
     known = plan if isinstance(plan, Plan) else plans.read(plan)
     if known.factors is Fit.ACTIVATIONS and not calibrated:
         raise InputError("The plan's factors are fitted to calibration inputs: pass them with --calibration.")
-    return Request(budget=known.budget, plan=known if recover else replace(known, recover=False))
+    return Request(grid=Grid(known.budget), plan=known if recover else replace(known, recover=False))
+
+
+def _block(align: int | str | None, provider: str) -> int:
+    """What ranks are multiples of."""
+    if align is None:
+        return 1
+    if align == ALIGN_AUTO:
+        return block(provider)
+    wrong = isinstance(align, bool) or not isinstance(align, Integral)
+    if wrong or not 1 <= int(align) <= _LARGEST_BLOCK:
+        raise InputError(
+            f"The alignment is {str(align)[:60]!r}, and has to be {ALIGN_AUTO!r} or a whole number from 1 to "
+            f"{_LARGEST_BLOCK}."
+        )
+    return int(align)
 
 
 def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: bool) -> tuple[Recipe, ...]:

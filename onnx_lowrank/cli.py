@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onnx_lowrank import recipe as recipes
-from onnx_lowrank.arguments import AUTO_RECIPE, DEFAULT_RECIPE
+from onnx_lowrank.arguments import ALIGN_AUTO, AUTO_RECIPE, DEFAULT_RECIPE
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.output import check_outputs, print_text, write
 from onnx_lowrank.pipeline import compress
@@ -71,6 +71,12 @@ def _count(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     if value is not None and not _WHOLE.fullmatch(value):
         raise click.BadParameter(f"{value!r} is no whole number, write it like 500")
     return None if value is None else int(value)
+
+
+def _alignment(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    if value is not None and value != ALIGN_AUTO and not _WHOLE.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is neither {ALIGN_AUTO} nor a whole number, write it like 8")
+    return value if value is None or value == ALIGN_AUTO else int(value)
 
 
 def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -150,6 +156,12 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     help=f"What the ratio counts, by default {Budget.PARAMS}.",
 )
 @click.option(
+    "--align",
+    callback=_alignment,
+    metavar="auto|N",
+    help="Choose ranks in multiples of N, for kernels that compute in blocks; auto: as the provider does.",
+)
+@click.option(
     "--calibration",
     type=click.Path(),
     callback=_given_path,
@@ -180,7 +192,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     "--plan",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Replay a saved plan, instead of --ratio, --pass and --budget.",
+    help="Replay a saved plan, instead of --ratio, --pass, --budget and --align.",
 )
 @click.option(
     "--save-plan",

@@ -98,6 +98,7 @@ def compress(
     *,
     recipe: str | Path | Recipe | None = None,
     budget: str | None = None,
+    align: int | str | None = None,
     plan: str | os.PathLike[str] | Plan | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -122,7 +123,9 @@ def compress(
         recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
             on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
         budget: What the ratio counts: "params" (the default) or "macs".
-        plan: A plan to replay, instead of ratio, recipe and budget.
+        align: Consider only ranks that are multiples of this, and for convolutions only slices whose channels
+            are; "auto" is what the provider computes in. By default any.
+        plan: A plan to replay, instead of ratio, recipe, budget and alignment.
         include: Globs of layer ids or node names; where there are any, only these are decomposed.
         exclude: Globs of layer ids or node names that are left alone.
         calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder, arrays by name, an
@@ -155,7 +158,17 @@ def compress(
     arguments.require("calibration", calibration, (object,), "a path, arrays by name, or feeds")
     arguments.check_calibration(calibration_samples, calibrated=calibrated, recover=recover)
     target = arguments.target(target_error, target_agreement, calibrated=calibrated)
-    asked = arguments.request(ratio, recipe, budget, plan, target, calibrated=calibrated, recover=recover)
+    asked = arguments.request(
+        ratio,
+        recipe,
+        budget,
+        plan,
+        target,
+        align=align,
+        provider=provider,
+        calibrated=calibrated,
+        recover=recover,
+    )
     arguments.require("max_error", max_error, (Real, NoneType), "a number")
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
@@ -183,7 +196,7 @@ def compress(
             found = find_layers(loaded, shapes, *globs)
         job = _Job(found, asked, backend, progress, provider, shapes, max_error, given)
         if asked.plan is None:
-            planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.budget)
+            planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.grid)
         return job.run(None if samples is None else job.calibrated(samples, stack), dry_run=dry_run)
 
 
@@ -231,8 +244,8 @@ class _Job:
 
     def _searched(self, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
         """The best model that held-out inputs show, and what was tried."""
-        budget, recipes = self.asked.budget, self.asked.recipes
-        scores = Scores(self.found, budget, self.backend, self.progress, calibration)
+        budget, recipes = self.asked.grid.budget, self.asked.recipes
+        scores = Scores(self.found, self.asked.grid, self.backend, self.progress, calibration)
         search = Search(self.found, budget, scores, calibration, self.backend, self.progress)
         if self.asked.ratio is not None:
             built = search.best(recipes, self.asked.ratio)
@@ -243,8 +256,8 @@ class _Job:
     def _plan(self, calibration: Calibration | None) -> Plan:
         if self.asked.plan is not None:
             return planner.replay(self.asked.plan, self.found)
-        scores = Scores(self.found, self.asked.budget, self.backend, self.progress, calibration)
-        goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0], self.asked.budget)
+        scores = Scores(self.found, self.asked.grid, self.backend, self.progress, calibration)
+        goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0], self.asked.grid.budget)
         return planner.make(self.found, goal, scores, self.progress)
 
     def _result(

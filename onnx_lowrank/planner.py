@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from onnx_lowrank import plan as plans
 from onnx_lowrank.allocate.cost import cost
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits, macs_limits
 from onnx_lowrank.allocate.options import Candidates, unscored
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
@@ -57,27 +58,27 @@ def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
     return replace(choice, cost=true, error=error)
 
 
-def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], budget: Budget) -> None:
+def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Grid) -> None:
     """Find out whether a ratio is in reach before any error is computed: that takes costs alone.
 
     Args:
         found: The model.
         ratio: The ratio asked for.
         recipes: The recipes, of which one is enough.
-        budget: What the ratio counts.
+        grid: The ranks to choose from, and what the ratio counts.
 
     Raises:
         BudgetError: None of them reaches it; the error is the one that comes closest.
         InputError: MACs are needed and unknown.
     """
-    total = found.total(budget)
-    limit = largest_total(ratio, total)
+    budget = grid.budget
+    limit = largest_total(ratio, found.total(budget))
     errors = []
     for recipe in recipes:
         if recipe.price not in (None, budget):
             return  # what such a recipe reaches depends on the errors
         goal = Goal(ratio, recipe, budget)
-        tables = [unscored(layer, recipe, budget) for layer in found.layers]
+        tables = [unscored(layer, recipe, grid) for layer in found.layers]
         choices = _choices(tables, _within(found, tables, goal, limit, smallest))
         least = found.total(budget, choices)
         if least <= limit and (found.bindings or ratio == 1):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.allocate.cost import largest_rank, wanted_spectra
 from onnx_lowrank.allocate.curves import predicted
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, Errors, candidates, weight_errors
 from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
@@ -27,7 +27,7 @@ from onnx_lowrank.linalg.quadratic import of_weight
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.report.progress import Progress
-from onnx_lowrank.types import Budget, Fold, Measure, Option
+from onnx_lowrank.types import Fold, Measure, Option
 
 PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
 """Relative activation errors near which the effect on the model's outputs is measured."""
@@ -54,12 +54,12 @@ class _Known:
 
 
 class Scores:
-    """The errors of all options of a model's layers, under one budget."""
+    """The errors of all options of a model's layers, on one grid."""
 
     def __init__(
         self,
         found: Found,
-        budget: Budget,
+        grid: Grid,
         backend: Backend,
         progress: Progress,
         calibration: Calibration | None = None,
@@ -68,13 +68,13 @@ class Scores:
 
         Args:
             found: The model.
-            budget: What the options are counted in.
+            grid: The ranks of the options, and what they are counted in.
             backend: Where the linear algebra runs.
             progress: Where to show progress.
             calibration: The inputs behind the measures that need some.
         """
         self._found = found
-        self._budget = budget
+        self._grid = grid
         self._backend = backend
         self._progress = progress
         self._calibration = calibration
@@ -90,7 +90,7 @@ class Scores:
         Raises:
             InputError: MACs are needed and unknown, or the model fails on the calibration inputs.
         """
-        wanted = [wanted_spectra(layer, recipe, self._budget) for layer in self._found.layers]
+        wanted = [self._grid.wanted_spectra(layer, recipe) for layer in self._found.layers]
         if recipe.measure.of_weights:
             self._add_spectra(wanted)
             tables = [
@@ -103,7 +103,7 @@ class Scores:
                 self._probe(recipe)
             tables = [_of_activations(known, recipe) for known in self._known]
         return tuple(
-            candidates(layer, table, recipe, self._budget)
+            candidates(layer, table, recipe, self._grid)
             for layer, table in zip(self._found.layers, tables, strict=True)
         )
 
@@ -161,7 +161,7 @@ class Scores:
         if moments.inputs is not None:
             ridge = shrinkage(moments.inputs, INPUT_RIDGE)
             problem = of_weight(weight, moments.inputs, centred=centred, ridge=ridge)
-            tops = {key: largest_rank(layer, *key, self._budget) for key in keys}
+            tops = {key: max(self._grid.ranks(layer, *key), default=0) for key in keys}
             table = {
                 (fold, k): errors(problem, weight.shape, fold, k, top, self._backend)
                 for (fold, k), top in tops.items()
@@ -184,7 +184,7 @@ class Scores:
         # What the inputs do not reach has no effect on these outputs, which says nothing of others.
         unseen = calibration.statistics.reasons
         chosen = {
-            binding.layer.id: _probes(candidates(binding.layer, known.activation, recipe, self._budget))
+            binding.layer.id: _probes(candidates(binding.layer, known.activation, recipe, self._grid))
             if binding.layer.id not in unseen
             else ()
             for binding, known in self._items()

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_lowrank import InputError, RecipeError, compress
+from onnx_lowrank import InputError, RecipeError, compress, hardware
 from onnx_lowrank import recipe as recipes
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.arguments import AUTO_RECIPE, DEFAULT_RECIPE, check_calibration, request, target
 from onnx_lowrank.search import AUTO, Target
 from onnx_lowrank.types import Budget, Fit, Measure, Plan
@@ -22,8 +23,11 @@ def plan(fit=Fit.WEIGHTS, recover=False):
     return Plan("0" * 64, "r", Measure.SPECTRAL, 0.5, Budget.MACS, (), factors=fit, recover=recover)
 
 
-def asked(ratio=0.5, recipe=None, budget=None, plan=None, target=None, calibrated=False, recover=True):
-    return request(ratio, recipe, budget, plan, target, calibrated=calibrated, recover=recover)
+def asked(
+    ratio=0.5, recipe=None, budget=None, plan=None, target=None, calibrated=False, recover=True, **more
+):
+    given = {"align": None, "provider": "CPUExecutionProvider"} | more
+    return request(ratio, recipe, budget, plan, target, calibrated=calibrated, recover=recover, **given)
 
 
 # --- which recipes ------------------------------------------------------------------------------------
@@ -41,7 +45,7 @@ def test_without_calibration_the_default_is_one_recipe_of_weights():
     made = asked()
     assert [one.name for one in made.recipes] == [DEFAULT_RECIPE]
     assert (made.is_search, made.fits_activations) == (False, False)
-    assert made.budget is Budget.PARAMS
+    assert made.grid.budget is Budget.PARAMS
 
 
 @pytest.mark.parametrize("recipe", CALIBRATED)
@@ -121,16 +125,18 @@ def test_a_plan_says_itself_what_it_needs(fit, recover, calibrated):
         return
     made = asked(ratio=None, plan=given, calibrated=calibrated)
     assert made.plan == given
-    assert made.budget is Budget.MACS
+    assert made.grid.budget is Budget.MACS
     assert made.fits_activations == (fit is Fit.ACTIVATIONS)
     assert not made.is_search
     assert not asked(ratio=None, plan=given, calibrated=calibrated, recover=False).plan.recover
 
 
-@pytest.mark.parametrize("given", [{"recipe": "svd"}, {"recipe": "auto"}, {"budget": "params"}])
-def test_a_plan_has_its_own_recipe_and_budget(given):
+@pytest.mark.parametrize(
+    "given", [{"recipe": "svd"}, {"recipe": "auto"}, {"budget": "params"}, {"align": 8}, {"align": "auto"}]
+)
+def test_a_plan_has_its_own_recipe_budget_and_ranks(given):
     with pytest.raises(
-        InputError, match="A plan has its own recipe and budget: leave out --pass and --budget"
+        InputError, match="A plan has its own recipe, budget and ranks: leave out --pass, --budget and"
     ):
         asked(ratio=None, plan=plan(), calibrated=True, **given)
 
@@ -241,3 +247,22 @@ def test_what_is_wrong_is_told_before_the_model_is_read(given):
         compress("nosuch.onnx", **{"ratio": 0.5} if needs_ratio else {}, **given)
     assert "nosuch" not in str(caught.value)
     assert str(caught.value).endswith((".", ")"))
+
+
+# --- alignment -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("align", "block"), [(None, 1), (1, 1), (8, 8), (np.int64(16), 16), (1024, 1024)])
+def test_ranks_are_aligned_as_asked(align, block):
+    assert asked(align=align).grid == Grid(Budget.PARAMS, block)
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_auto_follows_the_provider(provider):
+    assert asked(align="auto", provider=provider).grid.block == hardware.block(provider)
+
+
+@pytest.mark.parametrize("align", [0, -8, 1025, 2.0, "8", "Auto", "", True, float("nan"), [8]])
+def test_what_is_no_alignment_is_told(align):
+    with pytest.raises(InputError, match=r"^The alignment is .* has to be 'auto' or a whole number from 1"):
+        asked(align=align)

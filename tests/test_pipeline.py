@@ -554,3 +554,14 @@ def test_a_plan_can_be_saved_read_and_replayed_from_python(tmp_path):
     assert plan == result.plan
     for again in (plan, tmp_path / "plan.json"):
         assert compress(cnn(), plan=again).proto == result.proto
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+@pytest.mark.parametrize("align", [2, 4, 8])
+def test_ranks_are_aligned(align, budget):
+    shape = {"x": (1, 8, 6, 6)}
+    with compress(cnn(), 0.7, align=align, budget=budget, input_shape=shape) as result:
+        ranks = [choice.option.j for choice in result.plan.choices if choice.option]
+        assert ranks
+        assert all(rank % align == 0 for rank in ranks)
+        assert result.report.reached <= 0.7

@@ -11,6 +11,7 @@ import pytest
 
 from onnx_lowrank import planner
 from onnx_lowrank import recipe as recipes
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.found import find_layers
 from onnx_lowrank.graph.model import load
@@ -46,12 +47,12 @@ def found(proto):
 
 
 def planned(seen, ratio, recipe, budget=Budget.MACS):
-    return make(seen, Goal(ratio, recipe, budget), Scores(seen, budget, CPU, Silent()), Silent())
+    return make(seen, Goal(ratio, recipe, budget), Scores(seen, Grid(budget), CPU, Silent()), Silent())
 
 
 def all_plans(seen, recipe):
     """(total MACs, errors) of every choice of candidates."""
-    tables = Scores(seen, Budget.MACS, CPU, Silent()).candidates(recipe)
+    tables = Scores(seen, Grid(Budget.MACS), CPU, Silent()).candidates(recipe)
     for picks in product(*(range(table.cost.size) for table in tables)):
         pairs = list(zip(tables, picks, strict=True))
         choices = [Choice(t.layer, t.option(n), int(t.cost[n]), float(t.error[n])) for t, n in pairs]
@@ -178,9 +179,9 @@ def test_what_is_in_reach_is_known_before_any_error_is(recipe, budget):
     with pytest.raises(BudgetError) as caught:
         planned(seen, 1e-9, recipe, budget)
     with pytest.raises(BudgetError) as early:
-        check_reach(seen, 1e-9, [recipe], budget)
+        check_reach(seen, 1e-9, [recipe], Grid(budget))
     assert (str(early.value), early.value.smallest_ratio) == (str(caught.value), caught.value.smallest_ratio)
-    check_reach(seen, early.value.smallest_ratio, [recipe], budget)
+    check_reach(seen, early.value.smallest_ratio, [recipe], Grid(budget))
     planned(seen, early.value.smallest_ratio, recipe, budget)
 
 
@@ -189,10 +190,10 @@ def test_one_recipe_that_reaches_the_ratio_is_enough():
     near = recipes.load("schatten")
     far = replace(near, groups=(8,))
     with pytest.raises(BudgetError):
-        check_reach(seen, 0.3, [far], Budget.PARAMS)
-    check_reach(seen, 0.3, [far, near], Budget.PARAMS)
+        check_reach(seen, 0.3, [far], Grid(Budget.PARAMS))
+    check_reach(seen, 0.3, [far, near], Grid(Budget.PARAMS))
 
 
 def test_a_recipe_with_a_price_of_its_own_is_not_refused_early():
     priced = replace(recipes.load("schatten"), price=Budget.MACS)
-    check_reach(found(branching()), 1e-9, [priced], Budget.PARAMS)
+    check_reach(found(branching()), 1e-9, [priced], Grid(Budget.PARAMS))

@@ -12,6 +12,7 @@ from calibrating import CPU, measured, seen
 from onnx_lowrank import recipe as recipes
 from onnx_lowrank import scoring as module
 from onnx_lowrank.allocate.curves import predicted
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.factors import activation_factors
 from onnx_lowrank.found import prepared
 from onnx_lowrank.graph.bias import bias
@@ -38,7 +39,7 @@ def calibration():
 
 
 def scores(calibration, found=FOUND):
-    return Scores(found, Budget.PARAMS, CPU, Silent(), calibration)
+    return Scores(found, Grid(Budget.PARAMS), CPU, Silent(), calibration)
 
 
 def test_the_activation_errors_are_those_of_the_factors(calibration, monkeypatch):

@@ -178,35 +178,6 @@ def allowed(layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
     return {fold: ks for fold in folds if ks}
 
 
-def largest_rank(layer: Layer, fold: Fold, k: int, budget: Budget) -> int:
-    """The largest rank below full rank at which a decomposition is cheaper than the layer; 0 if none.
-
-    Raises:
-        InputError: The budget counts MACs and a dimension that they need is unknown.
-    """
-    slope, constant = linear(layer, fold, k, budget)
-    spare = cost(layer, None, budget) - constant - 1
-    if slope <= 0 or spare < slope:
-        return 0
-    return min(layer.full_rank(fold, k) - 1, spare // slope)
-
-
-def wanted_spectra(layer: Layer, recipe: Recipe, budget: Budget) -> dict[Fold, tuple[int, ...]]:
-    """The folds, and for each the slice counts, whose spectra `candidates` needs.
-
-    Those with an option that is cheaper than the layer, and k = 1 of the same fold, whose largest
-    singular value is the norm of the spectral measures. Empty where the layer can only be kept.
-
-    Raises:
-        InputError: The budget counts MACs and a dimension that they need is unknown.
-    """
-    wanted = {}
-    for fold, ks in allowed(layer, recipe).items():
-        if cheaper := {k for k in ks if largest_rank(layer, fold, k, budget)}:
-            wanted[fold] = tuple(sorted(cheaper | {1}))
-    return wanted
-
-
 def _factor_sizes(layer: Layer, fold: Fold, k: int) -> tuple[int, int]:
     """Parameters of the encoder and of the decoder per unit of rank, over all groups and slices."""
     encoder, decoder = fold.kernels(layer.kernel)

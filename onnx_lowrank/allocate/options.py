@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.allocate.cost import allowed, cost, largest_rank, linear, wanted_spectra
+from onnx_lowrank.allocate.cost import allowed, cost, linear
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, Spectra
 
@@ -36,6 +37,7 @@ class Candidates:
         cost: Costs in the budget's unit; every option is cheaper than keep.
         error: Errors in the recipe's measure, rounded to 9 significant digits; 0 for keep.
         price: The costs that the recipe trades against error, where they are not the budget's own.
+        block: What the ranks are multiples of.
     """
 
     layer: str
@@ -46,6 +48,7 @@ class Candidates:
     cost: Ints
     error: Floats
     price: Ints | None = None
+    block: int = 1
 
     def option(self, index: int) -> Option | None:
         """The option at an index, or None for keep."""
@@ -54,7 +57,7 @@ class Candidates:
         return Option(_FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index]))
 
 
-def candidates(layer: Layer, errors: Errors, recipe: Recipe, budget: Budget) -> Candidates:
+def candidates(layer: Layer, errors: Errors, recipe: Recipe, grid: Grid) -> Candidates:
     """All options of a layer that are cheaper than keeping it and that no other option beats.
 
     One option beats another when its price and its error are no larger. Ties go to the lower cost,
@@ -64,43 +67,43 @@ def candidates(layer: Layer, errors: Errors, recipe: Recipe, budget: Budget) -> 
         layer: The layer.
         errors: Their errors; a (fold, k) without errors is not considered.
         recipe: Which options to consider.
-        budget: The unit of the costs.
+        grid: The ranks, and the unit of their costs.
 
     Raises:
         InputError: The budget or the recipe's price counts MACs and a dimension that they need is
             unknown.
     """
-    price = recipe.price or budget
+    budget, price = grid.budget, recipe.price or grid.budget
     rows = [np.array([[-1], [0], [0], [0], [cost(layer, None, budget)], [cost(layer, None, price)]])]
     columns = [np.zeros(1)]
     for fold, ks in allowed(layer, recipe).items():
         for k in ks:
-            if (fold, k) in errors and (top := largest_rank(layer, fold, k, budget)):
-                rows.append(_options(layer, fold, k, top, budget, price))
-                columns.append(errors[fold, k][1 : top + 1])
+            if (fold, k) in errors and (ranks := np.array(grid.ranks(layer, fold, k), dtype=np.int64)).size:
+                rows.append(_options(layer, fold, k, ranks, budget, price))
+                columns.append(errors[fold, k][ranks])
     table, error = np.concatenate(rows, axis=1, dtype=np.int64), _rounded(np.concatenate(columns))
     if recipe.aggregate is not Aggregate.UNIFORM:
         front = _pareto(table, error)
         table, error = table[:, front], error[front]
     folds, k_, j, full, costs, prices = table
-    return Candidates(layer.id, folds, k_, j, full, costs, error, None if price is budget else prices)
+    own = None if price is budget else prices
+    return Candidates(layer.id, folds, k_, j, full, costs, error, own, grid.block)
 
 
-def unscored(layer: Layer, recipe: Recipe, budget: Budget) -> Candidates:
+def unscored(layer: Layer, recipe: Recipe, grid: Grid) -> Candidates:
     """As `candidates`, where no error is known: what tells how cheap a layer can become.
 
     Raises:
         InputError: As `candidates`.
     """
-    wanted = wanted_spectra(layer, recipe, budget)
+    wanted = grid.wanted_spectra(layer, recipe)
     sizes = {(fold, k): layer.full_rank(fold, k) for fold, ks in wanted.items() for k in ks}
-    return candidates(layer, {key: np.ones(size + 1) for key, size in sizes.items()}, recipe, budget)
+    return candidates(layer, {key: np.ones(size + 1) for key, size in sizes.items()}, recipe, grid)
 
 
-def _options(layer: Layer, fold: Fold, k: int, top: int, budget: Budget, price: Budget) -> Ints:
-    """Rows fold, k, j, full, cost, price of the options with ranks 1 to top."""
-    j = np.arange(1, top + 1, dtype=np.int64)
-    rows: Ints = np.empty((6, top), dtype=np.int64)
+def _options(layer: Layer, fold: Fold, k: int, j: Ints, budget: Budget, price: Budget) -> Ints:
+    """Rows fold, k, j, full, cost, price of the options with ranks j."""
+    rows: Ints = np.empty((6, j.size), dtype=np.int64)
     rows[0], rows[1], rows[2], rows[3] = _FOLDS.index(fold), k, j, layer.full_rank(fold, k)
     for row, unit in ((4, budget), (5, price)):
         slope, constant = linear(layer, fold, k, unit)

@@ -69,8 +69,8 @@ def solve(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solut
     - sum with a price: the least sum of errors to the power plus λ · price at the smallest λ whose
       costs fit (Idelbayev and Carreira-Perpiñán, Low-rank compression of neural nets: learning
       the rank of each layer, CVPR 2020).
-    - uniform: the largest ρ at which all layers at rank max(1, ⌊ρ · full rank⌋) fit; a layer that is
-      no cheaper at this rank is kept, and of several (fold, k) a layer takes the cheapest.
+    - uniform: the largest ρ at which all layers at rank max(1, ⌊ρ · full rank⌋), in whole blocks, fit; a
+      layer that is no cheaper at this rank is kept, and of several (fold, k) a layer takes the cheapest.
 
     Equal objectives go to the lower cost (sum: under one budget), then to the order of the candidates.
 
@@ -226,8 +226,8 @@ def _uniform(tables: Sequence[Candidates], limits: Limits) -> list[int]:
 
 def _ratios(table: Candidates) -> tuple[Floats, Floats]:
     """The relative ranks at which options (keep excluded) begin and end to be the layer's."""
-    begin = np.where(table.j[1:] == 1, 0, table.j[1:] / table.full[1:])
-    return begin, (table.j[1:] + 1) / table.full[1:]
+    begin = np.where(table.j[1:] == table.block, 0, table.j[1:] / table.full[1:])
+    return begin, (table.j[1:] + table.block) / table.full[1:]
 
 
 def _at_ratio(table: Candidates, ratio: float) -> int:

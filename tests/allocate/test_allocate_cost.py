@@ -8,14 +8,13 @@ from onnx_lowrank.allocate.cost import (
     allowed,
     cost,
     dearest,
-    largest_rank,
     linear,
     macs,
     parameters,
     running,
     total_macs,
-    wanted_spectra,
 )
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Option, Positions, ScopeWork, Use
@@ -144,8 +143,8 @@ def test_macs_are_unknown_where_one_use_is():
     assert cost(of, None, Budget.PARAMS) == 48
     for ask in (
         lambda: cost(of, None, Budget.MACS),
-        lambda: largest_rank(of, Fold.ENCODE, 1, Budget.MACS),
-        lambda: wanted_spectra(of, recipe(), Budget.MACS),
+        lambda: Grid(Budget.MACS).ranks(of, Fold.ENCODE, 1),
+        lambda: Grid(Budget.MACS).wanted_spectra(of, recipe()),
     ):
         with pytest.raises(InputError, match=r"^The MACs of layer 'w' are unknown .* --input-shape"):
             ask()
@@ -169,13 +168,13 @@ def test_largest_rank_is_the_last_that_is_cheaper(seed):
             for k in of.slices:
                 ranks = range(1, of.full_rank(fold, k))
                 cheaper = [j for j in ranks if cost(of, Option(fold, k, j), budget) < cost(of, None, budget)]
-                assert cheaper == list(range(1, largest_rank(of, fold, k, budget) + 1))
+                assert cheaper == list(Grid(budget).ranks(of, fold, k))
 
 
 def test_an_embedding_costs_no_macs_and_is_kept_under_them():
     of = layer(8, 600, uses=[use("Gather", Positions(10))], slices=(1,))
-    assert wanted_spectra(of, recipe(), Budget.MACS) == {}
-    assert wanted_spectra(of, recipe(), Budget.PARAMS) == {Fold.ENCODE: (1,)}
+    assert Grid(Budget.MACS).wanted_spectra(of, recipe()) == {}
+    assert Grid(Budget.PARAMS).wanted_spectra(of, recipe()) == {Fold.ENCODE: (1,)}
 
 
 @pytest.mark.parametrize(
@@ -218,18 +217,18 @@ def test_spectra_are_wanted_where_an_option_is_cheaper_and_of_one_slice_for_the_
     # Rank 1 costs 6·9 + k·8 of 432: all k; decode costs 6 + k·72: only k below 6; rows 18 + k·24.
     of = layer(8, 6, (3, 3))
     full = (1, 2, 3, 6)
-    assert wanted_spectra(of, recipe(), Budget.PARAMS) == {
+    assert Grid(Budget.PARAMS).wanted_spectra(of, recipe()) == {
         Fold.ENCODE: full,
         Fold.ROWS: full,
         Fold.COLS: full,
         Fold.DECODE: (1, 2, 3),
     }
-    assert wanted_spectra(of, recipe((Fold.ENCODE,), (3,)), Budget.PARAMS) == {Fold.ENCODE: (1, 3)}
+    assert Grid(Budget.PARAMS).wanted_spectra(of, recipe((Fold.ENCODE,), (3,))) == {Fold.ENCODE: (1, 3)}
 
 
 @pytest.mark.parametrize(("f", "c"), [(1, 600), (600, 1), (2, 2), (1, 1)])
 def test_a_layer_that_cannot_become_cheaper_wants_nothing(f, c):
-    assert wanted_spectra(layer(f, c), recipe(), Budget.PARAMS) == {}
+    assert Grid(Budget.PARAMS).wanted_spectra(layer(f, c), recipe()) == {}
 
 
 def scopes(*unknown, calls=("function",)):

@@ -3,7 +3,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from onnx_lowrank.allocate.cost import allowed, cost, wanted_spectra
+from onnx_lowrank.allocate.cost import allowed, cost
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.recipe import Recipe
@@ -70,7 +71,7 @@ def error_of(spectra, option, measure, relative):
 
 def table_of(of, spectra, how, budget):
     """The candidates by the recipe's measure of the weight."""
-    return candidates(of, weight_errors(spectra, how.measure, relative=how.relative), how, budget)
+    return candidates(of, weight_errors(spectra, how.measure, relative=how.relative), how, Grid(budget))
 
 
 OF_WEIGHTS = [measure for measure in Measure if measure.of_weights]
@@ -87,7 +88,7 @@ def test_every_option_is_listed_with_its_cost_and_error(measure, relative, group
     rng = np.random.default_rng(seed)
     of = layer(groups=groups, added=3, freed=5)
     how = recipe(measure=measure, relative=relative, aggregate=Aggregate.UNIFORM)
-    wanted = wanted_spectra(of, how, Budget.PARAMS)
+    wanted = Grid(Budget.PARAMS).wanted_spectra(of, how)
     spectra = spectra_of(rng.standard_normal(of.shape), of, wanted)
     table = table_of(of, spectra, how, Budget.PARAMS)
     kept = cost(of, None, Budget.PARAMS)
@@ -119,7 +120,7 @@ def test_the_front_is_what_nothing_beats(seed):
     # Few distinct values make ties in cost and in error.
     spectra = {
         (fold, k): -np.sort(-rng.integers(1, 9, (1, k, of.full_rank(fold, k))) / 8.0, axis=-1)
-        for fold, ks in wanted_spectra(of, how, Budget.PARAMS).items()
+        for fold, ks in Grid(Budget.PARAMS).wanted_spectra(of, how).items()
         for k in ks
     }
     full = table_of(of, spectra, every, Budget.PARAMS)
@@ -163,7 +164,7 @@ def test_absolute_errors_of_any_size_are_rounded_to_nine_digits(scale):
 def test_an_all_zero_weight_loses_nothing_at_rank_one(measure, relative):
     of = layer()
     how = recipe(measure=measure, relative=relative)
-    wanted = wanted_spectra(of, how, Budget.PARAMS)
+    wanted = Grid(Budget.PARAMS).wanted_spectra(of, how)
     table = table_of(of, spectra_of(np.zeros(of.shape), of, wanted), how, Budget.PARAMS)
     assert table.error.tolist() == [0, 0]
     # rows: 1·(12·3 + 8·3) is the cheapest of all.
@@ -203,7 +204,7 @@ def test_prices_are_the_costs_of_the_other_budget_and_decide_the_front():
     of = layer()
     how = recipe(price=Budget.MACS, aggregate=Aggregate.SUM, measure=Measure.FROBENIUS)
     rng = np.random.default_rng(0)
-    spectra = spectra_of(rng.standard_normal(of.shape), of, wanted_spectra(of, how, Budget.PARAMS))
+    spectra = spectra_of(rng.standard_normal(of.shape), of, Grid(Budget.PARAMS).wanted_spectra(of, how))
     table = table_of(of, spectra, how, Budget.PARAMS)
     choices = [table.option(n) for n in range(table.cost.size)]
     assert table.cost.tolist() == [cost(of, choice, Budget.PARAMS) for choice in choices]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from onnx_lowrank import recipe as recipes
-from onnx_lowrank.allocate.cost import wanted_spectra
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
@@ -23,6 +23,7 @@ from onnx_lowrank.linalg import backend
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.types import Budget
 
+GRID = Grid(Budget.PARAMS)
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "resnet20_cifar10.onnx"
 REFERENCE = ((0.8025, 0.1296), (0.6029, 0.1846), (0.4991, 0.2087), (0.3998, 0.2474), (0.2496, 0.3148))
 OPTIMA = ((0.8, 0.1261), (0.6, 0.1830), (0.5, 0.2061), (0.4, 0.2434), (0.25, 0.3075))
@@ -42,9 +43,9 @@ def main() -> int:
     tables = []
     for binding in found.bindings:
         weight, dtype = prepared(found, binding)
-        values = spectra(weight, wanted_spectra(binding.layer, recipe, Budget.PARAMS), cpu, dtype)
+        values = spectra(weight, GRID.wanted_spectra(binding.layer, recipe), cpu, dtype)
         errors = weight_errors(values, recipe.measure, relative=recipe.relative)
-        tables.append(candidates(binding.layer, errors, recipe, Budget.PARAMS))
+        tables.append(candidates(binding.layer, errors, recipe, GRID))
     ok = True
     print(f"{'size at most':>12} {'score to reach':>15} {'size':>8} {'score':>8}")
     for name, rows in (("reference code", REFERENCE), ("global optimum", OPTIMA)):

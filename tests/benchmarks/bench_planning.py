@@ -14,6 +14,7 @@ from zoo_layers import zoo_layers
 
 from onnx_lowrank import recipe as recipes
 from onnx_lowrank.allocate.cost import parameters
+from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
@@ -23,6 +24,7 @@ from onnx_lowrank.linalg.backend import parallel_map, resolve
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.types import Budget, Spectra
 
+GRID = Grid(Budget.PARAMS)
 MODELS = ("resnet50", "vgg16", "vit_b_16")
 
 
@@ -52,9 +54,7 @@ def main() -> None:
         for recipe in chosen:
             start = perf_counter()
             tables = [
-                candidates(
-                    layer, weight_errors(of, recipe.measure, relative=recipe.relative), recipe, Budget.PARAMS
-                )
+                candidates(layer, weight_errors(of, recipe.measure, relative=recipe.relative), recipe, GRID)
                 for layer, of in zip(found.layers, values, strict=True)
             ]
             middle = perf_counter()
