@@ -37,7 +37,7 @@ _AUTO = (
     "Tries several recipes and keeps the best on held-out calibration inputs "
     "(the default with --calibration)."
 )
-_ALIKE = 0.8  # of one, as difflib measures it: --ratoi for --ratio, not --align for --plan
+_ALIKE = 0.8  # of one, as difflib measures it: --ratoi for --ratio, not --clean for --plan
 _EPILOG = """\b
 Exit codes:
   0    done
