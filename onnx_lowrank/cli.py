@@ -29,7 +29,7 @@ from onnx_lowrank.report.progress import Silent, Terminal
 from onnx_lowrank.types import Budget
 
 _INTERRUPTED = 130
-_TERMINATED = 143
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _NOTHING_HALF = "Interrupted; no file is half-written."
 _SIZES = re.compile(r"[1-9][0-9]{0,17}(,[1-9][0-9]{0,17})*")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
@@ -46,12 +46,13 @@ Exit codes:
   3    the ratio cannot be reached; the message says which can
   4    validation failed; nothing is written
   130  interrupted
+  129  hung up
   143  terminated
 """
 
 
 class _Terminated(BaseException):
-    """The program was asked to end, which no handler of errors may catch."""
+    """The program was asked to end, which no handler of errors may catch; its argument is the signal."""
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -180,7 +181,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     "--target-error",
     callback=_number,
     metavar="NUMBER",
-    help="Instead of --ratio: the smallest model of this relative error on held-out calibration inputs.",
+    help="Instead of --ratio: the smallest model of this output error on held-out calibration inputs.",
 )
 @click.option(
     "--target-agreement",
@@ -293,37 +294,36 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
-    with _unwinding_on_sigterm():
+    with _unwinding_on_signals():
         try:
             code = _run(sys.argv[1:] if arguments is None else list(arguments))
-        except _Terminated:
+        except _Terminated as error:
             _complain(_NOTHING_HALF)
-            code = _TERMINATED
+            code = 128 + int(error.args[0])
     sys.exit(code)
 
 
 @contextmanager
-def _unwinding_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM close what is open, as SIGINT does; on its own it would leave temporary files.
+def _unwinding_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP close what is open, as SIGINT does; on their own they leave temporary files.
 
-    Whoever calls `main` keeps a handler of their own, and only the main thread can have one.
+    Whoever calls `main` keeps handlers of their own, and only the main thread can have some.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield
-        return
-    signal.signal(signal.SIGTERM, _terminate)
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number in _ENDING if is_main and signal.getsignal(number) is signal.SIG_DFL]
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        for own in ours:
+            signal.signal(own, signal.SIG_IGN)  # A second one must not cut the clean-up short.
+        raise _Terminated(number)
+
+    for number in ours:
+        signal.signal(number, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one must not cut the clean-up short.
-    raise _Terminated
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from types import NoneType
@@ -36,8 +37,8 @@ from onnx_lowrank.report.progress import Progress, Silent
 from onnx_lowrank.scoring import Scores
 from onnx_lowrank.search import Search, Target, check_target
 from onnx_lowrank.types import Calibrated, Plan, Trial, Validation
-from onnx_lowrank.validate import runtime, validate
-from onnx_lowrank.validate.engines import Feed
+from onnx_lowrank.validate import Measured, calibrating_engine, runtime, validate
+from onnx_lowrank.validate.engines import Feed, Runtime
 from onnx_lowrank.validate.inputs import read as read_inputs
 from onnx_lowrank.validate.inputs import specs
 
@@ -133,7 +134,7 @@ def compress(
         calibration_samples: How many of them to use at most.
         recover: Let recipes that say so recover each layer from the errors of those before it.
         target_error: Instead of a ratio, find the smallest model whose outputs on held-out calibration
-            inputs have at most this relative error.
+            inputs have at most this error, relative to what varies in them (`OutputError.centred`).
         target_agreement: The same for the share of outputs that agree, above 0 and at most 1.
         inputs: An .npz file, or arrays by input name, on which the models are compared; by default
             held-out calibration inputs, or inputs that are made from the graph.
@@ -191,7 +192,7 @@ def compress(
                     data.open(calibration, specs(loaded.proto), calibration_samples)
                 )
             # The inputs to compare on tell the shapes that nobody stated.
-            shown = given or (_held_out(samples, 1) if samples is not None else {})
+            shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
             shapes = {name: array.shape for name, array in shown.items() if array.size} | shapes
             found = find_layers(loaded, shapes, *globs)
         job = _Job(found, asked, backend, progress, provider, shapes, max_error, given)
@@ -215,9 +216,10 @@ class _Job:
 
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
         """Measure what the request needs to know of the activations."""
-        engine = runtime(self.provider)
-        if self.asked.target is not None:
-            check_target(self.asked.target, self.found.model, _held_out(samples, _SHOWN), engine)
+        feed = next(_held_out(samples, 1))
+        engine, outputs = calibrating_engine(self.found.model, feed, self.provider)
+        if self.asked.target is not None and outputs is not None:
+            check_target(self.asked.target, self.found.model.name, outputs, feed)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
             measured = statistics.measure(
@@ -300,23 +302,23 @@ class _Job:
             model, walk = self.found.model, self.found.walk
             return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
 
-        shown, measured, source = self.given, None, "given"
-        if shown is None and calibration is not None:
+        measured = None
+        if self.given is None and calibration is not None:
+            chosen = next((trial.outputs for trial in trials if trial.chosen), None)
+            outputs = chosen or judge(self.found, built, calibration)
             samples = calibration.samples
-            shown = _held_out(samples, _SHOWN)
-            measured = next((trial.outputs for trial in trials if trial.chosen), None)
-            measured = measured or judge(self.found, built, calibration)
-            source = "held-out calibration" if samples.held else "calibration"
-            source = f"{samples.held or samples.count} {source} inputs"
+            source = (
+                f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
+            )
+            measured = Measured(outputs, tuple(_held_out(samples, _SHOWN)), source)
         last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
         return validate(
             self.found.model,
             rewritten.model,
             last,
             alone=alone,
-            inputs=shown,
+            inputs=self.given,
             measured=measured,
-            source=source,
             input_shapes=self.shapes,
             provider=self.provider,
             max_error=self.max_error,
@@ -327,18 +329,20 @@ _SHOWN = 16
 """Calibration samples that show which layers run."""
 
 
-def _held_out(samples: Samples, size: int) -> Feed:
-    """Some calibration inputs, held-out ones where there are any."""
-    batches = samples.batches(size)
-    return next(batch.feed for batch in batches if batch.held or not samples.held)
+def _held_out(samples: Samples, number: int) -> Iterator[Feed]:
+    """So many calibration inputs, one by one, held-out ones where there are any."""
+    return islice((batch.feed for batch in samples.batches(1) if batch.held or not samples.held), number)
 
 
 def _summary(calibration: Calibration) -> Calibrated:
     samples, reasons = calibration.samples, calibration.statistics.reasons
+    engine = calibration.engine
+    known = isinstance(engine, Runtime)
+    slow = () if known else (f"ONNX Runtime cannot run the model, and {engine.name} calibrates it slowly.",)
     return Calibrated(
         source=samples.description,
         samples=samples.count,
         held=samples.held,
         unmeasured=tuple(reasons.items()),
-        warnings=samples.warnings,
+        warnings=(*samples.warnings, *slow),
     )

@@ -26,6 +26,7 @@ from onnx_lowrank.types import (
     Plan,
     Trial,
     Validation,
+    largest_error,
 )
 
 _LARGE_ERROR = 0.5
@@ -89,7 +90,7 @@ def assemble(
         removed_inputs=() if rewritten is None else rewritten.removed_inputs,
         totals=totals,
         validation=validation,
-        warnings=(*warnings, *more, *_calibration_warnings(plan, calibration)),
+        warnings=(*warnings, *more, *_calibration_warnings(plan, calibration, trials)),
         calibration=calibration,
         trials=trials,
         target_error=target_error,
@@ -113,7 +114,9 @@ def _ratio_warnings(plan: Plan, reached: float, totals: Totals, targeted: bool) 
         yield f"The MACs rise from {macs_before:,} to {macs_after:,}: the budget macs keeps them down."
 
 
-def _calibration_warnings(plan: Plan, calibration: Calibrated | None) -> Iterator[str]:
+def _calibration_warnings(
+    plan: Plan, calibration: Calibrated | None, trials: tuple[Trial, ...]
+) -> Iterator[str]:
     """What the calibration inputs leave open."""
     if calibration is None:
         return
@@ -124,6 +127,11 @@ def _calibration_warnings(plan: Plan, calibration: Calibrated | None) -> Iterato
         yield (
             f"Calibration tells nothing of {len(blind)} of the rewritten layers ({blind[0]!r} first), so no "
             "figure shows what they lose: give inputs that reach them, or --exclude them."
+        )
+    if any(trial.chosen and trial.error == math.inf for trial in trials):
+        yield (
+            "No model that was tried can be compared with the original, whose outputs have another shape "
+            "or are all zero: the first recipe was taken, choose one with --pass."
         )
 
 
@@ -137,8 +145,7 @@ def _advice(targeted: bool, calibrated: bool) -> str:
 
 def _output_warnings(validation: Validation, given: bool, advice: str, least: float) -> Iterator[str]:
     """What would surprise the user about the outputs."""
-    worst = validation.worst
-    large = f"The largest relative error of an output is {worst:.3g}" if (worst or 0) > _LARGE_ERROR else ""
+    large = _large_error(validation, given)
     # What made-up inputs give is mostly no class at all, so that nothing follows from its agreement.
     low = _low_agreement(validation.outputs, least) if given else ""
     if large and not given:
@@ -147,6 +154,17 @@ def _output_warnings(validation: Validation, given: bool, advice: str, least: fl
         yield f"{large}, and only {low}: {advice}."
     elif large or low:
         yield f"{large or f'Only {low}'}: {advice}."
+
+
+def _large_error(validation: Validation, given: bool) -> str:
+    """How far the output is off that is furthest off; empty where that is little."""
+    worst, centred = validation.worst or 0.0, largest_error(validation.outputs) or 0.0
+    if worst > _LARGE_ERROR:
+        return f"The largest relative error of an output is {worst:.3g}"
+    # What made-up inputs give hardly varies.
+    if given and centred > _LARGE_ERROR:
+        return f"The largest error of an output is {centred:.3g} of what varies in it"
+    return ""
 
 
 def _low_agreement(outputs: tuple[OutputError, ...], least: float) -> str:

@@ -6,17 +6,17 @@ that lose are deleted as soon as that is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 from onnx_lowrank import planner
 from onnx_lowrank.build import Built, build, judge
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.found import Found
-from onnx_lowrank.graph.model import Model
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.planner import Goal
 from onnx_lowrank.recipe import Recipe
@@ -25,7 +25,7 @@ from onnx_lowrank.report.progress import Labelled, Progress
 from onnx_lowrank.scoring import Scores
 from onnx_lowrank.types import Budget, Trial
 from onnx_lowrank.validate.compare import compare
-from onnx_lowrank.validate.engines import Engine, Feed, RejectedError, UnsupportedError, first_run
+from onnx_lowrank.validate.engines import Feed
 
 AUTO = ("output", "activation", "schatten")
 """The recipes that `auto` tries; `passes/README.md` says why these."""
@@ -70,27 +70,27 @@ class Target:
         return (0.0 if self.holds(trial) else 1.0, *order)
 
 
-def check_target(target: Target, model: Model, feed: Feed, engine: Engine) -> None:
-    """Find out whether a model has an output that a target can be judged by.
+def check_target(target: Target, model: str, outputs: Mapping[str, Any], feed: Feed) -> None:
+    """Find out whether a model has outputs that a target can be judged by.
 
     Args:
         target: The target.
-        model: The input model.
-        feed: Some of its inputs.
-        engine: What runs it.
+        model: What the input model is called.
+        outputs: Its outputs.
+        feed: The inputs that gave them.
 
     Raises:
         InputError: It has none.
     """
-    try:
-        outputs = first_run(engine, model, (feed,))[1]
-    except (UnsupportedError, RejectedError):
-        return  # the statistics tell what is wrong
-    if not target.holds(Trial("", 1.0, outputs=compare(outputs, outputs, feed))):
-        asked = "an agreement" if target.agreement is not None else "an error"
+    whole = Trial("", 1.0, outputs=compare(outputs, outputs, feed))
+    missing = []
+    if target.error is not None and whole.error is None:
+        missing.append("an error, which takes floats: leave --target-error out")
+    if target.agreement is not None and whole.agreement is None:
+        missing.append("an agreement, which takes classes or integers: leave --target-agreement out")
+    if missing:
         raise InputError(
-            f"The target cannot be judged, as no output of {model.name} has {asked}: give the other target, "
-            "or a ratio."
+            f"The target cannot be judged, as no output of {model} has {', nor '.join(missing)}."
         )
 
 
@@ -172,9 +172,10 @@ class Search:
             return None
 
     def smallest(self, recipes: Sequence[Recipe], target: Target) -> Built:
-        """The model of the smallest ratio that holds a target, by bisection.
+        """The model of the smallest ratio that holds a target, by bisection: of those that it tries.
 
-        The recipe that is best at ratio ½ makes them, until all are tried again close to the end.
+        Errors need not fall steadily with the ratio, so that a smaller one may hold it, too. The recipe that
+        is best at ratio ½ makes them, until all are tried again close to the end.
 
         Raises:
             ValidationError: No model holds it, not even that of ratio 1.
@@ -200,7 +201,10 @@ class Search:
             try:
                 outcome = self._best(going, middle, target)
             except BudgetError as error:
-                low = max(middle, min(error.smallest_ratio or 0.0, high))
+                if len(going) < len(recipes):
+                    going = recipes  # another may reach it
+                else:
+                    low = max(middle, min(error.smallest_ratio or 0.0, high))
                 continue
             except ValidationError:
                 low = middle

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -431,6 +431,13 @@ class OutputError:
     is_exact: bool = False
 
 
+def largest_error(outputs: Iterable[OutputError]) -> float | None:
+    """The largest error of an output of floats, centred where that tells; None where there is none."""
+    floats = (output for output in outputs if not output.is_exact)
+    errors = (output.relative if output.centred is None else output.centred for output in floats)
+    return max((error for error in errors if error is not None), default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class Validation:
     """What came out when the compressed model ran on the same inputs as the input model.
@@ -479,13 +486,8 @@ class Trial:
 
     @property
     def error(self) -> float | None:
-        """The largest error of an output of floats, centred where that tells; None where there is none."""
-        errors = (
-            output.relative if output.centred is None else output.centred
-            for output in self.outputs
-            if not output.is_exact
-        )
-        return max((error for error in errors if error is not None), default=None)
+        """The `largest_error` of the outputs."""
+        return largest_error(self.outputs)
 
     @property
     def agreement(self) -> float | None:

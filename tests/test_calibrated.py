@@ -531,6 +531,22 @@ def test_the_models_are_compared_on_held_out_inputs():
     assert result.report.validation.worst == pytest.approx(relative(cnn(), result.proto), rel=1e-4)
 
 
+def test_a_model_that_only_the_reference_implementation_runs_is_calibrated_slowly():
+    proto = model(
+        """g (double[N,4,5,5] x) => (double[N,8] y) {
+            a = Conv (x, w) b = Relu (a) c = Flatten (b) y = MatMul (c, v) }""",
+        w=np.random.default_rng(0).standard_normal((8, 4, 3, 3)),
+        v=np.random.default_rng(1).standard_normal((72, 8)),
+    )
+    x = np.random.default_rng(2).standard_normal((20, 4, 5, 5))
+    result = compress(proto, 0.6, recipe="activation", calibration=x)
+    assert result.report.reached <= 0.6
+    assert result.report.validation.inputs == "4 held-out calibration inputs"
+    assert any("onnx ReferenceEvaluator calibrates it slowly" in text for text in result.report.warnings)
+    (chosen,) = (trial for trial in result.report.trials if trial.chosen)
+    assert 0 < chosen.error < 1
+
+
 def test_inputs_go_before_calibration_in_the_comparison():
     own = images(9, 3)
     result = compress(cnn(), 0.5, recipe="activation", calibration=X, inputs={"x": own})

@@ -88,7 +88,10 @@ WRONG = {
     ),
     "option of another tool": ([*HALF, "--opset"], "no option --opset: -h lists all"),
     "no alignment": ([*HALF, "--align", "7.5"], "--align: '7.5' is neither auto nor a whole number"),
-    "alignment of nothing": ([*HALF, "--align", "0"], "The alignment is '0', and has to be 'auto' or a whole"),
+    "alignment of nothing": (
+        [*HALF, "--align", "0"],
+        "The alignment is '0', and has to be 'auto'",
+    ),
     "unknown option": ([*HALF, "--fast"], "no option --fast"),
     "misspelt option": ([*HALF, "--reprot"], "no option --reprot: did you mean --report?"),
     "option without value": (["in.onnx", "out.onnx", "--ratio"], "'--ratio' requires an argument"),

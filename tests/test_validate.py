@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_lowrank.errors import InputError, ValidationError
 from onnx_lowrank.graph.model import Model, load
 from onnx_lowrank.types import OutputError, Trial
-from onnx_lowrank.validate import engines, runtime, validate
+from onnx_lowrank.validate import Measured, calibrating_engine, engines, runtime, validate
 from onnx_lowrank.validate.compare import Comparison, compare
 from onnx_lowrank.validate.inputs import make, read, specs
 from onnx_lowrank.validate.tables import id_limits
@@ -603,12 +603,18 @@ class TestCentred:
         turned = self.of([np.zeros(12)], [y * 1j], [z * 1j])
         assert turned.centred == pytest.approx(self.wanted(y, z), rel=1e-9)
 
-    def test_what_is_not_finite_in_the_input_model_counts_as_nothing(self):
+    @pytest.mark.parametrize("size", [1, 5, 12])
+    @pytest.mark.parametrize("hidden", [(slice(None), 0), (0, 0), (slice(1, 8), 2), (11, slice(None))])
+    def test_what_is_not_finite_in_the_input_model_is_left_out(self, hidden, size):
         y, z = self.drawn(1)
-        y[:, 0, 0] = np.inf
-        error = self.of([np.zeros(12)], [y], [z])
-        kept = [a.reshape(12, -1)[:, 1:] for a in (y, z)]
-        assert error.centred == pytest.approx(self.wanted(*kept), rel=1e-9)
+        y[hidden] = -np.inf
+        parts = [slice(n, n + size) for n in range(0, 12, size)]
+        error = self.of([np.zeros(len(y[p])) for p in parts], [y[p] for p in parts], [z[p] for p in parts])
+        gaps = np.where(np.isfinite(y), y, np.nan)
+        seen = np.isfinite(gaps)
+        mean = np.sum(np.where(seen, gaps, 0), axis=0) / np.maximum(seen.sum(axis=0), 1)
+        lost, varying = (np.linalg.norm(a[seen]) for a in (z - gaps, gaps - mean))
+        assert error.centred == pytest.approx(lost / varying, rel=1e-9)
 
     @pytest.mark.parametrize(
         "ys",
@@ -640,8 +646,61 @@ class TestCentred:
 
 def test_what_was_measured_on_more_inputs_is_judged():
     known = (OutputError("y", 0.25, 1.0, None),)
-    given = {"inputs": {"x": np.ones((1, 4), np.float32)}, "measured": known, "source": "80 inputs"}
+    feeds = ({"x": np.ones((1, 4), np.float32)},)
+    given = {"measured": Measured(known, feeds, "80 inputs")}
     result = validate(scaled(2.0), scaled(1.5), {}, alone=never, **given)
     assert (result.outputs, result.inputs) == (known, "80 inputs")
     with pytest.raises(ValidationError, match=r"The relative error of 'y' is 0\.25"):
         validate(scaled(2.0), scaled(1.5), {}, alone=never, max_error=0.2, **given)
+
+
+BRANCHES = """g (bool[1] k, float[1,4] x) => (float[1,4] y) { y = If (k) <
+    then_branch = t () => (float[1,4] p) { [a] p = Abs (x) },
+    else_branch = e () => (float[1,4] q) { [b] q = Neg (x) }> }"""
+
+
+@pytest.mark.parametrize(("ks", "silent"), [((True,), ("b",)), ((False, False), ("a",)), ((True, False), ())])
+def test_all_inputs_that_were_measured_show_what_runs(ks, silent):
+    m = model(BRANCHES)
+    feeds = tuple({"k": np.array([k]), "x": np.ones((1, 4), np.float32)} for k in ks)
+    measured = Measured((OutputError("y", 0.0, 0.0, None),), feeds, "all")
+    result = validate(m, m, {"a": ("a",), "b": ("b",)}, alone=never, measured=measured)
+    assert result.never_ran == silent
+    assert bool(result.notes) == bool(silent)
+
+
+def test_what_cannot_run_in_the_runtime_runs_in_the_reference_implementation():
+    floats, doubles = (
+        model(f"g ({t}[N,2,4,4] x) => ({t}[N,2,2,2] y) <{t}[2,2,3,3] w = {{{', '.join(['1.0'] * 36)}}}>"
+              " { y = Conv (x, w) }")
+        for t in ("float", "double")
+    )  # fmt: skip
+    feeds = [{"x": np.ones((1, 2, 4, 4), dtype)} for dtype in (np.float32, np.float64)]
+    engine, outputs = calibrating_engine(floats, feeds[0], "CPUExecutionProvider")
+    assert isinstance(engine, engines.Runtime)
+    assert outputs["y"].ravel().tolist() == [18.0] * 8
+    engine, outputs = calibrating_engine(doubles, feeds[1], "CPUExecutionProvider")
+    assert isinstance(engine, engines.Reference)
+    assert outputs["y"].ravel().tolist() == [18.0] * 8
+
+
+def test_inputs_on_which_the_model_fails_are_left_to_the_statistics():
+    engine, outputs = calibrating_engine(
+        scaled(2.0), {"x": np.ones((1, 5), np.float32)}, "CPUExecutionProvider"
+    )
+    assert isinstance(engine, engines.Runtime)
+    assert outputs is None
+
+
+def test_a_model_that_nothing_runs_is_refused():
+    odd = model(
+        "g (float[N,4] x) => (float[N,4] y) { y = odd.Op (x) }",
+        '<ir_version: 10, opset_import: ["": 21, "odd": 1]>',
+    )
+    with pytest.raises(InputError, match=r"Calibration has to run the model, and ONNX Runtime.* cannot"):
+        calibrating_engine(odd, {"x": np.ones((1, 4), np.float32)}, "CPUExecutionProvider")
+
+
+@pytest.mark.parametrize("path", ["in.onnx", "./in.onnx"])
+def test_a_message_keeps_its_dots(path):
+    assert engines.one_line("Node 'a.b' in in.onnx fails", path).startswith("Node 'a.b' in ")

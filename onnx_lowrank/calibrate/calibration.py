@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.calibrate.statistics import Statistics
-from onnx_lowrank.validate.engines import Runtime
+from onnx_lowrank.validate.engines import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,5 +20,5 @@ class Calibration:
     """
 
     samples: Samples
-    engine: Runtime
+    engine: Engine
     statistics: Statistics

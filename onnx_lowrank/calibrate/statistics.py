@@ -38,6 +38,8 @@ _UNMEASURED = 32
 _TAPPED = 2**28
 """Bytes that the tapped tensors of one batch take, about."""
 
+_GROWTH, _SHARE = 32, 4  # a first convolution makes 64 channels of 3; all of a batch may take 4 times _TAPPED
+
 
 class Samples(Protocol):
     """Calibration inputs that can be gone through again and again."""
@@ -221,6 +223,7 @@ class _Measurement:
         self._statistics = statistics
         self._step = step or _silent
         self._of_outputs: dict[str, bool] = {}
+        self._sizes: list[int] = []
 
     def run(self, bindings: Sequence[Binding], memory: int) -> None:
         """Measure all layers, those that read the same tensors once."""
@@ -299,7 +302,9 @@ class _Measurement:
         jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
         tasks = [_Task(job, layers) for job, layers in jobs.items()]
         with self._engine.open(instrumented.model) as run:
-            size = self._statistics.batch = self._batch_size(run)
+            size = self._batch_size(run)
+            self._sizes.append(size)
+            self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
             for done, batch in enumerate(self._samples.batches(size), 1):
                 _add(tasks, run(batch.feed), batch.held)
@@ -309,10 +314,15 @@ class _Measurement:
         self._step((number + 1) / passes)
 
     def _batch_size(self, run: Run) -> int:
-        """Samples whose tapped tensors take about `_TAPPED` bytes, judged by the first one."""
+        """Samples whose tapped tensors take about `_TAPPED` bytes, judged by the first one.
+
+        Few taps say little of what else the model computes: its largest tensors are taken for at most
+        `_GROWTH` times its inputs.
+        """
         first = next(iter(self._samples.batches(1)))
         taken = sum(value.nbytes for value in run(first.feed).values() if isinstance(value, np.ndarray))
-        return max(1, _TAPPED // max(1, taken))
+        given = sum(value.nbytes for value in first.feed.values())
+        return max(1, _TAPPED // max(1, taken, given * _GROWTH // _SHARE))
 
 
 class _Task:

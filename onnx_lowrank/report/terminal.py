@@ -101,16 +101,18 @@ def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page)
     """Where the inputs came from, and what the models that were tried give on them."""
     page.line(f"Calibration on {calibration.source}")
     if not trials:
+        page.blank()
         return
     ordered = sorted(trials, key=lambda trial: -trial.ratio)
     page.blank()
     _trials(ordered, page)
-    held = "held-out " if calibration.held else ""
-    page.line(
-        f"output error: ‖y − ŷ‖/‖y − ȳ‖ of the model's output y, ȳ its mean, on {held}calibration inputs; "
-        "the largest of several outputs.",
-        style="dim",
-    )
+    if any(trial.error is not None for trial in trials):
+        held = "held-out " if calibration.held else ""
+        page.line(
+            "output error: ‖y − ŷ‖/‖y − ȳ‖ of the model's output y, ȳ its mean (0 if y is constant), on "
+            f"{held}calibration inputs; the largest of several.",
+            style="dim",
+        )
     for trial in ordered:
         if trial.note:
             page.line(f"{_recipe(trial)} at {trial.ratio:.4g}: {trial.note}", style="dim", indent=2)
@@ -123,10 +125,10 @@ def _recipe(trial: Trial) -> str:
 
 def _trials(trials: list[Trial], page: Page) -> None:
     """Print the table of what was tried."""
-    columns = [
-        Column("ratio", tuple(f"{trial.ratio:.4g}" for trial in trials), "right"),
-        Column("output error", tuple(words.error(trial.error) for trial in trials), "right"),
-    ]
+    columns = [Column("ratio", tuple(f"{trial.ratio:.4g}" for trial in trials), "right")]
+    if any(trial.error is not None for trial in trials):
+        errors = tuple(words.error(trial.error) for trial in trials)
+        columns.append(Column("output error", errors, "right"))
     if any(trial.agreement is not None for trial in trials):
         shares = tuple("–" if trial.agreement is None else f"{trial.agreement:.2%}" for trial in trials)
         columns.append(Column("agreement", shares, "right"))

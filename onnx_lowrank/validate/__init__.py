@@ -21,16 +21,32 @@ from onnx_lowrank.validate.engines import (
     RejectedError,
     Runtime,
     UnsupportedError,
+    calibrating_engine,
     check,
     first_run,
     runtime,
 )
 from onnx_lowrank.validate.inputs import describe, make, read, specs
 
-__all__ = ["Alone", "runtime", "validate"]
+__all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
 
 Alone = Callable[[str], tuple[ModelProto, ModelProto]]
 """For a layer's id: a model of the layer as it was, and one of its chain, with the same inputs and output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A comparison that was made before, on more inputs than validation runs.
+
+    Attributes:
+        outputs: How far the outputs lie apart.
+        feeds: Some of the inputs, by which it is seen what runs.
+        source: What all of the inputs are called.
+    """
+
+    outputs: tuple[OutputError, ...]
+    feeds: tuple[Feed, ...]
+    source: str
 
 
 def validate(
@@ -40,8 +56,7 @@ def validate(
     *,
     alone: Alone,
     inputs: str | Path | Mapping[str, Any] | None = None,
-    measured: tuple[OutputError, ...] | None = None,
-    source: str = "given",
+    measured: Measured | None = None,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     provider: str = "CPUExecutionProvider",
     max_error: float | None = None,
@@ -57,8 +72,7 @@ def validate(
         nodes: The rewritten layers' ids, each with the names of the last nodes of its chains.
         alone: Cuts a rewritten layer out of both models.
         inputs: An .npz file or a mapping of arrays, named like the inputs; None makes some.
-        measured: How far the outputs lie apart, where that is known from more inputs than these.
-        source: What the inputs of the comparison are called in the result.
+        measured: A comparison to take over instead of making one.
         input_shapes: Shapes of inputs to make, where the model leaves them free.
         provider: ONNX Runtime's execution provider.
         max_error: Bound on the largest relative error over the outputs; each has to be measured.
@@ -72,9 +86,9 @@ def validate(
     engine = runtime(provider)
     notes = list(_check(original, compressed))
     wanted = specs(original.proto)
-    given = None if inputs is None else read(inputs, wanted)
+    given = measured.feeds if measured else None if inputs is None else (read(inputs, wanted),)
     feeds: _Feeds = (
-        partial(make, original.proto, wanted, input_shapes or {}) if given is None else lambda: (given,)
+        partial(make, original.proto, wanted, input_shapes or {}) if given is None else lambda: given
     )
     run = _run_original(original, engine, feeds, given is not None, notes)
     if run is None:
@@ -83,17 +97,21 @@ def validate(
         got = _run_compressed(compressed, run)
         result = Validation(
             engine=run.engine.name,
-            inputs=source if measured is not None else _described(run.feed, source, given is not None),
-            outputs=compare(run.outputs, got, run.feed) if measured is None else measured,
-            never_ran=_never_ran(compressed, nodes, run),
+            inputs=measured.source if measured else _described(run.feed, given is not None),
+            outputs=measured.outputs if measured else compare(run.outputs, got, run.feed),
+            never_ran=_never_ran(compressed, nodes, run, measured.feeds if measured else (run.feed,)),
         )
+        if measured and result.never_ran:
+            notes.append(
+                f"Which layers in branches run was looked for on {len(measured.feeds)} of these inputs."
+            )
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
     return result
 
 
-def _described(feed: Feed, source: str, is_given: bool) -> str:
-    origin = source if is_given else "made from the graph"
+def _described(feed: Feed, is_given: bool) -> str:
+    origin = "given" if is_given else "made from the graph"
     return f"{origin}: {describe(feed)}" if feed else "the model has none"
 
 
@@ -157,7 +175,9 @@ def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
         ) from error
 
 
-def _never_ran(model: Model, nodes: Mapping[str, tuple[str, ...]], run: _Run) -> tuple[str, ...] | None:
+def _never_ran(
+    model: Model, nodes: Mapping[str, tuple[str, ...]], run: _Run, feeds: Iterable[Feed]
+) -> tuple[str, ...] | None:
     """The layers of which no node ran; None where the engine does not tell."""
     always = {node.name for node in model.proto.graph.node}
     hidden = {layer: names for layer, names in nodes.items() if always.isdisjoint(names)}
@@ -165,7 +185,7 @@ def _never_ran(model: Model, nodes: Mapping[str, tuple[str, ...]], run: _Run) ->
         return ()
     if not isinstance(run.engine, Runtime):
         return None
-    executed = run.engine.executed(model, run.feed)
+    executed = run.engine.executed(model, feeds)
     # The runtime writes a function's nodes into its caller, under names that begin with the function's.
     inlined = tuple(name for name in executed if name.startswith("_inlfunc_"))
     return tuple(
@@ -222,5 +242,5 @@ def _judge(result: Validation, max_error: float | None) -> None:
     if worst.relative is not None and worst.relative > max_error:
         raise ValidationError(
             f"The relative error of {worst.name!r} is {worst.relative:.4g}, above {bound}: choose a larger "
-            "ratio or a larger bound."
+            "ratio, a stricter target or a larger bound."
         )

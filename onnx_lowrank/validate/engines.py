@@ -60,8 +60,8 @@ class Runtime:
         with _materialized(model) as source:
             yield self._run(self._session(source, self._options()), source)
 
-    def executed(self, model: Model, feed: Feed) -> frozenset[str]:
-        """Names of the nodes that run on these inputs, those in subgraphs included.
+    def executed(self, model: Model, feeds: Iterable[Feed]) -> frozenset[str]:
+        """Names of the nodes that run on any of these inputs, those in subgraphs included.
 
         Raises:
             UnsupportedError: The runtime does not accept the model.
@@ -74,7 +74,9 @@ class Runtime:
         with _materialized(model) as source, TemporaryDirectory() as folder:
             options.profile_file_prefix = str(Path(folder) / "profile")
             session = self._session(source, options)
-            self._run(session, source)(feed)
+            run = self._run(session, source)
+            for feed in feeds:
+                run(feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         suffix = "_kernel_time"
         names = (event["name"] for event in events if event.get("cat") == "Node")
@@ -193,7 +195,9 @@ def one_line(error: object, source: bytes | str = b"") -> str:
     """An engine's message in one line, without its decoration and without names of temporary files."""
     text = str(error) or type(error).__name__
     if isinstance(source, str):
-        text = text.replace(source, "the model").replace(str(Path(source).parent), "its folder")
+        text = text.replace(source, "the model")
+        if (folder := str(Path(source).parent)) != ".":
+            text = text.replace(folder, "its folder")
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
     # ONNX Runtime names the line of its own source and that function's signature.
     text = re.sub(r"/\S*onnxruntime\S*:\d+ [^)]*\) ", "", text)
@@ -216,6 +220,33 @@ def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed
             except RejectedError as error:
                 failure = failure or error
     raise failure or RejectedError("there are no inputs to run it on")
+
+
+def calibrating_engine(model: Model, feed: Feed, provider: str) -> tuple[Engine, dict[str, Any] | None]:
+    """What runs a model on calibration inputs, and its outputs on one of them; None where it fails on that.
+
+    Args:
+        model: The input model.
+        feed: One of the inputs.
+        provider: ONNX Runtime's execution provider.
+
+    Raises:
+        InputError: ONNX Runtime has no such provider, or nothing runs the model.
+    """
+    engine = runtime(provider)
+    try:
+        return engine, first_run(engine, model, (feed,))[1]
+    except RejectedError:
+        return engine, None
+    except UnsupportedError as error:
+        reason = error
+    try:
+        return Reference(), first_run(Reference(), model, (feed,))[1]
+    except (UnsupportedError, RejectedError) as error:
+        raise InputError(
+            f"Calibration has to run the model, and {engine.name} cannot ({reason}), nor can "
+            f"{Reference().name} ({error}): leave --calibration out."
+        ) from error
 
 
 @contextmanager

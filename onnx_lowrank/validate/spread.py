@@ -18,7 +18,7 @@ _ROUNDING = 1e-12  # of the energy of an output: what varies by less is rounding
 class Spread:
     """Σ ‖y − ȳ‖² of one output, ȳ its mean over the samples, element by element; batches are streamed.
 
-    Elements that are not finite count as zero.
+    Elements that are not finite are left out: each has the mean of the samples in which it is finite.
 
     Attributes:
         energy: Σ ‖y‖².
@@ -27,9 +27,9 @@ class Spread:
     def __init__(self) -> None:
         self._first: NDArray[Any] | None = None  # sums are taken about it: large means cancel nothing
         self._sum: Any = 0.0
+        self._counts: Any = 0
         self._power = 0.0
         self.energy = 0.0
-        self._count = 0
         self._is_told = True
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -40,25 +40,26 @@ class Spread:
             y: The output, float64 or complex128.
             batched: Whether its first axis counts samples; else all of it is one sample.
         """
-        y = np.where(np.isfinite(y), y, 0.0) if batched else np.where(np.isfinite(y), y, 0.0)[None]
-        self.energy += _energy(y)
+        y = y if batched else y[None]
+        finite = np.isfinite(y)
+        self.energy += _energy(np.where(finite, y, 0.0))
         if self._first is None and len(y):
-            self._first = y[0].copy()
+            self._first = np.where(finite[0], y[0], 0.0)
         if self._first is None or self._first.shape != y.shape[1:]:
             self._is_told = False
         if self._first is None or not self._is_told:
             return
-        about = y - self._first
+        about = np.where(finite, y - self._first, 0.0)
         self._sum = self._sum + about.sum(axis=0)
+        self._counts = self._counts + finite.sum(axis=0)
         self._power += _energy(about)
-        self._count += len(y)
 
     @np.errstate(over="ignore", invalid="ignore")
     def power(self) -> float | None:
         """Σ ‖y − ȳ‖², or None: one sample, samples of several shapes, or none that differ."""
-        if not self._is_told or self._count < 2:
+        if not self._is_told or not np.any(np.asarray(self._counts) > 1):
             return None
-        power = self._power - _energy(self._sum) / self._count
+        power = self._power - _energy(self._sum / np.sqrt(np.maximum(self._counts, 1)))
         return power if power > _ROUNDING * self.energy else None
 
 

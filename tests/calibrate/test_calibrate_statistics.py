@@ -62,6 +62,13 @@ def measured(proto, samples, **options):
         return {layer: statistics[layer] for layer in statistics}
 
 
+def batch_of(proto, samples, **options):
+    """How many samples are run at a time from then on."""
+    seen = found(proto)
+    with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE, **options) as statistics:
+        return statistics.batch
+
+
 def reference(rows):
     rows = rows.astype(np.float64)
     centred = rows - rows.mean(axis=0)
@@ -132,6 +139,7 @@ ONE = 4 * (4 * 36 + 8 + 5)
 @pytest.mark.parametrize("tapped", [1, 2000, 2**28])
 def test_a_network(monkeypatch, tapped):
     monkeypatch.setattr(module, "_TAPPED", tapped)
+    monkeypatch.setattr(module, "_GROWTH", 0)
     proto = model(CNN, **WEIGHTS)
     samples = Samples(x=IMAGES)
     result = measured(proto, samples)
@@ -146,6 +154,27 @@ def test_a_network(monkeypatch, tapped):
         assert found_.reason == ""
     assert samples.sizes[0] == 1
     assert samples.sizes[1] == max(1, tapped // ONE)
+
+
+@pytest.mark.parametrize("growth", [4, 32, 400])
+def test_what_is_not_tapped_takes_memory_too(monkeypatch, growth):
+    monkeypatch.setattr(module, "_TAPPED", 100_000)
+    monkeypatch.setattr(module, "_GROWTH", growth)
+    samples = Samples(x=IMAGES)
+    batch = batch_of(model(CNN, **WEIGHTS), samples)
+    wanted = 100_000 // max(ONE, IMAGES[0].nbytes * growth // module._SHARE)
+    assert samples.sizes[1] == batch == wanted
+
+
+def test_of_several_passes_the_smallest_batch_is_that_of_the_model(monkeypatch):
+    """The first pass taps large inputs, the last the 8 outputs of a table alone."""
+    monkeypatch.setattr(module, "_TAPPED", 50_000)
+    monkeypatch.setattr(module, "_GROWTH", 0)
+    samples = Samples(x=IMAGES)
+    batch = batch_of(model(CNN, **WEIGHTS), samples, memory=module._bytes((1, 36)))
+    sizes = [size for size in samples.sizes if size > 1]
+    assert len(set(sizes)) > 1
+    assert batch == min(sizes)
 
 
 def test_outputs_stand_in_where_inputs_do_not_fit(monkeypatch):
