@@ -266,7 +266,7 @@ def test_one_glob_may_be_a_plain_string(names):
         ({"ratio": 0.001}, BudgetError, "cannot be reached"),
         ({"plan": "no.json"}, PlanError, "cannot be read"),
         ({"plan": "no.json", "recipe": "svd"}, InputError, "leave out --pass"),
-        ({"plan": "no.json", "budget": "macs"}, InputError, "and --budget"),
+        ({"plan": "no.json", "budget": "macs"}, InputError, "--budget and --align"),
     ],
 )
 def test_a_wrong_argument_is_told(arguments, error, message):
