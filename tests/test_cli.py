@@ -466,6 +466,7 @@ class Interrupting:
             os.kill(os.getpid(), signal.SIGINT)
         yield lambda done=None: None
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
 cli.Silent = Interrupting
 cli.main(sys.argv[2:])
 """
