@@ -29,6 +29,7 @@ ALIGN_AUTO = "auto"
 
 _LARGEST_SIZE = 2**63 - 1
 _LARGEST_BLOCK = 1024
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ def request(
     if budget is not None and budget not in known:
         raise InputError(f"There is no budget {budget!r}: choose one of {', '.join(known)}.")
     counted = Budget.PARAMS if budget is None else Budget(budget)
+    if align is None and counted is Budget.LATENCY:
+        align = ALIGN_AUTO
     return Request(
         grid=Grid(counted, _block(align, provider)),
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
@@ -204,6 +207,18 @@ def check_calibration(samples: int | None, *, calibrated: bool, recover: bool) -
         raise InputError("--calibration-samples says how many to use of --calibration: pass that, too.")
     if not calibrated and not recover:
         raise InputError("--no-recover leaves out what only --calibration makes possible: leave it out.")
+
+
+def threads(given: int) -> int:
+    """Check a number of threads.
+
+    Raises:
+        InputError: It is wrong.
+    """
+    require("threads", given, (Integral,), "a whole number")
+    if not 0 <= given <= _MOST_THREADS:
+        raise InputError(f"--threads is {given}: pass 1 to {_MOST_THREADS}, or 0 for what the runtime takes.")
+    return int(given)
 
 
 def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:

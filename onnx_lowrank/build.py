@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -60,15 +60,32 @@ def build(
                 step()
                 yield replacement
 
+    run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
+    rewritten, resources = assemble(found, replacements(), run)
+    return Built(plan, rewritten, certificates, fits, resources)
+
+
+def assemble(
+    found: Found, replacements: Iterable[Replacement], run: Mapping[str, str]
+) -> tuple[Rewritten, ExitStack]:
+    """Write replacements into the model; gives it with what it keeps on disk, to be closed with it.
+
+    Args:
+        found: The model.
+        replacements: The layers to replace.
+        run: What made them, for the metadata.
+
+    Raises:
+        InputError: The disk is full.
+    """
     with ExitStack() as stack:
         spill = stack.enter_context(Spill()) if found.model.files else None
-        run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
         store = inline if spill is None else spill.tensor
-        rewritten = rewrite(found.model, found.walk, replacements(), run, store)
+        rewritten = rewrite(found.model, found.walk, replacements, run, store)
         if spill is not None:
             files = {**rewritten.model.files, **spill.files}
             rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
-        return Built(plan, rewritten, certificates, fits, stack.pop_all())
+        return rewritten, stack.pop_all()
 
 
 def _fitted(found: Found, plan: Plan, calibration: Calibration | None, backend: Backend) -> Iterator[Fitted]:

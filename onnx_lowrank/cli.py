@@ -242,7 +242,21 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     default="CPUExecutionProvider",
     show_default=True,
     metavar="EP",
-    help="ONNX Runtime's execution provider, to calibrate and to compare.",
+    help="ONNX Runtime's execution provider, to calibrate, to compare and to time.",
+)
+@click.option(
+    "--threads",
+    callback=_count,
+    default="0",
+    metavar="N",
+    help="Threads that compute an operator when times are measured, by default as the runtime decides.",
+)
+@click.option(
+    "--no-cache",
+    "cache",
+    is_flag=True,
+    callback=lambda ctx, param, value: not value,
+    help="Measure the times of layers anew, and do not keep them.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option(

@@ -65,7 +65,7 @@ class Found:
         return [(layer, options.get(layer.id)) for layer in self.layers]
 
     def total(self, budget: Budget, choices: Sequence[Choice] = ()) -> int:
-        """What the budget counts in the model under a plan, by default as it is.
+        """What the budget, parameters or MACs, counts in the model under a plan, by default as it is.
 
         Raises:
             InputError: It counts MACs, and these are unknown.

@@ -1,8 +1,12 @@
-"""The blocks of channels in which an execution provider computes."""
+"""What computes: the processors of this machine, and the blocks of channels in which providers compute."""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 _CPU = "CPUExecutionProvider"
@@ -15,6 +19,7 @@ _WIDEST = 16
 """Of all providers known, and a multiple of the others: what suits where nothing is known."""
 
 _CPUINFO = Path("/proc/cpuinfo")
+_PATIENCE = 10.0  # seconds
 
 
 def block(provider: str) -> int:
@@ -28,11 +33,37 @@ def block(provider: str) -> int:
     return _cpu_block() if provider == _CPU else _BLOCKS.get(provider, _WIDEST)
 
 
+def processor(provider: str) -> str:
+    """What a provider computes on: the CPU with the number of its cores, and GPUs if it is for those."""
+    return _cpu() if provider == _CPU else f"{_gpus()} {_cpu()}".strip()
+
+
+def _cpu() -> str:
+    model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
+    return f"{model[1] if model else platform.processor() or 'unknown'}, {os.cpu_count()} cores"
+
+
+def _gpus() -> str:
+    """The GPUs that NVIDIA's driver lists; empty without it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "; ".join(listed.stdout.splitlines())
+
+
 def _cpu_block() -> int:
     """16 where nobody tells the instruction set: that is a multiple of 8."""
-    try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return _WIDEST
-    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*:(.*)$", _cpuinfo(), re.MULTILINE)
     return 8 if flags and "avx512f" not in flags[1].split() else _WIDEST
+
+
+def _cpuinfo() -> str:
+    try:
+        return _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

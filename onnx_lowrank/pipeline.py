@@ -15,20 +15,23 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
-from onnx_lowrank import arguments, planner, reporting
+from onnx_lowrank import arguments, planner, reporting, settling
 from onnx_lowrank import plan as plans
 from onnx_lowrank.arguments import Request
 from onnx_lowrank.build import Built, build, judge
 from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.data import Samples, Source
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.found import Found, find_layers
 from onnx_lowrank.graph import model as models
 from onnx_lowrank.graph.atomic import replacing
 from onnx_lowrank.graph.excerpt import excerpts
 from onnx_lowrank.graph.model import Model, ModelProto
 from onnx_lowrank.graph.walk import Walk
+from onnx_lowrank.latency import measured
+from onnx_lowrank.latency.measured import Latency
+from onnx_lowrank.latency.stopwatch import Stopwatch
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 from onnx_lowrank.planner import Goal
 from onnx_lowrank.recipe import Recipe
@@ -36,7 +39,7 @@ from onnx_lowrank.report import Report
 from onnx_lowrank.report.progress import Progress, Silent
 from onnx_lowrank.scoring import Scores
 from onnx_lowrank.search import Search, Target, check_target
-from onnx_lowrank.types import Calibrated, Plan, Trial, Validation
+from onnx_lowrank.types import Budget, Calibrated, Plan, Timing, Trial, Validation
 from onnx_lowrank.validate import Measured, calibrating_engine, runtime, validate
 from onnx_lowrank.validate.engines import Feed, Runtime
 from onnx_lowrank.validate.inputs import read as read_inputs
@@ -113,6 +116,8 @@ def compress(
     max_error: float | None = None,
     device: str = "auto",
     provider: str = "CPUExecutionProvider",
+    threads: int = 0,
+    cache: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -123,9 +128,10 @@ def compress(
         ratio: Budget of the output over that of the input, above 0 and at most 1.
         recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
             on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
-        budget: What the ratio counts: "params" (the default) or "macs".
+        budget: What the ratio counts: "params" (the default), "macs" or "latency", the time that a run takes
+            here.
         align: Consider only ranks that are multiples of this, and for convolutions only slices whose channels
-            are; "auto" is what the provider computes in. By default any.
+            are; "auto" is what the provider computes in. By default any, and "auto" for latency.
         plan: A plan to replay, instead of ratio, recipe, budget and alignment.
         include: Globs of layer ids or node names; where there are any, only these are decomposed.
         exclude: Globs of layer ids or node names that are left alone.
@@ -141,7 +147,9 @@ def compress(
         input_shape: Shapes by input name, where the model leaves dimensions open.
         max_error: Bound on the largest relative error over the outputs.
         device: Where the linear algebra runs: "auto", "cpu" or "cuda".
-        provider: ONNX Runtime's execution provider, for calibration and for the comparison.
+        provider: ONNX Runtime's execution provider, for calibration, for the comparison and for times.
+        threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
+        cache: Whether times of layers may be read from the user's cache folder and written there.
         dry_run: Make the plan and the report only; the model stays as it is.
         progress: Where to show progress; by default nowhere.
 
@@ -178,8 +186,12 @@ def compress(
     )
     shapes = arguments.shapes(input_shape or {})
     globs = arguments.patterns("include", include), arguments.patterns("exclude", exclude)
+    threads = arguments.threads(threads)
+    if not isinstance(cache, bool):
+        raise InputError(f"cache is {cache!r}: give True or False.")
     backend = resolve(device)
-    if calibrated or not dry_run:
+    is_timed = asked.grid.budget is Budget.LATENCY
+    if calibrated or is_timed or not dry_run:
         runtime(provider)
     progress = progress or Silent()
     with one_blas_thread(), ExitStack() as stack:
@@ -195,9 +207,16 @@ def compress(
             shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
             shapes = {name: array.shape for name, array in shown.items() if array.size} | shapes
             found = find_layers(loaded, shapes, *globs)
-        job = _Job(found, asked, backend, progress, provider, shapes, max_error, given)
         if asked.plan is None:
             planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.grid)
+        stopwatch = Stopwatch(runtime(provider), threads, caching=cache) if is_timed or not dry_run else None
+        latency = None
+        if is_timed and stopwatch is not None:
+            with progress.stage("time the model"):
+                latency = measured.start(found, shown, shapes, stopwatch)
+        job = _Job(
+            found, asked, backend, progress, provider, shapes, max_error, given, shown, stopwatch, latency
+        )
         return job.run(None if samples is None else job.calibrated(samples, stack), dry_run=dry_run)
 
 
@@ -213,6 +232,9 @@ class _Job:
     shapes: Mapping[str, tuple[int, ...]]
     max_error: float | None
     given: Feed | None
+    shown: Feed
+    stopwatch: Stopwatch | None
+    latency: Latency | None
 
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
         """Measure what the request needs to know of the activations."""
@@ -222,10 +244,10 @@ class _Job:
             check_target(self.asked.target, self.found.model.name, outputs, feed)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
-            measured = statistics.measure(
+            moments = statistics.measure(
                 self.found.model, self.found.walk, bindings, samples, engine, step=step
             )
-        return Calibration(samples, engine, stack.enter_context(measured))
+        return Calibration(samples, engine, stack.enter_context(moments))
 
     def run(self, calibration: Calibration | None, *, dry_run: bool) -> Result:
         """Make the plan, and the model where it is wanted."""
@@ -242,12 +264,14 @@ class _Job:
                 return self._result(built.plan, calibration, trials)
             with self.progress.stage("validate"):
                 validation = self._validated(built, calibration, trials)
-            return self._result(built.plan, calibration, trials, built, validation, stack.pop_all())
+            with self.progress.stage("time"):
+                timing = self._timing(built)
+            return self._result(built.plan, calibration, trials, built, validation, timing, stack.pop_all())
 
     def _searched(self, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
         """The best model that held-out inputs show, and what was tried."""
         budget, recipes = self.asked.grid.budget, self.asked.recipes
-        scores = Scores(self.found, self.asked.grid, self.backend, self.progress, calibration)
+        scores = self._scores(calibration)
         search = Search(self.found, budget, scores, calibration, self.backend, self.progress)
         if self.asked.ratio is not None:
             built = search.best(recipes, self.asked.ratio)
@@ -258,9 +282,12 @@ class _Job:
     def _plan(self, calibration: Calibration | None) -> Plan:
         if self.asked.plan is not None:
             return planner.replay(self.asked.plan, self.found)
-        scores = Scores(self.found, self.asked.grid, self.backend, self.progress, calibration)
+        scores = self._scores(calibration)
         goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0], self.asked.grid.budget)
-        return planner.make(self.found, goal, scores, self.progress)
+        return settling.make(self.found, goal, scores, self.progress)
+
+    def _scores(self, calibration: Calibration | None) -> Scores:
+        return Scores(self.found, self.asked.grid, self.backend, self.progress, calibration, self.latency)
 
     def _result(
         self,
@@ -269,8 +296,11 @@ class _Job:
         trials: tuple[Trial, ...] = (),
         built: Built | None = None,
         validation: Validation | None = None,
+        timing: Timing | None = None,
         resources: ExitStack | None = None,
     ) -> Result:
+        if timing is None and self.latency is not None:
+            timing = self.latency.timing(settling.options(plan), None)
         report = reporting.assemble(
             self.found,
             plan,
@@ -283,9 +313,31 @@ class _Job:
             fits={} if built is None else built.fits,
             target_error=self.asked.target.error if self.asked.target else None,
             target_agreement=self.asked.target.agreement if self.asked.target else None,
+            timing=timing,
         )
         model = self.found.model if built is None else built.rewritten.model
         return Result(report, plan, model, resources or ExitStack())
+
+    def _timing(self, built: Built) -> Timing | None:
+        """How long both models take; None where that cannot be measured.
+
+        Raises:
+            BudgetError: Latency is the budget, and the compressed model takes longer.
+        """
+        model = built.rewritten.model
+        chosen = settling.options(built.plan)
+        if self.latency is None:
+            if not chosen or self.stopwatch is None:
+                return None
+            return measured.compare(self.found.model, model, self.shown, self.shapes, self.stopwatch)
+        timing = self.latency.timing(chosen, model)
+        if timing.after is not None and timing.after > _SLOWER * timing.before:
+            raise BudgetError(
+                f"The compressed model takes {timing.after / timing.before:.3f} of the time of "
+                f"{self.found.model.name} on {timing.engine}, so nothing is written: choose a smaller ratio.",
+                None,
+            )
+        return timing
 
     def _validated(
         self, built: Built, calibration: Calibration | None, trials: tuple[Trial, ...]
@@ -302,7 +354,7 @@ class _Job:
             model, walk = self.found.model, self.found.walk
             return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
 
-        measured = None
+        known = None
         if self.given is None and calibration is not None:
             chosen = next((trial.outputs for trial in trials if trial.chosen), None)
             outputs = chosen or judge(self.found, built, calibration)
@@ -310,7 +362,7 @@ class _Job:
             source = (
                 f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
             )
-            measured = Measured(outputs, tuple(_held_out(samples, _SHOWN)), source)
+            known = Measured(outputs, tuple(_held_out(samples, _SHOWN)), source)
         last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
         return validate(
             self.found.model,
@@ -318,12 +370,15 @@ class _Job:
             last,
             alone=alone,
             inputs=self.given,
-            measured=measured,
+            measured=known,
             input_shapes=self.shapes,
             provider=self.provider,
             max_error=self.max_error,
         )
 
+
+_SLOWER = 1.02
+"""A model that takes more than this of the input model's time is slower, and not by noise alone."""
 
 _SHOWN = 16
 """Calibration samples that show which layers run."""

@@ -23,11 +23,21 @@ from onnx_lowrank.types import Aggregate, Budget, Choice, Layer, Plan, Solver
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a plan is made for: a ratio of a budget, by a recipe."""
+    """What a plan is made for: a ratio of a budget, by a recipe.
+
+    Attributes:
+        ratio: The ratio asked for.
+        recipe: The recipe.
+        budget: What the ratio counts.
+        aim: The ratio to plan for instead, where plans do not give what they promise.
+        total: What the input model costs where that is measured: its time in nanoseconds.
+    """
 
     ratio: float
     recipe: Recipe
     budget: Budget
+    aim: float | None = None
+    total: int | None = None
 
 
 def replay(plan: Plan, found: Found) -> Plan:
@@ -38,6 +48,8 @@ def replay(plan: Plan, found: Found) -> Plan:
         InputError: It counts MACs, and these are unknown.
     """
     plans.check(plan, found.model.sha256, found.layers)
+    if plan.budget is Budget.LATENCY:
+        return plan if not plans.is_edited(plan) else _edited(plan, plan.choices)
     found.total(plan.budget)
     by_id = {choice.layer: choice for choice in plan.choices}
     choices = tuple(_repriced(by_id[layer.id], layer, plan.budget) for layer in found.layers)
@@ -45,10 +57,15 @@ def replay(plan: Plan, found: Found) -> Plan:
     priced = [choice.cost for choice in plan.choices] == [choice.cost for choice in choices]
     if priced and not plans.is_edited(plan):
         return plan
-    edited = tuple(
+    return _edited(plan, choices)
+
+
+def _edited(plan: Plan, choices: Sequence[Choice]) -> Plan:
+    """A plan of other choices than it was made with, of which nothing is proven."""
+    reasoned = tuple(
         replace(choice, reason="" if choice.option else "the replayed plan keeps it") for choice in choices
     )
-    return plans.sealed(replace(plan, choices=edited, solver=None))
+    return plans.sealed(replace(plan, choices=reasoned, solver=None))
 
 
 def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
@@ -61,6 +78,8 @@ def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
 def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Grid) -> None:
     """Find out whether a ratio is in reach before any error is computed: that takes costs alone.
 
+    Times are not known before they are measured, and can be where all shapes are known.
+
     Args:
         found: The model.
         ratio: The ratio asked for.
@@ -72,6 +91,9 @@ def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Gri
         InputError: MACs are needed and unknown.
     """
     budget = grid.budget
+    if budget is Budget.LATENCY:
+        found.total(Budget.MACS)
+        return
     limit = largest_total(ratio, found.total(budget))
     errors = []
     for recipe in recipes:
@@ -101,6 +123,8 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         InputError: MACs are needed and unknown.
     """
     tables = scores.candidates(goal.recipe)
+    if scores.latency is not None:
+        goal = replace(goal, total=scores.latency.whole)
     with progress.stage("plan"):
         solution = _solved(found, tables, goal)
     recipe = goal.recipe
@@ -127,13 +151,20 @@ def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:
     Raises:
         BudgetError: There is none; the error knows the smallest ratio that there is.
     """
-    total = found.total(goal.budget)
-    limit = largest_total(goal.ratio, total)
+    limit = largest_total(goal.aim or goal.ratio, _total(found, goal))
     try:
         return _within(found, tables, goal, limit, solve)
     except BudgetError:
         choices = _choices(tables, _within(found, tables, goal, limit, smallest))
-    raise _out_of_reach(found, goal, found.total(goal.budget, choices))
+    if goal.total is None:
+        raise _out_of_reach(found, goal, found.total(goal.budget, choices))
+    saved = sum(int(table.cost[0]) - choice.cost for table, choice in zip(tables, choices, strict=True))
+    raise _out_of_reach(found, goal, goal.total - saved)
+
+
+def _total(found: Found, goal: Goal) -> int:
+    """What the input model costs."""
+    return found.total(goal.budget) if goal.total is None else goal.total
 
 
 def _out_of_reach(found: Found, goal: Goal, least: int) -> BudgetError:
@@ -144,7 +175,7 @@ def _out_of_reach(found: Found, goal: Goal, least: int) -> BudgetError:
             "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
             1.0,
         )
-    shown = math.ceil(least / found.total(goal.budget) * 1000) / 1000
+    shown = math.ceil(least / _total(found, goal) * 1000) / 1000
     return BudgetError(
         f"The ratio {goal.ratio:g} of {goal.budget} cannot be reached for {found.model.name}: the smallest "
         f"with recipe {goal.recipe.name!r} is {shown:g}.",
@@ -170,9 +201,9 @@ def _within(found: Found, tables: Sequence[Candidates], goal: Goal, limit: int, 
     Of an If the dearer branch counts, so MACs are limited on every route through the branches. These are
     added one by one: a plan that is best under some of them is best under all if it keeps within all.
     """
-    if goal.budget is Budget.PARAMS:
+    if goal.budget is not Budget.MACS:
         kept = sum(int(table.cost[0]) for table in tables)
-        return rule(tables, Limits.single(tables, limit - (found.total(goal.budget) - kept)), goal.recipe)
+        return rule(tables, Limits.single(tables, limit - (_total(found, goal) - kept)), goal.recipe)
     routes = [found.route()]
     while True:
         limits = macs_limits(found.layers, tables, found.work, routes, limit)

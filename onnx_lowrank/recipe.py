@@ -159,6 +159,13 @@ def _groups(value: object) -> tuple[str, tuple[int, ...] | None]:
     return "groups", tuple(sorted(set(value)))
 
 
+def _price(value: object) -> tuple[str, Budget]:
+    for price in _PRICES:
+        if value == price:
+            return "price", price
+    raise ValueError("one of " + ", ".join(_PRICES))
+
+
 def _normalize(value: object) -> tuple[str, bool]:
     if value not in ("relative", "absolute"):
         raise ValueError("one of relative, absolute")
@@ -185,8 +192,9 @@ _KEYS: Mapping[str, Callable[[object], tuple[str, object]]] = {
     "normalize": _normalize,
     "aggregate": lambda value: ("aggregate", _choice(Aggregate, value)),
     "power": _power,
-    "price": lambda value: ("price", _choice(Budget, value)),
+    "price": _price,
     "factors": lambda value: ("factors", _choice(Fit, value)),
     "recover": _recover,
 }
+_PRICES = (Budget.PARAMS, Budget.MACS)  # of latency there is no formula
 _REQUIRED = ("summary", "folds", "groups", "aggregate")

@@ -24,6 +24,7 @@ from onnx_lowrank.types import (
     LayerFit,
     OutputError,
     Plan,
+    Timing,
     Trial,
     Validation,
     largest_error,
@@ -32,6 +33,8 @@ from onnx_lowrank.types import (
 _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _SLACK = 0.05
+_SLOWER = 1.05
+_TIMED = 0.03  # what one measurement of a time may differ from another
 
 
 def assemble(
@@ -47,6 +50,7 @@ def assemble(
     fits: Mapping[str, LayerFit] = MappingProxyType({}),
     target_error: float | None = None,
     target_agreement: float | None = None,
+    timing: Timing | None = None,
 ) -> Report:
     """Gather what a run has to say.
 
@@ -62,9 +66,10 @@ def assemble(
         fits: How the factors of the rewritten layers came about, by id.
         target_error: The error that was asked for instead of a ratio.
         target_agreement: The agreement that was asked for instead of a ratio.
+        timing: How long both models take; None where that is unknown.
     """
-    totals = _totals(found, plan, rewritten)
-    counted = totals.params if plan.budget is Budget.PARAMS else totals.macs
+    totals = _totals(found, plan, rewritten, timing if plan.budget is Budget.LATENCY else None)
+    counted = totals.of(plan.budget)
     reached = 1.0 if counted.ratio is None else counted.ratio
     targeted = target_error is not None or target_agreement is not None
     warnings = _ratio_warnings(plan, reached, totals, targeted)
@@ -90,19 +95,37 @@ def assemble(
         removed_inputs=() if rewritten is None else rewritten.removed_inputs,
         totals=totals,
         validation=validation,
-        warnings=(*warnings, *more, *_calibration_warnings(plan, calibration, trials)),
+        warnings=(
+            *warnings,
+            *_time_warnings(plan, timing),
+            *more,
+            *_calibration_warnings(plan, calibration, trials),
+        ),
         calibration=calibration,
         trials=trials,
         target_error=target_error,
         target_agreement=target_agreement,
+        timing=timing if plan.budget is Budget.LATENCY else None,
     )
+
+
+def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
+    """What would surprise the user about the speed."""
+    if plan.budget is Budget.LATENCY or timing is None or timing.after is None:
+        return
+    slowdown = timing.after / timing.before
+    if slowdown > _SLOWER:
+        yield (
+            f"The compressed model takes {slowdown:.2f} times as long as the input model on {timing.engine}: "
+            "--budget latency makes models that are faster."
+        )
 
 
 def _ratio_warnings(plan: Plan, reached: float, totals: Totals, targeted: bool) -> Iterator[str]:
     """What would surprise the user about the size."""
     if all(choice.option is None for choice in plan.choices):
         yield "No layer is rewritten, the output is the input model."
-    elif reached > plan.ratio * (1 + 1e-9):
+    elif reached > plan.ratio * (1 + (_TIMED if plan.budget is Budget.LATENCY else 1e-9)):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
     elif reached < plan.ratio - _SLACK and not targeted:
         yield (
@@ -197,14 +220,18 @@ def _row(layer: Layer, choice: Choice, certificate: Certificate | None, fit: Lay
     )
 
 
-def _totals(found: Found, plan: Plan, rewritten: Rewritten | None) -> Totals:
+def _totals(found: Found, plan: Plan, rewritten: Rewritten | None, timing: Timing | None) -> Totals:
     # A rewrite can free more than a plan counts on: what only rewritten layers share.
     params = (
         found.total(Budget.PARAMS, plan.choices) if rewritten is None else models.parameters(rewritten.model)
     )
+    time = None
+    if timing is not None:
+        time = Total(timing.before, timing.predicted if timing.after is None else timing.after)
     stored = None if rewritten is None else models.stored_bytes(rewritten.model)
     return Totals(
         params=Total(models.parameters(found.model), params),
         macs=Total(found.macs(), found.macs(plan.choices)),
         bytes=Total(models.stored_bytes(found.model), stored),
+        time=time,
     )

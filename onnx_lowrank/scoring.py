@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.allocate.curves import predicted
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, Errors, candidates, weight_errors
+from onnx_lowrank.allocate.times import Times
 from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.moments import INPUT_RIDGE, shrinkage
@@ -19,6 +20,7 @@ from onnx_lowrank.found import Found, prepared
 from onnx_lowrank.graph.bias import bias
 from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.segments import Substitute
+from onnx_lowrank.latency.measured import Latency
 from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend, parallel_map
 from onnx_lowrank.linalg.factorize import factorize
@@ -54,7 +56,11 @@ class _Known:
 
 
 class Scores:
-    """The errors of all options of a model's layers, on one grid."""
+    """The errors of all options of a model's layers, on one grid, and their costs.
+
+    Attributes:
+        latency: What measures the options, where latency is the budget.
+    """
 
     def __init__(
         self,
@@ -63,6 +69,7 @@ class Scores:
         backend: Backend,
         progress: Progress,
         calibration: Calibration | None = None,
+        latency: Latency | None = None,
     ) -> None:
         """Prepare; nothing is computed before it is asked for.
 
@@ -72,7 +79,9 @@ class Scores:
             backend: Where the linear algebra runs.
             progress: Where to show progress.
             calibration: The inputs behind the measures that need some.
+            latency: What measures the options, where latency is the budget.
         """
+        self.latency = latency
         self._found = found
         self._grid = grid
         self._backend = backend
@@ -102,10 +111,18 @@ class Scores:
             if recipe.measure is Measure.OUTPUT:
                 self._probe(recipe)
             tables = [_of_activations(known, recipe) for known in self._known]
+        times = self._times(tables)
         return tuple(
-            candidates(layer, table, recipe, self._grid)
-            for layer, table in zip(self._found.layers, tables, strict=True)
+            candidates(layer, table, recipe, self._grid, of)
+            for layer, table, of in zip(self._found.layers, tables, times, strict=True)
         )
+
+    def _times(self, tables: Sequence[Errors]) -> Sequence[Times | None]:
+        """How long the options take, where that is the budget."""
+        if self.latency is None:
+            return [None] * len(tables)
+        with self._progress.stage("time layers", 1) as step:
+            return self.latency.times(tables, self._grid, step)
 
     def _add_spectra(self, wanted: Iterable[_Wanted]) -> None:
         """Compute the spectra that are asked for and not known."""
@@ -183,8 +200,9 @@ class Scores:
         calibration = _calibrated(self._calibration)
         # What the inputs do not reach has no effect on these outputs, which says nothing of others.
         unseen = calibration.statistics.reasons
+        counted = replace(self._grid, budget=self._grid.counted)
         chosen = {
-            binding.layer.id: _probes(candidates(binding.layer, known.activation, recipe, self._grid))
+            binding.layer.id: _probes(candidates(binding.layer, known.activation, recipe, counted))
             if binding.layer.id not in unseen
             else ()
             for binding, known in self._items()

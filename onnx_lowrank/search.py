@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from onnx_lowrank import planner
+from onnx_lowrank import settling
 from onnx_lowrank.build import Built, build, judge
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.errors import BudgetError, InputError, ValidationError
@@ -231,7 +231,7 @@ class Search:
 
     def _try(self, recipe: Recipe, ratio: float) -> _Outcome:
         progress = Labelled(self._progress, f"{recipe.name} at {ratio:.3g}")
-        plan = planner.make(self._found, Goal(ratio, recipe, self._budget), self._scores, progress)
+        plan = settling.make(self._found, Goal(ratio, recipe, self._budget), self._scores, progress)
         built = build(self._found, plan, self._calibration, self._backend, progress)
         self._made.append(built.resources)
         try:

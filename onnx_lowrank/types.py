@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from typing import Any
@@ -111,6 +111,7 @@ class Budget(StrEnum):
 
     PARAMS = "params"
     MACS = "macs"
+    LATENCY = "latency"
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,6 +496,42 @@ class Trial:
         return min(
             (output.agreement for output in self.outputs if output.agreement is not None), default=None
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """How long a rewritten layer takes alone, all uses together, in nanoseconds.
+
+    Attributes:
+        before: As it was.
+        predicted: Its chain, as the plan reckoned; None where a plan was replayed.
+        after: Its chain, measured for its own rank.
+    """
+
+    before: int
+    predicted: int | None
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long the whole model takes, in nanoseconds: medians of interleaved runs.
+
+    Attributes:
+        engine: What ran it, with how many threads.
+        inputs: On which inputs, with their dtypes and shapes.
+        before: The input model.
+        predicted: The compressed model, as the plan reckoned; None where a plan was replayed.
+        after: The compressed model; None in a dry run.
+        layers: The rewritten layers, by id; none in a dry run.
+    """
+
+    engine: str
+    inputs: str
+    before: int
+    predicted: int | None
+    after: int | None = None
+    layers: Mapping[str, LayerTime] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

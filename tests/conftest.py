@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from timing import Recorded
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -15,3 +17,10 @@ def shared() -> Path:
             pytest.fail("the folder ../shared with the real models is absent, and is required here")
         pytest.skip("the folder ../shared with the real models is absent")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def recorded_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on how fast a machine is; those marked `clock` measure, and bound no time."""
+    if "clock" not in request.keywords:
+        monkeypatch.setattr("onnx_lowrank.pipeline.Stopwatch", Recorded)

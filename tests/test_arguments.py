@@ -224,7 +224,7 @@ def test_an_empty_path_is_not_the_current_folder(name, wanted):
         {"target_error": True, "calibration": X},
         {"ratio": "half", "calibration": X},
         {"recipe": 3, "calibration": X},
-        {"budget": "latency", "calibration": X},
+        {"budget": "time", "calibration": X},
         {"plan": 4, "calibration": X},
         {"ratio": 0.5, "target_error": 0.1, "calibration": X},
         {"target_error": 0.1},

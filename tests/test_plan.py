@@ -140,7 +140,7 @@ MALFORMED = {
     "recipe list": (table(recipe=[]), "recipe is []"),
     "measure": (table(measure="magic"), "measure is 'magic', which is none of spectral, spectral-bound"),
     "measure list": (table(measure=["spectral"]), "measure is ['spectral']"),
-    "budget": (table(budget="latency"), "budget is 'latency', which is none of params, macs"),
+    "budget": (table(budget="time"), "budget is 'time', which is none of params, macs, latency"),
     **{
         f"ratio {value!r}": (table(ratio=value), f"ratio is {value!r}, which has to be a number above 0")
         for value in (0, -0.5, 1.5, float("inf"), float("nan"), "0.5", None, True, [0.5], 10**400)

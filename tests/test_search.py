@@ -37,7 +37,7 @@ class World:
     def __init__(self, monkeypatch, outcome):
         self.outcome = outcome
         self.open, self.built = set(), []
-        monkeypatch.setattr(module.planner, "make", self.make)
+        monkeypatch.setattr(module.settling, "make", self.make)
         monkeypatch.setattr(module, "build", self.build)
         monkeypatch.setattr(module, "judge", self.judge)
         self.search = Search(None, Budget.PARAMS, None, None, None, Silent())

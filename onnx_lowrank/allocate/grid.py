@@ -18,12 +18,18 @@ class Grid:
     c / k that the encoder reads and the rank j.
 
     Attributes:
-        budget: What options cost.
+        budget: What options cost. Of latency there is no formula: `Times` has it, and what saves no MACs is
+            not measured.
         block: Ranks are multiples of it, and so are the channels of a sliced convolution's groups.
     """
 
     budget: Budget
     block: int = 1
+
+    @property
+    def counted(self) -> Budget:
+        """What is counted to know which ranks are cheaper."""
+        return Budget.MACS if self.budget is Budget.LATENCY else self.budget
 
     def ranks(self, layer: Layer, fold: Fold, k: int) -> range:
         """The ranks below full rank, ascending, at which a decomposition is cheaper than the layer.
@@ -34,10 +40,10 @@ class Grid:
             k: A number of slices that it offers.
 
         Raises:
-            InputError: The budget counts MACs and a dimension that they need is unknown.
+            InputError: MACs are counted and a dimension that they need is unknown.
         """
-        slope, constant = linear(layer, fold, k, self.budget)
-        spare = cost(layer, None, self.budget) - constant - 1
+        slope, constant = linear(layer, fold, k, self.counted)
+        spare = cost(layer, None, self.counted) - constant - 1
         fits = k == 1 or not layer.kernel or layer.shape[2] // k % self.block == 0
         if slope <= 0 or spare < slope or not fits:
             return range(0)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.allocate.cost import allowed, cost, linear
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.times import WORTHWHILE, Times
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, Spectra
 
@@ -57,7 +58,9 @@ class Candidates:
         return Option(_FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index]))
 
 
-def candidates(layer: Layer, errors: Errors, recipe: Recipe, grid: Grid) -> Candidates:
+def candidates(
+    layer: Layer, errors: Errors, recipe: Recipe, grid: Grid, times: Times | None = None
+) -> Candidates:
     """All options of a layer that are cheaper than keeping it and that no other option beats.
 
     One option beats another when its price and its error are no larger. Ties go to the lower cost,
@@ -68,18 +71,20 @@ def candidates(layer: Layer, errors: Errors, recipe: Recipe, grid: Grid) -> Cand
         errors: Their errors; a (fold, k) without errors is not considered.
         recipe: Which options to consider.
         grid: The ranks, and the unit of their costs.
+        times: The costs, where the budget is latency.
 
     Raises:
         InputError: The budget or the recipe's price counts MACs and a dimension that they need is
             unknown.
     """
     budget, price = grid.budget, recipe.price or grid.budget
-    rows = [np.array([[-1], [0], [0], [0], [cost(layer, None, budget)], [cost(layer, None, price)]])]
+    keep = [_cost(layer, None, unit, times) for unit in (budget, price)]
+    rows = [np.array([[-1], [0], [0], [0], [keep[0]], [keep[1]]])]
     columns = [np.zeros(1)]
     for fold, ks in allowed(layer, recipe).items():
         for k in ks:
-            if (fold, k) in errors and (ranks := np.array(grid.ranks(layer, fold, k), dtype=np.int64)).size:
-                rows.append(_options(layer, fold, k, ranks, budget, price))
+            if (fold, k) in errors and (ranks := _ranks(layer, fold, k, grid, times)).size:
+                rows.append(_options(layer, fold, k, ranks, (budget, price), times))
                 columns.append(errors[fold, k][ranks])
     table, error = np.concatenate(rows, axis=1, dtype=np.int64), _rounded(np.concatenate(columns))
     if recipe.aggregate is not Aggregate.UNIFORM:
@@ -101,14 +106,33 @@ def unscored(layer: Layer, recipe: Recipe, grid: Grid) -> Candidates:
     return candidates(layer, {key: np.ones(size + 1) for key, size in sizes.items()}, recipe, grid)
 
 
-def _options(layer: Layer, fold: Fold, k: int, j: Ints, budget: Budget, price: Budget) -> Ints:
-    """Rows fold, k, j, full, cost, price of the options with ranks j."""
+def _ranks(layer: Layer, fold: Fold, k: int, grid: Grid, times: Times | None) -> Ints:
+    """The ranks at which a decomposition is cheaper; where times are measured, clearly so."""
+    ranks = np.array(grid.ranks(layer, fold, k), dtype=np.int64)
+    if times is None or not ranks.size:
+        return ranks
+    return ranks[times.costs(fold, k, ranks) <= WORTHWHILE * times.keep]
+
+
+def _options(
+    layer: Layer, fold: Fold, k: int, j: Ints, units: tuple[Budget, Budget], times: Times | None
+) -> Ints:
+    """Rows fold, k, j, full, cost, price of the options with ranks j; cost and price in these units."""
     rows: Ints = np.empty((6, j.size), dtype=np.int64)
     rows[0], rows[1], rows[2], rows[3] = _FOLDS.index(fold), k, j, layer.full_rank(fold, k)
-    for row, unit in ((4, budget), (5, price)):
-        slope, constant = linear(layer, fold, k, unit)
-        rows[row] = j * slope + constant
+    for row, unit in enumerate(units, start=4):
+        if unit is Budget.LATENCY and times is not None:
+            rows[row] = times.costs(fold, k, j)
+        else:
+            slope, constant = linear(layer, fold, k, unit)
+            rows[row] = j * slope + constant
     return rows
+
+
+def _cost(layer: Layer, option: Option | None, unit: Budget, times: Times | None) -> int:
+    if unit is Budget.LATENCY and times is not None:
+        return times.cost(option)
+    return cost(layer, option, unit)
 
 
 def weight_errors(spectra: Spectra, measure: Measure, *, relative: bool) -> Errors:

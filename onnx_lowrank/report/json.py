@@ -9,7 +9,7 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - ratio: budget, asked, reached.
 - solver: aggregate, power, objective, gap (null under uniform and with a price, which follow a rule);
   null where an edited plan was replayed.
-- totals: params, macs, bytes, each with before, after, ratio.
+- totals: params, macs, bytes, each with before, after, ratio; time, too, in nanoseconds, else null.
 - layers: a list in graph order of id, op, shape (groups, outputs per group, inputs per group, kernel ...),
   dtype, nodes, fold, k, j, full_rank (null where kept), params, macs (each before, after, ratio), error,
   certificate (spectral, frobenius: a list each, one number per operator group; null where kept), reason,
@@ -24,6 +24,9 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - target: error, agreement (one can be null): what was asked for instead of a ratio; null where a ratio was.
 - calibration: source, samples, held (how many of them were held out), unmeasured (a list of layer, reason);
   null where there were no calibration inputs.
+- timing: engine, inputs, before, predicted, after (nanoseconds of one run; predicted is null where a plan
+  was replayed, after in a dry run), layers (a list of layer, before, predicted, after: alone, outside the
+  model); null where latency is not the budget.
 - trials: a list of recipe, ratio, recovered, error, agreement (the worst over the outputs), chosen, note,
   outputs (as in validation, on the held-out calibration inputs); empty where nothing was compared.
 """
@@ -36,7 +39,7 @@ from dataclasses import asdict
 from typing import Any
 
 from onnx_lowrank.report.model import LayerRow, Report, Total
-from onnx_lowrank.types import Calibrated, LayerFit, Trial, Validation
+from onnx_lowrank.types import Calibrated, LayerFit, Timing, Trial, Validation
 
 SCHEMA = 1
 
@@ -63,6 +66,7 @@ def as_dict(report: Report) -> dict[str, Any]:
             "params": _total(totals.params),
             "macs": _total(totals.macs),
             "bytes": _total(totals.bytes),
+            "time": _total(totals.time) if totals.time else None,
         },
         "layers": [_layer(row) for row in report.layers],
         "skipped": [asdict(skipped) for skipped in report.skipped],
@@ -71,6 +75,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "warnings": list(report.warnings),
         "target": _target(report),
         "calibration": _calibration(report.calibration) if report.calibration else None,
+        "timing": _timing(report.timing) if report.timing else None,
         "trials": [_trial(trial) for trial in report.trials],
     }
 
@@ -127,6 +132,17 @@ def _calibration(calibration: Calibrated) -> dict[str, Any]:
         "samples": calibration.samples,
         "held": calibration.held,
         "unmeasured": [{"layer": layer, "reason": reason} for layer, reason in calibration.unmeasured],
+    }
+
+
+def _timing(timing: Timing) -> dict[str, Any]:
+    return {
+        "engine": timing.engine,
+        "inputs": timing.inputs,
+        "before": timing.before,
+        "predicted": timing.predicted,
+        "after": timing.after,
+        "layers": [{"layer": layer, **asdict(time)} for layer, time in timing.layers.items()],
     }
 
 

@@ -8,11 +8,12 @@ from decimal import ROUND_CEILING, Context
 from onnx_lowrank.report import words
 from onnx_lowrank.report.model import LayerRow, Report, Total
 from onnx_lowrank.report.page import Column, Page
-from onnx_lowrank.types import LayerFit, Measure
+from onnx_lowrank.types import LayerFit, LayerTime, Measure
 
 _ID_ROOM = 16
 _COMPACT = frozenset(("operator", "weight"))
 _HELD, _MEASURED = "held-out", "measured"
+_TIME, _PREDICTED = "time alone", "predicted"
 _FITTED = frozenset(("fit", _HELD, _MEASURED))
 _MEANING = {
     Measure.ACTIVATION: (
@@ -29,10 +30,12 @@ _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
     (words.short, frozenset()),
     (words.short, frozenset(("operator",))),
     (words.short, _COMPACT),
-    (words.short, _COMPACT | {"bound"}),
-    (words.short, _COMPACT | {"bound", "fit"}),
-    (words.short, _COMPACT | {"bound", "fit", "fold", "k"}),
-    (words.short, _COMPACT | {"bound", "fold", "k"} | _FITTED),
+    (words.short, _COMPACT | {_PREDICTED}),
+    (words.short, _COMPACT | {_PREDICTED, "bound"}),
+    (words.short, _COMPACT | {_PREDICTED, "bound", "fit"}),
+    (words.short, _COMPACT | {_PREDICTED, "bound", "fit", "fold", "k"}),
+    (words.short, _COMPACT | {_PREDICTED, "bound", "fold", "k"} | _FITTED),
+    (words.short, _COMPACT | {_PREDICTED, _TIME, "bound", "fold", "k"} | _FITTED),
 )
 
 
@@ -56,6 +59,8 @@ def _legend(report: Report, shown: Container[str]) -> Iterator[str]:
     yield f"error: {report.measure}, {_MEANING.get(report.measure, 'as the recipe scores it')}."
     if "bound" in shown:
         yield "bound: certified ‖W − Ŵ‖/‖W‖, spectral norm, of the factors as stored."
+    if _TIME in shown:
+        yield "time alone: of the layer and of its chain, outside the model, measured as the model is."
     if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report)):
         yield "fit: recovered factors make up for the errors of the layers before them."
     for header, which in ((_HELD, "held-out"), (_MEASURED, "the")):
@@ -79,6 +84,10 @@ def _columns(report: Report, number: Callable[[int | None], str]) -> list[Column
         Column("error", tuple(words.error(row.error) for row in rows), "right"),
         Column("bound", tuple(_bound(row) for row in rows), "right"),
     ]
+    if report.timing is not None and report.timing.layers:
+        times = [report.timing.layers.get(row.id) for row in rows]
+        columns.append(Column(_TIME, tuple(map(_faster, times)), "right"))
+        columns.append(Column(_PREDICTED, tuple(map(_expected, times)), "right"))
     fits = _fits(report)
     if any(fits):
         columns.append(Column("fit", tuple(map(_fit, fits))))
@@ -121,6 +130,14 @@ def _bound(row: LayerRow) -> str:
     worst = max(row.certificate.spectral, default=0.0)
     digits = 3 if worst >= 1e-3 else 2
     return words.number(float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(worst))))
+
+
+def _faster(time: LayerTime | None) -> str:
+    return "–" if time is None else f"{words.time(time.before)}→{words.time(time.after)}"
+
+
+def _expected(time: LayerTime | None) -> str:
+    return "–" if time is None or time.predicted is None else words.time(time.predicted)
 
 
 def _fit(fit: LayerFit | None) -> str:

@@ -15,6 +15,7 @@ from onnx_lowrank.types import (
     Option,
     Skipped,
     Solver,
+    Timing,
     Trial,
     Validation,
 )
@@ -41,11 +42,22 @@ class Totals:
         params: Parameters.
         macs: Multiply-accumulates of one run.
         bytes: Size of the model's file, with its external data.
+        time: Nanoseconds of one run, where latency is the budget: measured, or predicted in a dry run.
     """
 
     params: Total
     macs: Total
     bytes: Total
+    time: Total | None = None
+
+    def of(self, budget: Budget) -> Total:
+        """What a budget counts."""
+        match budget:
+            case Budget.PARAMS:
+                return self.params
+            case Budget.MACS:
+                return self.macs
+        return self.time or Total(None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,7 @@ class Report:
         target_error: The error that the held-out outputs were to keep to, where that was asked for instead
             of a ratio.
         target_agreement: The agreement that they were to keep, likewise.
+        timing: How long both models take; None where latency is not the budget.
     """
 
     version: str
@@ -129,6 +142,7 @@ class Report:
     trials: tuple[Trial, ...] = ()
     target_error: float | None = None
     target_agreement: float | None = None
+    timing: Timing | None = None
 
     def table(self, console: Console | None = None) -> None:
         """Print the report, by default on stdout."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 
 from onnx_lowrank.report import layers, words
-from onnx_lowrank.report.model import Report
+from onnx_lowrank.report.model import Report, Total
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.types import Aggregate, Calibrated, Measure, Solver, Trial, Validation
 
@@ -52,15 +54,37 @@ def _headline(report: Report) -> str:
 
 
 def _totals(report: Report, page: Page) -> None:
-    totals = (report.totals.params, report.totals.macs, report.totals.bytes)
-    ratios = tuple("–" if total.ratio is None else f"{total.ratio:.3f}" for total in totals)
+    counts = (report.totals.params, report.totals.macs, report.totals.bytes)
+    names = ["parameters", "MACs", "file bytes"]
+    before = [words.exact(total.before) for total in counts]
+    after = [words.exact(total.after) for total in counts]
+    ratios = [total.ratio for total in counts]
+    for name, times in _times(report):
+        names.append(name)
+        before.append(words.time(times.before))
+        after.append(words.time(times.after))
+        ratios.append(times.ratio)
     columns = [
-        Column("total", ("parameters", "MACs", "file bytes")),
-        Column("before", tuple(words.exact(total.before) for total in totals), "right"),
-        Column("after", tuple(words.exact(total.after) for total in totals), "right"),
-        Column("ratio", ratios, "right"),
+        Column("total", tuple(names)),
+        Column("before", tuple(before), "right"),
+        Column("after", tuple(after), "right"),
+        Column("ratio", tuple("–" if ratio is None else f"{ratio:.3f}" for ratio in ratios), "right"),
     ]
-    page.table(columns, ["", "", ""])
+    page.table(columns, [""] * len(names))
+    if report.timing is not None:
+        page.line(f"time: medians of interleaved runs on {report.timing.engine};", style="dim")
+        page.line(f"inputs {report.timing.inputs}.", style="dim")
+
+
+def _times(report: Report) -> Iterator[tuple[str, Total]]:
+    """The times of both models, measured and predicted, where latency is the budget."""
+    timing = report.timing
+    if timing is None:
+        return
+    if timing.after is not None:
+        yield "time", Total(timing.before, timing.after)
+    if timing.predicted is not None:
+        yield "predicted time", Total(timing.before, timing.predicted)
 
 
 def _ratios(report: Report) -> str:

@@ -35,6 +35,18 @@ def short(value: int | None) -> str:
     return f"{value}" if not unit else f"{size:.3g}{unit}"
 
 
+def time(nanoseconds: int | None) -> str:
+    """A time to three digits: 12.3 ms."""
+    if nanoseconds is None:
+        return "unknown"
+    value, unit = nanoseconds / 1e3, "µs"
+    for larger in ("ms", "s"):
+        if value < 999.5:
+            break
+        value, unit = value / 1e3, larger
+    return f"{value:.3g} {unit}"
+
+
 def distinct(names: list[str], room: int) -> tuple[str, ...]:
     """Names that are too long lose the folders and the ending that all of them share, then their middle."""
     if len(set(names)) > 1 and max(map(len, names)) > room:

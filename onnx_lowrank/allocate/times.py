@@ -1,0 +1,119 @@
+"""How long a layer takes, kept or decomposed: measured at some ranks, monotone between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+
+from onnx_lowrank.types import Fold, Option
+
+Ints = NDArray[np.int64]
+
+WORTHWHILE = 0.97
+"""An option has to take less than this share of the layer's time: what gains less may as well lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The measured times of one (fold, k) relative to the layer's, by rank.
+
+    Attributes:
+        ratios: Time of the chain over that of the layer, by rank; at least one.
+    """
+
+    ratios: Mapping[int, float]
+
+    def at(self, ranks: Sequence[int] | Ints) -> NDArray[np.float64]:
+        """The relative times at some ranks.
+
+        They rise with the rank: where the measured ones do not, the closest that do take their place. Between
+        them they are linear. Beyond them no time is known, and the layer's own stands for it.
+        """
+        known = np.array(sorted(self.ratios))
+        rising = isotonic_regression([self.ratios[rank] for rank in known]).x
+        return np.asarray(np.interp(ranks, known, rising, left=1.0, right=1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How long a layer takes in its model, in nanoseconds.
+
+    Attributes:
+        keep: As it is, all uses together.
+        curves: Its decompositions.
+        gain: What of the time that an option saves alone it saves in the model; 1 where that is unknown.
+    """
+
+    keep: int
+    curves: Mapping[tuple[Fold, int], Curve]
+    gain: float = 1.0
+
+    def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
+        """The times of a decomposition at some ranks, ascending; the layer's own where none was measured."""
+        curve = self.curves.get((fold, k))
+        shares = np.ones(len(ranks)) if curve is None else curve.at(ranks)
+        return np.rint(self.keep * (1 - self.gain * (1 - shares))).astype(np.int64)
+
+    def cost(self, option: Option | None) -> int:
+        """The time of an option, or of the layer as it is."""
+        if option is None:
+            return self.keep
+        return int(self.costs(option.fold, option.k, np.array([option.j]))[0])
+
+
+def worth_measuring(
+    errors: Mapping[tuple[Fold, int], NDArray[np.float64]],
+    ranks: Mapping[tuple[Fold, int], Sequence[int]],
+    middle: Mapping[tuple[Fold, int], float],
+    slack: float = 0.85,
+) -> list[tuple[Fold, int]]:
+    """The decompositions that may be best at some time, judged by one measurement each.
+
+    The time is taken to grow with the rank in proportion, but for a fifth of it that does not.
+
+    Args:
+        errors: For (fold, k): the errors at the ranks 0, 1, ….
+        ranks: The ranks to choose from, ascending.
+        middle: The relative time at the middle one of them (`middle_rank`).
+        slack: A decomposition is kept if it were best at some rank with this share of its time.
+    """
+    points = []
+    for key, own in ranks.items():
+        if key not in middle or key not in errors:
+            continue
+        times = middle[key] * (0.2 + 0.8 * np.array(own) / middle_rank(own))
+        points += [
+            (float(time), float(errors[key][rank]), key) for time, rank in zip(times, own, strict=True)
+        ]
+    points.sort(key=lambda point: point[:2])
+    best = np.minimum.accumulate([error for _, error, _ in points]) if points else np.empty(0)
+    times = np.array([time for time, *_ in points])
+    kept = {
+        key: None
+        for time, error, key in points
+        if slack * time < 1 and error <= _least(best, times, slack * time)
+    }
+    return list(kept)
+
+
+def _least(best: NDArray[np.float64], times: NDArray[np.float64], time: float) -> float:
+    """The least error of what takes less than a time."""
+    index = int(np.searchsorted(times, time, side="left"))
+    return float(best[index - 1]) if index else np.inf
+
+
+def middle_rank(ranks: Sequence[int]) -> int:
+    """The rank at which a decomposition is tried first."""
+    return ranks[len(ranks) // 2]
+
+
+def sampled(ranks: Sequence[int], most: int = 5) -> list[int]:
+    """The ranks at which to measure: the first and the last, and some between, denser at the low end."""
+    if len(ranks) <= most:
+        return list(ranks)
+    indices = np.unique(np.rint(np.geomspace(1, len(ranks), most)).astype(int) - 1)
+    return [ranks[index] for index in indices]

@@ -1,0 +1,1 @@
+"""Time: of layers and of whole models, measured where they will run."""

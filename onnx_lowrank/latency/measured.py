@@ -1,0 +1,284 @@
+"""How long a model and its layers take, and what its layers' options would.
+
+Rules:
+
+1. The time of a layer is measured alone, in its surroundings (`graph.micro`), and relative to the whole
+   model's in the same turns; layers that are alike are measured once.
+2. An option's time is measured relative to its layer's. First every (fold, k) is measured at one rank; then
+   those which may be best at some time, at more ranks.
+3. What a layer saves in the model need not be what it saves alone (fusions, caches). `correct` measures
+   models in which only the layers of one kind are rewritten, and takes that into account from then on.
+4. Uses that did not run take no time, and their layers are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.options import Errors
+from onnx_lowrank.allocate.times import Curve, Times, middle_rank, sampled, worth_measuring
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.found import Found
+from onnx_lowrank.graph.micro import Micro, micro
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.latency.clock import Pace
+from onnx_lowrank.latency.stopwatch import Stopwatch
+from onnx_lowrank.report.progress import Step
+from onnx_lowrank.types import Fold, Layer, LayerTime, Option, Timing
+from onnx_lowrank.validate.engines import Feed, RejectedError, UnsupportedError, first_run
+from onnx_lowrank.validate.inputs import describe, make, specs
+
+_WHOLE = Pace(seconds=6.0, spread=0.005)
+_BRIEF = Pace(seconds=1.0, spread=0.01)
+_LAYERS = Pace(seconds=4.0, spread=0.02)
+_FIRST_LOOK = Pace(seconds=0.0)
+_CHAINS = Pace(seconds=2.0, spread=0.02)
+_GAINS = (-1.0, 1.5)
+"""What of its predicted saving a layer may save in the model: beyond that something else was measured."""
+
+_Key = tuple[Fold, int]
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of inputs, by name."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Uses that are alike.
+
+    Attributes:
+        micro: One of them, as a model.
+        time: What each takes, in nanoseconds.
+        gain: What of the time that its options save alone they save in the model.
+        known: The relative times of its options.
+    """
+
+    micro: Micro
+    time: int
+    gain: float
+    known: dict[Option, float]
+
+
+class Latency:
+    """The times of one model.
+
+    Attributes:
+        whole: What the model takes, in nanoseconds.
+    """
+
+    def __init__(self, found: Found, feed: Feed, stopwatch: Stopwatch) -> None:
+        """Measure the model and its layers.
+
+        Args:
+            found: The model.
+            feed: The inputs on which it is timed.
+            stopwatch: What measures.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            RejectedError: It fails on the inputs.
+        """
+        self.stopwatch = stopwatch
+        self._found = found
+        self._feed = feed
+        self._kinds: dict[str, _Kind] = {}
+        self._uses: dict[str, list[str]] = {}
+        ran = self._ran()
+        cut: dict[str, Micro] = {}
+        for binding in found.bindings:
+            parts = [
+                micro(found.walk, binding, index)
+                for index, use in enumerate(binding.layer.uses)
+                if not use.scope or use.name in ran
+            ]
+            known = [part for part in parts if part is not None]
+            cut |= {part.key: part for part in known}
+            # A layer of which one use cannot be timed alone cannot be traded against others.
+            self._uses[binding.layer.id] = [part.key for part in known] if len(known) == len(parts) else []
+        self.whole, shares = stopwatch.shares((found.model, feed), tuple(cut.values()), _LAYERS)
+        for (key, part), share in zip(cut.items(), shares, strict=True):
+            self._kinds[key] = _Kind(part, round(self.whole * share), 1.0, {})
+
+    def _ran(self) -> frozenset[str]:
+        """The names of the nodes in bodies that run; none where no layer lives in one."""
+        hidden = any(use.scope for layer in self._found.layers for use in layer.uses)
+        return self.stopwatch.engine.executed(self._found.model, [self._feed]) if hidden else frozenset()
+
+    def ratio(self, model: Model) -> float:
+        """The time of another model with the same inputs over this one's, in turns.
+
+        Raises:
+            UnsupportedError: The runtime does not accept it.
+            RejectedError: It fails on the inputs.
+        """
+        before, after = self.pair(model)
+        return after / before
+
+    def pair(self, model: Model) -> tuple[int, int]:
+        """The times of this model and of another with the same inputs, in turns, in nanoseconds."""
+        before, after = self.stopwatch.times([(self._found.model, self._feed), (model, self._feed)], _WHOLE)
+        return before, after
+
+    def times(self, errors: Sequence[Errors], grid: Grid, step: Step) -> tuple[Times, ...]:
+        """The times of all layers with their options, in graph order; what is not known is measured.
+
+        Args:
+            errors: For each layer the errors of its options, by which those worth measuring are chosen.
+            grid: The ranks to choose from.
+            step: Told the share that is done.
+        """
+        layers = self._found.layers
+        wanted: dict[str, list[tuple[Layer, Errors]]] = {}
+        for layer, table in zip(layers, errors, strict=True):
+            for key in set(self._uses[layer.id]):
+                wanted.setdefault(key, []).append((layer, table))
+        # The layers that take longest have the largest share of the work, too.
+        total = sum(self._kinds[key].time for key in wanted) or 1
+        done = 0
+        for key, of in wanted.items():
+            self._measure(self._kinds[key], of, grid)
+            done += self._kinds[key].time
+            step(done / total)
+        self.stopwatch.cache.save()
+        return tuple(self._times(layer) for layer in layers)
+
+    def _measure(self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid) -> None:
+        """Measure what is worth it of the options of layers that are alike (rule 2)."""
+        for layer, errors in layers:
+            ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
+            self._add(kind, (Option(*key, middle_rank(own)) for key, own in ranks.items()), _FIRST_LOOK)
+            middle = {
+                key: kind.known[option]
+                for key, own in ranks.items()
+                if (option := Option(*key, middle_rank(own))) in kind.known
+            }
+            best = worth_measuring(errors, ranks, middle)
+            self._add(kind, (Option(*key, j) for key in best for j in sampled(ranks[key])), _CHAINS)
+
+    def _add(self, kind: _Kind, options: Iterable[Option], pace: Pace) -> None:
+        missing = [option for option in options if option not in kind.known]
+        kind.known |= self.stopwatch.chains(kind.micro, missing, pace)
+
+    def _times(self, layer: Layer) -> Times:
+        """What is known of one layer: over its uses, which may be of several kinds."""
+        kinds = [self._kinds[key] for key in self._uses[layer.id]]
+        keep = sum(kind.time for kind in kinds)
+        curves: dict[_Key, Curve] = {}
+        if keep:
+            shared = set.intersection(*(set(kind.known) for kind in kinds))
+            for option in shared:
+                ratio = sum(kind.known[option] * kind.time for kind in kinds) / keep
+                curve = curves.setdefault((option.fold, option.k), Curve({}))
+                curves[option.fold, option.k] = Curve({**curve.ratios, option.j: ratio})
+        gain = sum(kind.gain * kind.time for kind in kinds) / keep if keep else 1.0
+        return Times(keep, curves, gain)
+
+    def predicted(self, options: Mapping[str, Option]) -> int:
+        """What the model takes with some layers rewritten, in nanoseconds, as far as is known."""
+        saved = 0
+        for layer in self._found.layers:
+            if layer.id in options:
+                times = self._times(layer)
+                saved += times.keep - times.cost(options[layer.id])
+        return max(1, self.whole - saved)
+
+    def correct(self, options: Mapping[str, Option], ratio: Callable[[Mapping[str, Option]], float]) -> None:
+        """Measure what the options of every kind of layer save in the model (rule 3).
+
+        Args:
+            options: The options to judge by, for some of the layers.
+            ratio: Measures the model in which some layers are rewritten (`ratio`).
+        """
+        kinds: dict[str, dict[str, Option]] = {}
+        for layer, option in options.items():
+            kinds.setdefault("/".join(sorted(set(self._uses[layer]))), {})[layer] = option
+        for own in kinds.values():
+            alone = 1 - self.predicted(own) / self.whole
+            together = 1 - ratio(own)
+            share = float(np.clip(together / alone, *_GAINS)) if alone > 0 else 1.0
+            for key in {key for layer in own for key in self._uses[layer]}:
+                self._kinds[key].gain *= share
+
+    def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
+        """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""
+        found: dict[str, LayerTime] = {}
+        for layer in self._found.layers:
+            option = options.get(layer.id)
+            if option is None or not self._uses[layer.id]:
+                continue
+            times = self._times(layer)
+            after = 0
+            for key in self._uses[layer.id]:
+                kind = self._kinds[key]
+                self._add(kind, [option], _CHAINS)
+                after += round(kind.time * kind.known.get(option, 1.0))
+            is_known = (option.fold, option.k) in times.curves
+            found[layer.id] = LayerTime(times.keep, times.cost(option) if is_known else None, after)
+        return found
+
+    def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
+        """All that is known of the times of a compressed model.
+
+        Args:
+            options: The options of its layers.
+            model: The model; None where it was not made.
+
+        Raises:
+            UnsupportedError: The runtime does not accept it.
+            RejectedError: It fails on the inputs.
+        """
+        predicted = self.predicted(options)
+        timing = Timing(self.stopwatch.name, describe(self._feed), self.whole, predicted)
+        if model is None:
+            return timing
+        before, after = self.pair(model)
+        layers = self.layers(options)
+        self.stopwatch.cache.save()
+        # Both were measured anew, on a machine that may have become slower; the prediction is of their ratio.
+        known = all(time.predicted is not None for time in layers.values())
+        expected = round(predicted / self.whole * before) if known else None
+        return replace(timing, before=before, predicted=expected, after=after, layers=layers)
+
+
+def start(found: Found, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Latency:
+    """Measure a model and its layers.
+
+    Args:
+        found: The model.
+        shown: Inputs of the user's, if there are any.
+        shapes: The shapes of inputs for which the layers were found, by name.
+        stopwatch: What measures.
+
+    Raises:
+        InputError: The model does not run.
+    """
+    try:
+        return Latency(found, _feed(found.model, shown, shapes, stopwatch), stopwatch)
+    except (UnsupportedError, RejectedError) as error:
+        raise InputError(
+            f"To measure times the model has to run, and {stopwatch.engine.name} cannot run it ({error}): "
+            "choose --budget macs, or another --provider."
+        ) from error
+
+
+def compare(
+    original: Model, compressed: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch
+) -> Timing | None:
+    """Time two models against each other, on inputs as for `start`; None where they do not run."""
+    try:
+        feed = _feed(original, shown, shapes, stopwatch)
+        before, after = stopwatch.times([(original, feed), (compressed, feed)], _BRIEF)
+    except (UnsupportedError, RejectedError, InputError):
+        return None
+    return Timing(stopwatch.name, describe(feed), before, None, after)
+
+
+def _feed(model: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Feed:
+    """Inputs on which a model runs, of the shapes that were asked for: the user's own, if they have them."""
+    fits = shown and all(shapes.get(name, array.shape) == array.shape for name, array in shown.items())
+    feeds = [shown] if fits else make(model.proto, specs(model.proto), shapes)
+    return first_run(stopwatch.engine, model, feeds)[0]

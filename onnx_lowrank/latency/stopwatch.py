@@ -1,0 +1,134 @@
+"""Times of models and of layers' chains, on one runtime with one setting."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from time import perf_counter_ns
+from typing import TypeVar
+
+from onnx_lowrank.graph.micro import Micro
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.hardware import processor
+from onnx_lowrank.latency.cache import Cache
+from onnx_lowrank.latency.clock import Clock, Pace, interleaved
+from onnx_lowrank.types import Option
+from onnx_lowrank.validate.engines import Feed, RejectedError, Runtime, UnsupportedError
+
+T = TypeVar("T")
+
+Timed = tuple[Model, Feed]
+"""A model and the inputs on which it is timed."""
+
+_TOGETHER = 2**30
+"""Bytes of the models that are in memory at the same time, unless one alone has more."""
+
+_MOST = 16
+"""Models that run in turns: each makes a round longer, and a pause between two of its runs."""
+
+
+class Stopwatch:
+    """Times models as they are deployed; what is known of chains is not measured again."""
+
+    def __init__(
+        self, engine: Runtime, threads: int = 0, *, caching: bool = True, clock: Clock = perf_counter_ns
+    ) -> None:
+        """Prepare; nothing is measured before it is asked for.
+
+        Args:
+            engine: What runs the models.
+            threads: How many threads compute one operator; 0 leaves it to the runtime.
+            caching: Whether times may be read from disk and written there.
+            clock: Tells the time.
+        """
+        self.engine = engine
+        self.threads = threads
+        self._clock = clock
+        self.cache = Cache.of(_environment(engine, threads)) if caching else Cache(None)
+
+    @property
+    def name(self) -> str:
+        """What measures, with its setting, a short phrase."""
+        threads = {0: "all threads", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
+        return f"{self.engine.name}, {threads}"
+
+    def times(self, models: Sequence[Timed], pace: Pace) -> list[int]:
+        """Times of models in nanoseconds; they run in turns.
+
+        Raises:
+            UnsupportedError: The runtime does not accept one.
+            RejectedError: It fails on the inputs of one.
+        """
+        with ExitStack() as stack:
+            runs = [
+                stack.enter_context(self.engine.ready(model, feed, self.threads)) for model, feed in models
+            ]
+            return interleaved(runs, pace, self._clock)
+
+    def shares(self, whole: Timed, layers: Sequence[Micro], pace: Pace) -> tuple[int, list[float]]:
+        """The time of a model in nanoseconds, and those of layers over it.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model, or a layer alone.
+            RejectedError: It fails on the inputs.
+        """
+        own, ratios = [], []
+        for some in _bunches(layers, _bytes) or [[]]:
+            first, *others = self.times([whole, *((layer.dense(), layer.feed()) for layer in some)], pace)
+            own.append(first)
+            ratios += [other / first for other in others]
+        return sorted(own)[len(own) // 2], ratios
+
+    def chains(self, layer: Micro, options: Iterable[Option], pace: Pace) -> dict[Option, float]:
+        """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
+        known = {option: self.cache.get(layer.key, str(option)) for option in options}
+        missing = [option for option, ratio in known.items() if ratio is None]
+        for some in _bunches(missing, lambda _: _bytes(layer)):
+            for option, ratio in self._measured(layer, some, pace):
+                known[option] = ratio
+                self.cache.put(layer.key, str(option), ratio)
+        return {option: ratio for option, ratio in known.items() if ratio is not None}
+
+    def _measured(
+        self, layer: Micro, options: Sequence[Option], pace: Pace
+    ) -> Iterator[tuple[Option, float]]:
+        feed = layer.feed()
+        models = [(layer.decomposed(option), feed) for option in options]
+        try:
+            own, *others = self.times([(layer.dense(), feed), *models], pace)
+        except (UnsupportedError, RejectedError):
+            if len(options) > 1:
+                for option in options:
+                    yield from self._measured(layer, [option], pace)
+            return
+        yield from zip(options, (other / own for other in others), strict=True)
+
+
+def _bytes(layer: Micro) -> int:
+    """Size of a layer's model; those of its chains are smaller."""
+    return layer.size * layer.dtype.itemsize
+
+
+def _bunches(items: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
+    """Items in their order, in bunches that fit into memory together."""
+    bunches: list[list[T]] = []
+    room = 0
+    for item in items:
+        if not bunches or size(item) > room or len(bunches[-1]) == _MOST:
+            bunches.append([])
+            room = _TOGETHER
+        bunches[-1].append(item)
+        room -= size(item)
+    return bunches
+
+
+def _environment(engine: Runtime, threads: int) -> dict[str, str]:
+    """All that times depend on, beside the models."""
+    return {
+        "runtime": engine.module.__version__,
+        "provider": engine.provider,
+        "threads": str(threads),
+        "machine": platform.machine(),
+        "processor": processor(engine.provider),
+    }

@@ -1,0 +1,140 @@
+"""Plans that hold what they promise: under a latency budget a plan is measured before it counts.
+
+Rules:
+
+1. A plan is made from the times of layers alone. Its model, with random factors, is timed against the input
+   model: what it saves does not depend on the factors' numbers.
+2. Where it saves something else than was predicted, every kind of layer is measured in the model on its own,
+   and planned with what it saves there. Layers that lose in the model are kept from then on.
+3. The plan aims lower or higher by what it missed the ratio, until it meets it; of those that keep within the
+   ratio the one of least objective is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+
+from onnx_lowrank import planner
+from onnx_lowrank.build import assemble
+from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.found import Found
+from onnx_lowrank.graph.micro import placeholder
+from onnx_lowrank.graph.weights import dtype_of
+from onnx_lowrank.latency.measured import Latency
+from onnx_lowrank.planner import Goal
+from onnx_lowrank.report.progress import Progress
+from onnx_lowrank.scoring import Scores
+from onnx_lowrank.types import Option, Plan
+
+_ROUNDS = 5
+_NOISE = 0.005
+"""A measured ratio is known to about this."""
+
+_UNUSED = 0.02
+"""What a plan may leave of the ratio; beyond that it gives up accuracy for nothing."""
+
+_MISSED = 0.03
+"""A prediction that is further off is corrected kind by kind."""
+
+
+def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
+    """Make the best plan for a goal; under a latency budget the best of those that were measured.
+
+    Args:
+        found: The model.
+        goal: What the plan is made for.
+        scores: The errors of the options of its layers, in the goal's budget.
+        progress: Where to show progress.
+
+    Raises:
+        BudgetError: The ratio cannot be reached.
+        InputError: MACs are needed and unknown.
+    """
+    if scores.latency is None or goal.ratio == 1:
+        return planner.make(found, goal, scores, progress)
+    return _Settling(found, goal, scores, scores.latency, progress).run()
+
+
+def options(plan: Plan) -> dict[str, Option]:
+    """The options of the layers that a plan rewrites, by id."""
+    return {choice.layer: choice.option for choice in plan.choices if choice.option is not None}
+
+
+@dataclass(slots=True)
+class _Settling:
+    """The search for one plan.
+
+    Attributes:
+        best: The plan of least objective that keeps within the ratio.
+        fastest: The least ratio that was measured.
+    """
+
+    found: Found
+    goal: Goal
+    scores: Scores
+    latency: Latency
+    progress: Progress
+    best: Plan | None = None
+    fastest: float = inf
+
+    def run(self) -> Plan:
+        """Go through the rules."""
+        aim, seen = self.goal.ratio, set[tuple[object, ...]]()
+        for turn in range(_ROUNDS):
+            try:
+                plan = planner.make(self.found, replace(self.goal, aim=aim), self.scores, self.progress)
+            except BudgetError:
+                if turn == 0 or self.fastest == inf:
+                    raise
+                break
+            if (key := tuple(choice.option for choice in plan.choices)) in seen:
+                break
+            seen.add(key)
+            reached = self._judged(plan, is_first=turn == 0)
+            if reached is None:
+                continue
+            missed = self.goal.ratio - reached
+            if -_NOISE <= missed <= _UNUSED and self.best is not None:
+                break
+            # Aiming a little lower than was missed spares a round.
+            aim = min(1.0, max(aim + missed - (0 if missed > 0 else _NOISE), 1e-3))
+        if self.best is None:
+            raise BudgetError(
+                f"The ratio {self.goal.ratio:g} of latency cannot be reached for {self.found.model.name} on "
+                f"{self.latency.stopwatch.name}: the fastest that was measured is {self.fastest:.3f}.",
+                self.fastest,
+            )
+        return self.best
+
+    def _judged(self, plan: Plan, *, is_first: bool) -> float | None:
+        """The ratio that a plan reaches; None where what the layers save was corrected by it (rule 2)."""
+        chosen = options(plan)
+        with self.progress.stage("time the plan"):
+            reached = self._ratio(chosen)
+        self.fastest = min(self.fastest, reached)
+        if reached <= self.goal.ratio + _NOISE and self._is_better(plan):
+            self.best = plan
+        predicted = self.latency.predicted(chosen) / self.latency.whole
+        if is_first and abs(predicted - reached) > _MISSED:
+            with self.progress.stage("time kinds of layers"):
+                self.latency.correct(chosen, self._ratio)
+            return None
+        return reached
+
+    def _is_better(self, plan: Plan) -> bool:
+        if self.best is None or plan.solver is None or self.best.solver is None:
+            return True
+        return plan.solver.objective < self.best.solver.objective
+
+    def _ratio(self, chosen: Mapping[str, Option]) -> float:
+        """The time of the model with some layers rewritten, over the input model's."""
+        replacements = (
+            placeholder(binding, chosen[binding.layer.id], dtype_of(self.found.walk, binding.stored))
+            for binding in self.found.bindings
+            if binding.layer.id in chosen
+        )
+        rewritten, resources = assemble(self.found, replacements, {})
+        with resources:
+            return self.latency.ratio(rewritten.model)
