@@ -19,6 +19,9 @@ _WIDEST = 16
 """Of all providers known, and a multiple of the others: what suits where nothing is known."""
 
 _CPUINFO = Path("/proc/cpuinfo")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_SHIFTS = {"K": 10, "M": 20, "G": 30}
+_USUAL_CACHE = 16 * 2**20
 _PATIENCE = 10.0  # seconds
 
 
@@ -36,6 +39,19 @@ def block(provider: str) -> int:
 def processor(provider: str) -> str:
     """What a provider computes on: the CPU with the number of its cores, and GPUs if it is for those."""
     return _cpu() if provider == _CPU else f"{_gpus()} {_cpu()}".strip()
+
+
+def cache_bytes() -> int:
+    """Size of the largest cache of this machine, shared ones included; a usual one where unknown."""
+    sizes = []
+    for path in _CACHES.glob("index*/size"):
+        try:
+            size = re.fullmatch(r"(\d+)([KMG])", path.read_text(encoding="ascii").strip())
+        except (OSError, ValueError):
+            continue
+        if size:
+            sizes.append(int(size[1]) << _SHIFTS[size[2]])
+    return max(sizes, default=_USUAL_CACHE)
 
 
 def _cpu() -> str:

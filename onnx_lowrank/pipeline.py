@@ -29,6 +29,7 @@ from onnx_lowrank.graph.atomic import replacing
 from onnx_lowrank.graph.excerpt import excerpts
 from onnx_lowrank.graph.model import Model, ModelProto
 from onnx_lowrank.graph.walk import Walk
+from onnx_lowrank.hardware import cache_bytes
 from onnx_lowrank.latency import measured
 from onnx_lowrank.latency.measured import Latency
 from onnx_lowrank.latency.stopwatch import Stopwatch
@@ -209,7 +210,11 @@ def compress(
             found = find_layers(loaded, shapes, *globs)
         if asked.plan is None:
             planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.grid)
-        stopwatch = Stopwatch(runtime(provider), threads, caching=cache) if is_timed or not dry_run else None
+        stopwatch = None
+        if is_timed or not dry_run:
+            # Others share the cache, and activations need room in it, too.
+            warm = models.stored_bytes(loaded) <= cache_bytes() / 2
+            stopwatch = Stopwatch(runtime(provider), threads, warm=warm, caching=cache)
         latency = None
         if is_timed and stopwatch is not None:
             with progress.stage("time the model"):

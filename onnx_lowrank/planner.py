@@ -29,14 +29,12 @@ class Goal:
         ratio: The ratio asked for.
         recipe: The recipe.
         budget: What the ratio counts.
-        aim: The ratio to plan for instead, where plans do not give what they promise.
         total: What the input model costs where that is measured: its time in nanoseconds.
     """
 
     ratio: float
     recipe: Recipe
     budget: Budget
-    aim: float | None = None
     total: int | None = None
 
 
@@ -92,7 +90,8 @@ def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Gri
     """
     budget = grid.budget
     if budget is Budget.LATENCY:
-        found.total(Budget.MACS)
+        if found.open_inputs:
+            found.total(Budget.MACS)
         return
     limit = largest_total(ratio, found.total(budget))
     errors = []
@@ -151,7 +150,7 @@ def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:
     Raises:
         BudgetError: There is none; the error knows the smallest ratio that there is.
     """
-    limit = largest_total(goal.aim or goal.ratio, _total(found, goal))
+    limit = largest_total(goal.ratio, _total(found, goal))
     try:
         return _within(found, tables, goal, limit, solve)
     except BudgetError:

@@ -6,14 +6,14 @@ Rules:
    model: what it saves does not depend on the factors' numbers.
 2. Where it saves something else than was predicted, every kind of layer is measured in the model on its own,
    and planned with what it saves there. Layers that lose in the model are kept from then on.
-3. The plan aims lower or higher by what it missed the ratio, until it meets it; of those that keep within the
-   ratio the one of least objective is taken.
+3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. Of
+   those that keep within the ratio the one of least objective is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
 from onnx_lowrank import planner
@@ -81,25 +81,21 @@ class _Settling:
 
     def run(self) -> Plan:
         """Go through the rules."""
-        aim, seen = self.goal.ratio, set[tuple[object, ...]]()
+        seen = set[tuple[Option | None, ...]]()
         for turn in range(_ROUNDS):
             try:
-                plan = planner.make(self.found, replace(self.goal, aim=aim), self.scores, self.progress)
+                plan = planner.make(self.found, self.goal, self.scores, self.progress)
             except BudgetError:
-                if turn == 0 or self.fastest == inf:
+                if self.fastest == inf:
                     raise
                 break
             if (key := tuple(choice.option for choice in plan.choices)) in seen:
                 break
             seen.add(key)
-            reached = self._judged(plan, is_first=turn == 0)
-            if reached is None:
-                continue
-            missed = self.goal.ratio - reached
-            if -_NOISE <= missed <= _UNUSED and self.best is not None:
+            reached = self._measured(plan)
+            if -_NOISE <= self.goal.ratio - reached <= _UNUSED:
                 break
-            # Aiming a little lower than was missed spares a round.
-            aim = min(1.0, max(aim + missed - (0 if missed > 0 else _NOISE), 1e-3))
+            self._learn(options(plan), reached, is_first=turn == 0)
         if self.best is None:
             raise BudgetError(
                 f"The ratio {self.goal.ratio:g} of latency cannot be reached for {self.found.model.name} on "
@@ -108,20 +104,23 @@ class _Settling:
             )
         return self.best
 
-    def _judged(self, plan: Plan, *, is_first: bool) -> float | None:
-        """The ratio that a plan reaches; None where what the layers save was corrected by it (rule 2)."""
-        chosen = options(plan)
+    def _measured(self, plan: Plan) -> float:
+        """The ratio that a plan reaches; the best plan so far is kept (rule 3)."""
         with self.progress.stage("time the plan"):
-            reached = self._ratio(chosen)
+            reached = self._ratio(options(plan))
         self.fastest = min(self.fastest, reached)
         if reached <= self.goal.ratio + _NOISE and self._is_better(plan):
             self.best = plan
+        return reached
+
+    def _learn(self, chosen: Mapping[str, Option], reached: float, *, is_first: bool) -> None:
+        """Correct what layers are predicted to save (rules 2 and 3)."""
         predicted = self.latency.predicted(chosen) / self.latency.whole
         if is_first and abs(predicted - reached) > _MISSED:
             with self.progress.stage("time kinds of layers"):
                 self.latency.correct(chosen, self._ratio)
-            return None
-        return reached
+        else:
+            self.latency.learn(chosen, reached)
 
     def _is_better(self, plan: Plan) -> bool:
         if self.best is None or plan.solver is None or self.best.solver is None:

@@ -35,7 +35,13 @@ class Recorded(Stopwatch):
     """Takes its times from a rule; nothing runs, and nothing is cached on disk."""
 
     def __init__(
-        self, engine: Runtime, threads: int = 0, *, caching: bool = True, cost: Cost = by_weights
+        self,
+        engine: Runtime,
+        threads: int = 0,
+        *,
+        warm: bool = False,
+        caching: bool = True,
+        cost: Cost = by_weights,
     ) -> None:
         super().__init__(engine, threads, caching=False)
         self.cost = cost

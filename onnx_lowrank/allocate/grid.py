@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx_lowrank.allocate.cost import allowed, cost, linear
+from onnx_lowrank.allocate.cost import allowed, cost, linear, macs
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.types import Budget, Fold, Layer
 
@@ -40,8 +40,11 @@ class Grid:
             k: A number of slices that it offers.
 
         Raises:
-            InputError: MACs are counted and a dimension that they need is unknown.
+            InputError: MACs are the budget and a dimension that they need is unknown. Under a latency budget
+                there are no ranks then.
         """
+        if self.budget is Budget.LATENCY and macs(layer) is None:
+            return range(0)
         slope, constant = linear(layer, fold, k, self.counted)
         spare = cost(layer, None, self.counted) - constant - 1
         fits = k == 1 or not layer.kernel or layer.shape[2] // k % self.block == 0

@@ -32,17 +32,20 @@ class Pace:
     spread: float = 0.02
 
 
-def interleaved(runs: Sequence[Callable[[], Any]], pace: Pace, clock: Clock = perf_counter_ns) -> list[int]:
+def interleaved(
+    runs: Sequence[Callable[[], Any]], pace: Pace, clock: Clock = perf_counter_ns, *, warm: bool = False
+) -> list[int]:
     """Times of several things that can be run, in nanoseconds.
 
-    They run in turns. What else the machine does then meets all of them alike, and a later one finds the
-    caches as it would behind other work. Each is compared with the first in every turn: the result is the
-    median of these ratios times the first's own median.
+    They run in turns, so that what else the machine does meets all of them alike. Each is compared with the
+    first in every turn: the result is the median of these ratios times the first's own median.
 
     Args:
         runs: What to time; the first is the reference.
         pace: When to stop.
         clock: Tells the time.
+        warm: Time the second of two runs in each turn, which finds in the caches what the first has left
+            there; else what the others have left.
     """
     for _ in range(_WARM_UP):
         for run in runs:
@@ -50,7 +53,7 @@ def interleaved(runs: Sequence[Callable[[], Any]], pace: Pace, clock: Clock = pe
     begin = clock()
     rounds: list[list[int]] = []
     while len(rounds) < _MOST:
-        rounds.append([_timed(run, clock) for run in runs])
+        rounds.append([_timed(run, clock, warm) for run in runs])
         if len(rounds) >= _LEAST and (
             clock() - begin >= pace.seconds * 1e9 or _spread(np.array(rounds, float)) <= pace.spread
         ):
@@ -61,7 +64,9 @@ def interleaved(runs: Sequence[Callable[[], Any]], pace: Pace, clock: Clock = pe
     return [max(1, int(own * ratio)) for ratio in ratios]
 
 
-def _timed(run: Callable[[], Any], clock: Clock) -> int:
+def _timed(run: Callable[[], Any], clock: Clock, warm: bool) -> int:
+    if warm:
+        run()
     begin = clock()
     run()
     return max(1, clock() - begin)

@@ -6,8 +6,8 @@ Rules:
    model's in the same turns; layers that are alike are measured once.
 2. An option's time is measured relative to its layer's. First every (fold, k) is measured at one rank; then
    those which may be best at some time, at more ranks.
-3. What a layer saves in the model need not be what it saves alone (fusions, caches). `correct` measures
-   models in which only the layers of one kind are rewritten, and takes that into account from then on.
+3. What a layer saves in the model need not be what it saves alone (fusions, caches). `learn` takes what
+   was saved in one into account from then on; `correct` measures one for every kind of layer.
 4. Uses that did not run take no time, and their layers are kept.
 """
 
@@ -197,11 +197,19 @@ class Latency:
         for layer, option in options.items():
             kinds.setdefault("/".join(sorted(set(self._uses[layer]))), {})[layer] = option
         for own in kinds.values():
-            alone = 1 - self.predicted(own) / self.whole
-            together = 1 - ratio(own)
-            share = float(np.clip(together / alone, *_GAINS)) if alone > 0 else 1.0
-            for key in {key for layer in own for key in self._uses[layer]}:
-                self._kinds[key].gain *= share
+            self.learn(own, ratio(own))
+
+    def learn(self, options: Mapping[str, Option], ratio: float) -> None:
+        """Predict of layers that they save what they have saved together in one model (rule 3).
+
+        Args:
+            options: The options of the layers that were rewritten in it.
+            ratio: Its time over this model's.
+        """
+        alone = 1 - self.predicted(options) / self.whole
+        share = float(np.clip((1 - ratio) / alone, *_GAINS)) if alone > 0 else 1.0
+        for key in {key for layer in options for key in self._uses[layer]}:
+            self._kinds[key].gain *= share
 
     def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
         """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""

@@ -32,20 +32,28 @@ class Stopwatch:
     """Times models as they are deployed; what is known of chains is not measured again."""
 
     def __init__(
-        self, engine: Runtime, threads: int = 0, *, caching: bool = True, clock: Clock = perf_counter_ns
+        self,
+        engine: Runtime,
+        threads: int = 0,
+        *,
+        warm: bool = False,
+        caching: bool = True,
+        clock: Clock = perf_counter_ns,
     ) -> None:
         """Prepare; nothing is measured before it is asked for.
 
         Args:
             engine: What runs the models.
             threads: How many threads compute one operator; 0 leaves it to the runtime.
+            warm: Whether models find their weights in the processor's caches when they run again and again.
             caching: Whether times may be read from disk and written there.
             clock: Tells the time.
         """
         self.engine = engine
         self.threads = threads
+        self._warm = warm
         self._clock = clock
-        self.cache = Cache.of(_environment(engine, threads)) if caching else Cache(None)
+        self.cache = Cache.of(_environment(engine, threads, warm)) if caching else Cache(None)
 
     @property
     def name(self) -> str:
@@ -64,7 +72,7 @@ class Stopwatch:
             runs = [
                 stack.enter_context(self.engine.ready(model, feed, self.threads)) for model, feed in models
             ]
-            return interleaved(runs, pace, self._clock)
+            return interleaved(runs, pace, self._clock, warm=self._warm)
 
     def shares(self, whole: Timed, layers: Sequence[Micro], pace: Pace) -> tuple[int, list[float]]:
         """The time of a model in nanoseconds, and those of layers over it.
@@ -123,12 +131,13 @@ def _bunches(items: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
     return bunches
 
 
-def _environment(engine: Runtime, threads: int) -> dict[str, str]:
+def _environment(engine: Runtime, threads: int, warm: bool) -> dict[str, str]:
     """All that times depend on, beside the models."""
     return {
         "runtime": engine.module.__version__,
         "provider": engine.provider,
         "threads": str(threads),
+        "caches": "warm" if warm else "cold",
         "machine": platform.machine(),
         "processor": processor(engine.provider),
     }
