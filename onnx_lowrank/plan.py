@@ -1,7 +1,8 @@
 """Plan files: JSON that can be saved, edited and replayed.
 
-To edit a plan, change fold, k and j of a layer; all three null keep it. The rest may stay as it is: costs are
-computed anew, and the digest tells that what was proven of the plan does not hold any more.
+To edit a plan, change fold, k and j of a layer; all three null keep it. A lowering of null is the native one.
+The rest may stay as it is: costs are computed anew, times excepted, and the digest tells that what was proven
+of the plan does not hold any more.
 """
 
 from __future__ import annotations
@@ -18,9 +19,21 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.types import Aggregate, Budget, Choice, Fit, Fold, Layer, Measure, Option, Plan, Solver
+from onnx_lowrank.types import (
+    Aggregate,
+    Budget,
+    Choice,
+    Fit,
+    Fold,
+    Layer,
+    Lowering,
+    Measure,
+    Option,
+    Plan,
+    Solver,
+)
 
-VERSION = 2
+VERSION = 3
 _KEYS = (
     "version",
     "model",
@@ -34,7 +47,7 @@ _KEYS = (
     "digest",
     "layers",
 )
-_LAYER_KEYS = ("id", "fold", "k", "j", "cost", "error", "reason")
+_LAYER_KEYS = ("id", "fold", "k", "j", "lowering", "cost", "error", "reason")
 _SOLVER_KEYS = tuple(field.name for field in fields(Solver))
 _INTEGERS = 2**63  # what JSON readers and ONNX take for an integer
 
@@ -42,7 +55,7 @@ E = TypeVar("E", bound=StrEnum)
 
 
 def to_json(plan: Plan) -> str:
-    """A plan as JSON, one line per layer; kept layers have fold, k and j null, unknown errors are null."""
+    """A plan as JSON, one line per layer; kept layers have null for an option, and so have unknown errors."""
     solver = None if plan.solver is None else _solver_row(plan.solver)
     wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover)
     values = (VERSION, plan.model, *wanted, solver, plan.digest)
@@ -57,7 +70,7 @@ def _text(value: object) -> str:
 
 def _row(choice: Choice) -> dict[str, Any]:
     option = choice.option
-    values = (None, None, None) if option is None else (option.fold, option.k, option.j)
+    values = (None,) * 4 if option is None else (option.fold, option.k, option.j, option.lowering)
     row = (choice.layer, *values, choice.cost, _finite(choice.error), choice.reason)
     return dict(zip(_LAYER_KEYS, row, strict=True))
 
@@ -152,7 +165,7 @@ def _solver(table: object) -> Solver:
 
 
 def _choice(row: object) -> Choice:
-    layer, fold, k, j, cost, error, reason = _fields(row, _LAYER_KEYS, "every layer")
+    layer, fold, k, j, lowering, cost, error, reason = _fields(row, _LAYER_KEYS, "every layer")
     if not isinstance(layer, str):
         raise PlanError(f"a layer's id is {layer!r}, which has to be a text")
     if type(cost) is not int or not 0 <= cost < _INTEGERS:
@@ -165,7 +178,14 @@ def _choice(row: object) -> Choice:
     if (fold, k, j) != (None, None, None):
         if type(k) is not int or type(j) is not int:
             raise PlanError(f"layer {layer!r} has k = {k!r} and j = {j!r}, which have to be whole numbers")
-        option = Option(_member(Fold, fold, f"fold of layer {layer!r}"), k, j)
+        option = Option(
+            _member(Fold, fold, f"fold of layer {layer!r}"),
+            k,
+            j,
+            Lowering.NATIVE
+            if lowering is None
+            else _member(Lowering, lowering, f"lowering of layer {layer!r}"),
+        )
     return Choice(layer, option, cost, nan if error is None else float(error), reason)
 
 
@@ -235,6 +255,9 @@ def _check_option(layer: Layer, option: Option) -> None:
     if option.k not in layer.slices:
         slices = ", ".join(map(str, layer.slices))
         raise PlanError(f"{name} cannot be cut into k = {option.k} slices: choose one of {slices}.")
+    if option.lowering not in layer.lowerings(option.k):
+        ways = ", ".join(layer.lowerings(option.k))
+        raise PlanError(f"{name} cannot be lowered as {option.lowering}: choose one of {ways}.")
     full = layer.full_rank(option.fold, option.k)
     if not 1 <= option.j <= full:
         raise PlanError(f"{name} cannot have rank j = {option.j}: choose one between 1 and {full}.")

@@ -127,7 +127,7 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     with progress.stage("plan"):
         solution = _solved(found, tables, goal)
     recipe = goal.recipe
-    reasons = _reasons(tables, solution, recipe)
+    reasons = _reasons(tables, solution, recipe, goal.budget)
     plan = Plan(
         model=found.model.sha256,
         recipe=recipe.name,
@@ -254,7 +254,9 @@ def _choices(tables: Sequence[Candidates], solution: Solution) -> tuple[Choice, 
     )
 
 
-def _reasons(tables: Sequence[Candidates], solution: Solution, recipe: Recipe) -> dict[str, str]:
+def _reasons(
+    tables: Sequence[Candidates], solution: Solution, recipe: Recipe, budget: Budget
+) -> dict[str, str]:
     """Why the plan keeps the layers that it keeps."""
     if not any(solution.picks):
         spared = "the ratio asks for no decomposition"
@@ -263,7 +265,16 @@ def _reasons(tables: Sequence[Candidates], solution: Solution, recipe: Recipe) -
     else:
         spared = "the other layers reach the ratio at less error"
     return {
-        table.layer: spared if table.cost.size > 1 else "no option of the recipe is cheaper"
+        table.layer: spared if table.cost.size > 1 else _alone(table, budget)
         for table, pick in zip(tables, solution.picks, strict=True)
         if pick == 0
     }
+
+
+def _alone(table: Candidates, budget: Budget) -> str:
+    """Why a layer has no option."""
+    if budget is not Budget.LATENCY:
+        return "no option of the recipe is cheaper"
+    if table.cost[0] == 0:
+        return "it did not run when the model was timed, or cannot be timed on its own"
+    return "no option of the recipe is clearly faster"

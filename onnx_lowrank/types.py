@@ -218,6 +218,13 @@ class Layer:
         """Number of elements of the weight."""
         return prod(self.shape)
 
+    def lowerings(self, k: int) -> tuple[Lowering, ...]:
+        """The ways in which chains of k slices can be written."""
+        is_matrix = all(
+            use.op in ("Gemm", "MatMul") and use.operand == 1 and use.rank in (2, 3) for use in self.uses
+        )
+        return (Lowering.NATIVE, Lowering.CONV) if is_matrix and k > 1 else (Lowering.NATIVE,)
+
     def matrix(self, fold: Fold, k: int) -> tuple[int, int]:
         """Rows and columns of one slice's folded matrix."""
         encoder, decoder = fold.kernels(self.kernel)
@@ -295,13 +302,25 @@ class Targets:
     power: NDArray[np.float64]
 
 
+class Lowering(StrEnum):
+    """By which operators a chain is written; all compute the same.
+
+    NATIVE is the layer's own: Conv for convolutions, MatMul for matrices, a batched one for slices. CONV
+    writes the slices of a matrix as a grouped Conv.
+    """
+
+    NATIVE = "native"
+    CONV = "conv"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Option:
-    """One way to decompose a layer: fold, number of slices k, rank j of every slice."""
+    """One way to decompose a layer: fold, number of slices k, rank j of every slice, and its operators."""
 
     fold: Fold
     k: int
     j: int
+    lowering: Lowering = Lowering.NATIVE
 
 
 @dataclass(frozen=True, slots=True)

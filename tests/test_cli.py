@@ -779,7 +779,7 @@ def test_an_edited_plan_is_what_happens(run, folder):
     assert rows["conv2"]["params"] == {"before": 2304, "after": factors, "ratio": factors / 2304}
     assert any("above the 0.5" in warning for warning in report["warnings"])
     saved = json.loads(Path("q.json").read_text())["layers"][1]
-    option = {"id": "conv2", "fold": "cols", "k": 2, "j": 5}
+    option = {"id": "conv2", "fold": "cols", "k": 2, "j": 5, "lowering": "native"}
     assert saved == {**option, "cost": factors, "error": None, "reason": ""}
     again = report_of(run("-q", "in.onnx", "newer.onnx", "--plan", "q.json", "--report", "-"))
     assert again == report
@@ -791,6 +791,7 @@ ILLEGAL = {
     "k of 0": ({"k": 0}, "cannot be cut into k = 0 slices"),
     "j too large": ({"j": 5}, "cannot have rank j = 5: choose one between 1 and 4"),
     "j of 0": ({"j": 0}, "cannot have rank j = 0"),
+    "lowering of one slice": ({"lowering": "conv"}, "cannot be lowered as conv: choose one of native"),
     "unknown layer": ({"id": "head"}, "names the layer 'head', which the model does not have"),
     "layer twice": ({"id": "conv1"}, "names the layer 'conv1' twice"),
 }

@@ -58,13 +58,15 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path, plan):
 def test_the_file_has_one_line_for_each_layer():
     lines = plans.to_json(PLAN).splitlines()
     assert lines[0] == "{"
-    assert lines[1] == '  "version": 2,'
+    assert lines[1] == '  "version": 3,'
     assert lines[7:9] == ['  "factors": "weights",', '  "recover": false,']
     assert lines[9] == '  "solver": {"aggregate": "sum", "power": 4.0, "objective": 0.1, "gap": 1e-17},'
     assert lines[11] == '  "layers": ['
-    assert lines[12].startswith('    {"id": "conv1", "fold": null, "k": null, "j": null, "cost": 100, ')
+    assert lines[12].startswith('    {"id": "conv1", "fold": null, "k": null, "j": null, "lowering": null, ')
     assert lines[12].endswith('"error": 0.0, "reason": "it is small"},')
-    assert lines[13].startswith('    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "cost": 48, ')
+    assert lines[13].startswith(
+        '    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "lowering": "native", '
+    )
     assert lines[-2:] == ["  ]", "}"]
 
 
@@ -124,7 +126,7 @@ MALFORMED = {
     "TOML": ("[plan]\nversion = 1\n", "not valid JSON"),
     "deep": ("[" * 200_000, "not valid JSON"),
     "a huge integer": (
-        table().replace('"version": 2', '"version": ' + "9" * 5000),
+        table().replace('"version": 3', '"version": ' + "9" * 5000),
         "not valid JSON",
     ),
     "a list": ("[]", "it has to be an object with the keys version, model"),
@@ -132,7 +134,7 @@ MALFORMED = {
     "a number": ("3", "it has to be an object"),
     "an unknown key": (table(speed=1), "it has an unknown key 'speed'"),
     **{f"no {key}": (json.dumps(without(TABLE, key)), f"it lacks the key {key!r}") for key in TABLE},
-    "version 1": (table(version=1), "version is 1, and this program reads version 2"),
+    "version 1": (table(version=1), "version is 1, and this program reads version 3"),
     "version true": (table(version=True), "version is True"),
     "version text": (table(version="1"), "version is '1'"),
     "model 3": (table(model=3), "model is 3"),
@@ -184,6 +186,10 @@ MALFORMED = {
     "id 3": (layer(id=3), "a layer's id is 3"),
     "fold": (layer(fold="diagonal"), "is 'diagonal', which is none of encode, rows, cols, decode"),
     "fold 1": (layer(fold=1), "is 1, which is none of"),
+    "lowering": (
+        layer(lowering="gemm"),
+        "lowering of layer 'body/größe\\n' is 'gemm', which is none of native, conv",
+    ),
     "fold null": (layer(fold=None), "is None, which is none of"),
     **{
         f"{key} {value!r}": (layer(**{key: value}), f"{key} = {value!r}")

@@ -39,6 +39,7 @@ class Candidates:
         error: Errors in the recipe's measure, rounded to 9 significant digits; 0 for keep.
         price: The costs that the recipe trades against error, where they are not the budget's own.
         block: What the ranks are multiples of.
+        times: What the costs were taken from, where latency is the budget.
     """
 
     layer: str
@@ -50,12 +51,15 @@ class Candidates:
     error: Floats
     price: Ints | None = None
     block: int = 1
+    times: Times | None = None
 
     def option(self, index: int) -> Option | None:
         """The option at an index, or None for keep."""
         if index == 0:
             return None
-        return Option(_FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index]))
+        fold, k, j = _FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index])
+        curve = None if self.times is None else self.times.curves.get((fold, k))
+        return Option(fold, k, j) if curve is None else Option(fold, k, j, curve.lowering)
 
 
 def candidates(
@@ -92,7 +96,7 @@ def candidates(
         table, error = table[:, front], error[front]
     folds, k_, j, full, costs, prices = table
     own = None if price is budget else prices
-    return Candidates(layer.id, folds, k_, j, full, costs, error, own, grid.block)
+    return Candidates(layer.id, folds, k_, j, full, costs, error, own, grid.block, times)
 
 
 def unscored(layer: Layer, recipe: Recipe, grid: Grid) -> Candidates:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from onnx_lowrank.types import Fold, Option
+from onnx_lowrank.types import Fold, Lowering, Option
 
 Ints = NDArray[np.int64]
 
@@ -23,9 +23,11 @@ class Curve:
 
     Attributes:
         ratios: Time of the chain over that of the layer, by rank; at least one.
+        lowering: The operators by which it was fastest.
     """
 
     ratios: Mapping[int, float]
+    lowering: Lowering = Lowering.NATIVE
 
     def at(self, ranks: Sequence[int] | Ints) -> NDArray[np.float64]:
         """The relative times at some ranks.
@@ -63,6 +65,13 @@ class Times:
         if option is None:
             return self.keep
         return int(self.costs(option.fold, option.k, np.array([option.j]))[0])
+
+
+def faster(one: Curve, other: Curve) -> Curve:
+    """The faster of two ways to write chains, at the ranks measured for both; the first without any."""
+    both = sorted(one.ratios.keys() & other.ratios.keys())
+    is_other = sum(other.ratios[rank] for rank in both) < sum(one.ratios[rank] for rank in both)
+    return other if is_other else one
 
 
 def worth_measuring(

@@ -23,7 +23,7 @@ from onnx import NodeProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnx_lowrank.graph.walk import attribute_of
-from onnx_lowrank.types import Factors, Fold, Layer, Option, Use
+from onnx_lowrank.types import Factors, Fold, Layer, Lowering, Option, Use
 
 
 class Fragment:
@@ -207,7 +207,7 @@ def inputs_first(layer: Layer) -> bool:
 
 
 def matrix_layout(
-    layer: Layer, batch: tuple[int, ...], factors: Factors
+    layer: Layer, batch: tuple[int, ...], factors: Factors, lowering: Lowering
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Lay the factors of Gemm, MatMul or Gather out as the first use's nodes read them.
 
@@ -215,6 +215,7 @@ def matrix_layout(
         layer: The layer.
         batch: Leading axes of its weight in the model (their product is layer.groups).
         factors: Encoder (groups, k, j, c / k), decoder (groups, f, k, j).
+        lowering: By which operators they are applied.
     """
     _, k, j, c = factors.encoder.shape
     f = factors.decoder.shape[1]
@@ -222,7 +223,11 @@ def matrix_layout(
         encoder, decoder = factors.encoder[0], factors.decoder.reshape(f, k * j)
     else:
         encoder, decoder = factors.encoder.reshape(*batch, j, c), factors.decoder.reshape(*batch, f, j)
-    return (encoder.swapaxes(-1, -2), decoder.swapaxes(-1, -2)) if inputs_first(layer) else (encoder, decoder)
+    if inputs_first(layer):
+        encoder, decoder = encoder.swapaxes(-1, -2), decoder.swapaxes(-1, -2)
+    if lowering is Lowering.CONV:
+        encoder = factors.encoder.reshape(k * j, c, 1)
+    return encoder, decoder
 
 
 def matrix(
@@ -241,7 +246,8 @@ def matrix(
     """
     on_right = use.op == "Gather" or use.operand == 1
     first, second = (names.decoder, names.encoder) if use.transposed else (names.encoder, names.decoder)
-    if (on_right != use.transposed) != inputs_first(layer):
+    by_conv = option.lowering is Lowering.CONV
+    if (on_right != use.transposed) != inputs_first(layer) and not by_conv:
         perm = [*range(axes - 2), axes - 1, axes - 2]
         first = fragment.add("encoder_transposed", "Transpose", [first], perm=perm)
         second = fragment.add("decoder_transposed", "Transpose", [second], perm=perm)
@@ -251,7 +257,9 @@ def matrix(
     value = names.value
     if use.op == "Gemm" and attribute_of(node, "transA" if on_right else "transB", 0):
         value = fragment.add("input_transposed", "Transpose", [value], perm=[1, 0])
-    if option.k > 1:
+    if by_conv:
+        hidden = _sliced_conv(fragment, value, first, option.k, use.rank or 2)
+    elif option.k > 1:
         encode = _sliced_right if on_right else _sliced_left
         hidden = encode(fragment, value, first, layer.c // option.k, option, use.rank or 2)
     else:
@@ -277,6 +285,16 @@ def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: 
     parts = fragment.add("encoder", "MatMul", [parts, encoder])
     parts = fragment.add("slices_last", "Transpose", [parts], perm=swap)
     return fragment.reshape("ranks", parts, [*keep, k * j])
+
+
+def _sliced_conv(fragment: Fragment, value: str, encoder: str, k: int, rank: int) -> str:
+    """From x (N, k · c) or (B, N, k · c) by a kernel (k · j, c, 1) in k groups → (…, N, k · j)."""
+    if rank == 2:
+        value = fragment.along("Unsqueeze", "batch_axis", value, 0)
+    parts = fragment.add("channels_first", "Transpose", [value], perm=[0, 2, 1])
+    parts = fragment.add("encoder", "Conv", [parts, encoder], kernel_shape=[1], group=k)
+    parts = fragment.add("channels_last", "Transpose", [parts], perm=[0, 2, 1])
+    return fragment.along("Squeeze", "batch", parts, 0) if rank == 2 else parts
 
 
 def _sliced_left(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:

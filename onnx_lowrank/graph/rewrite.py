@@ -40,7 +40,7 @@ from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model, Scope, scopes
 from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import VIEWS, dtype_of, viewed
-from onnx_lowrank.types import Certificate, Factors, Layer, Option, Use
+from onnx_lowrank.types import Certificate, Factors, Layer, Lowering, Option, Use
 
 Store = Callable[[str, NDArray[Any]], TensorProto]
 """Makes a tensor of a name and an array; big models put its bytes on disk."""
@@ -163,7 +163,7 @@ class _Writer:
         if layer.kernel:
             arrays = convolution_layout(layer, nodes, replacement.factors)
         else:
-            arrays = matrix_layout(layer, batch, replacement.factors)
+            arrays = matrix_layout(layer, batch, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
         encoder, decoder = (
             self._keep(binding, f"{name}_{role}", array)
@@ -172,7 +172,7 @@ class _Writer:
         new_bias = self._new_bias(replacement, nodes[0])
         option, certificate = replacement.option, replacement.certificate
         self.proofs[layer.id] = {
-            "option": f"{option.fold} k={option.k} j={option.j}",
+            "option": _described(option),
             "spectral": certificate.spectral,
             "frobenius": certificate.frobenius,
         }
@@ -329,6 +329,11 @@ class _Writer:
         for scope in reversed(list(scopes(proto))):
             _apply(self._edits[scope.path], scope)
         return proto, removed
+
+
+def _described(option: Option) -> str:
+    text = f"{option.fold} k={option.k} j={option.j}"
+    return text if option.lowering is Lowering.NATIVE else f"{text} {option.lowering}"
 
 
 def _apply(edit: _Edit, scope: Scope) -> None:

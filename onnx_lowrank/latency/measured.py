@@ -20,7 +20,7 @@ import numpy as np
 
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Errors
-from onnx_lowrank.allocate.times import Curve, Times, middle_rank, sampled, worth_measuring
+from onnx_lowrank.allocate.times import Curve, Times, faster, middle_rank, sampled, worth_measuring
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.found import Found
 from onnx_lowrank.graph.micro import Micro, micro
@@ -28,7 +28,7 @@ from onnx_lowrank.graph.model import Model
 from onnx_lowrank.latency.clock import Pace
 from onnx_lowrank.latency.stopwatch import Stopwatch
 from onnx_lowrank.report.progress import Step
-from onnx_lowrank.types import Fold, Layer, LayerTime, Option, Timing
+from onnx_lowrank.types import Fold, Layer, LayerTime, Lowering, Option, Timing
 from onnx_lowrank.validate.engines import Feed, RejectedError, UnsupportedError, first_run
 from onnx_lowrank.validate.inputs import describe, make, specs
 
@@ -150,14 +150,23 @@ class Latency:
         """Measure what is worth it of the options of layers that are alike (rule 2)."""
         for layer, errors in layers:
             ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
-            self._add(kind, (Option(*key, middle_rank(own)) for key, own in ranks.items()), _FIRST_LOOK)
-            middle = {
-                key: kind.known[option]
+            first = {
+                key: [Option(*key, middle_rank(own), lowering) for lowering in layer.lowerings(key[1])]
                 for key, own in ranks.items()
-                if (option := Option(*key, middle_rank(own))) in kind.known
             }
-            best = worth_measuring(errors, ranks, middle)
-            self._add(kind, (Option(*key, j) for key in best for j in sampled(ranks[key])), _CHAINS)
+            self._add(kind, (option for options in first.values() for option in options), _FIRST_LOOK)
+            fastest = {
+                key: min(known, key=kind.known.__getitem__)
+                for key, options in first.items()
+                if (known := [option for option in options if option in kind.known])
+            }
+            middle = {key: kind.known[option] for key, option in fastest.items()}
+            more = (
+                replace(fastest[key], j=j)
+                for key in worth_measuring(errors, ranks, middle)
+                for j in sampled(ranks[key])
+            )
+            self._add(kind, more, _CHAINS)
 
     def _add(self, kind: _Kind, options: Iterable[Option], pace: Pace) -> None:
         missing = [option for option in options if option not in kind.known]
@@ -170,10 +179,13 @@ class Latency:
         curves: dict[_Key, Curve] = {}
         if keep:
             shared = set.intersection(*(set(kind.known) for kind in kinds))
+            ratios: dict[tuple[Fold, int, Lowering], dict[int, float]] = {}
             for option in shared:
                 ratio = sum(kind.known[option] * kind.time for kind in kinds) / keep
-                curve = curves.setdefault((option.fold, option.k), Curve({}))
-                curves[option.fold, option.k] = Curve({**curve.ratios, option.j: ratio})
+                ratios.setdefault((option.fold, option.k, option.lowering), {})[option.j] = ratio
+            for (fold, k, lowering), known in ratios.items():
+                curve = Curve(known, lowering)
+                curves[fold, k] = faster(curves[fold, k], curve) if (fold, k) in curves else curve
         gain = sum(kind.gain * kind.time for kind in kinds) / keep if keep else 1.0
         return Times(keep, curves, gain)
 

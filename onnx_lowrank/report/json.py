@@ -11,10 +11,10 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
   null where an edited plan was replayed.
 - totals: params, macs, bytes, each with before, after, ratio; time, too, in nanoseconds, else null.
 - layers: a list in graph order of id, op, shape (groups, outputs per group, inputs per group, kernel ...),
-  dtype, nodes, fold, k, j, full_rank (null where kept), params, macs (each before, after, ratio), error,
-  certificate (spectral, frobenius: a list each, one number per operator group; null where kept), reason,
-  fit (factors: what they were fitted to, weights or activations; recovered: whether to what the compressed
-  layers before give; error: squared, of the layer's outputs, relative; null where kept).
+  dtype, nodes, fold, k, j, lowering, full_rank (null where kept), params, macs (each before, after, ratio),
+  error, certificate (spectral, frobenius: a list each, one number per operator group; null where kept),
+  reason, fit (factors: what they were fitted to, weights or activations; recovered: whether to what the
+  compressed layers before give; error: squared, of the layer's outputs, relative; null where kept).
 - skipped: a list of scope, name, op, weight, reason.
 - removed_inputs: a list of names.
 - validation: engine, inputs, worst (over the outputs; null where none could be measured), outputs (a list of
@@ -95,6 +95,7 @@ def _layer(row: LayerRow) -> dict[str, Any]:
         "fold": option.fold.value if option else None,
         "k": option.k if option else None,
         "j": option.j if option else None,
+        "lowering": option.lowering.value if option else None,
         "full_rank": row.full_rank,
         "params": _total(row.params),
         "macs": _total(row.macs),

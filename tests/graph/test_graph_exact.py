@@ -233,7 +233,12 @@ def outputs(proto: onnx.ModelProto, kind: str, x: np.ndarray) -> list[np.ndarray
 
 def options(seen: Found) -> list[Option]:
     layer = seen.layer
-    return [Option(fold, k, layer.full_rank(fold, k)) for fold in layer.folds for k in layer.slices]
+    return [
+        Option(fold, k, layer.full_rank(fold, k), lowering)
+        for fold in layer.folds
+        for k in layer.slices
+        for lowering in layer.lowerings(k)
+    ]
 
 
 def expected_slices(case: str) -> set[int]:
