@@ -220,6 +220,12 @@ class Layer:
 
     def lowerings(self, k: int) -> tuple[Lowering, ...]:
         """The ways in which chains of k slices can be written."""
+        if self.kernel:
+            is_pointwise = k == self.groups == 1 and set(self.kernel) == {1} and self.op == "Conv"
+            moves = any(
+                use.positions is None or use.positions.inputs != use.positions.outputs for use in self.uses
+            )
+            return (Lowering.NATIVE, Lowering.MATMUL) if is_pointwise and not moves else (Lowering.NATIVE,)
         is_matrix = all(
             use.op in ("Gemm", "MatMul") and use.operand == 1 and use.rank in (2, 3) for use in self.uses
         )
@@ -306,11 +312,12 @@ class Lowering(StrEnum):
     """By which operators a chain is written; all compute the same.
 
     NATIVE is the layer's own: Conv for convolutions, MatMul for matrices, a batched one for slices. CONV
-    writes the slices of a matrix as a grouped Conv.
+    writes the slices of a matrix as a grouped Conv, MATMUL a convolution with a kernel of size 1 as matrices.
     """
 
     NATIVE = "native"
     CONV = "conv"
+    MATMUL = "matmul"
 
 
 @dataclass(frozen=True, slots=True, order=True)

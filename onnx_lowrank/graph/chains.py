@@ -59,15 +59,15 @@ class Fragment:
 
     def reshape(self, role: str, value: str, shape: Sequence[int]) -> str:
         """Append a Reshape to a constant shape (0 copies an input axis)."""
-        return self.add(role, "Reshape", [value, self._integers(f"{role}_shape", shape)])
+        return self.add(role, "Reshape", [value, self.integers(f"{role}_shape", shape)])
 
     def along(self, op: str, role: str, value: str, axis: int) -> str:
         """Append a Squeeze or Unsqueeze; its axes are an attribute before opset 13."""
         if self._opset < 13:
             return self.add(role, op, [value], axes=[axis])
-        return self.add(role, op, [value, self._integers(f"{role}_axes", [axis])])
+        return self.add(role, op, [value, self.integers(f"{role}_axes", [axis])])
 
-    def _integers(self, role: str, values: Sequence[int]) -> str:
+    def integers(self, role: str, values: Sequence[int]) -> str:
         """Append a Constant node of int64 numbers."""
         tensor = gs.Constant(f"{self._stem}_{role}", np.asarray(values, np.int64))
         return self.add(role, "Constant", [], value=tensor)
@@ -90,12 +90,14 @@ class Operands:
 
 
 def convolution_layout(
-    layer: Layer, nodes: Sequence[NodeProto], factors: Factors
+    layer: Layer, nodes: Sequence[NodeProto], factors: Factors, lowering: Lowering
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Lay the factors of a Conv or ConvTranspose out as their nodes read them."""
     encoder, decoder = factors.encoder, factors.decoder
     groups, k, j, c, *first = encoder.shape
     _, f, _, _, *second = decoder.shape
+    if lowering is Lowering.MATMUL:
+        return encoder.reshape(j, c), decoder.reshape(f, j)
     first_op, second_op = _operators(layer, nodes, factors.fold)
     if first_op == "ConvTranspose":
         encoder = encoder.swapaxes(2, 3).reshape(groups * k * c, j, *first)
@@ -117,6 +119,8 @@ def convolution(
     names: Operands,
 ) -> str:
     """Conv or ConvTranspose → two of them; returns the name of the result (design table of folds)."""
+    if option.lowering is Lowering.MATMUL:
+        return _as_matrices(fragment, layer, names)
     first_op, second_op = _operators(layer, nodes, option.fold)
     held = _held_by_encoder(layer, nodes, option.fold)
     rest = tuple(axis for axis in range(len(layer.kernel)) if axis not in held)
@@ -131,6 +135,21 @@ def convolution(
     return fragment.add(
         "decoder", second_op, inputs, **_geometry(node, rest, kernels[1], layer.groups, second_op)
     )
+
+
+def _as_matrices(fragment: Fragment, layer: Layer, names: Operands) -> str:
+    """From x (N, c, …) by kernels of size 1 as matrices (j, c) and (f, j) → (N, f, …)."""
+    spatial_axes = range(2, 2 + len(layer.kernel))
+    value = fragment.reshape("positions", names.value, [0, 0, -1])
+    value = fragment.add("encoder", "MatMul", [names.encoder, value])
+    value = fragment.add("decoder", "MatMul", [names.decoder, value])
+    if names.bias:
+        column = fragment.along("Unsqueeze", "bias_axis", names.bias, 1)
+        value = fragment.add("biased", "Add", [value, column])
+    shape = fragment.add("shape", "Shape", [names.value])
+    sizes = fragment.add("sizes", "Gather", [shape, fragment.integers("axes", spatial_axes)], axis=0)
+    target = fragment.add("target", "Concat", [fragment.integers("head", [0, layer.f]), sizes], axis=0)
+    return fragment.add("image", "Reshape", [value, target])
 
 
 def _held_by_encoder(layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[int, ...]:

@@ -161,7 +161,7 @@ class _Writer:
         value = viewed(self._walk, self._model, binding.stored)
         batch = value.shape[:-2] if value is not None and not layer.kernel else ()
         if layer.kernel:
-            arrays = convolution_layout(layer, nodes, replacement.factors)
+            arrays = convolution_layout(layer, nodes, replacement.factors, replacement.option.lowering)
         else:
             arrays = matrix_layout(layer, batch, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
