@@ -47,7 +47,13 @@ def replay(plan: Plan, found: Found) -> Plan:
     """
     plans.check(plan, found.model.sha256, found.layers)
     if plan.budget is Budget.LATENCY:
-        return plan if not plans.is_edited(plan) else _edited(plan, plan.choices)
+        if not plans.is_edited(plan):
+            return plan
+        # Nothing tells which of the times, and of the errors, are still those of the options.
+        return _edited(
+            plan,
+            [replace(choice, error=math.nan if choice.option else 0.0) for choice in plan.choices],
+        )
     found.total(plan.budget)
     by_id = {choice.layer: choice for choice in plan.choices}
     choices = tuple(_repriced(by_id[layer.id], layer, plan.budget) for layer in found.layers)

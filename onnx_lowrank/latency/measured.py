@@ -25,6 +25,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.found import Found
 from onnx_lowrank.graph.micro import Micro, micro
 from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.walk import Place
 from onnx_lowrank.latency.clock import Pace
 from onnx_lowrank.latency.stopwatch import Stopwatch
 from onnx_lowrank.report.progress import Step
@@ -37,6 +38,10 @@ _BRIEF = Pace(seconds=1.0, spread=0.01)
 _LAYERS = Pace(seconds=4.0, spread=0.02)
 _FIRST_LOOK = Pace(seconds=0.0)
 _CHAINS = Pace(seconds=2.0, spread=0.02)
+_BUDGET = 240.0
+"""Seconds in which the chains of all layers are measured, or about that: each has some rounds at least."""
+
+_BUNCHES = 4  # in which the options of a layer are measured, mostly
 _GAINS = (-1.0, 1.5)
 """What of its predicted saving a layer may save in the model: beyond that something else was measured."""
 
@@ -93,7 +98,7 @@ class Latency:
             parts = [
                 micro(found.walk, binding, index)
                 for index, use in enumerate(binding.layer.uses)
-                if not use.scope or use.name in ran
+                if not use.scope or use.name in ran or not found.walk.node(Place(use.scope, use.node)).name
             ]
             known = [part for part in parts if part is not None]
             cut |= {part.key: part for part in known}
@@ -140,13 +145,14 @@ class Latency:
         total = sum(self._kinds[key].time for key in wanted) or 1
         done = 0
         for key, of in wanted.items():
-            self._measure(self._kinds[key], of, grid)
+            seconds = _BUDGET * self._kinds[key].time / total / _BUNCHES
+            self._measure(self._kinds[key], of, grid, replace(_CHAINS, seconds=min(seconds, _CHAINS.seconds)))
             done += self._kinds[key].time
             step(done / total)
         self.stopwatch.cache.save()
         return tuple(self._times(layer) for layer in layers)
 
-    def _measure(self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid) -> None:
+    def _measure(self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid, pace: Pace) -> None:
         """Measure what is worth it of the options of layers that are alike (rule 2)."""
         for layer, errors in layers:
             ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
@@ -166,7 +172,7 @@ class Latency:
                 for key in worth_measuring(errors, ranks, middle)
                 for j in sampled(ranks[key])
             )
-            self._add(kind, more, _CHAINS)
+            self._add(kind, more, pace)
 
     def _add(self, kind: _Kind, options: Iterable[Option], pace: Pace) -> None:
         missing = [option for option in options if option not in kind.known]

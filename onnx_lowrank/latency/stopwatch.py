@@ -21,7 +21,7 @@ T = TypeVar("T")
 Timed = tuple[Model, Feed]
 """A model and the inputs on which it is timed."""
 
-_TOGETHER = 2**30
+_TOGETHER = 2**29
 """Bytes of the models that are in memory at the same time, unless one alone has more."""
 
 _MOST = 16
@@ -90,12 +90,12 @@ class Stopwatch:
 
     def chains(self, layer: Micro, options: Iterable[Option], pace: Pace) -> dict[Option, float]:
         """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
-        known = {option: self.cache.get(layer.key, str(option)) for option in options}
+        known = {option: self.cache.get(layer.key, _name(option)) for option in options}
         missing = [option for option, ratio in known.items() if ratio is None]
         for some in _bunches(missing, lambda _: _bytes(layer)):
             for option, ratio in self._measured(layer, some, pace):
                 known[option] = ratio
-                self.cache.put(layer.key, str(option), ratio)
+                self.cache.put(layer.key, _name(option), ratio)
         return {option: ratio for option, ratio in known.items() if ratio is not None}
 
     def _measured(
@@ -111,6 +111,10 @@ class Stopwatch:
                     yield from self._measured(layer, [option], pace)
             return
         yield from zip(options, (other / own for other in others), strict=True)
+
+
+def _name(option: Option) -> str:
+    return f"{option.fold} {option.k} {option.j} {option.lowering}"
 
 
 def _bytes(layer: Micro) -> int:
