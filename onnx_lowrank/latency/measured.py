@@ -13,7 +13,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from onnx_lowrank.allocate.options import Errors
 from onnx_lowrank.allocate.times import Curve, Times, faster, middle_rank, sampled, worth_measuring
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.found import Found
+from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.micro import Micro, micro
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.walk import Place
@@ -90,23 +91,37 @@ class Latency:
         self.stopwatch = stopwatch
         self._found = found
         self._feed = feed
-        self._kinds: dict[str, _Kind] = {}
-        self._uses: dict[str, list[str]] = {}
         ran = self._ran()
-        cut: dict[str, Micro] = {}
-        for binding in found.bindings:
-            parts = [
-                micro(found.walk, binding, index)
-                for index, use in enumerate(binding.layer.uses)
-                if not use.scope or use.name in ran or not found.walk.node(Place(use.scope, use.node)).name
-            ]
-            known = [part for part in parts if part is not None]
-            cut |= {part.key: part for part in known}
-            # A layer of which one use cannot be timed alone cannot be traded against others.
-            self._uses[binding.layer.id] = [part.key for part in known] if len(known) == len(parts) else []
-        self.whole, shares = stopwatch.shares((found.model, feed), tuple(cut.values()), _LAYERS)
-        for (key, part), share in zip(cut.items(), shares, strict=True):
-            self._kinds[key] = _Kind(part, round(self.whole * share), 1.0, {})
+        cut = {binding.layer.id: self._cut(binding, ran) for binding in found.bindings}
+        parts = {part.key: part for of in cut.values() for part in of}
+        try:
+            self.whole, shares = self._shares(parts)
+        except (UnsupportedError, RejectedError):
+            parts = {key: part for key, part in parts.items() if stopwatch.accepts(part)}
+            self.whole, shares = self._shares(parts)
+        self._kinds = {
+            key: _Kind(part, round(self.whole * share), 1.0, {})
+            for (key, part), share in zip(parts.items(), shares, strict=True)
+        }
+        # A layer of which one use cannot be timed alone cannot be traded against others.
+        self._uses = {
+            layer: [part.key for part in of] if all(part.key in parts for part in of) else []
+            for layer, of in cut.items()
+        }
+
+    def _cut(self, binding: Binding, ran: Container[str]) -> list[Micro]:
+        """The uses of a layer that run, as models of their own; none if that cannot be done for one."""
+        indices = [
+            index
+            for index, use in enumerate(binding.layer.uses)
+            if not use.scope or use.name in ran or not self._found.walk.node(Place(use.scope, use.node)).name
+        ]
+        parts = [micro(self._found.walk, binding, index) for index in indices]
+        known = [part for part in parts if part is not None]
+        return known if len(known) == len(parts) else []
+
+    def _shares(self, parts: Mapping[str, Micro]) -> tuple[int, list[float]]:
+        return self.stopwatch.shares((self._found.model, self._feed), tuple(parts.values()), _LAYERS)
 
     def _ran(self) -> frozenset[str]:
         """The names of the nodes in bodies that run; none where no layer lives in one."""

@@ -88,6 +88,14 @@ class Stopwatch:
             ratios += [other / first for other in others]
         return sorted(own)[len(own) // 2], ratios
 
+    def accepts(self, layer: Micro) -> bool:
+        """Whether the runtime runs a layer on its own."""
+        try:
+            self.times([(layer.dense(), layer.feed())], Pace(seconds=0.0))
+        except (UnsupportedError, RejectedError):
+            return False
+        return True
+
     def chains(self, layer: Micro, options: Iterable[Option], pace: Pace) -> dict[Option, float]:
         """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
         known = {option: self.cache.get(layer.key, _name(option)) for option in options}
