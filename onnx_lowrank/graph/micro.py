@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import nan, prod
 from typing import Any
@@ -70,12 +71,13 @@ class Micro:
         """Elements of the layer's weight, and of what comes along."""
         return sum(prod(tensor.dims) for tensor in self.structure.graph.initializer)
 
-    def decomposed(self, option: Option) -> Model:
-        """The layer's chain under an option."""
+    def decomposed(self, options: Iterable[Option]) -> Iterator[tuple[Option, Model]]:
+        """The layer's chains under some options, one by one."""
         dense = self.dense()
         walk = Walk(dense.proto)
         (binding,), _ = find(dense, walk, infer(dense, {}), (f"*{_WEIGHT}*",), ())
-        return rewrite(dense, walk, [placeholder(binding, option, self.dtype)], {}).model
+        for option in options:
+            yield option, rewrite(dense, walk, [placeholder(binding, option, self.dtype)], {}).model
 
     def feed(self) -> dict[str, NDArray[Any]]:
         """An input to run it on."""

@@ -4,8 +4,8 @@ Rules:
 
 1. The time of a layer is measured alone, in its surroundings (`graph.micro`), and relative to the whole
    model's in the same turns; layers that are alike are measured once.
-2. An option's time is measured relative to its layer's. First every (fold, k) is measured at one rank; then
-   those which may be best at some time, at more ranks.
+2. An option's time is measured relative to its layer's. First every (fold, k) that does not lose by its MACs
+   alone is measured at one rank; then those which may be best at some time, at more ranks.
 3. What a layer saves in the model need not be what it saves alone (fusions, caches). `learn` takes what
    was saved in one into account from then on; `correct` measures one for every kind of layer.
 4. Uses that did not run take no time, and their layers are kept.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnx_lowrank.allocate.cost import macs
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Errors
 from onnx_lowrank.allocate.times import Curve, Times, faster, middle_rank, sampled, worth_measuring
@@ -41,6 +42,9 @@ _FIRST_LOOK = Pace(seconds=0.0)
 _CHAINS = Pace(seconds=2.0, spread=0.02)
 _BUDGET = 240.0
 """Seconds in which the chains of all layers are measured, or about that: each has some rounds at least."""
+
+_EFFICIENCY = 0.5
+"""One chain may compute its MACs in half the time of another."""
 
 _BUNCHES = 4  # in which the options of a layer are measured, mostly
 _GAINS = (-1.0, 1.5)
@@ -171,9 +175,10 @@ class Latency:
         """Measure what is worth it of the options of layers that are alike (rule 2)."""
         for layer, errors in layers:
             ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
+            work = {key: _work(layer, Option(*key, middle_rank(own))) for key, own in ranks.items()}
             first = {
-                key: [Option(*key, middle_rank(own), lowering) for lowering in layer.lowerings(key[1])]
-                for key, own in ranks.items()
+                key: [Option(*key, middle_rank(ranks[key]), lowering) for lowering in layer.lowerings(key[1])]
+                for key in worth_measuring(errors, ranks, work, _EFFICIENCY)
             }
             self._add(kind, (option for options in first.values() for option in options), _FIRST_LOOK)
             fastest = {
@@ -283,6 +288,11 @@ class Latency:
         known = all(time.predicted is not None for time in layers.values())
         expected = round(predicted / self.whole * before) if known else None
         return replace(timing, before=before, predicted=expected, after=after, layers=layers)
+
+
+def _work(layer: Layer, option: Option) -> float:
+    """The MACs of an option over those of its layer."""
+    return (macs(layer, option) or 0) / (macs(layer) or 1)
 
 
 def start(found: Found, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Latency:

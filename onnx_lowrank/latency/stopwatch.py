@@ -9,7 +9,7 @@ from time import perf_counter_ns
 from typing import TypeVar
 
 from onnx_lowrank.graph.micro import Micro
-from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.model import Model, stored_bytes
 from onnx_lowrank.hardware import processor
 from onnx_lowrank.latency.cache import Cache
 from onnx_lowrank.latency.clock import Clock, Pace, interleaved
@@ -82,7 +82,7 @@ class Stopwatch:
             RejectedError: It fails on the inputs.
         """
         own, ratios = [], []
-        for some in _bunches(layers, _bytes) or [[]]:
+        for some in [*_bunches(layers, _bytes)] or [[]]:
             first, *others = self.times([whole, *((layer.dense(), layer.feed()) for layer in some)], pace)
             own.append(first)
             ratios += [other / first for other in others]
@@ -100,25 +100,24 @@ class Stopwatch:
         """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
         known = {option: self.cache.get(layer.key, _name(option)) for option in options}
         missing = [option for option, ratio in known.items() if ratio is None]
-        for some in _bunches(missing, lambda _: _bytes(layer)):
+        for some in _bunches(layer.decomposed(missing), lambda chain: stored_bytes(chain[1])):
             for option, ratio in self._measured(layer, some, pace):
                 known[option] = ratio
                 self.cache.put(layer.key, _name(option), ratio)
         return {option: ratio for option, ratio in known.items() if ratio is not None}
 
     def _measured(
-        self, layer: Micro, options: Sequence[Option], pace: Pace
+        self, layer: Micro, chains: Sequence[tuple[Option, Model]], pace: Pace
     ) -> Iterator[tuple[Option, float]]:
         feed = layer.feed()
-        models = [(layer.decomposed(option), feed) for option in options]
         try:
-            own, *others = self.times([(layer.dense(), feed), *models], pace)
+            own, *others = self.times([(layer.dense(), feed), *((model, feed) for _, model in chains)], pace)
         except (UnsupportedError, RejectedError):
-            if len(options) > 1:
-                for option in options:
-                    yield from self._measured(layer, [option], pace)
+            if len(chains) > 1:
+                for chain in chains:
+                    yield from self._measured(layer, [chain], pace)
             return
-        yield from zip(options, (other / own for other in others), strict=True)
+        yield from zip((option for option, _ in chains), (other / own for other in others), strict=True)
 
 
 def _name(option: Option) -> str:
@@ -126,21 +125,22 @@ def _name(option: Option) -> str:
 
 
 def _bytes(layer: Micro) -> int:
-    """Size of a layer's model; those of its chains are smaller."""
+    """Size of a layer's model."""
     return layer.size * layer.dtype.itemsize
 
 
-def _bunches(items: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
+def _bunches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
     """Items in their order, in bunches that fit into memory together."""
-    bunches: list[list[T]] = []
-    room = 0
+    bunch: list[T] = []
+    room = _TOGETHER
     for item in items:
-        if not bunches or size(item) > room or len(bunches[-1]) == _MOST:
-            bunches.append([])
-            room = _TOGETHER
-        bunches[-1].append(item)
+        if bunch and (size(item) > room or len(bunch) == _MOST):
+            yield bunch
+            bunch, room = [], _TOGETHER
+        bunch.append(item)
         room -= size(item)
-    return bunches
+    if bunch:
+        yield bunch
 
 
 def _environment(engine: Runtime, threads: int, warm: bool) -> dict[str, str]:
