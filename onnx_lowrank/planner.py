@@ -13,7 +13,7 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits, macs_limits
 from onnx_lowrank.allocate.options import Candidates, unscored
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
-from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.found import Found
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.report.progress import Progress
@@ -92,12 +92,15 @@ def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Gri
 
     Raises:
         BudgetError: None of them reaches it; the error is the one that comes closest.
-        InputError: MACs are needed and unknown.
+        InputError: MACs, or shapes to measure times for, are needed and unknown.
     """
     budget = grid.budget
     if budget is Budget.LATENCY:
-        if found.open_inputs:
-            found.total(Budget.MACS)
+        if found.open_inputs and found.macs() is None:
+            raise InputError(
+                f"Times are those of one shape, and dimensions of the inputs {', '.join(found.open_inputs)} "
+                "are open: pass them as --input-shape NAME=1,3,224,224, or choose --budget params."
+            )
         return
     limit = largest_total(ratio, found.total(budget))
     errors = []
