@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from typing import Any, TypeVar
 
 import array_api_compat.numpy
@@ -21,6 +22,9 @@ from onnx_lowrank.types import Array
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_LARGE = 256
+"""Rows and columns of matrices from which on a thread for each pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,26 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], backend: Backen
                 pending.extend(pool.submit(function, item) for item in islice(source, 1))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backend) -> Array:
+    """Apply a function of stacked matrices to a stack: on the CPU large ones on several cores.
+
+    A layer that takes longest runs alone in the end, so that its slices share the cores then.
+
+    Args:
+        function: Treats every matrix on its own; gives one array for each.
+        matrices: Shape (..., rows, cols).
+        backend: Where they lie.
+    """
+    *stack, rows, cols = matrices.shape
+    if backend.name == "cuda" or prod(stack) < 2 or min(rows, cols) < _LARGE:
+        return function(matrices)
+    xp = array_api_compat.array_namespace(matrices)
+    flat = xp.reshape(matrices, (-1, rows, cols))
+    with ThreadPoolExecutor(_cores()) as pool:
+        results = list(pool.map(lambda n: function(flat[n, ...]), range(flat.shape[0])))
+    return xp.reshape(xp.stack(results), (*stack, *results[0].shape))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.backend import Backend, of_each
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.types import Array, Fold, Spectra
 
@@ -44,7 +45,7 @@ def spectra(
         For every wanted (fold, k) the singular values, descending, of shape (g, k, min(rows, cols)).
     """
     array = backend.asarray(weight)
-    values = _by_svd if (stored or weight.dtype) == np.float64 else _by_gram
+    values = _by_svd if (stored or weight.dtype) == np.float64 else partial(_by_gram, backend)
     return {
         (fold, k): backend.to_numpy(sigma)
         for fold, counts in wanted.items()
@@ -58,15 +59,17 @@ def _by_svd(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[
         yield k, xp.linalg.svdvals(fold_slices(weight, fold, k))
 
 
-def _by_gram(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
+def _by_gram(
+    backend: Backend, weight: Array, fold: Fold, counts: Iterable[int]
+) -> Iterator[tuple[int, Array]]:
     _, f, c, *kernel = weight.shape
     encoder, decoder = fold.kernels(tuple(kernel))
     rows, cols = f * prod(decoder), c * prod(encoder)
     wide = {k for k in counts if cols // k >= rows}
     for k, gram in _row_grams(weight, fold, wide):
-        yield k, _singular_values(gram)
+        yield k, _singular_values(gram, backend)
     for k, gram in _column_grams(weight, fold, set(counts) - wide):
-        yield k, _singular_values(gram)
+        yield k, _singular_values(gram, backend)
 
 
 def _row_grams(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
@@ -108,9 +111,9 @@ def diagonal_blocks(gram: Array, count: int) -> Array:
     return xp.reshape(diagonal, (g, k * count, size, size))
 
 
-def _singular_values(gram: Array) -> Array:
+def _singular_values(gram: Array, backend: Backend) -> Array:
     xp = array_namespace(gram)
     # A 1×1 matrix is its eigenvalue; there can be thousands of them, each dearer to call LAPACK for.
-    ascending = gram[..., 0] if gram.shape[-1] == 1 else xp.linalg.eigvalsh(gram)
+    ascending = gram[..., 0] if gram.shape[-1] == 1 else of_each(xp.linalg.eigvalsh, gram, backend)
     descending = xp.flip(ascending, axis=-1)
     return xp.sqrt(xp.maximum(descending, xp.zeros_like(descending)))

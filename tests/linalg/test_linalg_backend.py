@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg import backend as backend_module
-from onnx_lowrank.linalg.backend import parallel_map, resolve
+from onnx_lowrank.linalg.backend import of_each, parallel_map, resolve
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.types import Fold, Option
@@ -154,3 +154,11 @@ def test_cuda_goes_one_after_the_other():
     sequential = backend_module.Backend("cuda", array_api_compat.numpy)
     threads = list(parallel_map(lambda _: threading.current_thread(), range(3), sequential))
     assert threads == [main] * 3
+
+
+@pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
+@pytest.mark.parametrize("size", [4, 300])
+def test_matrices_of_a_stack_give_the_same_bits_on_several_cores(stack, size):
+    matrices = np.random.default_rng(0).standard_normal((*stack, size, size))
+    found = of_each(np.linalg.svdvals, matrices, resolve("cpu"))
+    assert (found == np.linalg.svdvals(matrices)).all()
