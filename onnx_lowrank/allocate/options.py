@@ -115,7 +115,7 @@ def _ranks(layer: Layer, fold: Fold, k: int, grid: Grid, times: Times | None) ->
     ranks = np.array(grid.ranks(layer, fold, k), dtype=np.int64)
     if times is None or not ranks.size:
         return ranks
-    return ranks[times.costs(fold, k, ranks) <= WORTHWHILE * times.keep]
+    return ranks[times.costs(fold, k, ranks) < WORTHWHILE * times.keep]
 
 
 def _options(

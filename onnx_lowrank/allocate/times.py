@@ -58,7 +58,9 @@ class Times:
         """The times of a decomposition at some ranks, ascending; the layer's own where none was measured."""
         curve = self.curves.get((fold, k))
         shares = np.ones(len(ranks)) if curve is None else curve.at(ranks)
-        return np.rint(self.keep * (1 - self.gain * (1 - shares))).astype(np.int64)
+        saved = 1 - shares
+        # What loses even alone saves nothing where its layer's options lose in the model.
+        return np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved))).astype(np.int64)
 
     def cost(self, option: Option | None) -> int:
         """The time of an option, or of the layer as it is."""
@@ -104,7 +106,7 @@ def worth_measuring(
     kept = {
         key: None
         for time, error, key in points
-        if slack * time < 1 and error <= _least(best, times, slack * time)
+        if slack * time < 1 and error < _least(best, times, slack * time)
     }
     return list(kept)
 

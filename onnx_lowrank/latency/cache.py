@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 from typing import Self
 
 from platformdirs import user_cache_path
@@ -85,4 +85,5 @@ def _read(path: Path) -> Ratios:
 
 
 def _is_ratio(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
+    # Whole numbers can be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= float_info.max
