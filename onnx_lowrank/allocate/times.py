@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,8 @@ class Times:
         shares = np.ones(len(ranks)) if curve is None else curve.at(ranks)
         saved = 1 - shares
         # What loses even alone saves nothing where its layer's options lose in the model.
-        return np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved))).astype(np.int64)
+        times: Ints = np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved))).astype(np.int64)
+        return times
 
     def cost(self, option: Option | None) -> int:
         """The time of an option, or of the layer as it is."""
@@ -109,6 +110,29 @@ def worth_measuring(
         if slack * time < 1 and error < _least(best, times, slack * time)
     }
     return list(kept)
+
+
+def by_promise(
+    keys: Iterable[tuple[Fold, int]],
+    errors: Mapping[tuple[Fold, int], NDArray[np.float64]],
+    ranks: Mapping[tuple[Fold, int], Sequence[int]],
+    middle: Mapping[tuple[Fold, int], float],
+) -> list[tuple[Fold, int]]:
+    """Sort decompositions by the error that they have at half the layer's time, the least first.
+
+    Args:
+        keys: The decompositions.
+        errors: As for `worth_measuring`.
+        ranks: As for `worth_measuring`.
+        middle: The relative time, or work, at the middle rank, to which others are taken to be proportional.
+    """
+
+    def error(key: tuple[Fold, int]) -> float:
+        half = middle_rank(ranks[key]) * 0.5 / middle[key]
+        within = [rank for rank in ranks[key] if rank <= half]
+        return float(errors[key][within[-1]]) if within else np.inf
+
+    return sorted(keys, key=error)
 
 
 def _least(best: NDArray[np.float64], times: NDArray[np.float64], time: float) -> float:

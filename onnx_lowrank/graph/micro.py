@@ -67,9 +67,10 @@ class Micro:
         return Model(proto, self.key, {}, "")
 
     @property
-    def size(self) -> int:
-        """Elements of the layer's weight, and of what comes along."""
-        return sum(prod(tensor.dims) for tensor in self.structure.graph.initializer)
+    def bytes(self) -> int:
+        """Size of the layer's weight, and of what comes along."""
+        elements = sum(prod(tensor.dims) for tensor in self.structure.graph.initializer)
+        return elements * self.dtype.itemsize
 
     def decomposed(self, options: Iterable[Option]) -> Iterator[tuple[Option, Model]]:
         """The layer's chains under some options, one by one."""

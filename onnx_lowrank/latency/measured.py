@@ -21,7 +21,15 @@ import numpy as np
 from onnx_lowrank.allocate.cost import macs
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Errors
-from onnx_lowrank.allocate.times import Curve, Times, faster, middle_rank, sampled, worth_measuring
+from onnx_lowrank.allocate.times import (
+    Curve,
+    Times,
+    by_promise,
+    faster,
+    middle_rank,
+    sampled,
+    worth_measuring,
+)
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.found import Found
 from onnx_lowrank.graph.layers import Binding
@@ -42,6 +50,9 @@ _FIRST_LOOK = Pace(seconds=0.0)
 _CHAINS = Pace(seconds=2.0, spread=0.02)
 _BUDGET = 240.0
 """Seconds in which the chains of all layers are measured, or about that: each has some rounds at least."""
+
+_LEAST_OPTIONS, _BUILT = 12, 4 * 2**30
+"""How many options of a layer are measured at a time: so many, or more that make 4 GiB of models."""
 
 _EFFICIENCY = 0.5
 """One chain may compute its MACs in half the time of another."""
@@ -176,23 +187,21 @@ class Latency:
         for layer, errors in layers:
             ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
             work = {key: _work(layer, Option(*key, middle_rank(own))) for key, own in ranks.items()}
-            first = {
-                key: [Option(*key, middle_rank(ranks[key]), lowering) for lowering in layer.lowerings(key[1])]
-                for key in worth_measuring(errors, ranks, work, _EFFICIENCY)
-            }
-            self._add(kind, (option for options in first.values() for option in options), _FIRST_LOOK)
-            fastest = {
-                key: min(known, key=kind.known.__getitem__)
-                for key, options in first.items()
-                if (known := [option for option in options if option in kind.known])
-            }
+            most = max(_LEAST_OPTIONS, _BUILT // kind.micro.bytes)
+            promising = by_promise(worth_measuring(errors, ranks, work, _EFFICIENCY), errors, ranks, work)
+            first = [
+                Option(*key, middle_rank(ranks[key]), lowering)
+                for key in promising
+                for lowering in layer.lowerings(key[1])
+            ][:most]
+            self._add(kind, first, _FIRST_LOOK)
+            fastest: dict[_Key, Option] = {}
+            for option in sorted(kind.known.keys() & first, key=kind.known.__getitem__):
+                fastest.setdefault((option.fold, option.k), option)
             middle = {key: kind.known[option] for key, option in fastest.items()}
-            more = (
-                replace(fastest[key], j=j)
-                for key in worth_measuring(errors, ranks, middle)
-                for j in sampled(ranks[key])
-            )
-            self._add(kind, more, pace)
+            best = by_promise(worth_measuring(errors, ranks, middle), errors, ranks, middle)
+            more = [replace(fastest[key], j=j) for key in best for j in sampled(ranks[key])]
+            self._add(kind, more[:most], pace)
 
     def _add(self, kind: _Kind, options: Iterable[Option], pace: Pace) -> None:
         missing = [option for option in options if option not in kind.known]

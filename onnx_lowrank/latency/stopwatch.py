@@ -82,7 +82,7 @@ class Stopwatch:
             RejectedError: It fails on the inputs.
         """
         own, ratios = [], []
-        for some in [*_bunches(layers, _bytes)] or [[]]:
+        for some in [*_bunches(layers, lambda layer: layer.bytes)] or [[]]:
             first, *others = self.times([whole, *((layer.dense(), layer.feed()) for layer in some)], pace)
             own.append(first)
             ratios += [other / first for other in others]
@@ -122,11 +122,6 @@ class Stopwatch:
 
 def _name(option: Option) -> str:
     return f"{option.fold} {option.k} {option.j} {option.lowering}"
-
-
-def _bytes(layer: Micro) -> int:
-    """Size of a layer's model."""
-    return layer.size * layer.dtype.itemsize
 
 
 def _bunches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
