@@ -60,8 +60,8 @@ class Times:
         shares = np.ones(len(ranks)) if curve is None else curve.at(ranks)
         saved = 1 - shares
         # What loses even alone saves nothing where its layer's options lose in the model.
-        times: Ints = np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved))).astype(np.int64)
-        return times
+        left: Ints = np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved))).astype(np.int64)
+        return left
 
     def cost(self, option: Option | None) -> int:
         """The time of an option, or of the layer as it is."""
