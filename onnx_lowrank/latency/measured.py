@@ -51,8 +51,8 @@ _CHAINS = Pace(seconds=2.0, spread=0.02)
 _BUDGET = 240.0
 """Seconds in which the chains of all layers are measured, or about that: each has some rounds at least."""
 
-_LEAST_OPTIONS, _BUILT = 12, 4 * 2**30
-"""How many options of a layer are measured at a time: so many, or more that make 4 GiB of models."""
+_LEAST_OPTIONS, _BUILT = 8, 2 * 2**30
+"""How many options of a layer are measured at a time: so many, or more that make 2 GiB of models."""
 
 _EFFICIENCY = 0.5
 """One chain may compute its MACs in half the time of another."""
