@@ -136,9 +136,11 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", full)
-    Cache(path).put("layer", "option", 0.1)
-    saved(path, more=0.1)
+    cache = Cache(path)
+    cache.put("layer", "option", 0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        cache.save()
     assert files(tmp_path) == before
 
 

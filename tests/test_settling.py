@@ -1,0 +1,169 @@
+"""Plans under a latency budget where the model saves something else than its layers do alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from onnx_lowrank import BudgetError, compress, settling
+from onnx_lowrank.settling import _NOISE
+from timing import Recorded, by_weights
+from tiny import cnn
+
+SHAPE = {"x": (2, 8, 6, 6)}
+DENSE = by_weights(cnn())
+HELD = 1e-9 + _NOISE
+
+
+def alone(proto):
+    """Whether a model is one layer's."""
+    return proto.graph.name == "layer"
+
+
+def is_rewritten(proto, weight):
+    return weight not in {tensor.name for tensor in proto.graph.initializer}
+
+
+def inside(rule):
+    """A cost of layers by their weights, and of whole models by another rule."""
+    return lambda proto: by_weights(proto) if alone(proto) else max(1, round(rule(proto)))
+
+
+def saving(share):
+    """In the model this share is saved of what its weights save."""
+    return inside(lambda proto: DENSE - share * (DENSE - by_weights(proto)))
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Compress under a rule of times; alignment is not of this machine."""
+
+    def run(cost, ratio=None, proto=None, **options):
+        monkeypatch.setattr("onnx_lowrank.pipeline.Stopwatch", partial(Recorded, cost=cost))
+        if "plan" not in options:
+            options = {"budget": "latency", "align": 1} | options
+        return compress(proto or cnn(), ratio, input_shape=SHAPE, **options)
+
+    return run
+
+
+def rewritten(result):
+    return {choice.layer for choice in result.plan.choices if choice.option is not None}
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The plans that are made on the way, by what they rewrite."""
+    made = []
+    make = settling.planner.make
+
+    def recorded(*arguments):
+        plan = make(*arguments)
+        made.append(settling.options(plan))
+        return plan
+
+    monkeypatch.setattr(settling.planner, "make", recorded)
+    return made
+
+
+@pytest.mark.parametrize("ratio", [0.95, 0.9, 0.75, 0.6, 0.45, 0.3])
+def test_a_prediction_that_holds_is_taken_at_once(run, planned, ratio):
+    result = run(by_weights, ratio)
+    assert result.report.reached <= ratio
+    assert result.report.totals.time.after == by_weights(result.proto)
+    assert len(planned) == 1 or ratio - result.report.reached > settling._UNUSED
+    assert result.report.warnings == ()
+
+
+@pytest.mark.parametrize("recipe", ["schatten", "alds", "svd"])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("ratio", [0.9, 0.8])
+def test_where_less_is_saved_the_ratio_is_kept_nevertheless(run, planned, share, ratio, recipe):
+    result = run(saving(share), ratio, recipe=recipe)
+    assert result.report.reached <= ratio + HELD
+    assert len(planned) > 1 or share == 0.9
+    assert not any("above" in warning for warning in result.report.warnings)
+
+
+@pytest.mark.parametrize("share", [1.1, 1.3, 1.5])
+@pytest.mark.parametrize("ratio", [0.9, 0.8, 0.7])
+def test_where_more_is_saved_less_is_given_up(run, share, ratio):
+    plain, more = run(by_weights, ratio), run(saving(share), ratio)
+    assert more.report.reached <= ratio + HELD
+    assert more.plan.solver.objective <= plain.plan.solver.objective
+    assert by_weights(more.proto) >= by_weights(plain.proto)
+
+
+@pytest.mark.parametrize(("loser", "ratio"), [("conv1", 0.7), ("conv2", 0.9)])
+@pytest.mark.parametrize("loss", [0, 3000])
+def test_a_kind_of_layer_that_loses_in_the_model_is_kept(run, loser, ratio, loss):
+    def cost(proto):
+        return by_weights(proto) + (loss + DENSE if is_rewritten(proto, loser) else 0)
+
+    result = run(inside(cost), ratio)
+    assert result.report.reached <= ratio + HELD
+    assert rewritten(result)
+    assert loser not in rewritten(result)
+    (row,) = (row for row in result.report.layers if row.id == loser)
+    assert row.reason == "no option of the recipe is clearly faster"
+
+
+@pytest.mark.parametrize("share", [0.0, -0.2, -3.0])
+def test_a_model_that_does_not_become_faster_cannot_be_made(run, share):
+    with pytest.raises(BudgetError, match=r"^The ratio 0\.9 of latency cannot be reached") as caught:
+        run(saving(share), 0.9)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).startswith(
+        "The ratio 0.9 of latency cannot be reached for model on ONNX Runtime CPUExecutionProvider, "
+        "all threads: the fastest that was measured is "
+    )
+    assert caught.value.smallest_ratio >= 1
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.5])
+def test_an_unreachable_ratio_is_told_with_the_fastest_that_was_measured(run, ratio):
+    with pytest.raises(BudgetError) as caught:
+        run(saving(0.4), ratio)
+    assert caught.value.exit_code == 3
+    fastest = caught.value.smallest_ratio
+    assert ratio < fastest < 1
+    assert str(caught.value).endswith(f"the fastest that was measured is {fastest:.3f}.")
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.001])
+def test_a_ratio_that_not_even_the_layers_reach_is_told_with_the_smallest(run, ratio):
+    with pytest.raises(BudgetError, match=r"cannot be reached.*the smallest with recipe 'schatten'") as caught:
+        run(by_weights, ratio)
+    assert caught.value.exit_code == 3
+    result = run(by_weights, caught.value.smallest_ratio)
+    assert result.report.reached <= caught.value.smallest_ratio
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_ratio_1_rewrites_nothing(run, share):
+    result = run(saving(share), 1.0)
+    assert not rewritten(result)
+    assert result.report.reached == 1
+
+
+def test_a_dry_run_settles_the_same_plan(run):
+    one, other = (run(saving(0.7), 0.8, dry_run=dry) for dry in (False, True))
+    assert one.plan == other.plan
+    assert other.report.timing.after is None
+    assert other.report.reached == pytest.approx(one.report.reached, abs=0.03)
+
+
+def test_settling_gives_the_same_plan_every_time(run):
+    assert run(saving(0.7), 0.8).plan == run(saving(0.7), 0.8).plan
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0])
+def test_a_replayed_plan_that_became_slower_writes_nothing(run, share):
+    plan = run(by_weights, 0.6).plan
+    if share:
+        with pytest.raises(BudgetError, match=r"^The compressed model takes 1\.4\d* of the time of .* so noth") as caught:
+            run(saving(share), plan=plan)
+        assert caught.value.exit_code == 3
+    else:
+        assert run(saving(share), plan=plan).report.reached == 1
