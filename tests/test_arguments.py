@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_lowrank import InputError, RecipeError, compress, hardware
+from onnx_lowrank import InputError, RecipeError, arguments, compress, hardware
 from onnx_lowrank import recipe as recipes
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.arguments import AUTO_RECIPE, DEFAULT_RECIPE, check_calibration, request, target
@@ -266,3 +266,33 @@ def test_auto_follows_the_provider(provider):
 def test_what_is_no_alignment_is_told(align):
     with pytest.raises(InputError, match=r"^The alignment is .* has to be 'auto' or a whole number from 1"):
         asked(align=align)
+
+
+@pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CUDAExecutionProvider"])
+@pytest.mark.parametrize(("align", "block"), [(None, None), ("auto", None), (1, 1), (4, 4)])
+def test_times_are_best_in_the_providers_blocks(provider, align, block):
+    grid = asked(align=align, provider=provider, budget="latency").grid
+    assert grid == Grid(Budget.LATENCY, block or hardware.block(provider))
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [0, 1, 7, 1024, np.int64(3)])
+def test_a_number_of_threads_is_taken_as_it_is(given):
+    assert arguments.threads(given) == given
+    assert type(arguments.threads(given)) is int
+
+
+@pytest.mark.parametrize("given", [-1, 1025, 10**30])
+def test_a_number_of_threads_that_is_wrong_is_told(given):
+    with pytest.raises(
+        InputError, match=rf"^--threads is {given}: pass 1 to 1024, or 0 for what the runtime"
+    ):
+        arguments.threads(given)
+
+
+@pytest.mark.parametrize("given", [None, "2", 2.0, True, [2]])
+def test_what_is_no_number_of_threads_is_told(given):
+    with pytest.raises(InputError, match=r"^threads is .*: give a whole number\.$"):
+        arguments.threads(given)

@@ -92,6 +92,23 @@ WRONG = {
         [*HALF, "--align", "0"],
         "The alignment is '0', and has to be 'auto'",
     ),
+    **{
+        f"threads {value!r}": ([*HALF, "--threads", value], f"--threads: {value!r} is no whole number")
+        for value in ("many", "1.5", "", " 2", "9" * 30)
+    },
+    **{
+        f"{value} threads": ([*HALF, "--threads", value], f"--threads is {value}: pass 1 to 1024, or 0")
+        for value in ("-1", "1025")
+    },
+    "times of free dimensions": ([*HALF, "--budget", "latency"], "Times are those of one shape"),
+    "unknown budget": (
+        [*HALF, "--budget", "speed"],
+        "no budget 'speed': choose one of params, macs, latency",
+    ),
+    "latency with a plan": (
+        ["in.onnx", "out.onnx", "--plan", "p.json", "--budget", "latency"],
+        "leave out --pass, --budget and --align",
+    ),
     "unknown option": ([*HALF, "--fast"], "no option --fast"),
     "misspelt option": ([*HALF, "--reprot"], "no option --reprot: did you mean --report?"),
     "option without value": (["in.onnx", "out.onnx", "--ratio"], "'--ratio' requires an argument"),
@@ -1082,3 +1099,83 @@ def test_a_calibrated_plan_replays_to_the_same_bytes_with_the_same_data(run, fol
     assert outcome.code == 2
     assert run(*again, "--calibration", "cal.npz").code == 0
     assert Path("again.onnx").read_bytes() == Path("out.onnx").read_bytes()
+
+
+# --- times, which are recorded ones -------------------------------------------------------------------
+
+TIMED = (
+    "--quiet",
+    "in.onnx",
+    "out.onnx",
+    "--budget",
+    "latency",
+    "--align",
+    "1",
+    "--input-shape",
+    "x=2,8,6,6",
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "all threads"),
+        (("--threads", "0"), "all threads"),
+        (("--threads", "1"), "1 thread"),
+        (("--threads", "2", "--no-cache"), "2 threads"),
+    ],
+)
+def test_a_latency_budget_with_its_options(folder, run, options, words):
+    report = report_of(run(*TIMED, "--ratio", "0.6", "--report", "-", *options))
+    assert report["timing"]["engine"] == f"ONNX Runtime CPUExecutionProvider, {words}"
+    assert report["ratio"]["budget"] == "latency"
+    assert report["ratio"]["reached"] <= 0.6
+    assert Path("out.onnx").is_file()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_no_cache_and_threads_go_to_compress(folder, run, monkeypatch, cache):
+    seen = {}
+
+    def compress(source, **options):
+        seen.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "compress", compress)
+    assert run(*HALF, "--threads", "3", *([] if cache else ["--no-cache"])).code == 130
+    assert (seen["threads"], seen["cache"]) == (3, cache)
+
+
+@pytest.mark.parametrize("ratio", ["0.001", "0.01"])
+def test_a_time_that_cannot_be_reached_is_exit_code_3(folder, run, ratio):
+    outcome = run(*TIMED, "--ratio", ratio)
+    assert outcome.code == 3
+    assert outcome.message.startswith(
+        f"The ratio {ratio} of latency cannot be reached for in.onnx: the smallest"
+    )
+    assert not Path("out.onnx").exists()
+
+
+def test_a_plan_of_times_is_replayed_to_the_byte(folder, run):
+    assert run(*TIMED, "--ratio", "0.6", "--save-plan", "plan.json").code == 0
+    before = Path("out.onnx").read_bytes()
+    replay = ("--quiet", "in.onnx", "again.onnx", "--plan", "plan.json", "--input-shape", "x=2,8,6,6")
+    assert run(*replay).code == 0
+    assert Path("again.onnx").read_bytes() == before
+
+
+def test_a_dry_run_of_times_writes_nothing(folder, run):
+    before = files(folder)
+    report = report_of(run(*TIMED, "--ratio", "0.6", "--dry-run", "--report", "-"))
+    assert report["timing"]["after"] is None
+    assert report["timing"]["layers"] == []
+    assert report["totals"]["time"]["after"] == report["timing"]["predicted"]
+    assert files(folder) == before
+
+
+def test_the_table_of_times_is_on_stderr(folder, run):
+    outcome = run(*TIMED[1:], "--ratio", "0.6")
+    assert outcome.code == 0
+    assert outcome.out == ""
+    assert "time alone" in outcome.err
+    assert "predicted time" in outcome.err

@@ -4,9 +4,27 @@ from math import inf, isnan, nan
 
 import pytest
 
+from onnx_lowrank import compress, planner
 from onnx_lowrank import plan as plans
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.types import Aggregate, Budget, Choice, Fit, Fold, Layer, Measure, Option, Plan, Solver
+from onnx_lowrank.found import find_layers
+from onnx_lowrank.graph.model import load
+from onnx_lowrank.types import (
+    Aggregate,
+    Budget,
+    Choice,
+    Fit,
+    Fold,
+    Layer,
+    Lowering,
+    Measure,
+    Option,
+    Plan,
+    Positions,
+    Solver,
+    Use,
+)
+from tiny import cnn
 
 PLAN = Plan(
     model="ab" * 32,
@@ -43,6 +61,9 @@ def read(tmp_path, text):
         PLAN,
         replace(PLAN, choices=()),
         replace(PLAN, ratio=1.0, measure=Measure.NUCLEAR),
+        replace(PLAN, budget=Budget.LATENCY),
+        replace(PLAN, choices=(Choice("fc", Option(Fold.ENCODE, 1, 3, Lowering.MATMUL), 60, 0.5),)),
+        replace(PLAN, choices=(Choice("fc", Option(Fold.ENCODE, 1, 3, Lowering.CONV), 2**40, 0.5),)),
         replace(PLAN, solver=None, digest=""),
         replace(PLAN, measure=Measure.ACTIVATION, factors=Fit.ACTIVATIONS),
         replace(PLAN, measure=Measure.OUTPUT, factors=Fit.ACTIVATIONS, recover=True),
@@ -266,3 +287,77 @@ def test_an_option_has_to_be_one_of_the_layers(option, legal):
 def test_a_plan_for_something_else_is_told(choices, model, message):
     with pytest.raises(PlanError, match=message):
         plans.check(replace(PLAN, choices=choices), model, LAYERS)
+
+
+# --- plans of times -----------------------------------------------------------------------------------
+
+
+def pointwise(*, inputs=(6, 6), outputs=(6, 6), kernel=(1, 1), groups=1):
+    use = Use("", 0, "n", "Conv", 1, rank=4, positions=Positions(1, inputs, outputs))
+    return Layer("w", "Conv", 8, 8, kernel, groups, "float32", Fold.distinct(kernel), (1, 2), (use,))
+
+
+def matrix(op="MatMul", operand=1, rank=2):
+    use = Use("", 0, "n", op, operand, rank=rank, positions=Positions(5))
+    return Layer("w", op, 8, 8, (), 1, "float32", (Fold.ENCODE,), (1, 2), (use,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "k", "lowerings"),
+    [
+        (pointwise(), 1, ("native", "matmul")),
+        (pointwise(), 2, ("native",)),
+        (pointwise(outputs=(3, 3)), 1, ("native",)),
+        (pointwise(kernel=(3, 1)), 1, ("native",)),
+        (pointwise(groups=2), 1, ("native",)),
+        (matrix(), 1, ("native",)),
+        (matrix(), 2, ("native", "conv")),
+        (matrix(rank=3), 2, ("native", "conv")),
+        (matrix(rank=4), 2, ("native",)),
+        (matrix(rank=None), 2, ("native",)),
+        (matrix("Gemm"), 2, ("native", "conv")),
+        (matrix("Gemm", operand=0), 2, ("native",)),
+        (matrix("Gather"), 2, ("native",)),
+    ],
+)
+def test_the_operators_of_a_chain_have_to_be_some_that_the_layer_allows(layer, k, lowerings):
+    for lowering in Lowering:
+        option = Option(layer.folds[0], k, 1, lowering)
+        plan = replace(PLAN, choices=(Choice("w", option, 1, 0.0),))
+        if lowering in lowerings:
+            plans.check(plan, PLAN.model, (layer,))
+            continue
+        with pytest.raises(PlanError) as caught:
+            plans.check(plan, PLAN.model, (layer,))
+        assert str(caught.value) == (
+            f"In the plan, layer 'w' cannot be lowered as {lowering}: choose one of {', '.join(lowerings)}."
+        )
+
+
+def test_no_operators_are_the_layers_own(tmp_path):
+    table = json.loads(plans.to_json(PLAN))
+    table["layers"][1]["lowering"] = None
+    assert read(tmp_path, json.dumps(table)).choices[1].option.lowering is Lowering.NATIVE
+    assert read(tmp_path, json.dumps(table)) == PLAN
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_replayed_plan_of_times_keeps_them_unless_it_was_edited(edited):
+    proto = cnn()
+    shape = {"x": (2, 8, 6, 6)}
+    plan = compress(proto, 0.6, budget="latency", align=1, input_shape=shape, dry_run=True).plan
+    found = find_layers(load(proto), shape, (), ())
+    if edited:
+        option = Option(Fold.DECODE, 2, 2)
+        plan = replace(plan, choices=(replace(plan.choices[0], option=option), *plan.choices[1:]))
+    replayed = planner.replay(plan, found)
+    if not edited:
+        assert replayed == plan
+        return
+    assert replayed.solver is None
+    assert replayed.digest != plan.digest
+    assert not plans.is_edited(replayed)
+    for old, new in zip(plan.choices, replayed.choices, strict=True):
+        assert new.option == old.option
+        assert isnan(new.error) if new.option else new.error == 0
+        assert new.reason == ("" if new.option else "the replayed plan keeps it")

@@ -69,6 +69,13 @@ def test_a_wrong_value_is_told_with_its_key(key, value):
     assert caught.value.exit_code == 2
 
 
+def test_latency_is_no_price_as_there_is_no_formula_of_it():
+    with pytest.raises(
+        RecipeError, match=r"^Recipe 'test' has price = 'latency', but price is one of params, macs\.$"
+    ):
+        parse(price='"latency"')
+
+
 @pytest.mark.parametrize("key", ["fold", "Measure", "recovery", "name", "relative", '"a b"', "table.key"])
 def test_an_unknown_key_is_told_with_the_known_ones(key):
     with pytest.raises(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from onnx_lowrank import compress, reporting
 from onnx_lowrank.found import find_layers
 from onnx_lowrank.graph import model as models
-from onnx_lowrank.types import Calibrated, OutputError, Validation
+from onnx_lowrank.types import Budget, Calibrated, OutputError, Timing, Validation
 from tiny import cnn
 
 RATIO = "choose a larger ratio or another recipe"
@@ -109,3 +111,63 @@ def test_a_target_is_no_ratio_to_enlarge_and_what_was_asked_for_no_surprise(
 ):
     told = f"Only {agreement:.1%} {ROWS}: {TARGET}."
     assert warned(output(agreement), **targets) == ((told,) if warns else ())
+
+
+# --- times ------------------------------------------------------------------------------------------
+
+
+def timing(after, before=1000, predicted=None):
+    return Timing("ONNX Runtime X, 1 thread", "inputs", before, predicted, after)
+
+
+@pytest.mark.parametrize(
+    ("after", "shown"),
+    [(None, ""), (10, ""), (1000, ""), (1050, ""), (1051, "1.05"), (1500, "1.50"), (20_000, "20.00")],
+)
+@pytest.mark.parametrize("budget", [Budget.PARAMS, Budget.MACS])
+def test_a_slower_model_is_a_warning_where_time_is_not_the_budget(planned, budget, after, shown):
+    found, plan = planned
+    report = reporting.assemble(found, replace(plan, budget=budget, ratio=1.0), timing=timing(after))
+    slower = [warning for warning in report.warnings if "as long" in warning]
+    told = (
+        f"The compressed model takes {shown} times as long as the input model on ONNX Runtime X, 1 thread: "
+        "--budget latency makes models that are faster."
+    )
+    assert slower == ([told] if shown else [])
+    assert report.timing is None
+    assert report.totals.time is None
+
+
+@pytest.mark.parametrize(
+    ("given", "after", "reached"),
+    [
+        (timing(700, predicted=500), 700, 0.7),
+        (timing(None, predicted=500), 500, 0.5),
+        (timing(700), 700, 0.7),
+        (timing(1300, predicted=500), 1300, 1.3),
+    ],
+)
+def test_where_it_is_the_budget_times_are_totals(planned, given, after, reached):
+    found, plan = planned
+    report = reporting.assemble(found, replace(plan, budget=Budget.LATENCY, ratio=reached), timing=given)
+    assert (report.totals.time.before, report.totals.time.after) == (1000, after)
+    assert report.reached == reached
+    assert report.timing == given
+    assert not any("as long" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (600, ""),
+        (618, ""),
+        (619, "The plan reaches the ratio 0.619, above the 0.6 for which it was made."),
+        (551, ""),
+        (549, "The ratio is 0.549 where 0.6 was asked for, as the options are coarse"),
+    ],
+)
+def test_a_time_may_miss_its_ratio_by_what_measurements_differ(planned, after, told):
+    found, plan = planned
+    report = reporting.assemble(found, replace(plan, budget=Budget.LATENCY, ratio=0.6), timing=timing(after))
+    assert len(report.warnings) == bool(told)
+    assert all(warning.startswith(told) for warning in report.warnings)

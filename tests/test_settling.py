@@ -133,7 +133,9 @@ def test_an_unreachable_ratio_is_told_with_the_fastest_that_was_measured(run, ra
 
 @pytest.mark.parametrize("ratio", [0.01, 0.001])
 def test_a_ratio_that_not_even_the_layers_reach_is_told_with_the_smallest(run, ratio):
-    with pytest.raises(BudgetError, match=r"cannot be reached.*the smallest with recipe 'schatten'") as caught:
+    with pytest.raises(
+        BudgetError, match=r"cannot be reached.*the smallest with recipe 'schatten'"
+    ) as caught:
         run(by_weights, ratio)
     assert caught.value.exit_code == 3
     result = run(by_weights, caught.value.smallest_ratio)
@@ -162,7 +164,9 @@ def test_settling_gives_the_same_plan_every_time(run):
 def test_a_replayed_plan_that_became_slower_writes_nothing(run, share):
     plan = run(by_weights, 0.6).plan
     if share:
-        with pytest.raises(BudgetError, match=r"^The compressed model takes 1\.4\d* of the time of .* so noth") as caught:
+        with pytest.raises(
+            BudgetError, match=r"^The compressed model takes 1\.4\d* of the time of .* so noth"
+        ) as caught:
             run(saving(share), plan=plan)
         assert caught.value.exit_code == 3
     else:

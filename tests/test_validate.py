@@ -14,6 +14,7 @@ from onnx_lowrank.validate import Measured, calibrating_engine, engines, runtime
 from onnx_lowrank.validate.compare import Comparison, compare
 from onnx_lowrank.validate.inputs import make, read, specs
 from onnx_lowrank.validate.tables import id_limits
+from tiny import built, decaying
 
 HEADER = '<ir_version: 10, opset_import: ["": 21]>'
 
@@ -704,3 +705,66 @@ def test_a_model_that_nothing_runs_is_refused():
 @pytest.mark.parametrize("path", ["in.onnx", "./in.onnx"])
 def test_a_message_keeps_its_dots(path):
     assert engines.one_line("Node 'a.b' in in.onnx fails", path).startswith("Node 'a.b' in ")
+
+
+# --- models that are run again and again -----------------------------------------------------------
+
+
+@pytest.fixture
+def pooled():
+    """A model, and inputs for it."""
+    text = f"{HEADER} g (float[2, 8] x) => (float[2, 4] y) {{ y = MatMul (x, w) }}"
+    proto = built(text, {"w": decaying(1, 8, 4)})
+    return proto, {"x": np.ones((2, 8), np.float32)}
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_a_model_that_is_ready_runs_as_often_as_one_likes(pooled, threads):
+    proto, feed = pooled
+    engine = engines.runtime("CPUExecutionProvider")
+    with engine.open(load(proto)) as run:
+        expected = run(feed)["y"]
+    with engine.ready(load(proto), feed, threads) as again:
+        for _ in range(3):
+            assert np.array_equal(again()["y"], expected)
+
+
+def test_many_models_are_ready_at_the_same_time(pooled):
+    proto, feed = pooled
+    engine = engines.runtime("CPUExecutionProvider")
+    with engine.ready(load(proto), feed, 1) as one, engine.ready(load(proto), feed, 1) as other:
+        assert np.array_equal(one()["y"], other()["y"])
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_a_model_is_ready_with_the_threads_that_were_asked_for(pooled, threads, monkeypatch):
+    proto, feed = pooled
+    engine = engines.runtime("CPUExecutionProvider")
+    seen = []
+    session = engines.Runtime._session
+
+    def recorded(self, source, options):
+        seen.append(options.intra_op_num_threads)
+        return session(self, source, options)
+
+    monkeypatch.setattr(engines.Runtime, "_session", recorded)
+    with engine.ready(load(proto), feed, threads):
+        assert seen == [threads]
+
+
+def test_a_model_that_the_runtime_does_not_accept_is_never_ready(pooled):
+    proto, feed = pooled
+    proto.graph.node[0].op_type = "NoSuchOperator"
+    engine = engines.runtime("CPUExecutionProvider")
+    with pytest.raises(engines.UnsupportedError), engine.ready(load(proto), feed, 1):
+        pass
+
+
+def test_inputs_that_do_not_fit_are_told_when_the_model_runs(pooled):
+    proto, _ = pooled
+    engine = engines.runtime("CPUExecutionProvider")
+    with (
+        engine.ready(load(proto), {"x": np.ones((3, 8), np.float32)}, 1) as run,
+        pytest.raises(engines.RejectedError),
+    ):
+        run()

@@ -261,11 +261,13 @@ class Latency:
     def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
         """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""
         found: dict[str, LayerTime] = {}
+        # What is measured here, of layers that are alike, too, is no prediction.
+        planned = {layer.id: self._times(layer) for layer in self._found.layers}
         for layer in self._found.layers:
             option = options.get(layer.id)
             if option is None or not self._uses[layer.id]:
                 continue
-            times = self._times(layer)
+            times = planned[layer.id]
             after = 0
             for key in self._uses[layer.id]:
                 kind = self._kinds[key]
@@ -294,7 +296,9 @@ class Latency:
         layers = self.layers(options)
         self.stopwatch.cache.save()
         # Both were measured anew, on a machine that may have become slower; the prediction is of their ratio.
-        known = all(time.predicted is not None for time in layers.values())
+        known = layers.keys() == options.keys() and all(
+            time.predicted is not None for time in layers.values()
+        )
         expected = round(predicted / self.whole * before) if known else None
         return replace(timing, before=before, predicted=expected, after=after, layers=layers)
 

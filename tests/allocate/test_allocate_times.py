@@ -13,6 +13,7 @@ from onnx_lowrank.allocate.times import (
     WORTHWHILE,
     Curve,
     Times,
+    by_promise,
     faster,
     middle_rank,
     sampled,
@@ -203,6 +204,19 @@ def test_the_dominated_are_dropped(points, kept):
     middle = {keys[name]: time for name, (time, _) in points.items()}
     found = worth_measuring(errors, dict.fromkeys(keys.values(), range(2, 3)), middle)
     assert {name for name, key in keys.items() if key in found} == set(kept)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_most_promising_have_the_least_error_at_half_the_time(seed):
+    errors, ranks, middle = field(seed)
+
+    def at_half(key):
+        within = [j for j in ranks[key] if middle[key] * j / middle_rank(ranks[key]) <= 0.5 + 1e-12]
+        return errors[key][max(within)] if within else np.inf
+
+    order = by_promise(ranks, errors, ranks, middle)
+    assert sorted(order) == sorted(ranks)
+    assert [at_half(key) for key in order] == sorted(map(at_half, ranks))
 
 
 def test_without_errors_nothing_is_measured():

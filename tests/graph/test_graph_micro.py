@@ -21,7 +21,11 @@ def norm(f, name="n"):
 CONVS = {
     "plain": ("y = Conv (x, w)", {"w": (6, 4, 3, 3)}, (2, 4, 8, 8)),
     "padded": ("y = Conv <pads = [1, 1, 1, 1]> (x, w)", {"w": (6, 4, 3, 3)}, (2, 4, 8, 8)),
-    "same": ('y = Conv <auto_pad = "SAME_UPPER", strides = [2, 2]> (x, w)', {"w": (6, 4, 3, 3)}, (1, 4, 7, 7)),
+    "same": (
+        'y = Conv <auto_pad = "SAME_UPPER", strides = [2, 2]> (x, w)',
+        {"w": (6, 4, 3, 3)},
+        (1, 4, 7, 7),
+    ),
     "strided": (
         "y = Conv <strides = [2, 3], pads = [0, 1, 2, 0]> (x, w)",
         {"w": (6, 4, 3, 3)},
@@ -205,7 +209,11 @@ def test_a_pointwise_convolution_is_written_as_matrices():
 def test_tied_embeddings(tables):
     """The table is cut out where it is a matrix, and not where rows are looked up in it."""
     flat = "h = Flatten <axis = 1> (e)" if tables[1] == "Gemm" else "h = Identity (e)"
-    apply = "y = Gemm <transB = 1> (h, w)" if tables[1] == "Gemm" else "t = Transpose <perm = [1, 0]> (w)\n y = MatMul (h, t)"
+    apply = (
+        "y = Gemm <transB = 1> (h, w)"
+        if tables[1] == "Gemm"
+        else "t = Transpose <perm = [1, 0]> (w)\n y = MatMul (h, t)"
+    )
     ids = "3, 1" if tables[1] == "Gemm" else "2, 3"
     proto = model(f"g (int64[{ids}] i) => (float[] y) {{ e = Gather (w, i)\n {flat}\n {apply} }}", w=(12, 8))
     of = found(proto)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from onnx_lowrank.report import LayerRow, Report, Solver, Total, Totals
+from onnx_lowrank.report import LayerRow, Report, Solver, Total, Totals, words
 from onnx_lowrank.types import (
     Aggregate,
     Budget,
@@ -15,10 +15,12 @@ from onnx_lowrank.types import (
     Fit,
     Fold,
     LayerFit,
+    LayerTime,
     Measure,
     Option,
     OutputError,
     Skipped,
+    Timing,
     Trial,
     Validation,
 )
@@ -460,3 +462,138 @@ def test_a_calibrated_report_needs_no_unicode():
     assert "> schatten" in text
     assert "|y - y'|^2/|y|^2" in text
     assert "?" not in text
+
+
+# --- times ------------------------------------------------------------------------------------------
+
+TIMES = {"stage0.conv.weight": LayerTime(2_000_000, 800_000, 900_000)}
+TIMING = Timing("ONNX Runtime X, 2 threads", "x float32 1×3", 5_000_000, 2_500_000, 2_750_000, TIMES)
+
+
+def timed(timing=TIMING, **changes):
+    time = Total(timing.before, timing.predicted if timing.after is None else timing.after)
+    totals = replace(report().totals, time=time)
+    return report(timing=timing, totals=totals, budget=Budget.LATENCY, reached=0.55, **changes)
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "shown"),
+    [
+        (None, "unknown"),
+        (0, "0 µs"),
+        (1, "0.001 µs"),
+        (1234, "1.23 µs"),
+        (999_000, "999 µs"),
+        (999_400, "999 µs"),
+        (999_500, "1 ms"),
+        (1_000_000, "1 ms"),
+        (12_345_678, "12.3 ms"),
+        (999_499_999, "999 ms"),
+        (999_500_000, "1 s"),
+        (1_500_000_000, "1.5 s"),
+        (90_000_000_000, "90 s"),
+        (990_000_000_000, "990 s"),
+    ],
+)
+def test_times_have_three_digits(nanoseconds, shown):
+    assert words.time(nanoseconds) == shown
+
+
+def test_the_table_shows_measured_and_predicted_times():
+    text = printed(timed(), 160)
+    lines = text.splitlines()
+    (layer,) = (line for line in lines if "stage0" in line)
+    assert "2 ms→900 µs" in layer
+    assert "800 µs" in layer
+    (other,) = (line for line in lines if "stage2" in line)
+    assert "ms" not in other
+    (measured,) = (line for line in lines if line.startswith("time ") and "5 ms" in line)
+    (predicted,) = (line for line in lines if line.startswith("predicted time"))
+    assert "2.75 ms" in measured
+    assert measured.rstrip().endswith("0.550")
+    assert "2.5 ms" in predicted
+    assert predicted.rstrip().endswith("0.500")
+    assert "time: medians of interleaved runs on ONNX Runtime X, 2 threads;" in text
+    assert "inputs x float32 1×3." in text
+    assert "Ratio of latency: 0.5500, asked for 0.5" in text
+    assert "time alone: of the layer" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({}, ["time", "predicted time"]),
+        ({"after": None, "layers": {}}, ["predicted time"]),
+        ({"predicted": None}, ["time"]),
+        ({"predicted": None, "after": None, "layers": {}}, []),
+    ],
+)
+def test_totals_have_the_times_that_are_known(change, rows):
+    text = printed(timed(replace(TIMING, **change)), 160)
+    found = [name for name in ("time", "predicted time") if re.search(rf"^{name} +[0-9]", text, re.MULTILINE)]
+    assert found == rows
+    assert ("time alone" in text) == bool(replace(TIMING, **change).layers)
+
+
+def test_without_timing_there_are_no_times():
+    text = printed(report(), 160)
+    assert "time" not in text
+    assert "predicted" not in text
+
+
+def test_a_replayed_layer_has_no_prediction():
+    layers = {name: replace(time, predicted=None) for name, time in TIMES.items()}
+    (line,) = (
+        line for line in printed(timed(replace(TIMING, layers=layers)), 160).splitlines() if "stage0" in line
+    )
+    assert "→900 µs" in line
+    assert "800 µs" not in line
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 72, 80, 120, 160])
+@pytest.mark.parametrize("count", [1, 3, 54])
+def test_times_fit_the_width_too(width, count):
+    rows = tuple(row(index) for index in range(count))
+    layers = {one.id: LayerTime(2_000_000, 800_000, 900_000) for one in rows}
+    text = printed(timed(replace(TIMING, layers=layers), layers=rows), width)
+    assert max(map(len, text.splitlines())) <= width
+    for index in range(count):
+        assert f"{7 + index} of 48" in text
+    assert "2.75 ms" in text
+
+
+def test_json_has_the_times():
+    table = json.loads(timed().to_json())
+    assert table["timing"] == {
+        "engine": "ONNX Runtime X, 2 threads",
+        "inputs": "x float32 1×3",
+        "before": 5_000_000,
+        "predicted": 2_500_000,
+        "after": 2_750_000,
+        "layers": [
+            {"layer": "stage0.conv.weight", "before": 2_000_000, "predicted": 800_000, "after": 900_000}
+        ],
+    }
+    assert list(table["timing"]) == ["engine", "inputs", "before", "predicted", "after", "layers"]
+    assert table["totals"]["time"] == {"before": 5_000_000, "after": 2_750_000, "ratio": 0.55}
+    assert table["ratio"]["budget"] == "latency"
+
+
+def test_json_without_times_has_null():
+    table = json.loads(report().to_json())
+    assert table["timing"] is None
+    assert table["totals"]["time"] is None
+    assert table["layers"][0]["lowering"] == "native"
+    assert table["layers"][1]["lowering"] is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "total"),
+    [(Budget.PARAMS, Total(1, 2)), (Budget.MACS, Total(3, 4)), (Budget.LATENCY, Total(7, 8))],
+)
+def test_what_a_budget_counts(budget, total):
+    assert Totals(Total(1, 2), Total(3, 4), Total(5, 6), Total(7, 8)).of(budget) == total
+
+
+def test_a_time_that_is_unknown_has_no_ratio():
+    assert Totals(Total(1, 2), Total(3, 4), Total(5, 6)).of(Budget.LATENCY).ratio is None
