@@ -8,14 +8,16 @@ Rules:
    and planned with what it saves there. Layers that lose in the model are kept from then on.
 3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. Of
    those that keep within the ratio the one of least objective is taken.
+4. Where none does, the fastest plan is tried, and some between it and those that were too slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
+from onnx_lowrank import plan as plans
 from onnx_lowrank import planner
 from onnx_lowrank.build import assemble
 from onnx_lowrank.errors import BudgetError
@@ -29,11 +31,18 @@ from onnx_lowrank.scoring import Scores
 from onnx_lowrank.types import Option, Plan
 
 _ROUNDS = 5
+_STEPS = 4
+_NOTHING = 1e-9  # a ratio that no plan reaches
+
 _NOISE = 0.005
 """A measured ratio is known to about this."""
 
 _UNUSED = 0.02
 """What a plan may leave of the ratio; beyond that it gives up accuracy for nothing."""
+
+_CHANGES = (0.6, 1.3)
+"""What of their predicted saving all layers together may save, once their kinds are known: more than that is
+mostly other work on the machine."""
 
 _MISSED = 0.03
 """A prediction that is further off is corrected kind by kind."""
@@ -81,21 +90,9 @@ class _Settling:
 
     def run(self) -> Plan:
         """Go through the rules."""
-        seen = set[tuple[Option | None, ...]]()
-        for turn in range(_ROUNDS):
-            try:
-                plan = planner.make(self.found, self.goal, self.scores, self.progress)
-            except BudgetError:
-                if self.fastest == inf:
-                    raise
-                break
-            if (key := tuple(choice.option for choice in plan.choices)) in seen:
-                break
-            seen.add(key)
-            reached = self._measured(plan)
-            if -_NOISE <= self.goal.ratio - reached <= _UNUSED:
-                break
-            self._learn(options(plan), reached, is_first=turn == 0)
+        self._learned()
+        if self.best is None:
+            self._bisected()
         if self.best is None:
             raise BudgetError(
                 f"The ratio {self.goal.ratio:g} of latency cannot be reached for {self.found.model.name} on "
@@ -103,6 +100,50 @@ class _Settling:
                 self.fastest,
             )
         return self.best
+
+    def _learned(self) -> None:
+        """Make plans by what those before them saved (rules 2 and 3)."""
+        seen = set[tuple[Option | None, ...]]()
+        for turn in range(_ROUNDS):
+            try:
+                plan = self._plan(self.goal.ratio)
+            except BudgetError:
+                if self.fastest == inf:
+                    raise
+                return
+            if (key := tuple(choice.option for choice in plan.choices)) in seen:
+                return
+            seen.add(key)
+            reached = self._measured(plan)
+            if -_NOISE <= self.goal.ratio - reached <= _UNUSED:
+                return
+            self._learn(options(plan), reached, is_first=turn == 0)
+
+    def _bisected(self) -> None:
+        """Look for a plan between the fastest and those that were too slow (rule 4)."""
+        aim = low = self._smallest()
+        high = max(low, self.goal.ratio)
+        for _ in range(_STEPS):
+            if self._measured(self._plan(aim)) <= self.goal.ratio + _NOISE:
+                low = aim
+            else:
+                high = aim
+            if high <= low:  # the fastest plan is too slow, or the only one
+                return
+            aim = (low + high) / 2
+
+    def _smallest(self) -> float:
+        """The least ratio that is predicted for any plan."""
+        try:
+            self._plan(_NOTHING)
+        except BudgetError as error:
+            return error.smallest_ratio or 1.0
+        return _NOTHING
+
+    def _plan(self, ratio: float) -> Plan:
+        """The plan for a predicted ratio."""
+        plan = planner.make(self.found, replace(self.goal, ratio=ratio), self.scores, self.progress)
+        return plans.sealed(replace(plan, ratio=self.goal.ratio))
 
     def _measured(self, plan: Plan) -> float:
         """The ratio that a plan reaches; the best plan so far is kept (rule 3)."""
@@ -120,7 +161,7 @@ class _Settling:
             with self.progress.stage("time kinds of layers"):
                 self.latency.correct(chosen, self._ratio)
         else:
-            self.latency.learn(chosen, reached)
+            self.latency.learn(chosen, reached, _CHANGES)
 
     def _is_better(self, plan: Plan) -> bool:
         if self.best is None or plan.solver is None or self.best.solver is None:

@@ -246,15 +246,18 @@ class Latency:
         for own in kinds.values():
             self.learn(own, ratio(own))
 
-    def learn(self, options: Mapping[str, Option], ratio: float) -> None:
+    def learn(
+        self, options: Mapping[str, Option], ratio: float, limits: tuple[float, float] = _GAINS
+    ) -> None:
         """Predict of layers that they save what they have saved together in one model (rule 3).
 
         Args:
             options: The options of the layers that were rewritten in it.
             ratio: Its time over this model's.
+            limits: The least and the largest share of what was predicted to believe.
         """
         alone = 1 - self.predicted(options) / self.whole
-        share = float(np.clip((1 - ratio) / alone, *_GAINS)) if alone > 0 else 1.0
+        share = float(np.clip((1 - ratio) / alone, *limits)) if alone > 0 else 1.0
         for key in {key for layer in options for key in self._uses[layer]}:
             self._kinds[key].gain *= share
 
@@ -288,6 +291,8 @@ class Latency:
             UnsupportedError: The runtime does not accept it.
             RejectedError: It fails on the inputs.
         """
+        if model is None:
+            self.layers(options)  # a replayed plan's are not known yet
         predicted = self.predicted(options)
         timing = Timing(self.stopwatch.name, describe(self._feed), self.whole, predicted)
         if model is None:
