@@ -24,7 +24,7 @@ from onnx_lowrank.graph.layers import Binding
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.tensors import is_external, region, tensors
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
-from onnx_lowrank.graph.weights import constant, readers, resolve
+from onnx_lowrank.graph.weights import Source, constant, readers, resolve
 from onnx_lowrank.types import Layer, Use
 
 
@@ -93,9 +93,14 @@ def _own_constant(model: Model, walk: Walk, place: Place, operand: int) -> NDArr
     """Rules 3 and 4: a constant operand that nothing else needs; None where it is something else."""
     tensor = walk.operand(place, operand)
     stored = resolve(walk, tensor)
-    if isinstance(stored, str) or readers(walk, stored.source) != [(place, operand)]:
+    if isinstance(stored, str) or not is_own(model, walk, stored.source, place, operand):
         return None
-    return None if _shares_bytes(model, stored.source.tensor) else constant(walk, model, tensor)
+    return constant(walk, model, tensor)
+
+
+def is_own(model: Model, walk: Walk, source: Source, place: Place, operand: int) -> bool:
+    """Rule 4: whether a node, by one operand, is all that needs a constant."""
+    return readers(walk, source) == [(place, operand)] and not _shares_bytes(model, source.tensor)
 
 
 def _shares_bytes(model: Model, tensor: TensorProto) -> bool:

@@ -17,8 +17,8 @@ Rules:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,12 @@ from onnx_lowrank.graph.chains import (
     matrix,
     matrix_layout,
 )
+from onnx_lowrank.graph.edits import Edits, Store
 from onnx_lowrank.graph.layers import Binding
-from onnx_lowrank.graph.model import Model, Scope, scopes
-from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
-from onnx_lowrank.graph.weights import VIEWS, dtype_of, viewed
+from onnx_lowrank.graph.model import Model
+from onnx_lowrank.graph.walk import Place, Walk, label
+from onnx_lowrank.graph.weights import dtype_of, viewed
 from onnx_lowrank.types import Certificate, Factors, Layer, Lowering, Option, Use
-
-Store = Callable[[str, NDArray[Any]], TensorProto]
-"""Makes a tensor of a name and an array; big models put its bytes on disk."""
 
 METADATA = "onnx_lowrank"
 """Prefix of the keys in metadata_props."""
@@ -84,25 +82,6 @@ class Rewritten:
     removed_inputs: tuple[str, ...]
 
 
-@dataclass(slots=True)
-class _Edit:
-    """What changes in one scope: nodes by index of the original, and tensors.
-
-    Attributes:
-        before: New nodes, by the node before which they stand.
-        deleted: The nodes that go.
-        repointed: New inputs of nodes that stay, by node and operand.
-        forgotten: Names of the tensors that go, with all that is said about them.
-        initializers: New ones.
-    """
-
-    before: dict[int, list[NodeProto]] = field(default_factory=dict)
-    deleted: set[int] = field(default_factory=set)
-    repointed: dict[tuple[int, int], str] = field(default_factory=dict)
-    forgotten: set[str] = field(default_factory=set)
-    initializers: list[TensorProto] = field(default_factory=list)
-
-
 def inline(name: str, values: NDArray[Any]) -> TensorProto:
     """A tensor that carries its own bytes."""
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
@@ -134,7 +113,7 @@ def rewrite(
     writer = _Writer(model, walk, store)
     for replacement in replacements:
         writer.replace(replacement)
-    proto, removed = writer.finish()
+    proto, removed = writer.edits.apply()
     if writer.proofs:
         _add_metadata(proto, "run", json.dumps(dict(run)))
         _add_metadata(proto, "layers", json.dumps(writer.proofs, ensure_ascii=False))
@@ -142,17 +121,14 @@ def rewrite(
 
 
 class _Writer:
-    """Gathers the edits of all scopes, then applies them to one copy of the model."""
+    """Plans the edits of all scopes."""
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
         self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
         self.proofs: dict[str, dict[str, Any]] = {}
         self._model = model
         self._walk = walk
-        self._store = store
-        self._edits: dict[str, _Edit] = {path: _Edit() for path in walk.scopes}
-        self._unique = FreeNames(walk).unique
-        self._unreads: dict[tuple[Place, int], Any] = {}
+        self.edits = Edits(model, walk, store)
 
     def replace(self, replacement: Replacement) -> None:
         """Plan the edits for one layer."""
@@ -166,7 +142,7 @@ class _Writer:
             arrays = matrix_layout(layer, batch, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
         encoder, decoder = (
-            self._keep(binding, f"{name}_{role}", array)
+            self.edits.keep(binding.stored.source, f"{name}_{role}", array)
             for role, array in zip(("encoder", "decoder"), arrays, strict=True)
         )
         new_bias = self._new_bias(replacement, nodes[0])
@@ -180,22 +156,6 @@ class _Writer:
             self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, new_bias)
             for index in range(len(nodes))
         )
-
-    def _keep(self, binding: Binding, name: str, values: NDArray[Any]) -> str:
-        """Store a new tensor where the layer's weight is stored (rule 2); returns its name."""
-        source = binding.stored.source
-        edit = self._edits[source.scope]
-        tensor = self._store(self._unique(name), values)
-        if source.place is None and self._model.proto.ir_version >= 4:
-            edit.initializers.append(tensor)
-        else:
-            node = onnx.helper.make_node(
-                "Constant", [], [tensor.name], self._unique(f"{tensor.name}/constant")
-            )
-            node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
-            index = 0 if source.place is None else source.place.node
-            edit.before.setdefault(index, []).append(node)
-        return tensor.name
 
     def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
         """Store a layer's new bias, in the dtype in which it computes; returns its name for the chain.
@@ -215,11 +175,11 @@ class _Writer:
             stored = values.reshape(old.shape).astype(dtype)
         if not np.isfinite(stored).all():
             raise InputError(f"The new bias of {layer.id!r} is not finite in {dtype}: exclude this layer.")
-        name = self._keep(binding, f"{label(node)}_bias", stored)
-        self._unread(old.place, old.operand)
+        name = self.edits.keep(binding.stored.source, f"{label(node)}_bias", stored)
+        self.edits.unread(old.place, old.operand)
         if old.place.node == layer.uses[0].node:
             return name
-        self._edits[old.place.scope].repointed[old.place.node, old.operand] = name
+        self.edits.scopes[old.place.scope].repointed[old.place.node, old.operand] = name
         return ""
 
     def _chain(
@@ -235,7 +195,7 @@ class _Writer:
         """Plan the chain of one use; returns the names of its nodes."""
         binding, layer = replacement.binding, replacement.binding.layer
         use, node = layer.uses[index], nodes[index]
-        fragment = Fragment(label(node), self._unique, self._walk.opsets[use.scope])
+        fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
         cast = binding.casts[index]
         if cast is not None:
             encoder = fragment.add("encoder_cast", "Cast", [encoder], to=cast)
@@ -254,7 +214,7 @@ class _Writer:
 
     def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
         """Put a chain in a node's place: its last node takes over the node's name, notes and output."""
-        edit = self._edits[use.scope]
+        edit = self.edits.scopes[use.scope]
         last = chain[-1]
         last.output[0] = node.output[0]
         if layer.batchnorm is not None:
@@ -279,85 +239,15 @@ class _Writer:
 
     def _release(self, layer: Layer, use: Use) -> None:
         """Note which tensors the chain of a use does not read any more (rule 3)."""
-        self._unread(Place(use.scope, use.node), use.operand)
+        self.edits.unread(Place(use.scope, use.node), use.operand)
         if layer.batchnorm is not None:
             for operand in range(1, 5):
-                self._unread(Place(use.scope, layer.batchnorm.node), operand)
-
-    def _unread(self, place: Place, operand: int) -> None:
-        """Note that a node does not read a tensor any more."""
-        tensor = self._walk.operand(place, operand)
-        if tensor is not None:
-            self._unreads[place, operand] = tensor
-
-    def _bury(self) -> tuple[str, ...]:
-        """Take out what has lost all its readers (rule 3); returns the graph inputs that go with it."""
-        removed = []
-        pending = list(self._unreads.values())
-        buried: set[tuple[str, str]] = set()
-        while pending:
-            tensor = pending.pop()
-            scope, name = key = self._walk.origin(tensor)
-            place = self._walk.producer(tensor)
-            is_kept = self._walk.is_output(tensor) or any(
-                read not in self._unreads for read in self._walk.consumers(tensor)
-            )
-            if is_kept or key in buried:
-                continue
-            if place is None and key in self._walk.initializers:
-                removed += [v.name for v in self._model.proto.graph.input if not scope and v.name == name]
-            elif place is None or not is_op(self._walk.node(place), VIEWS | {"Constant"}):
-                continue
-            else:
-                self._edits[scope].deleted.add(place.node)
-                for index in range(len(self._walk.node(place).input)):
-                    operand = self._walk.operand(place, index)
-                    if operand is not None:
-                        self._unreads[place, index] = operand
-                        pending.append(operand)
-            buried.add(key)
-            self._edits[scope].forgotten.add(name)
-        return tuple(sorted(removed))
-
-    def finish(self) -> tuple[ModelProto, tuple[str, ...]]:
-        """Apply all edits to a copy of the model; returns it and the graph inputs that are gone."""
-        removed = self._bury()
-        proto = ModelProto()
-        proto.CopyFrom(self._model.proto)
-        _drop(proto.graph.input, lambda value: value.name in removed)
-        # Inner scopes before the ones that hold them, so that no path changes before its turn.
-        for scope in reversed(list(scopes(proto))):
-            _apply(self._edits[scope.path], scope)
-        return proto, removed
+                self.edits.unread(Place(use.scope, layer.batchnorm.node), operand)
 
 
 def _described(option: Option) -> str:
     text = f"{option.fold} k={option.k} j={option.j}"
     return text if option.lowering is Lowering.NATIVE else f"{text} {option.lowering}"
-
-
-def _apply(edit: _Edit, scope: Scope) -> None:
-    """Change one scope in place."""
-    body: Any = scope.graph or scope.function
-    for (index, operand), name in edit.repointed.items():
-        body.node[index].input[operand] = name
-    for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
-        if index in edit.deleted:
-            del body.node[index]
-        for node in reversed(edit.before.get(index, [])):
-            body.node.insert(index, node)
-    _drop(body.value_info, lambda value: value.name in edit.forgotten)
-    if scope.graph is not None:
-        _drop(scope.graph.initializer, lambda tensor: tensor.name in edit.forgotten)
-        _drop(scope.graph.quantization_annotation, lambda note: note.tensor_name in edit.forgotten)
-        scope.graph.initializer.extend(edit.initializers)
-
-
-def _drop(messages: Any, is_dead: Callable[[Any], bool]) -> None:
-    """Delete from a repeated field in place."""
-    for index in range(len(messages) - 1, -1, -1):
-        if is_dead(messages[index]):
-            del messages[index]
 
 
 def _add_metadata(proto: ModelProto | NodeProto, key: str, value: str) -> None:
