@@ -13,6 +13,7 @@ from onnx_lowrank.factors import Fitted, on_activations, on_weight
 from onnx_lowrank.found import Found
 from onnx_lowrank.graph.external import Spill
 from onnx_lowrank.graph.layers import Binding
+from onnx_lowrank.graph.merge import Merge, merge
 from onnx_lowrank.graph.rewrite import Replacement, Rewritten, inline, rewrite
 from onnx_lowrank.linalg.backend import Backend, parallel_map
 from onnx_lowrank.recovery import Recovery, can_recover
@@ -28,6 +29,7 @@ class Built:
     Attributes:
         plan: What it was made by.
         rewritten: The model.
+        merges: The adjacent operators that were multiplied.
         certificates: What was proved of the factors, by layer.
         fits: How they came about, by layer.
         resources: What the model keeps on disk; to be closed with it.
@@ -35,6 +37,7 @@ class Built:
 
     plan: Plan
     rewritten: Rewritten
+    merges: tuple[Merge, ...]
     certificates: dict[str, Certificate]
     fits: dict[str, LayerFit]
     resources: ExitStack
@@ -61,19 +64,22 @@ def build(
                 yield replacement
 
     run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
-    rewritten, resources = assemble(found, replacements(), run)
-    return Built(plan, rewritten, certificates, fits, resources)
+    rewritten, merges, resources = assemble(found, replacements(), run)
+    return Built(plan, rewritten, merges, certificates, fits, resources)
 
 
 def assemble(
     found: Found, replacements: Iterable[Replacement], run: Mapping[str, str]
-) -> tuple[Rewritten, ExitStack]:
-    """Write replacements into the model; gives it with what it keeps on disk, to be closed with it.
+) -> tuple[Rewritten, tuple[Merge, ...], ExitStack]:
+    """Write replacements into the model, and multiply what is smaller as one.
 
     Args:
         found: The model.
         replacements: The layers to replace.
         run: What made them, for the metadata.
+
+    Returns:
+        The model, what was multiplied, and what the model keeps on disk, to be closed with it.
 
     Raises:
         InputError: The disk is full.
@@ -85,7 +91,8 @@ def assemble(
         if spill is not None:
             files = {**rewritten.model.files, **spill.files}
             rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
-        return rewritten, stack.pop_all()
+        rewritten, merges = merge(rewritten, store)
+        return rewritten, merges, stack.pop_all()
 
 
 def _fitted(found: Found, plan: Plan, calibration: Calibration | None, backend: Backend) -> Iterator[Fitted]:

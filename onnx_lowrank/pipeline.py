@@ -319,9 +319,17 @@ class _Job:
             target_error=self.asked.target.error if self.asked.target else None,
             target_agreement=self.asked.target.agreement if self.asked.target else None,
             timing=timing,
+            merges=() if built is None else built.merges,
+            macs_after=self._macs(built),
         )
         model = self.found.model if built is None else built.rewritten.model
         return Result(report, plan, model, resources or ExitStack())
+
+    def _macs(self, built: Built | None) -> int | None:
+        """MACs of a model in which operators were multiplied, of which the plan knows nothing; else None."""
+        if built is None or not built.merges:
+            return None
+        return find_layers(built.rewritten.model, self.shapes, (), ()).macs()
 
     def _timing(self, built: Built) -> Timing | None:
         """How long both models take; None where that cannot be measured.
@@ -354,7 +362,11 @@ class _Job:
         def new_walk() -> Walk:
             return Walk(rewritten.model.proto)
 
-        def alone(layer: str) -> tuple[ModelProto, ModelProto]:
+        shared = {layer for merged in built.merges for layer in merged.layers}
+
+        def alone(layer: str) -> tuple[ModelProto, ModelProto] | None:
+            if layer in shared:
+                return None
             chain = rewritten.chains[layer][0]
             model, walk = self.found.model, self.found.walk
             return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)

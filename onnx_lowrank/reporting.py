@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from onnx_lowrank.allocate.cost import macs, parameters
 from onnx_lowrank.found import Found
 from onnx_lowrank.graph import model as models
+from onnx_lowrank.graph.merge import Merge
 from onnx_lowrank.graph.rewrite import Rewritten
 from onnx_lowrank.report import LayerRow, Report, Total, Totals
 from onnx_lowrank.report.words import percent
@@ -51,6 +53,8 @@ def assemble(
     target_error: float | None = None,
     target_agreement: float | None = None,
     timing: Timing | None = None,
+    merges: tuple[Merge, ...] = (),
+    macs_after: int | None = None,
 ) -> Report:
     """Gather what a run has to say.
 
@@ -67,8 +71,12 @@ def assemble(
         target_error: The error that was asked for instead of a ratio.
         target_agreement: The agreement that was asked for instead of a ratio.
         timing: How long both models take; None where that is unknown.
+        merges: The adjacent operators that were multiplied.
+        macs_after: MACs of the compressed model, where they are not the plan's.
     """
     totals = _totals(found, plan, rewritten, timing if plan.budget is Budget.LATENCY else None)
+    if merges:
+        totals = replace(totals, macs=Total(totals.macs.before, macs_after))
     counted = totals.of(plan.budget)
     reached = 1.0 if counted.ratio is None else counted.ratio
     targeted = target_error is not None or target_agreement is not None
@@ -106,6 +114,7 @@ def assemble(
         target_error=target_error,
         target_agreement=target_agreement,
         timing=timing if plan.budget is Budget.LATENCY else None,
+        merges=merges,
     )
 
 

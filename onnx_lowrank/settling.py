@@ -175,6 +175,6 @@ class _Settling:
             for binding in self.found.bindings
             if binding.layer.id in chosen
         )
-        rewritten, resources = assemble(self.found, replacements, {})
+        rewritten, _, resources = assemble(self.found, replacements, {})
         with resources:
             return self.latency.ratio(rewritten.model)

@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import tempfile
 from dataclasses import replace
 from io import StringIO
@@ -310,7 +311,7 @@ BRANCHES = """
 g (float[4, 32] x, bool c) => (float[4, 32] y) {
   y = If (c) <
     then_branch = t () => (float[4, 32] p) { p = MatMul (x, one) },
-    else_branch = e () => (float[4, 32] q) { h = MatMul (x, two)  q = MatMul (h, three) }
+    else_branch = e () => (float[4, 32] q) { h = MatMul (x, two)  r = Relu (h)  q = MatMul (r, three) }
   >
 }
 """
@@ -576,3 +577,55 @@ def test_ranks_are_aligned(align, budget):
         assert ranks
         assert all(rank % align == 0 for rank in ranks)
         assert result.report.reached <= 0.7
+
+
+# --- adjacent operators that become one ---------------------------------------------------------------
+
+BOTTLENECKS = """
+<ir_version: 8, opset_import: ["": 17]>
+net (float[1, 16, 6, 6] x) => (float[1, 32, 6, 6] y) {
+  a = Conv (x, project)
+  b = Conv (a, expand)
+  c = Relu (b)
+  y = Conv <pads = [1, 1, 1, 1]> (c, last)
+}
+"""
+
+
+def bottlenecks():
+    arrays = {
+        "project": decaying(1, 24, 16, 1, 1),
+        "expand": decaying(2, 48, 24, 1, 1),
+        "last": decaying(3, 32, 48, 3, 3),
+    }
+    return built(BOTTLENECKS, arrays)
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_adjacent_factors_are_multiplied_and_counted(budget):
+    model = bottlenecks()
+    result = compress(model, 0.4, budget=budget, recipe="svd", align=2)
+    report = result.report
+    assert report.merges
+    assert sum(node.op_type == "Conv" for node in result.proto.graph.node) < 6
+    stored = sum(math.prod(tensor.dims) for tensor in result.proto.graph.initializer)
+    assert report.totals.params.after == stored
+    assert report.totals.macs.after == 36 * stored
+    assert report.reached <= 0.4
+    x = np.random.default_rng(0).standard_normal((1, 16, 6, 6)).astype(np.float32)
+    (output,) = report.validation.outputs
+    assert output.relative < 0.9
+    assert np.isfinite(run(result.proto, x)).all()
+    again = compress(model, plan=result.plan)
+    assert again.proto == result.proto
+    assert again.report == report
+    text = StringIO()
+    report.table(Console(file=text, width=100))
+    assert "Multiplied, as nothing stands between them" in text.getvalue()
+    assert json.loads(report.to_json())["merges"][0]["layers"]
+
+
+def test_nothing_is_multiplied_where_nothing_is_rewritten():
+    result = compress(bottlenecks(), 1)
+    assert result.report.merges == ()
+    assert result.proto == bottlenecks()

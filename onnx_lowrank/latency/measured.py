@@ -280,6 +280,11 @@ class Latency:
             found[layer.id] = LayerTime(times.keep, times.cost(option) if is_known else None, after)
         return found
 
+    def _known(self, options: Mapping[str, Option]) -> bool:
+        """Whether the times of all options were measured, or of some of the same fold and slices."""
+        times = {layer.id: self._times(layer).curves for layer in self._found.layers}
+        return all((option.fold, option.k) in times[layer] for layer, option in options.items())
+
     def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
         """All that is known of the times of a compressed model.
 
@@ -291,8 +296,8 @@ class Latency:
             UnsupportedError: The runtime does not accept it.
             RejectedError: It fails on the inputs.
         """
-        if model is None:
-            self.layers(options)  # a replayed plan's are not known yet
+        if model is None and not self._known(options):  # a plan that is replayed
+            self.layers(options)
         predicted = self.predicted(options)
         timing = Timing(self.stopwatch.name, describe(self._feed), self.whole, predicted)
         if model is None:

@@ -17,6 +17,8 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
   compressed layers before give; error: squared, of the layer's outputs, relative; null where kept).
 - skipped: a list of scope, name, op, weight, reason.
 - removed_inputs: a list of names.
+- merges: a list of first, second (nodes that became one), layers (of whose chains they were), elements (of
+  both weights and of the product), saved (parameters). Layers are described as before that.
 - validation: engine, inputs, worst (over the outputs; null where none could be measured), outputs (a list of
   name, relative, largest, agreement, note), never_ran (a list of layer ids, null where unknown), notes, alone
   (as outputs, one per rewritten layer, where the model ran nowhere); null where none was made.
@@ -71,6 +73,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "layers": [_layer(row) for row in report.layers],
         "skipped": [asdict(skipped) for skipped in report.skipped],
         "removed_inputs": list(report.removed_inputs),
+        "merges": [asdict(merged) for merged in report.merges],
         "validation": _validation(report.validation) if report.validation else None,
         "warnings": list(report.warnings),
         "target": _target(report),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from onnx_lowrank.graph.merge import Merge
 from onnx_lowrank.types import (
     Budget,
     Calibrated,
@@ -121,6 +122,7 @@ class Report:
             of a ratio.
         target_agreement: The agreement that they were to keep, likewise.
         timing: How long both models take; None where latency is not the budget.
+        merges: The adjacent operators that were multiplied: what the layers' rows say is of before.
     """
 
     version: str
@@ -143,6 +145,7 @@ class Report:
     target_error: float | None = None
     target_agreement: float | None = None
     timing: Timing | None = None
+    merges: tuple[Merge, ...] = ()
 
     def table(self, console: Console | None = None) -> None:
         """Print the report, by default on stdout."""

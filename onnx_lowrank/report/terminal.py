@@ -42,6 +42,12 @@ def show(report: Report, console: Console) -> None:
     if report.removed_inputs:
         names = words.some(report.removed_inputs)
         page.line(f"Graph inputs removed, which only named weights that are rewritten: {names}")
+    if report.merges:
+        pairs = words.some(f"{merged.first} + {merged.second}" for merged in report.merges)
+        saved = sum(merged.saved for merged in report.merges)
+        page.line(
+            f"Multiplied, as nothing stands between them: {pairs} ({words.exact(saved)} parameters less)"
+        )
     if report.validation is not None:
         _validation(report.validation, page)
     for warning in report.warnings:

@@ -30,8 +30,9 @@ from onnx_lowrank.validate.inputs import describe, make, read, specs
 
 __all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
 
-Alone = Callable[[str], tuple[ModelProto, ModelProto]]
-"""For a layer's id: a model of the layer as it was, and one of its chain, with the same inputs and output."""
+Alone = Callable[[str], tuple[ModelProto, ModelProto] | None]
+"""For a layer's id: a model of the layer as it was, and one of its chain, with the same inputs and output;
+None where its chain was multiplied with another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,11 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
     notes: list[str] = []
     used: dict[str, None] = {}
     for layer in layers:
-        dense, chain = (Model(proto, layer, {}, "") for proto in alone(layer))
+        pair = alone(layer)
+        if pair is None:
+            notes.append(f"The layer {layer!r} is one with its neighbour and did not run on its own.")
+            continue
+        dense, chain = (Model(proto, layer, {}, "") for proto in pair)
         silent: list[str] = []
         run = _run_original(dense, engine, partial(make, dense.proto, specs(dense.proto), {}), False, silent)
         if run is None:

@@ -176,7 +176,7 @@ def test_json_holds_everything():
     loaded = json.loads(report(validation=validation, warnings=("w",)).to_json())
     assert list(loaded) == [
         "schema", "version", "model", "recipe", "ratio", "solver", "totals", "layers", "skipped",
-        "removed_inputs", "validation", "warnings", "target", "calibration", "timing", "trials",
+        "removed_inputs", "merges", "validation", "warnings", "target", "calibration", "timing", "trials",
     ]  # fmt: skip
     assert loaded["schema"] == 1
     assert (loaded["target"], loaded["calibration"], loaded["trials"]) == (None, None, [])
