@@ -36,6 +36,7 @@ _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _SLACK = 0.05
 _SLOWER = 1.05
+_UNSTEADY = 1.3
 _TIMED = 0.03  # what one measurement of a time may differ from another
 
 
@@ -120,7 +121,14 @@ def assemble(
 
 def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
     """What would surprise the user about the speed."""
-    if plan.budget is Budget.LATENCY or timing is None or timing.after is None:
+    if timing is None or timing.after is None:
+        return
+    if plan.budget is Budget.LATENCY:
+        if timing.spread > _UNSTEADY:
+            yield (
+                f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
+                "work on this machine disturbs the times, so plan again when it is idle."
+            )
         return
     slowdown = timing.after / timing.before
     if slowdown > _SLOWER:

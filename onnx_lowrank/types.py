@@ -550,6 +550,7 @@ class Timing:
         predicted: The compressed model, as the plan reckoned; None where a plan was replayed.
         after: The compressed model; None in a dry run.
         layers: The rewritten layers, by id; none in a dry run.
+        spread: The longest time of the input model over the shortest, of all medians that were measured.
     """
 
     engine: str
@@ -558,6 +559,7 @@ class Timing:
     predicted: int | None
     after: int | None = None
     layers: Mapping[str, LayerTime] = field(default_factory=dict)
+    spread: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,6 +306,7 @@ def test_the_json_has_all_times():
         "before": timing.before,
         "predicted": timing.predicted,
         "after": timing.after,
+        "spread": 1.0,
         "layers": [
             {"layer": layer, "before": time.before, "predicted": time.predicted, "after": time.after}
             for layer, time in timing.layers.items()

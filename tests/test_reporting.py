@@ -120,6 +120,15 @@ def timing(after, before=1000, predicted=None):
     return Timing("ONNX Runtime X, 1 thread", "inputs", before, predicted, after)
 
 
+@pytest.mark.parametrize(("spread", "shown"), [(1.0, False), (1.3, False), (1.31, True), (3.0, True)])
+def test_times_that_vary_are_a_warning(planned, spread, shown):
+    found, plan = planned
+    unsteady = replace(timing(900), spread=spread)
+    report = reporting.assemble(found, replace(plan, budget=Budget.LATENCY, ratio=1.0), timing=unsteady)
+    told = [warning for warning in report.warnings if "disturbs the times" in warning]
+    assert bool(told) == shown
+
+
 @pytest.mark.parametrize(
     ("after", "shown"),
     [(None, ""), (10, ""), (1000, ""), (1050, ""), (1051, "1.05"), (1500, "1.50"), (20_000, "20.00")],

@@ -114,6 +114,7 @@ class Latency:
         except (UnsupportedError, RejectedError):
             parts = {key: part for key, part in parts.items() if stopwatch.accepts(part)}
             self.whole, shares = self._shares(parts)
+        self._range = (self.whole, self.whole)
         self._kinds = {
             key: _Kind(part, round(self.whole * share), 1.0, {})
             for (key, part), share in zip(parts.items(), shares, strict=True)
@@ -156,6 +157,7 @@ class Latency:
     def pair(self, model: Model) -> tuple[int, int]:
         """The times of this model and of another with the same inputs, in turns, in nanoseconds."""
         before, after = self.stopwatch.times([(self._found.model, self._feed), (model, self._feed)], _WHOLE)
+        self._range = min(self._range[0], before), max(self._range[1], before)
         return before, after
 
     def times(self, errors: Sequence[Errors], grid: Grid, step: Step) -> tuple[Times, ...]:
@@ -310,7 +312,8 @@ class Latency:
             time.predicted is not None for time in layers.values()
         )
         expected = round(predicted / self.whole * before) if known else None
-        return replace(timing, before=before, predicted=expected, after=after, layers=layers)
+        spread = self._range[1] / self._range[0]
+        return replace(timing, before=before, predicted=expected, after=after, layers=layers, spread=spread)
 
 
 def _work(layer: Layer, option: Option) -> float:

@@ -27,8 +27,8 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - calibration: source, samples, held (how many of them were held out), unmeasured (a list of layer, reason);
   null where there were no calibration inputs.
 - timing: engine, inputs, before, predicted, after (nanoseconds of one run; predicted is null where a plan
-  was replayed, after in a dry run), layers (a list of layer, before, predicted, after: alone, outside the
-  model); null where latency is not the budget.
+  was replayed, after in a dry run), spread (longest over shortest median of the input model's time), layers
+  (a list of layer, before, predicted, after: alone, outside the model); null where latency is not the budget.
 - trials: a list of recipe, ratio, recovered, error, agreement (the worst over the outputs), chosen, note,
   outputs (as in validation, on the held-out calibration inputs); empty where nothing was compared.
 """
@@ -146,6 +146,7 @@ def _timing(timing: Timing) -> dict[str, Any]:
         "before": timing.before,
         "predicted": timing.predicted,
         "after": timing.after,
+        "spread": timing.spread,
         "layers": [{"layer": layer, **asdict(time)} for layer, time in timing.layers.items()],
     }
 

@@ -570,11 +570,12 @@ def test_json_has_the_times():
         "before": 5_000_000,
         "predicted": 2_500_000,
         "after": 2_750_000,
+        "spread": 1.0,
         "layers": [
             {"layer": "stage0.conv.weight", "before": 2_000_000, "predicted": 800_000, "after": 900_000}
         ],
     }
-    assert list(table["timing"]) == ["engine", "inputs", "before", "predicted", "after", "layers"]
+    assert list(table["timing"]) == ["engine", "inputs", "before", "predicted", "after", "spread", "layers"]
     assert table["totals"]["time"] == {"before": 5_000_000, "after": 2_750_000, "ratio": 0.55}
     assert table["ratio"]["budget"] == "latency"
 
