@@ -53,7 +53,7 @@ class World:
         self.built.append(plan)
         self.open.add(plan)
         stack.callback(self.open.discard, plan)
-        return Built(plan, None, {}, {}, stack)
+        return Built(plan, None, (), {}, {}, stack)
 
     def judge(self, found, built, calibration):
         result = self.outcome(*built.plan)

@@ -10,10 +10,10 @@ import pytest
 from calibrating import seen
 from onnx_lowrank.allocate.cost import macs
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.build import assemble
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.micro import micro, placeholder
 from onnx_lowrank.graph.model import load
+from onnx_lowrank.graph.rewrite import rewrite
 from onnx_lowrank.latency import measured
 from onnx_lowrank.latency.measured import Latency
 from onnx_lowrank.types import Budget, Fold, Lowering, Option
@@ -72,12 +72,10 @@ def own(found, index=0, use=0):
 
 
 def made(found, options):
-    """The model with some layers rewritten."""
+    """The model with some layers rewritten, and nothing multiplied."""
     bindings = [binding for binding in found.bindings if binding.layer.id in options]
     replacements = [placeholder(b, options[b.layer.id], np.dtype(np.float32)) for b in bindings]
-    rewritten, resources = assemble(found, replacements, {})
-    with resources:
-        return rewritten.model
+    return rewrite(found.model, found.walk, replacements, {}).model
 
 
 # --- what is measured -------------------------------------------------------------------------------
