@@ -89,6 +89,7 @@ class Scores:
         self._calibration = calibration
         self._known = [_Known() for _ in found.bindings]
         self._probed = False
+        self._timed = set[Recipe]()
 
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
         """The options that a recipe chooses from, layer by layer in graph order.
@@ -111,18 +112,21 @@ class Scores:
             if recipe.measure is Measure.OUTPUT:
                 self._probe(recipe)
             tables = [_of_activations(known, recipe) for known in self._known]
-        times = self._times(tables)
+        times = self._times(recipe, tables)
         return tuple(
             candidates(layer, table, recipe, self._grid, of)
             for layer, table, of in zip(self._found.layers, tables, times, strict=True)
         )
 
-    def _times(self, tables: Sequence[Errors]) -> Sequence[Times | None]:
-        """How long the options take, where that is the budget."""
+    def _times(self, recipe: Recipe, tables: Sequence[Errors]) -> Sequence[Times | None]:
+        """How long the options take, where that is the budget; they are measured once for every recipe."""
         if self.latency is None:
             return [None] * len(tables)
-        with self._progress.stage("time layers", 1) as step:
-            return self.latency.times(tables, self._grid, step)
+        if recipe not in self._timed:
+            with self._progress.stage("time layers", 1) as step:
+                self.latency.measure(tables, self._grid, step)
+            self._timed.add(recipe)
+        return self.latency.times()
 
     def _add_spectra(self, wanted: Iterable[_Wanted]) -> None:
         """Compute the spectra that are asked for and not known."""

@@ -61,6 +61,25 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float
     return rng.standard_normal(shape).astype(dtype)
 
 
+LOOP = """g (float[5, 24] x) => (float[5, 24] y) {
+  n = Constant <value_int = COUNT> ()
+  c = Constant <value = bool {1}> ()
+  y = Loop (n, c, x) <body = l (int64 i, bool p, float[5, 24] h) => (bool o, float[5, 24] z) {
+    o = Identity (p)
+    z = MatMul (h, w)
+  }>
+}"""
+
+
+def named_bodies(proto: ModelProto) -> ModelProto:
+    """The nodes of bodies and functions have names, as exporters give them: n.OUTPUT."""
+    bodies = [attribute.g.node for node in proto.graph.node for attribute in node.attribute]
+    for nodes in (*bodies, *(function.node for function in proto.functions)):
+        for node in nodes:
+            node.name = f"n.{node.output[0]}"
+    return proto
+
+
 def constants(graph: Any, *values: TensorProto) -> None:
     """Put tensors into Constant nodes at the beginning of a graph or function."""
     for value in reversed(values):

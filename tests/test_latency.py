@@ -19,7 +19,7 @@ from onnx_lowrank.latency import measured
 from onnx_lowrank.latency.clock import Pace
 from onnx_lowrank.types import Budget, Fold, Lowering, Option
 from onnx_lowrank.validate.engines import UnsupportedError
-from rewriting import model
+from rewriting import LOOP, model, named_bodies
 from timing import Recorded, by_weights
 from tiny import CNN, built, cnn, decaying
 
@@ -388,29 +388,12 @@ BRANCHES = """g (bool c, float[5, 24] x) => (float[5, 24] y) {
     else_branch = e () => (float[5, 24] q) { q = MatMul (h, other) }
   >
 }"""
-LOOP = """g (float[5, 24] x) => (float[5, 24] y) {
-  n = Constant <value_int = COUNT> ()
-  c = Constant <value = bool {1}> ()
-  y = Loop (n, c, x) <body = l (int64 i, bool p, float[5, 24] h) => (bool o, float[5, 24] z) {
-    o = Identity (p)
-    z = MatMul (h, w)
-  }>
-}"""
-
-
-def named(proto):
-    """The nodes of the bodies have names, as exporters give them."""
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            for inner in attribute.g.node:
-                inner.name = f"n.{inner.output[0]}"
-    return proto
 
 
 @pytest.mark.parametrize(("taken", "ran", "idle"), [(True, "then", "other"), (False, "other", "then")])
 def test_layers_in_a_branch_that_does_not_run_are_kept(taken, ran, idle):
     weights = {name: decaying(seed, 24, 24) for seed, name in enumerate(("w", "then", "other"))}
-    proto = named(model(BRANCHES, **weights))
+    proto = named_bodies(model(BRANCHES, **weights))
     inputs = {"c": np.array(taken), "x": np.ones((5, 24), np.float32)}
     result = half(proto, 0.7, inputs=inputs, input_shape=None)
     assert kept(result)[idle] == NOT_TIMED
@@ -420,7 +403,7 @@ def test_layers_in_a_branch_that_does_not_run_are_kept(taken, ran, idle):
 
 @pytest.mark.parametrize(("count", "runs"), [(0, False), (1, True), (3, True)])
 def test_layers_in_a_loop_are_kept_where_it_does_not_run(count, runs):
-    proto = named(model(LOOP.replace("COUNT", str(count)), w=decaying(1, 24, 24)))
+    proto = named_bodies(model(LOOP.replace("COUNT", str(count)), w=decaying(1, 24, 24)))
     if runs:
         result = half(proto, 0.9, input_shape=None)
         assert rewritten(result)

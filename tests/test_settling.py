@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from onnx_lowrank import BudgetError, compress, settling
+from onnx_lowrank.report.progress import Silent
 from onnx_lowrank.settling import _NOISE
 from timing import Recorded, by_weights
 from tiny import cnn
@@ -154,6 +155,20 @@ def test_a_dry_run_settles_the_same_plan(run):
     assert one.plan == other.plan
     assert other.report.timing.after is None
     assert other.report.reached == pytest.approx(one.report.reached, abs=0.03)
+
+
+def test_layers_are_timed_in_one_stage_for_all_plans(run, planned):
+    class Stages(Silent):
+        names = []  # noqa: RUF012
+
+        def stage(self, name, total=None):
+            self.names.append(name)
+            return super().stage(name, total)
+
+    run(saving(0.5), 0.8, progress=Stages())
+    assert len(planned) > 1
+    assert Stages.names.count("time layers") == 1
+    assert Stages.names.count("time the plan") == len(planned)
 
 
 def test_settling_gives_the_same_plan_every_time(run):

@@ -299,6 +299,14 @@ class TestNeverRan:
         m = model("g (float[2] x) => (float[2] y) { y = local.f(x) }" + FUNCTION, header)
         assert validate(m, m, {"a": ("inner",), "b": ("nowhere",)}, alone=never).never_ran == ("b",)
 
+    @pytest.mark.parametrize("calls", [1, 3])
+    def test_what_functions_run_counts_in_every_call(self, calls):
+        header = '<ir_version: 10, opset_import: ["": 21, "local": 1]>'
+        lines = " ".join(f"h{n + 1} = local.f(h{n})" for n in range(calls))
+        m = model(f"g (float[2] h0) => (float[2] h{calls}) {{ {lines} }}" + FUNCTION, header)
+        ran = runtime("CPUExecutionProvider").executed(m, [{"h0": np.ones(2, np.float32)}] * 2)
+        assert (ran.count("inner"), ran.count("nowhere")) == (2 * calls, 0)
+
     def test_unknown_in_the_reference(self):
         m = model(IF.replace("float", "bfloat16"))
         result = validate(m, m, {"a": ("n_then",)}, alone=never)

@@ -8,12 +8,13 @@ Rules:
    alone is measured at one rank; then those which may be best at some time, at more ranks.
 3. What a layer saves in the model need not be what it saves alone (fusions, caches). `learn` takes what
    was saved in one into account from then on; `correct` measures one for every kind of layer.
-4. Uses that did not run take no time, and their layers are kept.
+4. A use in a body takes its time as often as it ran. Where none ran the layer is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +41,7 @@ from onnx_lowrank.latency.clock import Pace
 from onnx_lowrank.latency.stopwatch import Stopwatch
 from onnx_lowrank.report.progress import Step
 from onnx_lowrank.types import Fold, Layer, LayerTime, Lowering, Option, Timing
-from onnx_lowrank.validate.engines import Feed, RejectedError, UnsupportedError, first_run
+from onnx_lowrank.validate.engines import Executed, Feed, RejectedError, UnsupportedError, first_run
 from onnx_lowrank.validate.inputs import describe, make, specs
 
 _WHOLE = Pace(seconds=6.0, spread=0.005)
@@ -108,7 +109,7 @@ class Latency:
         self._feed = feed
         ran = self._ran()
         cut = {binding.layer.id: self._cut(binding, ran) for binding in found.bindings}
-        parts = {part.key: part for of in cut.values() for part in of}
+        parts = {part.key: part for of in cut.values() for part, _ in of}
         try:
             self.whole, shares = self._shares(parts)
         except (UnsupportedError, RejectedError):
@@ -121,28 +122,30 @@ class Latency:
         }
         # A layer of which one use cannot be timed alone cannot be traded against others.
         self._uses = {
-            layer: [part.key for part in of] if all(part.key in parts for part in of) else []
-            for layer, of in cut.items()
+            layer: _added(of) if all(part.key in parts for part, _ in of) else {} for layer, of in cut.items()
         }
 
-    def _cut(self, binding: Binding, ran: Container[str]) -> list[Micro]:
-        """The uses of a layer that run, as models of their own; none if that cannot be done for one."""
-        indices = [
-            index
-            for index, use in enumerate(binding.layer.uses)
-            if not use.scope or use.name in ran or not self._found.walk.node(Place(use.scope, use.node)).name
-        ]
-        parts = [micro(self._found.walk, binding, index) for index in indices]
-        known = [part for part in parts if part is not None]
-        return known if len(known) == len(parts) else []
+    def _cut(self, binding: Binding, ran: Executed) -> list[tuple[Micro, int]]:
+        """The uses of a layer that run, as models of their own, and how often; none if one cannot be cut."""
+        found: list[tuple[Micro, int]] = []
+        for index, use in enumerate(binding.layer.uses):
+            is_known = use.scope and self._found.walk.node(Place(use.scope, use.node)).name
+            runs = ran.count(use.name) if is_known else 1
+            if not runs:
+                continue
+            part = micro(self._found.walk, binding, index)
+            if part is None:
+                return []
+            found.append((part, runs))
+        return found
 
     def _shares(self, parts: Mapping[str, Micro]) -> tuple[int, list[float]]:
         return self.stopwatch.shares((self._found.model, self._feed), tuple(parts.values()), _LAYERS)
 
-    def _ran(self) -> frozenset[str]:
-        """The names of the nodes in bodies that run; none where no layer lives in one."""
+    def _ran(self) -> Executed:
+        """How often the nodes in bodies run; nothing where no layer lives in one."""
         hidden = any(use.scope for layer in self._found.layers for use in layer.uses)
-        return self.stopwatch.engine.executed(self._found.model, [self._feed]) if hidden else frozenset()
+        return self.stopwatch.engine.executed(self._found.model, [self._feed]) if hidden else Executed({})
 
     def ratio(self, model: Model) -> float:
         """The time of another model with the same inputs over this one's, in turns.
@@ -160,18 +163,17 @@ class Latency:
         self._range = min(self._range[0], before), max(self._range[1], before)
         return before, after
 
-    def times(self, errors: Sequence[Errors], grid: Grid, step: Step) -> tuple[Times, ...]:
-        """The times of all layers with their options, in graph order; what is not known is measured.
+    def measure(self, errors: Sequence[Errors], grid: Grid, step: Step) -> None:
+        """Measure what is worth it of the options of all layers, but for what is known.
 
         Args:
             errors: For each layer the errors of its options, by which those worth measuring are chosen.
             grid: The ranks to choose from.
             step: Told the share that is done.
         """
-        layers = self._found.layers
         wanted: dict[str, list[tuple[Layer, Errors]]] = {}
-        for layer, table in zip(layers, errors, strict=True):
-            for key in set(self._uses[layer.id]):
+        for layer, table in zip(self._found.layers, errors, strict=True):
+            for key in self._uses[layer.id]:
                 wanted.setdefault(key, []).append((layer, table))
         # The layers that take longest have the largest share of the work, too.
         total = sum(self._kinds[key].time for key in wanted) or 1
@@ -182,7 +184,10 @@ class Latency:
             done += self._kinds[key].time
             step(done / total)
         self.stopwatch.cache.save()
-        return tuple(self._times(layer) for layer in layers)
+
+    def times(self) -> tuple[Times, ...]:
+        """The times of all layers with the options that were measured, in graph order."""
+        return tuple(self._times(layer) for layer in self._found.layers)
 
     def _measure(self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid, pace: Pace) -> None:
         """Measure what is worth it of the options of layers that are alike (rule 2)."""
@@ -211,19 +216,20 @@ class Latency:
 
     def _times(self, layer: Layer) -> Times:
         """What is known of one layer: over its uses, which may be of several kinds."""
-        kinds = [self._kinds[key] for key in self._uses[layer.id]]
-        keep = sum(kind.time for kind in kinds)
+        kinds = {key: self._kinds[key] for key in self._uses[layer.id]}
+        shares = {key: runs * kinds[key].time for key, runs in self._uses[layer.id].items()}
+        keep = sum(shares.values())
         curves: dict[_Key, Curve] = {}
         if keep:
-            shared = set.intersection(*(set(kind.known) for kind in kinds))
+            shared = set.intersection(*(set(kind.known) for kind in kinds.values()))
             ratios: dict[tuple[Fold, int, Lowering], dict[int, float]] = {}
             for option in shared:
-                ratio = sum(kind.known[option] * kind.time for kind in kinds) / keep
+                ratio = sum(kind.known[option] * shares[key] for key, kind in kinds.items()) / keep
                 ratios.setdefault((option.fold, option.k, option.lowering), {})[option.j] = ratio
             for (fold, k, lowering), known in ratios.items():
                 curve = Curve(known, lowering)
                 curves[fold, k] = faster(curves[fold, k], curve) if (fold, k) in curves else curve
-        gain = sum(kind.gain * kind.time for kind in kinds) / keep if keep else 1.0
+        gain = sum(kind.gain * shares[key] for key, kind in kinds.items()) / keep if keep else 1.0
         return Times(keep, curves, gain)
 
     def predicted(self, options: Mapping[str, Option]) -> int:
@@ -244,7 +250,7 @@ class Latency:
         """
         kinds: dict[str, dict[str, Option]] = {}
         for layer, option in options.items():
-            kinds.setdefault("/".join(sorted(set(self._uses[layer]))), {})[layer] = option
+            kinds.setdefault("/".join(sorted(self._uses[layer])), {})[layer] = option
         for own in kinds.values():
             self.learn(own, ratio(own))
 
@@ -274,10 +280,10 @@ class Latency:
                 continue
             times = planned[layer.id]
             after = 0
-            for key in self._uses[layer.id]:
+            for key, runs in self._uses[layer.id].items():
                 kind = self._kinds[key]
                 self._add(kind, [option], _CHAINS)
-                after += round(kind.time * kind.known.get(option, 1.0))
+                after += round(runs * kind.time * kind.known.get(option, 1.0))
             is_known = (option.fold, option.k) in times.curves
             found[layer.id] = LayerTime(times.keep, times.cost(option) if is_known else None, after)
         return found
@@ -314,6 +320,14 @@ class Latency:
         expected = round(predicted / self.whole * before) if known else None
         spread = self._range[1] / self._range[0]
         return replace(timing, before=before, predicted=expected, after=after, layers=layers, spread=spread)
+
+
+def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:
+    """How often each kind of micro model runs, by its key."""
+    found: Counter[str] = Counter()
+    for part, runs in uses:
+        found[part.key] += runs
+    return dict(found)
 
 
 def _work(layer: Layer, option: Option) -> float:

@@ -187,13 +187,7 @@ def _never_ran(
     if not isinstance(run.engine, Runtime):
         return None
     executed = run.engine.executed(model, feeds)
-    # The runtime writes a function's nodes into its caller, under names that begin with the function's.
-    inlined = tuple(name for name in executed if name.startswith("_inlfunc_"))
-    return tuple(
-        layer
-        for layer, names in hidden.items()
-        if not any(name in executed or any(i.endswith(f"_{name}") for i in inlined) for name in names)
-    )
+    return tuple(layer for layer, names in hidden.items() if not any(map(executed.count, names)))
 
 
 def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Validation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ Run = Callable[[Feed], dict[str, Any]]
 """Runs a model that is open: inputs by name in, outputs by name out."""
 
 _ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+_INLINED = "_inlfunc_"
 _NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "int4", "int2")
 
 
@@ -37,6 +39,27 @@ class UnsupportedError(Exception):
 
 class RejectedError(Exception):
     """An engine failed on these inputs; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """How often the nodes of a model ran.
+
+    Attributes:
+        runs: By the name under which the runtime ran them.
+    """
+
+    runs: Mapping[str, int]
+
+    def count(self, node: str) -> int:
+        """How often the nodes of a name ran.
+
+        The runtime writes a function's nodes into its caller, under names that begin with the function's.
+        """
+        inlined = (
+            n for name, n in self.runs.items() if name.startswith(_INLINED) and name.endswith(f"_{node}")
+        )
+        return self.runs.get(node, 0) + sum(inlined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +114,8 @@ class Runtime:
                 binding.bind_output(output.name, "cuda")
             yield lambda: session.run_with_iobinding(binding)
 
-    def executed(self, model: Model, feeds: Iterable[Feed]) -> frozenset[str]:
-        """Names of the nodes that run on any of these inputs, those in subgraphs included.
+    def executed(self, model: Model, feeds: Iterable[Feed]) -> Executed:
+        """Tell how often nodes run on these inputs, those in bodies and functions included.
 
         Raises:
             UnsupportedError: The runtime does not accept the model.
@@ -111,7 +134,7 @@ class Runtime:
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         suffix = "_kernel_time"
         names = (event["name"] for event in events if event.get("cat") == "Node")
-        return frozenset(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+        return Executed(Counter(name.removesuffix(suffix) for name in names if name.endswith(suffix)))
 
     def _options(self, *, is_deployed: bool = False) -> Any:
         options = self.module.SessionOptions()

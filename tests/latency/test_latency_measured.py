@@ -19,7 +19,7 @@ from onnx_lowrank.latency.measured import Latency
 from onnx_lowrank.types import Budget, Fold, Lowering, Option
 from onnx_lowrank.validate import runtime
 from onnx_lowrank.validate.engines import RejectedError, UnsupportedError
-from rewriting import model
+from rewriting import LOOP, model, named_bodies
 from timing import Recorded, by_weights
 from tiny import decaying
 
@@ -63,7 +63,8 @@ def timed(proto, feed=None, cost=by_weights):
 
 
 def measure(found, latency, grid=GRID):
-    return latency.times(errors(found), grid, lambda share=1.0: None)
+    latency.measure(errors(found), grid, lambda share=1.0: None)
+    return latency.times()
 
 
 def own(found, index=0, use=0):
@@ -148,7 +149,7 @@ def test_what_is_known_is_not_measured_again():
 def test_progress_ends_at_all():
     shares = []
     found, latency, _ = timed(two())
-    latency.times(errors(found), GRID, lambda share=1.0: shares.append(share))
+    latency.measure(errors(found), GRID, lambda share=1.0: shares.append(share))
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
 
@@ -163,6 +164,18 @@ def test_the_uses_of_a_weight_are_added():
     found, latency, _ = timed(proto, feed)
     (times,) = measure(found, latency)
     assert times.keep == own(found, use=0) + own(found, use=1) == by_weights(proto)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_use_in_a_loop_takes_its_time_whenever_it_runs(count):
+    proto = named_bodies(model(LOOP.replace("COUNT", str(count)), w=decaying(1, 24, 24)))
+    found, latency, _ = timed(proto)
+    (times,) = measure(found, latency)
+    assert times.keep == count * own(found)
+    option = Option(Fold.ENCODE, 1, 4)
+    alone = latency.layers(options(found))[found.layers[0].id]
+    assert (alone.before, alone.predicted) == (times.keep, times.cost(option))
+    assert latency.predicted(options(found)) == max(1, latency.whole - times.keep + times.cost(option))
 
 
 # --- what cannot be measured ------------------------------------------------------------------------
