@@ -91,7 +91,7 @@ def assemble(
         if spill is not None:
             files = {**rewritten.model.files, **spill.files}
             rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
-        rewritten, merges = merge(rewritten, store)
+        rewritten, merges = merge(rewritten, store, found.spared)
         return rewritten, merges, stack.pop_all()
 
 

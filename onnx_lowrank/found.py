@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.allocate.cost import dearest, parameters, running, total_macs
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import model as models
-from onnx_lowrank.graph.layers import Binding, find, matches, read
+from onnx_lowrank.graph.layers import Binding, find, matches, read, unselected
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.shapes import infer, open_inputs, work
 from onnx_lowrank.graph.walk import Place, Walk
@@ -30,6 +30,7 @@ class Found:
         skipped: The operators that are left alone.
         work: The MACs of every scope beside the layers'.
         open_inputs: Names of the inputs of which a dimension is unknown.
+        spared: Scope and name of the operators that --include and --exclude leave alone.
     """
 
     model: Model
@@ -38,6 +39,7 @@ class Found:
     skipped: tuple[Skipped, ...]
     work: tuple[ScopeWork, ...]
     open_inputs: tuple[str, ...]
+    spared: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -50,7 +52,7 @@ class Found:
             yield layer.id
             yield from (use.name for use in layer.uses)
         for skipped in self.skipped:
-            yield from (skipped.name, skipped.weight, f"{skipped.scope}/{skipped.weight}")
+            yield from _names(skipped)
 
     def macs(self, choices: Sequence[Choice] = ()) -> int | None:
         """MACs of the model under a plan, by default as it is."""
@@ -118,7 +120,8 @@ def find_layers(
     scopes = work(walk, inferred, places)
     ran = running(scopes)
     bindings = tuple(_idle(binding, ran) for binding in bindings)
-    found = Found(model, walk, bindings, skipped, scopes, open_inputs(model, inferred))
+    spared = frozenset((of.scope, of.name) for of in skipped if unselected(_names(of), include, exclude))
+    found = Found(model, walk, bindings, skipped, scopes, open_inputs(model, inferred), spared)
     for pattern in (*include, *exclude):
         if not matches(found.names(), pattern):
             raise InputError(
@@ -150,3 +153,8 @@ def prepared(found: Found, binding: Binding) -> tuple[NDArray[Any], np.dtype[Any
     groups, f, *rest = weight.shape
     scale = norm.scale.reshape(groups, f, *[1] * len(rest))
     return weight.astype(np.float64) * scale, weight.dtype
+
+
+def _names(skipped: Skipped) -> tuple[str, str, str]:
+    """The names by which --include and --exclude can mean an operator."""
+    return skipped.name, skipped.weight, f"{skipped.scope}/{skipped.weight}"

@@ -257,8 +257,7 @@ def _check_option(layer: Layer, option: Option) -> None:
         raise PlanError(f"{name} cannot be cut into k = {option.k} slices: choose one of {slices}.")
     if option.lowering not in layer.lowerings(option.k):
         ways = ", ".join(layer.lowerings(option.k))
-        advice = "" if all(use.positions for use in layer.uses) else ", or pass its --input-shape"
-        raise PlanError(f"{name} cannot be lowered as {option.lowering}: choose one of {ways}{advice}.")
+        raise PlanError(f"{name} cannot be lowered as {option.lowering}: choose one of {ways}.")
     full = layer.full_rank(option.fold, option.k)
     if not 1 <= option.j <= full:
         raise PlanError(f"{name} cannot have rank j = {option.j}: choose one between 1 and {full}.")

@@ -157,6 +157,7 @@ class Use:
         operand: Index of the input that is the weight.
         transposed: The node applies the transpose of the layer's matrix (tied embeddings).
         rank: Number of axes of the activation that the weight meets; None where it is unknown.
+        pointwise: The node maps every position by itself, and all of them (`graph.chains.is_pointwise`).
         positions: Where it is evaluated; None where a dimension is unknown.
     """
 
@@ -167,6 +168,7 @@ class Use:
     operand: int
     transposed: bool = False
     rank: int | None = None
+    pointwise: bool = False
     positions: Positions | None = None
 
 
@@ -221,11 +223,8 @@ class Layer:
     def lowerings(self, k: int) -> tuple[Lowering, ...]:
         """The ways in which chains of k slices can be written."""
         if self.kernel:
-            is_pointwise = k == self.groups == 1 and set(self.kernel) == {1} and self.op == "Conv"
-            moves = any(
-                use.positions is None or use.positions.inputs != use.positions.outputs for use in self.uses
-            )
-            return (Lowering.NATIVE, Lowering.MATMUL) if is_pointwise and not moves else (Lowering.NATIVE,)
+            is_pointwise = k == self.groups == 1 and all(use.pointwise for use in self.uses)
+            return (Lowering.NATIVE, Lowering.MATMUL) if is_pointwise else (Lowering.NATIVE,)
         is_matrix = all(
             use.op in ("Gemm", "MatMul") and use.operand == 1 and use.rank in (2, 3) for use in self.uses
         )
@@ -539,6 +538,9 @@ class LayerTime:
     after: int
 
 
+_STEADY = 1.3
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """How long the whole model takes, in nanoseconds: medians of interleaved runs.
@@ -560,6 +562,11 @@ class Timing:
     after: int | None = None
     layers: Mapping[str, LayerTime] = field(default_factory=dict)
     spread: float = 1.0
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether no other work on the machine has disturbed the times."""
+        return self.spread <= _STEADY
 
 
 @dataclass(frozen=True, slots=True)

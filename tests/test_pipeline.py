@@ -625,6 +625,30 @@ def test_adjacent_factors_are_multiplied_and_counted(budget):
     assert json.loads(report.to_json())["merges"][0]["layers"]
 
 
+@pytest.mark.parametrize(
+    "selected",
+    [
+        {"exclude": ["expand"]},
+        {"exclude": ["n.b"]},
+        {"exclude": ["expand", "project"]},
+        {"include": ["last"]},
+        {"include": ["project", "last"]},
+    ],
+)
+def test_what_is_excluded_is_not_multiplied_with_its_neighbour(selected):
+    model = bottlenecks()
+    result = compress(model, 0.75, recipe="svd", **selected)
+    assert result.report.merges == ()
+    before = {node.name: node for node in model.graph.node}
+    after = {node.name: node for node in result.proto.graph.node}
+    kept = [skipped.name for skipped in result.report.skipped]
+    assert kept
+    weights = {tensor.name: tensor for tensor in result.proto.graph.initializer}
+    for name in kept:
+        assert after[name] == before[name]
+        assert weights[after[name].input[1]] in model.graph.initializer
+
+
 def test_nothing_is_multiplied_where_nothing_is_rewritten():
     result = compress(bottlenecks(), 1)
     assert result.report.merges == ()

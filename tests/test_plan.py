@@ -292,8 +292,9 @@ def test_a_plan_for_something_else_is_told(choices, model, message):
 # --- plans of times -----------------------------------------------------------------------------------
 
 
-def pointwise(*, inputs=(6, 6), outputs=(6, 6), kernel=(1, 1), groups=1):
-    use = Use("", 0, "n", "Conv", 1, rank=4, positions=Positions(1, inputs, outputs))
+def pointwise(*, groups=1, **options):
+    kernel = (1, 1)
+    use = Use("", 0, "n", "Conv", 1, rank=4, **({"pointwise": True} | options))
     return Layer("w", "Conv", 8, 8, kernel, groups, "float32", Fold.distinct(kernel), (1, 2), (use,))
 
 
@@ -307,8 +308,8 @@ def matrix(op="MatMul", operand=1, rank=2):
     [
         (pointwise(), 1, ("native", "matmul")),
         (pointwise(), 2, ("native",)),
-        (pointwise(outputs=(3, 3)), 1, ("native",)),
-        (pointwise(kernel=(3, 1)), 1, ("native",)),
+        (pointwise(positions=Positions(1, (6, 6), (6, 6))), 1, ("native", "matmul")),
+        (pointwise(pointwise=False), 1, ("native",)),
         (pointwise(groups=2), 1, ("native",)),
         (matrix(), 1, ("native",)),
         (matrix(), 2, ("native", "conv")),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,23 @@ def _is_busy(node: NodeProto, axis: int, n: int) -> bool:
         or pads[axis + n]
         or (spatial(node, "output_padding") or [0] * n)[axis]
         or spatial(node, "output_shape")
+    )
+
+
+def is_pointwise(node: NodeProto, kernel: Sequence[int]) -> bool:
+    """Whether a node is a Conv that maps every position by itself, and all of them.
+
+    With a kernel and strides of 1, an auto_pad of any kind pads nothing.
+
+    Args:
+        node: The node.
+        kernel: Its spatial kernel, () for matrices.
+    """
+    return (
+        node.op_type == "Conv"
+        and prod(kernel) == 1
+        and all(stride == 1 for stride in spatial(node, "strides"))
+        and not any(spatial(node, "pads"))
     )
 
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.chains import is_pointwise
 from onnx_lowrank.graph.model import Model
 from onnx_lowrank.graph.prepare import Preparation, prepare
 from onnx_lowrank.graph.shapes import Shapes, positions, rank
@@ -264,7 +265,7 @@ def _build(
         if isinstance(orientation, str):
             return orientation
         transposed.append(orientation)
-    reason = _selected((name, *(label(walk.node(use.place)) for use in seen)), include, exclude)
+    reason = unselected((name, *(label(walk.node(use.place)) for use in seen)), include, exclude)
     if reason is not None:
         return reason
     uses = tuple(
@@ -377,7 +378,8 @@ def _orientation(model: Model, walk: Walk, first: _Seen, use: _Seen) -> bool | s
     return "its uses read the same numbers as different matrices: give each a copy of its own"
 
 
-def _selected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def unselected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why something of these names is to be left alone, by rule 5; None where it is not."""
     names = tuple(names)
     for pattern in exclude:
         if matches(names, pattern):
@@ -407,5 +409,6 @@ def _use(walk: Walk, shapes: Shapes, seen: _Seen, shape: tuple[int, ...], transp
         operand=seen.operand,
         transposed=transposed,
         rank=rank(walk, shapes, seen.place, seen.operand),
+        pointwise=is_pointwise(node, shape[3:]),
         positions=positions(walk, shapes, seen.place, seen.operand, groups * (c if transposed else f)),
     )

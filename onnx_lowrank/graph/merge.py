@@ -5,7 +5,8 @@ next chain, or by an operator that was kept. Two matrices with nothing between t
 
 1. A and B are two operators of one scope, and all that becomes of A's output is that B reads it, once, as
    its data. At least one of them belongs to a chain, and they are not both factors of one layer: these
-   the plan has put apart. A node counts as a chain's if no other node has its name.
+   the plan has put apart. A node counts as a chain's if no other node has its name. Neither is one that
+   the user wants left alone.
 2. Their weights are constants (initializers or Constant nodes) that only they need, as are the biases that
    change. They have the same float dtype, and no view stands between them and their nodes.
 3. Conv → Conv, of one group: where B is 1×1 without strides or pads, the product is W_B W_A under A's
@@ -22,15 +23,15 @@ next chain, or by an operator that was kept. Two matrices with nothing between t
    parameters and MACs fall. It is computed in float64 and rounded once; what is not finite in the stored
    dtype is not made.
 7. The product stands where B's weight stood. The node keeps B's name, doc string, metadata, output and
-   place, and takes A's metadata under other keys. A goes, with both weights and all that is said about
-   them.
+   place, and takes A's metadata as far as it has no entry under the same key. A goes, with both weights and
+   all that is said about them.
 8. Whatever saves most goes first, then what stands first; again, until nothing merges.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -42,7 +43,7 @@ from onnx import NodeProto
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.graph.bias import is_own
-from onnx_lowrank.graph.chains import spatial
+from onnx_lowrank.graph.chains import is_pointwise, spatial
 from onnx_lowrank.graph.edits import Edits, Store
 from onnx_lowrank.graph.layers import canonical_weight
 from onnx_lowrank.graph.model import array
@@ -117,12 +118,15 @@ class _Pair:
     saved: int
 
 
-def merge(rewritten: Rewritten, store: Store = inline) -> tuple[Rewritten, tuple[Merge, ...]]:
+def merge(
+    rewritten: Rewritten, store: Store = inline, spared: Collection[tuple[str, str]] = ()
+) -> tuple[Rewritten, tuple[Merge, ...]]:
     """Multiply adjacent linear operators where that makes them smaller.
 
     Args:
         rewritten: A model and its chains; it is not changed. Its files have what `store` has written.
         store: Makes the new tensors.
+        spared: Scope and name of the nodes to leave alone.
 
     Returns:
         The model, in whose chains a product stands for every node that went into it, and what was merged,
@@ -133,7 +137,7 @@ def merge(rewritten: Rewritten, store: Store = inline) -> tuple[Rewritten, tuple
     """
     made: list[Merge] = []
     while True:
-        step = _Round(rewritten, store, {merged.second for merged in made})
+        step = _Round(rewritten, store, {merged.second for merged in made}, spared)
         # One thread, so that sums have the same order on every machine.
         with threadpool_limits(limits=1, user_api="blas"):
             found = step.run()
@@ -146,17 +150,21 @@ def merge(rewritten: Rewritten, store: Store = inline) -> tuple[Rewritten, tuple
 class _Round:
     """Merges pairs that have no node in common, all in one copy of a model."""
 
-    def __init__(self, rewritten: Rewritten, store: Store, merged: set[str]) -> None:
+    def __init__(
+        self, rewritten: Rewritten, store: Store, merged: set[str], spared: Collection[tuple[str, str]]
+    ) -> None:
         """Walk a model.
 
         Args:
             rewritten: The model.
             store: Makes the new tensors.
             merged: Names of the nodes that are products already.
+            spared: Scope and name of the nodes to leave alone.
         """
         self._rewritten = rewritten
         self._model = rewritten.model
         self._merged = merged
+        self._spared = spared
         self._walk = Walk(self._model.proto)
         self._owners = _owners(self._walk, rewritten.chains)
         self._edits = Edits(self._model, self._walk, store)
@@ -218,7 +226,9 @@ class _Round:
         return (behind, operand) if fits and behind.scope == place.scope and behind != place else None
 
     def _is_wanted(self, first: Place, second: Place) -> bool:
-        """Rule 1: whether two nodes are a chain's, but not the two factors of one layer."""
+        """Rule 1: whether two nodes are a chain's, none is spared, and they are not one layer's factors."""
+        if any((place.scope, label(self._walk.node(place))) in self._spared for place in (first, second)):
+            return False
         layers = [self._owners.get(place, frozenset()) for place in (first, second)]
         are_factors = layers[0] == layers[1] and not any(
             self._walk.node(place).name in self._merged for place in (first, second)
@@ -270,7 +280,7 @@ class _Round:
         if not _has_bias(self._walk, first):
             return None, None
         if first.node.op_type == "Conv":
-            if not _is_pointwise(second) and not _pads_nothing(second.node):
+            if not is_pointwise(second.node, second.shape[2:]) and not _pads_nothing(second.node):
                 return None
         elif self._walk.opsets[first.place.scope] < 7:  # Gemm had its own rules of broadcasting
             return None
@@ -326,7 +336,7 @@ class _Round:
         node.name = node.name or edits.unique(f"{label(node)}/merged")
         node.input[second.data] = first.node.input[first.data]
         node.input[second.side] = edits.keep(second.weight, f"{second.weight.name}_merged", weight)
-        if node.op_type == "Conv" and _is_pointwise(second):
+        if node.op_type == "Conv" and is_pointwise(second.node, second.shape[2:]):
             _set_attributes(node, first.node)
         if new_bias is not None:
             node.op_type = "Gemm" if node.op_type == "MatMul" else node.op_type
@@ -376,9 +386,9 @@ def _shape(first: _Operator, second: _Operator) -> tuple[int, ...] | None:
     (m, c, *inner), (f, width, *outer) = first.shape, second.shape
     if width != m or len(inner) != len(outer):
         return None
-    if first.node.op_type != "Conv" or _is_pointwise(second):
+    if first.node.op_type != "Conv" or is_pointwise(second.node, second.shape[2:]):
         return f, c, *inner
-    return (f, c, *outer) if _is_pointwise(first) and not _grows(second) else None
+    return (f, c, *outer) if is_pointwise(first.node, first.shape[2:]) and not _grows(second) else None
 
 
 def _product(first: _Array, second: _Array) -> _Array:
@@ -389,12 +399,6 @@ def _product(first: _Array, second: _Array) -> _Array:
         return (second.reshape(f, m) @ first.reshape(m, -1)).reshape(f, c, *kernel)
     offsets = np.moveaxis(second.reshape(f, m, -1), 2, 0)
     return np.moveaxis(offsets @ first.reshape(m, c), 0, 2).reshape(f, c, *kernel)
-
-
-def _is_pointwise(conv: _Operator) -> bool:
-    """Whether a Conv maps every position by itself, and all of them."""
-    strides, pads = spatial(conv.node, "strides"), spatial(conv.node, "pads")
-    return prod(conv.shape[2:]) == 1 and all(stride == 1 for stride in strides) and not any(pads)
 
 
 def _grows(conv: _Operator) -> bool:

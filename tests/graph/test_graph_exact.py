@@ -53,6 +53,7 @@ CONV = [  # (attributes, input, weight)
     ("2d even", "pads = [1, 0, 2, 1]", (1, 4, 5, 5), (5, 4, 4, 2)),
     ("2d 1x1", "", (2, 6, 4, 4), (8, 6, 1, 1)),
     ("2d 1x1 strided", "strides = [2, 2]", (1, 6, 5, 4), (8, 6, 1, 1)),
+    ("2d 1x1 strided to the same size", "strides = [2, 2], pads = [1, 1, 1, 1]", (1, 6, 3, 3), (8, 6, 1, 1)),
     ("2d 1x1 padded", "pads = [1, 0, 1, 2]", (1, 6, 3, 4), (8, 6, 1, 1)),
     ("2d 1x1 grouped", "group = 2", (1, 8, 3, 3), (8, 4, 1, 1)),
     ("2d 1x1 same", 'auto_pad = "SAME_LOWER", strides = [2, 2]', (1, 6, 5, 4), (8, 6, 1, 1)),
