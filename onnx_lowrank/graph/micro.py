@@ -63,7 +63,8 @@ class Micro:
         proto = ModelProto()
         proto.CopyFrom(self.structure)
         for tensor in proto.graph.initializer:
-            tensor.CopyFrom(inline(tensor.name, _numbers(tuple(tensor.dims), self.dtype)))
+            fan_in = prod(tensor.dims) // max(1, tensor.dims[0])
+            tensor.CopyFrom(inline(tensor.name, _numbers(tuple(tensor.dims), self.dtype, fan_in)))
         return Model(proto, self.key, {}, "")
 
     @property
@@ -76,13 +77,13 @@ class Micro:
         """The layer's chains under some options, one by one."""
         dense = self.dense()
         walk = Walk(dense.proto)
-        (binding,), _ = find(dense, walk, infer(dense, {}), (f"*{_WEIGHT}*",), ())
+        (binding,), _ = find(dense, walk, infer(dense, {}), (_WEIGHT,), ())
         for option in options:
             yield option, rewrite(dense, walk, [placeholder(binding, option, self.dtype)], {}).model
 
     def feed(self) -> dict[str, NDArray[Any]]:
         """An input to run it on."""
-        return {_INPUT: _numbers(self.shape, self.dtype)}
+        return {_INPUT: _numbers(self.shape, self.dtype, 1)}
 
 
 def micro(walk: Walk, binding: Binding, index: int) -> Micro | None:
@@ -120,7 +121,9 @@ def _structure(
     copy.input.extend(operands if use.operand == 1 else reversed(operands))
     if len(node.input) > 2 and node.input[2]:
         copy.input.append("bias")
-        initializers.append(TensorProto(name="bias", data_type=kind, dims=[layer.f]))
+        features = layer.c if use.transposed else layer.f
+        dims = [features] if layer.kernel or use.operand == 1 else [features, 1]
+        initializers.append(TensorProto(name="bias", data_type=kind, dims=dims))
     copy.output.append("result" if layer.kernel else _OUTPUT)
     if layer.kernel:
         window = [1] * len(layer.kernel)
@@ -177,15 +180,17 @@ def placeholder(binding: Binding, option: Option, dtype: np.dtype[Any]) -> Repla
     encoder, decoder = option.fold.kernels(binding.layer.kernel)
     factors = Factors(
         option.fold,
-        _numbers((groups, option.k, option.j, c // option.k, *encoder), dtype),
-        _numbers((groups, f, option.k, option.j, *decoder), dtype),
+        _numbers((groups, option.k, option.j, c // option.k, *encoder), dtype, c // option.k * prod(encoder)),
+        _numbers((groups, f, option.k, option.j, *decoder), dtype, option.k * option.j * prod(decoder)),
     )
     unknown = (nan,) * groups
     return Replacement(binding, option, factors, Certificate(unknown, unknown))
 
 
-def _numbers(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Random numbers that keep activations near their size; positive, as the variances among them are."""
-    size = prod(shape)
-    block = np.random.default_rng(0).uniform(0.5, 1.5, min(size, _BLOCK)) / max(1, size / max(shape[0], 1))
+def _numbers(shape: tuple[int, ...], dtype: np.dtype[Any], fan_in: int) -> NDArray[Any]:
+    """Random numbers of mean 1 / fan_in, which keep activations near their size.
+
+    They are positive, as the variances among them are.
+    """
+    block = np.random.default_rng(0).uniform(0.5, 1.5, min(prod(shape), _BLOCK)) / max(1, fan_in)
     return np.resize(block.astype(dtype), shape)

@@ -107,12 +107,18 @@ class Runtime:
                 run = self._run(session, source)
                 yield lambda: run(feed)
                 return
-            binding = session.io_binding()
-            for name, array in feed.items():
-                binding.bind_ortvalue_input(name, self.module.OrtValue.ortvalue_from_numpy(array, "cuda"))
-            for output in session.get_outputs():
-                binding.bind_output(output.name, "cuda")
-            yield lambda: session.run_with_iobinding(binding)
+            with _telling(source):
+                binding = session.io_binding()
+                for name, array in feed.items():
+                    binding.bind_ortvalue_input(name, self.module.OrtValue.ortvalue_from_numpy(array, "cuda"))
+                for output in session.get_outputs():
+                    binding.bind_output(output.name, "cuda")
+
+            def run_bound() -> None:
+                with _telling(source):
+                    session.run_with_iobinding(binding)
+
+            yield run_bound
 
     def executed(self, model: Model, feeds: Iterable[Feed]) -> Executed:
         """Tell how often nodes run on these inputs, those in bodies and functions included.
@@ -168,15 +174,22 @@ class Runtime:
         names = [output.name for output in session.get_outputs()]
 
         def run(feed: Feed) -> dict[str, Any]:
-            try:
+            with _telling(source):
                 return dict(zip(names, session.run(names, dict(feed)), strict=True))
-            except Exception as error:
-                message = one_line(error, source)
-                # Some kernels find out only when they run that they lack a type.
-                unsupported = re.search(r"not (yet )?support|not implemented", message, re.IGNORECASE)
-                raise (UnsupportedError if unsupported else RejectedError)(message) from error
 
         return run
+
+
+@contextmanager
+def _telling(source: bytes | str) -> Iterator[None]:
+    """Raise what the runtime raises when it runs a model as UnsupportedError or RejectedError."""
+    try:
+        yield
+    except Exception as error:
+        message = one_line(error, source)
+        # Some kernels find out only when they run that they lack a type.
+        unsupported = re.search(r"not (yet )?support|not implemented", message, re.IGNORECASE)
+        raise (UnsupportedError if unsupported else RejectedError)(message) from error
 
 
 @dataclass(frozen=True, slots=True)

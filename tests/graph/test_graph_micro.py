@@ -63,6 +63,7 @@ MATRICES = {
     "Gemm, transA, transB": ("y = Gemm <transA = 1, transB = 1> (x, w)", {"w": (6, 8)}, (8, 5)),
     "Gemm, scaled": ("y = Gemm <alpha = 0.5, beta = 2.0> (x, w, b)", {"w": (8, 6), "b": (6,)}, (5, 8)),
     "Gemm, left": ("y = Gemm (w, x)", {"w": (6, 8)}, (8, 5)),
+    "Gemm, left, bias": ("y = Gemm (w, x, b)", {"w": (6, 8), "b": (6, 1)}, (8, 5)),
     "Gemm, left, transA": ("y = Gemm <transA = 1> (w, x)", {"w": (8, 6)}, (8, 5)),
     "Gemm, left, transB": ("y = Gemm <transB = 1> (w, x)", {"w": (6, 8)}, (5, 8)),
     "Gemm, left, both": ("y = Gemm <transA = 1, transB = 1> (w, x)", {"w": (8, 6)}, (5, 8)),
@@ -203,6 +204,26 @@ def test_a_pointwise_convolution_is_written_as_matrices():
     operators = [node.op_type for node in chain.proto.graph.node]
     assert "Conv" not in operators
     assert layer.lowerings(1) == (Lowering.NATIVE, Lowering.MATMUL)
+
+
+def test_a_transposed_use_with_a_bias_runs_alone():
+    nodes = "h = Gemm (x, w)\n y = Gemm <transB = 1> (h, w, b)"
+    proto = parsed(nodes, {"w": (8, 6), "b": (8,)}, (5, 8))
+    layer, alone = cut(proto, use=1)
+    assert layer.uses[1].transposed
+    for one in (alone.dense(), *(chain for _, chain in alone.decomposed(options(layer)))):
+        (output,) = run(one.proto, alone.feed())
+        assert output.shape == (5, 8)
+
+
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_random_factors_keep_activations_near_their_size(kind):
+    """What shrank with every layer would become denormal, with which processors are slow."""
+    proto = parsed(*CONVS["pointwise"], kind=kind)
+    layer, alone = cut(proto)
+    for one in (alone.dense(), *(chain for _, chain in alone.decomposed(options(layer)))):
+        (output,) = run(one.proto, alone.feed())
+        assert 0.2 < np.abs(output.astype(np.float64)).mean() < 5
 
 
 @pytest.mark.parametrize("tables", [("Gather", "MatMul"), ("Gather", "Gemm")])
