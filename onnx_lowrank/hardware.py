@@ -41,6 +41,13 @@ def processor(provider: str) -> str:
     return _cpu() if provider == _CPU else f"{_gpus()} {_cpu()}".strip()
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def cache_bytes() -> int:
     """Size of the largest cache of this machine, shared ones included; a usual one where unknown."""
     sizes = []
@@ -56,7 +63,7 @@ def cache_bytes() -> int:
 
 def _cpu() -> str:
     model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
-    return f"{model[1] if model else platform.processor() or 'unknown'}, {os.cpu_count()} cores"
+    return f"{model[1] if model else platform.processor() or 'unknown'}, {cores()} cores"
 
 
 def _gpus() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.hardware import cores
 from onnx_lowrank.types import Array
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], backend: Backen
     if backend.name == "cuda":
         yield from map(function, items)
         return
-    workers = _cores()
+    workers = cores()
     pending: deque[Future[R]] = deque()
     source = iter(items)
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
@@ -127,7 +127,7 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
         return function(matrices)
     xp = array_api_compat.array_namespace(matrices)
     flat = xp.reshape(matrices, (-1, rows, cols))
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         results = list(pool.map(lambda n: function(flat[n, ...]), range(flat.shape[0])))
     return xp.reshape(xp.stack(results), (*stack, *results[0].shape))
 
@@ -137,10 +137,3 @@ def one_blas_thread() -> Iterator[None]:
     """Have BLAS use one thread in the whole process, as `parallel_map` does, for the same bits everywhere."""
     with threadpool_limits(limits=1, user_api="blas"):
         yield
-
-
-def _cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

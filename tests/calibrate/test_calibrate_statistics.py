@@ -230,7 +230,7 @@ def test_groups_that_fit_into_memory(together, passes):
 def test_same_bits_whatever_the_threads(monkeypatch, workers):
     proto = model(CNN, **WEIGHTS)
     expected = measured(proto, Samples(x=IMAGES))
-    monkeypatch.setattr("onnx_lowrank.linalg.backend._cores", lambda: workers)
+    monkeypatch.setattr("onnx_lowrank.linalg.backend.cores", lambda: workers)
     result = measured(proto, Samples(x=IMAGES))
     for layer, moments in result.items():
         np.testing.assert_array_equal(moments.inputs.second, expected[layer].inputs.second)

@@ -73,13 +73,13 @@ def test_asarray_is_float64_and_exact(dtype):
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("count", [0, 1, 3, 40])
 def test_results_come_in_the_order_of_the_items(workers, count, monkeypatch):
-    monkeypatch.setattr(backend_module, "_cores", lambda: workers)
+    monkeypatch.setattr(backend_module, "cores", lambda: workers)
     assert list(parallel_map(lambda n: n * n, range(count), CPU)) == [n * n for n in range(count)]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_items_are_drawn_only_when_their_turn_comes(workers, monkeypatch):
-    monkeypatch.setattr(backend_module, "_cores", lambda: workers)
+    monkeypatch.setattr(backend_module, "cores", lambda: workers)
     drawn = []
 
     def items():
@@ -93,7 +93,7 @@ def test_items_are_drawn_only_when_their_turn_comes(workers, monkeypatch):
 
 
 def test_workers_run_at_the_same_time(monkeypatch):
-    monkeypatch.setattr(backend_module, "_cores", lambda: 3)
+    monkeypatch.setattr(backend_module, "cores", lambda: 3)
     meeting = threading.Barrier(3, timeout=30)
     assert len(list(parallel_map(lambda _: meeting.wait(), range(3), CPU))) == 3
 
@@ -115,7 +115,7 @@ def test_each_task_has_one_blas_thread_and_the_limit_ends_with_the_work():
 
 
 def test_an_error_in_a_task_reaches_the_caller_and_stops_the_rest(monkeypatch):
-    monkeypatch.setattr(backend_module, "_cores", lambda: 1)
+    monkeypatch.setattr(backend_module, "cores", lambda: 1)
     started = []
 
     def fail_at_one(n):
@@ -144,7 +144,7 @@ def test_results_have_the_same_bits_whatever_the_number_of_workers(dtype, monkey
 
     results = []
     for workers in (1, 2, 7):
-        monkeypatch.setattr(backend_module, "_cores", lambda workers=workers: workers)
+        monkeypatch.setattr(backend_module, "cores", lambda workers=workers: workers)
         results.append(list(parallel_map(job, weights, CPU)))
     assert results[0] == results[1] == results[2]
 
