@@ -46,16 +46,16 @@ def replay(plan: Plan, found: Found) -> Plan:
         InputError: It counts MACs, and these are unknown.
     """
     plans.check(plan, found.model.sha256, found.layers)
+    by_id = {choice.layer: choice for choice in plan.choices}
     if plan.budget is Budget.LATENCY:
         if not plans.is_edited(plan):
             return plan
         # Nothing tells which of the times, and of the errors, are still those of the options.
+        ordered = (by_id[layer.id] for layer in found.layers)
         return _edited(
-            plan,
-            [replace(choice, error=math.nan if choice.option else 0.0) for choice in plan.choices],
+            plan, [replace(choice, error=math.nan if choice.option else 0.0) for choice in ordered]
         )
     found.total(plan.budget)
-    by_id = {choice.layer: choice for choice in plan.choices}
     choices = tuple(_repriced(by_id[layer.id], layer, plan.budget) for layer in found.layers)
     # Other positions (--input-shape) make other costs, under which another plan may be the best.
     priced = [choice.cost for choice in plan.choices] == [choice.cost for choice in choices]
@@ -79,10 +79,23 @@ def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
     return replace(choice, cost=true, error=error)
 
 
+def check_shapes(found: Found) -> None:
+    """Find out whether times can be measured: where all shapes are known.
+
+    Raises:
+        InputError: Dimensions of inputs are open.
+    """
+    if found.open_inputs and found.macs() is None:
+        raise InputError(
+            f"Times are those of one shape, and dimensions of the inputs {', '.join(found.open_inputs)} "
+            "are open: pass them as --input-shape NAME=1,3,224,224, or choose --budget params."
+        )
+
+
 def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Grid) -> None:
     """Find out whether a ratio is in reach before any error is computed: that takes costs alone.
 
-    Times are not known before they are measured, and can be where all shapes are known.
+    Times are not known before they are measured, so nothing is found out of those.
 
     Args:
         found: The model.
@@ -92,15 +105,10 @@ def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Gri
 
     Raises:
         BudgetError: None of them reaches it; the error is the one that comes closest.
-        InputError: MACs, or shapes to measure times for, are needed and unknown.
+        InputError: MACs are needed and unknown.
     """
     budget = grid.budget
     if budget is Budget.LATENCY:
-        if found.open_inputs and found.macs() is None:
-            raise InputError(
-                f"Times are those of one shape, and dimensions of the inputs {', '.join(found.open_inputs)} "
-                "are open: pass them as --input-shape NAME=1,3,224,224, or choose --budget params."
-            )
         return
     limit = largest_total(ratio, found.total(budget))
     errors = []
@@ -286,4 +294,4 @@ def _alone(table: Candidates, budget: Budget) -> str:
         return "no option of the recipe is cheaper"
     if table.cost[0] == 0:
         return "it did not run when the model was timed, or cannot be timed on its own"
-    return "no option of the recipe is clearly faster"
+    return "no option of the recipe, at ranks in multiples of --align, is clearly faster"

@@ -36,7 +36,6 @@ _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _SLACK = 0.05
 _SLOWER = 1.05
-_UNSTEADY = 1.3
 _TIMED = 0.03  # what one measurement of a time may differ from another
 
 
@@ -81,7 +80,7 @@ def assemble(
     counted = totals.of(plan.budget)
     reached = 1.0 if counted.ratio is None else counted.ratio
     targeted = target_error is not None or target_agreement is not None
-    warnings = _ratio_warnings(plan, reached, totals, targeted)
+    warnings = _ratio_warnings(plan, reached, totals, targeted, bool(merges))
     advice = _advice(targeted, calibrated=calibration is not None)
     # Whoever asks for less agreement is not surprised to get less.
     least = _LOW_AGREEMENT if target_agreement is None else min(_LOW_AGREEMENT, target_agreement)
@@ -123,28 +122,33 @@ def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
     """What would surprise the user about the speed."""
     if timing is None or timing.after is None:
         return
-    if plan.budget is Budget.LATENCY:
-        if timing.spread > _UNSTEADY:
-            yield (
-                f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
-                "work on this machine disturbs the times, so plan again when it is idle."
-            )
-        return
+    if plan.budget is Budget.LATENCY and not timing.is_steady:
+        yield (
+            f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
+            "work on this machine disturbs the times, so plan again when it is idle."
+        )
     slowdown = timing.after / timing.before
     if slowdown > _SLOWER:
+        advice = (
+            "its plan was made where it is faster"
+            if plan.budget is Budget.LATENCY
+            else ("--budget latency makes models that are faster")
+        )
         yield (
             f"The compressed model takes {slowdown:.2f} times as long as the input model on {timing.engine}: "
-            "--budget latency makes models that are faster."
+            f"{advice}."
         )
 
 
-def _ratio_warnings(plan: Plan, reached: float, totals: Totals, targeted: bool) -> Iterator[str]:
+def _ratio_warnings(
+    plan: Plan, reached: float, totals: Totals, targeted: bool, merged: bool
+) -> Iterator[str]:
     """What would surprise the user about the size."""
     if all(choice.option is None for choice in plan.choices):
         yield "No layer is rewritten, the output is the input model."
     elif reached > plan.ratio * (1 + (_TIMED if plan.budget is Budget.LATENCY else 1e-9)):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
-    elif reached < plan.ratio - _SLACK and not targeted:
+    elif reached < plan.ratio - _SLACK and not targeted and not merged:
         yield (
             f"The ratio is {reached:.4g} where {plan.ratio:g} was asked for, as the options are coarse: "
             "another recipe may come closer."

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
+from onnx_lowrank import plan as plans
 from onnx_lowrank import settling
 from onnx_lowrank.build import Built, build, judge
 from onnx_lowrank.calibrate.calibration import Calibration
@@ -23,7 +24,7 @@ from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.recovery import can_recover
 from onnx_lowrank.report.progress import Labelled, Progress
 from onnx_lowrank.scoring import Scores
-from onnx_lowrank.types import Budget, Trial
+from onnx_lowrank.types import Budget, Plan, Trial
 from onnx_lowrank.validate.compare import compare
 from onnx_lowrank.validate.engines import Feed
 
@@ -141,15 +142,18 @@ class Search:
         """As `best`, for a target: all without recovery, which is quick, then the best of them with it."""
         best: _Outcome | None = None
         errors: list[BudgetError | ValidationError] = []
-        found: list[tuple[tuple[float, ...], Recipe]] = []
+        found: list[tuple[tuple[float, ...], Recipe, Plan]] = []
         for recipe in recipes:
             outcome = self._tried(replace(recipe, recover=False), ratio, errors)
             if outcome is not None:
                 best = outcome if best is None else _better(best, outcome, target)
-                found.append((target.loss(outcome.trial), recipe))
-        recovering = [pair for pair in found if pair[1].recover]
+                found.append((target.loss(outcome.trial), recipe, outcome.built.plan))
+        recovering = [of for of in found if of[1].recover]
         if recovering and self._recovers():
-            outcome = self._tried(min(recovering, key=lambda pair: pair[0])[1], ratio, errors)
+            _, recipe, plan = min(recovering, key=lambda of: of[0])
+            # Measured times would make another plan each time.
+            plan = plans.sealed(replace(plan, recover=True))
+            outcome = self._tried(recipe, ratio, errors, plan)
             if outcome is not None:
                 best = outcome if best is None else _better(best, outcome, target)
         if best is None:
@@ -161,11 +165,15 @@ class Search:
         return any(can_recover(self._found, b, self._calibration) for b in self._found.bindings)
 
     def _tried(
-        self, recipe: Recipe, ratio: float, errors: list[BudgetError | ValidationError]
+        self,
+        recipe: Recipe,
+        ratio: float,
+        errors: list[BudgetError | ValidationError],
+        plan: Plan | None = None,
     ) -> _Outcome | None:
         """What a recipe makes, or None: then the trial says why, and the error is among the others."""
         try:
-            return self._try(recipe, ratio)
+            return self._try(recipe, ratio, plan)
         except (BudgetError, ValidationError) as error:
             self.trials.append(Trial(recipe.name, ratio, recipe.recover, note=str(error)))
             errors.append(error)
@@ -229,9 +237,10 @@ class Search:
                 resources.close()
             raise
 
-    def _try(self, recipe: Recipe, ratio: float) -> _Outcome:
+    def _try(self, recipe: Recipe, ratio: float, plan: Plan | None = None) -> _Outcome:
         progress = Labelled(self._progress, f"{recipe.name} at {ratio:.3g}")
-        plan = settling.make(self._found, Goal(ratio, recipe, self._budget), self._scores, progress)
+        goal = Goal(ratio, recipe, self._budget)
+        plan = plan or settling.make(self._found, goal, self._scores, progress)
         built = build(self._found, plan, self._calibration, self._backend, progress)
         self._made.append(built.resources)
         try:

@@ -3,7 +3,8 @@
 Rules:
 
 1. A plan is made from the times of layers alone. Its model, with random factors, is timed against the input
-   model: what it saves does not depend on the factors' numbers.
+   model: what it saves does not depend on the factors' numbers. Where it does, and the model fails with
+   those, what was predicted counts.
 2. Where it saves something else than was predicted, every kind of layer is measured in the model on its own,
    and planned with what it saves there. Layers that lose in the model are kept from then on.
 3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. Of
@@ -29,6 +30,7 @@ from onnx_lowrank.planner import Goal
 from onnx_lowrank.report.progress import Progress
 from onnx_lowrank.scoring import Scores
 from onnx_lowrank.types import Option, Plan
+from onnx_lowrank.validate.engines import RejectedError, UnsupportedError
 
 _ROUNDS = 5
 _STEPS = 4
@@ -107,8 +109,8 @@ class _Settling:
         for turn in range(_ROUNDS):
             try:
                 plan = self._plan(self.goal.ratio)
-            except BudgetError:
-                if self.fastest == inf:
+            except BudgetError as error:
+                if error.smallest_ratio is None or error.smallest_ratio >= 1:
                     raise
                 return
             if (key := tuple(choice.option for choice in plan.choices)) in seen:
@@ -158,8 +160,8 @@ class _Settling:
         """Correct what layers are predicted to save (rules 2 and 3)."""
         predicted = self.latency.predicted(chosen) / self.latency.whole
         if is_first and abs(predicted - reached) > _MISSED:
-            with self.progress.stage("time kinds of layers"):
-                self.latency.correct(chosen, self._ratio)
+            with self.progress.stage("time kinds of layers", 1) as step:
+                self.latency.correct(chosen, reached, self._ratio, step)
         else:
             self.latency.learn(chosen, reached, _CHANGES)
 
@@ -177,4 +179,7 @@ class _Settling:
         )
         rewritten, _, resources = assemble(self.found, replacements, {})
         with resources:
-            return self.latency.ratio(rewritten.model)
+            try:
+                return self.latency.ratio(rewritten.model)
+            except (UnsupportedError, RejectedError):
+                return self.latency.predicted(chosen) / self.latency.whole

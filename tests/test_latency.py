@@ -356,6 +356,14 @@ def test_what_changes_nothing_is_not_timed(costing, options):
     assert not any("as long" in warning for warning in result.report.warnings)
 
 
+@pytest.mark.parametrize(("patience", "slower"), [(1e9, True), (0.0, False)])
+def test_other_budgets_do_not_time_models_that_take_long(costing, monkeypatch, patience, slower):
+    monkeypatch.setattr(measured, "_PATIENCE", patience)
+    costing(lambda proto: 1000 if is_dense(proto) else 2000)
+    warnings = compress(cnn(), 0.6).report.warnings
+    assert any("2.00 times as long" in warning for warning in warnings) == slower
+
+
 def test_a_model_that_does_not_run_is_not_timed_and_no_error(monkeypatch):
     class Refusing(Recorded):
         def times(self, models, pace):
@@ -369,14 +377,45 @@ def test_a_model_that_does_not_run_is_not_timed_and_no_error(monkeypatch):
 
 @pytest.mark.parametrize(("slower", "written"), [(1.0, True), (1.02, True), (1.021, False), (2.0, False)])
 def test_under_latency_a_model_that_is_slower_is_not_made(costing, slower, written):
-    plan = half().plan
-    costing(lambda proto: 1000 if is_dense(proto) else 1000 * slower)
+    times = []
+
+    def cost(proto):
+        """As fast as was asked for while it is planned, then slower."""
+        times.append(1000 if is_dense(proto) else 1000 * slower if 600 in times else 600)
+        return times[-1]
+
+    costing(cost)
     if written:
-        assert compress(cnn(), plan=plan, input_shape=SHAPE).report.reached == slower
+        assert half().report.reached == slower
         return
     with pytest.raises(BudgetError, match=rf"^The compressed model takes {slower:.3f} of the time") as caught:
-        compress(cnn(), plan=plan, input_shape=SHAPE)
+        half()
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("slower", "told"), [(1.02, False), (1.2, True), (2.0, True)])
+def test_a_replayed_plan_that_is_slower_here_is_made_with_a_warning(costing, slower, told):
+    plan = half().plan
+    costing(lambda proto: 1000 if is_dense(proto) else 1000 * slower)
+    report = compress(cnn(), plan=plan, input_shape=SHAPE).report
+    assert report.reached == slower
+    warned = [text for text in report.warnings if "its plan was made where it is faster" in text]
+    assert bool(warned) == told
+
+
+def test_a_replayed_plan_of_times_needs_shapes():
+    plan = half().plan
+    with pytest.raises(InputError, match="Times are those of one shape"):
+        compress(cnn(), plan=plan)
+
+
+def test_an_edited_plan_may_have_its_layers_in_any_order():
+    plan = half().plan
+    turned = replace(plan, choices=plan.choices[::-1])
+    one, other = (compress(cnn(), plan=p, input_shape=SHAPE) for p in (plan, turned))
+    assert [row.id for row in other.report.layers] == [row.id for row in one.report.layers]
+    assert [row.option for row in other.report.layers] == [row.option for row in one.report.layers]
+    assert [choice.layer for choice in other.plan.choices] == [choice.layer for choice in plan.choices]
 
 
 # --- what is kept -----------------------------------------------------------------------------------

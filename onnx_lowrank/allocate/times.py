@@ -61,7 +61,8 @@ class Times:
         saved = 1 - shares
         # What loses even alone saves nothing where its layer's options lose in the model.
         left: Ints = np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved))).astype(np.int64)
-        return left
+        # It may save more in the model than alone, but nothing takes less than no time.
+        return np.maximum(left, 0)
 
     def cost(self, option: Option | None) -> int:
         """The time of an option, or of the layer as it is."""

@@ -15,7 +15,7 @@ from platformdirs import user_cache_path
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.atomic import replacing
 
-VERSION = 1
+VERSION = 2
 """Grows when what is measured changes, so that older times are not taken for it."""
 
 _LARGEST = 64 * 2**20
@@ -31,7 +31,8 @@ class Cache:
         """Read a cache file; what is missing, broken or no number is not in it. None keeps nothing."""
         self._path = path
         self._known = {} if path is None else _read(path)
-        self._is_new = False
+        self._new = set[tuple[str, str]]()
+        self._is_saved = True
 
     @classmethod
     def of(cls, environment: Mapping[str, str], folder: Path | None = None) -> Self:
@@ -52,20 +53,36 @@ class Cache:
     def put(self, layer: str, option: str, ratio: float) -> None:
         """Note a relative time."""
         self._known.setdefault(layer, {})[option] = ratio
-        self._is_new = True
+        self._new.add((layer, option))
+        self._is_saved = False
 
     def save(self) -> None:
         """Write what is new, together with what others have written meanwhile; a full disk is no error."""
-        if self._path is None or not self._is_new:
+        if self._path is None or self._is_saved:
             return
-        merged = _read(self._path)
-        for layer, ratios in self._known.items():
-            merged.setdefault(layer, {}).update(ratios)
+        table = _read(self._path)
+        for layer, option in self._new:
+            table.setdefault(layer, {})[option] = self._known[layer][option]
+        self._write(self._path, table)
+        self._is_saved = True
+
+    def discard(self) -> None:
+        """Take what is new out of the file again, where it turned out to be wrong."""
+        if self._path is None or not self._new:
+            return
+        table = _read(self._path)
+        for layer, option in self._new:
+            table.get(layer, {}).pop(option, None)
+        self._new.clear()
+        self._is_saved = True
+        self._write(self._path, table)
+
+    @staticmethod
+    def _write(path: Path, table: Ratios) -> None:
         with suppress(OSError, InputError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as (file,):
-                file.write(json.dumps(merged).encode())
-        self._is_new = False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as (file,):
+                file.write(json.dumps(table).encode())
 
 
 def _read(path: Path) -> Ratios:

@@ -14,7 +14,8 @@ Clock = Callable[[], int]
 """Nanoseconds since some moment."""
 
 _WARM_UP = 2
-_LEAST, _MOST = 7, 400
+_LEAST, _MOST = 7, 10_000
+_SELDOM = 5  # rounds are looked at when they have grown by a fifth, as that disturbs the caches
 _NOTCH = 1.57
 """Half width of a 95 % interval for a median over IQR / √n (McGill, Tukey and Larsen 1978)."""
 
@@ -52,12 +53,15 @@ def interleaved(
             run()
     begin = clock()
     rounds: list[list[int]] = []
+    look = _LEAST
     while len(rounds) < _MOST:
         rounds.append([_timed(run, clock, warm) for run in runs])
-        if len(rounds) >= _LEAST and (
-            clock() - begin >= pace.seconds * 1e9 or _spread(np.array(rounds, float)) <= pace.spread
-        ):
+        if len(rounds) >= _LEAST and clock() - begin >= pace.seconds * 1e9:
             break
+        if len(rounds) == look:
+            if _spread(np.array(rounds, float)) <= pace.spread:
+                break
+            look += 1 + look // _SELDOM
     times = np.array(rounds, float)
     own = np.median(times[:, 0])
     ratios = np.median(times / times[:, :1], axis=0)

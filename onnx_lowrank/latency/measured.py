@@ -7,7 +7,8 @@ Rules:
 2. An option's time is measured relative to its layer's. First every (fold, k) that does not lose by its MACs
    alone is measured at one rank; then those which may be best at some time, at more ranks.
 3. What a layer saves in the model need not be what it saves alone (fusions, caches). `learn` takes what
-   was saved in one into account from then on; `correct` measures one for every kind of layer.
+   was saved in one into account from then on; `correct` measures one for every kind of layer that matters,
+   and believes that the more, the more the kind saves beside what measurements differ by.
 4. A use in a body takes its time as often as it ran. Where none ran the layer is kept.
 """
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from time import monotonic
 
 import numpy as np
 
@@ -45,7 +47,13 @@ from onnx_lowrank.validate.engines import Executed, Feed, RejectedError, Unsuppo
 from onnx_lowrank.validate.inputs import describe, make, specs
 
 _WHOLE = Pace(seconds=6.0, spread=0.005)
+_SESSIONS = 3
+"""How often models that run from the caches are loaded and timed: times differ from session to session."""
+
 _BRIEF = Pace(seconds=1.0, spread=0.01)
+_PATIENCE = 3.0
+"""Seconds in which a model has to be loaded and run once, else its time is nothing to tell beside."""
+
 _LAYERS = Pace(seconds=4.0, spread=0.02)
 _FIRST_LOOK = Pace(seconds=0.0)
 _CHAINS = Pace(seconds=2.0, spread=0.02)
@@ -62,6 +70,12 @@ _BUNCHES = 4  # in which the options of a layer are measured, mostly
 _GAINS = (-1.0, 1.5)
 """What of its predicted saving a layer may save in the model: beyond that something else was measured."""
 
+_NOISE = 0.01
+"""What the ratio of two models' times differs by from one measurement to the next, about."""
+
+_JUDGED = 16
+"""So many kinds of layers are measured in the model, those that save most."""
+
 _Key = tuple[Fold, int]
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -76,13 +90,15 @@ class _Kind:
         micro: One of them, as a model.
         time: What each takes, in nanoseconds.
         gain: What of the time that its options save alone they save in the model.
-        known: The relative times of its options.
+        looks: The relative times of options at a brief look, which tells which are worth measuring.
+        known: The relative times of options, measured.
     """
 
     micro: Micro
     time: int
-    gain: float
-    known: dict[Option, float]
+    gain: float = 1.0
+    looks: dict[Option, float] = field(default_factory=dict)
+    known: dict[Option, float] = field(default_factory=dict)
 
 
 class Latency:
@@ -117,7 +133,7 @@ class Latency:
             self.whole, shares = self._shares(parts)
         self._range = (self.whole, self.whole)
         self._kinds = {
-            key: _Kind(part, round(self.whole * share), 1.0, {})
+            key: _Kind(part, round(self.whole * share))
             for (key, part), share in zip(parts.items(), shares, strict=True)
         }
         # A layer of which one use cannot be timed alone cannot be traded against others.
@@ -159,8 +175,13 @@ class Latency:
 
     def pair(self, model: Model) -> tuple[int, int]:
         """The times of this model and of another with the same inputs, in turns, in nanoseconds."""
-        before, after = self.stopwatch.times([(self._found.model, self._feed), (model, self._feed)], _WHOLE)
-        self._range = min(self._range[0], before), max(self._range[1], before)
+        both = [(self._found.model, self._feed), (model, self._feed)]
+        sessions = _SESSIONS if self.stopwatch.warm else 1
+        pace = replace(_WHOLE, seconds=_WHOLE.seconds / sessions)
+        pairs = [self.stopwatch.times(both, pace) for _ in range(sessions)]
+        for before, _ in pairs:
+            self._range = min(self._range[0], before), max(self._range[1], before)
+        before, after = sorted(pairs, key=lambda pair: pair[1] / pair[0])[sessions // 2]
         return before, after
 
     def measure(self, errors: Sequence[Errors], grid: Grid, step: Step) -> None:
@@ -178,12 +199,15 @@ class Latency:
         # The layers that take longest have the largest share of the work, too.
         total = sum(self._kinds[key].time for key in wanted) or 1
         done = 0
-        for key, of in wanted.items():
-            seconds = _BUDGET * self._kinds[key].time / total / _BUNCHES
-            self._measure(self._kinds[key], of, grid, replace(_CHAINS, seconds=min(seconds, _CHAINS.seconds)))
-            done += self._kinds[key].time
-            step(done / total)
-        self.stopwatch.cache.save()
+        try:
+            for key, of in wanted.items():
+                kind = self._kinds[key]
+                seconds = _BUDGET * kind.time / total / _BUNCHES
+                self._measure(kind, of, grid, replace(_CHAINS, seconds=min(seconds, _CHAINS.seconds)))
+                done += kind.time
+                step(done / total)
+        finally:  # what was measured stays known, even where the user does not wait for all
+            self.stopwatch.cache.save()
 
     def times(self) -> tuple[Times, ...]:
         """The times of all layers with the options that were measured, in graph order."""
@@ -201,11 +225,12 @@ class Latency:
                 for key in promising
                 for lowering in layer.lowerings(key[1])
             ][:most]
-            self._add(kind, first, _FIRST_LOOK)
+            new = [option for option in first if option not in kind.looks]
+            kind.looks |= self.stopwatch.chains(kind.micro, new, _FIRST_LOOK)
             fastest: dict[_Key, Option] = {}
-            for option in sorted(kind.known.keys() & first, key=kind.known.__getitem__):
+            for option in sorted(kind.looks.keys() & first, key=kind.looks.__getitem__):
                 fastest.setdefault((option.fold, option.k), option)
-            middle = {key: kind.known[option] for key, option in fastest.items()}
+            middle = {key: kind.looks[option] for key, option in fastest.items()}
             best = by_promise(worth_measuring(errors, ranks, middle), errors, ranks, middle)
             more = [replace(fastest[key], j=j) for key in best for j in sampled(ranks[key])]
             self._add(kind, more[:most], pace)
@@ -241,18 +266,39 @@ class Latency:
                 saved += times.keep - times.cost(options[layer.id])
         return max(1, self.whole - saved)
 
-    def correct(self, options: Mapping[str, Option], ratio: Callable[[Mapping[str, Option]], float]) -> None:
+    def correct(
+        self,
+        options: Mapping[str, Option],
+        reached: float,
+        ratio: Callable[[Mapping[str, Option]], float],
+        step: Step,
+    ) -> None:
         """Measure what the options of every kind of layer save in the model (rule 3).
 
         Args:
             options: The options to judge by, for some of the layers.
-            ratio: Measures the model in which some layers are rewritten (`ratio`).
+            reached: The ratio of the model in which all of them are rewritten.
+            ratio: Measures the model in which some are (`ratio`).
+            step: Told the share that is done.
         """
         kinds: dict[str, dict[str, Option]] = {}
         for layer, option in options.items():
             kinds.setdefault("/".join(sorted(self._uses[layer])), {})[layer] = option
-        for own in kinds.values():
-            self.learn(own, ratio(own))
+        ordered = sorted(kinds.values(), key=self._saving, reverse=True)
+        savings = [self._saving(own) for own in ordered]
+        whole = self._saving(options)
+        joint = (1 - reached) / whole if whole > 0 else 1.0
+        for index, (own, alone) in enumerate(zip(ordered, savings, strict=True)):
+            saved = joint * alone
+            if alone > _NOISE and index < _JUDGED:
+                belief = alone**2 / (alone**2 + _NOISE**2)
+                saved += belief * (1 - ratio(own) - saved)
+            self.learn(own, 1 - saved)
+            step((index + 1) / len(ordered))
+
+    def _saving(self, options: Mapping[str, Option]) -> float:
+        """What of the model's time some options are predicted to save."""
+        return 1 - self.predicted(options) / self.whole
 
     def learn(
         self, options: Mapping[str, Option], ratio: float, limits: tuple[float, float] = _GAINS
@@ -264,10 +310,10 @@ class Latency:
             ratio: Its time over this model's.
             limits: The least and the largest share of what was predicted to believe.
         """
-        alone = 1 - self.predicted(options) / self.whole
+        alone = self._saving(options)
         share = float(np.clip((1 - ratio) / alone, *limits)) if alone > 0 else 1.0
         for key in {key for layer in options for key in self._uses[layer]}:
-            self._kinds[key].gain *= share
+            self._kinds[key].gain = float(np.clip(self._kinds[key].gain * share, *_GAINS))
 
     def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
         """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""
@@ -279,13 +325,13 @@ class Latency:
             if option is None or not self._uses[layer.id]:
                 continue
             times = planned[layer.id]
-            after = 0
-            for key, runs in self._uses[layer.id].items():
-                kind = self._kinds[key]
+            kinds = [(self._kinds[key], runs) for key, runs in self._uses[layer.id].items()]
+            for kind, _ in kinds:
                 self._add(kind, [option], _CHAINS)
-                after += round(runs * kind.time * kind.known.get(option, 1.0))
-            is_known = (option.fold, option.k) in times.curves
-            found[layer.id] = LayerTime(times.keep, times.cost(option) if is_known else None, after)
+            if all(option in kind.known for kind, _ in kinds):
+                after = sum(round(runs * kind.time * kind.known[option]) for kind, runs in kinds)
+                is_known = (option.fold, option.k) in times.curves
+                found[layer.id] = LayerTime(times.keep, times.cost(option) if is_known else None, after)
         return found
 
     def _known(self, options: Mapping[str, Option]) -> bool:
@@ -312,14 +358,15 @@ class Latency:
             return timing
         before, after = self.pair(model)
         layers = self.layers(options)
-        self.stopwatch.cache.save()
         # Both were measured anew, on a machine that may have become slower; the prediction is of their ratio.
         known = layers.keys() == options.keys() and all(
             time.predicted is not None for time in layers.values()
         )
         expected = round(predicted / self.whole * before) if known else None
         spread = self._range[1] / self._range[0]
-        return replace(timing, before=before, predicted=expected, after=after, layers=layers, spread=spread)
+        timing = replace(timing, before=before, predicted=expected, after=after, layers=layers, spread=spread)
+        (self.stopwatch.cache.save if timing.is_steady else self.stopwatch.cache.discard)()
+        return timing
 
 
 def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:
@@ -359,9 +406,15 @@ def start(found: Found, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> La
 def compare(
     original: Model, compressed: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch
 ) -> Timing | None:
-    """Time two models against each other, on inputs as for `start`; None where they do not run."""
+    """Time two models against each other, on inputs as for `start`; None where they do not run.
+
+    Nor are those timed that take long, for which nobody has asked.
+    """
+    begin = monotonic()
     try:
         feed = _feed(original, shown, shapes, stopwatch)
+        if monotonic() - begin > _PATIENCE:
+            return None
         before, after = stopwatch.times([(original, feed), (compressed, feed)], _BRIEF)
     except (UnsupportedError, RejectedError, InputError):
         return None

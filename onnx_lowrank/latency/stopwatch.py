@@ -29,7 +29,14 @@ _MOST = 16
 
 
 class Stopwatch:
-    """Times models as they are deployed; what is known of chains is not measured again."""
+    """Times models as they are deployed; what is known of chains is not measured again.
+
+    Attributes:
+        engine: What runs the models.
+        threads: How many threads compute one operator; 0 leaves it to the runtime.
+        warm: Whether models find their weights in the processor's caches when they run again and again.
+        cache: The times that are known.
+    """
 
     def __init__(
         self,
@@ -51,7 +58,7 @@ class Stopwatch:
         """
         self.engine = engine
         self.threads = threads
-        self._warm = warm
+        self.warm = warm
         self._clock = clock
         self.cache = Cache.of(_environment(engine, threads, warm)) if caching else Cache(None)
 
@@ -72,7 +79,7 @@ class Stopwatch:
             runs = [
                 stack.enter_context(self.engine.ready(model, feed, self.threads)) for model, feed in models
             ]
-            return interleaved(runs, pace, self._clock, warm=self._warm)
+            return interleaved(runs, pace, self._clock, warm=self.warm)
 
     def shares(self, whole: Timed, layers: Sequence[Micro], pace: Pace) -> tuple[int, list[float]]:
         """The time of a model in nanoseconds, and those of layers over it.
@@ -98,12 +105,14 @@ class Stopwatch:
 
     def chains(self, layer: Micro, options: Iterable[Option], pace: Pace) -> dict[Option, float]:
         """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
-        known = {option: self.cache.get(layer.key, _name(option)) for option in options}
+        # A brief look is not taken for more than that.
+        suffix = "" if pace.seconds else " at a look"
+        known = {option: self.cache.get(layer.key, _name(option) + suffix) for option in options}
         missing = [option for option, ratio in known.items() if ratio is None]
         for some in _bunches(layer.decomposed(missing), lambda chain: stored_bytes(chain[1])):
             for option, ratio in self._measured(layer, some, pace):
                 known[option] = ratio
-                self.cache.put(layer.key, _name(option), ratio)
+                self.cache.put(layer.key, _name(option) + suffix, ratio)
         return {option: ratio for option, ratio in known.items() if ratio is not None}
 
     def _measured(

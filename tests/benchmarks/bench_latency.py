@@ -2,9 +2,10 @@
 
 Every row is one run of the command with --budget latency (or macs), and then a measurement of its own: both
 models in turns, in three processes that have nothing else to do, with the runtime's own options but for the
-number of threads; the median of the three counts, as sessions of the same model differ by several percent. Of
-two runs of a model in each turn the second is timed. Only the ratio of the two times is compared with anything. Beside it stand what the command predicted and how long it took. ResNet-20, which
-is calibrated, has its top-1 on 761 images, too.
+number of threads; the median of the three counts, as sessions of the same model differ by several percent.
+Of two runs of a model in each turn the second is timed. Only the ratio of the two times is compared with
+anything. Beside it stand what the command predicted and how long it took. ResNet-20, which is calibrated, has
+its top-1 on 761 images, too.
 
 Results go into a JSON file row by row, with the machine they were measured on.
 """
@@ -33,7 +34,7 @@ from scores import CHECKOUT, SHARED, tasks
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 RATIOS = (0.9, 0.7, 0.5)
-_UNREACHABLE = 3
+_REFUSED = (2, 3)  # MACs are unknown, or the ratio is out of reach
 _ROUNDS = 15
 _SESSIONS = 3
 
@@ -103,8 +104,9 @@ def measured(subject: Subject, budget: str, ratio: float, threads: int, folder: 
     begin = time.perf_counter()
     done = subprocess.run(command(subject, model, out, row), capture_output=True, text=True, check=False)
     row["seconds"] = round(time.perf_counter() - begin, 1)
-    if done.returncode == _UNREACHABLE:
-        return row | {"unreachable": done.stderr.strip().removeprefix("onnx-lowrank: ")}
+    if done.returncode in _REFUSED:
+        said = done.stderr.strip().removeprefix("onnx-lowrank: ")
+        return row | {"refused": said.replace(str(model), subject.name)}
     if done.returncode:
         raise SystemExit(done.stderr)
     report = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
@@ -170,8 +172,8 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         head = f"| {row['model']} | {row['threads']} | {row['budget']} | {row['ratio']:g} |"
-        if "unreachable" in row:
-            yield f"{head} unreachable: {row['unreachable']} | | | | | {row['seconds']:.0f} s |"
+        if "refused" in row:
+            yield f"{head} {row['refused']} | | | | | {row['seconds']:.0f} s |"
             continue
         predicted = f"{row['predicted']:.3f}" if "predicted" in row else "–"
         macs = "–" if row["macs"] is None else f"{row['macs']:.3f}"

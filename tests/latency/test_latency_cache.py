@@ -50,6 +50,21 @@ def test_nothing_is_written_where_nothing_is_new(tmp_path):
     assert files(tmp_path) == {}
 
 
+def test_what_turned_out_to_be_wrong_is_taken_out_again(tmp_path):
+    path = tmp_path / "times.json"
+    saved(path, old=0.5)
+    cache = saved(path, new=0.25)
+    cache.put("other", "newer", 0.125)
+    cache.discard()
+    read = Cache(path)
+    known = [read.get(*of) for of in (("layer", "old"), ("layer", "new"), ("other", "newer"))]
+    assert known == [0.5, None, None]
+    before = files(tmp_path)
+    cache.discard()
+    cache.save()
+    assert files(tmp_path) == before
+
+
 def test_no_file_keeps_nothing_but_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache = Cache(None)

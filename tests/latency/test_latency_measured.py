@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnx_lowrank.graph.micro import micro, placeholder
 from onnx_lowrank.graph.model import load
 from onnx_lowrank.graph.rewrite import rewrite
 from onnx_lowrank.latency import measured
+from onnx_lowrank.latency.cache import Cache
 from onnx_lowrank.latency.measured import Latency
 from onnx_lowrank.types import Budget, Fold, Lowering, Option
 from onnx_lowrank.validate import runtime
@@ -296,9 +298,38 @@ def test_every_kind_is_corrected_on_its_own():
         saved = latency.whole - latency.predicted(some)
         return 1 - (0.5 if "w" in some else 0.25) * saved / latency.whole
 
-    latency.correct(chosen, ratio)
-    assert asked == [{"w"}, {"v"}]
-    assert [of.gain for of in measure(found, latency)] == pytest.approx([0.5, 0.25])
+    shares = []
+    latency.correct(chosen, ratio(chosen), ratio, shares.append)
+    assert sorted(map(sorted, asked)) == [["v"], ["v", "w"], ["w"]]
+    assert shares == [0.5, 1.0]
+    assert [of.gain for of in measure(found, latency)] == pytest.approx([0.5, 0.25], rel=0.02)
+
+
+def test_a_kind_that_saves_less_than_measurements_differ_by_saves_what_all_do():
+    found, latency, _ = timed(two(), cost=lambda proto: by_weights(proto) * (1 if is_layer(proto) else 1000))
+    measure(found, latency)
+    latency.correct(options(found), 1 - 0.7 * latency._saving(options(found)), never, lambda _: None)
+    assert [of.gain for of in measure(found, latency)] == pytest.approx([0.7, 0.7])
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_so_many_kinds_are_measured_those_that_save_most(monkeypatch, most):
+    monkeypatch.setattr(measured, "_JUDGED", most)
+    found, latency, _ = timed(two())
+    measure(found, latency)
+    chosen = options(found)
+    ordered = sorted(chosen, key=lambda layer: -latency._saving({layer: chosen[layer]}))
+    asked = []
+    latency.correct(chosen, 0.9, lambda some: asked.append(*some) or 1.0, lambda _: None)
+    assert asked == ordered[:most]
+
+
+def never(_):
+    raise AssertionError("it should not be measured")
+
+
+def is_layer(proto):
+    return proto.graph.name == "layer"
 
 
 @pytest.mark.parametrize("blocks", [2, 4])
@@ -306,7 +337,7 @@ def test_layers_that_are_alike_are_corrected_together(blocks):
     found, latency, _ = timed(chain(blocks))
     measure(found, latency)
     asked = []
-    latency.correct(options(found), lambda some: asked.append(set(some)) or 1.0)
+    latency.correct(options(found), 0.8, lambda some: asked.append(set(some)) or 0.8, lambda _: None)
     assert asked == [{layer.id for layer in found.layers}]
 
 
@@ -318,6 +349,34 @@ def test_the_ratio_of_another_model():
     other = made(found, options(found))
     assert latency.ratio(other) == by_weights(other.proto) / by_weights(two())
     assert latency.pair(other) == (by_weights(two()), by_weights(other.proto))
+
+
+@pytest.mark.parametrize(("warm", "ratio"), [(True, 0.5), (False, 0.9)])
+def test_models_that_run_from_the_caches_are_timed_in_several_sessions(warm, ratio):
+    """The median of their ratios counts."""
+    found, latency, watch = timed(two())
+    watch.warm = warm
+    turns = iter([900, 500, 100])
+    watch.times = lambda models, pace: [1000, next(turns)]
+    assert latency.ratio(found.model) == ratio
+
+
+@pytest.mark.parametrize(("after", "kept"), [(1300, True), (1301, False)])
+def test_times_of_a_machine_with_other_work_are_not_kept(tmp_path, after, kept):
+    found, latency, watch = timed(two())
+    watch.cache = Cache(tmp_path / "times.json")
+    chosen = options(found)
+    measure(found, latency)
+    other = made(found, chosen)
+    latency._range = (1000, 1000)
+    watch.times = lambda models, pace: [after] + [500] * (len(models) - 1)
+    timing = latency.timing(chosen, other)
+    assert timing.is_steady == kept
+    assert bool(json.loads((tmp_path / "times.json").read_text()).get(key_of(found), {})) == kept
+
+
+def key_of(found):
+    return micro(found.walk, found.bindings[0], 0).key
 
 
 def test_the_timing_of_a_model():
