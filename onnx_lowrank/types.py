@@ -529,7 +529,7 @@ class LayerTime:
 
     Attributes:
         before: As it was.
-        predicted: Its chain, as the plan reckoned; None where a plan was replayed.
+        predicted: Its chain, as the plan reckoned that it takes in the model; None where a plan was replayed.
         after: Its chain, measured for its own rank.
     """
 

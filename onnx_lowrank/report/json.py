@@ -28,7 +28,8 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
   null where there were no calibration inputs.
 - timing: engine, inputs, before, predicted, after (nanoseconds of one run; predicted is null where a plan
   was replayed, after in a dry run), spread (longest over shortest median of the input model's time), layers
-  (a list of layer, before, predicted, after: alone, outside the model); null where latency is not the budget.
+  (a list of layer, before, predicted, after: before and after alone, outside the model, predicted with what
+  the layer saves in it, null where a plan was replayed); null where latency is not the budget.
 - trials: a list of recipe, ratio, recovered, error, agreement (the worst over the outputs), chosen, note,
   outputs (as in validation, on the held-out calibration inputs); empty where nothing was compared.
 """
