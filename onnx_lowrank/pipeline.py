@@ -349,7 +349,7 @@ class _Job:
             timing = self.latency.timing(chosen, model)
             ratio = (timing.after or 0) / timing.before
             # Whoever replays a plan wants its model, wherever that is.
-            if not chosen or self.asked.plan is not None or ratio <= _SLOWER:
+            if not chosen or self.asked.plan is not None or ratio <= _REFUSED:
                 return timing
         raise BudgetError(
             f"The compressed model takes {ratio:.3f} of the time of {self.found.model.name} on "
@@ -400,7 +400,7 @@ class _Job:
         )
 
 
-_SLOWER = 1.02
+_REFUSED = 1.02
 """A model that takes more than this of the input model's time is slower, and not by noise alone."""
 
 _CHANCES = 3

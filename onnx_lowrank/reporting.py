@@ -35,7 +35,7 @@ from onnx_lowrank.types import (
 _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _SLACK = 0.05
-_SLOWER = 1.05
+_WARNED = 1.05
 _TIMED = 0.03  # what one measurement of a time may differ from another
 
 
@@ -128,7 +128,7 @@ def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
             "work on this machine disturbs the times, so plan again when it is idle."
         )
     slowdown = timing.after / timing.before
-    if slowdown > _SLOWER:
+    if slowdown > _WARNED:
         advice = (
             "its plan was made where it is faster"
             if plan.budget is Budget.LATENCY

@@ -7,16 +7,19 @@ Rules:
    those, what was predicted counts.
 2. Where it saves something else than was predicted, every kind of layer is measured in the model on its own,
    and planned with what it saves there. Layers that lose in the model are kept from then on.
-3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. Of
-   those that keep within the ratio the one of least objective is taken.
+3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. A
+   plan that comes again is measured again, and the median counts. Of those that keep within the ratio the one
+   of least objective is taken.
 4. Where none does, the fastest plan is tried, and some between it and those that were too slow.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
+from statistics import median
 
 from onnx_lowrank import plan as plans
 from onnx_lowrank import planner
@@ -33,6 +36,7 @@ from onnx_lowrank.types import Option, Plan
 from onnx_lowrank.validate.engines import RejectedError, UnsupportedError
 
 _ROUNDS = 5
+_REPEATS = 3
 _STEPS = 4
 _NOTHING = 1e-9  # a ratio that no plan reaches
 
@@ -105,7 +109,7 @@ class _Settling:
 
     def _learned(self) -> None:
         """Make plans by what those before them saved (rules 2 and 3)."""
-        seen = set[tuple[Option | None, ...]]()
+        seen = defaultdict[tuple[Option | None, ...], list[float]](list)
         for turn in range(_ROUNDS):
             try:
                 plan = self._plan(self.goal.ratio)
@@ -113,10 +117,10 @@ class _Settling:
                 if error.smallest_ratio is None or error.smallest_ratio >= 1:
                     raise
                 return
-            if (key := tuple(choice.option for choice in plan.choices)) in seen:
+            ratios = seen[tuple(choice.option for choice in plan.choices)]
+            if len(ratios) == _REPEATS:
                 return
-            seen.add(key)
-            reached = self._measured(plan)
+            reached = self._measured(plan, ratios)
             if -_NOISE <= self.goal.ratio - reached <= _UNUSED:
                 return
             self._learn(options(plan), reached, is_first=turn == 0)
@@ -126,7 +130,7 @@ class _Settling:
         aim = low = self._smallest()
         high = max(low, self.goal.ratio)
         for _ in range(_STEPS):
-            if self._measured(self._plan(aim)) <= self.goal.ratio + _NOISE:
+            if self._measured(self._plan(aim), []) <= self.goal.ratio + _NOISE:
                 low = aim
             else:
                 high = aim
@@ -147,10 +151,11 @@ class _Settling:
         plan = planner.make(self.found, replace(self.goal, ratio=ratio), self.scores, self.progress)
         return plans.sealed(replace(plan, ratio=self.goal.ratio))
 
-    def _measured(self, plan: Plan) -> float:
-        """The ratio that a plan reaches; the best plan so far is kept (rule 3)."""
+    def _measured(self, plan: Plan, ratios: list[float]) -> float:
+        """The ratio that a plan reaches, after those measured before; the best plan is kept (rule 3)."""
         with self.progress.stage("time the plan"):
-            reached = self._ratio(options(plan))
+            ratios.append(self._ratio(options(plan)))
+        reached = median(ratios)
         self.fastest = min(self.fastest, reached)
         if reached <= self.goal.ratio + _NOISE and self._is_better(plan):
             self.best = plan

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+_PER_SECOND = 2
 _FIRST, _EVERY = 10.0, 30.0  # seconds until a long stage tells how far it is, and between such lines
 
 
@@ -93,12 +94,14 @@ class Terminal:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Step]:
         """Show a stage for as long as the context is open."""
-        # One average over the whole stage: steps may be further apart than any shorter window.
+        # Seldom drawn, as models are timed meanwhile. One average over the whole stage: steps may be further
+        # apart than any shorter window.
         bars = Bars(
             *_columns(total),
             console=self.console,
             get_time=self.clock,
             speed_estimate_period=inf,
+            refresh_per_second=_PER_SECOND,
             transient=True,
         )
         task = bars.add_task(name, total=total)
