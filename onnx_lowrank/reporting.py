@@ -132,7 +132,7 @@ def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
         advice = (
             "its plan was made where it is faster"
             if plan.budget is Budget.LATENCY
-            else ("--budget latency makes models that are faster")
+            else "--budget latency makes models that are faster"
         )
         yield (
             f"The compressed model takes {slowdown:.2f} times as long as the input model on {timing.engine}: "
