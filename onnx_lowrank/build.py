@@ -64,19 +64,20 @@ def build(
                 yield replacement
 
     run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
-    rewritten, merges, resources = assemble(found, replacements(), run)
+    rewritten, merges, resources = assemble(found, replacements(), run, merging=plan.merge)
     return Built(plan, rewritten, merges, certificates, fits, resources)
 
 
 def assemble(
-    found: Found, replacements: Iterable[Replacement], run: Mapping[str, str]
+    found: Found, replacements: Iterable[Replacement], run: Mapping[str, str], *, merging: bool
 ) -> tuple[Rewritten, tuple[Merge, ...], ExitStack]:
-    """Write replacements into the model, and multiply what is smaller as one.
+    """Write replacements into the model, and multiply what is smaller as one where that is wanted.
 
     Args:
         found: The model.
         replacements: The layers to replace.
         run: What made them, for the metadata.
+        merging: Whether adjacent linear operators are multiplied.
 
     Returns:
         The model, what was multiplied, and what the model keeps on disk, to be closed with it.
@@ -91,7 +92,9 @@ def assemble(
         if spill is not None:
             files = {**rewritten.model.files, **spill.files}
             rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
-        rewritten, merges = merge(rewritten, store, found.spared)
+        merges: tuple[Merge, ...] = ()
+        if merging:
+            rewritten, merges = merge(rewritten, store, found.spared)
         return rewritten, merges, stack.pop_all()
 
 

@@ -33,7 +33,7 @@ from onnx_lowrank.types import (
     Solver,
 )
 
-VERSION = 3
+VERSION = 4
 _KEYS = (
     "version",
     "model",
@@ -43,6 +43,7 @@ _KEYS = (
     "budget",
     "factors",
     "recover",
+    "merge",
     "solver",
     "digest",
     "layers",
@@ -57,7 +58,7 @@ E = TypeVar("E", bound=StrEnum)
 def to_json(plan: Plan) -> str:
     """A plan as JSON, one line per layer; kept layers have null for an option, and so have unknown errors."""
     solver = None if plan.solver is None else _solver_row(plan.solver)
-    wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover)
+    wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover, plan.merge)
     values = (VERSION, plan.model, *wanted, solver, plan.digest)
     head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(_KEYS[:-1], values, strict=True)]
     rows = ",\n".join(f"    {_text(_row(choice))}" for choice in plan.choices)
@@ -121,7 +122,7 @@ def read(path: str | os.PathLike[str]) -> Plan:
 
 def _parse(table: object) -> Plan:
     fields = _fields(table, _KEYS, "it")
-    version, model, recipe, measure, ratio, budget, factors, recover, solver, digest, rows = fields
+    version, model, recipe, measure, ratio, budget, factors, recover, merge, solver, digest, rows = fields
     if version != VERSION or isinstance(version, bool):
         raise PlanError(f"version is {version!r}, and this program reads version {VERSION}")
     if not isinstance(model, str) or not isinstance(recipe, str):
@@ -130,8 +131,9 @@ def _parse(table: object) -> Plan:
         raise PlanError(f"digest is {digest!r}, which has to be a text")
     if not _is_number(ratio) or not 0 < ratio <= 1:
         raise PlanError(f"ratio is {ratio!r}, which has to be a number above 0 and at most 1")
-    if not isinstance(recover, bool):
-        raise PlanError(f"recover is {recover!r}, which has to be true or false")
+    for name, switch in (("recover", recover), ("merge", merge)):
+        if not isinstance(switch, bool):
+            raise PlanError(f"{name} is {switch!r}, which has to be true or false")
     fit = _member(Fit, factors, "factors")
     if recover and fit is not Fit.ACTIVATIONS:
         raise PlanError(f"recover is true and factors is {factors!r}, which has to be 'activations' then")
@@ -148,6 +150,7 @@ def _parse(table: object) -> Plan:
         digest=digest,
         factors=fit,
         recover=recover,
+        merge=merge,
     )
 
 

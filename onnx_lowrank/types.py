@@ -382,6 +382,7 @@ class Plan:
             and what was proven of the original is not said of it.
         factors: What its factors are fitted to.
         recover: Whether they are fitted to what the compressed layers before them give.
+        merge: Whether adjacent linear operators are multiplied where that makes them smaller.
     """
 
     model: str
@@ -394,6 +395,7 @@ class Plan:
     digest: str = ""
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
+    merge: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -562,6 +564,11 @@ class Timing:
     after: int | None = None
     layers: Mapping[str, LayerTime] = field(default_factory=dict)
     spread: float = 1.0
+
+    @property
+    def ratio(self) -> float | None:
+        """The compressed model's time over the input model's; None in a dry run."""
+        return None if self.after is None else self.after / self.before
 
     @property
     def is_steady(self) -> bool:

@@ -68,6 +68,7 @@ def read(tmp_path, text):
         replace(PLAN, measure=Measure.ACTIVATION, factors=Fit.ACTIVATIONS),
         replace(PLAN, measure=Measure.OUTPUT, factors=Fit.ACTIVATIONS, recover=True),
         replace(PLAN, solver=Solver(Aggregate.UNIFORM, 1.0, 0.5, None)),
+        replace(PLAN, budget=Budget.LATENCY, merge=False),
     ],
 )
 def test_a_plan_reads_back_as_it_was_written(tmp_path, plan):
@@ -79,13 +80,13 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path, plan):
 def test_the_file_has_one_line_for_each_layer():
     lines = plans.to_json(PLAN).splitlines()
     assert lines[0] == "{"
-    assert lines[1] == '  "version": 3,'
-    assert lines[7:9] == ['  "factors": "weights",', '  "recover": false,']
-    assert lines[9] == '  "solver": {"aggregate": "sum", "power": 4.0, "objective": 0.1, "gap": 1e-17},'
-    assert lines[11] == '  "layers": ['
-    assert lines[12].startswith('    {"id": "conv1", "fold": null, "k": null, "j": null, "lowering": null, ')
-    assert lines[12].endswith('"error": 0.0, "reason": "it is small"},')
-    assert lines[13].startswith(
+    assert lines[1] == '  "version": 4,'
+    assert lines[7:10] == ['  "factors": "weights",', '  "recover": false,', '  "merge": true,']
+    assert lines[10] == '  "solver": {"aggregate": "sum", "power": 4.0, "objective": 0.1, "gap": 1e-17},'
+    assert lines[12] == '  "layers": ['
+    assert lines[13].startswith('    {"id": "conv1", "fold": null, "k": null, "j": null, "lowering": null, ')
+    assert lines[13].endswith('"error": 0.0, "reason": "it is small"},')
+    assert lines[14].startswith(
         '    {"id": "body/größe\\n", "fold": "decode", "k": 2, "j": 2, "lowering": "native", '
     )
     assert lines[-2:] == ["  ]", "}"]
@@ -114,7 +115,7 @@ def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
     assert plans.is_edited(PLAN)
     edits = {"model": "ef" * 32, "recipe": "svd", "measure": Measure.NUCLEAR, "ratio": 0.25}
     edits |= {"budget": Budget.PARAMS, "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
-    edits |= {"factors": Fit.ACTIVATIONS, "recover": True}
+    edits |= {"factors": Fit.ACTIVATIONS, "recover": True, "merge": False}
     assert edits.keys() == PLAN.__dataclass_fields__.keys()
     for name, value in edits.items():
         assert plans.is_edited(replace(plan, **{name: value})), name
@@ -147,7 +148,7 @@ MALFORMED = {
     "TOML": ("[plan]\nversion = 1\n", "not valid JSON"),
     "deep": ("[" * 200_000, "not valid JSON"),
     "a huge integer": (
-        table().replace('"version": 3', '"version": ' + "9" * 5000),
+        table().replace('"version": 4', '"version": ' + "9" * 5000),
         "not valid JSON",
     ),
     "a list": ("[]", "it has to be an object with the keys version, model"),
@@ -155,7 +156,7 @@ MALFORMED = {
     "a number": ("3", "it has to be an object"),
     "an unknown key": (table(speed=1), "it has an unknown key 'speed'"),
     **{f"no {key}": (json.dumps(without(TABLE, key)), f"it lacks the key {key!r}") for key in TABLE},
-    "version 1": (table(version=1), "version is 1, and this program reads version 3"),
+    "version 1": (table(version=1), "version is 1, and this program reads version 4"),
     "version true": (table(version=True), "version is True"),
     "version text": (table(version="1"), "version is '1'"),
     "model 3": (table(model=3), "model is 3"),
@@ -171,7 +172,8 @@ MALFORMED = {
     "factors": (table(factors="biases"), "factors is 'biases', which is none of weights, activations"),
     "factors null": (table(factors=None), "factors is None, which is none of"),
     **{
-        f"recover {value!r}": (table(recover=value), f"recover is {value!r}, which has to be true or false")
+        f"{name} {value!r}": (table(**{name: value}), f"{name} is {value!r}, which has to be true or false")
+        for name in ("recover", "merge")
         for value in (None, 0, 1, "true", [])
     },
     "recovered weights": (
