@@ -120,14 +120,14 @@ def assemble(
 
 def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
     """What would surprise the user about the speed."""
-    if timing is None or timing.after is None:
+    if timing is None or timing.ratio is None:
         return
     if plan.budget is Budget.LATENCY and not timing.is_steady:
         yield (
             f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
             "work on this machine disturbs the times, so plan again when it is idle."
         )
-    slowdown = timing.after / timing.before
+    slowdown = timing.ratio
     if slowdown > _WARNED:
         advice = (
             "its plan was made where it is faster"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 from onnx.numpy_helper import to_array
 
@@ -12,7 +14,7 @@ from onnx_lowrank.report.progress import Silent
 from onnx_lowrank.settling import _NOISE
 from onnx_lowrank.validate.engines import RejectedError
 from timing import Recorded, by_weights
-from tiny import cnn
+from tiny import built, cnn, decaying
 
 SHAPE = {"x": (2, 8, 6, 6)}
 DENSE = by_weights(cnn())
@@ -219,3 +221,108 @@ def test_a_plan_that_other_work_has_slowed_down_is_measured_again(run, planned):
     disturbed = run(inside(cost), 0.8)
     assert disturbed.report.reached <= 0.8 + HELD
     assert disturbed.plan.solver.objective <= 1.2 * plain.plan.solver.objective
+
+
+# --- what loses in the finished model -----------------------------------------------------------------
+
+
+def is_finished(proto):
+    """Whether a model is compressed, with the factors that it is written with."""
+    return not alone(proto) and by_weights(proto) != DENSE and not is_random(proto)
+
+
+@pytest.mark.parametrize("loser", ["conv1", "conv2"])
+@pytest.mark.parametrize("calibration", [None, {"x": np.ones((8, 8, 6, 6), np.float32)}])
+def test_a_layer_that_loses_in_the_finished_model_alone_is_put_back(run, loser, calibration):
+    def cost(proto):
+        return by_weights(proto) + (2 * DENSE if is_finished(proto) and is_rewritten(proto, loser) else 0)
+
+    plain = run(by_weights, 0.9, calibration=calibration, recipe="schatten")
+    assert loser in rewritten(plain) or loser == "conv1"
+    result = run(inside(cost), 0.9, calibration=calibration, recipe="schatten")
+    assert rewritten(result)
+    assert loser not in rewritten(result)
+    assert result.report.reached <= 0.9 + HELD
+    assert not any("times as long" in warning for warning in result.report.warnings)
+
+
+def test_where_every_layer_loses_in_the_finished_model_none_is_made(run):
+    with pytest.raises(BudgetError) as caught:
+        run(inside(lambda proto: 2 * DENSE if is_finished(proto) else by_weights(proto)), 0.9)
+    assert caught.value.exit_code == 3
+    assert caught.value.smallest_ratio > 0.9
+
+
+def test_a_model_that_is_slower_for_no_layer_s_sake_is_told_with_its_fastest_time(run):
+    def cost(proto):
+        is_whole = is_rewritten(proto, "conv1") and is_rewritten(proto, "conv2")
+        return by_weights(proto) + (2 * DENSE if is_finished(proto) and is_whole else 0)
+
+    with pytest.raises(BudgetError, match=r"^The compressed model takes .* of the time of model") as caught:
+        run(inside(cost), 0.4)
+    assert caught.value.smallest_ratio > 2
+    assert f" takes {caught.value.smallest_ratio:.3f} of the time" in str(caught.value)
+
+
+# --- merging ------------------------------------------------------------------------------------------
+
+ROWS = """
+<ir_version: 8, opset_import: ["": 17]>
+g (float[4, 32] x) => (float[4, 32] y) { h = MatMul (x, one)  y = MatMul (h, two) }
+"""
+
+
+def is_merged(proto):
+    return any("_merged" in tensor.name for tensor in proto.graph.initializer)
+
+
+def pair():
+    return built(ROWS, {name: decaying(seed, 32, 32) for seed, name in enumerate(("one", "two"))})
+
+
+@pytest.fixture
+def merged(monkeypatch):
+    """Compress a model of two adjacent matrices, in which their product takes some time more."""
+
+    def merged(more=0, ratio=0.8, proto=None, **options):
+        def cost(proto):
+            return by_weights(proto) + (more if is_merged(proto) else 0)
+
+        monkeypatch.setattr("onnx_lowrank.pipeline.Stopwatch", partial(Recorded, cost=cost))
+        return compress(proto or pair(), ratio, **options)
+
+    return merged
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.7, 0.5])
+@pytest.mark.parametrize(("more", "multiplied"), [(0, True), (1000, False)])
+def test_adjacent_operators_are_multiplied_where_that_is_faster(merged, ratio, more, multiplied):
+    result = merged(more, ratio, budget="latency", align=1)
+    assert result.report.reached <= ratio + HELD
+    assert result.plan.merge == multiplied
+    assert bool(result.report.merges) == is_merged(result.proto) == multiplied
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_budgets_that_count_always_multiply(merged, budget):
+    result = merged(5000, 0.5, budget=budget)
+    assert result.plan.merge
+    assert result.report.merges
+
+
+@pytest.mark.parametrize(("more", "multiplied"), [(0, True), (1000, False)])
+def test_a_replayed_plan_multiplies_where_it_was_faster_when_it_was_made(merged, tmp_path, more, multiplied):
+    result = merged(more, 0.6, budget="latency", align=1)
+    result.save_plan(tmp_path / "plan.json")
+    replayed = merged(1000 - more, None, plan=tmp_path / "plan.json")
+    assert bool(replayed.report.merges) == multiplied
+    assert replayed.proto == result.proto
+
+
+def test_a_tie_is_multiplied_as_the_model_is_smaller(merged):
+    apart = merged(1000, 0.7, budget="latency", align=1)
+    gap = by_weights(apart.proto) - by_weights(merged(0, None, plan=replace(apart.plan, merge=True)).proto)
+    assert gap > 0
+    tied = merged(gap, 0.7, budget="latency", align=1)
+    assert tied.plan.merge
+    assert tied.report.merges
