@@ -4,7 +4,8 @@ What the decoder of a chain gives is often read by another linear operator alone
 next chain, or by an operator that was kept. Two matrices with nothing between them are one. Rules:
 
 1. A and B are two operators of one scope, and all that becomes of A's output is that B reads it, once, as
-   its data. At least one of them belongs to a chain, and they are not both factors of one layer: these
+   its data; an Add may stand behind a MatMul on the right if its constant has at most one axis, and counts
+   as its bias. At least one of them belongs to a chain, and they are not both factors of one layer: these
    the plan has put apart. A node counts as a chain's if no other node has its name. Neither is one that
    the user wants left alone.
 2. Their weights are constants (initializers or Constant nodes) that only they need, as are the biases that
@@ -15,10 +16,10 @@ next chain, or by an operator that was kept. Two matrices with nothing between t
    the product could be evaluated at more positions than A was.
 4. MatMul and Gemm → MatMul or Gemm, the weights being matrices on the same side and the data not
    transposed: the product is W_B W_A, as maps from inputs to outputs, with A's alpha; B's alpha, beta
-   and layout stay. A MatMul behind a Gemm with a C becomes a Gemm.
+   and layout stay. A MatMul behind a Gemm with a C becomes a Gemm, unless it has an Add.
 5. A's bias goes through B into a new one: W_B b_A + b_B, summed over B's kernel. A Gemm's C, A's and B's, has
    to have at most one value per feature for that, and beta is in the new one. Where A has none, B's
-   stays as it is, whatever it is.
+   stays as it is, whatever it is. Where neither B nor an Add behind it takes a bias, A's Add goes there.
 6. The product has fewer elements than both weights, and with the biases, too, fewer parameters are left: both
    parameters and MACs fall. It is computed in float64 and rounded once; what is not finite in the stored
    dtype is not made.
@@ -85,6 +86,7 @@ class _Operator:
         side: The operand that is its weight.
         weight: Where its weight is.
         shape: Shape of the weight as a map: (f, c, *kernel).
+        bias: The node and the operand that read its bias, if it has one.
     """
 
     place: Place
@@ -92,11 +94,17 @@ class _Operator:
     side: int
     weight: Source
     shape: tuple[int, ...]
+    bias: tuple[Place, int] | None
 
     @property
     def data(self) -> int:
         """The operand that is no constant."""
         return 1 - self.side
+
+    @property
+    def adder(self) -> Place | None:
+        """The Add behind it that adds its bias."""
+        return None if self.bias is None or self.bias[0] == self.place else self.bias[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +207,18 @@ class _Round:
     def _pairs(self) -> Iterator[_Pair]:
         """Every pair that the rules allow, whatever its numbers are."""
         for first in self._walk.places():
-            read = self._only_reader(first)
+            adder = self._adder(first)
+            read = self._only_reader(first if adder is None else adder[0])
             if read is None:
                 continue
             second, operand = read
-            kinds = {self._walk.node(place).op_type for place in (first, second)}
-            is_data = operand == 0 if kinds == {"Conv"} else operand < 2 and kinds.issubset(_MATRICES)
-            if not is_data or not self._is_wanted(first, second):
+            kinds = [self._walk.node(place) for place in (first, second)]
+            if all(is_op(node, ("Conv",)) for node in kinds):
+                is_data = operand == 0
+            else:
+                is_data = operand < 2 and all(is_op(node, _MATRICES) for node in kinds)
+            # What is added to a MatMul on the left lies along another axis.
+            if not is_data or (adder is not None and operand) or not self._is_wanted(first, second):
                 continue
             operators = [self._operator(place, 1 - operand) for place in (first, second)]
             if operators[0] is not None and operators[1] is not None:
@@ -214,16 +227,23 @@ class _Round:
                     yield pair
 
     def _only_reader(self, place: Place) -> tuple[Place, int] | None:
-        """Rule 1: the operator, and its operand, that alone reads what a linear operator gives."""
-        if not is_op(self._walk.node(place), ("Conv", *_MATRICES)):
-            return None
+        """Rule 1: the operator of the same scope, and its operand, that alone reads what a node gives."""
         result = self._walk.result(place)
         reads = [] if result is None or self._walk.is_output(result) else self._walk.consumers(result)
-        if len(reads) != 1:
+        if len(reads) != 1 or reads[0][0].scope != place.scope:
             return None
-        behind, operand = reads[0]
-        fits = is_op(self._walk.node(behind), ("Conv", *_MATRICES))
-        return (behind, operand) if fits and behind.scope == place.scope and behind != place else None
+        return reads[0]
+
+    def _adder(self, place: Place) -> tuple[Place, int] | None:
+        """Rule 1: the Add behind a MatMul, and the operand by which it adds a constant of its own."""
+        if not is_op(self._walk.node(place), ("MatMul",)) or self._walk.opsets[place.scope] < 7:
+            return None
+        read = self._only_reader(place)
+        if read is None or not is_op(self._walk.node(read[0]), ("Add",)):
+            return None
+        adder, operand = read
+        source = self._own(adder, 1 - operand)
+        return None if source is None or len(source.tensor.dims) > 1 else (adder, 1 - operand)
 
     def _is_wanted(self, first: Place, second: Place) -> bool:
         """Rule 1: whether two nodes are a chain's, none is spared, and they are not one layer's factors."""
@@ -250,7 +270,9 @@ class _Round:
         maps = canonical_weight(node, side, array(self._model, weight.tensor))
         if isinstance(maps, str) or len(maps) > 1:
             return None
-        return _Operator(place, node, side, weight, maps.shape[1:])
+        adder = self._adder(place) if side else None
+        has_bias = self._walk.operand(place, 2) is not None
+        return _Operator(place, node, side, weight, maps.shape[1:], (place, 2) if has_bias else adder)
 
     def _own(self, place: Place, operand: int) -> Source | None:
         """Rule 2: an operand that is a constant without views, which nothing else needs."""
@@ -277,7 +299,7 @@ class _Round:
 
     def _biases(self, first: _Operator, second: _Operator) -> tuple[Source | None, Source | None] | None:
         """Rule 5: where the biases are that become one, none where A has none; None where they cannot."""
-        if not _has_bias(self._walk, first):
+        if first.bias is None:
             return None, None
         if first.node.op_type == "Conv":
             if not is_pointwise(second.node, second.shape[2:]) and not _pads_nothing(second.node):
@@ -286,9 +308,8 @@ class _Round:
             return None
         found: list[Source | None] = []
         for operator in (first, second):
-            has_bias = _has_bias(self._walk, operator)
-            source = self._own(operator.place, 2) if has_bias else None
-            if has_bias and (source is None or not _is_per_feature(source.tensor.dims, operator)):
+            source = None if operator.bias is None else self._own(*operator.bias)
+            if operator.bias and (source is None or not _is_per_feature(source.tensor.dims, operator)):
                 return None
             found.append(source)
         return found[0], found[1]
@@ -338,22 +359,43 @@ class _Round:
         node.input[second.side] = edits.keep(second.weight, f"{second.weight.name}_merged", weight)
         if node.op_type == "Conv" and is_pointwise(second.node, second.shape[2:]):
             _set_attributes(node, first.node)
+        made = [node]
         if new_bias is not None:
-            node.op_type = "Gemm" if node.op_type == "MatMul" else node.op_type
-            del node.input[2:]
-            node.input.append(edits.keep(second.weight, f"{label(node)}_merged_bias", new_bias))
-            _set_attributes(node, node, without=("beta",))
-            edits.unread(second.place, 2)
+            made += self._put_bias(pair, node, new_bias)
         keys = {entry.key for entry in node.metadata_props}
         node.metadata_props.extend(entry for entry in first.node.metadata_props if entry.key not in keys)
         for operator in (first, second):
             edits.unread(operator.place, operator.side)
-            edits.scopes[operator.place.scope].deleted.add(operator.place.node)
-        edits.unread(first.place, 2)
+        if first.bias is not None:
+            edits.unread(*first.bias)
         edit = edits.scopes[second.place.scope]
-        edit.before.setdefault(second.place.node, []).append(node)
-        edit.forgotten.add(first.node.output[0])
+        edit.before.setdefault(second.place.node, []).extend(made)
+        gone = [first.place] if first.adder is None else [first.place, first.adder]
+        edit.deleted |= {place.node for place in (*gone, second.place)}
+        edit.forgotten |= {self._walk.node(place).output[0] for place in gone}
         return self._merge(pair, node.name)
+
+    def _put_bias(self, pair: _Pair, node: NodeProto, new_bias: NDArray[Any]) -> list[NodeProto]:
+        """Add the new bias to the product (rule 5); returns the nodes that are new behind it."""
+        first, second, edits = pair.first, pair.second, self._edits
+        name = edits.keep(second.weight, f"{label(node)}_merged_bias", new_bias)
+        if second.bias is not None:
+            edits.unread(*second.bias)
+        if second.bias is not None and second.adder is not None:
+            edits.scopes[second.place.scope].repointed[second.adder.node, second.bias[1]] = name
+            return []
+        if first.adder is not None and node.op_type == "MatMul":
+            add = NodeProto()
+            add.CopyFrom(self._walk.node(first.adder))
+            add.output[0] = node.output[0]
+            node.output[0] = edits.unique(f"{add.output[0]}_merged")
+            add.input[:] = [node.output[0], name]
+            return [add]
+        node.op_type = "Gemm" if node.op_type == "MatMul" else node.op_type
+        del node.input[2:]
+        node.input.append(name)
+        _set_attributes(node, node, without=("beta",))
+        return []
 
     def _merge(self, pair: _Pair, name: str) -> Merge:
         """Say what was merged into a node of this name, in the chains, too."""
@@ -413,10 +455,6 @@ def _pads_nothing(node: NodeProto) -> bool:
     return attribute_of(node, "auto_pad", "NOTSET") in ("", "NOTSET", "VALID") and not any(
         spatial(node, "pads")
     )
-
-
-def _has_bias(walk: Walk, operator: _Operator) -> bool:
-    return walk.operand(operator.place, 2) is not None
 
 
 def _is_per_feature(dims: Any, operator: _Operator) -> bool:

@@ -236,6 +236,67 @@ def test_matrices(case, ir):
     assert [node.op_type for node in new.graph.node if node.op_type != "Constant"] == [op]
 
 
+ADDS: dict[str, tuple[str, str, dict[str, Any], int, list[str]]] = {
+    # inputs, nodes, weights, parameters saved, the nodes that are left
+    "between": (ROWS, "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b)", {**RIGHT, "p": (8,)}, 54, ["MatMul", "Add"]),
+    "between, constant first": (ROWS, "h = MatMul (x, a) s = Add (p, h) y = MatMul (s, b)", {**RIGHT, "p": (8,)}, 54, ["MatMul", "Add"]),
+    "between, batch": ("float[2,3,5,12] x", "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b)", {**RIGHT, "p": (8,)}, 54, ["MatMul", "Add"]),
+    "between, vector": ("float[12] x", "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b)", {**RIGHT, "p": (8,)}, 54, ["MatMul", "Add"]),
+    "of a scalar": (ROWS, "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b)", {**RIGHT, "p": np.float32(1.5)}, 47, ["MatMul", "Add"]),
+    "both": ("float[2,5,12] x", "h = MatMul (x, a) s = Add (h, p) m = MatMul (s, b) y = Add (m, q)", {**RIGHT, "p": (8,), "q": (10,)}, 64, ["MatMul", "Add"]),
+    "both, constants first": (ROWS, "h = MatMul (x, a) s = Add (p, h) m = MatMul (s, b) y = Add (q, m)", {**RIGHT, "p": (8,), "q": (10,)}, 64, ["MatMul", "Add"]),
+    "both, the second of a scalar": (ROWS, "h = MatMul (x, a) s = Add (h, p) m = MatMul (s, b) y = Add (m, q)", {**RIGHT, "p": (8,), "q": np.float32(0.5)}, 55, ["MatMul", "Add"]),
+    "behind only": (ROWS, "h = MatMul (x, a) m = MatMul (h, b) y = Add (m, q)", {**RIGHT, "q": (10,)}, 56, ["MatMul", "Add"]),
+    "gemm": (ROWS, "h = MatMul (x, a) s = Add (h, p) y = Gemm <alpha = 0.5> (s, b)", {**RIGHT, "p": (8,)}, 54, ["Gemm"]),
+    "gemm with bias": (ROWS, "h = MatMul (x, a) s = Add (h, p) y = Gemm <beta = 2.0, transB = 1> (s, b, q)", {"a": (12, 8), "b": (10, 8), "p": (8,), "q": (10,)}, 64, ["Gemm"]),
+    "behind a gemm with bias": (ROWS, "h = Gemm <alpha = 2.0, beta = 0.5> (x, a, p) m = MatMul (h, b) y = Add (m, q)", {**RIGHT, "p": (8,), "q": (10,)}, 64, ["MatMul", "Add"]),
+    "of data, behind": (ROWS, "h = MatMul (x, a) s = Add (h, p) m = MatMul (s, b) n = Relu (m) y = Add (m, n)", {**RIGHT, "p": (8,)}, 54, ["MatMul", "Add", "Relu", "Add"]),
+    "of two axes, behind": (ROWS, "h = MatMul (x, a) s = Add (h, p) m = MatMul (s, b) y = Add (m, q)", {**RIGHT, "p": (8,), "q": (5, 10)}, 54, ["MatMul", "Add", "Add"]),
+    "returned": (ROWS, "h = MatMul (x, a) s = Add (h, p) z = MatMul (s, b) y = Neg (z)", {**RIGHT, "p": (8,)}, 54, ["MatMul", "Add", "Neg"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADDS)
+@pytest.mark.parametrize("ir", [3, 8])
+def test_an_add_behind_a_matmul_is_its_bias(case, ir):
+    inputs, nodes, weights, saved, ops = ADDS[case]
+    before = built(inputs, nodes, weights, ir=ir)
+    after, (made,) = merge(before)
+    old, new = before.model.proto, after.model.proto
+    assert_computes(old, new)
+    assert [node.op_type for node in new.graph.node if node.op_type != "Constant"] == ops
+    assert made.elements == (96, 80, 120)
+    assert made.saved == saved == parameters(before.model) - parameters(after.model)
+    assert after.chains == {"layer n.h": ((made.second,),)}
+    names = [node.name for node in new.graph.node]
+    assert len(set(names)) == len(names)
+    read = {name for node in new.graph.node for name in node.input}
+    assert {tensor.name for tensor in new.graph.initializer} <= read
+    assert merge(after) == (after, ())
+
+
+def test_a_row_of_layers_with_adds_becomes_one():
+    """As exporters write linear layers of a sequence."""
+    nodes = (
+        "h = MatMul (x, a) s = Add (h, p) i = MatMul (s, b) t = Add (i, q) j = MatMul (t, c) y = Add (j, r)"
+    )
+    weights = {"a": (12, 8), "b": (8, 6), "c": (6, 5), "p": (8,), "q": (6,), "r": (5,)}
+    before = built("float[2,5,12] x", nodes, weights, chained=("n.h", "n.i", "n.j"))
+    after, made = merge(before)
+    assert len(made) == 2
+    assert_computes(before.model.proto, after.model.proto)
+    assert [node.op_type for node in after.model.proto.graph.node] == ["MatMul", "Add"]
+    assert parameters(after.model) == 12 * 5 + 5
+    assert after.chains == {f"layer {name}": (("n.j",),) for name in ("n.h", "n.i", "n.j")}
+
+
+def test_before_opset_7_an_add_stays_where_it_is():
+    nodes = "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b)"
+    assert merge(built(ROWS, nodes, {**RIGHT, "p": (8,)}, opset=7))[1]
+    nodes = nodes.replace("Add (", "Add <broadcast = 1> (")
+    assert merge(built(ROWS, nodes, {**RIGHT, "p": (8,)}, opset=6))[1] == ()
+
+
 # --- what is left alone ---------------------------------------------------------------------------
 
 PAIR = "h = MatMul (x, a) y = MatMul (h, b)"
@@ -269,7 +330,16 @@ ALONE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bias of A is shared": (ROWS, "h = Gemm (x, a, p) y = MatMul (h, b) z = Neg (p)", {**RIGHT, "p": (8,)}),
     "bias of B is shared": (ROWS, "h = Gemm (x, a, p) y = Gemm (h, b, q) z = Neg (q)", {**RIGHT, "p": (8,), "q": (10,)}),
     "bias of A is computed": (ROWS, "t = Neg (p) h = Gemm (x, a, t) y = MatMul (h, b)", {**RIGHT, "p": (8,)}),
-    "add between": (ROWS, "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b)", {**RIGHT, "p": (8,)}),
+    "add of two axes": (ROWS, "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b)", {**RIGHT, "p": (1, 8)}),
+    "add of data": (ROWS, "h = MatMul (x, a) t = Neg (h) s = Add (h, t) y = MatMul (s, b)", RIGHT),
+    "add of itself": (ROWS, "h = MatMul (x, a) s = Add (h, h) y = MatMul (s, b)", RIGHT),
+    "add of what is shared": (ROWS, "h = MatMul (x, a) s = Add (h, p) y = MatMul (s, b) z = Neg (p)", {**RIGHT, "p": (8,)}),
+    "add that is returned": (ROWS, "h = MatMul (x, a) z = Add (h, p) y = MatMul (z, b)", {**RIGHT, "p": (8,)}),
+    "add between, on the left": (COLUMNS, "h = MatMul (a, x) s = Add (h, p) y = MatMul (b, s)", {**LEFT, "p": (5,)}),
+    "add between, then relu": (ROWS, "h = MatMul (x, a) s = Add (h, p) r = Relu (s) y = MatMul (r, b)", {**RIGHT, "p": (8,)}),
+    "add behind a gemm": (ROWS, "h = Gemm (x, a) s = Add (h, p) y = MatMul (s, b)", {**RIGHT, "p": (8,)}),
+    "add that widens B": (ROWS, "h = MatMul (x, a) s = Add (h, p) m = MatMul (s, b) y = Add (m, q)", {"a": (12, 8), "b": (8, 1), "p": (8,), "q": (10,)}),
+    "two adds": (ROWS, "h = MatMul (x, a) s = Add (h, p) t = Add (s, q) y = MatMul (t, b)", {**RIGHT, "p": (8,), "q": (8,)}),
     "groups in A": (IMAGE, "h = Conv <group = 2> (x, a) y = Conv (h, b)", {"a": (24, 6, 3, 3), "b": (4, 24, 1, 1)}),
     "groups in B": (IMAGE, "h = Conv (x, a) y = Conv <group = 2> (h, b)", {"a": (24, 12, 3, 3), "b": (4, 12, 1, 1)}),
     "groups in both": (IMAGE, "h = Conv <group = 2> (x, a) y = Conv <group = 2> (h, b)", {"a": (24, 6, 3, 3), "b": (4, 12, 1, 1)}),
