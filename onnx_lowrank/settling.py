@@ -159,6 +159,7 @@ class _Settling:
         ratios.append(ratio)
         plan = plans.sealed(replace(plan, merge=merging))
         reached = median(ratios)
+        self.latency.remember(options(plan), reached)
         self.fastest = min(self.fastest, reached)
         if reached <= self.goal.ratio + _NOISE and self._is_better(plan):
             self.best = plan

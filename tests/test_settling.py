@@ -97,6 +97,16 @@ def test_where_less_is_saved_the_ratio_is_kept_nevertheless(run, planned, share,
     assert not any("above" in warning for warning in result.report.warnings)
 
 
+@pytest.mark.parametrize("share", [0.6, 0.8, 1.0, 1.2, 1.4])
+@pytest.mark.parametrize("ratio", [0.9, 0.8])
+def test_what_was_measured_of_a_plan_is_its_prediction(run, share, ratio):
+    timing = run(saving(share), ratio).report.timing
+    assert timing.predicted == pytest.approx(timing.after, rel=2e-3)
+    layers = timing.layers.values()
+    saved = sum(layer.before - layer.predicted for layer in layers)
+    assert saved == pytest.approx(timing.before - timing.predicted, rel=2e-2)
+
+
 @pytest.mark.parametrize("share", [1.1, 1.3, 1.5])
 @pytest.mark.parametrize("ratio", [0.9, 0.8, 0.7])
 def test_where_more_is_saved_less_is_given_up(run, share, ratio):

@@ -8,7 +8,8 @@ Rules:
    alone is measured at one rank; then those which may be best at some time, at more ranks.
 3. What a layer saves in the model need not be what it saves alone (fusions, caches). `learn` takes what
    was saved in one into account from then on; `correct` measures one for every kind of layer that matters,
-   and believes that the more, the more the kind saves beside what measurements differ by.
+   and believes that the more, the more the kind saves beside what measurements differ by. Of options that
+   were measured together in the model itself, that is predicted.
 4. A use in a body takes its time as often as it ran. Where none ran the layer is kept.
 """
 
@@ -132,6 +133,7 @@ class Latency:
             parts = {key: part for key, part in parts.items() if stopwatch.accepts(part)}
             self.whole, shares = self._shares(parts)
         self._range = (self.whole, self.whole)
+        self._reached: dict[frozenset[tuple[str, Option]], float] = {}
         self._kinds = {
             key: _Kind(part, round(self.whole * share))
             for (key, part), share in zip(parts.items(), shares, strict=True)
@@ -300,6 +302,10 @@ class Latency:
         """What of the model's time some options are predicted to save."""
         return 1 - self.predicted(options) / self.whole
 
+    def remember(self, options: Mapping[str, Option], ratio: float) -> None:
+        """Keep the ratio that a model with some layers rewritten was measured at, for predictions of it."""
+        self._reached[frozenset(options.items())] = ratio
+
     def learn(
         self, options: Mapping[str, Option], ratio: float, limits: tuple[float, float] = _GAINS
     ) -> None:
@@ -352,6 +358,9 @@ class Latency:
         """
         if model is None and not self._known(options):  # a plan that is replayed
             self.layers(options)
+        reached = self._reached.get(frozenset(options.items()))
+        if reached is not None:
+            self.learn(options, reached)
         predicted = self.predicted(options)
         timing = Timing(self.stopwatch.name, describe(self._feed), self.whole, predicted)
         if model is None:
