@@ -1,8 +1,8 @@
 """Plan files: JSON that can be saved, edited and replayed.
 
-To edit a plan, change fold, k and j of a layer; all three null keep it. A lowering of null is the native one.
-The rest may stay as it is: costs are computed anew, times excepted, and the digest tells that what was proven
-of the plan does not hold any more.
+To edit a plan, change fold, k and j of a layer; all three null keep it. A lowering of null is the native one,
+and merge tells whether adjacent operators are multiplied. The rest may stay as it is: costs are computed
+anew, times excepted, and the digest tells that what was proven of the plan does not hold any more.
 """
 
 from __future__ import annotations

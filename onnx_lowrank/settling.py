@@ -16,9 +16,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from statistics import median
 
@@ -78,12 +77,17 @@ def options(plan: Plan) -> dict[str, Option]:
     return {choice.layer: choice.option for choice in plan.choices if choice.option is not None}
 
 
+def _options(plan: Plan) -> tuple[Option | None, ...]:
+    """What tells a plan from others of the same layers."""
+    return tuple(choice.option for choice in plan.choices)
+
+
 @dataclass(slots=True)
 class _Settling:
     """The search for one plan.
 
     Attributes:
-        best: The plan of least objective that keeps within the ratio.
+        tried: The plans that were measured, by their options, each with its ratios.
         fastest: The least ratio that was measured.
     """
 
@@ -92,36 +96,43 @@ class _Settling:
     scores: Scores
     latency: Latency
     progress: Progress
-    best: Plan | None = None
+    tried: dict[tuple[Option | None, ...], tuple[Plan, list[float]]] = field(default_factory=dict)
     fastest: float = inf
 
     def run(self) -> Plan:
         """Go through the rules."""
         self._learned()
-        if self.best is None:
+        if not self._held():
             self._bisected()
-        if self.best is None:
+        held = self._held()
+        if not held:
+            self.latency.keep()
             raise BudgetError(
                 f"The ratio {self.goal.ratio:g} of latency cannot be reached for {self.found.model.name} on "
                 f"{self.latency.stopwatch.name}: the fastest that was measured is {self.fastest:.3f}.",
-                self.fastest,
+                min(1.0, self.fastest),
             )
-        return self.best
+        # Those without an objective are of rule 4: the last that holds is closest to the ratio.
+        solved = [plan for plan in held if plan.solver is not None]
+        return min(solved, key=lambda plan: plan.solver.objective if plan.solver else inf, default=held[-1])
+
+    def _held(self) -> list[Plan]:
+        """The plans that keep within the ratio, by the median of what was measured (rule 3)."""
+        limit = self.goal.ratio + _NOISE
+        return [plan for plan, ratios in self.tried.values() if median(ratios) <= limit]
 
     def _learned(self) -> None:
         """Make plans by what those before them saved (rules 2 and 3)."""
-        seen = defaultdict[tuple[Option | None, ...], list[float]](list)
         for turn in range(_ROUNDS):
             try:
                 plan = self._plan(self.goal.ratio)
             except BudgetError as error:
-                if error.smallest_ratio is None or error.smallest_ratio >= 1:
+                if turn == 0 and (error.smallest_ratio is None or error.smallest_ratio >= 1):
                     raise
                 return
-            ratios = seen[tuple(choice.option for choice in plan.choices)]
-            if len(ratios) == _REPEATS:
+            if len(self.tried.get(_options(plan), (plan, []))[1]) == _REPEATS:
                 return
-            reached = self._measured(plan, ratios)
+            reached = self._measured(plan)
             if -_NOISE <= self.goal.ratio - reached <= _UNUSED:
                 return
             self._learn(options(plan), reached, is_first=turn == 0)
@@ -131,7 +142,9 @@ class _Settling:
         aim = low = self._smallest()
         high = max(low, self.goal.ratio)
         for _ in range(_STEPS):
-            if self._measured(self._plan(aim), []) <= self.goal.ratio + _NOISE:
+            # It is optimal for the ratio that it aims at, of which nobody has asked.
+            plan = plans.sealed(replace(self._plan(aim), solver=None))
+            if self._measured(plan) <= self.goal.ratio + _NOISE:
                 low = aim
             else:
                 high = aim
@@ -152,17 +165,16 @@ class _Settling:
         plan = planner.make(self.found, replace(self.goal, ratio=ratio), self.scores, self.progress)
         return plans.sealed(replace(plan, ratio=self.goal.ratio))
 
-    def _measured(self, plan: Plan, ratios: list[float]) -> float:
-        """The ratio that a plan reaches, after those measured before; the best plan is kept (rule 3)."""
+    def _measured(self, plan: Plan) -> float:
+        """The ratio that a plan reaches, the median where it was measured before (rule 3)."""
         with self.progress.stage("time the plan"):
             ratio, merging = self._faster(options(plan))
-        ratios.append(ratio)
         plan = plans.sealed(replace(plan, merge=merging))
+        plan, ratios = self.tried.setdefault(_options(plan), (plan, []))
+        ratios.append(ratio)
         reached = median(ratios)
         self.latency.remember(options(plan), reached)
         self.fastest = min(self.fastest, reached)
-        if reached <= self.goal.ratio + _NOISE and self._is_better(plan):
-            self.best = plan
         return reached
 
     def _learn(self, chosen: Mapping[str, Option], reached: float, *, is_first: bool) -> None:
@@ -173,11 +185,6 @@ class _Settling:
                 self.latency.correct(chosen, reached, lambda own: self._faster(own)[0], step)
         else:
             self.latency.learn(chosen, reached, _CHANGES)
-
-    def _is_better(self, plan: Plan) -> bool:
-        if self.best is None or plan.solver is None or self.best.solver is None:
-            return True
-        return plan.solver.objective < self.best.solver.objective
 
     def _faster(self, chosen: Mapping[str, Option]) -> tuple[float, bool]:
         """The ratio that some layers, rewritten, reach, and whether operators are multiplied for it."""

@@ -139,7 +139,7 @@ def test_a_model_that_does_not_become_faster_cannot_be_made(run, share):
         "The ratio 0.9 of latency cannot be reached for model on ONNX Runtime CPUExecutionProvider, "
         "all threads: the fastest that was measured is "
     )
-    assert caught.value.smallest_ratio >= 1
+    assert caught.value.smallest_ratio == 1
 
 
 @pytest.mark.parametrize("ratio", [0.6, 0.5])
@@ -233,6 +233,26 @@ def test_a_plan_that_other_work_has_slowed_down_is_measured_again(run, planned):
     assert disturbed.plan.solver.objective <= 1.2 * plain.plan.solver.objective
 
 
+def test_a_plan_that_holds_is_taken_although_no_layer_gains_alone(run):
+    """Measured alone, either layer loses in the model; together they keep within the ratio."""
+
+    def cost(proto):
+        both = is_rewritten(proto, "conv1") and is_rewritten(proto, "conv2")
+        return 0.8 * by_weights(proto) if both else by_weights(proto) + DENSE * (by_weights(proto) != DENSE)
+
+    result = run(inside(cost), 0.4, include=["conv1", "conv2"])
+    assert rewritten(result) == {"conv1", "conv2"}
+    assert result.report.reached <= 0.4 + HELD
+
+
+def test_only_a_plan_for_the_ratio_itself_is_called_optimal(run):
+    with pytest.raises(BudgetError) as caught:
+        run(by_weights, 0.01, include=["conv2"])
+    ratio = 1 - 1.2 * (1 - caught.value.smallest_ratio) + 0.001
+    assert run(saving(1.2), ratio, include=["conv2"]).plan.solver is None
+    assert run(by_weights, 0.8).plan.solver.gap == 0
+
+
 # --- what loses in the finished model -----------------------------------------------------------------
 
 
@@ -241,18 +261,18 @@ def is_finished(proto):
     return not alone(proto) and by_weights(proto) != DENSE and not is_random(proto)
 
 
-@pytest.mark.parametrize("loser", ["conv1", "conv2"])
+@pytest.mark.parametrize(("loser", "ratio"), [("conv2", 0.9), ("conv1", 0.7)])
 @pytest.mark.parametrize("calibration", [None, {"x": np.ones((8, 8, 6, 6), np.float32)}])
-def test_a_layer_that_loses_in_the_finished_model_alone_is_put_back(run, loser, calibration):
+def test_a_layer_that_loses_in_the_finished_model_alone_is_put_back(run, loser, ratio, calibration):
     def cost(proto):
         return by_weights(proto) + (2 * DENSE if is_finished(proto) and is_rewritten(proto, loser) else 0)
 
-    plain = run(by_weights, 0.9, calibration=calibration, recipe="schatten")
-    assert loser in rewritten(plain) or loser == "conv1"
-    result = run(inside(cost), 0.9, calibration=calibration, recipe="schatten")
+    plain = run(by_weights, ratio, calibration=calibration, recipe="schatten")
+    assert loser in rewritten(plain)
+    result = run(inside(cost), ratio, calibration=calibration, recipe="schatten")
     assert rewritten(result)
     assert loser not in rewritten(result)
-    assert result.report.reached <= 0.9 + HELD
+    assert result.report.reached <= ratio + HELD
     assert not any("times as long" in warning for warning in result.report.warnings)
 
 
@@ -270,8 +290,7 @@ def test_a_model_that_is_slower_for_no_layer_s_sake_is_told_with_its_fastest_tim
 
     with pytest.raises(BudgetError, match=r"^The compressed model takes .* of the time of model") as caught:
         run(inside(cost), 0.4)
-    assert caught.value.smallest_ratio > 2
-    assert f" takes {caught.value.smallest_ratio:.3f} of the time" in str(caught.value)
+    assert caught.value.smallest_ratio == 1
 
 
 # --- merging ------------------------------------------------------------------------------------------

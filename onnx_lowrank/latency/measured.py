@@ -374,8 +374,14 @@ class Latency:
         expected = round(predicted / self.whole * before) if known else None
         spread = self._range[1] / self._range[0]
         timing = replace(timing, before=before, predicted=expected, after=after, layers=layers, spread=spread)
-        (self.stopwatch.cache.save if timing.is_steady else self.stopwatch.cache.discard)()
+        self.keep()
         return timing
+
+    def keep(self) -> None:
+        """Keep what was measured for later runs, unless other work has disturbed it."""
+        spread = self._range[1] / self._range[0]
+        is_steady = Timing("", "", self.whole, None, spread=spread).is_steady
+        (self.stopwatch.cache.save if is_steady else self.stopwatch.cache.discard)()
 
 
 def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:

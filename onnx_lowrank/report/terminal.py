@@ -46,7 +46,8 @@ def show(report: Report, console: Console) -> None:
         pairs = words.some(f"{merged.first} + {merged.second}" for merged in report.merges)
         saved = sum(merged.saved for merged in report.merges)
         page.line(
-            f"Multiplied, as nothing stands between them: {pairs} ({words.exact(saved)} parameters less)"
+            f"Multiplied, as only a bias or nothing stands between them: {pairs} "
+            f"({words.exact(saved)} parameters less)"
         )
     if report.validation is not None:
         _validation(report.validation, page)
