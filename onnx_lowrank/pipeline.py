@@ -42,7 +42,7 @@ from onnx_lowrank.scoring import Scores
 from onnx_lowrank.search import Search, Target, check_target
 from onnx_lowrank.types import Budget, Calibrated, Option, Plan, Timing, Trial, Validation
 from onnx_lowrank.validate import Measured, calibrating_engine, runtime, validate
-from onnx_lowrank.validate.engines import Feed, Runtime
+from onnx_lowrank.validate.engines import Feed, RejectedError, Runtime, UnsupportedError
 from onnx_lowrank.validate.inputs import read as read_inputs
 from onnx_lowrank.validate.inputs import specs
 
@@ -305,7 +305,10 @@ class _Job:
             choices = tuple(c if c.layer in own else replace(c, option=None) for c in plan.choices)
             part = build(self.found, replace(plan, choices=choices), calibration, self.backend, Silent())
             with part.resources:
-                return latency.ratio(part.rewritten.model)
+                try:
+                    return latency.ratio(part.rewritten.model)
+                except (UnsupportedError, RejectedError):
+                    return latency.predicted(own) / latency.whole
 
         with self.progress.stage("time kinds of layers", 1) as step:
             latency.correct(settling.options(plan), reached, ratio, step)

@@ -6,11 +6,12 @@ Rules:
    model: what it saves does not depend on the factors' numbers. Where it does, and the model fails with
    those, what was predicted counts. Where adjacent operators can be multiplied it is timed in both ways: the
    product has fewer MACs, but its shape may suit the machine less.
-2. Where it saves something else than was predicted, every kind of layer is measured in the model on its own,
-   and planned with what it saves there. Layers that lose in the model are kept from then on.
+2. Where it saves something else than was predicted, and has kinds of layers of which that is not known, each
+   is measured in the model on its own, and planned with what it saves there. Layers that lose in the model
+   are kept from then on.
 3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. A
    plan that comes again is measured again, and the median counts. Of those that keep within the ratio the one
-   of least objective is taken.
+   of least objective is taken, after a second look: one measurement may have been lucky.
 4. Where none does, the fastest plan is tried, and some between it and those that were too slow.
 """
 
@@ -88,7 +89,7 @@ class _Settling:
 
     Attributes:
         tried: The plans that were measured, by their options, each with its ratios.
-        fastest: The least ratio that was measured.
+        judged: The kinds of layers that were measured on their own.
     """
 
     found: Found
@@ -97,29 +98,35 @@ class _Settling:
     latency: Latency
     progress: Progress
     tried: dict[tuple[Option | None, ...], tuple[Plan, list[float]]] = field(default_factory=dict)
-    fastest: float = inf
+    judged: set[str] = field(default_factory=set)
 
     def run(self) -> Plan:
         """Go through the rules."""
         self._learned()
-        if not self._held():
+        if self._best() is None:
             self._bisected()
-        held = self._held()
-        if not held:
+        best = self._best()
+        while best is not None and len(self.tried[_options(best)][1]) == 1:
+            self._measured(best)
+            best = self._best()
+        if best is None:
             self.latency.keep()
+            fastest = min((median(ratios) for _, ratios in self.tried.values()), default=1.0)
             raise BudgetError(
                 f"The ratio {self.goal.ratio:g} of latency cannot be reached for {self.found.model.name} on "
-                f"{self.latency.stopwatch.name}: the fastest that was measured is {self.fastest:.3f}.",
-                min(1.0, self.fastest),
+                f"{self.latency.stopwatch.name}: the fastest that was measured is {fastest:.3f}.",
+                min(1.0, fastest),
             )
+        return best
+
+    def _best(self) -> Plan | None:
+        """The plan of least objective that keeps within the ratio, by the median of its times (rule 3)."""
+        limit = self.goal.ratio + _NOISE
+        held = [plan for plan, ratios in self.tried.values() if median(ratios) <= limit]
         # Those without an objective are of rule 4: the last that holds is closest to the ratio.
         solved = [plan for plan in held if plan.solver is not None]
-        return min(solved, key=lambda plan: plan.solver.objective if plan.solver else inf, default=held[-1])
-
-    def _held(self) -> list[Plan]:
-        """The plans that keep within the ratio, by the median of what was measured (rule 3)."""
-        limit = self.goal.ratio + _NOISE
-        return [plan for plan, ratios in self.tried.values() if median(ratios) <= limit]
+        last = held[-1] if held else None
+        return min(solved, key=lambda plan: plan.solver.objective if plan.solver else inf, default=last)
 
     def _learned(self) -> None:
         """Make plans by what those before them saved (rules 2 and 3)."""
@@ -135,7 +142,7 @@ class _Settling:
             reached = self._measured(plan)
             if -_NOISE <= self.goal.ratio - reached <= _UNUSED:
                 return
-            self._learn(options(plan), reached, is_first=turn == 0)
+            self._learn(options(plan), reached)
 
     def _bisected(self) -> None:
         """Look for a plan between the fastest and those that were too slow (rule 4)."""
@@ -174,13 +181,14 @@ class _Settling:
         ratios.append(ratio)
         reached = median(ratios)
         self.latency.remember(options(plan), reached)
-        self.fastest = min(self.fastest, reached)
         return reached
 
-    def _learn(self, chosen: Mapping[str, Option], reached: float, *, is_first: bool) -> None:
+    def _learn(self, chosen: Mapping[str, Option], reached: float) -> None:
         """Correct what layers are predicted to save (rules 2 and 3)."""
         predicted = self.latency.predicted(chosen) / self.latency.whole
-        if is_first and abs(predicted - reached) > _MISSED:
+        kinds = self.latency.kinds(chosen)
+        if abs(predicted - reached) > _MISSED and not kinds <= self.judged:
+            self.judged |= kinds
             with self.progress.stage("time kinds of layers", 1) as step:
                 self.latency.correct(chosen, reached, lambda own: self._faster(own)[0], step)
         else:

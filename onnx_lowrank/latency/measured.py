@@ -302,6 +302,10 @@ class Latency:
         """What of the model's time some options are predicted to save."""
         return 1 - self.predicted(options) / self.whole
 
+    def kinds(self, options: Mapping[str, Option]) -> set[str]:
+        """The kinds of some layers: those of one kind are alike."""
+        return {key for layer in options for key in self._uses[layer]}
+
     def remember(self, options: Mapping[str, Option], ratio: float) -> None:
         """Keep the ratio that a model with some layers rewritten was measured at, for predictions of it."""
         self._reached[frozenset(options.items())] = ratio
@@ -318,7 +322,7 @@ class Latency:
         """
         alone = self._saving(options)
         share = float(np.clip((1 - ratio) / alone, *limits)) if alone > 0 else 1.0
-        for key in {key for layer in options for key in self._uses[layer]}:
+        for key in self.kinds(options):
             self._kinds[key].gain = float(np.clip(self._kinds[key].gain * share, *_GAINS))
 
     def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
