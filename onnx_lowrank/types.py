@@ -551,7 +551,8 @@ class Timing:
         engine: What ran it, with how many threads.
         inputs: On which inputs, with their dtypes and shapes.
         before: The input model.
-        predicted: The compressed model, as the plan reckoned; None where a plan was replayed.
+        predicted: The compressed model, as its plan's model with random factors was measured, or as the plan
+            reckoned where that was not; None where a plan was replayed.
         after: The compressed model; None in a dry run.
         layers: The rewritten layers, by id; none in a dry run.
         spread: The longest time of the input model over the shortest, of all medians that were measured.
