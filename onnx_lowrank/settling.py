@@ -103,12 +103,10 @@ class _Settling:
     def run(self) -> Plan:
         """Go through the rules."""
         self._learned()
-        if self._best() is None:
+        best = self._confirmed()
+        if best is None:
             self._bisected()
-        best = self._best()
-        while best is not None and len(self.tried[_options(best)][1]) == 1:
-            self._measured(best)
-            best = self._best()
+            best = self._confirmed()
         if best is None:
             self.latency.keep()
             fastest = min((median(ratios) for _, ratios in self.tried.values()), default=1.0)
@@ -117,6 +115,14 @@ class _Settling:
                 f"{self.latency.stopwatch.name}: the fastest that was measured is {fastest:.3f}.",
                 min(1.0, fastest),
             )
+        return best
+
+    def _confirmed(self) -> Plan | None:
+        """The best plan, of which one that held once is measured again (rule 3)."""
+        best = self._best()
+        while best is not None and len(self.tried[_options(best)][1]) == 1:
+            self._measured(best)
+            best = self._best()
         return best
 
     def _best(self) -> Plan | None:
@@ -150,7 +156,7 @@ class _Settling:
         high = max(low, self.goal.ratio)
         for _ in range(_STEPS):
             # It is optimal for the ratio that it aims at, of which nobody has asked.
-            plan = plans.sealed(replace(self._plan(aim), solver=None))
+            plan = replace(self._plan(aim), solver=None)
             if self._measured(plan) <= self.goal.ratio + _NOISE:
                 low = aim
             else:
@@ -170,7 +176,7 @@ class _Settling:
     def _plan(self, ratio: float) -> Plan:
         """The plan for a predicted ratio."""
         plan = planner.make(self.found, replace(self.goal, ratio=ratio), self.scores, self.progress)
-        return plans.sealed(replace(plan, ratio=self.goal.ratio))
+        return replace(plan, ratio=self.goal.ratio)
 
     def _measured(self, plan: Plan) -> float:
         """The ratio that a plan reaches, the median where it was measured before (rule 3)."""
