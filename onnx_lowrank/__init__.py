@@ -1,18 +1,11 @@
 """onnx-lowrank: smaller ONNX models by low-rank decomposition, chosen and proved layer by layer."""
 
-from onnx_lowrank.errors import (
-    BudgetError,
-    InputError,
-    LowRankError,
-    PlanError,
-    RecipeError,
-    ValidationError,
-)
-from onnx_lowrank.pipeline import Result, compress
-from onnx_lowrank.plan import read as read_plan
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.report import Report
-from onnx_lowrank.types import Plan
+from onnx_lowrank.core.plan import Plan
+from onnx_lowrank.documents.plans import read as read_plan
+from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.errors import BudgetError, InputError, LowRankError, PlanError, RecipeError, ValidationError
+from onnx_lowrank.report.content import Report
+from onnx_lowrank.session import Result, compress
 
 __all__ = [
     "BudgetError",

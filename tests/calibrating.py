@@ -10,16 +10,18 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto
 
-from onnx_lowrank.build import Built, build
 from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.found import Found, find_layers
-from onnx_lowrank.graph.model import load
+from onnx_lowrank.core.factors import Fit
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.plan import Budget, Choice, Measure, Plan
+from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.runtime import runtime
+from onnx_lowrank.files.load import load
+from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.backend import resolve
-from onnx_lowrank.report.progress import Silent
-from onnx_lowrank.types import Budget, Choice, Fit, Measure, Option, Plan
-from onnx_lowrank.validate import runtime
-from onnx_lowrank.validate.inputs import specs
+from onnx_lowrank.progress import Silent
+from onnx_lowrank.stages.build import Built, build
 
 CPU = resolve("cpu")
 ENGINE = runtime("CPUExecutionProvider")

@@ -14,14 +14,18 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from onnx_lowrank.graph.layers import Binding, find, read
-from onnx_lowrank.graph.model import Model, load, scopes
-from onnx_lowrank.graph.rewrite import Replacement, Rewritten, inline, rewrite
+from onnx_lowrank.core.factors import Certificate, Factors
+from onnx_lowrank.core.layer import Layer, ScopeWork, Skipped
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.files.load import Model, load
+from onnx_lowrank.files.tensors import inline
+from onnx_lowrank.graph.scopes import scopes
 from onnx_lowrank.graph.shapes import infer, work
 from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.layers.find import Binding, find, read
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.factorize import factorize
-from onnx_lowrank.types import Certificate, Factors, Layer, Option, ScopeWork, Skipped
+from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 
 DTYPES: dict[str, Any] = {
     "float": np.dtype(np.float32),

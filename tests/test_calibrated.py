@@ -18,9 +18,10 @@ from onnx import numpy_helper
 
 from calibrating import run
 from onnx_lowrank import BudgetError, InputError, cli, compress
-from onnx_lowrank import plan as plans
-from onnx_lowrank.search import AUTO
-from onnx_lowrank.types import Fit, Measure
+from onnx_lowrank.core.factors import Fit
+from onnx_lowrank.core.plan import Measure
+from onnx_lowrank.documents import plans
+from onnx_lowrank.stages.search import AUTO
 from rewriting import model
 from tiny import CNN, DIGITS, cnn, files
 
@@ -120,7 +121,7 @@ def test_the_error_of_a_trial_is_that_of_all_held_out_inputs(results, name):
 
 
 def test_a_recipe_that_does_not_reach_the_ratio_is_told_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr("onnx_lowrank.arguments.AUTO", ("pca", "schatten"))
+    monkeypatch.setattr("onnx_lowrank.request.AUTO", ("pca", "schatten"))
     result = compress(cnn(ONE), 0.06, calibration=X)
     first, second = result.report.trials
     assert (first.outputs, first.chosen, second.chosen) == ((), False, True)
@@ -284,8 +285,8 @@ def test_a_dry_run_makes_the_same_plan(results, name):
 
 
 def test_a_dry_run_of_one_recipe_builds_nothing(monkeypatch):
-    monkeypatch.setattr("onnx_lowrank.pipeline.build", None)
-    monkeypatch.setattr("onnx_lowrank.search.build", None)
+    monkeypatch.setattr("onnx_lowrank.session.build", None)
+    monkeypatch.setattr("onnx_lowrank.stages.search.build", None)
     result = compress(cnn(), 0.5, recipe="activation", calibration=X, dry_run=True)
     assert any(row.option for row in result.report.layers)
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from onnx_lowrank import cli, compress
-from onnx_lowrank import recipe as recipes
+from onnx_lowrank.documents import recipes
 from tiny import CNN, DIGITS, built, cnn, decaying, files
 
 HALF = ("in.onnx", "out.onnx", "--ratio", "0.5")
@@ -998,7 +998,7 @@ def test_no_small_file_is_left_where_the_model_cannot_be_written(run, folder, mo
         raise OSError(28, "No space left on device")
 
     before = files(folder)
-    monkeypatch.setattr("onnx_lowrank.pipeline.Result.save", full)
+    monkeypatch.setattr("onnx_lowrank.session.Result.save", full)
     outcome = run(*RUN, "--save-plan", "p.json", "--report", "r.json")
     assert "No space left" in outcome.message
     assert outcome.code == 2

@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from onnx_lowrank import BudgetError, InputError, compress
-from onnx_lowrank import plan as plans
 from onnx_lowrank.allocate.times import WORTHWHILE
-from onnx_lowrank.latency import measured
-from onnx_lowrank.latency.clock import Pace
-from onnx_lowrank.types import Budget, Fold, Lowering, Option
-from onnx_lowrank.validate.engines import UnsupportedError
+from onnx_lowrank.budgets.latency import measured
+from onnx_lowrank.budgets.latency.clock import Pace
+from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.documents import plans
+from onnx_lowrank.engines.engine import UnsupportedError
 from rewriting import LOOP, model, named_bodies
 from timing import Recorded, by_weights
 from tiny import CNN, built, cnn, decaying
@@ -48,7 +49,7 @@ class Watched(Recorded):
 def watches(monkeypatch):
     """The stopwatches that are made, each with its settings."""
     monkeypatch.setattr(Watched, "made", [])
-    monkeypatch.setattr("onnx_lowrank.pipeline.Stopwatch", Watched)
+    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", Watched)
     return Watched.made
 
 
@@ -60,7 +61,7 @@ def costing(monkeypatch):
         def cost(proto):
             return by_weights(proto) if proto.graph.name == "layer" else max(1, round(rule(proto)))
 
-        monkeypatch.setattr("onnx_lowrank.pipeline.Stopwatch", partial(Recorded, cost=cost))
+        monkeypatch.setattr("onnx_lowrank.session.Stopwatch", partial(Recorded, cost=cost))
 
     return costing
 
@@ -137,7 +138,7 @@ def test_alignment_is_kept(align, block):
 
 @pytest.mark.parametrize("block", [4, 8])
 def test_by_default_ranks_fill_the_providers_blocks(monkeypatch, block):
-    monkeypatch.setattr("onnx_lowrank.arguments.block", lambda provider: block)
+    monkeypatch.setattr("onnx_lowrank.request.block", lambda provider: block)
     result = compress(cnn(), 0.8, budget="latency", input_shape=SHAPE)
     assert rewritten(result)
     assert all(option.j % block == 0 for option in rewritten(result).values())
@@ -192,7 +193,7 @@ def test_threads_and_cache_go_to_the_stopwatch(watches, threads, words, cache, b
 
 @pytest.mark.parametrize(("size", "warm"), [(10**9, True), (14_000, False)])
 def test_small_models_find_their_weights_in_the_caches(watches, monkeypatch, size, warm):
-    monkeypatch.setattr("onnx_lowrank.pipeline.cache_bytes", lambda: size)
+    monkeypatch.setattr("onnx_lowrank.session.cache_bytes", lambda: size)
     half(dry_run=True)
     assert watches[0][1]["warm"] == warm
 
@@ -369,7 +370,7 @@ def test_a_model_that_does_not_run_is_not_timed_and_no_error(monkeypatch):
         def times(self, models, pace):
             raise UnsupportedError("It does not know it")
 
-    monkeypatch.setattr("onnx_lowrank.pipeline.Stopwatch", Refusing)
+    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", Refusing)
     result = compress(cnn(), 0.6)
     assert rewritten(result)
     assert result.report.timing is None
@@ -467,7 +468,7 @@ def test_what_the_runtime_does_not_run_alone_is_kept(monkeypatch):
                 raise UnsupportedError("It does not know it")
             return super().times(models, pace)
 
-    monkeypatch.setattr("onnx_lowrank.pipeline.Stopwatch", Picky)
+    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", Picky)
     result = half(ratio=0.9)
     assert kept(result)["conv2"] == NOT_TIMED
     assert "conv1" in rewritten(result)
@@ -555,7 +556,7 @@ def folder(tmp_path, monkeypatch):
     """The user's cache folder; what is measured is not measured long."""
     for name in ("_WHOLE", "_LAYERS", "_CHAINS", "_BRIEF"):
         monkeypatch.setattr(measured, name, Pace(seconds=0.0))
-    monkeypatch.setattr("onnx_lowrank.latency.cache.user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr("onnx_lowrank.budgets.latency.cache.user_cache_path", lambda name: tmp_path / name)
     return tmp_path
 
 

@@ -7,10 +7,10 @@ from math import prod
 
 from onnx import ModelProto, NodeProto
 
+from onnx_lowrank.budgets.latency.clock import Pace
+from onnx_lowrank.budgets.latency.stopwatch import Stopwatch, Timed
+from onnx_lowrank.engines.runtime import Runtime
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.latency.clock import Pace
-from onnx_lowrank.latency.stopwatch import Stopwatch, Timed
-from onnx_lowrank.validate.engines import Runtime
 
 PER_NODE = 10
 """Nanoseconds of every node that computes, beside one for every element of its weights."""

@@ -10,9 +10,11 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from math import prod
 
+from onnx_lowrank.core.layer import Layer, Positions, ScopeWork, Use
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Budget, Fold, Layer, Option, Positions, ScopeWork, Use
 
 
 def parameters(layer: Layer, option: Option | None = None) -> int:

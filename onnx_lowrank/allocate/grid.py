@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lowrank.allocate.cost import allowed, cost, linear, macs
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Budget, Fold, Layer
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.documents.recipes import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnx_lowrank.allocate.cost import use_macs
 from onnx_lowrank.allocate.options import Candidates, Ints
-from onnx_lowrank.types import Layer, ScopeWork, Use
+from onnx_lowrank.core.layer import Layer, ScopeWork, Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def macs_limits(
         layers: The layers.
         tables: Their candidates, whose costs are MACs.
         scopes: Every scope of the model.
-        routes: How often every scope runs, for each route (`cost.dearest`).
+        routes: How often every scope runs, for each route (`allocate.cost.dearest`).
         limit: Largest MACs of the whole model.
     """
     fixed = [

@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from onnx_lowrank.allocate.cost import allowed, cost, linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.times import WORTHWHILE, Times
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, Spectra
+from onnx_lowrank.core.factors import Spectra
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.documents.recipes import Recipe
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

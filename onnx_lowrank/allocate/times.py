@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from onnx_lowrank.types import Fold, Lowering, Option
+from onnx_lowrank.core.option import Fold, Lowering, Option
 
 Ints = NDArray[np.int64]
 

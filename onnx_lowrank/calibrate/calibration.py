@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.calibrate.statistics import Statistics
-from onnx_lowrank.validate.engines import Engine
+from onnx_lowrank.engines.running import Engine
 
 
 @dataclass(frozen=True, slots=True)

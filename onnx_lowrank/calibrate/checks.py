@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.engines.inputs import Spec, shape_text
+from onnx_lowrank.engines.inputs import fits as fits_shape
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.validate.inputs import Spec, shape_text
-from onnx_lowrank.validate.inputs import fits as fits_shape
 
 
 def check_names(given: Iterable[str], wanted: tuple[Spec, ...], where: str) -> None:

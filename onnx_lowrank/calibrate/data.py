@@ -19,8 +19,8 @@ from onnx_lowrank.calibrate.feeds import Feeds, as_array, drawn, folder
 from onnx_lowrank.calibrate.shares import Batch, counted
 from onnx_lowrank.calibrate.stored import Column, InMemory, Spool
 from onnx_lowrank.calibrate.table import Table, table
+from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.validate.inputs import Spec
 
 FEW = 32
 """With fewer samples than this, a warning says that estimates are weak."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from onnx_lowrank.calibrate import checks, stored
 from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
 from onnx_lowrank.calibrate.stored import Spool
+from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.validate.engines import Feed
-from onnx_lowrank.validate.inputs import Spec
 
 
 @dataclass(frozen=True, slots=True)

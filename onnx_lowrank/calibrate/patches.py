@@ -16,11 +16,11 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from onnx_lowrank.graph.chains import spatial
-from onnx_lowrank.graph.layers import Binding
-from onnx_lowrank.graph.model import Model
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of
 from onnx_lowrank.graph.weights import viewed
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.operators.chains import spatial
 
 CHUNK = 2**25
 """Bytes that a chunk of rows takes at most; one line of positions is never split."""

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from onnx.helper import np_dtype_to_tensor_dtype
 
 from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.engines.engine import Feed, UnsupportedError
+from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.graph.layers import Binding
-from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.segments import Segment, Segments, Substitute
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.validate.engines import Engine, Feed, UnsupportedError
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.probe.segments import Segment, Segments, Substitute
 
 _GIB = 2**30
 

@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.shares import spaced
 from onnx_lowrank.calibrate.statistics import Samples
-from onnx_lowrank.graph.layers import Binding
-from onnx_lowrank.graph.model import Model
-from onnx_lowrank.graph.override import Overridable
-from onnx_lowrank.graph.segments import Substitute
+from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.running import Engine
+from onnx_lowrank.engines.spread import Spread, is_batched
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.graph.weights import FLOATS
-from onnx_lowrank.validate.engines import Engine, Feed, RejectedError, Run, UnsupportedError
-from onnx_lowrank.validate.spread import Spread, is_batched
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.probe.override import Overridable
+from onnx_lowrank.probe.segments import Substitute
 
 LOST = 1e6
 """The error of an output that becomes NaN or infinite, and the largest one."""

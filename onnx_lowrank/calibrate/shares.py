@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.validate.engines import Feed
+from onnx_lowrank.engines.engine import Feed
 
 HOLD_EVERY = 5
 """One sample of so many is held out, the last: interleaved, so that both shares see all of sorted data."""

@@ -20,14 +20,16 @@ import numpy as np
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.patches import CHUNK, Geometry, geometry, outputs, patches
 from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.core.factors import Moments
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.engines.engine import RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.graph.instrument import Instrumented, Tap, instrument
-from onnx_lowrank.graph.layers import Binding
-from onnx_lowrank.graph.model import Model
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
+from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.linalg.backend import parallel_map, resolve
-from onnx_lowrank.types import Layer, Moments
-from onnx_lowrank.validate.engines import Engine, RejectedError, Run, UnsupportedError
+from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 
 MEMORY = 2**30
 """Bytes that the moments under way take at most, all layers together."""

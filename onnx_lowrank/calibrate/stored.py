@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.graph import tensors
+from onnx_lowrank.files import tensors
 
 MAX_BYTES = 2**30
 """What one sample, or one feed, may take in memory."""

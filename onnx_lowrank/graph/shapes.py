@@ -9,11 +9,12 @@ from math import prod
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
+from onnx_lowrank.core.layer import Positions, ScopeWork
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model, outline
 from onnx_lowrank.graph.constants import infer_shapes
-from onnx_lowrank.graph.model import Model, outline, scopes
+from onnx_lowrank.graph.scopes import scopes
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
-from onnx_lowrank.types import Positions, ScopeWork
 
 Shape = tuple[int | None, ...]
 Shapes = Mapping[tuple[str, str], Shape]

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.graph.model import Scope, scopes
+from onnx_lowrank.graph.scopes import Scope, scopes
 
 _SEPARATOR = ":"
 

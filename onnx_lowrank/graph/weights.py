@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, NodeProto, TensorProto
 
-from onnx_lowrank.graph.model import Model, array
+from onnx_lowrank.files.load import Model, array
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 
 FLOATS: dict[int, str] = {

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from onnx_lowrank.core.factors import Array
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import cores
-from onnx_lowrank.types import Array
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -9,10 +9,11 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
+from onnx_lowrank.core.factors import Array, Certificate, Factors
+from onnx_lowrank.core.option import Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.folding import compose, fold, split
-from onnx_lowrank.types import Array, Certificate, Factors, Option
 
 _UNIT = 2.0**-53  # unit roundoff u of float64
 _SAFE_EXPONENT = 100  # of two, for the largest entry: sums of 2^40 squares stay between 2^-1022 and 2^1024

@@ -10,7 +10,8 @@ from math import prod
 
 from array_api_compat import array_namespace
 
-from onnx_lowrank.types import Array, Factors, Fold
+from onnx_lowrank.core.factors import Array, Factors
+from onnx_lowrank.core.option import Fold
 
 
 def fold(weight: Array, fold: Fold, k: int) -> Array:

@@ -16,11 +16,12 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult, minimize
 
+from onnx_lowrank.core.factors import Array
+from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.quadratic import Quadratic
 from onnx_lowrank.linalg.spectra import diagonal_blocks
-from onnx_lowrank.types import Array, Fold
 
 _BLOCK = 64  # rows that substitution solves for at a time
 _ROUND = 3  # iterations from one look at the score to the next

@@ -12,8 +12,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.types import Moments, Targets
 
 _DEAD = 1e-9  # what inputs that are always zero weigh, relative to the mean over the operator groups
 _RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)

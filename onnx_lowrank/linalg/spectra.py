@@ -11,9 +11,10 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
+from onnx_lowrank.core.factors import Array, Spectra
+from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg.backend import Backend, of_each
 from onnx_lowrank.linalg.folding import fold as fold_slices
-from onnx_lowrank.types import Array, Fold, Spectra
 
 
 def spectra(

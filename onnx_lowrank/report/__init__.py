@@ -1,6 +1,6 @@
 """What was done to a model: as a table in the terminal, and as JSON."""
 
-from onnx_lowrank.report.model import LayerRow, Report, Total, Totals
-from onnx_lowrank.types import Solver
+from onnx_lowrank.core.plan import Solver
+from onnx_lowrank.report.content import LayerRow, Report, Total, Totals
 
 __all__ = ["LayerRow", "Report", "Solver", "Total", "Totals"]

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from onnx_lowrank.report import layers, words
-from onnx_lowrank.report.model import Report, Total
+from onnx_lowrank.core.outcome import Calibrated, Trial, Validation
+from onnx_lowrank.core.plan import Aggregate, Measure, Solver
+from onnx_lowrank.report import layer_table as layers
+from onnx_lowrank.report import words
+from onnx_lowrank.report.content import Report, Total
 from onnx_lowrank.report.page import Column, Page
-from onnx_lowrank.types import Aggregate, Calibrated, Measure, Solver, Trial, Validation
 
 _CHOSEN = "→ "
 

@@ -4,20 +4,13 @@ from math import prod
 import numpy as np
 import pytest
 
-from onnx_lowrank.allocate.cost import (
-    allowed,
-    cost,
-    dearest,
-    linear,
-    macs,
-    parameters,
-    running,
-    total_macs,
-)
+from onnx_lowrank.allocate.cost import allowed, cost, dearest, linear, macs, parameters, running, total_macs
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.core.layer import Layer, Positions, ScopeWork, Use
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Option, Positions, ScopeWork, Use
 
 ALL = tuple(Fold)
 

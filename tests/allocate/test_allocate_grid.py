@@ -8,9 +8,11 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, unscored
 from onnx_lowrank.allocate.solve import solve
+from onnx_lowrank.core.layer import Layer, Use
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Option, Use
 
 BLOCKS = (1, 2, 3, 4, 8, 16)
 KS = (1, 2, 4, 8)

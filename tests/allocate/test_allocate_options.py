@@ -6,9 +6,11 @@ import pytest
 from onnx_lowrank.allocate.cost import allowed, cost
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import candidates, weight_errors
+from onnx_lowrank.core.layer import Layer, Positions, Use
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Measure, Option, Positions, Use
 
 ALL = tuple(Fold)
 STRIDED = Positions(1, (9, 9), (5, 5))

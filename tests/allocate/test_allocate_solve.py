@@ -10,9 +10,10 @@ from onnx_lowrank.allocate import solve as solver
 from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack, solve_knapsacks
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.core.plan import Aggregate
+from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Aggregate, Fold
 
 
 def recipe(aggregate, power=1.0):

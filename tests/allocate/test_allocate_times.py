@@ -19,8 +19,10 @@ from onnx_lowrank.allocate.times import (
     sampled,
     worth_measuring,
 )
-from onnx_lowrank.recipe import Recipe
-from onnx_lowrank.types import Aggregate, Budget, Fold, Layer, Lowering, Option, Positions, Use
+from onnx_lowrank.core.layer import Layer, Positions, Use
+from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.documents.recipes import Recipe
 
 KEY = (Fold.ENCODE, 1)
 SEEDS = range(20)

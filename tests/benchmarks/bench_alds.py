@@ -12,16 +12,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from onnx_lowrank import recipe as recipes
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
-from onnx_lowrank.found import find_layers, prepared
-from onnx_lowrank.graph.model import load
+from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.documents import recipes
+from onnx_lowrank.files.load import load
+from onnx_lowrank.layers.found import find_layers, prepared
 from onnx_lowrank.linalg import backend
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.types import Budget
 
 GRID = Grid(Budget.PARAMS)
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "resnet20_cifar10.onnx"

@@ -34,8 +34,8 @@ import onnx
 from bench_spectra import cpu_model
 from scores import CHECKOUT, REAL, ZOO, Task, calibrated_tasks, calibration
 
-from onnx_lowrank import recipe as shipped
-from onnx_lowrank.arguments import AUTO_RECIPE
+from onnx_lowrank.documents import recipes as shipped
+from onnx_lowrank.request import AUTO_RECIPE
 
 MODELS = (*REAL, "bert_base")
 RECIPES = ("schatten", "pca", "activation", "output", AUTO_RECIPE)

@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
-from onnx_lowrank.latency.clock import Pace, interleaved
+from onnx_lowrank.budgets.latency.clock import Pace, interleaved
 
 Tensors = Mapping[str, NDArray[np.generic]]
 

@@ -12,17 +12,18 @@ from time import perf_counter
 
 from zoo_layers import zoo_layers
 
-from onnx_lowrank import recipe as recipes
 from onnx_lowrank.allocate.cost import parameters
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, weight_errors
 from onnx_lowrank.allocate.solve import solve
-from onnx_lowrank.found import Found, prepared
-from onnx_lowrank.graph.layers import Binding
+from onnx_lowrank.core.factors import Spectra
+from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.documents import recipes
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.found import Found, prepared
 from onnx_lowrank.linalg.backend import parallel_map, resolve
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.types import Budget, Spectra
 
 GRID = Grid(Budget.PARAMS)
 MODELS = ("resnet50", "vgg16", "vit_b_16")

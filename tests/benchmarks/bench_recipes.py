@@ -13,8 +13,9 @@ import numpy as np
 from scores import Task, tasks
 
 from onnx_lowrank import BudgetError, Recipe, compress
-from onnx_lowrank.recipe import load_all
-from onnx_lowrank.types import Aggregate, Budget, Fold, Measure
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.documents.recipes import load_all
 
 NEAR_HALF = (0.49, 0.495, 0.5, 0.505, 0.51)
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from zoo_layers import zoo_layers
 
-from onnx_lowrank.found import Found, prepared
-from onnx_lowrank.graph.layers import Binding
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.found import Found, prepared
 from onnx_lowrank.linalg.backend import Backend, parallel_map, resolve
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.types import Fold
 
 Job = Callable[[Found, Binding], Any]
 

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
 
 from zoo import build
 
-from onnx_lowrank.found import Found, find_layers
-from onnx_lowrank.graph.model import load
+from onnx_lowrank.files.load import load
+from onnx_lowrank.layers.found import Found, find_layers
 
 
 def zoo_layers(name: str) -> Found:

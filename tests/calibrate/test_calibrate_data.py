@@ -15,8 +15,8 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from onnx_lowrank.calibrate import data, stored
+from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.validate.inputs import Spec
 
 
 def spec(name="x", shape=(None, 4), dtype="float32"):

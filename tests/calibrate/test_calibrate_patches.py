@@ -11,7 +11,7 @@ import pytest
 
 from onnx_lowrank.calibrate import patches as module
 from onnx_lowrank.calibrate.patches import Matrix, Window, geometry, outputs, patches
-from onnx_lowrank.graph.layers import read
+from onnx_lowrank.layers.find import read
 from rewriting import found, model
 
 

@@ -15,10 +15,11 @@ from onnx import ModelProto, numpy_helper
 from onnx_lowrank.calibrate import prefix
 from onnx_lowrank.calibrate.prefix import Prefix
 from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
+from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.graph.layers import read
-from onnx_lowrank.graph.segments import Segments
-from onnx_lowrank.validate.engines import RejectedError, UnsupportedError, runtime
+from onnx_lowrank.layers.find import read
+from onnx_lowrank.probe.segments import Segments
 from rewriting import difference, feed_of, found, model, run
 
 ENGINE = runtime("CPUExecutionProvider")

@@ -15,10 +15,12 @@ from onnx import ModelProto
 from onnx_lowrank.calibrate import data, sensitivity
 from onnx_lowrank.calibrate.sensitivity import LOST, Sensitivities, measure, probe
 from onnx_lowrank.calibrate.shares import Batch
-from onnx_lowrank.graph.layers import Binding, read
-from onnx_lowrank.graph.segments import Substitute
-from onnx_lowrank.validate.engines import Reference, RejectedError, UnsupportedError, runtime
-from onnx_lowrank.validate.inputs import specs
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
+from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.reference import Reference
+from onnx_lowrank.engines.runtime import runtime
+from onnx_lowrank.layers.find import Binding, read
+from onnx_lowrank.probe.segments import Substitute
 from rewriting import Found, constants, found, model, tensors
 
 ENGINE = runtime("CPUExecutionProvider")

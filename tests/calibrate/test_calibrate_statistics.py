@@ -12,9 +12,10 @@ import pytest
 
 from onnx_lowrank.calibrate import statistics as module
 from onnx_lowrank.calibrate.statistics import measure
+from onnx_lowrank.engines.reference import Reference
+from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.graph.layers import read
-from onnx_lowrank.validate.engines import Reference, runtime
+from onnx_lowrank.layers.find import read
 from rewriting import constants, draw, found, model, tensors
 
 ENGINE = runtime("CPUExecutionProvider")

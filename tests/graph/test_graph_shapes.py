@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.allocate.cost import total_macs
+from onnx_lowrank.core.layer import Positions
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.types import Positions
 from rewriting import found, model
 
 

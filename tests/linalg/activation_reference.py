@@ -4,7 +4,8 @@ import numpy as np
 from linalg_reference import naive_fold, places
 from numpy.typing import NDArray
 
-from onnx_lowrank.types import Fold, Moments, Targets
+from onnx_lowrank.core.factors import Moments, Targets
+from onnx_lowrank.core.option import Fold
 
 
 def samples(g: int, p: int, count: int, seed: int) -> NDArray:

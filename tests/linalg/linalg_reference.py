@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.types import Fold
+from onnx_lowrank.core.option import Fold
 
 # The canonical shapes (g, f, c, *kernel): tall, square and wide for most k; every kind of kernel; groups.
 SHAPES = (

@@ -6,13 +6,14 @@ import pytest
 from activation_reference import dense_encoder, dense_map, least_error, moments, samples, targets
 from linalg_reference import CASES, SHAPES, matrix_shape, planted
 
+from onnx_lowrank.core.factors import Factors, Moments
+from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.linalg import projection
 from onnx_lowrank.linalg.activations import corrected_mean, errors, fit, output_errors, output_fit
 from onnx_lowrank.linalg.backend import Backend, resolve
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import error, of_targets, of_weight
-from onnx_lowrank.types import Factors, Fold, Moments, Option
 
 CPU = resolve("cpu")
 STRICT = Backend("strict", array_api_strict)

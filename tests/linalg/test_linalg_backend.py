@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg import backend as backend_module
 from onnx_lowrank.linalg.backend import of_each, parallel_map, resolve
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.types import Fold, Option
 
 CPU = resolve("cpu")
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from linalg_reference import CASES, SHAPES, folds_of, matrix_shape, naive_fold, planted, tail
 
+from onnx_lowrank.core.factors import Factors
+from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg.backend import Backend, resolve
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
-from onnx_lowrank.types import Factors, Fold, Option
 
 CPU = resolve("cpu")
 STRICT = Backend("strict", array_api_strict)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from linalg_reference import CASES, naive_fold
 
+from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg.folding import compose, fold, split, unfold
-from onnx_lowrank.types import Fold
 
 E, R, C, D = Fold.ENCODE, Fold.ROWS, Fold.COLS, Fold.DECODE
 

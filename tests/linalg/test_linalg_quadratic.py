@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from activation_reference import moments, samples, targets
 
+from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets, of_weight
-from onnx_lowrank.types import Moments, Targets
 
 SHAPES = [(1, 5, 7), (3, 4, 2), (1, 3, 2, 3), (2, 4, 3, 2, 2)]
 

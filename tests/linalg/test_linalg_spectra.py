@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from linalg_reference import CASES, SHAPES, divisors, folds_of, naive_fold, planted
 
+from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg.backend import Backend, resolve
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.types import Fold
 
 CPU = resolve("cpu")
 STRICT = Backend("strict", array_api_strict)

@@ -8,7 +8,7 @@ import pytest
 import zoo
 
 import onnx_lowrank
-from onnx_lowrank.types import Fit
+from onnx_lowrank.core.factors import Fit
 from tiny import DIGITS
 
 pytestmark = pytest.mark.slow

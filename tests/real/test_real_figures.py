@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from onnx_lowrank import recipe as recipes
-from onnx_lowrank.arguments import DEFAULT_RECIPE
+from onnx_lowrank.documents import recipes
+from onnx_lowrank.request import DEFAULT_RECIPE
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

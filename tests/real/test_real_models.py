@@ -6,7 +6,8 @@ import onnx
 import pytest
 
 import onnx_lowrank
-from onnx_lowrank.graph.model import load, parameters
+from onnx_lowrank.files.load import load
+from onnx_lowrank.graph.parameters import parameters
 from rewriting import assert_only_named_changes, found, full_rank, rewritten
 
 RATIOS = {

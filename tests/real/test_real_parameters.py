@@ -4,7 +4,9 @@ import hashlib
 
 import pytest
 
-from onnx_lowrank.graph.model import load, parameters, save, stored_bytes
+from onnx_lowrank.files.load import load, stored_bytes
+from onnx_lowrank.files.save import save
+from onnx_lowrank.graph.parameters import parameters
 
 PARAMETERS = {
     "resnet20_cifar10": 269_036,

@@ -6,24 +6,13 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from onnx_lowrank.report import LayerRow, Report, Solver, Total, Totals, words
-from onnx_lowrank.types import (
-    Aggregate,
-    Budget,
-    Calibrated,
-    Certificate,
-    Fit,
-    Fold,
-    LayerFit,
-    LayerTime,
-    Measure,
-    Option,
-    OutputError,
-    Skipped,
-    Timing,
-    Trial,
-    Validation,
-)
+from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
+from onnx_lowrank.core.layer import Skipped
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.outcome import Calibrated, LayerTime, OutputError, Timing, Trial, Validation
+from onnx_lowrank.core.plan import Aggregate, Budget, Measure, Solver
+from onnx_lowrank.report import words
+from onnx_lowrank.report.content import LayerRow, Report, Total, Totals
 
 
 def row(index: int, kept: bool = False, certificate: float = 0.12341) -> LayerRow:

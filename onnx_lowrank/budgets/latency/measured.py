@@ -1,0 +1,451 @@
+"""How long a model and its layers take, and what its layers' options would.
+
+Rules:
+
+1. The time of a layer is measured alone, in its surroundings (`probe.micro`), and relative to the whole
+   model's in the same turns; layers that are alike are measured once.
+2. An option's time is measured relative to its layer's. First every (fold, k) that does not lose by its MACs
+   alone is measured at one rank; then those which may be best at some time, at more ranks.
+3. What a layer saves in the model need not be what it saves alone (fusions, caches). `learn` takes what
+   was saved in one into account from then on; `correct` measures one for every kind of layer that matters,
+   and believes that the more, the more the kind saves beside what measurements differ by. Of options that
+   were measured together in the model itself, that is predicted.
+4. A use in a body takes its time as often as it ran. Where none ran the layer is kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+
+import numpy as np
+
+from onnx_lowrank.allocate.cost import macs
+from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.options import Errors
+from onnx_lowrank.allocate.times import (
+    Curve,
+    Times,
+    by_promise,
+    faster,
+    middle_rank,
+    sampled,
+    worth_measuring,
+)
+from onnx_lowrank.budgets.latency.clock import Pace
+from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.core.outcome import LayerTime, Timing
+from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.inputs import describe, make, specs
+from onnx_lowrank.engines.running import first_run
+from onnx_lowrank.engines.runtime import Executed
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.walk import Place
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.probe.micro import Micro, micro
+from onnx_lowrank.progress import Step
+
+_WHOLE = Pace(seconds=6.0, spread=0.005)
+_SESSIONS = 3
+"""How often models that run from the caches are loaded and timed: times differ from session to session."""
+
+_BRIEF = Pace(seconds=1.0, spread=0.01)
+_PATIENCE = 3.0
+"""Seconds in which a model has to be loaded and run once, else its time is nothing to tell beside."""
+
+_LAYERS = Pace(seconds=4.0, spread=0.02)
+_FIRST_LOOK = Pace(seconds=0.0)
+_CHAINS = Pace(seconds=2.0, spread=0.02)
+_BUDGET = 240.0
+"""Seconds in which the chains of all layers are measured, or about that: each has some rounds at least."""
+
+_LEAST_OPTIONS, _BUILT = 8, 2 * 2**30
+"""How many options of a layer are measured at a time: so many, or more that make 2 GiB of models."""
+
+_EFFICIENCY = 0.5
+"""One chain may compute its MACs in half the time of another."""
+
+_BUNCHES = 4  # in which the options of a layer are measured, mostly
+_GAINS = (-1.0, 1.5)
+"""What of its predicted saving a layer may save in the model: beyond that something else was measured."""
+
+_NOISE = 0.01
+"""What the ratio of two models' times differs by from one measurement to the next, about."""
+
+_JUDGED = 16
+"""So many kinds of layers are measured in the model, those that save most."""
+
+_Key = tuple[Fold, int]
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of inputs, by name."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Uses that are alike.
+
+    Attributes:
+        micro: One of them, as a model.
+        time: What each takes, in nanoseconds.
+        gain: What of the time that its options save alone they save in the model.
+        looks: The relative times of options at a brief look, which tells which are worth measuring.
+        known: The relative times of options, measured.
+    """
+
+    micro: Micro
+    time: int
+    gain: float = 1.0
+    looks: dict[Option, float] = field(default_factory=dict)
+    known: dict[Option, float] = field(default_factory=dict)
+
+
+class Latency:
+    """The times of one model.
+
+    Attributes:
+        whole: What the model takes, in nanoseconds.
+    """
+
+    def __init__(self, found: Found, feed: Feed, stopwatch: Stopwatch) -> None:
+        """Measure the model and its layers.
+
+        Args:
+            found: The model.
+            feed: The inputs on which it is timed.
+            stopwatch: What measures.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            RejectedError: It fails on the inputs.
+        """
+        self.stopwatch = stopwatch
+        self._found = found
+        self._feed = feed
+        ran = self._ran()
+        cut = {binding.layer.id: self._cut(binding, ran) for binding in found.bindings}
+        parts = {part.key: part for of in cut.values() for part, _ in of}
+        try:
+            self.whole, shares = self._shares(parts)
+        except (UnsupportedError, RejectedError):
+            parts = {key: part for key, part in parts.items() if stopwatch.accepts(part)}
+            self.whole, shares = self._shares(parts)
+        self._range = (self.whole, self.whole)
+        self._reached: dict[frozenset[tuple[str, Option]], float] = {}
+        self._kinds = {
+            key: _Kind(part, round(self.whole * share))
+            for (key, part), share in zip(parts.items(), shares, strict=True)
+        }
+        # A layer of which one use cannot be timed alone cannot be traded against others.
+        self._uses = {
+            layer: _added(of) if all(part.key in parts for part, _ in of) else {} for layer, of in cut.items()
+        }
+
+    def _cut(self, binding: Binding, ran: Executed) -> list[tuple[Micro, int]]:
+        """The uses of a layer that run, as models of their own, and how often; none if one cannot be cut."""
+        found: list[tuple[Micro, int]] = []
+        for index, use in enumerate(binding.layer.uses):
+            is_known = use.scope and self._found.walk.node(Place(use.scope, use.node)).name
+            runs = ran.count(use.name) if is_known else 1
+            if not runs:
+                continue
+            part = micro(self._found.walk, binding, index)
+            if part is None:
+                return []
+            found.append((part, runs))
+        return found
+
+    def _shares(self, parts: Mapping[str, Micro]) -> tuple[int, list[float]]:
+        return self.stopwatch.shares((self._found.model, self._feed), tuple(parts.values()), _LAYERS)
+
+    def _ran(self) -> Executed:
+        """How often the nodes in bodies run; nothing where no layer lives in one."""
+        hidden = any(use.scope for layer in self._found.layers for use in layer.uses)
+        return self.stopwatch.engine.executed(self._found.model, [self._feed]) if hidden else Executed({})
+
+    def ratio(self, model: Model) -> float:
+        """The time of another model with the same inputs over this one's, in turns.
+
+        Raises:
+            UnsupportedError: The runtime does not accept it.
+            RejectedError: It fails on the inputs.
+        """
+        before, after = self.pair(model)
+        return after / before
+
+    def pair(self, model: Model) -> tuple[int, int]:
+        """The times of this model and of another with the same inputs, in turns, in nanoseconds."""
+        both = [(self._found.model, self._feed), (model, self._feed)]
+        sessions = _SESSIONS if self.stopwatch.warm else 1
+        pace = replace(_WHOLE, seconds=_WHOLE.seconds / sessions)
+        pairs = [self.stopwatch.times(both, pace) for _ in range(sessions)]
+        for before, _ in pairs:
+            self._range = min(self._range[0], before), max(self._range[1], before)
+        before, after = sorted(pairs, key=lambda pair: pair[1] / pair[0])[sessions // 2]
+        return before, after
+
+    def measure(self, errors: Sequence[Errors], grid: Grid, step: Step) -> None:
+        """Measure what is worth it of the options of all layers, but for what is known.
+
+        Args:
+            errors: For each layer the errors of its options, by which those worth measuring are chosen.
+            grid: The ranks to choose from.
+            step: Told the share that is done.
+        """
+        wanted: dict[str, list[tuple[Layer, Errors]]] = {}
+        for layer, table in zip(self._found.layers, errors, strict=True):
+            for key in self._uses[layer.id]:
+                wanted.setdefault(key, []).append((layer, table))
+        # The layers that take longest have the largest share of the work, too.
+        total = sum(self._kinds[key].time for key in wanted) or 1
+        done = 0
+        try:
+            for key, of in wanted.items():
+                kind = self._kinds[key]
+                seconds = _BUDGET * kind.time / total / _BUNCHES
+                self._measure(kind, of, grid, replace(_CHAINS, seconds=min(seconds, _CHAINS.seconds)))
+                done += kind.time
+                step(done / total)
+        finally:  # what was measured stays known, even where the user does not wait for all
+            self.stopwatch.cache.save()
+
+    def times(self) -> tuple[Times, ...]:
+        """The times of all layers with the options that were measured, in graph order."""
+        return tuple(self._times(layer) for layer in self._found.layers)
+
+    def _measure(self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid, pace: Pace) -> None:
+        """Measure what is worth it of the options of layers that are alike (rule 2)."""
+        for layer, errors in layers:
+            ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
+            work = {key: _work(layer, Option(*key, middle_rank(own))) for key, own in ranks.items()}
+            most = max(_LEAST_OPTIONS, _BUILT // kind.micro.bytes)
+            promising = by_promise(worth_measuring(errors, ranks, work, _EFFICIENCY), errors, ranks, work)
+            first = [
+                Option(*key, middle_rank(ranks[key]), lowering)
+                for key in promising
+                for lowering in layer.lowerings(key[1])
+            ][:most]
+            new = [option for option in first if option not in kind.looks]
+            kind.looks |= self.stopwatch.chains(kind.micro, new, _FIRST_LOOK)
+            fastest: dict[_Key, Option] = {}
+            for option in sorted(kind.looks.keys() & first, key=kind.looks.__getitem__):
+                fastest.setdefault((option.fold, option.k), option)
+            middle = {key: kind.looks[option] for key, option in fastest.items()}
+            best = by_promise(worth_measuring(errors, ranks, middle), errors, ranks, middle)
+            more = [replace(fastest[key], j=j) for key in best for j in sampled(ranks[key])]
+            self._add(kind, more[:most], pace)
+
+    def _add(self, kind: _Kind, options: Iterable[Option], pace: Pace) -> None:
+        missing = [option for option in options if option not in kind.known]
+        kind.known |= self.stopwatch.chains(kind.micro, missing, pace)
+
+    def _times(self, layer: Layer) -> Times:
+        """What is known of one layer: over its uses, which may be of several kinds."""
+        kinds = {key: self._kinds[key] for key in self._uses[layer.id]}
+        shares = {key: runs * kinds[key].time for key, runs in self._uses[layer.id].items()}
+        keep = sum(shares.values())
+        curves: dict[_Key, Curve] = {}
+        if keep:
+            shared = set.intersection(*(set(kind.known) for kind in kinds.values()))
+            ratios: dict[tuple[Fold, int, Lowering], dict[int, float]] = {}
+            for option in shared:
+                ratio = sum(kind.known[option] * shares[key] for key, kind in kinds.items()) / keep
+                ratios.setdefault((option.fold, option.k, option.lowering), {})[option.j] = ratio
+            for (fold, k, lowering), known in ratios.items():
+                curve = Curve(known, lowering)
+                curves[fold, k] = faster(curves[fold, k], curve) if (fold, k) in curves else curve
+        gain = sum(kind.gain * shares[key] for key, kind in kinds.items()) / keep if keep else 1.0
+        return Times(keep, curves, gain)
+
+    def predicted(self, options: Mapping[str, Option]) -> int:
+        """What the model takes with some layers rewritten, in nanoseconds, as far as is known."""
+        saved = 0
+        for layer in self._found.layers:
+            if layer.id in options:
+                times = self._times(layer)
+                saved += times.keep - times.cost(options[layer.id])
+        return max(1, self.whole - saved)
+
+    def correct(
+        self,
+        options: Mapping[str, Option],
+        reached: float,
+        ratio: Callable[[Mapping[str, Option]], float],
+        step: Step,
+    ) -> None:
+        """Measure what the options of every kind of layer save in the model (rule 3).
+
+        Args:
+            options: The options to judge by, for some of the layers.
+            reached: The ratio of the model in which all of them are rewritten.
+            ratio: Measures the model in which some are (`ratio`).
+            step: Told the share that is done.
+        """
+        kinds: dict[str, dict[str, Option]] = {}
+        for layer, option in options.items():
+            kinds.setdefault("/".join(sorted(self._uses[layer])), {})[layer] = option
+        ordered = sorted(kinds.values(), key=self._saving, reverse=True)
+        savings = [self._saving(own) for own in ordered]
+        whole = self._saving(options)
+        joint = (1 - reached) / whole if whole > 0 else 1.0
+        for index, (own, alone) in enumerate(zip(ordered, savings, strict=True)):
+            saved = joint * alone
+            if alone > _NOISE and index < _JUDGED:
+                belief = alone**2 / (alone**2 + _NOISE**2)
+                saved += belief * (1 - ratio(own) - saved)
+            self.learn(own, 1 - saved)
+            step((index + 1) / len(ordered))
+
+    def _saving(self, options: Mapping[str, Option]) -> float:
+        """What of the model's time some options are predicted to save."""
+        return 1 - self.predicted(options) / self.whole
+
+    def kinds(self, options: Mapping[str, Option]) -> set[str]:
+        """The kinds of some layers: those of one kind are alike."""
+        return {key for layer in options for key in self._uses[layer]}
+
+    def remember(self, options: Mapping[str, Option], ratio: float) -> None:
+        """Keep the ratio that a model with some layers rewritten was measured at, for predictions of it."""
+        self._reached[frozenset(options.items())] = ratio
+
+    def learn(
+        self, options: Mapping[str, Option], ratio: float, limits: tuple[float, float] = _GAINS
+    ) -> None:
+        """Predict of layers that they save what they have saved together in one model (rule 3).
+
+        Args:
+            options: The options of the layers that were rewritten in it.
+            ratio: Its time over this model's.
+            limits: The least and the largest share of what was predicted to believe.
+        """
+        alone = self._saving(options)
+        share = float(np.clip((1 - ratio) / alone, *limits)) if alone > 0 else 1.0
+        for key in self.kinds(options):
+            self._kinds[key].gain = float(np.clip(self._kinds[key].gain * share, *_GAINS))
+
+    def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
+        """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""
+        found: dict[str, LayerTime] = {}
+        # What is measured here, of layers that are alike, too, is no prediction.
+        planned = {layer.id: self._times(layer) for layer in self._found.layers}
+        for layer in self._found.layers:
+            option = options.get(layer.id)
+            if option is None or not self._uses[layer.id]:
+                continue
+            times = planned[layer.id]
+            kinds = [(self._kinds[key], runs) for key, runs in self._uses[layer.id].items()]
+            for kind, _ in kinds:
+                self._add(kind, [option], _CHAINS)
+            if all(option in kind.known for kind, _ in kinds):
+                after = sum(round(runs * kind.time * kind.known[option]) for kind, runs in kinds)
+                is_known = (option.fold, option.k) in times.curves
+                found[layer.id] = LayerTime(times.keep, times.cost(option) if is_known else None, after)
+        return found
+
+    def _known(self, options: Mapping[str, Option]) -> bool:
+        """Whether the times of all options were measured, or of some of the same fold and slices."""
+        times = {layer.id: self._times(layer).curves for layer in self._found.layers}
+        return all((option.fold, option.k) in times[layer] for layer, option in options.items())
+
+    def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
+        """All that is known of the times of a compressed model.
+
+        Args:
+            options: The options of its layers.
+            model: The model; None where it was not made.
+
+        Raises:
+            UnsupportedError: The runtime does not accept it.
+            RejectedError: It fails on the inputs.
+        """
+        if model is None and not self._known(options):  # a plan that is replayed
+            self.layers(options)
+        reached = self._reached.get(frozenset(options.items()))
+        if reached is not None:
+            self.learn(options, reached)
+        predicted = self.predicted(options)
+        timing = Timing(self.stopwatch.name, describe(self._feed), self.whole, predicted)
+        if model is None:
+            return timing
+        before, after = self.pair(model)
+        layers = self.layers(options)
+        # Both were measured anew, on a machine that may have become slower; the prediction is of their ratio.
+        known = layers.keys() == options.keys() and all(
+            time.predicted is not None for time in layers.values()
+        )
+        expected = round(predicted / self.whole * before) if known else None
+        spread = self._range[1] / self._range[0]
+        timing = replace(timing, before=before, predicted=expected, after=after, layers=layers, spread=spread)
+        self.keep()
+        return timing
+
+    def keep(self) -> None:
+        """Keep what was measured for later runs, unless other work has disturbed it."""
+        spread = self._range[1] / self._range[0]
+        is_steady = Timing("", "", self.whole, None, spread=spread).is_steady
+        (self.stopwatch.cache.save if is_steady else self.stopwatch.cache.discard)()
+
+
+def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:
+    """How often each kind of micro model runs, by its key."""
+    found: Counter[str] = Counter()
+    for part, runs in uses:
+        found[part.key] += runs
+    return dict(found)
+
+
+def _work(layer: Layer, option: Option) -> float:
+    """The MACs of an option over those of its layer."""
+    return (macs(layer, option) or 0) / (macs(layer) or 1)
+
+
+def start(found: Found, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Latency:
+    """Measure a model and its layers.
+
+    Args:
+        found: The model.
+        shown: Inputs of the user's, if there are any.
+        shapes: The shapes of inputs for which the layers were found, by name.
+        stopwatch: What measures.
+
+    Raises:
+        InputError: The model does not run.
+    """
+    try:
+        return Latency(found, _feed(found.model, shown, shapes, stopwatch), stopwatch)
+    except (UnsupportedError, RejectedError) as error:
+        raise InputError(
+            f"To measure times the model has to run, and {stopwatch.engine.name} cannot run it ({error}): "
+            "choose --budget macs, or another --provider."
+        ) from error
+
+
+def compare(
+    original: Model, compressed: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch
+) -> Timing | None:
+    """Time two models against each other, on inputs as for `start`; None where they do not run.
+
+    Nor are those timed that take long, for which nobody has asked.
+    """
+    begin = monotonic()
+    try:
+        feed = _feed(original, shown, shapes, stopwatch)
+        if monotonic() - begin > _PATIENCE:
+            return None
+        before, after = stopwatch.times([(original, feed), (compressed, feed)], _BRIEF)
+    except (UnsupportedError, RejectedError, InputError):
+        return None
+    return Timing(stopwatch.name, describe(feed), before, None, after)
+
+
+def _feed(model: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Feed:
+    """Inputs on which a model runs, of the shapes that were asked for: the user's own, if they have them."""
+    fits = shown and all(shapes.get(name, array.shape) == array.shape for name, array in shown.items())
+    feeds = [shown] if fits else make(model.proto, specs(model.proto), shapes)
+    return first_run(stopwatch.engine, model, feeds)[0]

@@ -1,0 +1,160 @@
+"""Times of models and of layers' chains, on one runtime with one setting."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from time import perf_counter_ns
+from typing import TypeVar
+
+from onnx_lowrank.budgets.latency.cache import Cache
+from onnx_lowrank.budgets.latency.clock import Clock, Pace, interleaved
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.runtime import Runtime
+from onnx_lowrank.files.load import Model, stored_bytes
+from onnx_lowrank.hardware import processor
+from onnx_lowrank.probe.micro import Micro
+
+T = TypeVar("T")
+
+Timed = tuple[Model, Feed]
+"""A model and the inputs on which it is timed."""
+
+_TOGETHER = 2**29
+"""Bytes of the models that are in memory at the same time, unless one alone has more."""
+
+_MOST = 16
+"""Models that run in turns: each makes a round longer, and a pause between two of its runs."""
+
+
+class Stopwatch:
+    """Times models as they are deployed; what is known of chains is not measured again.
+
+    Attributes:
+        engine: What runs the models.
+        threads: How many threads compute one operator; 0 leaves it to the runtime.
+        warm: Whether models find their weights in the processor's caches when they run again and again.
+        cache: The times that are known.
+    """
+
+    def __init__(
+        self,
+        engine: Runtime,
+        threads: int = 0,
+        *,
+        warm: bool = False,
+        caching: bool = True,
+        clock: Clock = perf_counter_ns,
+    ) -> None:
+        """Prepare; nothing is measured before it is asked for.
+
+        Args:
+            engine: What runs the models.
+            threads: How many threads compute one operator; 0 leaves it to the runtime.
+            warm: Whether models find their weights in the processor's caches when they run again and again.
+            caching: Whether times may be read from disk and written there.
+            clock: Tells the time.
+        """
+        self.engine = engine
+        self.threads = threads
+        self.warm = warm
+        self._clock = clock
+        self.cache = Cache.of(_environment(engine, threads, warm)) if caching else Cache(None)
+
+    @property
+    def name(self) -> str:
+        """What measures, with its setting, a short phrase."""
+        threads = {0: "all threads", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
+        return f"{self.engine.name}, {threads}"
+
+    def times(self, models: Sequence[Timed], pace: Pace) -> list[int]:
+        """Times of models in nanoseconds; they run in turns.
+
+        Raises:
+            UnsupportedError: The runtime does not accept one.
+            RejectedError: It fails on the inputs of one.
+        """
+        with ExitStack() as stack:
+            runs = [
+                stack.enter_context(self.engine.ready(model, feed, self.threads)) for model, feed in models
+            ]
+            return interleaved(runs, pace, self._clock, warm=self.warm)
+
+    def shares(self, whole: Timed, layers: Sequence[Micro], pace: Pace) -> tuple[int, list[float]]:
+        """The time of a model in nanoseconds, and those of layers over it.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model, or a layer alone.
+            RejectedError: It fails on the inputs.
+        """
+        own, ratios = [], []
+        for some in [*_bunches(layers, lambda layer: layer.bytes)] or [[]]:
+            first, *others = self.times([whole, *((layer.dense(), layer.feed()) for layer in some)], pace)
+            own.append(first)
+            ratios += [other / first for other in others]
+        return sorted(own)[len(own) // 2], ratios
+
+    def accepts(self, layer: Micro) -> bool:
+        """Whether the runtime runs a layer on its own."""
+        try:
+            self.times([(layer.dense(), layer.feed())], Pace(seconds=0.0))
+        except (UnsupportedError, RejectedError):
+            return False
+        return True
+
+    def chains(self, layer: Micro, options: Iterable[Option], pace: Pace) -> dict[Option, float]:
+        """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
+        # A brief look is not taken for more than that.
+        suffix = "" if pace.seconds else " at a look"
+        known = {option: self.cache.get(layer.key, _name(option) + suffix) for option in options}
+        missing = [option for option, ratio in known.items() if ratio is None]
+        for some in _bunches(layer.decomposed(missing), lambda chain: stored_bytes(chain[1])):
+            for option, ratio in self._measured(layer, some, pace):
+                known[option] = ratio
+                self.cache.put(layer.key, _name(option) + suffix, ratio)
+        return {option: ratio for option, ratio in known.items() if ratio is not None}
+
+    def _measured(
+        self, layer: Micro, chains: Sequence[tuple[Option, Model]], pace: Pace
+    ) -> Iterator[tuple[Option, float]]:
+        feed = layer.feed()
+        try:
+            own, *others = self.times([(layer.dense(), feed), *((model, feed) for _, model in chains)], pace)
+        except (UnsupportedError, RejectedError):
+            if len(chains) > 1:
+                for chain in chains:
+                    yield from self._measured(layer, [chain], pace)
+            return
+        yield from zip((option for option, _ in chains), (other / own for other in others), strict=True)
+
+
+def _name(option: Option) -> str:
+    return f"{option.fold} {option.k} {option.j} {option.lowering}"
+
+
+def _bunches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in their order, in bunches that fit into memory together."""
+    bunch: list[T] = []
+    room = _TOGETHER
+    for item in items:
+        if bunch and (size(item) > room or len(bunch) == _MOST):
+            yield bunch
+            bunch, room = [], _TOGETHER
+        bunch.append(item)
+        room -= size(item)
+    if bunch:
+        yield bunch
+
+
+def _environment(engine: Runtime, threads: int, warm: bool) -> dict[str, str]:
+    """All that times depend on, beside the models."""
+    return {
+        "runtime": engine.module.__version__,
+        "provider": engine.provider,
+        "threads": str(threads),
+        "caches": "warm" if warm else "cold",
+        "machine": platform.machine(),
+        "processor": processor(engine.provider),
+    }

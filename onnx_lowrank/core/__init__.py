@@ -1,0 +1,1 @@
+"""The words that all stages share: frozen values, none of them ONNX."""

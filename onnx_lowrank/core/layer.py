@@ -1,0 +1,170 @@
+"""Layers, the nodes that apply them, and what a model holds beside them; none of it ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.core.option import Fold, Lowering
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where one use of a layer is evaluated.
+
+    Attributes:
+        batch: How often the operator is applied beside its spatial positions: the batch size for a
+            convolution, the number of input rows for Gemm, MatMul and Gather.
+        inputs: Input size of every spatial axis; empty for matrices.
+        outputs: Output size of every spatial axis; empty for matrices.
+    """
+
+    batch: int
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNorm:
+    """A BatchNormalization behind a layer, which goes into its factors when the layer is rewritten.
+
+    Attributes:
+        node: Its index in the scope of the layer's node.
+        scale: What it multiplies every output feature of the weight by, shape (f,).
+        bias: The bias of the layer with the BatchNorm folded in, shape (f,).
+    """
+
+    node: int
+    scale: NDArray[np.float64]
+    bias: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One node that applies a layer's weight.
+
+    Attributes:
+        scope: Path of the graph or function that holds the node; "" is the main graph.
+        node: Index of the node in that scope.
+        name: The node's name, as reports show it.
+        op: Its operator type.
+        operand: Index of the input that is the weight.
+        transposed: The node applies the transpose of the layer's matrix (tied embeddings).
+        rank: Number of axes of the activation that the weight meets; None where it is unknown.
+        pointwise: The node maps every position by itself, and all of them (`operators.chains.is_pointwise`).
+        positions: Where it is evaluated; None where a dimension is unknown.
+    """
+
+    scope: str
+    node: int
+    name: str
+    op: str
+    operand: int
+    transposed: bool = False
+    rank: int | None = None
+    pointwise: bool = False
+    positions: Positions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One constant weight together with all the nodes that apply it.
+
+    The weight's canonical form, on which all mathematics works, is an array of shape
+    (groups, f / groups, c / groups, *kernel): output features by input channels, per group of the
+    operator; kernel is () for Gemm, MatMul and Gather.
+
+    Attributes:
+        id: Scope path and weight name; unique in a model.
+        op: Operator type of the first use.
+        f: Output features, over all groups.
+        c: Input channels, over all groups.
+        kernel: Spatial kernel.
+        groups: The operator's own groups (batch entries of a batched MatMul weight).
+        dtype: Name of the dtype in which the weight is stored.
+        folds: The folds that its operators allow and that differ from each other, in tie order.
+        slices: The group counts k that its operators allow: divisors of c / groups, ascending.
+        uses: The nodes that apply it, in graph order.
+        batchnorm: The BatchNorm to fold when the layer is rewritten.
+        freed: Parameters beside the weight that vanish when it is rewritten (BatchNorm, old bias).
+        added: Parameters that a rewrite adds beside the factors (a new bias).
+    """
+
+    id: str
+    op: str
+    f: int
+    c: int
+    kernel: tuple[int, ...]
+    groups: int
+    dtype: str
+    folds: tuple[Fold, ...]
+    slices: tuple[int, ...]
+    uses: tuple[Use, ...]
+    batchnorm: BatchNorm | None = None
+    freed: int = 0
+    added: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the canonical weight: (groups, f / groups, c / groups, *kernel)."""
+        return (self.groups, self.f // self.groups, self.c // self.groups, *self.kernel)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the weight."""
+        return prod(self.shape)
+
+    def lowerings(self, k: int) -> tuple[Lowering, ...]:
+        """The ways in which chains of k slices can be written."""
+        if self.kernel:
+            is_pointwise = k == self.groups == 1 and all(use.pointwise for use in self.uses)
+            return (Lowering.NATIVE, Lowering.MATMUL) if is_pointwise else (Lowering.NATIVE,)
+        is_matrix = all(
+            use.op in ("Gemm", "MatMul") and use.operand == 1 and use.rank in (2, 3) for use in self.uses
+        )
+        return (Lowering.NATIVE, Lowering.CONV) if is_matrix and k > 1 else (Lowering.NATIVE,)
+
+    def matrix(self, fold: Fold, k: int) -> tuple[int, int]:
+        """Rows and columns of one slice's folded matrix."""
+        encoder, decoder = fold.kernels(self.kernel)
+        _, f, c, *_ = self.shape
+        return f * prod(decoder), c // k * prod(encoder)
+
+    def full_rank(self, fold: Fold, k: int) -> int:
+        """The rank at which every slice is exact."""
+        return min(self.matrix(fold, k))
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeWork:
+    """The MACs of one graph or function beside its layers', and where it belongs.
+
+    Attributes:
+        path: The scope's path.
+        parent: The scope around it; None for the main graph and for functions.
+        branch_of: Index in the parent of the If of which it is a branch; None for other bodies.
+        macs: MACs of its nodes that are not layers; None where a dimension is unknown.
+        calls: The paths of the functions that its nodes call, one entry per call.
+        unknown: What to call the first of these nodes with an unknown dimension; empty if none has.
+    """
+
+    path: str
+    parent: str | None
+    branch_of: int | None
+    macs: int | None
+    calls: tuple[str, ...] = ()
+    unknown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An operator that is left alone, and why; the reason says what to do about it."""
+
+    scope: str
+    name: str
+    op: str
+    weight: str
+    reason: str

@@ -1,0 +1,78 @@
+"""How one layer is decomposed: its fold, its slices, its rank and the operators of its chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Fold(StrEnum):
+    """How a weight tensor is unfolded into a matrix: which kernel axes stand on the encoder's side.
+
+    The order of the members is the order in which ties are broken.
+    """
+
+    ENCODE = "encode"
+    ROWS = "rows"
+    COLS = "cols"
+    DECODE = "decode"
+
+    def encoder_axes(self, n: int) -> tuple[int, ...]:
+        """The spatial axes (of `n`) whose kernel the encoder holds; the decoder holds the others.
+
+        ROWS and COLS are defined for two spatial axes only.
+        """
+        match self:
+            case Fold.ENCODE:
+                return tuple(range(n))
+            case Fold.ROWS:
+                return (1,)
+            case Fold.COLS:
+                return (0,)
+            case Fold.DECODE:
+                return ()
+
+    def kernels(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Split a kernel into the encoder's and the decoder's, each with every axis (1 where absent)."""
+        axes = self.encoder_axes(len(kernel))
+        encoder = tuple(n if axis in axes else 1 for axis, n in enumerate(kernel))
+        decoder = tuple(1 if axis in axes else n for axis, n in enumerate(kernel))
+        return encoder, decoder
+
+    def on(self, kernel: tuple[int, ...]) -> Fold:
+        """The first fold that splits a kernel as this one does.
+
+        Folds coincide where axes have size 1 (matrices, 1×1 and 5×1 kernels); a kernel without
+        exactly two axes has no rows and cols, there they stand for ENCODE.
+        """
+        if len(kernel) != 2 and self in (Fold.ROWS, Fold.COLS):
+            return Fold.ENCODE
+        candidates = tuple(Fold) if len(kernel) == 2 else (Fold.ENCODE, Fold.DECODE)
+        return next(fold for fold in candidates if fold.kernels(kernel) == self.kernels(kernel))
+
+    @classmethod
+    def distinct(cls, kernel: tuple[int, ...]) -> tuple[Fold, ...]:
+        """The folds of a kernel that differ from each other, in tie order."""
+        return tuple(fold for fold in cls if fold.on(kernel) is fold)
+
+
+class Lowering(StrEnum):
+    """By which operators a chain is written; all compute the same.
+
+    NATIVE is the layer's own: Conv for convolutions, MatMul for matrices, a batched one for slices. CONV
+    writes the slices of a matrix as a grouped Conv, MATMUL a convolution with a kernel of size 1 as matrices.
+    """
+
+    NATIVE = "native"
+    CONV = "conv"
+    MATMUL = "matmul"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Option:
+    """One way to decompose a layer: fold, number of slices k, rank j of every slice, and its operators."""
+
+    fold: Fold
+    k: int
+    j: int
+    lowering: Lowering = Lowering.NATIVE

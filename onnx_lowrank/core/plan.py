@@ -1,0 +1,120 @@
+"""A plan: one choice for every layer, and how it was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from onnx_lowrank.core.factors import Fit
+from onnx_lowrank.core.option import Option
+
+
+class Measure(StrEnum):
+    """The relative error of an option.
+
+    SPECTRAL is max_i σ_{i,j+1} / σ_1(W), as the ALDS paper's code scores it; SPECTRAL_BOUND is √k
+    times that, the bound of its Theorem 1 on ‖W − Ŵ‖₂ / ‖W‖₂. FROBENIUS is Σ_i Σ_{m>j} σ²_{i,m} / ‖W‖²_F
+    and NUCLEAR the same with σ to the first power. SCHATTEN, (Σ_i Σ_{m>j} σ⁴_{i,m} / Σ_m σ_m(W)⁴)^¼, lies
+    between them: as the Schatten 4-norm lies between the Frobenius (2) and the spectral norm (∞).
+
+    Two need calibration inputs x. ACTIVATION is E‖(W − Ŵ) x‖² / E‖W x‖². OUTPUT is the same error as it
+    shows at the model's outputs, predicted from what a few options of every layer do to them.
+    """
+
+    SPECTRAL = "spectral"
+    SPECTRAL_BOUND = "spectral-bound"
+    FROBENIUS = "frobenius"
+    NUCLEAR = "nuclear"
+    SCHATTEN = "schatten"
+    ACTIVATION = "activation"
+    OUTPUT = "output"
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether it follows from the weights alone."""
+        return self not in (Measure.ACTIVATION, Measure.OUTPUT)
+
+
+class Aggregate(StrEnum):
+    """How the errors of all layers become the number that a plan minimizes."""
+
+    MAX = "max"
+    SUM = "sum"
+    UNIFORM = "uniform"
+
+
+class Budget(StrEnum):
+    """What `--ratio` counts."""
+
+    PARAMS = "params"
+    MACS = "macs"
+    LATENCY = "latency"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the plan does with one layer.
+
+    Attributes:
+        layer: The layer's id.
+        option: The decomposition, or None to keep the layer.
+        cost: Cost of the layer in the plan's budget.
+        error: Its error in the recipe's measure.
+        reason: Why the layer is kept; "" where it is not.
+    """
+
+    layer: str
+    option: Option | None
+    cost: int
+    error: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """How good a plan is.
+
+    Attributes:
+        aggregate: How the layers' errors became the objective.
+        power: The exponent of an error in a sum.
+        objective: What the recipe minimizes.
+        gap: Proven bound on how far the objective is above the best possible, relative to it; 0 is optimal.
+            None where the recipe follows a rule and minimizes no objective.
+    """
+
+    aggregate: Aggregate
+    power: float
+    objective: float
+    gap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One choice for every layer.
+
+    Attributes:
+        model: SHA-256 of the input model.
+        recipe: Name of the recipe that made it.
+        measure: What the errors are.
+        ratio: The ratio asked for.
+        budget: What the ratio counts.
+        choices: One per layer, in graph order.
+        solver: How good it is; None where that is unknown, as of an edited plan.
+        digest: SHA-256 of all the rest, from when it was made. An edited plan does not have its digest,
+            and what was proven of the original is not said of it.
+        factors: What its factors are fitted to.
+        recover: Whether they are fitted to what the compressed layers before them give.
+        merge: Whether adjacent linear operators are multiplied where that makes them smaller.
+    """
+
+    model: str
+    recipe: str
+    measure: Measure
+    ratio: float
+    budget: Budget
+    choices: tuple[Choice, ...]
+    solver: Solver | None = None
+    digest: str = ""
+    factors: Fit = Fit.WEIGHTS
+    recover: bool = False
+    merge: bool = True

@@ -1,0 +1,1 @@
+"""Files that users write: plans and recipes, read strictly."""

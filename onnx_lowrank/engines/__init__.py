@@ -1,0 +1,1 @@
+"""Running a model: ONNX Runtime, the reference implementation, and inputs."""

@@ -1,0 +1,180 @@
+"""How far the outputs of two models lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import hypot, sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.core.outcome import OutputError
+from onnx_lowrank.engines.spread import Spread, is_batched
+from onnx_lowrank.errors import ValidationError
+
+_EMPTY = "It has no elements."
+
+
+def compare(
+    wanted: Mapping[str, Any], got: Mapping[str, Any], feed: Mapping[str, NDArray[Any]]
+) -> tuple[OutputError, ...]:
+    """Compare the outputs of the input model with the compressed model's, on one feed.
+
+    Sequences and maps are compared element by element; an optional that is empty in both is left out.
+
+    Args:
+        wanted: The input model's outputs by name.
+        got: The compressed model's.
+        feed: The inputs of both, which tell where samples are.
+
+    Raises:
+        ValidationError: An output has NaN or Inf where the input model's has none.
+    """
+    comparison = Comparison()
+    comparison.add(wanted, got, feed)
+    return comparison.errors()
+
+
+class Comparison:
+    """How far the outputs of two models lie apart over many feeds."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, _Sums] = {}
+
+    def add(
+        self, wanted: Mapping[str, Any], got: Mapping[str, Any], feed: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Add the outputs on one feed; see `compare`.
+
+        Raises:
+            ValidationError: An output has NaN or Inf where the input model's has none.
+        """
+        for name, value in wanted.items():
+            ours, theirs = dict(_leaves(name, value)), dict(_leaves(name, got.get(name)))
+            for leaf in ours:
+                if leaf in theirs:
+                    y = ours[leaf]
+                    self._of(leaf).add(y, theirs[leaf], batched=is_batched(feed, y))
+            if ours.keys() != theirs.keys():
+                self._of(name).fault = f"It has {len(theirs)} elements, the input model's {len(ours)}."
+
+    def errors(self) -> tuple[OutputError, ...]:
+        """One per output."""
+        return tuple(sums.error() for sums in self._sums.values())
+
+    def _of(self, name: str) -> _Sums:
+        return self._sums.setdefault(name, _Sums(name))
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What is summed up of one output.
+
+    Attributes:
+        name: The output.
+        size: Its elements.
+        compared: Those that were compared.
+        norm: ‖y‖².
+        residual: ‖y − ŷ‖².
+        largest: Largest |y − ŷ|.
+        rows: Rows, or elements, of which it is known whether they agree.
+        agreeing: How many of them do.
+        fault: Why the outputs cannot be compared at all; "" where they can.
+        is_text: Whether it holds texts.
+        is_exact: Whether it holds texts, integers or booleans.
+        spread: How much it varies.
+    """
+
+    name: str
+    size: int = 0
+    compared: int = 0
+    norm: float = 0.0
+    residual: float = 0.0
+    largest: float = 0.0
+    rows: int = 0
+    agreeing: int = 0
+    fault: str = ""
+    is_text: bool = False
+    is_exact: bool = False
+    spread: Spread = field(default_factory=Spread)
+
+    def add(self, y: NDArray[Any], z: NDArray[Any], *, batched: bool) -> None:
+        if y.shape != z.shape:
+            self.fault = self.fault or f"Its shape is {z.shape}, the input model's {y.shape}."
+            return
+        self.size += y.size
+        if y.dtype.kind in "OSU":
+            self.is_text = self.is_exact = True
+            self._agree(y == z)
+            return
+        self.is_exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
+        y, z = _wide(y), _wide(z)
+        finite = np.isfinite(y)
+        lost = int(np.count_nonzero(finite & ~np.isfinite(z)))
+        if lost:
+            raise ValidationError(
+                f"The compressed model gives NaN or Inf in {lost} of {y.size} elements of {self.name!r}, "
+                "where the input model gives none: choose a larger ratio, or a wider dtype than the weights "
+                "have now."
+            )
+        difference = np.abs(y[finite] - z[finite])
+        self.compared += difference.size
+        self.norm = hypot(self.norm, float(np.linalg.norm(y[finite])))
+        self.residual = hypot(self.residual, float(np.linalg.norm(difference)))
+        self.largest = max(self.largest, float(difference.max(initial=0.0)))
+        self.spread.add(y, batched=batched)
+        agreement = y == z if self.is_exact else _top1(y, z)
+        if agreement is not None:
+            self._agree(agreement)
+
+    def _agree(self, agreement: NDArray[np.bool_]) -> None:
+        self.rows += agreement.size
+        self.agreeing += int(np.count_nonzero(agreement))
+
+    def error(self) -> OutputError:
+        if self.fault:
+            return OutputError(self.name, float("inf"), None, None, self.fault)
+        agreement = self.agreeing / self.rows if self.rows else None
+        if self.is_text:
+            note = "It holds texts." if self.size else _EMPTY
+            return OutputError(self.name, None, None, agreement, note, is_exact=True)
+        hidden = self.size - self.compared
+        note = f"{hidden} of {self.size} elements are NaN or Inf in the input model, too." if hidden else ""
+        if not self.compared:
+            return OutputError(self.name, None, None, None, note or _EMPTY, is_exact=self.is_exact)
+        relative = self.residual / self.norm if self.norm else float("inf") if self.residual else 0.0
+        return OutputError(
+            self.name, relative, self.largest, agreement, note, self._centred(), is_exact=self.is_exact
+        )
+
+    def _centred(self) -> float | None:
+        """‖y − ŷ‖ / ‖y − ȳ‖, or None where that tells nothing."""
+        power = None if self.is_exact else self.spread.power()
+        return None if power is None else self.residual / sqrt(power)
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The arrays in an output, which may be a tensor, a sequence, a map or an empty optional."""
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{name}[{index}]", item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{name}[{key!r}]", item)
+    elif value is not None:
+        yield name, np.asarray(value)
+
+
+def _wide(array: NDArray[Any]) -> NDArray[Any]:
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _top1(y: NDArray[Any], z: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """For every row, whether its largest element is at the same place; None where there are no classes."""
+    if y.ndim < 2 or y.shape[-1] < 2 or not y.size or y.dtype.kind == "c":
+        return None
+    rows = np.isfinite(y).all(-1)
+    same: NDArray[np.bool_] = y.argmax(-1)[rows] == z.argmax(-1)[rows]
+    return same

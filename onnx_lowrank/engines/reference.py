@@ -1,0 +1,46 @@
+"""onnx's reference implementation: slow, and it knows every type."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx.reference import ReferenceEvaluator
+
+from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError, materialized, one_line
+from onnx_lowrank.files.load import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """onnx's reference implementation: slow, and it knows every type."""
+
+    name: str = "onnx ReferenceEvaluator"
+
+    @contextmanager
+    def open(self, model: Model) -> Iterator[Run]:
+        """Load a model.
+
+        Raises:
+            UnsupportedError: The reference implementation does not know an operator of the model.
+        """
+        with materialized(model) as source:
+            try:
+                evaluator: Any = ReferenceEvaluator(source)
+            except Exception as error:
+                raise UnsupportedError(one_line(error, source)) from error
+
+        def run(feed: Feed) -> dict[str, Any]:
+            try:
+                # Overflow and NaN are looked for in the outputs.
+                with np.errstate(all="ignore"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    return dict(zip(evaluator.output_names, evaluator.run(None, dict(feed)), strict=True))
+            except Exception as error:
+                raise RejectedError(one_line(error)) from error
+
+        yield run

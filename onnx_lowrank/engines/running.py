@@ -1,0 +1,58 @@
+"""Which engine runs a model, and on which inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.reference import Reference
+from onnx_lowrank.engines.runtime import Runtime, runtime
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+
+Engine = Runtime | Reference
+
+
+def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed, dict[str, Any]]:
+    """Run a model on the first inputs that it accepts; gives these inputs and its outputs.
+
+    Raises:
+        UnsupportedError: The engine does not accept the model.
+        RejectedError: It fails on all inputs; the message is the first failure's.
+    """
+    failure: RejectedError | None = None
+    with engine.open(model) as run:
+        for feed in feeds:
+            try:
+                return feed, run(feed)
+            except RejectedError as error:
+                failure = failure or error
+    raise failure or RejectedError("there are no inputs to run it on")
+
+
+def calibrating_engine(model: Model, feed: Feed, provider: str) -> tuple[Engine, dict[str, Any] | None]:
+    """What runs a model on calibration inputs, and its outputs on one of them; None where it fails on that.
+
+    Args:
+        model: The input model.
+        feed: One of the inputs.
+        provider: ONNX Runtime's execution provider.
+
+    Raises:
+        InputError: ONNX Runtime has no such provider, or nothing runs the model.
+    """
+    engine = runtime(provider)
+    try:
+        return engine, first_run(engine, model, (feed,))[1]
+    except RejectedError:
+        return engine, None
+    except UnsupportedError as error:
+        reason = error
+    try:
+        return Reference(), first_run(Reference(), model, (feed,))[1]
+    except (UnsupportedError, RejectedError) as error:
+        raise InputError(
+            f"Calibration has to run the model, and {engine.name} cannot ({reason}), nor can "
+            f"{Reference().name} ({error}): leave --calibration out."
+        ) from error

@@ -1,0 +1,200 @@
+"""ONNX Runtime with one execution provider."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError, materialized, one_line
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+
+_ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+
+
+_INLINED = "_inlfunc_"
+
+
+_NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "int4", "int2")
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """How often the nodes of a model ran.
+
+    Attributes:
+        runs: By the name under which the runtime ran them.
+    """
+
+    runs: Mapping[str, int]
+
+    def count(self, node: str) -> int:
+        """How often the nodes of a name ran.
+
+        The runtime writes a function's nodes into its caller, under names that begin with the function's.
+        """
+        inlined = (
+            n for name, n in self.runs.items() if name.startswith(_INLINED) and name.endswith(f"_{node}")
+        )
+        return self.runs.get(node, 0) + sum(inlined)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """ONNX Runtime with one execution provider."""
+
+    module: ModuleType
+    provider: str
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"ONNX Runtime {self.provider}")
+
+    @contextmanager
+    def open(self, model: Model) -> Iterator[Run]:
+        """Load a model.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            InputError: The provider does not start on this machine.
+        """
+        with materialized(model) as source:
+            yield self._run(self._session(source, self._options()), source)
+
+    @contextmanager
+    def ready(self, model: Model, feed: Feed, threads: int) -> Iterator[Callable[[], object]]:
+        """Load a model as it is deployed, to be run again and again on the same inputs, for its time.
+
+        Inputs and outputs stay on the GPU where that computes.
+
+        Args:
+            model: The model.
+            feed: The inputs.
+            threads: How many threads compute one operator; 0 leaves it to the runtime.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            InputError: The provider does not start on this machine.
+        """
+        options = self._options(is_deployed=True)
+        options.intra_op_num_threads = threads
+        with materialized(model) as source:
+            session = self._session(source, options)
+            if self.provider not in _ON_CUDA:
+                run = self._run(session, source)
+                yield lambda: run(feed)
+                return
+            with _telling(source):
+                binding = session.io_binding()
+                for name, array in feed.items():
+                    binding.bind_ortvalue_input(name, self.module.OrtValue.ortvalue_from_numpy(array, "cuda"))
+                for output in session.get_outputs():
+                    binding.bind_output(output.name, "cuda")
+
+            def run_bound() -> None:
+                with _telling(source):
+                    session.run_with_iobinding(binding)
+
+            yield run_bound
+
+    def executed(self, model: Model, feeds: Iterable[Feed]) -> Executed:
+        """Tell how often nodes run on these inputs, those in bodies and functions included.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            RejectedError: It fails on the inputs.
+        """
+        options = self._options()
+        # Optimizations fuse nodes and rename them.
+        options.graph_optimization_level = self.module.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_profiling = True
+        with materialized(model) as source, TemporaryDirectory() as folder:
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._session(source, options)
+            run = self._run(session, source)
+            for feed in feeds:
+                run(feed)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        suffix = "_kernel_time"
+        names = (event["name"] for event in events if event.get("cat") == "Node")
+        return Executed(Counter(name.removesuffix(suffix) for name in names if name.endswith(suffix)))
+
+    def _options(self, *, is_deployed: bool = False) -> Any:
+        options = self.module.SessionOptions()
+        options.log_severity_level = 4  # What fails is raised, too; nothing is logged twice.
+        # Idle threads that spin take the cores from whatever runs beside them, a second session or BLAS. By
+        # default they do, and it makes runs faster: when timed they spin, but not from one run to the next.
+        spinning = "session.force_spinning_stop" if is_deployed else "session.intra_op.allow_spinning"
+        options.add_session_config_entry(spinning, "1" if is_deployed else "0")
+        return options
+
+    def _session(self, source: bytes | str, options: Any) -> Any:
+        providers = list(dict.fromkeys((self.provider, "CPUExecutionProvider")))
+        try:
+            session = self.module.InferenceSession(source, options, providers=providers)
+        except Exception as error:
+            raise UnsupportedError(one_line(error, source)) from error
+        if self.provider not in session.get_providers():
+            raise InputError(
+                f"The execution provider {self.provider} does not start on this machine: check its driver "
+                "and libraries, or pass --provider CPUExecutionProvider."
+            )
+        for value in (*session.get_inputs(), *session.get_outputs()):
+            if any(name in value.type for name in _NOT_IN_NUMPY):
+                raise UnsupportedError(
+                    f"its Python interface cannot pass {value.type}, the type of {value.name!r}"
+                )
+        return session
+
+    @staticmethod
+    def _run(session: Any, source: bytes | str) -> Run:
+        names = [output.name for output in session.get_outputs()]
+
+        def run(feed: Feed) -> dict[str, Any]:
+            with _telling(source):
+                return dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+        return run
+
+
+@contextmanager
+def _telling(source: bytes | str) -> Iterator[None]:
+    """Raise what the runtime raises when it runs a model as UnsupportedError or RejectedError."""
+    try:
+        yield
+    except Exception as error:
+        message = one_line(error, source)
+        # Some kernels find out only when they run that they lack a type.
+        unsupported = re.search(r"not (yet )?support|not implemented", message, re.IGNORECASE)
+        raise (UnsupportedError if unsupported else RejectedError)(message) from error
+
+
+def runtime(provider: str) -> Runtime:
+    """ONNX Runtime with an execution provider.
+
+    Raises:
+        InputError: ONNX Runtime is not installed, or it has no such provider.
+    """
+    try:
+        # It comes with an extra, so not every installation has it.
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(
+            "ONNX Runtime, which compares the two models, is not installed: "
+            "install onnx-lowrank[cpu] or onnx-lowrank[gpu]."
+        ) from error
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise InputError(
+            f"There is no execution provider {provider!r} in this ONNX Runtime: "
+            f"pass one of {', '.join(available)}."
+        )
+    return Runtime(onnxruntime, provider)

@@ -1,0 +1,1 @@
+"""Model files: loading, external data, tensors, atomic saving."""

@@ -1,0 +1,180 @@
+"""External data: finding a model's files safely, spilling new tensors, and packing all into one file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.tensors import Region, is_external, read, reference, region, stored_size, tensors
+
+_PAGE, _LARGE_PAGE = 4096, 65536
+_LARGE = 1 << 20
+_INLINE_BYTES = 1024
+_STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the old file as a whole, or its offsets
+
+
+def locate(proto: onnx.ModelProto, model: Path) -> dict[str, Path]:
+    """The real file of every external location that a model names.
+
+    A file must lie in the folder of the model, as named or with its symbolic links followed (model
+    hubs keep both as links into one folder).
+
+    Raises:
+        InputError: A location is empty, absolute, leaves the folder, or is no file.
+    """
+    roots = (model.parent.resolve(), model.resolve().parent)
+    locations = {reference(t).get("location", "") for t in tensors(proto) if is_external(t)}
+    return {location: _real_file(location, model, roots) for location in sorted(locations)}
+
+
+def _real_file(location: str, model: Path, roots: tuple[Path, ...]) -> Path:
+    posix, windows = PurePosixPath(location), PureWindowsPath(location)
+    if (
+        not location
+        or posix.is_absolute()
+        or windows.anchor
+        or ".." in (*posix.parts, *windows.parts)
+        or "\0" in location
+    ):
+        raise InputError(f"{model} has external data at {location!r}: name a file inside the model's folder.")
+    named = model.parent / location
+    try:
+        real = named.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{model} needs its external data {named}, which is not there: put it beside the model."
+        ) from error
+    if not any(real.is_relative_to(root) for root in roots):
+        raise InputError(
+            f"{model} has external data {named} that links to {real}: copy it into the model's folder."
+        )
+    if not real.is_file():
+        raise InputError(f"{model} has external data {named} that is no file: put the data file there.")
+    if not os.access(real, os.R_OK):
+        raise InputError(f"{model} has external data {named} that cannot be read: change its permissions.")
+    return real
+
+
+class Spill:
+    """A temporary data file that takes new tensors as they are made, so that memory need not hold them.
+
+    Use it as a context manager around the making and the saving of a model; the file goes with it.
+
+    Attributes:
+        files: The mapping to merge into the files of the model that uses the tensors.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Open the file.
+
+        Args:
+            folder: Where to put it; None for the system's temporary folder.
+
+        Raises:
+            InputError: No file can be made there.
+        """
+        try:
+            self._file = tempfile.NamedTemporaryFile(prefix="onnx-lowrank-", suffix=".spill", dir=folder)  # noqa: SIM115
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error
+        path = Path(self._file.name)
+        self.files: Mapping[str, Path] = {path.name: path}
+
+    def __enter__(self) -> Self:
+        """Use the file until the block ends."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Delete the file."""
+        self._file.close()
+
+    def tensor(self, name: str, array: NDArray[Any]) -> TensorProto:
+        """Write an array to the file.
+
+        Args:
+            name: The name of the new tensor.
+            array: Any shape, any data type of ONNX but strings.
+
+        Returns:
+            A tensor that refers to it.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        tensor = numpy_helper.from_array(array, name)
+        data = tensor.raw_data
+        tensor.ClearField("raw_data")
+        try:
+            offset = append(self._file, [data], len(data))
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name} cannot be written ({error.strerror}): make room there."
+            ) from error
+        refer(tensor, Path(self._file.name).name, offset, len(data))
+        return tensor
+
+
+def refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    """Make a tensor refer to a region of a data file, in place; other keys stay unless they are stale."""
+    kept = {key: value for key, value in reference(tensor).items() if not key.startswith(_STALE_KEYS)}
+    kept |= {"location": location, "offset": str(offset), "length": str(length)}
+    del tensor.external_data[:]
+    for key, value in kept.items():
+        tensor.external_data.add(key=key, value=value)
+    tensor.data_location = TensorProto.EXTERNAL
+
+
+def append(out: Any, chunks: Iterable[bytes], length: int) -> int:
+    """Write `length` bytes at the next offset at which a runtime can map them; return the offset."""
+    page = _LARGE_PAGE if length >= _LARGE else _PAGE
+    offset = -(-out.tell() // page) * page
+    out.write(bytes(offset - out.tell()))
+    for chunk in chunks:
+        out.write(chunk)
+    return int(offset)
+
+
+def pack(
+    proto: onnx.ModelProto, files: Mapping[str, Path], owner: str, out: BinaryIO, location: str, inline: bool
+) -> onnx.ModelProto:
+    """Copy the external data of a model into one file.
+
+    Args:
+        proto: The model; it stays as it is.
+        files: Its external files.
+        owner: Its name, for messages.
+        out: The data file to write.
+        location: The name by which the result refers to it.
+        inline: Move large inline tensors there too.
+
+    Returns:
+        A copy of the model that refers to the new file. Tensors that shared a region share it again.
+    """
+    packed = onnx.ModelProto()
+    packed.CopyFrom(proto)
+    offsets: dict[Region, int] = {}
+    for tensor in tensors(packed):
+        if is_external(tensor):
+            place = region(tensor, files, owner)
+            if place not in offsets:
+                offsets[place] = append(out, place.chunks(), place.length)
+            refer(tensor, location, offsets[place], place.length)
+        elif inline and (stored_size(tensor) or 0) > _INLINE_BYTES and not tensor.HasField("segment"):
+            data = numpy_helper.from_array(read(tensor, files, owner)).raw_data
+            tensor.ClearField("raw_data")
+            tensor.ClearField(helper.tensor_dtype_to_field(tensor.data_type))
+            refer(tensor, location, append(out, [data], len(data)), len(data))
+    return packed

@@ -1,0 +1,229 @@
+"""Models: loading with every check, and reading their tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError, Message
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.external import locate
+from onnx_lowrank.files.tensors import (
+    Region,
+    check,
+    is_external,
+    read,
+    region,
+    stored_size,
+    tensor_fields,
+    tensors,
+)
+
+ModelProto = onnx.ModelProto
+"""The type of a model in memory, for the modules that do not know ONNX."""
+
+
+_PROTOBUF_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as it was loaded, or as it was rewritten.
+
+    Attributes:
+        proto: To be read only; external data is not in it.
+        name: For messages: the path as given, or "model".
+        files: The real file of every external location.
+        sha256: Digest of the .onnx file's bytes, followed by those of its external data files in the
+            sorted order of their locations. For a model from memory, of its deterministic
+            serialization; where that would exceed protobuf's 2 GB, of the serialized outline without
+            any contents, followed by every tensor's raw_data or, lacking that, its serialization.
+        path: The file which holds it as it is; None for a model from memory or a rewritten one.
+    """
+
+    proto: onnx.ModelProto
+    name: str
+    files: Mapping[str, Path]
+    sha256: str
+    path: Path | None = None
+
+
+def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+    """Load a model and check it; external data is hashed, not kept.
+
+    Args:
+        source: A path, or a model in memory without external data.
+
+    Raises:
+        InputError: It cannot be read, is no ONNX model, is damaged, or its external data is missing,
+            too short or outside the model's folder.
+    """
+    if isinstance(source, onnx.ModelProto):
+        model = Model(source, "model", MappingProxyType({}), "")
+        _check_proto(source, model.name)
+        _check_tensors(model)
+        return replace(model, sha256=_digest_in_memory(source))
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"A {type(source).__name__} is no model: give a path or an onnx.ModelProto.")
+    path = Path(source)
+    data = _read_bytes(path)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise InputError(
+            f"{path} is no binary ONNX model, or is truncated: export or copy it again."
+        ) from error
+    digest = hashlib.sha256(data)
+    del data
+    _check_proto(proto, str(path))
+    model = Model(proto, str(path), MappingProxyType(locate(proto, path)), "")
+    _check_tensors(model)
+    for _, file in sorted(model.files.items()):
+        for chunk in Region(file, 0, file.stat().st_size).chunks():
+            digest.update(chunk)
+    return replace(model, sha256=digest.hexdigest(), path=path)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path} is a folder: name the .onnx file in it.")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is no regular file: save the model to one.")
+        if status.st_size > _PROTOBUF_LIMIT:
+            raise InputError(
+                f"{path} has {status.st_size} bytes, over protobuf's 2 GB: save it with external data."
+            )
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist: check the path.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read ({reason}): check the path and its permissions.") from error
+    if not data:
+        raise InputError(f"{path} is empty: export or copy the model again.")
+    return data
+
+
+def _check_tensors(model: Model) -> None:
+    for tensor in tensors(model.proto):
+        check(tensor, model.files, model.name)
+
+
+def _check_proto(proto: onnx.ModelProto, name: str) -> None:
+    # A file that is cut between two top-level fields, like some text, parses without an error.
+    if not proto.ir_version:
+        raise InputError(f"{name} has no ir_version, so it is no ONNX model: export it again.")
+    if not proto.HasField("graph") or (proto.ir_version >= 3 and not proto.opset_import):
+        raise InputError(
+            f"{name} lacks its graph or its opset_import: it is truncated, export or copy it again."
+        )
+    if not proto.graph.node:
+        raise InputError(f"{name} has a graph without nodes: name a model that computes something.")
+
+
+def serialized(proto: onnx.ModelProto) -> bytes | None:
+    """The deterministic bytes of a proto, or None where they would exceed protobuf's 2 GB."""
+    try:
+        data: bytes = proto.SerializeToString(deterministic=True)
+    except (EncodeError, ValueError):
+        return None
+    return data
+
+
+def _digest_in_memory(proto: onnx.ModelProto) -> str:
+    data = serialized(proto)
+    if data is not None:
+        return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(outline(proto, 0).SerializeToString(deterministic=True))
+    for tensor in tensors(proto):
+        digest.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def array(model: Model, tensor: TensorProto) -> NDArray[Any]:
+    """A tensor's contents, wherever they are; to be read only, mapped without a copy where external.
+
+    Returns:
+        An array of the tensor's dims, bfloat16 and narrower types as those of ml_dtypes.
+
+    Raises:
+        InputError: Its bytes are not those that its shape takes, or it is of a kind without an array.
+    """
+    return read(tensor, model.files, model.name)
+
+
+def stored_bytes(model: Model) -> int:
+    """Bytes of the file or the serialized proto, and of the regions of external files, each once."""
+    data = None if model.path is not None else serialized(model.proto)
+    if model.path is not None:
+        size = model.path.stat().st_size
+    elif data is not None:
+        size = len(data)
+    else:  # piecewise, to within a few bytes for each tensor
+        size = len(outline(model.proto, 0).SerializeToString())
+        size += sum(len(tensor.raw_data or tensor.SerializeToString()) for tensor in tensors(model.proto))
+    places = {region(t, model.files, model.name) for t in tensors(model.proto) if is_external(t)}
+    return size + sum(place.length for place in places)
+
+
+def outline(source: Model | onnx.ModelProto, keep: int = 1024) -> onnx.ModelProto:
+    """A light copy for shape inference and for walking: large tensors keep name, dims and type only.
+
+    Args:
+        source: A model; large contents are never read.
+        keep: Contents of up to so many bytes stay, inline, as shape inference reads them; those of
+            external tensors only if `source` is a Model, which knows their files.
+    """
+    light = onnx.ModelProto()
+    if isinstance(source, Model):
+        _copy_light(source.proto, light, source, keep)
+    else:
+        _copy_light(source, light, None, keep)
+    return light
+
+
+def _copy_light(source: Message, target: Any, model: Model | None, keep: int) -> None:
+    if isinstance(source, TensorProto):
+        _copy_tensor(source, target, model, keep)
+        return
+    deep = tensor_fields(source.DESCRIPTOR)
+    for field, value in source.ListFields():
+        if field.name not in deep:
+            if isinstance(value, Message):
+                getattr(target, field.name).CopyFrom(value)
+            elif hasattr(value, "MergeFrom"):
+                getattr(target, field.name).MergeFrom(value)
+            else:
+                setattr(target, field.name, value)
+        elif isinstance(value, Message):
+            getattr(target, field.name).SetInParent()
+            _copy_light(value, getattr(target, field.name), model, keep)
+        else:
+            for item in value:
+                _copy_light(item, getattr(target, field.name).add(), model, keep)
+
+
+def _copy_tensor(source: TensorProto, target: TensorProto, model: Model | None, keep: int) -> None:
+    size = stored_size(source)
+    fits = (prod(source.dims) if size is None else size) <= keep
+    if fits and not is_external(source):
+        target.CopyFrom(source)
+        return
+    target.name, target.data_type = source.name, source.data_type
+    target.dims.extend(source.dims)
+    if fits and model is not None:
+        target.raw_data = b"".join(region(source, model.files, model.name).chunks())

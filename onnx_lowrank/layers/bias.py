@@ -1,0 +1,129 @@
+"""The constant bias of a layer: what it adds, and where a rewrite can put another one.
+
+Factors that fit activations change the mean of what a layer gives. A bias takes this up at no cost
+(`Bias.scale` is α): b' = b + α (W − Ŵ) E[x]. A layer has such a bias under these rules:
+
+1. It has one use. A use with another bias or behind another node would need its own correction.
+2. A BatchNorm is folded into it, which makes a new bias anyway. Or it is a Conv, ConvTranspose or Gemm
+   with a bias (and β ≠ 0), or a MatMul whose result one Add in the same scope, and nothing else, reads.
+3. The bias is constant, finite, and has one value per output feature that broadcasts over all else.
+4. Nothing else reads it or shares its bytes in a data file: it goes when another takes its place, so
+   that the number of parameters stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from onnx_lowrank.core.layer import Layer, Use
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.tensors import is_external, region, tensors
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
+from onnx_lowrank.graph.weights import Source, constant, readers, resolve
+from onnx_lowrank.layers.find import Binding
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """What a layer adds to its output features: scale · W x + values.
+
+    Attributes:
+        values: What is added to every feature, over all groups in the order of the output, shape (f,);
+            a Gemm's β is in it, and a folded BatchNorm.
+        scale: What multiplies W x: a Gemm's α, otherwise 1. A folded BatchNorm is in W.
+        place: The node that adds it. That is the layer's own node (with a BatchNorm, too, which goes),
+            so that what the layer gives includes it, or the Add behind a MatMul.
+        operand: The input of that node that holds it.
+        shape: The shape in which it is held.
+        in_node: Whether the layer's own node adds it.
+    """
+
+    values: NDArray[np.float64]
+    scale: float
+    place: Place
+    operand: int
+    shape: tuple[int, ...]
+    in_node: bool
+
+
+def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
+    """The bias of a layer, or None where it has none that a rewrite can change at no cost."""
+    layer = binding.layer
+    if len(layer.uses) > 1:
+        return None
+    (use,) = layer.uses
+    place = Place(use.scope, use.node)
+    scale = attribute_of(walk.node(place), "alpha", 1.0) if layer.op == "Gemm" else 1.0
+    if layer.batchnorm is not None:
+        return Bias(layer.batchnorm.bias, scale, place, 2, (layer.f,), in_node=True)
+    adder = _adder(walk, layer, place)
+    value = None if adder is None else _own_constant(model, walk, *adder)
+    if adder is None or value is None or not _is_per_feature(value.shape, layer.f, _feature_axis(use)):
+        return None
+    beta = attribute_of(walk.node(place), "beta", 1.0) if layer.op == "Gemm" else 1.0
+    with np.errstate(all="ignore"):
+        values = beta * value.astype(np.float64).ravel()
+    if beta == 0 or not np.isfinite(values).all():
+        return None
+    return Bias(values, scale, *adder, value.shape, in_node=adder[0] == place)
+
+
+def _adder(walk: Walk, layer: Layer, place: Place) -> tuple[Place, int] | None:
+    """Rule 2: the node and the operand by which a bias is added to what the node at `place` multiplies."""
+    if layer.op in ("Conv", "ConvTranspose", "Gemm"):
+        return place, 2
+    result = walk.result(place)
+    # Before opset 7, Add has its own rules of broadcasting.
+    if layer.op != "MatMul" or walk.opsets[place.scope] < 7 or walk.is_output(result):
+        return None
+    found = walk.consumers(result)
+    if len(found) != 1:
+        return None
+    behind, operand = found[0]
+    is_add = is_op(walk.node(behind), ("Add",)) and behind.scope == place.scope
+    return (behind, 1 - operand) if is_add else None
+
+
+def _own_constant(model: Model, walk: Walk, place: Place, operand: int) -> NDArray[np.generic] | None:
+    """Rules 3 and 4: a constant operand that nothing else needs; None where it is something else."""
+    tensor = walk.operand(place, operand)
+    stored = resolve(walk, tensor)
+    if isinstance(stored, str) or not is_own(model, walk, stored.source, place, operand):
+        return None
+    return constant(walk, model, tensor)
+
+
+def is_own(model: Model, walk: Walk, source: Source, place: Place, operand: int) -> bool:
+    """Rule 4: whether a node, by one operand, is all that needs a constant."""
+    return readers(walk, source) == [(place, operand)] and not _shares_bytes(model, source.tensor)
+
+
+def _shares_bytes(model: Model, tensor: TensorProto) -> bool:
+    """Whether another tensor refers to the same bytes of a data file."""
+    if not is_external(tensor):
+        return False
+    regions = (region(t, model.files, model.name) for t in tensors(model.proto) if is_external(t))
+    own = region(tensor, model.files, model.name)
+    return sum(other == own for other in regions) > 1
+
+
+def _feature_axis(use: Use) -> int | None:
+    """The axis of the output features, from the end, where a bias lies along it; None where unknown.
+
+    The bias of a convolution is a vector, and the runtime lays it along the channels.
+    """
+    if use.operand == 1:
+        return -1
+    if use.op == "MatMul" and use.rank in (None, 1):  # a vector on the right leaves no axis behind
+        return None if use.rank is None else -1
+    return -2
+
+
+def _is_per_feature(shape: tuple[int, ...], f: int, axis: int | None) -> bool:
+    """Whether an array of this shape has f elements, all of them along the axis."""
+    return axis is not None and len(shape) >= -axis and shape[axis] == f == prod(shape)

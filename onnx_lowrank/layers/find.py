@@ -1,0 +1,415 @@
+"""Nodes -> layers: every constant weight that a chain of two factors can replace.
+
+The rules, in the order in which they are asked:
+
+1. The node is a Conv, ConvTranspose, Gemm, MatMul or Gather of the default domain with an input and
+   an output, and none of its attributes is a reference to a function's attribute.
+2. One of its operands is a constant float tensor, behind any chain of views.
+3. The weight has a form that factors: a kernel that fits the node's attributes and is not depthwise, a
+   matrix, a table on axis 0.
+4. Everything that reads the constant is a use of the same matrix (or of its transpose, k = 1), and a
+   batch of matrices meets no vector.
+5. Its name is included and not excluded, rank 1 is smaller than the weight, and its numbers are
+   finite.
+
+Whatever fails a rule is Skipped, with a reason that tells what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from onnx_lowrank.core.layer import Layer, Skipped, Use
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.tensors import Region, is_external, region, tensors
+from onnx_lowrank.graph.shapes import Shapes, positions, rank
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
+from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
+from onnx_lowrank.layers.prepare import Preparation, prepare
+from onnx_lowrank.operators.chains import is_pointwise
+
+OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": (1, 0), "Gather": (0,)}
+"""The operators that become layers, with the operands that can be the weight."""
+
+_RECURRENT = "recurrent weights are not decomposed"
+_QUANTIZED = "it is quantized: compress before quantizing"
+_FUSED = "it is fused for one runtime: compress the model before that optimization"
+
+LEFT_ALONE = {
+    **dict.fromkeys((("", "LSTM"), ("", "GRU"), ("", "RNN")), _RECURRENT),
+    ("", "Einsum"): "export it as MatMul to have it decomposed",
+    ("", "DeformConv"): "deformable kernels are not decomposed",
+    **{("", op): _QUANTIZED for op in ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")},
+    **{
+        ("com.microsoft", op): _QUANTIZED
+        for op in ("QGemm", "MatMulNBits", "DynamicQuantizeMatMul", "QAttention")
+    },
+    **dict.fromkeys((("com.microsoft.nchwc", "Conv"), ("com.microsoft", "NhwcFusedConv")), _FUSED),
+    **{
+        ("com.microsoft", op): _FUSED
+        for op in (
+            "FusedConv",
+            "FusedMatMul",
+            "FusedGemm",
+            "Attention",
+            "EmbedLayerNormalization",
+        )
+    },
+}
+"""Operators with weights that are never layers, and why."""
+
+_SPATIAL = {"strides": 1, "dilations": 1, "pads": 2, "output_padding": 1, "output_shape": 1}
+"""Attributes of convolutions, with the entries that they have for every spatial axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A layer, and where its numbers live in the model.
+
+    Attributes:
+        layer: The layer.
+        stored: Its weight as the first use reads it.
+        casts: For each use, the element type to which the stored weight is cast, or None.
+    """
+
+    layer: Layer
+    stored: Stored
+    casts: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One use of a source, while layers are gathered: how it is laid out, and its canonical shape."""
+
+    place: Place
+    operand: int
+    stored: Stored
+    laid_out: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def find(
+    model: Model, walk: Walk, shapes: Shapes, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[tuple[Binding, ...], tuple[Skipped, ...]]:
+    """Find every layer of a model, and list every operator that is left alone.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        shapes: Its inferred shapes.
+        include: Globs of layer ids or node names; where there are any, only these become layers.
+        exclude: Globs of layer ids or node names that do not.
+
+    Returns:
+        The layers in graph order, and what was skipped, in graph order.
+    """
+    sources: dict[tuple[str, str], list[_Seen]] = {}
+    order: list[tuple[Place, str | tuple[str, str]]] = []
+    for place in walk.places():
+        seen = _examine(model, walk, place)
+        if isinstance(seen, str):
+            order.append((place, seen))
+        elif seen is not None:
+            key = (seen.stored.source.scope, seen.stored.source.name)
+            sources.setdefault(key, []).append(seen)
+            order.append((place, key))
+    ids = _ids(sources)
+    regions = _regions(model)
+    built = {
+        key: _shared_bytes(model, uses[0].stored.source, regions)
+        or _build(model, walk, shapes, ids[key], uses, include, exclude)
+        for key, uses in sources.items()
+    }
+    skipped = []
+    for place, what in order:
+        outcome = what if isinstance(what, str) else built[what]
+        if isinstance(outcome, str):
+            weight = what[1] if isinstance(what, tuple) else ""
+            node = walk.node(place)
+            skipped.append(Skipped(place.scope, label(node), node.op_type, weight, outcome))
+    return tuple(b for b in built.values() if isinstance(b, Binding)), tuple(skipped)
+
+
+def _ids(sources: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """An id for each (scope, name): the path, and a number where a slash in a name makes it ambiguous."""
+    ids: dict[tuple[str, str], str] = {}
+    taken: set[str] = set()
+    for scope, name in sources:
+        path = candidate = f"{scope}/{name}" if scope else name
+        n = 1
+        while candidate in taken:
+            n += 1
+            candidate = f"{path}#{n}"
+        taken.add(candidate)
+        ids[scope, name] = candidate
+    return ids
+
+
+def read(model: Model, walk: Walk, binding: Binding) -> NDArray[Any]:
+    """A layer's canonical weight (groups, f / groups, c / groups, *kernel), in its stored dtype."""
+    use = binding.layer.uses[0]
+    return _canonical(model, walk, Place(use.scope, use.node), use.operand, binding.stored)
+
+
+def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> NDArray[Any]:
+    value = viewed(walk, model, stored)
+    weight = None if value is None else canonical_weight(walk.node(place), operand, value)
+    if weight is None or isinstance(weight, str):  # find() has read it before, so its file has changed since
+        raise InputError(f"The weight {stored.source.name!r} changed while it was read: run again.")
+    return weight
+
+
+def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
+    """Rules 1 to 3 for one node: its use of a weight, or why it has none; None for other operators."""
+    node = walk.node(place)
+    if (reason := LEFT_ALONE.get((node.domain.removeprefix("ai.onnx"), node.op_type))) is not None:
+        return reason
+    if not is_op(node, OPERANDS):
+        return None
+    if any(attribute.ref_attr_name for attribute in node.attribute):
+        return "its attributes come from the function's caller: inline the functions first"
+    if walk.result(place) is None or not all(node.input[:2]) or len(node.input) < 2:
+        return "it lacks an input or its output: repair the export"
+    reason = COMPUTED
+    for operand in OPERANDS[node.op_type]:
+        found = resolve(walk, walk.operand(place, operand))
+        outcome = found if isinstance(found, str) else _seen(model, walk, place, operand, found)
+        if isinstance(outcome, _Seen):
+            return outcome
+        if reason is COMPUTED:
+            reason = outcome
+    return reason
+
+
+def _seen(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> _Seen | str:
+    """Rule 3 for one constant operand."""
+    value = viewed(walk, model, stored)
+    if value is None:
+        return "the views of its weight are not constant or do not fit it: constant-fold the model first"
+    weight = canonical_weight(walk.node(place), operand, value)
+    return weight if isinstance(weight, str) else _Seen(place, operand, stored, value.shape, weight.shape)
+
+
+def canonical_weight(node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
+    """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or say why it has none.
+
+    ONNX lays weights out as: Conv (f, c / g, *kernel); ConvTranspose (c, f / g, *kernel); MatMul
+    (*batch, c, f), or (*batch, f, c) where it is the left operand; Gemm likewise, under transA or
+    transB; Gather (c, f), c the number of rows.
+    """
+    if weight.size == 0:
+        return "its weight is empty"
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return _kernel(node, weight)
+    if weight.ndim < 2:
+        return "its weight is a vector, which has rank one already"
+    if node.op_type == "Gather":
+        if weight.ndim != 2 or attribute_of(node, "axis", 0) not in (0, -2):
+            return "it does not look up rows of a two-dimensional table"
+        return weight.T[None]
+    outputs_first = operand == 0
+    if node.op_type == "Gemm":
+        if weight.ndim != 2:
+            return "the weight of a Gemm has to be a matrix"
+        outputs_first ^= bool(attribute_of(node, "transA" if operand == 0 else "transB", 0))
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    return matrices if outputs_first else matrices.swapaxes(1, 2)
+
+
+def _kernel(node: NodeProto, weight: NDArray[Any]) -> NDArray[Any] | str:
+    groups = attribute_of(node, "group", 1)
+    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+        return f"its weight of shape {weight.shape} does not fit its group {groups}: repair the export"
+    kernel = list(weight.shape[2:])
+    if attribute_of(node, "kernel_shape", kernel) not in ([], kernel):
+        return f"its weight of shape {weight.shape} does not fit its kernel_shape: repair the export"
+    for name, axes in _SPATIAL.items():
+        if len(attribute_of(node, name, [])) not in (0, axes * len(kernel)):
+            return f"its {name} do not fit its {len(kernel)} spatial axes: repair the export"
+    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    if node.op_type == "ConvTranspose":
+        blocks = blocks.swapaxes(1, 2)
+    if blocks.shape[1] == blocks.shape[2] == 1 and groups > 1:
+        return "it is depthwise: one channel per group leaves nothing to decompose"
+    return blocks
+
+
+def _build(
+    model: Model,
+    walk: Walk,
+    shapes: Shapes,
+    name: str,
+    seen: list[_Seen],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Binding | str:
+    """Rules 4 and 5 for all uses of one source: the layer, or why it is none."""
+    first = seen[0]
+    source = first.stored.source
+    reason = _other_readers(walk, source, {(use.place, use.operand) for use in seen})
+    if reason is not None:
+        return reason
+    transposed = []
+    for use in seen:
+        orientation = _orientation(model, walk, first, use)
+        if isinstance(orientation, str):
+            return orientation
+        transposed.append(orientation)
+    reason = unselected((name, *(label(walk.node(use.place)) for use in seen)), include, exclude)
+    if reason is not None:
+        return reason
+    uses = tuple(
+        _use(walk, shapes, use, first.shape, flip) for use, flip in zip(seen, transposed, strict=True)
+    )
+    if len(first.shape) == 3 and len(first.laid_out) > 2 and any(use.rank in (None, 1) for use in uses):
+        return "its batch of matrices needs an input of known rank above 1: pass --input-shape"
+    alone = len(seen) == 1  # uses with a BatchNorm each could not share their factors
+    features = first.shape[0] * first.shape[1]
+    prepared = prepare(walk, model, first.place, first.operand, features) if alone else Preparation()
+    layer = _layer(walk, name, seen, uses, prepared)
+    if not _has_cheaper(layer):
+        return f"it is too small: rank 1 needs as many parameters as its {layer.size}"
+    if not np.isfinite(_canonical(model, walk, first.place, first.operand, first.stored)).all():
+        return "its weight holds NaN or Inf: repair the export"
+    return Binding(layer, first.stored, tuple(cast_of(walk, use.stored) for use in seen))
+
+
+def _regions(model: Model) -> Counter[Region]:
+    """How many tensors refer to each region of the data files."""
+    external = (tensor for tensor in tensors(model.proto) if is_external(tensor)) if model.files else ()
+    return Counter(region(tensor, model.files, model.name) for tensor in external)
+
+
+def _shared_bytes(model: Model, source: Source, regions: Counter[Region]) -> str | None:
+    """Rule 4 for data files: bytes that another tensor refers to, too, would stay, and save nothing."""
+    if is_external(source.tensor) and regions[region(source.tensor, model.files, model.name)] > 1:
+        return "other tensors share its bytes in the data file: give it bytes of its own"
+    return None
+
+
+def _layer(walk: Walk, name: str, seen: list[_Seen], uses: tuple[Use, ...], prepared: Preparation) -> Layer:
+    groups, f, c, *kernel = seen[0].shape
+    folds = Fold.distinct(tuple(kernel))
+    if any(attribute_of(walk.node(use.place), "output_shape", []) for use in seen):
+        # It fixes all spatial sizes at once, so one factor has to hold the whole kernel.
+        folds = tuple(fold for fold in folds if 1 in map(prod, fold.kernels(tuple(kernel))))
+    sliceable = bool(kernel) or (groups == 1 and _can_slice(walk, seen, uses))
+    return Layer(
+        id=name,
+        op=uses[0].op,
+        f=groups * f,
+        c=groups * c,
+        kernel=tuple(kernel),
+        groups=groups,
+        dtype=FLOATS[seen[0].stored.source.tensor.data_type],
+        folds=folds,
+        slices=tuple(k for k in range(1, c + 1) if c % k == 0) if sliceable else (1,),
+        uses=uses,
+        batchnorm=prepared.batchnorm,
+        freed=prepared.freed,
+        added=groups * f if prepared.batchnorm is not None else 0,
+    )
+
+
+def _can_slice(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...]) -> bool:
+    """Whether a matrix can be cut into k > 1 slices: every use reshapes its input to show them.
+
+    That needs an input of known rank, a weight without batch axes, and Constant nodes of integers
+    (opset 9). Uses on different sides, transposed uses and tables keep one slice.
+    """
+    sides = {use.operand for use in uses}
+    return (
+        len(sides) == 1
+        and all(use.op != "Gather" and not use.transposed and use.rank is not None for use in uses)
+        and all(len(use.laid_out) == 2 for use in seen)
+        and all(walk.opsets[use.scope] >= 9 for use in uses)
+    )
+
+
+def _has_cheaper(layer: Layer) -> bool:
+    """Whether any rank-1 option has fewer parameters than the layer as it is."""
+    for fold in layer.folds:
+        encoder, decoder = fold.kernels(layer.kernel)
+        cheapest = layer.slices[0] * layer.f * prod(decoder) + layer.c * prod(encoder) + layer.added
+        if cheapest < layer.size + layer.freed:
+            return True
+    return False
+
+
+def _other_readers(walk: Walk, source: Source, uses: set[tuple[Place, int]]) -> str | None:
+    """Rule 4: why something else than the layer's own nodes keeps the weight alive, or None."""
+    found = readers(walk, source)
+    if found is None:
+        return "the graph also returns its weight: give that output a copy of its own"
+    for place, operand in found:
+        if (place, operand) not in uses:
+            node = walk.node(place)
+            return (
+                f"its weight is also read by {node.op_type} {label(node)!r}: give that node a copy of its own"
+            )
+    return None
+
+
+def _orientation(model: Model, walk: Walk, first: _Seen, use: _Seen) -> bool | str:
+    """Whether a further use applies the first's matrix as it is (False) or transposed (True)."""
+    if use is first:
+        return False
+    ops = {walk.node(seen.place).op_type for seen in (first, use)}
+    kinds = {"Conv" in op and op for op in ops}
+    if len(kinds) > 1:
+        return "operators of different kinds share its weight: give each a copy of its own"
+    one = _canonical(model, walk, first.place, first.operand, first.stored)
+    other = _canonical(model, walk, use.place, use.operand, use.stored)
+    same_batch = "Conv" in walk.node(use.place).op_type or first.laid_out[:-2] == use.laid_out[:-2]
+    if same_batch and np.array_equal(one, other, equal_nan=True):
+        return False
+    if kinds == {False} and same_batch and np.array_equal(one, other.swapaxes(1, 2), equal_nan=True):
+        return True
+    return "its uses read the same numbers as different matrices: give each a copy of its own"
+
+
+def unselected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why something of these names is to be left alone, by rule 5; None where it is not."""
+    names = tuple(names)
+    for pattern in exclude:
+        if matches(names, pattern):
+            return f"--exclude {pattern} names it"
+    if include and not any(matches(names, pattern) for pattern in include):
+        return "no --include pattern names it"
+    return None
+
+
+def matches(names: Iterable[str], pattern: str) -> bool:
+    """Whether a glob, or a name as it is (which may have brackets), means one of the names.
+
+    PyTorch calls the weight of a module NAME "NAME.weight", and users think of it as NAME.
+    """
+    spelled = (spelling for name in names for spelling in {name, name.removesuffix(".weight")})
+    return any(name == pattern or fnmatchcase(name, pattern) for name in spelled)
+
+
+def _use(walk: Walk, shapes: Shapes, seen: _Seen, shape: tuple[int, ...], transposed: bool) -> Use:
+    node = walk.node(seen.place)
+    groups, f, c, *_ = shape
+    return Use(
+        scope=seen.place.scope,
+        node=seen.place.node,
+        name=label(node),
+        op=node.op_type,
+        operand=seen.operand,
+        transposed=transposed,
+        rank=rank(walk, shapes, seen.place, seen.operand),
+        pointwise=is_pointwise(node, shape[3:]),
+        positions=positions(walk, shapes, seen.place, seen.operand, groups * (c if transposed else f)),
+    )

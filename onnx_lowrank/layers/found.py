@@ -1,0 +1,162 @@
+"""A model with its layers: what the plan is made for, and what it is counted in."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.allocate.cost import dearest, parameters, running, total_macs
+from onnx_lowrank.core.layer import Layer, Positions, ScopeWork, Skipped
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.plan import Budget, Choice
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.parameters import parameters as model_parameters
+from onnx_lowrank.graph.shapes import infer, open_inputs, work
+from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.layers.find import Binding, find, matches, read, unselected
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The input model with its layers.
+
+    Attributes:
+        model: The model.
+        walk: Its walk.
+        bindings: Its layers and where they live, in graph order.
+        skipped: The operators that are left alone.
+        work: The MACs of every scope beside the layers'.
+        open_inputs: Names of the inputs of which a dimension is unknown.
+        spared: Scope and name of the operators that --include and --exclude leave alone.
+    """
+
+    model: Model
+    walk: Walk
+    bindings: tuple[Binding, ...]
+    skipped: tuple[Skipped, ...]
+    work: tuple[ScopeWork, ...]
+    open_inputs: tuple[str, ...]
+    spared: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, in graph order."""
+        return tuple(binding.layer for binding in self.bindings)
+
+    def names(self) -> Iterator[str]:
+        """All names by which --include and --exclude can mean a layer or an operator."""
+        for layer in self.layers:
+            yield layer.id
+            yield from (use.name for use in layer.uses)
+        for skipped in self.skipped:
+            yield from _names(skipped)
+
+    def macs(self, choices: Sequence[Choice] = ()) -> int | None:
+        """MACs of the model under a plan, by default as it is."""
+        return total_macs(self.work, self._options(choices))
+
+    def route(self, choices: Sequence[Choice] = ()) -> Mapping[str, int]:
+        """How often every scope runs where the model under a plan, by default as it is, is dearest."""
+        return dearest(self.work, self._options(choices))[1]
+
+    def _options(self, choices: Sequence[Choice]) -> list[tuple[Layer, Option | None]]:
+        options = {choice.layer: choice.option for choice in choices}
+        return [(layer, options.get(layer.id)) for layer in self.layers]
+
+    def total(self, budget: Budget, choices: Sequence[Choice] = ()) -> int:
+        """What the budget, parameters or MACs, counts in the model under a plan, by default as it is.
+
+        Raises:
+            InputError: It counts MACs, and these are unknown.
+        """
+        if budget is Budget.PARAMS:
+            saved = sum(parameters(layer) - parameters(layer, of) for layer, of in self._options(choices))
+            return model_parameters(self.model) - saved
+        count = self.macs(choices)
+        if count is None:
+            raise InputError(f"The model's MACs are unknown because {self._unknown()}")
+        return count
+
+    def _unknown(self) -> str:
+        """Why the MACs are unknown, and what to do about it."""
+        if self.open_inputs:
+            return (
+                f"dimensions of its inputs {', '.join(self.open_inputs)} are: pass them as "
+                "--input-shape NAME=1,3,224,224, or choose --budget params."
+            )
+        for scope in self.work:
+            uses = (use for layer in self.layers for use in layer.uses if use.scope == scope.path)
+            name = next((use.name for use in uses if use.positions is None), scope.unknown)
+            if name and scope.path in running(self.work):
+                place = f" in {scope.path}" if scope.path else ""
+                return (
+                    f"the shapes at node {name!r}{place} do not follow from its inputs' shapes: inline "
+                    "functions and check --input-shape, or choose --budget params."
+                )
+        return "its functions call themselves: choose --budget params."
+
+
+def find_layers(
+    model: Model, shapes: Mapping[str, tuple[int, ...]], include: Sequence[str], exclude: Sequence[str]
+) -> Found:
+    """Find a model's layers, and count what it holds beside them.
+
+    Args:
+        model: The model.
+        shapes: Shapes of inputs, by name, which the model leaves open.
+        include: Globs of layer ids or node names; where there are any, only these become layers.
+        exclude: Globs of layer ids or node names that do not.
+
+    Raises:
+        InputError: A shape does not fit the model, or a glob names nothing in it.
+    """
+    walk = Walk(model.proto)
+    inferred = infer(model, shapes)
+    bindings, skipped = find(model, walk, inferred, include, exclude)
+    places = {Place(use.scope, use.node) for binding in bindings for use in binding.layer.uses}
+    scopes = work(walk, inferred, places)
+    ran = running(scopes)
+    bindings = tuple(_idle(binding, ran) for binding in bindings)
+    spared = frozenset((of.scope, of.name) for of in skipped if unselected(_names(of), include, exclude))
+    found = Found(model, walk, bindings, skipped, scopes, open_inputs(model, inferred), spared)
+    for pattern in (*include, *exclude):
+        if not matches(found.names(), pattern):
+            raise InputError(
+                f"No layer or operator of {model.name} is named {pattern!r}: "
+                "--ratio 1 --dry-run --report - lists their names."
+            )
+    return found
+
+
+def _idle(binding: Binding, running: Container[str]) -> Binding:
+    """A layer whose uses in functions that nothing calls are evaluated nowhere."""
+    uses = tuple(
+        use if use.scope in running else replace(use, positions=_nowhere(binding.layer))
+        for use in binding.layer.uses
+    )
+    return replace(binding, layer=replace(binding.layer, uses=uses))
+
+
+def _nowhere(layer: Layer) -> Positions:
+    return Positions(0, (0,) * len(layer.kernel), (0,) * len(layer.kernel))
+
+
+def prepared(found: Found, binding: Binding) -> tuple[NDArray[Any], np.dtype[Any]]:
+    """A layer's canonical weight with its BatchNorm folded in (then float64), and its stored dtype."""
+    weight = read(found.model, found.walk, binding)
+    norm = binding.layer.batchnorm
+    if norm is None:
+        return weight, weight.dtype
+    groups, f, *rest = weight.shape
+    scale = norm.scale.reshape(groups, f, *[1] * len(rest))
+    return weight.astype(np.float64) * scale, weight.dtype
+
+
+def _names(skipped: Skipped) -> tuple[str, str, str]:
+    """The names by which --include and --exclude can mean an operator."""
+    return skipped.name, skipped.weight, f"{skipped.scope}/{skipped.weight}"

@@ -1,0 +1,139 @@
+"""What goes into a layer before it is decomposed: the BatchNormalization behind it.
+
+It is folded under these conditions, otherwise it stays as it is:
+
+1. The layer is one Conv, ConvTranspose or Gemm (from opset 7 on, where a bias broadcasts) with the
+   weight on the right, and nothing but the BatchNormalization reads its output.
+2. The BatchNormalization runs in inference mode and computes one output.
+3. Its four parameters and the layer's bias are constants with one value per output feature, and
+   what follows from them is finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.core.layer import BatchNorm
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
+from onnx_lowrank.graph.weights import Stored, constant, dtype_of, readers, resolve
+
+_EPSILON = float(np.float32(1e-5))
+"""The default, which is a float32 like every float attribute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is folded into a layer when it is rewritten.
+
+    Attributes:
+        batchnorm: The BatchNorm, or None where there is none to fold.
+        freed: Parameters that nothing reads any more after folding: the BatchNorm's and the old bias.
+    """
+
+    batchnorm: BatchNorm | None = None
+    freed: int = 0
+
+
+def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int) -> Preparation:
+    """Find what can be folded into the layer that the node at `place`, and no other, applies.
+
+    Args:
+        walk: The model's walk.
+        model: The model.
+        place: The layer's node.
+        operand: Index of its weight.
+        features: Output features of the layer, f.
+    """
+    node = walk.node(place)
+    biased = ("Conv", "ConvTranspose") + (("Gemm",) if walk.opsets[place.scope] >= 7 else ())
+    if operand != 1 or node.op_type not in biased:
+        return Preparation()
+    behind = _only_reader(walk, place)
+    if behind is None or not _in_inference(walk, behind):
+        return Preparation()
+    folded = _fold(walk, model, place, behind, features)
+    if folded is None:
+        return Preparation()
+    tensors = [*_operands(walk, behind, (1, 2, 3, 4)), *_operands(walk, place, (2,))]
+    return Preparation(folded, _freed(walk, tensors, {place, behind}))
+
+
+def _only_reader(walk: Walk, place: Place) -> Place | None:
+    """The BatchNormalization that alone reads a node's output, in the same scope."""
+    output = walk.result(place)
+    found = [] if output is None or walk.is_output(output) else walk.consumers(output)
+    if len(found) != 1:
+        return None
+    behind, operand = found[0]
+    is_norm = is_op(walk.node(behind), ("BatchNormalization",)) and operand == 0
+    return behind if is_norm and behind.scope == place.scope else None
+
+
+def _in_inference(walk: Walk, place: Place) -> bool:
+    node, opset = walk.node(place), walk.opsets[place.scope]
+    training = attribute_of(node, "training_mode", 0) if opset >= 14 else 0
+    if opset < 7:  # there the mode was an attribute that defaults to training
+        training = not attribute_of(node, "is_test", 0)
+    per_feature = attribute_of(node, "spatial", 1)
+    alone = walk.result(place) is not None and not any(node.output[1:])
+    return not training and bool(per_feature) and alone
+
+
+def _fold(walk: Walk, model: Model, place: Place, behind: Place, features: int) -> BatchNorm | None:
+    """Scale and bias by which the layer computes what layer and BatchNormalization did.
+
+    BN(y) = γ (y − μ) / √(σ² + ε) + β per feature (ONNX operator specification, BatchNormalization).
+    """
+    values = [constant(walk, model, walk.operand(behind, index)) for index in (1, 2, 3, 4)]
+    bias = _bias(walk, model, place, features)
+    if bias is None or any(value is None or value.shape != (features,) for value in values):
+        return None
+    gamma, beta, mean, variance = (np.asarray(value, np.float64) for value in values)
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(variance + attribute_of(walk.node(behind), "epsilon", _EPSILON))
+        folded = scale * (bias - mean) + beta
+        stored_bias = folded.astype(_dtype(walk, place))
+    if not (np.isfinite(scale).all() and np.isfinite(stored_bias).all()):
+        return None
+    return BatchNorm(behind.node, scale, folded)
+
+
+def _dtype(walk: Walk, place: Place) -> np.dtype[Any]:
+    """The dtype in which a layer's node reads its weight, and in which its bias is stored."""
+    stored = resolve(walk, walk.operand(place, 1))
+    return np.dtype(np.float64) if isinstance(stored, str) else dtype_of(walk, stored)
+
+
+def _bias(walk: Walk, model: Model, place: Place, features: int) -> NDArray[np.float64] | None:
+    """What a layer adds to its output features, shape (f,); None where that is not constant."""
+    tensor = walk.operand(place, 2)
+    if tensor is None:
+        return np.zeros(features)
+    value = constant(walk, model, tensor)
+    if value is None or prod(value.shape[:-1]) != 1 or value.size not in (1, features):
+        return None
+    beta = attribute_of(walk.node(place), "beta", 1.0) if walk.node(place).op_type == "Gemm" else 1.0
+    return np.broadcast_to(beta * np.asarray(value, np.float64).ravel(), (features,))
+
+
+def _operands(walk: Walk, place: Place, indices: tuple[int, ...]) -> list[Any]:
+    tensors = (walk.operand(place, index) for index in indices)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _freed(walk: Walk, tensors: list[Any], nodes: set[Place]) -> int:
+    """Elements of the stored tensors behind `tensors` that only `nodes` read."""
+    stored = [resolve(walk, tensor) for tensor in tensors]
+    sources = {(s.source.scope, s.source.name): s.source for s in stored if isinstance(s, Stored)}
+    total = 0
+    for source in sources.values():
+        found = readers(walk, source)
+        if found is not None and all(place in nodes for place, _ in found):
+            total += prod(source.tensor.dims)
+    return total

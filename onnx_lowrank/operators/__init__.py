@@ -1,0 +1,1 @@
+"""The operators whose weights are decomposed."""

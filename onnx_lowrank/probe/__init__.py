@@ -1,0 +1,1 @@
+"""Copies and parts of a model that show what its layers do."""

@@ -1,0 +1,93 @@
+"""One layer on its own: a model of its node, and one of the chain that replaced it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.helper import (
+    make_graph,
+    make_model,
+    make_opsetid,
+    make_tensor_value_info,
+)
+
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.tensors import inline
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of
+from onnx_lowrank.graph.weights import constant
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.operators.chains import spatial
+
+_ROWS = 3
+_SPREAD = 4
+
+
+def excerpts(
+    original: Model, walk: Walk, rewritten: Model, new_walk: Walk, binding: Binding, chain: Sequence[str]
+) -> tuple[ModelProto, ModelProto]:
+    """Cut a layer's first use out of both models, with a folded BatchNorm; same input, same output.
+
+    Args:
+        original: The input model.
+        walk: Its walk.
+        rewritten: The compressed model.
+        new_walk: Its walk.
+        binding: The layer.
+        chain: Names of the nodes of the chain which replaced its first use, in order.
+    """
+    layer, use = binding.layer, binding.layer.uses[0]
+    node = walk.node(Place(use.scope, use.node))
+    places = [Place(use.scope, use.node)]
+    if layer.batchnorm is not None:
+        places.append(Place(use.scope, layer.batchnorm.node))
+    kind = binding.casts[0] or binding.stored.source.tensor.data_type
+    entry = _entry(layer, node, kind)
+    # The last node has kept the old one's name, which need not be unique; but its output is.
+    result = walk.node(places[-1]).output[0]
+    new_nodes = new_walk.scopes[use.scope].nodes
+    names = {node.name: index for index, node in enumerate(new_nodes)}
+    names[chain[-1]] = next(index for index, node in enumerate(new_nodes) if result in node.output)
+    new_places = [Place(use.scope, names[name]) for name in chain]
+    return _excerpt(original, walk, places, entry, kind), _excerpt(
+        rewritten, new_walk, new_places, entry, kind
+    )
+
+
+def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto:
+    """The input that the layer's weight meets, of the smallest shape that shows what it does."""
+    use = layer.uses[0]
+    channels = layer.c // layer.groups
+    if layer.kernel:
+        dilations = spatial(node, "dilations") or [1] * len(layer.kernel)
+        sizes = [(n - 1) * d + 1 + _SPREAD for n, d in zip(layer.kernel, dilations, strict=True)]
+        return make_tensor_value_info(node.input[0], kind, [1, layer.c, *sizes])
+    if use.op == "Gather":
+        return make_tensor_value_info(node.input[1], TensorProto.INT64, [_ROWS])
+    flipped = use.op == "Gemm" and attribute_of(node, "transA" if use.operand == 1 else "transB", 0)
+    rank = use.rank or 2
+    matrix = [_ROWS, channels] if (use.operand == 1) != bool(flipped) else [channels, _ROWS]
+    shape = [1] * (rank - 2) + matrix if rank > 1 else [channels]
+    return make_tensor_value_info(node.input[1 - use.operand], kind, shape)
+
+
+def _excerpt(
+    model: Model, walk: Walk, places: Sequence[Place], entry: ValueInfoProto, kind: int
+) -> ModelProto:
+    nodes = [walk.node(place) for place in places]
+    made = {name for node in nodes for name in node.output} | {entry.name, ""}
+    constants: dict[str, TensorProto] = {}
+    for place, node in zip(places, nodes, strict=True):
+        for index, name in enumerate(node.input):
+            value = (
+                None
+                if name in made or name in constants
+                else constant(walk, model, walk.operand(place, index))
+            )
+            if value is not None:
+                constants[name] = inline(name, value)
+    result = make_tensor_value_info(nodes[-1].output[0], kind, None)
+    graph = make_graph(nodes, "layer", [entry], [result], list(constants.values()))
+    opset = make_opsetid("", walk.opsets[places[0].scope])
+    return make_model(graph, opset_imports=[opset], ir_version=max(model.proto.ir_version, 4))

@@ -1,0 +1,417 @@
+"""The main graph cut at its layers into segments, each a model of its own, to walk from layer to layer.
+
+Rules:
+
+1. The graph is cut right before the node of every layer: segment i runs from layer i − 1 up to layer i,
+   segment 0 from the start, and the last one holds the last layer's node only. A folded BatchNorm
+   stands right behind its layer's node.
+2. What crosses a cut are the tensors that are fed or computed before it and that a later layer needs.
+   What follows from constants alone does not: every segment has its own copy of what it needs of that.
+3. A segment holds no more than what the tensors that are asked of it need.
+4. What an Add puts beside a layer's result (a residual connection) crosses the cut before the layer, if
+   it is made there: the layer can make up for what the compressed prefix has done to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.helper import make_node, make_tensor_value_info
+
+from onnx_lowrank.core.layer import Use
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.tensors import inline, is_external, reference, tensors
+from onnx_lowrank.graph.walk import Walk, attribute_of, is_op
+from onnx_lowrank.graph.weights import dtype_of, viewed
+from onnx_lowrank.layers.find import Binding
+
+# fmt: off
+_RANDOM = frozenset({
+    "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+    "RandomUniformLike",
+})
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Substitute:
+    """What a layer computes in place of its own map.
+
+    Attributes:
+        weight: Its canonical weight, shape (groups, f / groups, c / groups, *kernel), with a folded
+            BatchNorm in it.
+        bias: What its node adds to its output features, shape (f,), with a folded BatchNorm in it;
+            None for what they add themselves.
+    """
+
+    weight: NDArray[Any]
+    bias: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a model that runs on its own.
+
+    Attributes:
+        model: It as a model; weights in data files are referred to, not copied.
+        inputs: The tensors that it needs from before it, in the order in which they are made.
+        outputs: The tensors that it gives.
+    """
+
+    model: Model
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What happens to a layer's result.
+
+    Attributes:
+        beside: The tensor that is added to it, made before the layer runs; None where there is none.
+        rectified: Whether only a Relu reads what comes of that.
+    """
+
+    beside: str | None
+    rectified: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A node of the main graph, and the names that it reads there, in its bodies too."""
+
+    node: NodeProto
+    reads: Set[str]
+
+
+class Segments:
+    """The segments of a model's main graph.
+
+    Attributes:
+        bindings: The layers at which it is cut, in node order.
+    """
+
+    def __init__(self, model: Model, walk: Walk, bindings: Iterable[Binding]) -> None:
+        """Find the cuts.
+
+        Args:
+            model: The model.
+            walk: Its walk.
+            bindings: Layers. Those with several uses and those outside the main graph are no cuts: their
+                nodes are run like any others.
+        """
+        single = (b for b in bindings if len(b.layer.uses) == 1 and not b.layer.uses[0].scope)
+        self.bindings = tuple(sorted(single, key=lambda binding: binding.layer.uses[0].node))
+        self._model = model
+        self._walk = walk
+        self._steps = _steps(walk)
+        self._stored = {tensor.name for tensor in model.proto.graph.initializer}
+        self._stored |= {tensor.values.name for tensor in model.proto.graph.sparse_initializer}
+        layers = {node for binding in self.bindings for node in _nodes(binding)}
+        self._folded = _folded(self._steps, self._stored, layers)
+        self._constants = self._stored | _outputs(self._folded)
+        self._entries = {v.name: v for v in model.proto.graph.input if v.name not in self._stored}
+        made = (name for step in self._steps for name in step.node.output if name)
+        self._order = {name: number for number, name in enumerate((*self._entries, *made))}
+        self._parts = self._divided()
+        self._surrounding = [self._surroundings(index) for index in range(len(self.bindings))]
+        self._cuts = self._crossings()
+        self._names = set(walk.names())
+
+    def entering(self, index: int) -> str:
+        """Name of the activation that a layer reads."""
+        use = self.bindings[index].layer.uses[0]
+        return self._steps[use.node].node.input[1 - use.operand]
+
+    def leaving(self, index: int) -> str:
+        """Name of the tensor that a layer gives, behind a folded BatchNorm."""
+        return self._steps[_nodes(self.bindings[index])[-1]].node.output[0]
+
+    def beside(self, index: int) -> str | None:
+        """Name of the tensor that an Add puts beside what a layer gives (rule 4), or None."""
+        return self._surrounding[index].beside
+
+    def rectified(self, index: int) -> bool:
+        """Whether nothing but a Relu reads what a layer gives, with what is added to it."""
+        return self._surrounding[index].rectified
+
+    def cut(self, index: int) -> tuple[str, ...]:
+        """The tensors that cross the cut before a layer, in the order in which they are made.
+
+        The activation that the layer reads is among them, even a constant one. Behind the last layer
+        there are none.
+
+        Args:
+            index: The layer, or the number of layers for what is behind the last one.
+        """
+        return self._cuts[index]
+
+    def made(self, index: int) -> tuple[str, ...]:
+        """The tensors at the cut before a layer that its segment makes; the others it hands on."""
+        made = _outputs(self._parts[index]) | self._constants
+        return tuple(name for name in self._cuts[index] if name in made)
+
+    def changed(self, index: int, before: Collection[str], substituted: bool) -> frozenset[str]:
+        """The tensors at the cut before a layer that depend on a substituted layer.
+
+        Args:
+            index: The layer.
+            before: Those at the cut before the previous layer.
+            substituted: Whether the previous layer is substituted.
+        """
+        found = set(before)
+        for position, step in enumerate(self._parts[index]):
+            if (substituted and position == 0) or not found.isdisjoint(step.reads):
+                found.update(step.node.output)
+        return frozenset(found.intersection(self._cuts[index]))
+
+    def segment(
+        self,
+        index: int,
+        wanted: Iterable[str],
+        kinds: Mapping[str, int],
+        substitute: Substitute | None = None,
+    ) -> Segment:
+        """What some tensors of a segment need, as a model.
+
+        Args:
+            index: The segment.
+            wanted: Tensors that it makes.
+            kinds: Element types of the tensors that cross the cut before it; those of the model's inputs
+                are known.
+            substitute: What the previous layer, whose node is the segment's first, computes instead.
+
+        Raises:
+            InputError: A bias has to be added to the rows of a MatMul of unknown rank, or a data file has
+                changed.
+        """
+        outputs = tuple(dict.fromkeys(wanted))
+        steps, own = self._parts[index], list[TensorProto]()
+        if substitute is not None:
+            binding = self.bindings[index - 1]
+            nodes, own = self._substituted(binding, substitute)
+            behind = steps[len(_nodes(binding)) :]
+            steps = [*(_Step(node, frozenset(node.input)) for node in nodes), *behind]
+        kept, needed = _slice(steps, outputs)
+        folded, needed = _slice(self._folded, needed)
+        foreign = needed - _outputs(kept) - self._constants
+        inputs = tuple(name for name in self._order if name in foreign)
+        graph = GraphProto(name=f"segment {index}")
+        graph.node.extend(step.node for step in (*folded, *kept))
+        graph.initializer.extend(own)
+        stored = self._model.proto.graph
+        graph.initializer.extend(tensor for tensor in stored.initializer if tensor.name in needed)
+        graph.sparse_initializer.extend(t for t in stored.sparse_initializer if t.values.name in needed)
+        # Shapes stay open: a live tensor's may differ from batch to batch.
+        graph.input.extend(
+            self._entries.get(name) or make_tensor_value_info(name, kinds[name], None) for name in inputs
+        )
+        graph.output.extend(ValueInfoProto(name=name) for name in outputs)
+        return Segment(self._alone(graph), inputs, outputs)
+
+    def _alone(self, graph: GraphProto) -> Model:
+        """A model of one graph and of the whole model's functions, with the data files that it needs."""
+        source = self._model.proto
+        proto = ModelProto(graph=graph, ir_version=max(source.ir_version, 4))  # before, weights were inputs
+        proto.opset_import.extend(source.opset_import)
+        proto.functions.extend(source.functions)
+        locations = {reference(tensor)["location"] for tensor in tensors(proto) if is_external(tensor)}
+        files = {location: self._model.files[location] for location in sorted(locations)}
+        return replace(self._model, proto=proto, files=files, path=None)
+
+    def _divided(self) -> list[list[_Step]]:
+        """The nodes of every segment, in order (rule 1), without what follows from constants (rule 2)."""
+        layers = [_nodes(binding) for binding in self.bindings]
+        heads = {nodes[0]: nodes for nodes in layers}
+        norms = {node for nodes in layers for node in nodes[1:]}
+        skipped = {id(step) for step in self._folded}
+        parts: list[list[_Step]] = [[]]
+        for index, step in enumerate(self._steps):
+            if index in heads:
+                parts.append([self._steps[node] for node in heads[index]])
+            elif index not in norms and id(step) not in skipped:
+                parts[-1].append(step)
+        if layers:
+            del parts[-1][len(layers[-1]) :]
+        return parts
+
+    def _crossings(self) -> list[tuple[str, ...]]:
+        """The tensors at every cut: those that the layers behind it need of what is made before it."""
+        live: set[str] = set()
+        cuts: list[tuple[str, ...]] = []
+        for index in reversed(range(len(self._parts))):
+            constant = [self.entering(index)] if index < len(self.bindings) else []
+            if index < len(self.bindings) and (added := self._surrounding[index].beside) is not None:
+                live.add(added)
+            cuts.append(tuple(sorted(live.union(constant), key=lambda name: self._order.get(name, -1))))
+            if index:
+                live.add(self.leaving(index - 1))
+            for step in reversed(self._parts[index]):
+                if not live.isdisjoint(step.node.output):
+                    live.difference_update(step.node.output)
+                    live |= step.reads - self._constants
+        return cuts[::-1]
+
+    def _surroundings(self, index: int) -> _Surroundings:
+        """Follow what a layer gives: past constants and one other tensor that are added to it, to a Relu."""
+        name, node = self.leaving(index), self.bindings[index].layer.uses[0].node
+        earlier = set(self._entries) | _outputs(self._steps[:node])
+        given = {value.name for value in self._model.proto.graph.output}
+        beside: str | None = None
+        while name not in given:
+            readers = [step for step in self._steps if name in step.reads]
+            if len(readers) == 1 and is_op(readers[0].node, ("Relu",)):
+                return _Surroundings(beside, rectified=True)
+            if len(readers) != 1 or not is_op(readers[0].node, ("Add",)):
+                break
+            other = next((operand for operand in readers[0].node.input if operand != name), name)
+            if other not in self._constants:
+                if beside is not None or other not in earlier:
+                    break
+                beside = other
+            name = readers[0].node.output[0]
+        return _Surroundings(beside, rectified=False)
+
+    def _substituted(
+        self, binding: Binding, substitute: Substitute
+    ) -> tuple[list[NodeProto], list[TensorProto]]:
+        """The nodes that stand in the place of a layer's, and the tensors that they read."""
+        use, norm = binding.layer.uses[0], binding.layer.batchnorm
+        node = NodeProto()
+        node.CopyFrom(self._steps[use.node].node)
+        node.output[0] = self._steps[_nodes(binding)[-1]].node.output[0]
+        value = viewed(self._walk, self._model, binding.stored)
+        if value is None:  # it was readable when the layer was found
+            raise InputError(
+                f"The weight {binding.stored.source.name!r} changed while it was read: run again."
+            )
+        dtype = dtype_of(self._walk, binding.stored)
+        dense = laid_out(node, use.operand, substitute.weight, value.shape)
+        weight = inline(self._free(f"{node.output[0]}_weight"), dense.astype(dtype))
+        node.input[use.operand] = weight.name
+        numbers = norm.bias if substitute.bias is None and norm is not None else substitute.bias
+        if numbers is None:
+            return [node], [weight]
+        shape = _bias_shape(use, value.shape, binding.layer.f)
+        bias = inline(self._free(f"{node.output[0]}_bias"), numbers.astype(dtype).reshape(shape))
+        return self._biased(node, bias.name), [weight, bias]
+
+    def _biased(self, node: NodeProto, bias: str) -> list[NodeProto]:
+        """Give a node, which it changes, another bias; an Add behind it where it takes none."""
+        if node.op_type in ("MatMul", "Gather"):
+            result, node.output[0] = node.output[0], self._free(f"{node.output[0]}_unbiased")
+            return [node, make_node("Add", [node.output[0], bias], [result])]
+        set_bias(node, bias)
+        return [node]
+
+    def _free(self, name: str) -> str:
+        """A name that the model does not use."""
+        while name in self._names:
+            name += "_"
+        return name
+
+
+def set_bias(node: NodeProto, name: str) -> None:
+    """Have a Conv, ConvTranspose or Gemm, which is changed, add a tensor as it is: without a Gemm's beta."""
+    del node.input[2:]
+    node.input.append(name)
+    kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def laid_out(node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """Lay a canonical weight out as a node reads it: the inverse of `layers.find.canonical_weight`.
+
+    Args:
+        node: A node of a layer.
+        operand: Index of its input that is the weight.
+        canonical: Shape (groups, f / groups, c / groups, *kernel).
+        shape: The operand's shape.
+    """
+    if node.op_type == "Conv":
+        return canonical.reshape(shape)
+    outputs_first = operand == 0 and node.op_type != "Gather"
+    if node.op_type == "Gemm":
+        outputs_first ^= bool(attribute_of(node, "transA" if operand == 0 else "transB", 0))
+    return (canonical if outputs_first else canonical.swapaxes(1, 2)).reshape(shape)
+
+
+def _nodes(binding: Binding) -> tuple[int, ...]:
+    """The nodes of a single-use layer: its own, and that of a folded BatchNorm."""
+    norm = binding.layer.batchnorm
+    return (binding.layer.uses[0].node, *(() if norm is None else (norm.node,)))
+
+
+def _steps(walk: Walk) -> list[_Step]:
+    """The nodes of the main graph with all that they read of it."""
+    reads: list[set[str]] = [set() for _ in walk.scopes[""].nodes]
+    holders: dict[str, int | None] = {}  # the node of the main graph that holds a scope
+    for path, scope in walk.scopes.items():
+        holders[path] = scope.node if scope.parent in ("", None) else holders[scope.parent]
+    for place in walk.places():
+        holder = holders[place.scope] if place.scope else place.node
+        if holder is None:  # a function's body sees its arguments only
+            continue
+        for operand in range(len(walk.node(place).input)):
+            tensor = walk.operand(place, operand)
+            scope_of, name = ("", "") if tensor is None else walk.origin(tensor)
+            if name and not scope_of:
+                reads[holder].add(name)
+    return [_Step(node, names) for node, names in zip(walk.scopes[""].nodes, reads, strict=True)]
+
+
+def _folded(steps: Sequence[_Step], stored: Set[str], layers: Set[int]) -> list[_Step]:
+    """The nodes that compute from constants alone, and the same in every copy, in order."""
+    constants = set(stored)
+    folded = []
+    for index, step in enumerate(steps):
+        node = step.node
+        # Bodies may hold whatever else is random, and so may operators of other domains.
+        is_plain = node.domain in ("", "ai.onnx") and node.op_type not in _RANDOM
+        has_body = any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute)
+        if is_plain and not has_body and index not in layers and step.reads <= constants:
+            constants.update(node.output)
+            folded.append(step)
+    return folded
+
+
+def _outputs(steps: Iterable[_Step]) -> set[str]:
+    return {name for step in steps for name in step.node.output if name}
+
+
+def _slice(steps: Sequence[_Step], wanted: Iterable[str]) -> tuple[list[_Step], set[str]]:
+    """The steps that some tensors need, in order, and the names of all that they read or give."""
+    needed = set(wanted)
+    kept = []
+    for step in reversed(steps):
+        if not needed.isdisjoint(step.node.output):
+            needed |= step.reads
+            kept.append(step)
+    return kept[::-1], needed - {""}
+
+
+def _bias_shape(use: Use, shape: Sequence[int], features: int) -> tuple[int, ...]:
+    """How a bias has to stand so that it spreads over what a node gives.
+
+    Args:
+        use: The node.
+        shape: Shape of its weight as it reads it.
+        features: Number of its output features, f.
+    """
+    if use.op == "Gemm":
+        return (features,) if use.operand == 1 else (features, 1)
+    batch = tuple(shape[:-2]) if use.op == "MatMul" else ()
+    if use.op == "MatMul" and use.operand == 0:
+        if use.rank is None:
+            raise InputError(
+                f"The bias of MatMul {use.name!r} needs an input of known rank: pass --input-shape."
+            )
+        return (*batch, features // prod(batch), 1) if use.rank > 1 else (features,)
+    return (*batch, 1, features // prod(batch)) if batch else (features,)

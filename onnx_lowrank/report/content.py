@@ -1,0 +1,152 @@
+"""The report: everything that a run has to say, without dates and paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from onnx_lowrank.core.factors import Certificate, LayerFit
+from onnx_lowrank.core.layer import Skipped
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
+from onnx_lowrank.core.plan import Budget, Measure, Solver
+from onnx_lowrank.rewrite.merge import Merge
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """An amount in the input model and in the compressed one; None where it is unknown."""
+
+    before: int | None
+    after: int | None
+
+    @property
+    def ratio(self) -> float | None:
+        """What is left of it, 1 for all; None where it is unknown or there was nothing."""
+        return self.after / self.before if self.before and self.after is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Amounts of the whole model, not only of its layers.
+
+    Attributes:
+        params: Parameters.
+        macs: Multiply-accumulates of one run.
+        bytes: Size of the model's file, with its external data.
+        time: Nanoseconds of one run, where latency is the budget: measured, or predicted in a dry run.
+    """
+
+    params: Total
+    macs: Total
+    bytes: Total
+    time: Total | None = None
+
+    def of(self, budget: Budget) -> Total:
+        """What a budget counts."""
+        match budget:
+            case Budget.PARAMS:
+                return self.params
+            case Budget.MACS:
+                return self.macs
+        return self.time or Total(None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One layer.
+
+    Attributes:
+        id: Its id.
+        op: Its operator type.
+        shape: Of the canonical weight: (groups, f / groups, c / groups, *kernel).
+        dtype: Name of the stored dtype.
+        nodes: Names of the nodes that apply it.
+        option: The decomposition; None where the layer is kept.
+        full_rank: The rank at which it would be exact; None where the layer is kept.
+        params: Its parameters, a BatchNorm that is folded in and added biases included.
+        macs: Its multiply-accumulates.
+        error: In the recipe's measure; None where the layer is kept.
+        certificate: Norms of the residual, from the factors as stored.
+        reason: Why it is kept; "" where it is not.
+        fit: How its factors came about; None where that is unknown, or it is kept.
+    """
+
+    id: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    nodes: tuple[str, ...]
+    option: Option | None
+    full_rank: int | None
+    params: Total
+    macs: Total
+    error: float | None = None
+    certificate: Certificate | None = None
+    reason: str = ""
+    fit: LayerFit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that a run has to say.
+
+    Attributes:
+        version: Of this program.
+        model: The input file's name without folder and suffix.
+        sha256: Digest of the input model.
+        recipe: Name of the recipe.
+        measure: The error of an option.
+        budget: What the ratio counts.
+        asked: The ratio asked for.
+        reached: The ratio of the output.
+        solver: How good the plan is; None where an edited plan was replayed.
+        layers: All layers in graph order.
+        skipped: What was left alone.
+        removed_inputs: Graph inputs that went with their initializers.
+        totals: Of the whole model.
+        validation: The comparison; None where none was made.
+        warnings: What the user should know, a sentence each.
+        calibration: What calibration inputs were used for; None where there were none.
+        trials: The plans that were tried on calibration inputs.
+        target_error: The error that the held-out outputs were to keep to, where that was asked for instead
+            of a ratio.
+        target_agreement: The agreement that they were to keep, likewise.
+        timing: How long both models take; None where latency is not the budget.
+        merges: The adjacent operators that were multiplied: what the layers' rows say is of before.
+    """
+
+    version: str
+    model: str
+    sha256: str
+    recipe: str
+    measure: Measure
+    budget: Budget
+    asked: float
+    reached: float
+    solver: Solver | None
+    layers: tuple[LayerRow, ...]
+    skipped: tuple[Skipped, ...]
+    removed_inputs: tuple[str, ...]
+    totals: Totals
+    validation: Validation | None = None
+    warnings: tuple[str, ...] = ()
+    calibration: Calibrated | None = None
+    trials: tuple[Trial, ...] = ()
+    target_error: float | None = None
+    target_agreement: float | None = None
+    timing: Timing | None = None
+    merges: tuple[Merge, ...] = ()
+
+    def table(self, console: Console | None = None) -> None:
+        """Print the report, by default on stdout."""
+        from onnx_lowrank.report import terminal
+
+        terminal.show(self, console or Console())
+
+    def to_json(self) -> str:
+        """The whole report as JSON text; see `onnx_lowrank.report.as_json` for the keys."""
+        from onnx_lowrank.report import as_json as json
+
+        return json.dumps(self)

@@ -1,0 +1,146 @@
+"""The table of layers, in the layout that fits the console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from decimal import ROUND_CEILING, Context
+
+from onnx_lowrank.core.factors import LayerFit
+from onnx_lowrank.core.outcome import LayerTime
+from onnx_lowrank.core.plan import Measure
+from onnx_lowrank.report import words
+from onnx_lowrank.report.content import LayerRow, Report, Total
+from onnx_lowrank.report.page import Column, Page
+
+_ID_ROOM = 16
+_COMPACT = frozenset(("operator", "weight"))
+_HELD, _MEASURED = "held-out", "measured"
+_TIME, _PREDICTED = "time alone", "predicted"
+_FITTED = frozenset(("fit", _HELD, _MEASURED))
+_MEANING = {
+    Measure.ACTIVATION: (
+        "‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from calibration inputs, with a ridge for what "
+        "they do not show"
+    ),
+    Measure.OUTPUT: (
+        "what the layer alone is predicted to add to the square of the output error, before any recovery"
+    ),
+}
+# How numbers are written and which columns are left out, the most telling layout first.
+_LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
+    (words.exact, frozenset()),
+    (words.short, frozenset()),
+    (words.short, frozenset(("operator",))),
+    (words.short, _COMPACT),
+    (words.short, _COMPACT | {_PREDICTED}),
+    (words.short, _COMPACT | {_PREDICTED, "bound"}),
+    (words.short, _COMPACT | {_PREDICTED, "bound", "fit"}),
+    (words.short, _COMPACT | {_PREDICTED, "bound", "fit", "fold", "k"}),
+    (words.short, _COMPACT | {_PREDICTED, "bound", "fold", "k"} | _FITTED),
+    (words.short, _COMPACT | {_PREDICTED, _TIME, "bound", "fold", "k"} | _FITTED),
+)
+
+
+def show(report: Report, page: Page) -> None:
+    """Print the table in the most telling layout that leaves enough room for the ids, and its legend."""
+    ids = [row.id for row in report.layers]
+    enough = min(_ID_ROOM, max(map(len, ids)))
+    for number, left_out in _LAYOUTS:
+        columns = [column for column in _columns(report, number) if column.header not in left_out]
+        room = page.room(columns)
+        if room >= enough:
+            break
+    layer = Column("layer", words.distinct(ids, max(room, 5)))
+    page.table([layer, *columns], ["" if row.option else "dim" for row in report.layers])
+    for line in _legend(report, {column.header for column in columns}):
+        page.line(line, style="dim")
+
+
+def _legend(report: Report, shown: Container[str]) -> Iterator[str]:
+    """What the columns mean that do not say it themselves."""
+    yield f"error: {report.measure}, {_MEANING.get(report.measure, 'as the recipe scores it')}."
+    if "bound" in shown:
+        yield "bound: certified ‖W − Ŵ‖/‖W‖, spectral norm, of the factors as stored."
+    if _TIME in shown:
+        yield "time alone: of the layer and of its chain, outside the model, measured as the model is."
+    if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report)):
+        yield "fit: recovered factors make up for the errors of the layers before them."
+    for header, which in ((_HELD, "held-out"), (_MEASURED, "the")):
+        if header in shown:
+            yield (
+                f"{header}: ‖y − ŷ‖²/‖y‖² of the layer's output y on {which} calibration inputs; about the "
+                "mean where the layer's bias keeps that."
+            )
+
+
+def _columns(report: Report, number: Callable[[int | None], str]) -> list[Column]:
+    rows = report.layers
+    folds, ks, ranks = zip(*(_option(row) for row in rows), strict=True)
+    columns = [
+        Column("operator", tuple(row.op for row in rows)),
+        Column("weight", tuple(_shape(row) for row in rows)),
+        Column("fold", folds),
+        Column("k", ks, "right"),
+        Column("rank", ranks, "right"),
+        Column("parameters", tuple(_change(row.params, number) for row in rows), "right"),
+        Column("error", tuple(words.error(row.error) for row in rows), "right"),
+        Column("bound", tuple(_bound(row) for row in rows), "right"),
+    ]
+    if report.timing is not None and report.timing.layers:
+        times = [report.timing.layers.get(row.id) for row in rows]
+        columns.append(Column(_TIME, tuple(map(_faster, times)), "right"))
+        columns.append(Column(_PREDICTED, tuple(map(_expected, times)), "right"))
+    fits = _fits(report)
+    if any(fits):
+        columns.append(Column("fit", tuple(map(_fit, fits))))
+    if any(fit and fit.error is not None for fit in fits):
+        errors = tuple(words.percent(fit.error if fit else None) for fit in fits)
+        columns.append(Column(_lost(report), errors, "right"))
+    return columns
+
+
+def _fits(report: Report) -> tuple[LayerFit | None, ...]:
+    """How the factors of every layer came about, where there was more than one way."""
+    return tuple(None if report.calibration is None else row.fit for row in report.layers)
+
+
+def _lost(report: Report) -> str:
+    """What to call the error that was measured on calibration inputs."""
+    return _HELD if report.calibration is not None and report.calibration.held else _MEASURED
+
+
+def _shape(row: LayerRow) -> str:
+    groups, *dims = row.shape
+    return (f"{groups}·" if groups > 1 else "") + "×".join(map(str, dims))
+
+
+def _option(row: LayerRow) -> tuple[str, str, str]:
+    if row.option is None:
+        return "keep", "–", "–"
+    return row.option.fold.value, str(row.option.k), f"{row.option.j} of {row.full_rank}"
+
+
+def _change(total: Total, number: Callable[[int | None], str]) -> str:
+    before, after = number(total.before), number(total.after)
+    return before if total.before == total.after else f"{before}→{after}"
+
+
+def _bound(row: LayerRow) -> str:
+    """The certified spectral norm of the residual, the worst of the groups; never rounded down."""
+    if row.certificate is None:
+        return "–"
+    worst = max(row.certificate.spectral, default=0.0)
+    digits = 3 if worst >= 1e-3 else 2
+    return words.number(float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(worst))))
+
+
+def _faster(time: LayerTime | None) -> str:
+    return "–" if time is None else f"{words.time(time.before)}→{words.time(time.after)}"
+
+
+def _expected(time: LayerTime | None) -> str:
+    return "–" if time is None or time.predicted is None else words.time(time.predicted)
+
+
+def _fit(fit: LayerFit | None) -> str:
+    return "–" if fit is None else "recovered" if fit.recovered else fit.fit.value

@@ -1,0 +1,1 @@
+"""Writing factors into a copy of a model."""

@@ -1,0 +1,156 @@
+"""What changes in a model: planned in all its scopes, then applied to one copy of it.
+
+Rules:
+
+1. New tensors live where another one lives (initializer or Constant node), under new names that collide
+   with nothing. Before IR 4 an initializer would have to be an input of the graph, so there they are
+   Constant nodes.
+2. What has lost all its readers goes with its views, its graph input, its value_info and its
+   quantization annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto
+
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.scopes import Scope, scopes
+from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op
+from onnx_lowrank.graph.weights import VIEWS, Source
+
+Store = Callable[[str, NDArray[Any]], TensorProto]
+"""Makes a tensor of a name and an array; big models put its bytes on disk."""
+
+
+@dataclass(slots=True)
+class Edit:
+    """What changes in one scope: nodes by index of the original, and tensors.
+
+    Attributes:
+        before: New nodes, by the node before which they stand.
+        deleted: The nodes that go.
+        repointed: New inputs of nodes that stay, by node and operand.
+        forgotten: Names of the tensors that go, with all that is said about them.
+        initializers: New ones.
+    """
+
+    before: dict[int, list[NodeProto]] = field(default_factory=dict)
+    deleted: set[int] = field(default_factory=set)
+    repointed: dict[tuple[int, int], str] = field(default_factory=dict)
+    forgotten: set[str] = field(default_factory=set)
+    initializers: list[TensorProto] = field(default_factory=list)
+
+
+class Edits:
+    """The edits of all scopes of a model.
+
+    Attributes:
+        scopes: They, by the path of their scope.
+        unique: Makes a free name of one that may be taken.
+    """
+
+    def __init__(self, model: Model, walk: Walk, store: Store) -> None:
+        """Plan nothing yet.
+
+        Args:
+            model: The model; it is not changed.
+            walk: Its walk.
+            store: Makes the new tensors.
+        """
+        self.scopes: dict[str, Edit] = {path: Edit() for path in walk.scopes}
+        self.unique = FreeNames(walk).unique
+        self._model = model
+        self._walk = walk
+        self._store = store
+        self._unreads: dict[tuple[Place, int], Any] = {}
+
+    def keep(self, beside: Source, name: str, values: NDArray[Any]) -> str:
+        """Store a new tensor where another one is stored (rule 1); returns its name."""
+        edit = self.scopes[beside.scope]
+        tensor = self._store(self.unique(name), values)
+        if beside.place is None and self._model.proto.ir_version >= 4:
+            edit.initializers.append(tensor)
+        else:
+            node = onnx.helper.make_node(
+                "Constant", [], [tensor.name], self.unique(f"{tensor.name}/constant")
+            )
+            node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
+            index = 0 if beside.place is None else beside.place.node
+            edit.before.setdefault(index, []).append(node)
+        return tensor.name
+
+    def unread(self, place: Place, operand: int) -> None:
+        """Note that a node does not read a tensor any more."""
+        tensor = self._walk.operand(place, operand)
+        if tensor is not None:
+            self._unreads[place, operand] = tensor
+
+    def _bury(self) -> tuple[str, ...]:
+        """Take out what has lost all its readers (rule 2); returns the graph inputs that go with it."""
+        removed = []
+        pending = list(self._unreads.values())
+        buried: set[tuple[str, str]] = set()
+        while pending:
+            tensor = pending.pop()
+            scope, name = key = self._walk.origin(tensor)
+            place = self._walk.producer(tensor)
+            is_kept = self._walk.is_output(tensor) or any(
+                read not in self._unreads for read in self._walk.consumers(tensor)
+            )
+            if is_kept or key in buried:
+                continue
+            if place is None and key in self._walk.initializers:
+                removed += [v.name for v in self._model.proto.graph.input if not scope and v.name == name]
+            elif place is None or not is_op(self._walk.node(place), VIEWS | {"Constant"}):
+                continue
+            else:
+                self.scopes[scope].deleted.add(place.node)
+                for index in range(len(self._walk.node(place).input)):
+                    operand = self._walk.operand(place, index)
+                    if operand is not None:
+                        self._unreads[place, index] = operand
+                        pending.append(operand)
+            buried.add(key)
+            self.scopes[scope].forgotten.add(name)
+        return tuple(sorted(removed))
+
+    def apply(self) -> tuple[ModelProto, tuple[str, ...]]:
+        """Apply all edits to a copy of the model; returns it and the graph inputs that are gone."""
+        removed = self._bury()
+        proto = ModelProto()
+        proto.CopyFrom(self._model.proto)
+        _drop(proto.graph.input, lambda value: value.name in removed)
+        # Inner scopes before the ones that hold them, so that no path changes before its turn.
+        for scope in reversed(list(scopes(proto))):
+            _apply(self.scopes[scope.path], scope)
+        return proto, removed
+
+
+def _apply(edit: Edit, scope: Scope) -> None:
+    """Change one scope in place."""
+    body: Any = scope.graph or scope.function
+    for (index, operand), name in edit.repointed.items():
+        body.node[index].input[operand] = name
+    for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
+        if index in edit.deleted:
+            del body.node[index]
+        for node in reversed(edit.before.get(index, [])):
+            body.node.insert(index, node)
+    _drop(body.value_info, lambda value: value.name in edit.forgotten)
+    if scope.graph is not None:
+        _drop(scope.graph.initializer, lambda tensor: tensor.name in edit.forgotten)
+        _drop(scope.graph.quantization_annotation, lambda note: note.tensor_name in edit.forgotten)
+        scope.graph.initializer.extend(edit.initializers)
+
+
+def _drop(messages: Any, is_dead: Callable[[Any], bool]) -> None:
+    """Delete from a repeated field in place."""
+    for index in range(len(messages) - 1, -1, -1):
+        if is_dead(messages[index]):
+            del messages[index]

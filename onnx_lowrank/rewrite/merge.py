@@ -1,0 +1,483 @@
+"""Two adjacent linear operators -> one, where that is smaller.
+
+What the decoder of a chain gives is often read by another linear operator alone: by the encoder of the
+next chain, or by an operator that was kept. Two matrices with nothing between them are one. Rules:
+
+1. A and B are two operators of one scope, and all that becomes of A's output is that B reads it, once, as
+   its data; an Add may stand behind a MatMul on the right if its constant has at most one axis, and counts
+   as its bias. At least one of them belongs to a chain, and they are not both factors of one layer: these
+   the plan has put apart. A node counts as a chain's if no other node has its name. Neither is one that
+   the user wants left alone.
+2. Their weights are constants (initializers or Constant nodes) that only they need, as are the biases that
+   change. They have the same float dtype, and no view stands between them and their nodes.
+3. Conv → Conv, of one group: where B is 1×1 without strides or pads, the product is W_B W_A under A's
+   geometry. Where A is, it is Σ_m W_B[f, m, …] W_A[m, c] under B's geometry; then A may have a bias only
+   if B pads nothing (a padded zero is none of A's), and B's output must not be larger than its input, or
+   the product could be evaluated at more positions than A was.
+4. MatMul and Gemm → MatMul or Gemm, the weights being matrices on the same side and the data not
+   transposed: the product is W_B W_A, as maps from inputs to outputs, with A's alpha; B's alpha, beta
+   and layout stay. A MatMul behind a Gemm with a C becomes a Gemm, unless it has an Add.
+5. A's bias goes through B into a new one: W_B b_A + b_B, summed over B's kernel. A Gemm's C, A's and B's, has
+   to have at most one value per feature for that, and beta is in the new one. Where A has none, B's
+   stays as it is, whatever it is. Where neither B nor an Add behind it takes a bias, A's Add goes there.
+6. The product has fewer elements than both weights, and with the biases, too, fewer parameters are left: both
+   parameters and MACs fall. It is computed in float64 and rounded once; what is not finite in the stored
+   dtype is not made.
+7. The product stands where B's weight stood. The node keeps B's name, doc string, metadata, output and
+   place, and takes A's metadata as far as it has no entry under the same key. A goes, with both weights and
+   all that is said about them.
+8. Whatever saves most goes first, then what stands first; again, until nothing merges.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto
+from threadpoolctl import threadpool_limits
+
+from onnx_lowrank.files.load import array
+from onnx_lowrank.files.tensors import inline
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
+from onnx_lowrank.graph.weights import Source, resolve
+from onnx_lowrank.layers.bias import is_own
+from onnx_lowrank.layers.find import canonical_weight
+from onnx_lowrank.operators.chains import is_pointwise, spatial
+from onnx_lowrank.rewrite.edits import Edits, Store
+from onnx_lowrank.rewrite.replace import Rewritten
+
+_MATRICES = ("MatMul", "Gemm")
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Two nodes that became one.
+
+    Attributes:
+        first: Name of the node that is gone; a nameless one goes by its output.
+        second: Name of the node behind it, which computes both now.
+        layers: The layers of whose chains either was a part, sorted.
+        elements: Elements of the first one's weight, of the second one's, and of their product, which is
+            evaluated where the second one was.
+        saved: Parameters saved, biases included.
+    """
+
+    first: str
+    second: str
+    layers: tuple[str, ...]
+    elements: tuple[int, int, int]
+    saved: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """A linear operator with a weight of its own.
+
+    Attributes:
+        place: Its place.
+        node: Its proto.
+        side: The operand that is its weight.
+        weight: Where its weight is.
+        shape: Shape of the weight as a map: (f, c, *kernel).
+        bias: The node and the operand that read its bias, if it has one.
+    """
+
+    place: Place
+    node: NodeProto
+    side: int
+    weight: Source
+    shape: tuple[int, ...]
+    bias: tuple[Place, int] | None
+
+    @property
+    def data(self) -> int:
+        """The operand that is no constant."""
+        return 1 - self.side
+
+    @property
+    def adder(self) -> Place | None:
+        """The Add behind it that adds its bias."""
+        return None if self.bias is None or self.bias[0] == self.place else self.bias[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two operators that can become one.
+
+    Attributes:
+        first: A.
+        second: B.
+        shape: Shape of the product: (f, c, *kernel).
+        biases: Where A's bias is, and B's; the latter only where A has one, otherwise it stays.
+        saved: Parameters saved.
+    """
+
+    first: _Operator
+    second: _Operator
+    shape: tuple[int, ...]
+    biases: tuple[Source | None, Source | None]
+    saved: int
+
+
+def merge(
+    rewritten: Rewritten, store: Store = inline, spared: Collection[tuple[str, str]] = ()
+) -> tuple[Rewritten, tuple[Merge, ...]]:
+    """Multiply adjacent linear operators where that makes them smaller.
+
+    Args:
+        rewritten: A model and its chains; it is not changed. Its files have what `store` has written.
+        store: Makes the new tensors.
+        spared: Scope and name of the nodes to leave alone.
+
+    Returns:
+        The model, in whose chains a product stands for every node that went into it, and what was merged,
+        in this order. A model in which nothing merges is the same object.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    made: list[Merge] = []
+    while True:
+        step = _Round(rewritten, store, {merged.second for merged in made}, spared)
+        # One thread, so that sums have the same order on every machine.
+        with threadpool_limits(limits=1, user_api="blas"):
+            found = step.run()
+        if not found:
+            return rewritten, tuple(made)
+        made += found
+        rewritten = step.finish()
+
+
+class _Round:
+    """Merges pairs that have no node in common, all in one copy of a model."""
+
+    def __init__(
+        self, rewritten: Rewritten, store: Store, merged: set[str], spared: Collection[tuple[str, str]]
+    ) -> None:
+        """Walk a model.
+
+        Args:
+            rewritten: The model.
+            store: Makes the new tensors.
+            merged: Names of the nodes that are products already.
+            spared: Scope and name of the nodes to leave alone.
+        """
+        self._rewritten = rewritten
+        self._model = rewritten.model
+        self._merged = merged
+        self._spared = spared
+        self._walk = Walk(self._model.proto)
+        self._owners = _owners(self._walk, rewritten.chains)
+        self._edits = Edits(self._model, self._walk, store)
+        self._renamed: dict[str, str] = {}
+
+    def run(self) -> list[Merge]:
+        """Plan all merges of this round, those that save most first (rule 8)."""
+        found: list[Merge] = []
+        busy: set[Place] = set()
+        for pair in sorted(self._pairs(), key=lambda pair: (-pair.saved, pair.first.place)):
+            places = {pair.first.place, pair.second.place}
+            numbers = None if places & busy else self._numbers(pair)
+            if numbers is not None:
+                busy |= places
+                found.append(self._replace(pair, *numbers))
+        return found
+
+    def finish(self) -> Rewritten:
+        """Apply what was planned; returns the new model with its chains."""
+        proto, removed = self._edits.apply()
+        chains = {
+            layer: tuple(
+                tuple(dict.fromkeys(self._renamed.get(name, name) for name in chain)) for chain in uses
+            )
+            for layer, uses in self._rewritten.chains.items()
+        }
+        removed = tuple(sorted((*self._rewritten.removed_inputs, *removed)))
+        return Rewritten(replace(self._model, proto=proto, path=None), chains, removed)
+
+    # --- finding ----------------------------------------------------------------------------------
+
+    def _pairs(self) -> Iterator[_Pair]:
+        """Every pair that the rules allow, whatever its numbers are."""
+        for first in self._walk.places():
+            adder = self._adder(first)
+            read = self._only_reader(first if adder is None else adder[0])
+            if read is None:
+                continue
+            second, operand = read
+            kinds = [self._walk.node(place) for place in (first, second)]
+            if all(is_op(node, ("Conv",)) for node in kinds):
+                is_data = operand == 0
+            else:
+                is_data = operand < 2 and all(is_op(node, _MATRICES) for node in kinds)
+            # What is added to a MatMul on the left lies along another axis.
+            if not is_data or (adder is not None and operand) or not self._is_wanted(first, second):
+                continue
+            operators = [self._operator(place, 1 - operand) for place in (first, second)]
+            if operators[0] is not None and operators[1] is not None:
+                pair = self._pair(operators[0], operators[1])
+                if pair is not None:
+                    yield pair
+
+    def _only_reader(self, place: Place) -> tuple[Place, int] | None:
+        """Rule 1: the operator of the same scope, and its operand, that alone reads what a node gives."""
+        result = self._walk.result(place)
+        reads = [] if result is None or self._walk.is_output(result) else self._walk.consumers(result)
+        if len(reads) != 1 or reads[0][0].scope != place.scope:
+            return None
+        return reads[0]
+
+    def _adder(self, place: Place) -> tuple[Place, int] | None:
+        """Rule 1: the Add behind a MatMul, and the operand by which it adds a constant of its own."""
+        if not is_op(self._walk.node(place), ("MatMul",)) or self._walk.opsets[place.scope] < 7:
+            return None
+        read = self._only_reader(place)
+        if read is None or not is_op(self._walk.node(read[0]), ("Add",)):
+            return None
+        adder, operand = read
+        source = self._own(adder, 1 - operand)
+        return None if source is None or len(source.tensor.dims) > 1 else (adder, 1 - operand)
+
+    def _is_wanted(self, first: Place, second: Place) -> bool:
+        """Rule 1: whether two nodes are a chain's, none is spared, and they are not one layer's factors."""
+        if any((place.scope, label(self._walk.node(place))) in self._spared for place in (first, second)):
+            return False
+        layers = [self._owners.get(place, frozenset()) for place in (first, second)]
+        are_factors = layers[0] == layers[1] and not any(
+            self._walk.node(place).name in self._merged for place in (first, second)
+        )
+        return any(layers) and not are_factors
+
+    def _operator(self, place: Place, side: int) -> _Operator | None:
+        """Rules 2 to 4 for one node: None where its weight is not its own, or it has several groups."""
+        node = self._walk.node(place)
+        is_complete = self._walk.operand(place, 1 - side) is not None
+        if not is_complete or any(attribute.ref_attr_name for attribute in node.attribute):
+            return None
+        weight = self._own(place, side)
+        if weight is None or (node.op_type != "Conv" and len(weight.tensor.dims) != 2):
+            return None
+        # What is on the left is transposed by transA, what is on the right by transB.
+        if node.op_type == "Gemm" and attribute_of(node, "transA" if side else "transB", 0):
+            return None
+        maps = canonical_weight(node, side, array(self._model, weight.tensor))
+        if isinstance(maps, str) or len(maps) > 1:
+            return None
+        adder = self._adder(place) if side else None
+        has_bias = self._walk.operand(place, 2) is not None
+        return _Operator(place, node, side, weight, maps.shape[1:], (place, 2) if has_bias else adder)
+
+    def _own(self, place: Place, operand: int) -> Source | None:
+        """Rule 2: an operand that is a constant without views, which nothing else needs."""
+        stored = resolve(self._walk, self._walk.operand(place, operand))
+        if isinstance(stored, str) or stored.views:
+            return None
+        own = is_own(self._model, self._walk, stored.source, place, operand)
+        return stored.source if own else None
+
+    def _pair(self, first: _Operator, second: _Operator) -> _Pair | None:
+        """Rules 2 to 6, but for the numbers."""
+        shape = _shape(first, second)
+        if shape is None or prod(shape) >= prod(first.shape) + prod(second.shape):
+            return None
+        biases = self._biases(first, second)
+        if biases is None:
+            return None
+        parts = [source for source in (first.weight, second.weight, *biases) if source is not None]
+        before = sum(prod(source.tensor.dims) for source in parts)
+        after = prod(shape) + (0 if biases[0] is None else shape[0])
+        if len({source.tensor.data_type for source in parts}) > 1 or after >= before:
+            return None
+        return _Pair(first, second, shape, biases, before - after)
+
+    def _biases(self, first: _Operator, second: _Operator) -> tuple[Source | None, Source | None] | None:
+        """Rule 5: where the biases are that become one, none where A has none; None where they cannot."""
+        if first.bias is None:
+            return None, None
+        if first.node.op_type == "Conv":
+            if not is_pointwise(second.node, second.shape[2:]) and not _pads_nothing(second.node):
+                return None
+        elif self._walk.opsets[first.place.scope] < 7:  # Gemm had its own rules of broadcasting
+            return None
+        found: list[Source | None] = []
+        for operator in (first, second):
+            source = None if operator.bias is None else self._own(*operator.bias)
+            if operator.bias and (source is None or not _is_per_feature(source.tensor.dims, operator)):
+                return None
+            found.append(source)
+        return found[0], found[1]
+
+    # --- making -----------------------------------------------------------------------------------
+
+    def _numbers(self, pair: _Pair) -> tuple[NDArray[Any], NDArray[Any] | None] | None:
+        """The product and the new bias as stored; None where they are not finite (rule 6)."""
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(pair.second.weight.tensor.data_type))
+        with np.errstate(all="ignore"):
+            weight, new_bias = self._laid_out(pair)
+            numbers = weight.astype(dtype), None if new_bias is None else new_bias.astype(dtype)
+        return numbers if all(n is None or np.isfinite(n).all() for n in numbers) else None
+
+    def _laid_out(self, pair: _Pair) -> tuple[_Array, _Array | None]:
+        """The product as B reads its weight, and the new bias as B reads that."""
+        first, second = pair.first, pair.second
+        weight = _product(self._map(first), self._map(second)) * _scalar(first, "alpha")
+        vector = None
+        if pair.biases[0] is not None:
+            summed = self._map(second).reshape(*second.shape[:2], -1).sum(2)
+            vector = _scalar(second, "alpha") * (summed @ self._vector(first, pair.biases[0]))
+            if pair.biases[1] is not None:
+                vector += self._vector(second, pair.biases[1])
+            vector = vector if second.side else vector[:, None]
+        transposes = second.side != bool(attribute_of(second.node, "transB" if second.side else "transA", 0))
+        return (weight.T if second.node.op_type in _MATRICES and transposes else weight), vector
+
+    def _map(self, operator: _Operator) -> _Array:
+        """A weight as a map (f, c, *kernel)."""
+        value = array(self._model, operator.weight.tensor)
+        maps: Any = canonical_weight(operator.node, operator.side, value)
+        return np.asarray(maps[0], np.float64)
+
+    def _vector(self, operator: _Operator, source: Source) -> _Array:
+        """What an operator adds to each of its features, a Gemm's beta included."""
+        value = np.asarray(array(self._model, source.tensor), np.float64)
+        return _scalar(operator, "beta") * np.broadcast_to(value.ravel(), operator.shape[:1])
+
+    def _replace(self, pair: _Pair, weight: NDArray[Any], new_bias: NDArray[Any] | None) -> Merge:
+        """Plan the edits for one pair (rule 7)."""
+        first, second, edits = pair.first, pair.second, self._edits
+        node = NodeProto()
+        node.CopyFrom(second.node)
+        node.name = node.name or edits.unique(f"{label(node)}/merged")
+        node.input[second.data] = first.node.input[first.data]
+        node.input[second.side] = edits.keep(second.weight, f"{second.weight.name}_merged", weight)
+        if node.op_type == "Conv" and is_pointwise(second.node, second.shape[2:]):
+            _set_attributes(node, first.node)
+        made = [node]
+        if new_bias is not None:
+            made += self._put_bias(pair, node, new_bias)
+        keys = {entry.key for entry in node.metadata_props}
+        node.metadata_props.extend(entry for entry in first.node.metadata_props if entry.key not in keys)
+        for operator in (first, second):
+            edits.unread(operator.place, operator.side)
+        if first.bias is not None:
+            edits.unread(*first.bias)
+        edit = edits.scopes[second.place.scope]
+        edit.before.setdefault(second.place.node, []).extend(made)
+        gone = [first.place] if first.adder is None else [first.place, first.adder]
+        edit.deleted |= {place.node for place in (*gone, second.place)}
+        edit.forgotten |= {self._walk.node(place).output[0] for place in gone}
+        return self._merge(pair, node.name)
+
+    def _put_bias(self, pair: _Pair, node: NodeProto, new_bias: NDArray[Any]) -> list[NodeProto]:
+        """Add the new bias to the product (rule 5); returns the nodes that are new behind it."""
+        first, second, edits = pair.first, pair.second, self._edits
+        name = edits.keep(second.weight, f"{label(node)}_merged_bias", new_bias)
+        if second.bias is not None:
+            edits.unread(*second.bias)
+        if second.bias is not None and second.adder is not None:
+            edits.scopes[second.place.scope].repointed[second.adder.node, second.bias[1]] = name
+            return []
+        if first.adder is not None and node.op_type == "MatMul":
+            add = NodeProto()
+            add.CopyFrom(self._walk.node(first.adder))
+            add.output[0] = node.output[0]
+            node.output[0] = edits.unique(f"{add.output[0]}_merged")
+            add.input[:] = [node.output[0], name]
+            return [add]
+        node.op_type = "Gemm" if node.op_type == "MatMul" else node.op_type
+        del node.input[2:]
+        node.input.append(name)
+        _set_attributes(node, node, without=("beta",))
+        return []
+
+    def _merge(self, pair: _Pair, name: str) -> Merge:
+        """Say what was merged into a node of this name, in the chains, too."""
+        first, second = pair.first, pair.second
+        layers = [self._owners.get(operator.place, frozenset()) for operator in (first, second)]
+        if layers[0]:
+            self._renamed[first.node.name] = name
+        elements = prod(first.shape), prod(second.shape), prod(pair.shape)
+        return Merge(label(first.node), name, tuple(sorted(layers[0] | layers[1])), elements, pair.saved)
+
+
+def _owners(walk: Walk, chains: Mapping[str, tuple[tuple[str, ...], ...]]) -> dict[Place, frozenset[str]]:
+    """The layers of whose chains a node is a part (rule 1), for every node that is in some."""
+    layers: dict[str, set[str]] = defaultdict(set)
+    for layer, uses in chains.items():
+        for chain in uses:
+            for name in chain:
+                layers[name].add(layer)
+    names = {place: walk.node(place).name for place in walk.places()}
+    bearers = Counter(names.values())
+    return {
+        place: frozenset(layers[name])
+        for place, name in names.items()
+        if name in layers and bearers[name] == 1
+    }
+
+
+def _shape(first: _Operator, second: _Operator) -> tuple[int, ...] | None:
+    """Rules 3 and 4: the shape of the product; None where there is none."""
+    (m, c, *inner), (f, width, *outer) = first.shape, second.shape
+    if width != m or len(inner) != len(outer):
+        return None
+    if first.node.op_type != "Conv" or is_pointwise(second.node, second.shape[2:]):
+        return f, c, *inner
+    return (f, c, *outer) if is_pointwise(first.node, first.shape[2:]) and not _grows(second) else None
+
+
+def _product(first: _Array, second: _Array) -> _Array:
+    """Two maps (f, c, *kernel), one of whose kernels is 1×1, as one."""
+    kernel = first.shape[2:] if prod(second.shape[2:]) == 1 else second.shape[2:]
+    (m, c), f = first.shape[:2], second.shape[0]
+    if prod(second.shape[2:]) == 1:
+        return (second.reshape(f, m) @ first.reshape(m, -1)).reshape(f, c, *kernel)
+    offsets = np.moveaxis(second.reshape(f, m, -1), 2, 0)
+    return np.moveaxis(offsets @ first.reshape(m, c), 0, 2).reshape(f, c, *kernel)
+
+
+def _grows(conv: _Operator) -> bool:
+    """Whether a Conv pads so much that it could have more outputs than inputs along some axis."""
+    kernel, pads = conv.shape[2:], spatial(conv.node, "pads")
+    dilations = spatial(conv.node, "dilations") or [1] * len(kernel)
+    around = zip(pads[: len(kernel)], pads[len(kernel) :], kernel, dilations, strict=True) if pads else ()
+    return any(begin + end > (size - 1) * dilation for begin, end, size, dilation in around)
+
+
+def _pads_nothing(node: NodeProto) -> bool:
+    return attribute_of(node, "auto_pad", "NOTSET") in ("", "NOTSET", "VALID") and not any(
+        spatial(node, "pads")
+    )
+
+
+def _is_per_feature(dims: Any, operator: _Operator) -> bool:
+    """Whether a bias has one value for every output feature, or one for all, along their axis."""
+    f, shape = operator.shape[0], tuple(dims)
+    if operator.node.op_type == "Conv":
+        return shape == (f,)
+    along = (1, f) if operator.side else (f, 1)
+    try:
+        return np.broadcast_shapes(shape, along) == along
+    except ValueError:
+        return False
+
+
+def _scalar(operator: _Operator, name: str) -> float:
+    """A Gemm's alpha or beta; others have none."""
+    return float(attribute_of(operator.node, name, 1.0)) if operator.node.op_type == "Gemm" else 1.0
+
+
+def _set_attributes(node: NodeProto, source: NodeProto, without: tuple[str, ...] = ()) -> None:
+    """Give a node the attributes of another one, or its own, but for some."""
+    kept = [attribute for attribute in source.attribute if attribute.name not in without]
+    copies = [onnx.AttributeProto.FromString(attribute.SerializeToString()) for attribute in kept]
+    del node.attribute[:]
+    node.attribute.extend(copies)

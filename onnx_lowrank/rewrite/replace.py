@@ -1,0 +1,256 @@
+"""Layers and their factors -> a new model, in which nothing else has changed.
+
+Rules:
+
+1. The new proto is a copy of the input's; only nodes that the plan names are taken out, and their
+   chains stand in their places. The last node of a chain keeps the node's name, doc string,
+   metadata and output.
+2. Factors live where the weight lived (initializer or Constant node), in its dtype, under new names
+   that collide with nothing. Before IR 4 an initializer would have to be an input of the graph, so
+   there they are Constant nodes.
+3. What only rewritten nodes read goes with them: the weight, its views, a folded BatchNorm's
+   parameters, an old bias, their graph inputs, value_info and quantization annotations.
+   A new bias takes the place of the old one, in its shape; a Gemm's beta is in it and goes.
+4. Every new node (from IR 10 on) and the model say in their metadata what was done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto
+
+from onnx_lowrank.core.factors import Certificate, Factors
+from onnx_lowrank.core.layer import Layer, Use
+from onnx_lowrank.core.option import Lowering, Option
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.tensors import inline
+from onnx_lowrank.graph.walk import Place, Walk, label
+from onnx_lowrank.graph.weights import dtype_of, viewed
+from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.operators.chains import (
+    Fragment,
+    Operands,
+    convolution,
+    convolution_layout,
+    matrix,
+    matrix_layout,
+)
+from onnx_lowrank.rewrite.edits import Edits, Store
+
+METADATA = "onnx_lowrank"
+"""Prefix of the keys in metadata_props."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One layer of the plan, ready to be written.
+
+    Attributes:
+        binding: The layer and where it lives.
+        option: Its option.
+        factors: Its factors as stored: in the weight's dtype.
+        certificate: What they were proved to be.
+        bias: What to add to the output features in place of `bias(model, walk, binding).values`, shape
+            (f,), float64 or any float dtype; None leaves the bias as it is.
+    """
+
+    binding: Binding
+    option: Option
+    factors: Factors
+    certificate: Certificate
+    bias: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """The new model, and what became of the old one's parts.
+
+    Attributes:
+        model: The new model.
+        chains: For each layer and each of its uses, the names of the chain's nodes, in order.
+        removed_inputs: Graph inputs that went with their initializers.
+    """
+
+    model: Model
+    chains: Mapping[str, tuple[tuple[str, ...], ...]]
+    removed_inputs: tuple[str, ...]
+
+
+def rewrite(
+    model: Model,
+    walk: Walk,
+    replacements: Iterable[Replacement],
+    run: Mapping[str, str],
+    store: Store = inline,
+) -> Rewritten:
+    """Replace layers by their chains.
+
+    Args:
+        model: The input model; it is not changed.
+        walk: Its walk.
+        replacements: The layers to replace, with their factors; consumed one by one, so that a
+            generator never has more than one layer's factors in memory beside the stored ones.
+        run: What made the factors; it goes into the model's metadata_props as JSON, as do the option
+            and the certificate of every layer.
+        store: Makes the new tensors.
+
+    Raises:
+        InputError: A replacement has a bias where its layer has none that could be changed, or one that
+            its dtype cannot hold.
+    """
+    writer = _Writer(model, walk, store)
+    for replacement in replacements:
+        writer.replace(replacement)
+    proto, removed = writer.edits.apply()
+    if writer.proofs:
+        _add_metadata(proto, "run", json.dumps(dict(run)))
+        _add_metadata(proto, "layers", json.dumps(writer.proofs, ensure_ascii=False))
+    return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed)
+
+
+class _Writer:
+    """Plans the edits of all scopes."""
+
+    def __init__(self, model: Model, walk: Walk, store: Store) -> None:
+        self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
+        self.proofs: dict[str, dict[str, Any]] = {}
+        self._model = model
+        self._walk = walk
+        self.edits = Edits(model, walk, store)
+
+    def replace(self, replacement: Replacement) -> None:
+        """Plan the edits for one layer."""
+        binding, layer = replacement.binding, replacement.binding.layer
+        nodes = [self._walk.node(Place(use.scope, use.node)) for use in layer.uses]
+        value = viewed(self._walk, self._model, binding.stored)
+        batch = value.shape[:-2] if value is not None and not layer.kernel else ()
+        if layer.kernel:
+            arrays = convolution_layout(layer, nodes, replacement.factors, replacement.option.lowering)
+        else:
+            arrays = matrix_layout(layer, batch, replacement.factors, replacement.option.lowering)
+        name = binding.stored.source.name
+        encoder, decoder = (
+            self.edits.keep(binding.stored.source, f"{name}_{role}", array)
+            for role, array in zip(("encoder", "decoder"), arrays, strict=True)
+        )
+        new_bias = self._new_bias(replacement, nodes[0])
+        option, certificate = replacement.option, replacement.certificate
+        self.proofs[layer.id] = {
+            "option": _described(option),
+            "spectral": certificate.spectral,
+            "frobenius": certificate.frobenius,
+        }
+        self.chains[layer.id] = tuple(
+            self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, new_bias)
+            for index in range(len(nodes))
+        )
+
+    def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
+        """Store a layer's new bias, in the dtype in which it computes; returns its name for the chain.
+
+        That is "" where the bias stays as it is, and where an Add behind the chain adds the new one.
+        """
+        binding, layer = replacement.binding, replacement.binding.layer
+        norm = layer.batchnorm
+        values = norm.bias if replacement.bias is None and norm is not None else replacement.bias
+        if values is None:
+            return ""
+        old = bias(self._model, self._walk, binding)
+        if old is None:
+            raise InputError(f"The layer {layer.id!r} has no bias that can be changed: give none for it.")
+        dtype = dtype_of(self._walk, binding.stored)
+        with np.errstate(over="ignore"):
+            stored = values.reshape(old.shape).astype(dtype)
+        if not np.isfinite(stored).all():
+            raise InputError(f"The new bias of {layer.id!r} is not finite in {dtype}: exclude this layer.")
+        name = self.edits.keep(binding.stored.source, f"{label(node)}_bias", stored)
+        self.edits.unread(old.place, old.operand)
+        if old.place.node == layer.uses[0].node:
+            return name
+        self.edits.scopes[old.place.scope].repointed[old.place.node, old.operand] = name
+        return ""
+
+    def _chain(
+        self,
+        replacement: Replacement,
+        nodes: Sequence[NodeProto],
+        index: int,
+        axes: int,
+        encoder: str,
+        decoder: str,
+        new_bias: str,
+    ) -> tuple[str, ...]:
+        """Plan the chain of one use; returns the names of its nodes."""
+        binding, layer = replacement.binding, replacement.binding.layer
+        use, node = layer.uses[index], nodes[index]
+        fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
+        cast = binding.casts[index]
+        if cast is not None:
+            encoder = fragment.add("encoder_cast", "Cast", [encoder], to=cast)
+            decoder = fragment.add("decoder_cast", "Cast", [decoder], to=cast)
+        value = node.input[1 - use.operand if use.op in ("Gemm", "MatMul", "Gather") else 0]
+        old_bias = node.input[2] if len(node.input) > 2 else ""
+        names = Operands(value, encoder, decoder, new_bias or old_bias)
+        if layer.kernel:
+            convolution(fragment, layer, nodes, node, replacement.option, names)
+        else:
+            matrix(fragment, layer, use, node, replacement.option, axes, names)
+        self._splice(fragment.nodes, use, node, layer)
+        self._stamp(fragment.nodes, layer.id)
+        self._release(layer, use)
+        return tuple(node.name for node in fragment.nodes)
+
+    def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
+        """Put a chain in a node's place: its last node takes over the node's name, notes and output."""
+        edit = self.edits.scopes[use.scope]
+        last = chain[-1]
+        last.output[0] = node.output[0]
+        if layer.batchnorm is not None:
+            norm = self._walk.node(Place(use.scope, layer.batchnorm.node))
+            last.output[0] = norm.output[0]
+            edit.deleted.add(layer.batchnorm.node)
+            edit.forgotten.add(node.output[0])
+        last.name = node.name or last.name
+        last.doc_string = node.doc_string
+        last.metadata_props.extend(node.metadata_props)
+        edit.deleted.add(use.node)
+        edit.before.setdefault(use.node, []).extend(chain)
+
+    def _stamp(self, chain: list[NodeProto], layer: str) -> None:
+        """Say in every node of a chain what it stands for (nodes have metadata from IR 10 on)."""
+        if self._model.proto.ir_version < 10:
+            return
+        for node in chain:
+            _add_metadata(node, "layer", layer)
+            for key, value in self.proofs[layer].items():
+                _add_metadata(node, key, value if isinstance(value, str) else json.dumps(value))
+
+    def _release(self, layer: Layer, use: Use) -> None:
+        """Note which tensors the chain of a use does not read any more (rule 3)."""
+        self.edits.unread(Place(use.scope, use.node), use.operand)
+        if layer.batchnorm is not None:
+            for operand in range(1, 5):
+                self.edits.unread(Place(use.scope, layer.batchnorm.node), operand)
+
+
+def _described(option: Option) -> str:
+    text = f"{option.fold} k={option.k} j={option.j}"
+    return text if option.lowering is Lowering.NATIVE else f"{text} {option.lowering}"
+
+
+def _add_metadata(proto: ModelProto | NodeProto, key: str, value: str) -> None:
+    """Add an entry under a free key: what was compressed before keeps its older entries."""
+    taken = {entry.key for entry in proto.metadata_props}
+    candidate, n = f"{METADATA}.{key}", 1
+    while candidate in taken:
+        n += 1
+        candidate = f"{METADATA}.{key}.{n}"
+    proto.metadata_props.add(key=candidate, value=value)

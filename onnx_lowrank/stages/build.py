@@ -1,0 +1,149 @@
+"""A plan -> the compressed model, and how far its outputs lie from the input model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.prefix import Prefix
+from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
+from onnx_lowrank.core.outcome import OutputError
+from onnx_lowrank.core.plan import Plan
+from onnx_lowrank.engines.compare import Comparison
+from onnx_lowrank.files.external import Spill
+from onnx_lowrank.files.tensors import inline
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.linalg.backend import Backend, parallel_map
+from onnx_lowrank.progress import Progress
+from onnx_lowrank.rewrite.merge import Merge, merge
+from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
+from onnx_lowrank.stages.fit import Fitted, on_activations, on_weight
+from onnx_lowrank.stages.recover import Recovery, can_recover
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A compressed model.
+
+    Attributes:
+        plan: What it was made by.
+        rewritten: The model.
+        merges: The adjacent operators that were multiplied.
+        certificates: What was proved of the factors, by layer.
+        fits: How they came about, by layer.
+        resources: What the model keeps on disk; to be closed with it.
+    """
+
+    plan: Plan
+    rewritten: Rewritten
+    merges: tuple[Merge, ...]
+    certificates: dict[str, Certificate]
+    fits: dict[str, LayerFit]
+    resources: ExitStack
+
+
+def build(
+    found: Found, plan: Plan, calibration: Calibration | None, backend: Backend, progress: Progress
+) -> Built:
+    """Make the factors that a plan names, certify them as stored, and write them into the model.
+
+    Raises:
+        InputError: The model fails on the calibration inputs, or the disk is full.
+    """
+    count = sum(choice.option is not None for choice in plan.choices)
+    certificates: dict[str, Certificate] = {}
+    fits: dict[str, LayerFit] = {}
+
+    def replacements() -> Iterator[Replacement]:
+        with progress.stage("recover" if plan.recover else "factorize", count) as step:
+            for replacement, fit in _fitted(found, plan, calibration, backend):
+                layer = replacement.binding.layer.id
+                certificates[layer], fits[layer] = replacement.certificate, fit
+                step()
+                yield replacement
+
+    run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
+    rewritten, merges, resources = assemble(found, replacements(), run, merging=plan.merge)
+    return Built(plan, rewritten, merges, certificates, fits, resources)
+
+
+def assemble(
+    found: Found, replacements: Iterable[Replacement], run: Mapping[str, str], *, merging: bool
+) -> tuple[Rewritten, tuple[Merge, ...], ExitStack]:
+    """Write replacements into the model, and multiply what is smaller as one where that is wanted.
+
+    Args:
+        found: The model.
+        replacements: The layers to replace.
+        run: What made them, for the metadata.
+        merging: Whether adjacent linear operators are multiplied.
+
+    Returns:
+        The model, what was multiplied, and what the model keeps on disk, to be closed with it.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    with ExitStack() as stack:
+        spill = stack.enter_context(Spill()) if found.model.files else None
+        store = inline if spill is None else spill.tensor
+        rewritten = rewrite(found.model, found.walk, replacements, run, store)
+        if spill is not None:
+            files = {**rewritten.model.files, **spill.files}
+            rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
+        merges: tuple[Merge, ...] = ()
+        if merging:
+            rewritten, merges = merge(rewritten, store, found.spared)
+        return rewritten, merges, stack.pop_all()
+
+
+def _fitted(found: Found, plan: Plan, calibration: Calibration | None, backend: Backend) -> Iterator[Fitted]:
+    """Make the factors of all layers that a plan rewrites, one by one.
+
+    Args:
+        found: The model.
+        plan: What to do with its layers.
+        calibration: The inputs to fit to, where the plan asks for that.
+        backend: Where the linear algebra runs.
+
+    Raises:
+        InputError: The model fails on the calibration inputs, or the disk is full.
+    """
+    options = {choice.layer: choice.option for choice in plan.choices if choice.option is not None}
+    chosen = [binding for binding in found.bindings if binding.layer.id in options]
+    if plan.factors is Fit.WEIGHTS or calibration is None:
+        yield from parallel_map(lambda b: on_weight(found, b, options[b.layer.id], backend), chosen, backend)
+        return
+    walked = [b for b in chosen if plan.recover and can_recover(found, b, calibration)]
+    ids = {binding.layer.id for binding in walked}
+
+    def alone(binding: Binding) -> Fitted:
+        return on_activations(found, binding, options[binding.layer.id], calibration, backend)
+
+    yield from parallel_map(alone, [b for b in chosen if b.layer.id not in ids], backend)
+    if walked:
+        batches = calibration.samples.batches(calibration.statistics.batch)
+        with Prefix(found.model, found.walk, walked, batches, calibration.engine) as prefix:
+            for step in prefix.steps():
+                option = options[step.binding.layer.id]
+                yield Recovery(found, step.binding, option, calibration, backend).run(step)
+
+
+def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:
+    """Compare both models on the held-out calibration inputs; on all of them where none are held out.
+
+    Raises:
+        ValidationError: The compressed model gives NaN or Inf where the input model gives none.
+        InputError: The model fails on the calibration inputs.
+    """
+    comparison = Comparison()
+    samples, engine = calibration.samples, calibration.engine
+    with engine.open(found.model) as original, engine.open(built.rewritten.model) as compressed:
+        for batch in samples.batches(calibration.statistics.batch):
+            if batch.held or not samples.held:
+                comparison.add(original(batch.feed), compressed(batch.feed), batch.feed)
+    return comparison.errors()

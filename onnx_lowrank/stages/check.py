@@ -1,0 +1,236 @@
+"""Does the compressed model do what the input model does: the checker, and both on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from onnx_lowrank.core.outcome import OutputError, Validation
+from onnx_lowrank.engines.checker import check
+from onnx_lowrank.engines.compare import compare
+from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.inputs import describe, make, read, specs
+from onnx_lowrank.engines.reference import Reference
+from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run
+from onnx_lowrank.engines.runtime import Runtime, runtime
+from onnx_lowrank.errors import InputError, ValidationError
+from onnx_lowrank.files.load import Model, ModelProto
+
+__all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
+
+Alone = Callable[[str], tuple[ModelProto, ModelProto] | None]
+"""For a layer's id: a model of the layer as it was, and one of its chain, with the same inputs and output;
+None where its chain was multiplied with another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A comparison that was made before, on more inputs than validation runs.
+
+    Attributes:
+        outputs: How far the outputs lie apart.
+        feeds: Some of the inputs, by which it is seen what runs.
+        source: What all of the inputs are called.
+    """
+
+    outputs: tuple[OutputError, ...]
+    feeds: tuple[Feed, ...]
+    source: str
+
+
+def validate(
+    original: Model,
+    compressed: Model,
+    nodes: Mapping[str, tuple[str, ...]],
+    *,
+    alone: Alone,
+    inputs: str | Path | Mapping[str, Any] | None = None,
+    measured: Measured | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    provider: str = "CPUExecutionProvider",
+    max_error: float | None = None,
+) -> Validation:
+    """Run both models on the same inputs and compare what comes out.
+
+    Where ONNX Runtime does not take the input model, onnx's reference implementation runs both; where that
+    fails, too, each rewritten layer runs alone. The result says so.
+
+    Args:
+        original: The input model.
+        compressed: What became of it.
+        nodes: The rewritten layers' ids, each with the names of the last nodes of its chains.
+        alone: Cuts a rewritten layer out of both models.
+        inputs: An .npz file or a mapping of arrays, named like the inputs; None makes some.
+        measured: A comparison to take over instead of making one.
+        input_shapes: Shapes of inputs to make, where the model leaves them free.
+        provider: ONNX Runtime's execution provider.
+        max_error: Bound on the largest relative error over the outputs; each has to be measured.
+
+    Raises:
+        InputError: ONNX Runtime or the provider is missing, or the inputs do not fit the model.
+        ValidationError: The compressed model is rejected by the checker or by what runs the input model,
+            gives NaN or Inf where that gives none, or is further from it than `max_error` or than
+            anything that was measured tells.
+    """
+    engine = runtime(provider)
+    notes = list(_check(original, compressed))
+    wanted = specs(original.proto)
+    given = measured.feeds if measured else None if inputs is None else (read(inputs, wanted),)
+    feeds: _Feeds = (
+        partial(make, original.proto, wanted, input_shapes or {}) if given is None else lambda: given
+    )
+    run = _run_original(original, engine, feeds, given is not None, notes)
+    if run is None:
+        result = _layers_alone(tuple(nodes), alone, engine)
+    else:
+        got = _run_compressed(compressed, run)
+        result = Validation(
+            engine=run.engine.name,
+            inputs=measured.source if measured else _described(run.feed, given is not None),
+            outputs=measured.outputs if measured else compare(run.outputs, got, run.feed),
+            never_ran=_never_ran(compressed, nodes, run, measured.feeds if measured else (run.feed,)),
+        )
+        if measured and result.never_ran:
+            notes.append(
+                f"Which layers in branches run was looked for on {len(measured.feeds)} of these inputs."
+            )
+    result = replace(result, notes=(*notes, *result.notes))
+    _judge(result, max_error)
+    return result
+
+
+def _described(feed: Feed, is_given: bool) -> str:
+    origin = "given" if is_given else "made from the graph"
+    return f"{origin}: {describe(feed)}" if feed else "the model has none"
+
+
+_Feeds = Callable[[], Iterable[Feed]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run of the input model that succeeded."""
+
+    engine: Engine
+    feed: Feed
+    outputs: Mapping[str, Any]
+
+
+def _check(original: Model, compressed: Model) -> tuple[str, ...]:
+    """Run the checker; gives a note where it rejects the input model as well, and raises otherwise.
+
+    What it says of a broken model is what it comes upon first, so that its words need not be the same.
+    """
+    complaints = check(compressed)
+    if not complaints:
+        return ()
+    known = check(original)
+    if not known:
+        raise ValidationError(
+            f"The ONNX checker rejects the compressed model ({complaints[0]}), which is a fault of this "
+            "program: please report it with the model."
+        )
+    return (f"The ONNX checker rejects the input model, and so the compressed one: {known[0]}.",)
+
+
+def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, notes: list[str]) -> _Run | None:
+    """Run the input model where it can run; None where only its layers can. The notes say why."""
+    try:
+        return _Run(engine, *first_run(engine, model, feeds()))
+    except UnsupportedError as error:
+        notes.append(f"{engine.name} cannot run the input model: {error}.")
+    except RejectedError as error:
+        if given:
+            raise InputError(f"The input model fails on the given inputs ({error}): check them.") from error
+        notes.append(
+            f"The input model fails on inputs made from its graph ({error}): pass --inputs or --input-shape."
+        )
+        return None
+    reference = Reference()
+    try:
+        return _Run(reference, *first_run(reference, model, feeds()))
+    except (UnsupportedError, RejectedError) as error:
+        notes.append(f"{reference.name} cannot run it either: {error}.")
+    return None
+
+
+def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
+    try:
+        return first_run(run.engine, model, (run.feed,))[1]
+    except (UnsupportedError, RejectedError) as error:
+        raise ValidationError(
+            f"{run.engine.name} runs the input model and rejects the compressed one ({error}), which is "
+            "a fault of this program: please report it with the model."
+        ) from error
+
+
+def _never_ran(
+    model: Model, nodes: Mapping[str, tuple[str, ...]], run: _Run, feeds: Iterable[Feed]
+) -> tuple[str, ...] | None:
+    """The layers of which no node ran; None where the engine does not tell."""
+    always = {node.name for node in model.proto.graph.node}
+    hidden = {layer: names for layer, names in nodes.items() if always.isdisjoint(names)}
+    if not hidden:
+        return ()
+    if not isinstance(run.engine, Runtime):
+        return None
+    executed = run.engine.executed(model, feeds)
+    return tuple(layer for layer, names in hidden.items() if not any(map(executed.count, names)))
+
+
+def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Validation:
+    """Compare every rewritten layer with its chain, each in a model of its own."""
+    outputs: list[OutputError] = []
+    notes: list[str] = []
+    used: dict[str, None] = {}
+    for layer in layers:
+        pair = alone(layer)
+        if pair is None:
+            notes.append(f"The layer {layer!r} is one with its neighbour and did not run on its own.")
+            continue
+        dense, chain = (Model(proto, layer, {}, "") for proto in pair)
+        silent: list[str] = []
+        run = _run_original(dense, engine, partial(make, dense.proto, specs(dense.proto), {}), False, silent)
+        if run is None:
+            notes.append(f"The layer {layer!r} ran nowhere: {silent[-1]}")
+            continue
+        used[run.engine.name] = None
+        errors = compare(run.outputs, _run_compressed(chain, run), run.feed)
+        outputs += [replace(error, name=f"layer {layer}") for error in errors]
+    return Validation(
+        engine=f"layers alone ({', '.join(used) or 'none ran'})",
+        inputs="made for every layer",
+        outputs=(),
+        never_ran=(),
+        notes=tuple(notes),
+        alone=tuple(outputs),
+    )
+
+
+def _judge(result: Validation, max_error: float | None) -> None:
+    """Hold the outputs of the whole model to a bound; what was not measured does not keep it."""
+    if max_error is None:
+        return
+    bound = f"--max-error {max_error:g}"
+    if not result.outputs:
+        why = f" ({result.notes[-1].rstrip('.')})" if result.notes else ""
+        raise ValidationError(
+            f"No output of the model could be compared{why}, so {bound} cannot be judged: pass --inputs on "
+            "which the model runs, or leave out --max-error."
+        )
+    for output in result.outputs:
+        # Texts have no norm; that all of them are equal is as good as an error of 0.
+        if output.relative is None and output.agreement != 1:
+            raise ValidationError(
+                f"The output {output.name!r} has no relative error ({output.note.rstrip('.')}), so {bound} "
+                "cannot be judged: pass --inputs for which it has one, or leave out --max-error."
+            )
+    worst = max(result.outputs, key=lambda output: output.relative or 0.0)
+    if worst.relative is not None and worst.relative > max_error:
+        raise ValidationError(
+            f"The relative error of {worst.name!r} is {worst.relative:.4g}, above {bound}: choose a larger "
+            "ratio, a stricter target or a larger bound."
+        )

@@ -1,0 +1,311 @@
+"""Closed-form recovery: every layer makes up for what those before it have lost.
+
+Rules:
+
+1. The layers are walked in the order in which they run. Each is fitted to what it gives in the original
+   model, y, on what the compressed layers before it make of its inputs, x̂: E‖y − Ŵ x̂‖². Where a
+   residual connection is added to y, y takes up what the compressed layers have lost of that.
+2. All is judged on held-out inputs. The ridge is the best for them, refinement goes on while their error
+   falls, and where the layer's factors for its own inputs (`factors`) do better, they are taken.
+3. Before a Relu, only what passes it counts: the layer is refitted to what is left of the error there.
+   This is the nonlinear asymmetric reconstruction of Zhang, Zou, He, Sun, "Accelerating Very Deep
+   Convolutional Networks for Classification and Detection", 2016, by majorization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil, prod
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.moments import Accumulator, merged, split
+from onnx_lowrank.calibrate.patches import Geometry, geometry, outputs, patches
+from onnx_lowrank.calibrate.prefix import Sight, Step
+from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments, Targets
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.graph.walk import Place
+from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.found import Found, prepared
+from onnx_lowrank.linalg.activations import fit
+from onnx_lowrank.linalg.backend import Backend, parallel_map
+from onnx_lowrank.linalg.factorize import certify
+from onnx_lowrank.linalg.folding import compose
+from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets
+from onnx_lowrank.rewrite.replace import Replacement
+from onnx_lowrank.stages.fit import STEPS, Fitted, activation_factors, exact, stored_as
+
+T = TypeVar("T")
+
+_FEW_STEPS = 12  # of refinement, for targets that have changed a little
+_SEEN = 256  # samples, about, that show what is left behind a Relu
+_LANES = 4  # sums of so many parts, whatever the number of cores: the same bits everywhere
+_LANE_BYTES = 2**28  # what the sums of one lane may take; larger ones are not parted
+
+
+def can_recover(found: Found, binding: Binding, calibration: Calibration) -> bool:
+    """Whether a layer can be recovered: one use in the main graph, moments of its inputs of both shares.
+
+    A bias that cannot change would be fitted by the weight.
+
+    Args:
+        found: The model.
+        binding: The layer.
+        calibration: The inputs to fit to.
+    """
+    use = binding.layer.uses[0]
+    if len(binding.layer.uses) > 1 or use.scope:
+        return False
+    if not calibration.statistics.has_inputs(binding.layer.id):
+        return False
+    node = found.walk.node(Place(use.scope, use.node))
+    fixed = len(node.input) > 2 and bool(node.input[2])
+    return not fixed or bias(found.model, found.walk, binding) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Moments of one share of the calibration inputs: of x̂, and of y with them."""
+
+    inputs: Moments
+    targets: Targets
+
+    def problem(self, weight: NDArray[np.generic], ridge: float, *, centred: bool) -> Quadratic:
+        return of_targets(weight, self.inputs, self.targets, centred=centred, ridge=ridge)
+
+
+class Recovery:
+    """Recovers one layer."""
+
+    def __init__(
+        self, found: Found, binding: Binding, option: Option, calibration: Calibration, backend: Backend
+    ) -> None:
+        self._binding = binding
+        self._option = option
+        self._backend = backend
+        self._weight, self._dtype = prepared(found, binding)
+        self._bias = bias(found.model, found.walk, binding)
+        self._geometry = geometry(found.model, found.walk, binding, 0)
+        self._moments = calibration.statistics[binding.layer.id]
+        self._samples = calibration.samples.count
+
+    def run(self, step: Step) -> Fitted:
+        """Fit the layer to what the walk shows, and let the walk go on with it."""
+        shares = self._shares(step.batches())
+        judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
+        ridge = self._ridge(shares)
+        fits = (lambda: self._fitted(shares, ridge, STEPS), self._plain)
+        candidates = list(parallel_map(lambda make: make(), fits, self._backend))
+        weighed = [(error(judge, compose(exact(factors))), factors) for factors in candidates]
+        _, stored = min(weighed, key=lambda pair: pair[0])
+        best = first = _Map(stored, self._shifted(stored, shares[False]))
+        if step.rectified and first.bias is not None:
+            best = self._rectified(step, shares, first, ridge)
+        recovered = stored is candidates[0] or best is not first
+        stored, shifted = best.factors, best.bias
+        weight = compose(exact(stored))
+        loss = error(judge, weight)
+        step.substitute(weight, None if shifted is None else shifted - self._added_behind())
+        replacement = Replacement(self._binding, self._option, stored, certify(self._weight, stored), shifted)
+        return replacement, LayerFit(Fit.ACTIVATIONS, recovered, loss)
+
+    @property
+    def _centred(self) -> bool:
+        return self._bias is not None
+
+    def _ridge(self, shares: Mapping[bool, _Share]) -> float:
+        """The ridge that is best for the held-out share."""
+        fitted, held = shares[False], shares[True]
+        return best_ridge(
+            self._weight, fitted.inputs, fitted.targets, held.inputs, held.targets, centred=self._centred
+        )
+
+    def _fitted(self, shares: Mapping[bool, _Share], ridge: float, steps: int) -> Factors:
+        """Factors for targets."""
+        problem = shares[False].problem(self._weight, ridge, centred=self._centred)
+        judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
+        factors = fit(problem, self._weight.shape, self._option, self._backend, judge, steps)
+        return stored_as(factors, self._dtype)
+
+    def _rectified(self, step: Step, shares: Mapping[bool, _Share], linear: _Map, ridge: float) -> _Map:
+        """Refit a layer before a Relu to what is left of its errors behind that (rule 3).
+
+        Where both models are below zero there, nothing is wrong, and the target is what the layer gives;
+        where only the original is, zero is enough. That lowers the error behind the Relu on the inputs that
+        are fitted to, as majorization does; held-out ones show whether it has on others.
+        """
+        every = ceil(self._samples / _SEEN)
+        before = self._behind_relu(step.again(every), shares, linear)
+        factors = self._fitted(before.shares, ridge, _FEW_STEPS)
+        refitted = _Map(factors, self._shifted(factors, before.shares[False]))
+        after = self._behind_relu(step.again(every), shares, refitted)
+        return refitted if after.loss < before.loss else linear
+
+    def _plain(self) -> Factors:
+        factors = activation_factors(
+            self._weight, self._option, self._moments, self._backend, centred=self._centred, steps=STEPS
+        )
+        if factors is None:
+            raise RuntimeError(f"the inputs of {self._binding.layer.id} were measured")
+        return stored_as(factors, self._dtype)
+
+    def _shifted(self, factors: Factors, share: _Share) -> NDArray[np.float64] | None:
+        """The bias by which the mean of what the layer gives is that of its target."""
+        if self._bias is None:
+            return None
+        matrices = compose(exact(factors)).reshape(*self._weight.shape[:2], -1)
+        given = np.matvec(matrices, share.inputs.mean).reshape(-1)
+        return np.asarray(share.targets.mean.reshape(-1) - given + self._added_behind())
+
+    def _added_behind(self) -> NDArray[np.float64] | float:
+        """What a node behind the layer adds, which y does not show."""
+        return 0.0 if self._bias is None or self._bias.in_node else self._bias.values
+
+    def _shares(self, sights: Iterator[Sight]) -> dict[bool, _Share]:
+        """The moments of both shares."""
+        g, f, *rest = self._weight.shape
+        p = prod(rest)
+        lanes = _LANES if 8 * g * (p + f) ** 2 <= _LANE_BYTES else 1
+        sums: list[dict[bool, Accumulator]] = [{} for _ in range(lanes)]
+
+        def add(lane: dict[bool, Accumulator], sight: Sight) -> None:
+            if sight.held not in lane:
+                lane[sight.held] = Accumulator(f"layer {self._binding.layer.id!r}", g, p + f)
+            for x, y, beside in _rows(self._geometry, sight):
+                target = y if beside is None else y + (beside[0] - beside[1])
+                lane[sight.held].add(np.concatenate([x, target], axis=2))
+
+        _in_lanes(sights, sums, add, self._backend)
+        return {held: _share(sums, held, p) for held in (False, True)}
+
+    def _behind_relu(self, sights: Iterator[Sight], shares: Mapping[bool, _Share], layer: _Map) -> _Behind:
+        """The held-out error of a layer behind the Relu, and the targets that would lower it."""
+        sums = [{held: _Changes(share) for held, share in shares.items()} for _ in range(_LANES)]
+        weight = compose(exact(layer.factors)).reshape(*self._weight.shape[:2], -1).astype(np.float32)
+        added, total = (self._grouped(bias) for bias in (self._added_behind(), layer.bias))
+
+        def add(lane: dict[bool, _Changes], sight: Sight) -> None:
+            for x, y, beside in _rows(self._geometry, sight):
+                given = np.swapaxes(np.swapaxes(x, 0, 1) @ np.swapaxes(weight, 1, 2), 0, 1) + total
+                wanted, got, linear = y + added, given, y
+                if beside is not None:
+                    linear = y + (beside[0] - beside[1])
+                    wanted, got = wanted + beside[0], given + beside[1]
+                lost = wanted - got
+                # Below zero in the original: nothing to gain below zero, and nothing but zero to reach above.
+                excess = np.where(wanted > 0, lost, np.minimum(-got, 0))
+                lane[sight.held].add(x, linear, excess - lost, np.maximum(wanted, 0) - np.maximum(got, 0))
+
+        _in_lanes(sights, sums, add, self._backend)
+        whole = {held: _Changes.merged([lane[held] for lane in sums]) for held in shares}
+        return _Behind(whole[True].lost, {held: changes.share() for held, changes in whole.items()})
+
+    def _grouped(self, values: NDArray[np.float64] | float | None) -> NDArray[np.float32]:
+        """Values per output feature as rows have them: shape (g, f / g)."""
+        filled = np.broadcast_to(np.asarray(0.0 if values is None else values), self._binding.layer.f)
+        return filled.reshape(self._weight.shape[:2]).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Map:
+    """What a recovered layer computes: its factors as stored, and its whole bias (f,) where it can change."""
+
+    factors: Factors
+    bias: NDArray[np.float64] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """What a layer does behind a Relu: its squared error there on held-out inputs, and better targets."""
+
+    loss: float
+    shares: dict[bool, _Share]
+
+
+class _Changes:
+    """How targets change: sums over vectors x̂, their targets t, and the changes d of these.
+
+    They may come from a part of the batches: the moments of t are known from all of them, and only those
+    that d changes are taken from the part.
+
+    Attributes:
+        lost: Sum of the squared errors behind the Relu.
+    """
+
+    def __init__(self, share: _Share) -> None:
+        mean, cross = share.targets.mean, share.targets.cross
+        self.lost = 0.0
+        self._known = share
+        self._center = share.inputs.mean.astype(np.float32)
+        self._count = 0
+        # Sums of d, of x̂ about its mean, of d (x̂ − mean)ᵀ, and of ‖t + d‖² − ‖t‖².
+        self._sums = [np.zeros_like(mean), np.zeros_like(share.inputs.mean), np.zeros_like(cross)]
+        self._power = np.zeros_like(share.targets.power)
+
+    def add(self, x: NDArray[Any], target: NDArray[Any], change: NDArray[Any], lost: NDArray[Any]) -> None:
+        """Add vectors, shapes (rows, g, p) and (rows, g, f / g), and their errors behind the Relu."""
+        centred = x - self._center
+        self._count += len(x)
+        self._sums[0] += change.sum(axis=0, dtype=np.float64)
+        self._sums[1] += centred.sum(axis=0, dtype=np.float64)
+        self._sums[2] += np.moveaxis(change, 0, -1) @ np.swapaxes(centred, 0, 1)
+        about = target - self._known.targets.mean.astype(np.float32)
+        self._power += (change * (2 * about + change)).sum(axis=(0, 2), dtype=np.float64)
+        self.lost += float(np.sum(np.square(lost), dtype=np.float64))
+
+    @classmethod
+    def merged(cls, parts: Sequence[_Changes]) -> _Changes:
+        """The sums of all parts, in the first."""
+        whole = parts[0]
+        for part in parts[1:]:
+            whole.lost += part.lost
+            whole._count += part._count
+            whole._sums = [mine + other for mine, other in zip(whole._sums, part._sums, strict=True)]
+            whole._power += part._power
+        return whole
+
+    def share(self) -> _Share:
+        """The moments of x̂ and of the changed targets."""
+        change, offset, cross = (total / self._count for total in self._sums)
+        known = self._known.targets
+        targets = Targets(
+            mean=known.mean + change,
+            cross=known.cross + cross - change[:, :, None] * offset[:, None, :],
+            power=known.power + self._power / self._count - np.sum(change**2, axis=1),
+        )
+        return _Share(self._known.inputs, targets)
+
+
+def _rows(
+    form: Geometry, sight: Sight
+) -> Iterator[tuple[NDArray[Any], NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]]:
+    """Chunks of the vectors x̂ (rows, g, p), y (rows, g, f / g), and what is added to y in both models."""
+    y = np.concatenate(list(outputs(form, sight.y)))
+    beside = None
+    if sight.beside is not None:
+        beside = tuple(np.concatenate(list(outputs(form, value))) for value in sight.beside)
+    start = 0
+    for x in patches(form, sight.x_hat):
+        part = slice(start, start + len(x))
+        yield x, y[part], None if beside is None else (beside[0][part], beside[1][part])
+        start += len(x)
+
+
+def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool, p: int) -> _Share:
+    parts = [lane[held].moments() for lane in sums if held in lane]
+    return _Share(*split(merged([part for part in parts if part is not None]), p))
+
+
+def _in_lanes(
+    sights: Iterator[Sight], lanes: Sequence[T], add: Callable[[T, Sight], None], backend: Backend
+) -> None:
+    """Add every batch to one of the lanes, in turn; the lanes work in parallel."""
+    while group := list(islice(sights, len(lanes))):
+        for _ in parallel_map(lambda item: add(*item), zip(lanes, group, strict=False), backend):
+            pass

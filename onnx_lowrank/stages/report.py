@@ -1,0 +1,249 @@
+"""From what the stages found to the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from operator import itemgetter
+from pathlib import Path
+from types import MappingProxyType
+
+from onnx_lowrank.allocate.cost import macs, parameters
+from onnx_lowrank.core.factors import Certificate, LayerFit
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Trial, Validation, largest_error
+from onnx_lowrank.core.plan import Budget, Choice, Plan
+from onnx_lowrank.files import load as loading
+from onnx_lowrank.graph.parameters import parameters as model_parameters
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.report.content import LayerRow, Report, Total, Totals
+from onnx_lowrank.report.words import percent
+from onnx_lowrank.rewrite.merge import Merge
+from onnx_lowrank.rewrite.replace import Rewritten
+
+_LARGE_ERROR = 0.5
+_LOW_AGREEMENT = 0.9
+_SLACK = 0.05
+_WARNED = 1.05
+_TIMED = 0.03  # what one measurement of a time may differ from another
+
+
+def assemble(
+    found: Found,
+    plan: Plan,
+    rewritten: Rewritten | None = None,
+    certificates: Mapping[str, Certificate] = MappingProxyType({}),
+    validation: Validation | None = None,
+    given: bool = False,
+    *,
+    calibration: Calibrated | None = None,
+    trials: tuple[Trial, ...] = (),
+    fits: Mapping[str, LayerFit] = MappingProxyType({}),
+    target_error: float | None = None,
+    target_agreement: float | None = None,
+    timing: Timing | None = None,
+    merges: tuple[Merge, ...] = (),
+    macs_after: int | None = None,
+) -> Report:
+    """Gather what a run has to say.
+
+    Args:
+        found: The input model with its layers.
+        plan: What is done with them, in graph order.
+        rewritten: The compressed model; None in a dry run.
+        certificates: Of the rewritten layers, by id.
+        validation: What the comparison gave; None where none was made.
+        given: Whether the inputs to compare on are the user's, from --inputs or for calibration.
+        calibration: What calibration inputs were used for; None where there were none.
+        trials: The plans that were tried on them.
+        fits: How the factors of the rewritten layers came about, by id.
+        target_error: The error that was asked for instead of a ratio.
+        target_agreement: The agreement that was asked for instead of a ratio.
+        timing: How long both models take; None where that is unknown.
+        merges: The adjacent operators that were multiplied.
+        macs_after: MACs of the compressed model, where they are not the plan's.
+    """
+    totals = _totals(found, plan, rewritten, timing if plan.budget is Budget.LATENCY else None)
+    if merges:
+        totals = replace(totals, macs=Total(totals.macs.before, macs_after))
+    counted = totals.of(plan.budget)
+    reached = 1.0 if counted.ratio is None else counted.ratio
+    targeted = target_error is not None or target_agreement is not None
+    warnings = _ratio_warnings(plan, reached, totals, targeted, bool(merges))
+    advice = _advice(targeted, calibrated=calibration is not None)
+    # Whoever asks for less agreement is not surprised to get less.
+    least = _LOW_AGREEMENT if target_agreement is None else min(_LOW_AGREEMENT, target_agreement)
+    more = () if validation is None else _output_warnings(validation, given, advice, least)
+    return Report(
+        version=version("onnx-lowrank"),
+        model=Path(found.model.name).stem,
+        sha256=found.model.sha256,
+        recipe=plan.recipe,
+        measure=plan.measure,
+        budget=plan.budget,
+        asked=plan.ratio,
+        reached=reached,
+        solver=plan.solver,
+        layers=tuple(
+            _row(layer, choice, certificates.get(layer.id), fits.get(layer.id))
+            for layer, choice in zip(found.layers, plan.choices, strict=True)
+        ),
+        skipped=found.skipped,
+        removed_inputs=() if rewritten is None else rewritten.removed_inputs,
+        totals=totals,
+        validation=validation,
+        warnings=(
+            *warnings,
+            *_time_warnings(plan, timing),
+            *more,
+            *_calibration_warnings(plan, calibration, trials),
+        ),
+        calibration=calibration,
+        trials=trials,
+        target_error=target_error,
+        target_agreement=target_agreement,
+        timing=timing if plan.budget is Budget.LATENCY else None,
+        merges=merges,
+    )
+
+
+def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
+    """What would surprise the user about the speed."""
+    if timing is None or timing.ratio is None:
+        return
+    if plan.budget is Budget.LATENCY and not timing.is_steady:
+        yield (
+            f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
+            "work on this machine disturbs the times, so plan again when it is idle."
+        )
+    slowdown = timing.ratio
+    if slowdown > _WARNED:
+        advice = (
+            "its plan was made where it is faster"
+            if plan.budget is Budget.LATENCY
+            else "--budget latency makes models that are faster"
+        )
+        yield (
+            f"The compressed model takes {slowdown:.2f} times as long as the input model on {timing.engine}: "
+            f"{advice}."
+        )
+
+
+def _ratio_warnings(
+    plan: Plan, reached: float, totals: Totals, targeted: bool, merged: bool
+) -> Iterator[str]:
+    """What would surprise the user about the size."""
+    if all(choice.option is None for choice in plan.choices):
+        yield "No layer is rewritten, the output is the input model."
+    elif reached > plan.ratio * (1 + (_TIMED if plan.budget is Budget.LATENCY else 1e-9)):
+        yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
+    elif reached < plan.ratio - _SLACK and not targeted and not merged:
+        yield (
+            f"The ratio is {reached:.4g} where {plan.ratio:g} was asked for, as the options are coarse: "
+            "another recipe may come closer."
+        )
+    macs_before, macs_after = totals.macs.before, totals.macs.after
+    if macs_before is not None and macs_after is not None and macs_after > macs_before:
+        yield f"The MACs rise from {macs_before:,} to {macs_after:,}: the budget macs keeps them down."
+
+
+def _calibration_warnings(
+    plan: Plan, calibration: Calibrated | None, trials: tuple[Trial, ...]
+) -> Iterator[str]:
+    """What the calibration inputs leave open."""
+    if calibration is None:
+        return
+    yield from calibration.warnings
+    unmeasured = dict(calibration.unmeasured)
+    blind = [choice.layer for choice in plan.choices if choice.option and choice.layer in unmeasured]
+    if blind:
+        yield (
+            f"Calibration tells nothing of {len(blind)} of the rewritten layers ({blind[0]!r} first), so no "
+            "figure shows what they lose: give inputs that reach them, or --exclude them."
+        )
+    if any(trial.chosen and trial.error == math.inf for trial in trials):
+        yield (
+            "No model that was tried can be compared with the original, whose outputs have another shape "
+            "or are all zero: the first recipe was taken, choose one with --pass."
+        )
+
+
+def _advice(targeted: bool, calibrated: bool) -> str:
+    """What brings the outputs closer."""
+    if targeted:
+        return "set a stricter target or choose another recipe"
+    more = "" if calibrated else ", or pass inputs to fit to as --calibration"
+    return f"choose a larger ratio or another recipe{more}"
+
+
+def _output_warnings(validation: Validation, given: bool, advice: str, least: float) -> Iterator[str]:
+    """What would surprise the user about the outputs."""
+    large = _large_error(validation, given)
+    # What made-up inputs give is mostly no class at all, so that nothing follows from its agreement.
+    low = _low_agreement(validation.outputs, least) if given else ""
+    if large and not given:
+        yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
+    elif large and low:
+        yield f"{large}, and only {low}: {advice}."
+    elif large or low:
+        yield f"{large or f'Only {low}'}: {advice}."
+
+
+def _large_error(validation: Validation, given: bool) -> str:
+    """How far the output is off that is furthest off; empty where that is little."""
+    worst, centred = validation.worst or 0.0, largest_error(validation.outputs) or 0.0
+    if worst > _LARGE_ERROR:
+        return f"The largest relative error of an output is {worst:.3g}"
+    # What made-up inputs give hardly varies.
+    if given and centred > _LARGE_ERROR:
+        return f"The largest error of an output is {centred:.3g} of what varies in it"
+    return ""
+
+
+def _low_agreement(outputs: tuple[OutputError, ...], least: float) -> str:
+    """How little the output agrees that agrees least; empty where that is enough."""
+    known = [(output.agreement, output) for output in outputs if output.agreement is not None]
+    agreement, worst = min(known, key=itemgetter(0), default=(least, None))
+    if worst is None or agreement >= least:
+        return ""
+    if worst.is_exact:
+        return f"{percent(agreement)} of the elements of {worst.name!r} are equal"
+    return f"{percent(agreement)} of the rows of {worst.name!r} have the same largest element"
+
+
+def _row(layer: Layer, choice: Choice, certificate: Certificate | None, fit: LayerFit | None) -> LayerRow:
+    option = choice.option
+    return LayerRow(
+        id=layer.id,
+        op=layer.op,
+        shape=layer.shape,
+        dtype=layer.dtype,
+        nodes=tuple(use.name for use in layer.uses),
+        option=option,
+        full_rank=None if option is None else layer.full_rank(option.fold, option.k),
+        params=Total(parameters(layer), parameters(layer, option)),
+        macs=Total(macs(layer), macs(layer, option)),
+        error=None if option is None or math.isnan(choice.error) else choice.error,
+        certificate=certificate,
+        reason=choice.reason,
+        fit=fit,
+    )
+
+
+def _totals(found: Found, plan: Plan, rewritten: Rewritten | None, timing: Timing | None) -> Totals:
+    # A rewrite can free more than a plan counts on: what only rewritten layers share.
+    params = (
+        found.total(Budget.PARAMS, plan.choices) if rewritten is None else model_parameters(rewritten.model)
+    )
+    time = None
+    if timing is not None:
+        time = Total(timing.before, timing.predicted if timing.after is None else timing.after)
+    stored = None if rewritten is None else loading.stored_bytes(rewritten.model)
+    return Totals(
+        params=Total(model_parameters(found.model), params),
+        macs=Total(found.macs(), found.macs(plan.choices)),
+        bytes=Total(loading.stored_bytes(found.model), stored),
+        time=time,
+    )

@@ -1,0 +1,283 @@
+"""The errors of every layer's options, by any recipe's measure; what is dear is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.allocate.curves import predicted
+from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.options import Candidates, Errors, candidates, weight_errors
+from onnx_lowrank.allocate.times import Times
+from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.calibrate import sensitivity
+from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.moments import INPUT_RIDGE, shrinkage
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.plan import Measure
+from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.found import Found, prepared
+from onnx_lowrank.linalg.activations import errors, output_errors
+from onnx_lowrank.linalg.backend import Backend, parallel_map
+from onnx_lowrank.linalg.factorize import factorize
+from onnx_lowrank.linalg.folding import compose
+from onnx_lowrank.linalg.quadratic import of_weight
+from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.probe.segments import Substitute
+from onnx_lowrank.progress import Progress
+from onnx_lowrank.stages.fit import activation_factors, lost_mean
+
+PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
+"""Relative activation errors near which the effect on the model's outputs is measured."""
+
+_Wanted = Mapping[Fold, Sequence[int]]
+_Key = tuple[Fold, int]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What has been computed for one layer.
+
+    Attributes:
+        spectra: Singular values of its weight.
+        activation: Relative errors on the calibration inputs.
+        scale: What makes those absolute.
+        effects: Pairs of an activation error and the error at the model's outputs that it causes.
+    """
+
+    spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
+    activation: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
+    scale: float = 1.0
+    effects: tuple[tuple[float, float], ...] = ()
+
+
+class Scores:
+    """The errors of all options of a model's layers, on one grid, and their costs.
+
+    Attributes:
+        latency: What measures the options, where latency is the budget.
+    """
+
+    def __init__(
+        self,
+        found: Found,
+        grid: Grid,
+        backend: Backend,
+        progress: Progress,
+        calibration: Calibration | None = None,
+        latency: Latency | None = None,
+    ) -> None:
+        """Prepare; nothing is computed before it is asked for.
+
+        Args:
+            found: The model.
+            grid: The ranks of the options, and what they are counted in.
+            backend: Where the linear algebra runs.
+            progress: Where to show progress.
+            calibration: The inputs behind the measures that need some.
+            latency: What measures the options, where latency is the budget.
+        """
+        self.latency = latency
+        self._found = found
+        self._grid = grid
+        self._backend = backend
+        self._progress = progress
+        self._calibration = calibration
+        self._known = [_Known() for _ in found.bindings]
+        self._probed = False
+        self._timed = set[Recipe]()
+
+    def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
+        """The options that a recipe chooses from, layer by layer in graph order.
+
+        Layers of which calibration tells nothing are scored by their weights: the squared Frobenius norm
+        is the activation error for white inputs.
+
+        Raises:
+            InputError: MACs are needed and unknown, or the model fails on the calibration inputs.
+        """
+        wanted = [self._grid.wanted_spectra(layer, recipe) for layer in self._found.layers]
+        if recipe.measure.of_weights:
+            self._add_spectra(wanted)
+            tables = [
+                weight_errors(known.spectra, recipe.measure, relative=recipe.relative)
+                for known in self._known
+            ]
+        else:
+            self._add_activation(wanted)
+            if recipe.measure is Measure.OUTPUT:
+                self._probe(recipe)
+            tables = [_of_activations(known, recipe) for known in self._known]
+        times = self._times(recipe, tables)
+        return tuple(
+            candidates(layer, table, recipe, self._grid, of)
+            for layer, table, of in zip(self._found.layers, tables, times, strict=True)
+        )
+
+    def _times(self, recipe: Recipe, tables: Sequence[Errors]) -> Sequence[Times | None]:
+        """How long the options take, where that is the budget; they are measured once for every recipe."""
+        if self.latency is None:
+            return [None] * len(tables)
+        if recipe not in self._timed:
+            with self._progress.stage("time layers", 1) as step:
+                self.latency.measure(tables, self._grid, step)
+            self._timed.add(recipe)
+        return self.latency.times()
+
+    def _add_spectra(self, wanted: Iterable[_Wanted]) -> None:
+        """Compute the spectra that are asked for and not known."""
+        missing = [
+            {fold: tuple(k for k in ks if (fold, k) not in known.spectra) for fold, ks in of.items()}
+            for known, of in zip(self._known, wanted, strict=True)
+        ]
+
+        def compute(item: tuple[Binding, _Wanted]) -> Mapping[_Key, NDArray[np.float64]]:
+            binding, of = item
+            if not any(of.values()):
+                return {}
+            weight, dtype = prepared(self._found, binding)
+            return spectra(weight, of, self._backend, dtype)
+
+        if not any(any(of.values()) for of in missing):
+            return
+        with self._progress.stage("spectra", len(missing)) as step:
+            items = zip(self._found.bindings, missing, strict=True)
+            for known, found in zip(self._known, parallel_map(compute, items, self._backend), strict=True):
+                known.spectra.update(found)
+                step()
+
+    def _add_activation(self, wanted: Sequence[_Wanted]) -> None:
+        """Compute the activation errors that are asked for and not known."""
+        missing = [
+            [(fold, k) for fold, ks in of.items() for k in ks if (fold, k) not in known.activation]
+            for known, of in zip(self._known, wanted, strict=True)
+        ]
+
+        def compute(item: tuple[Binding, list[_Key]]) -> tuple[Errors, float]:
+            binding, keys = item
+            return self._activation_errors(binding, keys) if keys else ({}, 1.0)
+
+        if not any(missing):
+            return
+        with self._progress.stage("errors", len(missing)) as step:
+            items = zip(self._found.bindings, missing, strict=True)
+            for known, (found, scale), keys in zip(
+                self._known, parallel_map(compute, items, self._backend), missing, strict=True
+            ):
+                if keys:
+                    known.activation.update(found)
+                    known.scale = scale
+                step()
+
+    def _activation_errors(self, binding: Binding, keys: Sequence[_Key]) -> tuple[Errors, float]:
+        """Relative errors of one layer, and the scale that makes them absolute."""
+        layer = binding.layer
+        moments = _calibrated(self._calibration).statistics[layer.id]
+        weight, dtype = prepared(self._found, binding)
+        centred = bias(self._found.model, self._found.walk, binding) is not None
+        if moments.inputs is not None:
+            ridge = shrinkage(moments.inputs, INPUT_RIDGE)
+            problem = of_weight(weight, moments.inputs, centred=centred, ridge=ridge)
+            tops = {key: max(self._grid.ranks(layer, *key), default=0) for key in keys}
+            table = {
+                (fold, k): errors(problem, weight.shape, fold, k, top, self._backend)
+                for (fold, k), top in tops.items()
+            }
+            return table, float(np.sum(problem.power))
+        if moments.outputs is not None:
+            ridge = shrinkage(moments.outputs)
+            only = {(Fold.ENCODE, 1): output_errors(moments.outputs, weight, centred=centred, ridge=ridge)}
+            return only, float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
+        wanted = {fold: tuple(k for by, k in keys if by is fold) for fold, _ in keys}
+        found = spectra(weight, wanted, self._backend, dtype)
+        return weight_errors(found, Measure.FROBENIUS, relative=True), float(np.sum(np.square(weight)))
+
+    def _probe(self, recipe: Recipe) -> None:
+        """Measure what a few options of every layer do to the model's outputs, once for all recipes."""
+        if self._probed:
+            return
+        self._probed = True
+        calibration = _calibrated(self._calibration)
+        # What the inputs do not reach has no effect on these outputs, which says nothing of others.
+        unseen = calibration.statistics.reasons
+        counted = replace(self._grid, budget=self._grid.counted)
+        chosen = {
+            binding.layer.id: _probes(candidates(binding.layer, known.activation, recipe, counted))
+            if binding.layer.id not in unseen
+            else ()
+            for binding, known in self._items()
+        }
+
+        def substitutes(binding: Binding) -> Iterator[Substitute]:
+            for option, _ in chosen[binding.layer.id]:
+                yield self._substitute(binding, option)
+
+        bindings = [binding for binding in self._found.bindings if chosen[binding.layer.id]]
+        with self._progress.stage("outputs", 1) as step:
+            effects = sensitivity.measure(
+                self._found.model,
+                self._found.walk,
+                bindings,
+                substitutes,
+                calibration.samples,
+                calibration.engine,
+                step=step,
+            )
+        for binding, known in self._items():
+            if binding.layer.id in effects and effects[binding.layer.id].any():
+                own = [error for _, error in chosen[binding.layer.id]]
+                known.effects = tuple(zip(own, effects[binding.layer.id].tolist(), strict=True))
+        self._assume_effects()
+
+    def _assume_effects(self) -> None:
+        """Take the layers whose effect could not be measured for average ones."""
+        pairs = [pair for known in self._known for pair in known.effects]
+        usual = float(np.median([caused / own for own, caused in pairs])) if pairs else 1.0
+        for known in self._known:
+            known.effects = known.effects or ((1.0, usual),)
+
+    def _substitute(self, binding: Binding, option: Option) -> Substitute:
+        """A layer's dense weight and bias under an option, without refinement."""
+        weight, dtype = prepared(self._found, binding)
+        moments = _calibrated(self._calibration).statistics[binding.layer.id]
+        own = bias(self._found.model, self._found.walk, binding)
+        factors = activation_factors(
+            weight, option, moments, self._backend, centred=own is not None, steps=0
+        ) or factorize(weight, option, self._backend, dtype)
+        if own is None:
+            return Substitute(compose(factors))
+        added = own.values if own.in_node else 0.0
+        return Substitute(compose(factors), lost_mean(weight, factors, moments, own) + added)
+
+    def _items(self) -> Iterator[tuple[Binding, _Known]]:
+        return zip(self._found.bindings, self._known, strict=True)
+
+
+def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
+    """The options whose errors are next to `PROBED`, with their errors, ascending."""
+    known = np.flatnonzero(table.error > 0)
+    if not known.size:
+        return ()
+    distance = np.abs(np.log(table.error[known][None] / np.array(PROBED)[:, None]))
+    picks = sorted({int(known[n]) for n in distance.argmin(axis=1)}, key=lambda n: float(table.error[n]))
+    options = ((table.option(pick), float(table.error[pick])) for pick in picks)
+    return tuple((option, error) for option, error in options if option is not None)
+
+
+def _of_activations(known: _Known, recipe: Recipe) -> Errors:
+    """The errors of one layer in the measure activation or output."""
+    if recipe.measure is Measure.OUTPUT:
+        return {key: predicted(error, known.effects) for key, error in known.activation.items()}
+    scale = 1.0 if recipe.relative else known.scale
+    return {key: scale * error for key, error in known.activation.items()}
+
+
+def _calibrated(calibration: Calibration | None) -> Calibration:
+    if calibration is None:
+        raise RuntimeError("a measure of activations needs calibration inputs")
+    return calibration

@@ -1,0 +1,225 @@
+"""Plans that hold what they promise: under a latency budget a plan is measured before it counts.
+
+Rules:
+
+1. A plan is made from the times of layers alone. Its model, with random factors, is timed against the input
+   model: what it saves does not depend on the factors' numbers. Where it does, and the model fails with
+   those, what was predicted counts. Where adjacent operators can be multiplied it is timed in both ways: the
+   product has fewer MACs, but its shape may suit the machine less.
+2. Where it saves something else than was predicted, and has kinds of layers of which that is not known, each
+   is measured in the model on its own, and planned with what it saves there. Layers that lose in the model
+   are kept from then on.
+3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. A
+   plan that comes again is measured again, and the median counts. Of those that keep within the ratio the one
+   of least objective is taken, after a second look: one measurement may have been lucky.
+4. Where none does, the fastest plan is tried, and some between it and those that were too slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import inf
+from statistics import median
+
+from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.plan import Plan
+from onnx_lowrank.documents import plans
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
+from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.graph.weights import dtype_of
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.probe.micro import placeholder
+from onnx_lowrank.progress import Progress
+from onnx_lowrank.stages import plan as planner
+from onnx_lowrank.stages.build import assemble
+from onnx_lowrank.stages.plan import Goal
+from onnx_lowrank.stages.score import Scores
+
+_ROUNDS = 5
+_REPEATS = 3
+_STEPS = 4
+_NOTHING = 1e-9  # a ratio that no plan reaches
+
+_NOISE = 0.005
+"""A measured ratio is known to about this."""
+
+_UNUSED = 0.02
+"""What a plan may leave of the ratio; beyond that it gives up accuracy for nothing."""
+
+_CHANGES = (0.6, 1.3)
+"""What of their predicted saving all layers together may save, once their kinds are known: more than that is
+mostly other work on the machine."""
+
+_MISSED = 0.03
+"""A prediction that is further off is corrected kind by kind."""
+
+
+def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
+    """Make the best plan for a goal; under a latency budget the best of those that were measured.
+
+    Args:
+        found: The model.
+        goal: What the plan is made for.
+        scores: The errors of the options of its layers, in the goal's budget.
+        progress: Where to show progress.
+
+    Raises:
+        BudgetError: The ratio cannot be reached.
+        InputError: MACs are needed and unknown.
+    """
+    if scores.latency is None or goal.ratio == 1:
+        return planner.make(found, goal, scores, progress)
+    return _Settling(found, goal, scores, scores.latency, progress).run()
+
+
+def options(plan: Plan) -> dict[str, Option]:
+    """The options of the layers that a plan rewrites, by id."""
+    return {choice.layer: choice.option for choice in plan.choices if choice.option is not None}
+
+
+def _options(plan: Plan) -> tuple[Option | None, ...]:
+    """What tells a plan from others of the same layers."""
+    return tuple(choice.option for choice in plan.choices)
+
+
+@dataclass(slots=True)
+class _Settling:
+    """The search for one plan.
+
+    Attributes:
+        tried: The plans that were measured, by their options, each with its ratios.
+        judged: The kinds of layers that were measured on their own.
+    """
+
+    found: Found
+    goal: Goal
+    scores: Scores
+    latency: Latency
+    progress: Progress
+    tried: dict[tuple[Option | None, ...], tuple[Plan, list[float]]] = field(default_factory=dict)
+    judged: set[str] = field(default_factory=set)
+
+    def run(self) -> Plan:
+        """Go through the rules."""
+        self._learned()
+        best = self._confirmed()
+        if best is None:
+            self._bisected()
+            best = self._confirmed()
+        if best is None:
+            self.latency.keep()
+            fastest = min((median(ratios) for _, ratios in self.tried.values()), default=1.0)
+            raise BudgetError(
+                f"The ratio {self.goal.ratio:g} of latency cannot be reached for {self.found.model.name} on "
+                f"{self.latency.stopwatch.name}: the fastest that was measured is {fastest:.3f}.",
+                min(1.0, fastest),
+            )
+        return best
+
+    def _confirmed(self) -> Plan | None:
+        """The best plan, of which one that held once is measured again (rule 3)."""
+        best = self._best()
+        while best is not None and len(self.tried[_options(best)][1]) == 1:
+            self._measured(best)
+            best = self._best()
+        return best
+
+    def _best(self) -> Plan | None:
+        """The plan of least objective that keeps within the ratio, by the median of its times (rule 3)."""
+        limit = self.goal.ratio + _NOISE
+        held = [plan for plan, ratios in self.tried.values() if median(ratios) <= limit]
+        # Those without an objective are of rule 4: the last that holds is closest to the ratio.
+        solved = [plan for plan in held if plan.solver is not None]
+        last = held[-1] if held else None
+        return min(solved, key=lambda plan: plan.solver.objective if plan.solver else inf, default=last)
+
+    def _learned(self) -> None:
+        """Make plans by what those before them saved (rules 2 and 3)."""
+        for turn in range(_ROUNDS):
+            try:
+                plan = self._plan(self.goal.ratio)
+            except BudgetError as error:
+                if turn == 0 and (error.smallest_ratio is None or error.smallest_ratio >= 1):
+                    raise
+                return
+            if len(self.tried.get(_options(plan), (plan, []))[1]) == _REPEATS:
+                return
+            reached = self._measured(plan)
+            if -_NOISE <= self.goal.ratio - reached <= _UNUSED:
+                return
+            self._learn(options(plan), reached)
+
+    def _bisected(self) -> None:
+        """Look for a plan between the fastest and those that were too slow (rule 4)."""
+        aim = low = self._smallest()
+        high = max(low, self.goal.ratio)
+        for _ in range(_STEPS):
+            # It is optimal for the ratio that it aims at, of which nobody has asked.
+            plan = replace(self._plan(aim), solver=None)
+            if self._measured(plan) <= self.goal.ratio + _NOISE:
+                low = aim
+            else:
+                high = aim
+            if high <= low:  # the fastest plan is too slow, or the only one
+                return
+            aim = (low + high) / 2
+
+    def _smallest(self) -> float:
+        """The least ratio that is predicted for any plan."""
+        try:
+            self._plan(_NOTHING)
+        except BudgetError as error:
+            return error.smallest_ratio or 1.0
+        return _NOTHING
+
+    def _plan(self, ratio: float) -> Plan:
+        """The plan for a predicted ratio."""
+        plan = planner.make(self.found, replace(self.goal, ratio=ratio), self.scores, self.progress)
+        return replace(plan, ratio=self.goal.ratio)
+
+    def _measured(self, plan: Plan) -> float:
+        """The ratio that a plan reaches, the median where it was measured before (rule 3)."""
+        with self.progress.stage("time the plan"):
+            ratio, merging = self._faster(options(plan))
+        plan = plans.sealed(replace(plan, merge=merging))
+        plan, ratios = self.tried.setdefault(_options(plan), (plan, []))
+        ratios.append(ratio)
+        reached = median(ratios)
+        self.latency.remember(options(plan), reached)
+        return reached
+
+    def _learn(self, chosen: Mapping[str, Option], reached: float) -> None:
+        """Correct what layers are predicted to save (rules 2 and 3)."""
+        predicted = self.latency.predicted(chosen) / self.latency.whole
+        kinds = self.latency.kinds(chosen)
+        if abs(predicted - reached) > _MISSED and not kinds <= self.judged:
+            self.judged |= kinds
+            with self.progress.stage("time kinds of layers", 1) as step:
+                self.latency.correct(chosen, reached, lambda own: self._faster(own)[0], step)
+        else:
+            self.latency.learn(chosen, reached, _CHANGES)
+
+    def _faster(self, chosen: Mapping[str, Option]) -> tuple[float, bool]:
+        """The ratio that some layers, rewritten, reach, and whether operators are multiplied for it."""
+        merged, number = self._ratio(chosen, merging=True)
+        if not number:
+            return merged, True
+        apart, _ = self._ratio(chosen, merging=False)
+        return (apart, False) if apart < merged - _NOISE else (merged, True)
+
+    def _ratio(self, chosen: Mapping[str, Option], *, merging: bool) -> tuple[float, int]:
+        """The time of the model with some layers rewritten, over its own, and how many pairs are merged."""
+        replacements = (
+            placeholder(binding, chosen[binding.layer.id], dtype_of(self.found.walk, binding.stored))
+            for binding in self.found.bindings
+            if binding.layer.id in chosen
+        )
+        rewritten, merges, resources = assemble(self.found, replacements, {}, merging=merging)
+        with resources:
+            try:
+                ratio = self.latency.ratio(rewritten.model)
+            except (UnsupportedError, RejectedError):
+                ratio = self.latency.predicted(chosen) / self.latency.whole
+        return ratio, len(merges)

@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import pytest
+
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.documents import recipes
+from onnx_lowrank.errors import RecipeError
+
+BASE = {"summary": '"A test."', "folds": '["encode"]', "groups": '"divisors"', "aggregate": '"sum"'}
+
+
+def text(**keys):
+    return "\n".join(f"{key} = {value}" for key, value in (BASE | keys).items())
+
+
+def parse(**keys):
+    return recipes.parse(text(**keys), "test")
+
+
+def test_the_least_recipe_and_its_defaults():
+    found = parse()
+    assert (found.name, found.summary) == ("test", "A test.")
+    assert (found.folds, found.groups) == ((Fold.ENCODE,), None)
+    assert (found.measure, found.relative) == (Measure.SPECTRAL, True)
+    assert (found.aggregate, found.power, found.price) == (Aggregate.SUM, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field", "expected"),
+    [
+        *(("measure", f'"{measure}"', "measure", measure) for measure in Measure),
+        *(("aggregate", f'"{aggregate}"', "aggregate", aggregate) for aggregate in Aggregate),
+        *(("folds", f'["{fold}"]', "folds", (fold,)) for fold in Fold),
+        ("price", '"macs"', "price", Budget.MACS),
+        ("price", '"params"', "price", Budget.PARAMS),
+        ("folds", '["decode", "rows", "decode"]', "folds", (Fold.ROWS, Fold.DECODE)),
+        ("groups", "[4, 1, 4]", "groups", (1, 4)),
+        ("normalize", '"absolute"', "relative", False),
+        ("normalize", '"relative"', "relative", True),
+        ("power", "4", "power", 4.0),
+        ("power", "0.5", "power", 0.5),
+        ("power", "64", "power", 64.0),
+        ("summary", '"  Words.\\n"', "summary", "Words."),
+    ],
+)
+def test_every_key_sets_its_field(key, value, field, expected):
+    # A price is traded against a sum, which the base has.
+    assert getattr(parse(**{key: value}), field) == expected
+
+
+WRONG = {
+    "summary": ['""', '" "', "1", "[]", "true", "1979-05-27"],
+    "folds": ["[]", '"encode"', '["encode", "diagonal"]', "[1]", "1", "[[]]", "{}", '["ENCODE"]'],
+    "groups": ['"all"', "[]", "[0]", "[-1]", "[1.0]", "[true]", '["1"]', "1", "{}"],
+    "measure": ['"energy"', "1", '["spectral"]', "{}", "true", '""'],
+    "normalize": ['"no"', "true", "1", "[]", "{}"],
+    "aggregate": ['"mean"', "0", '["max"]', "{}", '""'],
+    "power": ["0", "-1", "65", "nan", "inf", "-inf", '"4"', "true", "[4]", "{}"],
+    "price": ['"latency"', "1", "[]", "{}", '""', "false"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
+)
+def test_a_wrong_value_is_told_with_its_key(key, value):
+    with pytest.raises(RecipeError, match=rf"^Recipe 'test' has {key} = .*, but {key} is .*\.$") as caught:
+        parse(**{key: value})
+    assert caught.value.exit_code == 2
+
+
+def test_latency_is_no_price_as_there_is_no_formula_of_it():
+    with pytest.raises(
+        RecipeError, match=r"^Recipe 'test' has price = 'latency', but price is one of params, macs\.$"
+    ):
+        parse(price='"latency"')
+
+
+@pytest.mark.parametrize("key", ["fold", "Measure", "recovery", "name", "relative", '"a b"', "table.key"])
+def test_an_unknown_key_is_told_with_the_known_ones(key):
+    with pytest.raises(
+        RecipeError, match=r"^Recipe 'test' has an unknown key .*: the keys are .*folds"
+    ) as caught:
+        parse(**{key: "1"})
+    assert key.strip('"').split(".")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("key", BASE)
+def test_a_missing_key_is_told(key):
+    lines = [f"{other} = {value}" for other, value in BASE.items() if other != key]
+    with pytest.raises(RecipeError, match=rf"^Recipe 'test' lacks the key '{key}': add it\.$"):
+        recipes.parse("\n".join(lines), "test")
+
+
+@pytest.mark.parametrize("broken", ["folds =", "= 1", "[", 'folds = ["encode"]\nfolds = ["rows"]', "\x00"])
+def test_text_that_is_no_toml_is_told(broken):
+    with pytest.raises(RecipeError, match=r"^Recipe 'test' is not valid TOML: "):
+        recipes.parse(broken, "test")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+SHIPPED = {"alds", "alds-plus", "svd", "svd-energy", "l-rank", "power"}
+
+
+def test_the_recipes_of_the_design_ship():
+    found = {recipe.name: recipe for recipe in recipes.load_all()}
+    assert set(found) >= SHIPPED
+    assert all(recipes.load(name) == recipe for name, recipe in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "folds", "groups", "measure", "relative", "aggregate", "power", "price"),
+    [
+        ("alds", (Fold.ENCODE,), None, Measure.SPECTRAL, True, Aggregate.MAX, 1, None),
+        ("alds-plus", tuple(Fold), None, Measure.SPECTRAL, True, Aggregate.MAX, 1, None),
+        ("svd", (Fold.ENCODE,), (1,), Measure.SPECTRAL, True, Aggregate.UNIFORM, 1, None),
+        ("svd-energy", (Fold.ENCODE,), (1,), Measure.NUCLEAR, True, Aggregate.MAX, 1, None),
+        ("l-rank", (Fold.ROWS,), (1,), Measure.FROBENIUS, False, Aggregate.SUM, 1, Budget.MACS),
+        ("power", tuple(Fold), None, Measure.SPECTRAL, True, Aggregate.SUM, 4, None),
+    ],
+)
+def test_a_shipped_recipe_is_what_the_design_says(
+    name, folds, groups, measure, relative, aggregate, power, price
+):
+    found = recipes.load(name)
+    assert found.name == name
+    assert found.summary.endswith(".")
+    assert (found.folds, found.groups) == (folds, groups)
+    assert (found.measure, found.relative) == (measure, relative)
+    assert (found.aggregate, found.power, found.price) == (aggregate, power, price)
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text(power="2"), encoding="utf-8")
+    assert recipes.load(path) == recipes.load(str(path)) == recipes.parse(text(power="2"), "mine")
+
+
+@pytest.mark.parametrize("name", ["aldz", "", "alds.toml", "no/such.toml", Path("none.toml")])
+def test_a_recipe_that_is_not_there_is_told_with_those_that_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"^There is no recipe .*: name a \.toml file or one of .*\balds\b"):
+        recipes.load(name)
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(RecipeError, match=r"^There is no recipe "):
+        recipes.load(tmp_path / "folder.toml")
+
+
+def test_a_binary_file_is_no_recipe(tmp_path):
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00summary")
+    with pytest.raises(RecipeError, match=r"binary\.toml is not UTF-8 text"):
+        recipes.load(path)

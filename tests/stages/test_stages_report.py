@@ -1,0 +1,184 @@
+"""What a report warns of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from onnx_lowrank import compress
+from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Validation
+from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.files.load import load
+from onnx_lowrank.layers.found import find_layers
+from onnx_lowrank.stages import report as reporting
+from tiny import cnn
+
+RATIO = "choose a larger ratio or another recipe"
+CALIBRATE = f"{RATIO}, or pass inputs to fit to as --calibration"
+TARGET = "set a stricter target or choose another recipe"
+ROWS = "of the rows of 'logits' have the same largest element"
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A model with its layers, and a plan of which there is nothing to warn."""
+    proto = cnn()
+    result = compress(proto, 0.6, dry_run=True)
+    assert result.report.warnings == ()
+    return find_layers(load(proto), {}, (), ()), result.plan
+
+
+@pytest.fixture
+def warned(planned):
+    def warned(*outputs, given=True, calibrated=True, **targets):
+        report = reporting.assemble(
+            *planned,
+            validation=Validation("engine", "inputs", outputs, ()),
+            given=given,
+            calibration=Calibrated("source", 100, 20) if calibrated else None,
+            **targets,
+        )
+        return report.warnings
+
+    return warned
+
+
+def output(agreement, relative=0.1, name="logits", is_exact=False):
+    return OutputError(name, relative, None, agreement, is_exact=is_exact)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "shown"),
+    [(0.8999, "90.0%"), (0.57, "57.0%"), (0.025, "2.50%"), (0.0, "0.00%")],
+)
+def test_low_agreement_is_a_warning(warned, agreement, shown):
+    assert warned(output(agreement)) == (f"Only {shown} {ROWS}: {RATIO}.",)
+    assert warned(output(agreement), calibrated=False) == (f"Only {shown} {ROWS}: {CALIBRATE}.",)
+
+
+@pytest.mark.parametrize("relative", [None, 0.2])
+def test_integers_booleans_and_texts_are_equal_or_not(warned, relative):
+    labels = output(0.57, relative, "labels", is_exact=True)
+    assert warned(labels) == (f"Only 57.0% of the elements of 'labels' are equal: {RATIO}.",)
+
+
+@pytest.mark.parametrize("agreement", [None, 0.9, 1.0])
+def test_agreement_that_is_high_or_unknown_is_none(warned, agreement):
+    assert warned(output(agreement)) == ()
+
+
+def test_no_outputs_are_no_warning(warned):
+    assert warned() == ()
+
+
+def test_the_output_that_agrees_least_is_told_alone(warned):
+    outputs = (output(0.8, name="a"), output(None, name="b"), output(0.57), output(0.7, name="c"))
+    assert warned(*outputs) == (f"Only 57.0% {ROWS}: {RATIO}.",)
+
+
+def test_a_large_error_and_low_agreement_are_one_warning(warned):
+    assert warned(output(0.57, 0.8312), output(0.95, 0.2, "other")) == (
+        f"The largest relative error of an output is 0.831, and only 57.0% {ROWS}: {RATIO}.",
+    )
+
+
+@pytest.mark.parametrize(("agreement", "relative"), [(0.9, 0.51), (None, 0.51)])
+def test_a_large_error_alone(warned, agreement, relative):
+    large = "The largest relative error of an output is 0.51"
+    assert warned(output(agreement, relative)) == (f"{large}: {RATIO}.",)
+    assert warned(output(agreement, relative), calibrated=False) == (f"{large}: {CALIBRATE}.",)
+
+
+@pytest.mark.parametrize(("relative", "number"), [(0.5, 0), (0.51, 1)])
+def test_agreement_on_inputs_made_from_the_graph_says_nothing(warned, relative, number):
+    told = "The largest relative error of an output is 0.51 on inputs made from the graph, which say little"
+    warnings = warned(output(0.1, relative), given=False, calibrated=False)
+    assert warnings == (f"{told}: pass real ones as --inputs.",) * number
+
+
+@pytest.mark.parametrize(
+    ("agreement", "targets", "warns"),
+    [
+        (0.8, {"target_agreement": 0.8}, False),
+        (0.7, {"target_agreement": 0.8}, True),
+        (0.91, {"target_agreement": 0.99}, False),
+        (0.8, {"target_agreement": 0.99}, True),
+        (0.8, {"target_error": 0.3}, True),
+        (0.9, {"target_error": 0.3}, False),
+    ],
+)
+def test_a_target_is_no_ratio_to_enlarge_and_what_was_asked_for_no_surprise(
+    warned, agreement, targets, warns
+):
+    told = f"Only {agreement:.1%} {ROWS}: {TARGET}."
+    assert warned(output(agreement), **targets) == ((told,) if warns else ())
+
+
+# --- times ------------------------------------------------------------------------------------------
+
+
+def timing(after, before=1000, predicted=None):
+    return Timing("ONNX Runtime X, 1 thread", "inputs", before, predicted, after)
+
+
+@pytest.mark.parametrize(("spread", "shown"), [(1.0, False), (1.3, False), (1.31, True), (3.0, True)])
+def test_times_that_vary_are_a_warning(planned, spread, shown):
+    found, plan = planned
+    unsteady = replace(timing(900), spread=spread)
+    report = reporting.assemble(found, replace(plan, budget=Budget.LATENCY, ratio=1.0), timing=unsteady)
+    told = [warning for warning in report.warnings if "disturbs the times" in warning]
+    assert bool(told) == shown
+
+
+@pytest.mark.parametrize(
+    ("after", "shown"),
+    [(None, ""), (10, ""), (1000, ""), (1050, ""), (1051, "1.05"), (1500, "1.50"), (20_000, "20.00")],
+)
+@pytest.mark.parametrize("budget", [Budget.PARAMS, Budget.MACS])
+def test_a_slower_model_is_a_warning_where_time_is_not_the_budget(planned, budget, after, shown):
+    found, plan = planned
+    report = reporting.assemble(found, replace(plan, budget=budget, ratio=1.0), timing=timing(after))
+    slower = [warning for warning in report.warnings if "as long" in warning]
+    told = (
+        f"The compressed model takes {shown} times as long as the input model on ONNX Runtime X, 1 thread: "
+        "--budget latency makes models that are faster."
+    )
+    assert slower == ([told] if shown else [])
+    assert report.timing is None
+    assert report.totals.time is None
+
+
+@pytest.mark.parametrize(
+    ("given", "after", "reached"),
+    [
+        (timing(700, predicted=500), 700, 0.7),
+        (timing(None, predicted=500), 500, 0.5),
+        (timing(700), 700, 0.7),
+        (timing(1050, predicted=500), 1050, 1.05),
+    ],
+)
+def test_where_it_is_the_budget_times_are_totals(planned, given, after, reached):
+    found, plan = planned
+    report = reporting.assemble(found, replace(plan, budget=Budget.LATENCY, ratio=reached), timing=given)
+    assert (report.totals.time.before, report.totals.time.after) == (1000, after)
+    assert report.reached == reached
+    assert report.timing == given
+    assert not any("as long" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (600, ""),
+        (618, ""),
+        (619, "The plan reaches the ratio 0.619, above the 0.6 for which it was made."),
+        (551, ""),
+        (549, "The ratio is 0.549 where 0.6 was asked for, as the options are coarse"),
+    ],
+)
+def test_a_time_may_miss_its_ratio_by_what_measurements_differ(planned, after, told):
+    found, plan = planned
+    report = reporting.assemble(found, replace(plan, budget=Budget.LATENCY, ratio=0.6), timing=timing(after))
+    assert len(report.warnings) == bool(told)
+    assert all(warning.startswith(told) for warning in report.warnings)

@@ -1,0 +1,181 @@
+"""The errors of all options against those of the factors that they make."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from calibrating import CPU, measured, seen
+from onnx_lowrank.allocate.curves import predicted
+from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.core.plan import Budget, Measure
+from onnx_lowrank.documents import recipes
+from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.found import prepared
+from onnx_lowrank.linalg.folding import compose
+from onnx_lowrank.linalg.quadratic import error, of_weight
+from onnx_lowrank.progress import Silent
+from onnx_lowrank.stages import score as module
+from onnx_lowrank.stages.fit import activation_factors
+from onnx_lowrank.stages.score import Scores
+from rewriting import model
+from tiny import cnn
+
+CALIBRATED = [recipe for recipe in recipes.load_all() if recipe.calibrated and recipe.price is None]
+ACTIVATION, OUTPUT = recipes.load("activation"), recipes.load("output")
+FOUND = seen(cnn())
+X = (np.random.default_rng(0).standard_normal((30, 8, 6, 6)) * np.linspace(0.2, 2, 8)[:, None, None]).astype(
+    np.float32
+)
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    with measured(FOUND, X) as taken:
+        yield taken
+
+
+def scores(calibration, found=FOUND):
+    return Scores(found, Grid(Budget.PARAMS), CPU, Silent(), calibration)
+
+
+def test_the_activation_errors_are_those_of_the_factors(calibration, monkeypatch):
+    """On the inputs that are fitted to, with the ridge left out of both."""
+    monkeypatch.setattr(module, "shrinkage", lambda moments, least=0.0: 0.0)
+    monkeypatch.setattr("onnx_lowrank.stages.fit.shrinkage", lambda moments, least=0.0: 0.0)
+    checked = 0
+    for binding, table in zip(FOUND.bindings, scores(calibration).candidates(ACTIVATION), strict=True):
+        moments = replace(calibration.statistics[binding.layer.id], held=None)
+        weight, _ = prepared(FOUND, binding)
+        centred = bias(FOUND.model, FOUND.walk, binding) is not None
+        judge = of_weight(weight, moments.inputs, centred=centred, ridge=0.0)
+        assert np.all((table.error >= 0) & (table.error <= 1))
+        for pick in range(1, table.cost.size, 3):
+            option = table.option(pick)
+            factors = activation_factors(weight, option, moments, CPU, centred=centred, steps=0)
+            assert table.error[pick] == pytest.approx(error(judge, compose(factors)), rel=1e-3, abs=1e-7)
+            checked += 1
+    assert checked > 10
+
+
+@pytest.mark.parametrize("recipe", CALIBRATED, ids=lambda recipe: recipe.name)
+def test_a_dearer_option_has_a_smaller_error(calibration, recipe):
+    for table in scores(calibration).candidates(recipe):
+        order = np.argsort(table.cost[1:], kind="stable")
+        assert np.all(np.diff(table.error[1:][order]) < 0), "the others are no candidates"
+        assert table.error[0] == 0
+
+
+def test_absolute_errors_are_relative_ones_times_the_power_of_the_outputs(calibration):
+    made = scores(calibration)
+    relative, absolute = (made.candidates(replace(ACTIVATION, relative=flag)) for flag in (True, False))
+    powers = []
+    for binding, one, other in zip(FOUND.bindings, relative, absolute, strict=True):
+        inputs = calibration.statistics[binding.layer.id].inputs
+        weight, _ = prepared(FOUND, binding)
+        centred = bias(FOUND.model, FOUND.walk, binding) is not None
+        power = of_weight(weight, inputs, centred=centred, ridge=0.0).power.sum()
+        np.testing.assert_allclose(other.error[1:], one.error[1:] * power, rtol=0.2)
+        powers.append(power)
+    assert max(powers) > 2 * min(powers)
+
+
+def test_nothing_is_computed_twice(calibration, monkeypatch):
+    made, calls = scores(calibration), []
+    for name in ("errors", "spectra"):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, real=real, name=name, **kw: (calls.append(name), real(*args, **kw))[1]
+        )
+    measure = module.sensitivity.measure
+    monkeypatch.setattr(
+        module.sensitivity, "measure", lambda *args, **kw: (calls.append("measure"), measure(*args, **kw))[1]
+    )
+    first = [made.candidates(recipe) for recipe in (OUTPUT, ACTIVATION, recipes.load("schatten"))]
+    assert {"errors", "spectra", "measure"} == set(calls)
+    assert calls.count("measure") == 1
+    number = len(calls)
+    again = [made.candidates(recipe) for recipe in (OUTPUT, ACTIVATION, recipes.load("power"))]
+    assert len(calls) == number
+    for one, other in zip(first[:2], again[:2], strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a.error, b.error)
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in recipes.load_all() if recipe.measure.of_weights])
+def test_calibration_does_not_change_what_weights_say(calibration, name):
+    recipe = replace(recipes.load(name), price=None)
+    for one, other in zip(
+        scores(None).candidates(recipe), scores(calibration).candidates(recipe), strict=True
+    ):
+        np.testing.assert_array_equal(one.error, other.error)
+        np.testing.assert_array_equal(one.cost, other.cost)
+
+
+def test_a_measure_of_activations_without_inputs_is_a_fault_of_the_caller():
+    with pytest.raises(RuntimeError, match="needs calibration inputs"):
+        scores(None).candidates(ACTIVATION)
+
+
+def test_output_errors_follow_the_effects_that_were_measured(calibration, monkeypatch):
+    effects = {"conv1": 5.0, "conv2": 0.5}
+
+    def measure(model, walk, bindings, substitutes, samples, engine, step):
+        """Every layer's own error times a factor; the last layer was not measured."""
+        measured = {}
+        for binding in bindings:
+            number = len(list(substitutes(binding)))
+            assert 1 <= number <= len(module.PROBED)
+            if binding.layer.id in effects:
+                measured[binding.layer.id] = (
+                    np.full(number, effects[binding.layer.id]) * own[binding.layer.id][:number]
+                )
+        return measured
+
+    plain = {table.layer: table for table in scores(calibration).candidates(ACTIVATION)}
+    own = {layer: np.array([error for _, error in module._probes(table)]) for layer, table in plain.items()}
+    monkeypatch.setattr(module, "sensitivity", SimpleNamespace(measure=measure))
+    for table in scores(calibration).candidates(OUTPUT):
+        other = plain[table.layer]
+        known = {(f, k, j): e for f, k, j, e in zip(other.fold, other.k, other.j, other.error, strict=True)}
+        usual = np.median([factor for layer, factor in effects.items() for _ in own[layer]])
+        factor = effects.get(table.layer, usual)
+        wanted = [
+            known.get(key, np.nan) for key in zip(table.fold[1:], table.k[1:], table.j[1:], strict=True)
+        ]
+        points = [(e, factor * e) for e in own[table.layer]] if table.layer in effects else [(1.0, factor)]
+        shared = ~np.isnan(wanted)
+        assert shared.sum() > 3
+        np.testing.assert_allclose(
+            table.error[1:][shared], predicted(np.array(wanted)[shared], points), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("recipe", CALIBRATED, ids=lambda recipe: recipe.name)
+def test_layers_that_do_not_run_are_scored_by_their_weights(recipe):
+    proto = model(
+        """g (bool k, float[4,8] x) => (float[] y) { h = MatMul (x, w0) y = If (k) <
+            then_branch = t () => (float[4,8] p) { p = MatMul (h, w1) },
+            else_branch = e () => (float[4,8] q) { q = MatMul (h, w2) }> }""",
+        w0=(8, 8), w1=(8, 8), w2=(8, 8),
+    )  # fmt: skip
+    found = seen(proto)
+    feeds = [
+        {"k": np.array(True), "x": np.random.default_rng(n).standard_normal((4, 8)).astype(np.float32)}
+        for n in range(10)
+    ]
+    with measured(found, feeds) as taken:
+        tables = scores(taken, found).candidates(replace(recipe, measure=Measure.ACTIVATION))
+        (idle,) = taken.statistics.reasons
+        assert all(np.isfinite(table.error).all() for table in scores(taken, found).candidates(recipe))
+    (binding,) = (b for b in found.bindings if b.layer.id == idle)
+    weight, _ = prepared(found, binding)
+    sigma = np.linalg.svd(weight.reshape(8, 8).astype(np.float64), compute_uv=False) ** 2
+    table = next(table for table in tables if table.layer == idle)
+    whole = [pick for pick in range(1, table.cost.size) if table.k[pick] == 1]
+    assert whole
+    for pick in whole:
+        assert table.error[pick] == pytest.approx(sigma[table.j[pick] :].sum() / sigma.sum(), rel=1e-6)

@@ -1,0 +1,300 @@
+"""What compress() refuses, before any work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnx_lowrank import InputError, RecipeError, compress, hardware
+from onnx_lowrank import request as arguments
+from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.core.factors import Fit
+from onnx_lowrank.core.plan import Budget, Measure, Plan
+from onnx_lowrank.documents import recipes
+from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_RECIPE, check_calibration, request, target
+from onnx_lowrank.stages.search import AUTO, Target
+
+CALIBRATED = [recipe.name for recipe in recipes.load_all() if recipe.calibrated]
+FREE = [recipe.name for recipe in recipes.load_all() if not recipe.calibrated]
+X = np.zeros((4, 8), np.float32)
+
+
+def plan(fit=Fit.WEIGHTS, recover=False):
+    return Plan("0" * 64, "r", Measure.SPECTRAL, 0.5, Budget.MACS, (), factors=fit, recover=recover)
+
+
+def asked(
+    ratio=0.5, recipe=None, budget=None, plan=None, target=None, calibrated=False, recover=True, **more
+):
+    given = {"align": None, "provider": "CPUExecutionProvider"} | more
+    return request(ratio, recipe, budget, plan, target, calibrated=calibrated, recover=recover, **given)
+
+
+# --- which recipes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [None, AUTO_RECIPE])
+def test_calibration_makes_auto_the_default(recipe):
+    made = asked(recipe=recipe, calibrated=True)
+    assert tuple(one.name for one in made.recipes) == AUTO
+    assert made.is_search
+    assert made.fits_activations
+
+
+def test_without_calibration_the_default_is_one_recipe_of_weights():
+    made = asked()
+    assert [one.name for one in made.recipes] == [DEFAULT_RECIPE]
+    assert (made.is_search, made.fits_activations) == (False, False)
+    assert made.grid.budget is Budget.PARAMS
+
+
+@pytest.mark.parametrize("recipe", CALIBRATED)
+def test_a_recipe_of_activations_needs_calibration(recipe):
+    with pytest.raises(InputError, match=f"The recipe '{recipe}' needs calibration inputs: pass some with"):
+        asked(recipe=recipe)
+    made = asked(recipe=recipe, calibrated=True)
+    assert made.recipes == (recipes.load(recipe),)
+    assert (made.is_search, made.fits_activations) == (False, True)
+
+
+@pytest.mark.parametrize("recipe", FREE)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_recipe_of_weights_does_not(recipe, calibrated):
+    made = asked(recipe=recipe, calibrated=calibrated)
+    assert made.recipes == (recipes.load(recipe),)
+    assert not made.fits_activations
+
+
+@pytest.mark.parametrize("recipe", [*CALIBRATED, None])
+def test_no_recover_is_for_all_recipes(recipe):
+    made = asked(recipe=recipe, calibrated=True, recover=False)
+    assert made.recipes
+    assert not any(one.recover for one in made.recipes)
+    wanted = [recipes.load(one.name).factors for one in made.recipes]
+    assert [one.factors for one in made.recipes] == wanted
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_recipe_of_a_file_is_taken_as_it_is(tmp_path, kind):
+    path = tmp_path / "own.toml"
+    path.write_text(
+        'summary = "s"\nfolds = ["encode"]\ngroups = [1]\naggregate = "max"\nfactors = "activations"\n'
+    )
+    assert [one.name for one in asked(recipe=kind(path), calibrated=True).recipes] == ["own"]
+    with pytest.raises(InputError, match="'own' needs calibration"):
+        asked(recipe=kind(path))
+
+
+def test_an_unknown_recipe_is_told():
+    with pytest.raises(RecipeError, match="There is no recipe 'nosuch'"):
+        asked(recipe="nosuch", calibrated=True)
+
+
+# --- one of ratio, plan and target --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"ratio": 0.5, "plan": plan()},
+        {"ratio": 0.5, "target": Target(0.1)},
+        {"plan": plan(), "target": Target(0.1)},
+        {"ratio": 0.5, "plan": plan(), "target": Target(0.1)},
+    ],
+)
+def test_exactly_one_of_ratio_plan_and_target(given):
+    with pytest.raises(InputError, match=r"^Give either a ratio, such as --ratio 0\.5, or a plan"):
+        asked(**{"ratio": None, **given}, calibrated=True)
+
+
+def test_a_target_is_a_search():
+    made = asked(ratio=None, recipe="schatten", target=Target(0.1), calibrated=True)
+    assert made.is_search
+    assert (made.ratio, made.target) == (None, Target(0.1))
+
+
+@pytest.mark.parametrize("fit", list(Fit))
+@pytest.mark.parametrize("recover", [False, True])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_plan_says_itself_what_it_needs(fit, recover, calibrated):
+    given = plan(fit, recover and fit is Fit.ACTIVATIONS)
+    if fit is Fit.ACTIVATIONS and not calibrated:
+        with pytest.raises(InputError, match="plan's factors are fitted to calibration inputs: pass them"):
+            asked(ratio=None, plan=given)
+        return
+    made = asked(ratio=None, plan=given, calibrated=calibrated)
+    assert made.plan == given
+    assert made.grid.budget is Budget.MACS
+    assert made.fits_activations == (fit is Fit.ACTIVATIONS)
+    assert not made.is_search
+    assert not asked(ratio=None, plan=given, calibrated=calibrated, recover=False).plan.recover
+
+
+@pytest.mark.parametrize(
+    "given", [{"recipe": "svd"}, {"recipe": "auto"}, {"budget": "params"}, {"align": 8}, {"align": "auto"}]
+)
+def test_a_plan_has_its_own_recipe_budget_and_ranks(given):
+    with pytest.raises(
+        InputError, match="A plan has its own recipe, budget and ranks: leave out --pass, --budget and"
+    ):
+        asked(ratio=None, plan=plan(), calibrated=True, **given)
+
+
+# --- values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.0001, float("nan"), float("inf")])
+def test_a_ratio_is_above_0_and_at_most_1(ratio):
+    with pytest.raises(InputError, match=f"^The ratio is {ratio}, and has to be above 0"):
+        asked(ratio=ratio)
+
+
+@pytest.mark.parametrize("error", [-0.1, float("nan"), float("-inf")])
+def test_a_target_error_is_not_negative(error):
+    with pytest.raises(InputError, match=f"^The target error is {error}, and has to be 0 or more"):
+        target(error, None, calibrated=True)
+
+
+@pytest.mark.parametrize("agreement", [0, -0.1, 1.01, float("nan"), float("inf")])
+def test_a_target_agreement_is_a_share(agreement):
+    with pytest.raises(InputError, match=f"^The target agreement is {agreement}, and has to be above 0"):
+        target(None, agreement, calibrated=True)
+
+
+@pytest.mark.parametrize(("error", "agreement"), [(0, None), (None, 1), (0.5, 0.5), (3, 0.001)])
+def test_targets(error, agreement):
+    assert target(error, agreement, calibrated=True) == Target(error, agreement)
+    with pytest.raises(InputError, match=r"^A target is judged on held-out calibration inputs: pass some"):
+        target(error, agreement, calibrated=False)
+
+
+def test_no_target_is_none():
+    assert target(None, None, calibrated=False) is None
+    assert target(None, None, calibrated=True) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"samples": 5}, "^--calibration-samples says how many to use of --calibration: pass that, too"),
+        ({"samples": 0}, "^--calibration-samples is 0: pass 1 or more"),
+        ({"samples": -3, "calibrated": True}, "^--calibration-samples is -3: pass 1 or more"),
+        ({"recover": False}, "^--no-recover leaves out what only --calibration makes possible"),
+        ({"samples": 1.5}, "^calibration_samples is '1.5' of type float: give a whole number"),
+        ({"samples": True}, "^calibration_samples is 'True' of type bool: give a whole number"),
+        ({"samples": "7"}, "^calibration_samples is '7' of type str: give a whole number"),
+        ({"recover": 0}, "^recover is 0: give True or False"),
+        ({"recover": None}, "^recover is None: give True or False"),
+    ],
+)
+def test_arguments_that_go_with_calibration(given, words):
+    with pytest.raises(InputError, match=words):
+        check_calibration(**{"samples": None, "calibrated": False, "recover": True} | given)
+
+
+@pytest.mark.parametrize("samples", [None, 1, np.int64(7)])
+def test_any_number_of_samples_will_do(samples):
+    check_calibration(samples, calibrated=True, recover=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("inputs", "a path or arrays by input name"),
+        ("recipe", "a name, a path or a Recipe"),
+        ("plan", "a path or a Plan"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(name, wanted):
+    ratio = {} if name == "plan" else {"ratio": 0.5}
+    with pytest.raises(InputError, match=f"^{name} is an empty text: give {wanted}\\.$"):
+        compress("nosuch.onnx", **ratio, **{name: ""})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recipe": "auto"},
+        {"recipe": "output"},
+        {"recover": False},
+        {"calibration_samples": 3},
+        {"target_error": "0.1", "calibration": X},
+        {"target_agreement": [1], "calibration": X},
+        {"target_error": True, "calibration": X},
+        {"ratio": "half", "calibration": X},
+        {"recipe": 3, "calibration": X},
+        {"budget": "time", "calibration": X},
+        {"plan": 4, "calibration": X},
+        {"ratio": 0.5, "target_error": 0.1, "calibration": X},
+        {"target_error": 0.1},
+        {"target_agreement": 0.9},
+        {"calibration_samples": 2.0, "calibration": X},
+        {"calibration_samples": 0, "calibration": X},
+        {"calibration_samples": -1, "calibration": X},
+        {"inputs": ""},
+        {"recipe": ""},
+        {"plan": ""},
+        {"recover": "no", "calibration": X},
+        {"ratio": 0.5, "device": "tpu", "calibration": X},
+        {"ratio": 0.5, "provider": "NoSuchProvider", "calibration": X},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_what_is_wrong_is_told_before_the_model_is_read(given):
+    needs_ratio = "ratio" not in given and "plan" not in given and "target" not in "".join(given)
+    with pytest.raises(InputError) as caught:
+        compress("nosuch.onnx", **{"ratio": 0.5} if needs_ratio else {}, **given)
+    assert "nosuch" not in str(caught.value)
+    assert str(caught.value).endswith((".", ")"))
+
+
+# --- alignment -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("align", "block"), [(None, 1), (1, 1), (8, 8), (np.int64(16), 16), (1024, 1024)])
+def test_ranks_are_aligned_as_asked(align, block):
+    assert asked(align=align).grid == Grid(Budget.PARAMS, block)
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_auto_follows_the_provider(provider):
+    assert asked(align="auto", provider=provider).grid.block == hardware.block(provider)
+
+
+@pytest.mark.parametrize("align", [0, -8, 1025, 2.0, "8", "Auto", "", True, float("nan"), [8]])
+def test_what_is_no_alignment_is_told(align):
+    with pytest.raises(InputError, match=r"^The alignment is .* has to be 'auto' or a whole number from 1"):
+        asked(align=align)
+
+
+@pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CUDAExecutionProvider"])
+@pytest.mark.parametrize(("align", "block"), [(None, None), ("auto", None), (1, 1), (4, 4)])
+def test_times_are_best_in_the_providers_blocks(provider, align, block):
+    grid = asked(align=align, provider=provider, budget="latency").grid
+    assert grid == Grid(Budget.LATENCY, block or hardware.block(provider))
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [0, 1, 7, 1024, np.int64(3)])
+def test_a_number_of_threads_is_taken_as_it_is(given):
+    assert arguments.threads(given) == given
+    assert type(arguments.threads(given)) is int
+
+
+@pytest.mark.parametrize("given", [-1, 1025, 10**30])
+def test_a_number_of_threads_that_is_wrong_is_told(given):
+    with pytest.raises(
+        InputError, match=rf"^--threads is {given}: pass 1 to 1024, or 0 for what the runtime"
+    ):
+        arguments.threads(given)
+
+
+@pytest.mark.parametrize("given", [None, "2", 2.0, True, [2]])
+def test_what_is_no_number_of_threads_is_told(given):
+    with pytest.raises(InputError, match=r"^threads is .*: give a whole number\.$"):
+        arguments.threads(given)
