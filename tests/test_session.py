@@ -413,7 +413,9 @@ def test_runs_do_not_differ(recipe, budget):
     model = cnn(CNN.replace("N,", "1,"))
     # A layer's two factors are two nodes, which take time.
     ratio = 0.7 if budget is Budget.LATENCY else 0.5
-    one, two = (compress(model, ratio, recipe=recipe, budget=budget) for _ in range(2))
+    # The processor's own blocks may be wider than all ranks of a model as small as this.
+    align = 8 if budget is Budget.LATENCY else None
+    one, two = (compress(model, ratio, recipe=recipe, budget=budget, align=align) for _ in range(2))
     assert one.plan == two.plan
     assert one.report.to_json() == two.report.to_json()
     assert one.proto.SerializeToString() == two.proto.SerializeToString()
