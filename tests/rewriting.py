@@ -20,9 +20,10 @@ from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.load import Model, load
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.scopes import scopes
-from onnx_lowrank.graph.shapes import infer, work
+from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.find import Binding, find, read
+from onnx_lowrank.layers.work import work
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite

@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from math import prod
 
-from onnx_lowrank.core.layer import Layer, Positions, ScopeWork, Use
+from onnx_lowrank.core.layer import Layer, ScopeWork, Use
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents.recipes import Recipe
@@ -47,12 +47,12 @@ def macs(layer: Layer, option: Option | None = None) -> int | None:
 
 def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None:
     """Multiply-accumulates of one use of a layer; None where a dimension is unknown."""
-    if use.positions is None:
+    if use.evaluations is None:
         return None
     if option is None:
-        return layer.size * _dense_positions(use, use.positions)
+        return layer.size * use.evaluations.dense
     encoder, decoder = _factor_sizes(layer, option.fold, option.k)
-    at_encoder, at_decoder = _factor_positions(layer, option.fold, use, use.positions)
+    at_encoder, at_decoder = use.evaluations.factors[option.fold]
     return option.j * (encoder * at_encoder + decoder * at_decoder)
 
 
@@ -184,35 +184,3 @@ def _factor_sizes(layer: Layer, fold: Fold, k: int) -> tuple[int, int]:
     """Parameters of the encoder and of the decoder per unit of rank, over all groups and slices."""
     encoder, decoder = fold.kernels(layer.kernel)
     return layer.c * prod(encoder), k * layer.f * prod(decoder)
-
-
-def _dense_positions(use: Use, positions: Positions) -> int:
-    """How often the whole weight is applied; looking a row up in a table multiplies nothing."""
-    match use.op:
-        case "Gather":
-            return 0
-        case "ConvTranspose":
-            return positions.batch * prod(positions.inputs)
-        case _:
-            return positions.batch * prod(positions.outputs)
-
-
-def _factor_positions(layer: Layer, fold: Fold, use: Use, positions: Positions) -> tuple[int, int]:
-    """How often the encoder and the decoder are applied.
-
-    An axis' stride goes to the factor that holds its kernel. An axis of size 1 is nobody's: its stride
-    goes where fewer positions are left, to the encoder of Conv and to the decoder of ConvTranspose.
-    """
-    batch, inputs, outputs = positions.batch, positions.inputs, positions.outputs
-    held = fold.encoder_axes(len(layer.kernel))
-    match use.op:
-        case "Gather":
-            return (batch, 0) if use.transposed else (0, batch)
-        case "ConvTranspose":
-            encoder = {axis for axis in held if layer.kernel[axis] > 1}
-            between = (outputs[a] if a in encoder else inputs[a] for a in range(len(inputs)))
-            return batch * prod(inputs), batch * prod(between)
-        case _:
-            encoder = {axis for axis, n in enumerate(layer.kernel) if axis in held or n == 1}
-            between = (outputs[a] if a in encoder else inputs[a] for a in range(len(inputs)))
-            return batch * prod(between), batch * prod(outputs)

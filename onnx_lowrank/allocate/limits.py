@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 
@@ -90,10 +91,13 @@ def _macs(layer: Layer, table: Candidates, runs: Mapping[str, int]) -> Ints:
 def _alike(layer: Layer, routes: Sequence[Mapping[str, int]]) -> bool:
     """Whether the routes weigh a layer's two factors alike: run all uses as often, or uses of one kind."""
     same = all(len({runs[use.scope] for use in layer.uses}) == 1 for runs in routes)
-    return same or len({_kind(use) for use in layer.uses}) == 1
+    return same or len({_kind(use) for use in layer.uses if _kind(use) != ()}) <= 1
 
 
-def _kind(use: Use) -> object:
-    """Uses of one kind have MACs in one proportion to each other, whatever the option."""
-    sizes = None if use.positions is None else (use.positions.inputs, use.positions.outputs)
-    return use.op in ("Gather", "ConvTranspose"), use.op == "Gather" and use.transposed, sizes
+def _kind(use: Use) -> tuple[int, ...] | None:
+    """Uses of one kind have MACs in one proportion to each other, whatever the option; () where none runs."""
+    if use.evaluations is None:
+        return None
+    counts = (use.evaluations.dense, *(n for pair in use.evaluations.factors.values() for n in pair))
+    unit = gcd(*counts)
+    return tuple(count // unit for count in counts) if unit else ()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.patches import CHUNK
 from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.operators.geometry import CHUNK
 
 _DEFINITE = 1e-6  # keeps inputs that never vary from making the moments singular
 

@@ -18,7 +18,6 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from onnx_lowrank.calibrate.moments import Accumulator
-from onnx_lowrank.calibrate.patches import CHUNK, Geometry, geometry, outputs, patches
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.core.layer import Layer
@@ -27,8 +26,9 @@ from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.find import Binding, geometry
 from onnx_lowrank.linalg.backend import parallel_map, resolve
+from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 
 MEMORY = 2**30
@@ -380,8 +380,10 @@ def _of_outputs(layer: Layer, memory: int) -> bool | str:
     """Whether the outputs are to be measured rather than the inputs, or why neither can be."""
     if any(use.transposed for use in layer.uses):
         return "it is applied as it is and transposed, which read different spaces: give each its own weight"
-    reads_indices = any(use.op == "Gather" for use in layer.uses)
-    for of_outputs in (True,) if reads_indices else (False, True):
+    is_linear = all(use.is_linear for use in layer.uses)
+    reads_indices = any(use.reads_indices for use in layer.uses)
+    kinds = (True,) if reads_indices else (False, True) if is_linear else (False,)
+    for of_outputs in kinds:
         if _bytes(_shape(layer, of_outputs=of_outputs)) <= memory:
             return of_outputs
     _, size = _shape(layer, of_outputs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -25,6 +26,19 @@ class Positions:
     batch: int
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """How often one use of a layer multiplies its weight, or the two factors in place of it.
+
+    Attributes:
+        dense: The whole weight.
+        factors: The encoder and the decoder, for every fold that the layer offers.
+    """
+
+    dense: int
+    factors: Mapping[Fold, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +68,12 @@ class Use:
         operand: Index of the input that is the weight.
         transposed: The node applies the transpose of the layer's matrix (tied embeddings).
         rank: Number of axes of the activation that the weight meets; None where it is unknown.
-        pointwise: The node maps every position by itself, and all of them (`operators.chains.is_pointwise`).
+        pointwise: The node maps every position by itself, and all of them.
+        inputs_first: The node reads a matrix with its input features first.
+        reads_indices: Its activation holds indices, which have no moments.
+        is_linear: The node gives the product and a bias, so that its result can be measured and replaced.
         positions: Where it is evaluated; None where a dimension is unknown.
+        evaluations: How often it multiplies; None where a dimension is unknown.
     """
 
     scope: str
@@ -66,7 +84,11 @@ class Use:
     transposed: bool = False
     rank: int | None = None
     pointwise: bool = False
+    inputs_first: bool = True
+    reads_indices: bool = False
+    is_linear: bool = True
     positions: Positions | None = None
+    evaluations: Evaluations | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +113,8 @@ class Layer:
         batchnorm: The BatchNorm to fold when the layer is rewritten.
         freed: Parameters beside the weight that vanish when it is rewritten (BatchNorm, old bias).
         added: Parameters that a rewrite adds beside the factors (a new bias).
+        whole: The ways in which a chain of one slice can be written.
+        sliced: The ways in which a chain of several slices can be written.
     """
 
     id: str
@@ -106,6 +130,8 @@ class Layer:
     batchnorm: BatchNorm | None = None
     freed: int = 0
     added: int = 0
+    whole: tuple[Lowering, ...] = (Lowering.NATIVE,)
+    sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,13 +145,7 @@ class Layer:
 
     def lowerings(self, k: int) -> tuple[Lowering, ...]:
         """The ways in which chains of k slices can be written."""
-        if self.kernel:
-            is_pointwise = k == self.groups == 1 and all(use.pointwise for use in self.uses)
-            return (Lowering.NATIVE, Lowering.MATMUL) if is_pointwise else (Lowering.NATIVE,)
-        is_matrix = all(
-            use.op in ("Gemm", "MatMul") and use.operand == 1 and use.rank in (2, 3) for use in self.uses
-        )
-        return (Lowering.NATIVE, Lowering.CONV) if is_matrix and k > 1 else (Lowering.NATIVE,)
+        return self.whole if k == 1 else self.sliced
 
     def matrix(self, fold: Fold, k: int) -> tuple[int, int]:
         """Rows and columns of one slice's folded matrix."""

@@ -1,20 +1,18 @@
-"""Tensor shapes through ONNX shape inference, and the MACs that follow from them."""
+"""Tensor shapes through ONNX shape inference."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from math import prod
 
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
-from onnx_lowrank.core.layer import Positions, ScopeWork
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, outline
 from onnx_lowrank.graph.constants import infer_shapes
 from onnx_lowrank.graph.scopes import scopes
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
+from onnx_lowrank.graph.walk import Walk
 
 Shape = tuple[int | None, ...]
 Shapes = Mapping[tuple[str, str], Shape]
@@ -107,98 +105,3 @@ def open_inputs(model: Model, shapes: Shapes) -> tuple[str, ...]:
 def shape_of(walk: Walk, shapes: Shapes, tensor: object) -> Shape | None:
     """Shape of a walk's tensor; None where even its rank is unknown."""
     return None if tensor is None else shapes.get(walk.origin(tensor))
-
-
-def rank(walk: Walk, shapes: Shapes, place: Place, operand: int) -> int | None:
-    """Number of axes of the activation that meets the weight at a node; None where unknown."""
-    if walk.node(place).op_type == "Gemm":
-        return 2
-    shape = shape_of(walk, shapes, walk.operand(place, _activation(walk, place, operand)))
-    return None if shape is None else len(shape)
-
-
-def _activation(walk: Walk, place: Place, operand: int) -> int:
-    """Index of the operand that meets the weight."""
-    return 1 - operand if walk.node(place).op_type in ("Gemm", "MatMul", "Gather") else 0
-
-
-def positions(walk: Walk, shapes: Shapes, place: Place, operand: int, features: int) -> Positions | None:
-    """Where a node with a constant weight of `features` outputs is evaluated; None where unknown."""
-    entering = shape_of(walk, shapes, walk.operand(place, _activation(walk, place, operand)))
-    leaving = shape_of(walk, shapes, walk.result(place))
-    match walk.node(place).op_type:
-        case "Gather":
-            rows = _elements(entering)
-            return None if rows is None else Positions(rows)
-        case "Gemm" | "MatMul":
-            elements = _elements(leaving)
-            return None if elements is None else Positions(elements // features)
-    inputs, outputs = _known(entering), _known(leaving)
-    if inputs is None or outputs is None or not 2 < len(inputs) == len(outputs):
-        return None
-    return Positions(outputs[0], inputs[2:], outputs[2:])
-
-
-def _known(shape: Shape | None) -> tuple[int, ...] | None:
-    """The shape where every dimension is known, else None."""
-    sizes = tuple(n for n in shape if n is not None) if shape is not None else ()
-    return sizes if shape is not None and len(sizes) == len(shape) else None
-
-
-def _elements(shape: Shape | None) -> int | None:
-    known = _known(shape)
-    return None if known is None else prod(known)
-
-
-def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWork, ...]:
-    """The MACs of every scope's nodes that are not layers, and how the scopes hang together.
-
-    Counted are Conv, ConvTranspose, Gemm and MatMul, whatever their operands; what other operators
-    multiply counts nothing.
-    """
-    functions = {
-        (scope.function.domain, scope.function.name, scope.function.overload): path
-        for path, scope in walk.scopes.items()
-        if scope.function is not None
-    }
-    found = []
-    for path, scope in walk.scopes.items():
-        places = (Place(path, index) for index in range(len(scope.nodes)))
-        counts = {place: _node_macs(walk, shapes, place) for place in places if place not in layers}
-        unknown = next((walk.node(place) for place, count in counts.items() if count is None), None)
-        called = (functions.get((node.domain, node.op_type, node.overload)) for node in scope.nodes)
-        branch_of = None
-        if scope.parent is not None and scope.node is not None:
-            holder = walk.node(Place(scope.parent, scope.node))
-            branch_of = scope.node if is_op(holder, ("If",)) else None
-        found.append(
-            ScopeWork(
-                path,
-                scope.parent,
-                branch_of,
-                sum(filter(None, counts.values())) if unknown is None else None,
-                tuple(function for function in called if function is not None),
-                "" if unknown is None else label(unknown),
-            )
-        )
-    return tuple(found)
-
-
-def _node_macs(walk: Walk, shapes: Shapes, place: Place) -> int | None:
-    """MACs of one node; None where a dimension is unknown, 0 for operators that are not counted."""
-    node = walk.node(place)
-    if not is_op(node, ("Conv", "ConvTranspose", "Gemm", "MatMul")):
-        return 0
-    leaving = _elements(shape_of(walk, shapes, walk.result(place)))
-    left, right = (_known(shape_of(walk, shapes, walk.operand(place, index))) for index in (0, 1))
-    if leaving is None or not left or not right:
-        return None
-    match node.op_type:
-        case "Conv":
-            return leaving * prod(right[1:])
-        case "ConvTranspose":
-            return prod(left) * prod(right[1:])
-        case "Gemm":
-            return leaving * left[0 if attribute_of(node, "transA", 0) else -1]
-        case _:
-            return leaving * left[-1]

@@ -8,15 +8,18 @@ the protos even where a subgraph shadows an outer name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.tensors import Region, is_external, region, tensors
 from onnx_lowrank.graph.scopes import Scope, scopes
 
 _SEPARATOR = ":"
@@ -49,6 +52,7 @@ class Walk:
             if scope.graph is not None
             for tensor in scope.graph.initializer
         }
+        self._regions: Counter[Region] | None = None
         self._paths = list(self.scopes)
         self._nodes: dict[Place, Any] = {}
         self._places: dict[int, Place] = {}
@@ -66,6 +70,13 @@ class Walk:
             # An algorithm reads the main graph's tensors by their names.
             nodes = (*training.initialization.node, *training.algorithm.node)
             self._outputs.update(("", name) for node in nodes for name in node.input)
+
+    def readers_of_bytes(self, model: Model, tensor: TensorProto) -> int:
+        """How many tensors of the model refer to the bytes of an external one; they are counted once."""
+        if self._regions is None:
+            external = (other for other in tensors(model.proto) if is_external(other))
+            self._regions = Counter(region(other, model.files, model.name) for other in external)
+        return self._regions[region(tensor, model.files, model.name)]
 
     def _add_root(self, path: str, body: GraphProto | FunctionProto, opset: int) -> None:
         skeleton = onnx.helper.make_model(self._skeleton(path, body, {}))
@@ -229,6 +240,11 @@ def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
                 )
             return value
     return default
+
+
+def attributes(node: NodeProto) -> tuple[bytes, ...]:
+    """The attributes of a node in a form that can be compared, whatever their order."""
+    return tuple(sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute))
 
 
 def _defined(body: GraphProto | FunctionProto) -> Iterator[str]:

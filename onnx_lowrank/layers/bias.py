@@ -4,8 +4,8 @@ Factors that fit activations change the mean of what a layer gives. A bias takes
 (`Bias.scale` is α): b' = b + α (W − Ŵ) E[x]. A layer has such a bias under these rules:
 
 1. It has one use. A use with another bias or behind another node would need its own correction.
-2. A BatchNorm is folded into it, which makes a new bias anyway. Or it is a Conv, ConvTranspose or Gemm
-   with a bias (and β ≠ 0), or a MatMul whose result one Add in the same scope, and nothing else, reads.
+2. A BatchNorm is folded into it, which makes a new bias anyway. Or its operator has a bias (and β ≠ 0), or
+   one Add in the same scope, and nothing else, reads its result (`Operator.adds_behind`).
 3. The bias is constant, finite, and has one value per output feature that broadcasts over all else.
 4. Nothing else reads it or shares its bytes in a data file: it goes when another takes its place, so
    that the number of parameters stays.
@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from onnx_lowrank.core.layer import Layer, Use
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.files.tensors import is_external, region, tensors
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
+from onnx_lowrank.files.tensors import is_external
+from onnx_lowrank.graph.walk import Place, Walk, is_op
 from onnx_lowrank.graph.weights import Source, constant, readers, resolve
 from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.operator import Operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,17 @@ def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
         return None
     (use,) = layer.uses
     place = Place(use.scope, use.node)
-    scale = attribute_of(walk.node(place), "alpha", 1.0) if layer.op == "Gemm" else 1.0
-    if layer.batchnorm is not None:
-        return Bias(layer.batchnorm.bias, scale, place, 2, (layer.f,), in_node=True)
-    adder = _adder(walk, layer, place)
+    node = walk.node(place)
+    operator = registry.family(node)
+    scale = operator.scale(node)
+    if layer.batchnorm is not None and operator.bias is not None:
+        return Bias(layer.batchnorm.bias, scale, place, operator.bias, (layer.f,), in_node=True)
+    adder = _adder(walk, operator, place)
     value = None if adder is None else _own_constant(model, walk, *adder)
-    if adder is None or value is None or not _is_per_feature(value.shape, layer.f, _feature_axis(use)):
+    axis = operator.feature_axis(use)
+    if adder is None or value is None or not _is_per_feature(value.shape, layer.f, axis):
         return None
-    beta = attribute_of(walk.node(place), "beta", 1.0) if layer.op == "Gemm" else 1.0
+    beta = operator.bias_scale(node)
     with np.errstate(all="ignore"):
         values = beta * value.astype(np.float64).ravel()
     if beta == 0 or not np.isfinite(values).all():
@@ -73,13 +77,13 @@ def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
     return Bias(values, scale, *adder, value.shape, in_node=adder[0] == place)
 
 
-def _adder(walk: Walk, layer: Layer, place: Place) -> tuple[Place, int] | None:
+def _adder(walk: Walk, operator: Operator, place: Place) -> tuple[Place, int] | None:
     """Rule 2: the node and the operand by which a bias is added to what the node at `place` multiplies."""
-    if layer.op in ("Conv", "ConvTranspose", "Gemm"):
-        return place, 2
+    if operator.bias is not None:
+        return place, operator.bias
     result = walk.result(place)
     # Before opset 7, Add has its own rules of broadcasting.
-    if layer.op != "MatMul" or walk.opsets[place.scope] < 7 or walk.is_output(result):
+    if not operator.adds_behind or walk.opsets[place.scope] < 7 or walk.is_output(result):
         return None
     found = walk.consumers(result)
     if len(found) != 1:
@@ -100,28 +104,12 @@ def _own_constant(model: Model, walk: Walk, place: Place, operand: int) -> NDArr
 
 def is_own(model: Model, walk: Walk, source: Source, place: Place, operand: int) -> bool:
     """Rule 4: whether a node, by one operand, is all that needs a constant."""
-    return readers(walk, source) == [(place, operand)] and not _shares_bytes(model, source.tensor)
+    return readers(walk, source) == [(place, operand)] and not _shares_bytes(model, walk, source.tensor)
 
 
-def _shares_bytes(model: Model, tensor: TensorProto) -> bool:
+def _shares_bytes(model: Model, walk: Walk, tensor: TensorProto) -> bool:
     """Whether another tensor refers to the same bytes of a data file."""
-    if not is_external(tensor):
-        return False
-    regions = (region(t, model.files, model.name) for t in tensors(model.proto) if is_external(t))
-    own = region(tensor, model.files, model.name)
-    return sum(other == own for other in regions) > 1
-
-
-def _feature_axis(use: Use) -> int | None:
-    """The axis of the output features, from the end, where a bias lies along it; None where unknown.
-
-    The bias of a convolution is a vector, and the runtime lays it along the channels.
-    """
-    if use.operand == 1:
-        return -1
-    if use.op == "MatMul" and use.rank in (None, 1):  # a vector on the right leaves no axis behind
-        return None if use.rank is None else -1
-    return -2
+    return is_external(tensor) and walk.readers_of_bytes(model, tensor) > 1
 
 
 def _is_per_feature(shape: tuple[int, ...], f: int, axis: int | None) -> bool:

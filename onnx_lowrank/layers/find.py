@@ -2,8 +2,8 @@
 
 The rules, in the order in which they are asked:
 
-1. The node is a Conv, ConvTranspose, Gemm, MatMul or Gather of the default domain with an input and
-   an output, and none of its attributes is a reference to a function's attribute.
+1. The node belongs to a registered family of operators (`operators.registry`), has an input and an output,
+   and none of its attributes is a reference to a function's attribute.
 2. One of its operands is a constant float tensor, behind any chain of views.
 3. The weight has a form that factors: a kernel that fits the node's attributes and is not depthwise, a
    matrix, a table on axis 0.
@@ -17,7 +17,6 @@ Whatever fails a rule is Skipped, with a reason that tells what to do about it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,49 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnx_lowrank.core.layer import Layer, Skipped, Use
-from onnx_lowrank.core.option import Fold
+from onnx_lowrank.core.layer import Evaluations, Layer, Skipped, Use
+from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.files.tensors import Region, is_external, region, tensors
-from onnx_lowrank.graph.shapes import Shapes, positions, rank
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
+from onnx_lowrank.files.tensors import is_external
+from onnx_lowrank.graph.shapes import Shapes, shape_of
+from onnx_lowrank.graph.walk import Place, Walk, attributes, label
 from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
 from onnx_lowrank.layers.prepare import Preparation, prepare
-from onnx_lowrank.operators.chains import is_pointwise
-
-OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": (1, 0), "Gather": (0,)}
-"""The operators that become layers, with the operands that can be the weight."""
-
-_RECURRENT = "recurrent weights are not decomposed"
-_QUANTIZED = "it is quantized: compress before quantizing"
-_FUSED = "it is fused for one runtime: compress the model before that optimization"
-
-LEFT_ALONE = {
-    **dict.fromkeys((("", "LSTM"), ("", "GRU"), ("", "RNN")), _RECURRENT),
-    ("", "Einsum"): "export it as MatMul to have it decomposed",
-    ("", "DeformConv"): "deformable kernels are not decomposed",
-    **{("", op): _QUANTIZED for op in ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")},
-    **{
-        ("com.microsoft", op): _QUANTIZED
-        for op in ("QGemm", "MatMulNBits", "DynamicQuantizeMatMul", "QAttention")
-    },
-    **dict.fromkeys((("com.microsoft.nchwc", "Conv"), ("com.microsoft", "NhwcFusedConv")), _FUSED),
-    **{
-        ("com.microsoft", op): _FUSED
-        for op in (
-            "FusedConv",
-            "FusedMatMul",
-            "FusedGemm",
-            "Attention",
-            "EmbedLayerNormalization",
-        )
-    },
-}
-"""Operators with weights that are never layers, and why."""
-
-_SPATIAL = {"strides": 1, "dilations": 1, "pads": 2, "output_padding": 1, "output_shape": 1}
-"""Attributes of convolutions, with the entries that they have for every spatial axis."""
+from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.geometry import Geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +92,8 @@ def find(
             sources.setdefault(key, []).append(seen)
             order.append((place, key))
     ids = _ids(sources)
-    regions = _regions(model)
     built = {
-        key: _shared_bytes(model, uses[0].stored.source, regions)
+        key: _shared_bytes(model, walk, uses[0].stored.source)
         or _build(model, walk, shapes, ids[key], uses, include, exclude)
         for key, uses in sources.items()
     }
@@ -162,6 +128,21 @@ def read(model: Model, walk: Walk, binding: Binding) -> NDArray[Any]:
     return _canonical(model, walk, Place(use.scope, use.node), use.operand, binding.stored)
 
 
+def geometry(model: Model, walk: Walk, binding: Binding, index: int) -> Geometry:
+    """Which elements of the activation of one of a layer's uses meet the weight together.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        binding: The layer.
+        index: Number of the use.
+    """
+    layer, use = binding.layer, binding.layer.uses[index]
+    node = walk.node(Place(use.scope, use.node))
+    value = None if layer.kernel else viewed(walk, model, binding.stored)
+    return registry.family(node).geometry(layer, use, node, () if value is None else value.shape[:-2])
+
+
 def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> NDArray[Any]:
     value = viewed(walk, model, stored)
     weight = None if value is None else canonical_weight(walk.node(place), operand, value)
@@ -173,16 +154,15 @@ def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Sto
 def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
     """Rules 1 to 3 for one node: its use of a weight, or why it has none; None for other operators."""
     node = walk.node(place)
-    if (reason := LEFT_ALONE.get((node.domain.removeprefix("ai.onnx"), node.op_type))) is not None:
-        return reason
-    if not is_op(node, OPERANDS):
-        return None
+    operator = registry.of(node)
+    if operator is None:
+        return registry.left_alone(node)
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its attributes come from the function's caller: inline the functions first"
     if walk.result(place) is None or not all(node.input[:2]) or len(node.input) < 2:
         return "it lacks an input or its output: repair the export"
     reason = COMPUTED
-    for operand in OPERANDS[node.op_type]:
+    for operand in operator.operands:
         found = resolve(walk, walk.operand(place, operand))
         outcome = found if isinstance(found, str) else _seen(model, walk, place, operand, found)
         if isinstance(outcome, _Seen):
@@ -202,47 +182,10 @@ def _seen(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) 
 
 
 def canonical_weight(node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
-    """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or say why it has none.
-
-    ONNX lays weights out as: Conv (f, c / g, *kernel); ConvTranspose (c, f / g, *kernel); MatMul
-    (*batch, c, f), or (*batch, f, c) where it is the left operand; Gemm likewise, under transA or
-    transB; Gather (c, f), c the number of rows.
-    """
+    """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or say why it has none."""
     if weight.size == 0:
         return "its weight is empty"
-    if node.op_type in ("Conv", "ConvTranspose"):
-        return _kernel(node, weight)
-    if weight.ndim < 2:
-        return "its weight is a vector, which has rank one already"
-    if node.op_type == "Gather":
-        if weight.ndim != 2 or attribute_of(node, "axis", 0) not in (0, -2):
-            return "it does not look up rows of a two-dimensional table"
-        return weight.T[None]
-    outputs_first = operand == 0
-    if node.op_type == "Gemm":
-        if weight.ndim != 2:
-            return "the weight of a Gemm has to be a matrix"
-        outputs_first ^= bool(attribute_of(node, "transA" if operand == 0 else "transB", 0))
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    return matrices if outputs_first else matrices.swapaxes(1, 2)
-
-
-def _kernel(node: NodeProto, weight: NDArray[Any]) -> NDArray[Any] | str:
-    groups = attribute_of(node, "group", 1)
-    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
-        return f"its weight of shape {weight.shape} does not fit its group {groups}: repair the export"
-    kernel = list(weight.shape[2:])
-    if attribute_of(node, "kernel_shape", kernel) not in ([], kernel):
-        return f"its weight of shape {weight.shape} does not fit its kernel_shape: repair the export"
-    for name, axes in _SPATIAL.items():
-        if len(attribute_of(node, name, [])) not in (0, axes * len(kernel)):
-            return f"its {name} do not fit its {len(kernel)} spatial axes: repair the export"
-    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    if node.op_type == "ConvTranspose":
-        blocks = blocks.swapaxes(1, 2)
-    if blocks.shape[1] == blocks.shape[2] == 1 and groups > 1:
-        return "it is depthwise: one channel per group leaves nothing to decompose"
-    return blocks
+    return registry.family(node).canonical(node, operand, weight)
 
 
 def _build(
@@ -269,15 +212,17 @@ def _build(
     reason = unselected((name, *(label(walk.node(use.place)) for use in seen)), include, exclude)
     if reason is not None:
         return reason
+    folds = _folds(walk, seen)
     uses = tuple(
-        _use(walk, shapes, use, first.shape, flip) for use, flip in zip(seen, transposed, strict=True)
+        _use(walk, shapes, use, first.shape, folds, flip) for use, flip in zip(seen, transposed, strict=True)
     )
-    if len(first.shape) == 3 and len(first.laid_out) > 2 and any(use.rank in (None, 1) for use in uses):
+    operator = registry.family(walk.node(first.place))
+    if operator.needs_rank(first.laid_out) and any(use.rank in (None, 1) for use in uses):
         return "its batch of matrices needs an input of known rank above 1: pass --input-shape"
     alone = len(seen) == 1  # uses with a BatchNorm each could not share their factors
     features = first.shape[0] * first.shape[1]
     prepared = prepare(walk, model, first.place, first.operand, features) if alone else Preparation()
-    layer = _layer(walk, name, seen, uses, prepared)
+    layer = _layer(walk, name, seen, uses, folds, prepared)
     if not _has_cheaper(layer):
         return f"it is too small: rank 1 needs as many parameters as its {layer.size}"
     if not np.isfinite(_canonical(model, walk, first.place, first.operand, first.stored)).all():
@@ -285,25 +230,32 @@ def _build(
     return Binding(layer, first.stored, tuple(cast_of(walk, use.stored) for use in seen))
 
 
-def _regions(model: Model) -> Counter[Region]:
-    """How many tensors refer to each region of the data files."""
-    external = (tensor for tensor in tensors(model.proto) if is_external(tensor)) if model.files else ()
-    return Counter(region(tensor, model.files, model.name) for tensor in external)
-
-
-def _shared_bytes(model: Model, source: Source, regions: Counter[Region]) -> str | None:
+def _shared_bytes(model: Model, walk: Walk, source: Source) -> str | None:
     """Rule 4 for data files: bytes that another tensor refers to, too, would stay, and save nothing."""
-    if is_external(source.tensor) and regions[region(source.tensor, model.files, model.name)] > 1:
+    if is_external(source.tensor) and walk.readers_of_bytes(model, source.tensor) > 1:
         return "other tensors share its bytes in the data file: give it bytes of its own"
     return None
 
 
-def _layer(walk: Walk, name: str, seen: list[_Seen], uses: tuple[Use, ...], prepared: Preparation) -> Layer:
+def _folds(walk: Walk, seen: list[_Seen]) -> tuple[Fold, ...]:
+    """The folds that all uses allow."""
+    kernel = seen[0].shape[3:]
+    folds = Fold.distinct(kernel)
+    nodes = [walk.node(use.place) for use in seen]
+    if any(registry.family(node).holds_kernel_whole(node) for node in nodes):
+        folds = tuple(fold for fold in folds if 1 in map(prod, fold.kernels(kernel)))
+    return folds
+
+
+def _layer(
+    walk: Walk,
+    name: str,
+    seen: list[_Seen],
+    uses: tuple[Use, ...],
+    folds: tuple[Fold, ...],
+    prepared: Preparation,
+) -> Layer:
     groups, f, c, *kernel = seen[0].shape
-    folds = Fold.distinct(tuple(kernel))
-    if any(attribute_of(walk.node(use.place), "output_shape", []) for use in seen):
-        # It fixes all spatial sizes at once, so one factor has to hold the whole kernel.
-        folds = tuple(fold for fold in folds if 1 in map(prod, fold.kernels(tuple(kernel))))
     sliceable = bool(kernel) or (groups == 1 and _can_slice(walk, seen, uses))
     return Layer(
         id=name,
@@ -319,21 +271,29 @@ def _layer(walk: Walk, name: str, seen: list[_Seen], uses: tuple[Use, ...], prep
         batchnorm=prepared.batchnorm,
         freed=prepared.freed,
         added=groups * f if prepared.batchnorm is not None else 0,
+        whole=_lowerings(walk, uses, seen[0].shape, sliced=False),
+        sliced=_lowerings(walk, uses, seen[0].shape, sliced=True),
     )
 
 
-def _can_slice(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...]) -> bool:
-    """Whether a matrix can be cut into k > 1 slices: every use reshapes its input to show them.
+def _lowerings(
+    walk: Walk, uses: tuple[Use, ...], shape: tuple[int, ...], *, sliced: bool
+) -> tuple[Lowering, ...]:
+    """The ways in which the chains of all uses can be written."""
+    ways = [
+        registry.family(walk.node(Place(use.scope, use.node))).lowerings(
+            use, shape[3:], shape[0], sliced=sliced
+        )
+        for use in uses
+    ]
+    return tuple(way for way in ways[0] if all(way in others for others in ways))
 
-    That needs an input of known rank, a weight without batch axes, and Constant nodes of integers
-    (opset 9). Uses on different sides, transposed uses and tables keep one slice.
-    """
-    sides = {use.operand for use in uses}
-    return (
-        len(sides) == 1
-        and all(use.op != "Gather" and not use.transposed and use.rank is not None for use in uses)
-        and all(len(use.laid_out) == 2 for use in seen)
-        and all(walk.opsets[use.scope] >= 9 for use in uses)
+
+def _can_slice(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...]) -> bool:
+    """Whether a matrix can be cut into k > 1 slices: every use can, and all are on one side."""
+    return len({use.operand for use in uses}) == 1 and all(
+        registry.family(walk.node(one.place)).can_slice(use, one.laid_out, walk.opsets[use.scope])
+        for one, use in zip(seen, uses, strict=True)
     )
 
 
@@ -363,20 +323,42 @@ def _other_readers(walk: Walk, source: Source, uses: set[tuple[Place, int]]) -> 
 
 def _orientation(model: Model, walk: Walk, first: _Seen, use: _Seen) -> bool | str:
     """Whether a further use applies the first's matrix as it is (False) or transposed (True)."""
-    if use is first:
+    if use is first or _reads_alike(walk, first, use):
         return False
-    ops = {walk.node(seen.place).op_type for seen in (first, use)}
-    kinds = {"Conv" in op and op for op in ops}
-    if len(kinds) > 1:
+    nodes = [walk.node(seen.place) for seen in (first, use)]
+    operators = [registry.family(node) for node in nodes]
+    if len({operator.kind(node) for operator, node in zip(operators, nodes, strict=True)}) > 1:
         return "operators of different kinds share its weight: give each a copy of its own"
     one = _canonical(model, walk, first.place, first.operand, first.stored)
     other = _canonical(model, walk, use.place, use.operand, use.stored)
-    same_batch = "Conv" in walk.node(use.place).op_type or first.laid_out[:-2] == use.laid_out[:-2]
+    transposable = all(operator.transposable for operator in operators)
+    same_batch = not transposable or first.laid_out[:-2] == use.laid_out[:-2]
     if same_batch and np.array_equal(one, other, equal_nan=True):
         return False
-    if kinds == {False} and same_batch and np.array_equal(one, other.swapaxes(1, 2), equal_nan=True):
+    if transposable and same_batch and np.array_equal(one, other.swapaxes(1, 2), equal_nan=True):
         return True
     return "its uses read the same numbers as different matrices: give each a copy of its own"
+
+
+def _reads_alike(walk: Walk, first: _Seen, use: _Seen) -> bool:
+    """Whether two uses obviously read the same matrix: the same operator with the same attributes and views.
+
+    Weights that hundreds of nodes share are compared without reading their numbers.
+    """
+    if first.operand != use.operand or _views(walk, first) != _views(walk, use):
+        return False
+    one, other = (walk.node(seen.place) for seen in (first, use))
+    return (one.domain, one.op_type) == (other.domain, other.op_type) and attributes(one) == attributes(other)
+
+
+def _views(walk: Walk, seen: _Seen) -> list[object]:
+    """The views of a use in a form that can be compared: equal ones move elements alike."""
+    keys: list[object] = []
+    for place in seen.stored.views:
+        node = walk.node(place)
+        operand = walk.operand(place, 1)
+        keys.append((node.op_type, attributes(node), None if operand is None else walk.origin(operand)))
+    return keys
 
 
 def unselected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -399,9 +381,29 @@ def matches(names: Iterable[str], pattern: str) -> bool:
     return any(name == pattern or fnmatchcase(name, pattern) for name in spelled)
 
 
-def _use(walk: Walk, shapes: Shapes, seen: _Seen, shape: tuple[int, ...], transposed: bool) -> Use:
+def _use(
+    walk: Walk,
+    shapes: Shapes,
+    seen: _Seen,
+    shape: tuple[int, ...],
+    folds: tuple[Fold, ...],
+    transposed: bool,
+) -> Use:
     node = walk.node(seen.place)
-    groups, f, c, *_ = shape
+    operator = registry.family(node)
+    groups, f, c, *kernel = shape
+    entering = shape_of(walk, shapes, walk.operand(seen.place, operator.activation(seen.operand)))
+    leaving = shape_of(walk, shapes, walk.result(seen.place))
+    positions = operator.positions(node, entering, leaving, groups * (c if transposed else f))
+    evaluations = None
+    if positions is not None:
+        evaluations = Evaluations(
+            operator.dense_evaluations(node, positions),
+            {
+                fold: operator.factor_evaluations(node, positions, tuple(kernel), fold, transposed=transposed)
+                for fold in folds
+            },
+        )
     return Use(
         scope=seen.place.scope,
         node=seen.place.node,
@@ -409,7 +411,11 @@ def _use(walk: Walk, shapes: Shapes, seen: _Seen, shape: tuple[int, ...], transp
         op=node.op_type,
         operand=seen.operand,
         transposed=transposed,
-        rank=rank(walk, shapes, seen.place, seen.operand),
-        pointwise=is_pointwise(node, shape[3:]),
-        positions=positions(walk, shapes, seen.place, seen.operand, groups * (c if transposed else f)),
+        rank=operator.rank(entering),
+        pointwise=operator.is_pointwise(node, tuple(kernel)),
+        inputs_first=operator.on_right(seen.operand),
+        reads_indices=operator.reads_indices,
+        is_linear=operator.is_linear,
+        positions=positions,
+        evaluations=evaluations,
     )

@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.allocate.cost import dearest, parameters, running, total_macs
-from onnx_lowrank.core.layer import Layer, Positions, ScopeWork, Skipped
+from onnx_lowrank.core.layer import Evaluations, Layer, Positions, ScopeWork, Skipped
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.plan import Budget, Choice
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.parameters import parameters as model_parameters
-from onnx_lowrank.graph.shapes import infer, open_inputs, work
+from onnx_lowrank.graph.shapes import infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.find import Binding, find, matches, read, unselected
+from onnx_lowrank.layers.work import work
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,13 @@ def find_layers(
 
 def _idle(binding: Binding, running: Container[str]) -> Binding:
     """A layer whose uses in functions that nothing calls are evaluated nowhere."""
+    layer = binding.layer
+    never = Evaluations(0, dict.fromkeys(layer.folds, (0, 0)))
     uses = tuple(
-        use if use.scope in running else replace(use, positions=_nowhere(binding.layer))
-        for use in binding.layer.uses
+        use if use.scope in running else replace(use, positions=_nowhere(layer), evaluations=never)
+        for use in layer.uses
     )
-    return replace(binding, layer=replace(binding.layer, uses=uses))
+    return replace(binding, layer=replace(layer, uses=uses))
 
 
 def _nowhere(layer: Layer) -> Positions:

@@ -2,8 +2,8 @@
 
 It is folded under these conditions, otherwise it stays as it is:
 
-1. The layer is one Conv, ConvTranspose or Gemm (from opset 7 on, where a bias broadcasts) with the
-   weight on the right, and nothing but the BatchNormalization reads its output.
+1. The layer is one node whose operator takes a bias per output feature (`Operator.folds_batchnorm`), and
+   nothing but the BatchNormalization reads its output.
 2. The BatchNormalization runs in inference mode and computes one output.
 3. Its four parameters and the layer's bias are constants with one value per output feature, and
    what follows from them is finite.
@@ -22,6 +22,7 @@ from onnx_lowrank.core.layer import BatchNorm
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 from onnx_lowrank.graph.weights import Stored, constant, dtype_of, readers, resolve
+from onnx_lowrank.operators import registry
 
 _EPSILON = float(np.float32(1e-5))
 """The default, which is a float32 like every float attribute."""
@@ -50,9 +51,8 @@ def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int)
         operand: Index of its weight.
         features: Output features of the layer, f.
     """
-    node = walk.node(place)
-    biased = ("Conv", "ConvTranspose") + (("Gemm",) if walk.opsets[place.scope] >= 7 else ())
-    if operand != 1 or node.op_type not in biased:
+    operator = registry.family(walk.node(place))
+    if operator.bias is None or not operator.folds_batchnorm(operand, walk.opsets[place.scope]):
         return Preparation()
     behind = _only_reader(walk, place)
     if behind is None or not _in_inference(walk, behind):
@@ -60,7 +60,7 @@ def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int)
     folded = _fold(walk, model, place, behind, features)
     if folded is None:
         return Preparation()
-    tensors = [*_operands(walk, behind, (1, 2, 3, 4)), *_operands(walk, place, (2,))]
+    tensors = [*_operands(walk, behind, (1, 2, 3, 4)), *_operands(walk, place, (operator.bias,))]
     return Preparation(folded, _freed(walk, tensors, {place, behind}))
 
 
@@ -112,13 +112,14 @@ def _dtype(walk: Walk, place: Place) -> np.dtype[Any]:
 
 def _bias(walk: Walk, model: Model, place: Place, features: int) -> NDArray[np.float64] | None:
     """What a layer adds to its output features, shape (f,); None where that is not constant."""
-    tensor = walk.operand(place, 2)
+    operator = registry.family(walk.node(place))
+    tensor = None if operator.bias is None else walk.operand(place, operator.bias)
     if tensor is None:
         return np.zeros(features)
     value = constant(walk, model, tensor)
     if value is None or prod(value.shape[:-1]) != 1 or value.size not in (1, features):
         return None
-    beta = attribute_of(walk.node(place), "beta", 1.0) if walk.node(place).op_type == "Gemm" else 1.0
+    beta = operator.bias_scale(walk.node(place))
     return np.broadcast_to(beta * np.asarray(value, np.float64).ravel(), (features,))
 
 

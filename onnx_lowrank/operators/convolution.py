@@ -1,146 +1,281 @@
-"""The chains that replace a layer's nodes: which operators, with which attributes and layouts.
+"""Conv and ConvTranspose.
 
-Rules, shared by all chains:
+Rules of their chains:
 
 1. The first factor maps the input channels to groups · k · j ranks, the second those to the output
    features. Nothing stands between them, so that a chain of full rank computes what the node did.
 2. What a convolution does along a spatial axis (stride, padding, dilation) goes to the factor that
    holds this axis' kernel. An axis of size 1 goes to the factor that is evaluated at fewer
    positions: the first of a Conv, the second of a ConvTranspose.
-3. The bias and a Gemm's scalars go to the second factor.
+3. The bias goes to the second factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import NodeProto
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnx_lowrank.core.factors import Factors
-from onnx_lowrank.core.layer import Layer, Use
-from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.core.layer import Layer, Positions, Use
+from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.graph.walk import attribute_of
+from onnx_lowrank.operators.fragment import Fragment
+from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
+from onnx_lowrank.operators.window import Window
+
+_SPATIAL = {"strides": 1, "dilations": 1, "pads": 2, "output_padding": 1, "output_shape": 1}
+"""Attributes of convolutions, with the entries that they have for every spatial axis."""
+
+_SPREAD = 4
+"""Positions beside the kernel that a sample has along every axis."""
 
 
-class Fragment:
-    """Nodes under construction, built with graphsurgeon; tensors go by their names."""
+class Convolution(Operator):
+    """The weight of a Conv is (f, c / g, *kernel), that of a ConvTranspose (c, f / g, *kernel)."""
 
-    def __init__(self, stem: str, unique: Callable[[str], str], opset: int) -> None:
-        """Start a chain.
+    bias = 2
+    surrounded = True
 
-        Args:
-            stem: What new names begin with.
-            unique: Makes a free name of one that may be taken.
-            opset: Version of the default domain where the chain will stand.
-        """
-        self.nodes: list[NodeProto] = []
-        self._stem = stem
-        self._unique = unique
-        self._opset = opset
+    def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
+        """Split the weight into the operator's own groups."""
+        groups = attribute_of(node, "group", 1)
+        if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+            return f"its weight of shape {weight.shape} does not fit its group {groups}: repair the export"
+        kernel = list(weight.shape[2:])
+        if attribute_of(node, "kernel_shape", kernel) not in ([], kernel):
+            return f"its weight of shape {weight.shape} does not fit its kernel_shape: repair the export"
+        for name, axes in _SPATIAL.items():
+            if len(attribute_of(node, name, [])) not in (0, axes * len(kernel)):
+                return f"its {name} do not fit its {len(kernel)} spatial axes: repair the export"
+        blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        if self._swaps:
+            blocks = blocks.swapaxes(1, 2)
+        if blocks.shape[1] == blocks.shape[2] == 1 and groups > 1:
+            return "it is depthwise: one channel per group leaves nothing to decompose"
+        return blocks
 
-    def add(
-        self, role: str, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
-    ) -> str:
-        """Append a node and return the name of its output, by default a new one called after its role."""
-        output = output or self._unique(f"{self._stem}_{role}")
-        node = gs.Node(
-            op,
-            self._unique(f"{self._stem}/{role}"),
-            attributes,
-            [gs.Variable(name) for name in inputs],
-            [gs.Variable(output)],
+    def laid_out(
+        self, node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]
+    ) -> NDArray[Any]:
+        """Join the groups again."""
+        return (canonical.swapaxes(1, 2) if self._swaps else canonical).reshape(shape)
+
+    @property
+    def _swaps(self) -> bool:
+        """Whether the weight has its input channels first."""
+        return False
+
+    def positions(
+        self, node: NodeProto, entering: Shape | None, leaving: Shape | None, features: int
+    ) -> Positions | None:
+        """The batch and the spatial sizes on both sides."""
+        inputs, outputs = known(entering), known(leaving)
+        if inputs is None or outputs is None or not 2 < len(inputs) == len(outputs):
+            return None
+        return Positions(outputs[0], inputs[2:], outputs[2:])
+
+    def folds_batchnorm(self, operand: int, opset: int) -> bool:
+        """A convolution has one bias per output feature, whatever the opset."""
+        return True
+
+    def feature_axis(self, use: Use) -> int | None:
+        """The bias is a vector, which the runtime lays along the channels."""
+        return -1
+
+    def layout(
+        self,
+        layer: Layer,
+        nodes: Sequence[NodeProto],
+        batch: tuple[int, ...],
+        factors: Factors,
+        lowering: Lowering,
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Kernels with all channels of all slices, as (outputs, inputs) or the other way round."""
+        encoder, decoder = factors.encoder, factors.decoder
+        groups, k, j, c, *first = encoder.shape
+        _, f, _, _, *second = decoder.shape
+        if lowering is Lowering.MATMUL:
+            return encoder.reshape(j, c), decoder.reshape(f, j)
+        first_op, second_op = self._factor_types(layer, nodes, factors.fold)
+        if first_op == "ConvTranspose":
+            encoder = encoder.swapaxes(2, 3).reshape(groups * k * c, j, *first)
+        else:
+            encoder = encoder.reshape(groups * k * j, c, *first)
+        if second_op == "ConvTranspose":
+            decoder = np.moveaxis(decoder, 1, 3).reshape(groups * k * j, f, *second)
+        else:
+            decoder = decoder.reshape(groups * f, k * j, *second)
+        return encoder, decoder
+
+    def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
+        """Two convolutions, or two MatMul over the flattened positions of a kernel of size 1."""
+        layer, option = site.layer, site.option
+        if option.lowering is Lowering.MATMUL:
+            _as_matrices(fragment, layer, names)
+            return
+        first_op, second_op = self._factor_types(layer, site.nodes, option.fold)
+        held = self._held_by_encoder(layer, site.nodes, option.fold)
+        rest = tuple(axis for axis in range(len(layer.kernel)) if axis not in held)
+        kernels = option.fold.kernels(layer.kernel)
+        hidden = fragment.add(
+            "encoder",
+            first_op,
+            [names.value, names.encoder],
+            **_geometry(site.node, held, kernels[0], layer.groups * option.k, first_op),
         )
-        self.nodes.append(OnnxExporter.export_node(node))
-        return output
+        inputs = [hidden, names.decoder] + ([names.bias] if names.bias else [])
+        geometry = _geometry(site.node, rest, kernels[1], layer.groups, second_op)
+        self._last(fragment, site, second_op, inputs, geometry)
 
-    def reshape(self, role: str, value: str, shape: Sequence[int]) -> str:
-        """Append a Reshape to a constant shape (0 copies an input axis)."""
-        return self.add(role, "Reshape", [value, self.integers(f"{role}_shape", shape)])
+    def _last(
+        self, fragment: Fragment, site: Site, op: str, inputs: list[str], geometry: dict[str, Any]
+    ) -> None:
+        """Append the second factor."""
+        fragment.add("decoder", op, inputs, **geometry)
 
-    def along(self, op: str, role: str, value: str, axis: int) -> str:
-        """Append a Squeeze or Unsqueeze; its axes are an attribute before opset 13."""
-        if self._opset < 13:
-            return self.add(role, op, [value], axes=[axis])
-        return self.add(role, op, [value, self.integers(f"{role}_axes", [axis])])
+    def _factor_types(self, layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[str, str]:
+        """Operator types of the two factors."""
+        return "Conv", "Conv"
 
-    def integers(self, role: str, values: Sequence[int]) -> str:
-        """Append a Constant node of int64 numbers."""
-        tensor = gs.Constant(f"{self._stem}_{role}", np.asarray(values, np.int64))
-        return self.add(role, "Constant", [], value=tensor)
+    def _held_by_encoder(self, layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[int, ...]:
+        """The spatial axes whose stride, padding and dilation go to the first factor (rule 2)."""
+        axes = fold.encoder_axes(len(layer.kernel))
+        return tuple(a for a, n in enumerate(layer.kernel) if n == 1 or a in axes)
 
+    def geometry(self, layer: Layer, use: Use, node: NodeProto, batch: tuple[int, ...]) -> Window:
+        """The windows of the kernel."""
+        n = len(layer.kernel)
+        return Window(
+            groups=layer.groups,
+            kernel=layer.kernel,
+            strides=tuple(spatial(node, "strides") or [1] * n),
+            dilations=tuple(spatial(node, "dilations") or [1] * n),
+            pads=tuple(spatial(node, "pads") or [0] * 2 * n),
+            auto_pad=attribute_of(node, "auto_pad", "NOTSET"),
+            transposed=self._swaps,
+            output_padding=tuple(spatial(node, "output_padding") or [0] * n),
+            output_shape=tuple(spatial(node, "output_shape")),
+        )
 
-@dataclass(frozen=True, slots=True)
-class Operands:
-    """Names of the tensors that a chain reads: its input, its two factors, its bias ("" for none).
+    def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample:
+        """One image that is a little larger than the kernel."""
+        dilations = spatial(node, "dilations") or [1] * len(layer.kernel)
+        sizes = ((n - 1) * d + 1 + _SPREAD for n, d in zip(layer.kernel, dilations, strict=True))
+        return Sample(0, (1, layer.c, *sizes))
 
-    A bias other than the node's own is added as it is, without a Gemm's beta.
-    """
-
-    value: str
-    encoder: str
-    decoder: str
-    bias: str
-
-
-# --- convolutions ---------------------------------------------------------------------------------
-
-
-def convolution_layout(
-    layer: Layer, nodes: Sequence[NodeProto], factors: Factors, lowering: Lowering
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lay the factors of a Conv or ConvTranspose out as their nodes read them."""
-    encoder, decoder = factors.encoder, factors.decoder
-    groups, k, j, c, *first = encoder.shape
-    _, f, _, _, *second = decoder.shape
-    if lowering is Lowering.MATMUL:
-        return encoder.reshape(j, c), decoder.reshape(f, j)
-    first_op, second_op = _operators(layer, nodes, factors.fold)
-    if first_op == "ConvTranspose":
-        encoder = encoder.swapaxes(2, 3).reshape(groups * k * c, j, *first)
-    else:
-        encoder = encoder.reshape(groups * k * j, c, *first)
-    if second_op == "ConvTranspose":
-        decoder = np.moveaxis(decoder, 1, 3).reshape(groups * k * j, f, *second)
-    else:
-        decoder = decoder.reshape(groups * f, k * j, *second)
-    return encoder, decoder
-
-
-def convolution(
-    fragment: Fragment,
-    layer: Layer,
-    nodes: Sequence[NodeProto],
-    node: NodeProto,
-    option: Option,
-    names: Operands,
-) -> str:
-    """Conv or ConvTranspose → two of them; returns the name of the result (design table of folds)."""
-    if option.lowering is Lowering.MATMUL:
-        return _as_matrices(fragment, layer, names)
-    first_op, second_op = _operators(layer, nodes, option.fold)
-    held = _held_by_encoder(layer, nodes, option.fold)
-    rest = tuple(axis for axis in range(len(layer.kernel)) if axis not in held)
-    kernels = option.fold.kernels(layer.kernel)
-    hidden = fragment.add(
-        "encoder",
-        first_op,
-        [names.value, names.encoder],
-        **_geometry(node, held, kernels[0], layer.groups * option.k, first_op),
-    )
-    inputs = [hidden, names.decoder] + ([names.bias] if names.bias else [])
-    return fragment.add(
-        "decoder", second_op, inputs, **_geometry(node, rest, kernels[1], layer.groups, second_op)
-    )
+    def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
+        """The image that the node reads in the model."""
+        if use.positions is None:
+            return None
+        channels = (layer.f, layer.c // layer.groups)
+        if self._swaps:
+            channels = (layer.c, layer.f // layer.groups)
+        biased = len(node.input) > 2 and bool(node.input[2])
+        return Timed(
+            (use.positions.batch, layer.c, *use.positions.inputs),
+            (*channels, *layer.kernel),
+            {2: (layer.f,)} if biased else {},
+        )
 
 
-def _as_matrices(fragment: Fragment, layer: Layer, names: Operands) -> str:
+class Conv(Convolution):
+    """Conv."""
+
+    types = ("Conv",)
+    product = "kernel"
+
+    def lowerings(
+        self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
+    ) -> tuple[Lowering, ...]:
+        """A pointwise Conv of one group is a matrix, too."""
+        is_matrix = groups == 1 and use.pointwise and not sliced
+        return (Lowering.NATIVE, Lowering.MATMUL) if is_matrix else (Lowering.NATIVE,)
+
+    def is_pointwise(self, node: NodeProto, kernel: Sequence[int]) -> bool:
+        """With a kernel and strides of 1, an auto_pad of any kind pads nothing."""
+        return (
+            prod(kernel) == 1
+            and all(stride == 1 for stride in spatial(node, "strides"))
+            and not any(spatial(node, "pads"))
+        )
+
+    def dense_evaluations(self, node: NodeProto, positions: Positions) -> int:
+        """Once per output position."""
+        return positions.batch * prod(positions.outputs)
+
+    def factor_evaluations(
+        self, node: NodeProto, positions: Positions, kernel: tuple[int, ...], fold: Fold, *, transposed: bool
+    ) -> tuple[int, int]:
+        """The encoder strides along the axes that it holds, and along those of size 1."""
+        held = fold.encoder_axes(len(kernel))
+        strided = {axis for axis, n in enumerate(kernel) if axis in held or n == 1}
+        inputs, outputs = positions.inputs, positions.outputs
+        between = (outputs[a] if a in strided else inputs[a] for a in range(len(inputs)))
+        return positions.batch * prod(between), positions.batch * prod(outputs)
+
+    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+        """Outputs times the weight's elements per output."""
+        weight, outputs = known(inputs[1]), known(leaving)
+        if outputs is None or not weight or not known(inputs[0]):
+            return None
+        return prod(outputs) * prod(weight[1:])
+
+
+class ConvTranspose(Convolution):
+    """ConvTranspose."""
+
+    types = ("ConvTranspose",)
+
+    @property
+    def _swaps(self) -> bool:
+        return True
+
+    def holds_kernel_whole(self, node: NodeProto) -> bool:
+        """An output_shape fixes all spatial sizes at once."""
+        return bool(spatial(node, "output_shape"))
+
+    def dense_evaluations(self, node: NodeProto, positions: Positions) -> int:
+        """Once per input position."""
+        return positions.batch * prod(positions.inputs)
+
+    def factor_evaluations(
+        self, node: NodeProto, positions: Positions, kernel: tuple[int, ...], fold: Fold, *, transposed: bool
+    ) -> tuple[int, int]:
+        """The encoder spreads along the axes whose kernel it holds; one of size 1 is left to the decoder."""
+        spread = {axis for axis in fold.encoder_axes(len(kernel)) if kernel[axis] > 1}
+        inputs, outputs = positions.inputs, positions.outputs
+        between = (outputs[a] if a in spread else inputs[a] for a in range(len(inputs)))
+        return positions.batch * prod(inputs), positions.batch * prod(between)
+
+    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+        """Inputs times the weight's elements per input."""
+        image, weight = known(inputs[0]), known(inputs[1])
+        if known(leaving) is None or not image or not weight:
+            return None
+        return prod(image) * prod(weight[1:])
+
+    def _held_by_encoder(self, layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[int, ...]:
+        axes = fold.encoder_axes(len(layer.kernel))
+        if any(self.holds_kernel_whole(node) for node in nodes):
+            return axes
+        return tuple(a for a, n in enumerate(layer.kernel) if n > 1 and a in axes)
+
+    def _factor_types(self, layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[str, str]:
+        """A factor that does nothing along any axis is a 1×1 Conv."""
+        busy: set[int] = {axis for axis, n in enumerate(layer.kernel) if n > 1}
+        for node in nodes:
+            busy |= {axis for axis in range(len(layer.kernel)) if _is_busy(node, axis, len(layer.kernel))}
+        held = set(self._held_by_encoder(layer, nodes, fold))
+        first, second = ("ConvTranspose" if axes else "Conv" for axes in (busy & held, busy - held))
+        return first, second
+
+
+def _as_matrices(fragment: Fragment, layer: Layer, names: Operands) -> None:
     """From x (N, c, …) by kernels of size 1 as matrices (j, c) and (f, j) → (N, f, …)."""
     spatial_axes = range(2, 2 + len(layer.kernel))
     value = fragment.reshape("positions", names.value, [0, 0, -1])
@@ -152,28 +287,7 @@ def _as_matrices(fragment: Fragment, layer: Layer, names: Operands) -> str:
     shape = fragment.add("shape", "Shape", [names.value])
     sizes = fragment.add("sizes", "Gather", [shape, fragment.integers("axes", spatial_axes)], axis=0)
     target = fragment.add("target", "Concat", [fragment.integers("head", [0, layer.f]), sizes], axis=0)
-    return fragment.add("image", "Reshape", [value, target])
-
-
-def _held_by_encoder(layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[int, ...]:
-    """The spatial axes whose stride, padding and dilation go to the first factor (rule 2)."""
-    axes = fold.encoder_axes(len(layer.kernel))
-    if any(spatial(node, "output_shape") for node in nodes):  # it fixes all axes at once
-        return axes
-    small_first = layer.op == "Conv"
-    return tuple(a for a, n in enumerate(layer.kernel) if (a in axes if n > 1 else small_first))
-
-
-def _operators(layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[str, str]:
-    """Operator types of the factors: one that does nothing along any axis is a 1×1 Conv."""
-    if layer.op == "Conv":
-        return "Conv", "Conv"
-    busy: set[int] = {axis for axis, n in enumerate(layer.kernel) if n > 1}
-    for node in nodes:
-        busy |= {axis for axis in range(len(layer.kernel)) if _is_busy(node, axis, len(layer.kernel))}
-    held = set(_held_by_encoder(layer, nodes, fold))
-    first, second = ("ConvTranspose" if axes else "Conv" for axes in (busy & held, busy - held))
-    return first, second
+    fragment.add("image", "Reshape", [value, target])
 
 
 def _is_busy(node: NodeProto, axis: int, n: int) -> bool:
@@ -185,23 +299,6 @@ def _is_busy(node: NodeProto, axis: int, n: int) -> bool:
         or pads[axis + n]
         or (spatial(node, "output_padding") or [0] * n)[axis]
         or spatial(node, "output_shape")
-    )
-
-
-def is_pointwise(node: NodeProto, kernel: Sequence[int]) -> bool:
-    """Whether a node is a Conv that maps every position by itself, and all of them.
-
-    With a kernel and strides of 1, an auto_pad of any kind pads nothing.
-
-    Args:
-        node: The node.
-        kernel: Its spatial kernel, () for matrices.
-    """
-    return (
-        node.op_type == "Conv"
-        and prod(kernel) == 1
-        and all(stride == 1 for stride in spatial(node, "strides"))
-        and not any(spatial(node, "pads"))
     )
 
 
@@ -234,119 +331,3 @@ def _geometry(
     if op == "ConvTranspose" and (sizes := spatial(node, "output_shape")):
         attributes["output_shape"] = sizes
     return attributes
-
-
-# --- matrices -------------------------------------------------------------------------------------
-
-
-def inputs_first(layer: Layer) -> bool:
-    """Whether a matrix layer's factors are stored input features first, as its first use reads them."""
-    use = layer.uses[0]
-    return use.op == "Gather" or use.operand == 1
-
-
-def matrix_layout(
-    layer: Layer, batch: tuple[int, ...], factors: Factors, lowering: Lowering
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lay the factors of Gemm, MatMul or Gather out as the first use's nodes read them.
-
-    Args:
-        layer: The layer.
-        batch: Leading axes of its weight in the model (their product is layer.groups).
-        factors: Encoder (groups, k, j, c / k), decoder (groups, f, k, j).
-        lowering: By which operators they are applied.
-    """
-    _, k, j, c = factors.encoder.shape
-    f = factors.decoder.shape[1]
-    if k > 1:
-        encoder, decoder = factors.encoder[0], factors.decoder.reshape(f, k * j)
-    else:
-        encoder, decoder = factors.encoder.reshape(*batch, j, c), factors.decoder.reshape(*batch, f, j)
-    if inputs_first(layer):
-        encoder, decoder = encoder.swapaxes(-1, -2), decoder.swapaxes(-1, -2)
-    if lowering is Lowering.CONV:
-        encoder = factors.encoder.reshape(k * j, c, 1)
-    return encoder, decoder
-
-
-def matrix(
-    fragment: Fragment, layer: Layer, use: Use, node: NodeProto, option: Option, axes: int, names: Operands
-) -> str:
-    """Gather, MatMul or Gemm → the operator on the narrow factor, then MatMul or Gemm.
-
-    Args:
-        fragment: The chain under construction.
-        layer: The layer.
-        use: The use to rewrite.
-        node: Its node.
-        option: The option of the factors.
-        axes: Number of axes of a factor as it is stored when k = 1.
-        names: The chain's operands.
-    """
-    on_right = use.op == "Gather" or use.operand == 1
-    first, second = (names.decoder, names.encoder) if use.transposed else (names.encoder, names.decoder)
-    by_conv = option.lowering is Lowering.CONV
-    if (on_right != use.transposed) != inputs_first(layer) and not by_conv:
-        perm = [*range(axes - 2), axes - 1, axes - 2]
-        first = fragment.add("encoder_transposed", "Transpose", [first], perm=perm)
-        second = fragment.add("decoder_transposed", "Transpose", [second], perm=perm)
-    if use.op == "Gather":
-        hidden = fragment.add("encoder", "Gather", [first, names.value], axis=0)
-        return fragment.add("decoder", "MatMul", [hidden, second])
-    value = names.value
-    if use.op == "Gemm" and attribute_of(node, "transA" if on_right else "transB", 0):
-        value = fragment.add("input_transposed", "Transpose", [value], perm=[1, 0])
-    if by_conv:
-        hidden = _sliced_conv(fragment, value, first, option.k, use.rank or 2)
-    elif option.k > 1:
-        encode = _sliced_right if on_right else _sliced_left
-        hidden = encode(fragment, value, first, layer.c // option.k, option, use.rank or 2)
-    else:
-        hidden = fragment.add("encoder", "MatMul", [value, first] if on_right else [first, value])
-    pair = [hidden, second] if on_right else [second, hidden]
-    if use.op == "MatMul":
-        return fragment.add("decoder", "MatMul", pair)
-    dropped = {"transA", "transB"} | ({"beta"} if names.bias and names.bias not in node.input else set())
-    kept = {a.name: attribute_of(node, a.name) for a in node.attribute if a.name not in dropped}
-    return fragment.add("decoder", "Gemm", pair + ([names.bias] if names.bias else []), **kept)
-
-
-def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:
-    """From x (..., N, k · c) times k slices (k, c, j) → (..., N, k · j)."""
-    k, j = option.k, option.j
-    if rank == 1:
-        parts = fragment.reshape("slices", value, [k, 1, c])
-        return fragment.reshape("ranks", fragment.add("encoder", "MatMul", [parts, encoder]), [k * j])
-    keep = [0] * (rank - 1)
-    swap = [*range(rank - 2), rank - 1, rank - 2, rank]
-    parts = fragment.reshape("slices", value, [*keep, k, c])
-    parts = fragment.add("slices_first", "Transpose", [parts], perm=swap)
-    parts = fragment.add("encoder", "MatMul", [parts, encoder])
-    parts = fragment.add("slices_last", "Transpose", [parts], perm=swap)
-    return fragment.reshape("ranks", parts, [*keep, k * j])
-
-
-def _sliced_conv(fragment: Fragment, value: str, encoder: str, k: int, rank: int) -> str:
-    """From x (N, k · c) or (B, N, k · c) by a kernel (k · j, c, 1) in k groups → (…, N, k · j)."""
-    if rank == 2:
-        value = fragment.along("Unsqueeze", "batch_axis", value, 0)
-    parts = fragment.add("channels_first", "Transpose", [value], perm=[0, 2, 1])
-    parts = fragment.add("encoder", "Conv", [parts, encoder], kernel_shape=[1], group=k)
-    parts = fragment.add("channels_last", "Transpose", [parts], perm=[0, 2, 1])
-    return fragment.along("Squeeze", "batch", parts, 0) if rank == 2 else parts
-
-
-def _sliced_left(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:
-    """From k slices (k, j, c) times x (..., k · c, N) → (..., k · j, N)."""
-    k, j = option.k, option.j
-    if rank == 1:
-        parts = fragment.add("encoder", "MatMul", [encoder, fragment.reshape("slices", value, [k, c, 1])])
-        return fragment.reshape("ranks", parts, [k * j])
-    # Reshape copies an axis (0) only to where it stood, so N stands behind an axis of size 1 meanwhile;
-    # a -1 in its place could not be resolved where the batch is empty.
-    keep = [0] * (rank - 2)
-    parts = fragment.along("Unsqueeze", "slices_axis", value, rank - 1)
-    parts = fragment.reshape("slices", parts, [*keep, k, c, 0])
-    parts = fragment.add("encoder", "MatMul", [encoder, parts])
-    parts = fragment.reshape("ranks_axis", parts, [*keep, k * j, 1, 0])
-    return fragment.along("Squeeze", "ranks", parts, rank - 1)

@@ -15,18 +15,15 @@ from onnx.helper import (
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of
+from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.graph.weights import constant
 from onnx_lowrank.layers.find import Binding
-from onnx_lowrank.operators.chains import spatial
-
-_ROWS = 3
-_SPREAD = 4
+from onnx_lowrank.operators import registry
 
 
 def excerpts(
     original: Model, walk: Walk, rewritten: Model, new_walk: Walk, binding: Binding, chain: Sequence[str]
-) -> tuple[ModelProto, ModelProto]:
+) -> tuple[ModelProto, ModelProto] | None:
     """Cut a layer's first use out of both models, with a folded BatchNorm; same input, same output.
 
     Args:
@@ -36,6 +33,9 @@ def excerpts(
         new_walk: Its walk.
         binding: The layer.
         chain: Names of the nodes of the chain which replaced its first use, in order.
+
+    Returns:
+        A model of the layer as it was, and one of its chain; None where the node does not run on its own.
     """
     layer, use = binding.layer, binding.layer.uses[0]
     node = walk.node(Place(use.scope, use.node))
@@ -44,6 +44,8 @@ def excerpts(
         places.append(Place(use.scope, layer.batchnorm.node))
     kind = binding.casts[0] or binding.stored.source.tensor.data_type
     entry = _entry(layer, node, kind)
+    if entry is None:
+        return None
     # The last node has kept the old one's name, which need not be unique; but its output is.
     result = walk.node(places[-1]).output[0]
     new_nodes = new_walk.scopes[use.scope].nodes
@@ -55,21 +57,12 @@ def excerpts(
     )
 
 
-def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto:
+def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto | None:
     """The input that the layer's weight meets, of the smallest shape that shows what it does."""
-    use = layer.uses[0]
-    channels = layer.c // layer.groups
-    if layer.kernel:
-        dilations = spatial(node, "dilations") or [1] * len(layer.kernel)
-        sizes = [(n - 1) * d + 1 + _SPREAD for n, d in zip(layer.kernel, dilations, strict=True)]
-        return make_tensor_value_info(node.input[0], kind, [1, layer.c, *sizes])
-    if use.op == "Gather":
-        return make_tensor_value_info(node.input[1], TensorProto.INT64, [_ROWS])
-    flipped = use.op == "Gemm" and attribute_of(node, "transA" if use.operand == 1 else "transB", 0)
-    rank = use.rank or 2
-    matrix = [_ROWS, channels] if (use.operand == 1) != bool(flipped) else [channels, _ROWS]
-    shape = [1] * (rank - 2) + matrix if rank > 1 else [channels]
-    return make_tensor_value_info(node.input[1 - use.operand], kind, shape)
+    sample = registry.family(node).sample(layer, layer.uses[0], node)
+    if sample is None:
+        return None
+    return make_tensor_value_info(node.input[sample.operand], sample.kind or kind, sample.shape)
 
 
 def _excerpt(

@@ -28,6 +28,7 @@ from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.scopes import Scope, scopes
 from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.operators import registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def instrument(
     Args:
         model: The model; it is not changed.
         walk: Its walk.
-        inputs: The layers whose activations are wanted; none of them is a Gather, which reads indices.
+        inputs: The layers whose activations are wanted; none of them reads indices.
         outputs: The layers whose results are wanted.
     """
     inputs, outputs = tuple(inputs), tuple(outputs)
@@ -103,8 +104,8 @@ def _unreachable(walk: Walk, binding: Binding) -> str | None:
 
 def _activation(walk: Walk, binding: Binding, use: Use) -> str:
     """Name of the tensor that meets the weight."""
-    index = 1 - use.operand if use.op in ("Gemm", "MatMul", "Gather") else 0
-    return walk.node(Place(use.scope, use.node)).input[index]
+    node = walk.node(Place(use.scope, use.node))
+    return node.input[registry.family(node).activation(use.operand)]
 
 
 def _result(walk: Walk, binding: Binding, use: Use) -> str:

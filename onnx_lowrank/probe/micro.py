@@ -31,17 +31,19 @@ from onnx.helper import (
 )
 
 from onnx_lowrank.core.factors import Certificate, Factors
-from onnx_lowrank.core.layer import Layer, Positions, Use
+from onnx_lowrank.core.layer import Layer, Use
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.shapes import infer
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of
+from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.find import Binding, find
+from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.operator import Operator, Timed
 from onnx_lowrank.rewrite.replace import Replacement, rewrite
 
 _IR_VERSION = 8
-_INPUT, _OUTPUT, _WEIGHT = "x", "y", "w"
+_INPUT, _OUTPUT, _WEIGHT, _BIAS = "x", "y", "w", "bias"
 _BLOCK = 2**16 - 1  # odd, so that no two columns of a weight are alike
 
 
@@ -92,7 +94,7 @@ class Micro:
 def micro(walk: Walk, binding: Binding, index: int) -> Micro | None:
     """Cut one use of a layer out of its model, or None where that cannot be done.
 
-    That are batches of matrices, whose input's shape nothing tells, and nodes that have no known positions.
+    It cannot where the node has no known positions, or its operator does not know the input's shape.
 
     Args:
         walk: The model's walk.
@@ -100,81 +102,63 @@ def micro(walk: Walk, binding: Binding, index: int) -> Micro | None:
         index: Which of the layer's uses.
     """
     layer, use = binding.layer, binding.layer.uses[index]
-    positions = use.positions
-    is_batched = layer.groups > 1 and not layer.kernel
-    if positions is None or not positions.batch or use.op == "Gather" or is_batched:
-        return None
     node = walk.node(Place(use.scope, use.node))
+    operator = registry.family(node)
+    timed = operator.timed(layer, use, node)
+    if timed is None or use.positions is None or not use.positions.batch:
+        return None
     kind = binding.casts[index] or binding.stored.source.tensor.data_type
     dtype = tensor_dtype_to_np_dtype(kind)
-    shape = _input_shape(layer, use, node, positions)
-    structure = _structure(layer, use, node, shape, kind, walk.opsets[use.scope])
+    structure = _structure(node, operator, use, timed, layer, kind, walk.opsets[use.scope])
     key = hashlib.sha256(structure.SerializeToString(deterministic=True)).hexdigest()
-    return Micro(key, structure, shape, dtype)
+    return Micro(key, structure, timed.input_shape, dtype)
 
 
 def _structure(
-    layer: Layer, use: Use, node: NodeProto, shape: tuple[int, ...], kind: int, opset: int
+    node: NodeProto, operator: Operator, use: Use, timed: Timed, layer: Layer, kind: int, opset: int
 ) -> ModelProto:
-    copy = NodeProto(op_type=node.op_type)
+    copy = NodeProto(op_type=node.op_type, domain=node.domain)
     copy.attribute.extend(sorted(node.attribute, key=lambda attribute: attribute.name))
-    weight = TensorProto(name=_WEIGHT, data_type=kind, dims=_weight_shape(layer, use, node))
-    initializers, nodes = [weight], [copy]
-    operands = ["entry" if layer.kernel else _INPUT, _WEIGHT]
-    copy.input.extend(operands if use.operand == 1 else reversed(operands))
-    if len(node.input) > 2 and node.input[2]:
-        copy.input.append("bias")
-        features = layer.c if use.transposed else layer.f
-        dims = [features] if layer.kernel or use.operand == 1 else [features, 1]
-        initializers.append(TensorProto(name="bias", data_type=kind, dims=dims))
-    copy.output.append("result" if layer.kernel else _OUTPUT)
-    if layer.kernel:
-        window = [1] * len(layer.kernel)
-        behind = copy.output[0]
-        if layer.batchnorm is not None:
-            names = ["scale", "shift", "mean", "var"]
-            initializers += [TensorProto(name=name, data_type=kind, dims=[layer.f]) for name in names]
-            nodes.append(make_node("BatchNormalization", [behind, *names], ["normed"]))
-            behind = "normed"
-        nodes = [make_node("MaxPool", [_INPUT], ["entry"], kernel_shape=window), *nodes]
-        nodes.append(make_node("Relu", [behind], ["active"]))
-        nodes.append(make_node("MaxPool", ["active"], [_OUTPUT], kernel_shape=window))
+    initializers = [TensorProto(name=_WEIGHT, data_type=kind, dims=timed.weight_shape)]
+    inputs = {
+        use.operand: _WEIGHT,
+        operator.activation(use.operand): "entry" if operator.surrounded else _INPUT,
+    }
+    for index, shape in timed.others.items():
+        inputs[index] = _BIAS if index == operator.bias else f"operand_{index}"
+        initializers.append(TensorProto(name=inputs[index], data_type=kind, dims=shape))
+    copy.input.extend(inputs.get(index, "") for index in range(max(inputs) + 1))
+    nodes, result = [copy], _OUTPUT
+    if operator.surrounded:
+        nodes, more = _surrounded(copy, layer, kind)
+        initializers += more
+    else:
+        copy.output.append(result)
     graph = make_graph(
         nodes,
         "layer",
-        [make_tensor_value_info(_INPUT, kind, shape)],
+        [make_tensor_value_info(_INPUT, kind, timed.input_shape)],
         [make_tensor_value_info(_OUTPUT, kind, None)],
         initializers,
     )
-    return make_model(graph, opset_imports=[make_opsetid("", opset)], ir_version=_IR_VERSION)
+    opsets = [make_opsetid("", opset), *([make_opsetid(node.domain, 1)] if node.domain else [])]
+    return make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
 
 
-def _input_shape(layer: Layer, use: Use, node: NodeProto, positions: Positions) -> tuple[int, ...]:
-    if layer.kernel:
-        return (positions.batch, layer.c, *positions.inputs)
-    on_right = use.operand == 1
-    features = layer.f if use.transposed else layer.c
-    rank = use.rank or 2
-    if rank == 1:
-        return (features,)
-    flipped = use.op == "Gemm" and bool(attribute_of(node, "transA" if on_right else "transB", 0))
-    rows_first = on_right != flipped
-    pair = (positions.batch, features) if rows_first else (features, positions.batch)
-    return (*[1] * (rank - 2), *pair)
-
-
-def _weight_shape(layer: Layer, use: Use, node: NodeProto) -> tuple[int, ...]:
-    """As the node reads it."""
-    f, c = layer.f, layer.c
-    if use.op == "ConvTranspose":
-        return (c, f // layer.groups, *layer.kernel)
-    if layer.kernel:
-        return (f, c // layer.groups, *layer.kernel)
-    if use.transposed:
-        f, c = c, f
-    on_right = use.operand == 1
-    flipped = use.op == "Gemm" and bool(attribute_of(node, "transB" if on_right else "transA", 0))
-    return (c, f) if on_right != flipped else (f, c)
+def _surrounded(copy: NodeProto, layer: Layer, kind: int) -> tuple[list[NodeProto], list[TensorProto]]:
+    """The node between poolings (rule 2), with a BatchNorm behind it, and the tensors of that."""
+    window = [1] * len(layer.kernel)
+    copy.output.append("result")
+    nodes, behind, tensors = [copy], "result", []
+    if layer.batchnorm is not None:
+        names = ["scale", "shift", "mean", "var"]
+        tensors = [TensorProto(name=name, data_type=kind, dims=[layer.f]) for name in names]
+        nodes.append(make_node("BatchNormalization", [behind, *names], ["normed"]))
+        behind = "normed"
+    nodes = [make_node("MaxPool", [_INPUT], ["entry"], kernel_shape=window), *nodes]
+    nodes.append(make_node("Relu", [behind], ["active"]))
+    nodes.append(make_node("MaxPool", ["active"], [_OUTPUT], kernel_shape=window))
+    return nodes, tensors
 
 
 def placeholder(binding: Binding, option: Option, dtype: np.dtype[Any]) -> Replacement:

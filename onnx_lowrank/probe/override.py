@@ -32,7 +32,8 @@ from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import Source, dtype_of, viewed
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding, read
-from onnx_lowrank.probe.segments import Substitute, laid_out, set_bias
+from onnx_lowrank.operators import registry
+from onnx_lowrank.probe.segments import Substitute
 
 _FIRST_IR = 4
 """The first IR version in which an initializer that is no input is a constant, and others are defaults."""
@@ -153,7 +154,7 @@ class Overridable:
         node = self._scopes[own.place.scope].nodes[own.place.node]
         name = self._unique(f"{label(node)}_bias")
         if own.in_node:
-            set_bias(node, name)
+            registry.family(node).set_bias(node, name)
         else:
             node.input[own.operand] = name
         if norm is not None:
@@ -172,10 +173,11 @@ class Overridable:
         stored, use = binding.stored, binding.layer.uses[0]
         source = stored.source
         node = self._walk.node(Place(use.scope, use.node))
+        operator = registry.family(node)
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(source.tensor.data_type))
         values, dims = _narrowed(weight, dtype), tuple(source.tensor.dims)
         if not stored.views:
-            return np.ascontiguousarray(laid_out(node, use.operand, values, dims))
+            return np.ascontiguousarray(operator.laid_out(node, use.operand, values, dims))
         # Views only move elements: those of an array of positions show where each one comes from.
         positions = inline(source.name, np.arange(prod(dims)).reshape(dims))
         traced = replace(stored, source=replace(source, tensor=positions))
@@ -183,7 +185,7 @@ class Overridable:
         if origins is None:
             raise InputError(f"The weight {source.name!r} changed while it was read: run again.")
         result = np.empty(prod(dims), dtype)
-        result[origins.ravel()] = laid_out(node, use.operand, values, origins.shape).ravel()
+        result[origins.ravel()] = operator.laid_out(node, use.operand, values, origins.shape).ravel()
         return result.reshape(dims)
 
 
@@ -202,7 +204,7 @@ def _copy(source: ModelProto) -> ModelProto:
 
 def _closed(walk: Walk, binding: Binding) -> str | None:
     """Why a layer cannot be overridden (rule 2), or None."""
-    if any(use.op == "Gather" for use in binding.layer.uses):
+    if any(use.reads_indices for use in binding.layer.uses):
         return "it is a table, which is too large to be fed"
     path: str | None = binding.stored.source.scope
     while path:

@@ -16,20 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_node, make_tensor_value_info
 
-from onnx_lowrank.core.layer import Use
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline, is_external, reference, tensors
-from onnx_lowrank.graph.walk import Walk, attribute_of, is_op
+from onnx_lowrank.graph.walk import Walk, is_op
 from onnx_lowrank.graph.weights import dtype_of, viewed
 from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.operators import registry
 
 # fmt: off
 _RANDOM = frozenset({
@@ -103,10 +102,10 @@ class Segments:
         Args:
             model: The model.
             walk: Its walk.
-            bindings: Layers. Those with several uses and those outside the main graph are no cuts: their
-                nodes are run like any others.
+            bindings: Layers. Those with several uses, those outside the main graph and those whose result
+                is more than a product are no cuts: their nodes are run like any others.
         """
-        single = (b for b in bindings if len(b.layer.uses) == 1 and not b.layer.uses[0].scope)
+        single = (b for b in bindings if _is_cut(b))
         self.bindings = tuple(sorted(single, key=lambda binding: binding.layer.uses[0].node))
         self._model = model
         self._walk = walk
@@ -127,7 +126,8 @@ class Segments:
     def entering(self, index: int) -> str:
         """Name of the activation that a layer reads."""
         use = self.bindings[index].layer.uses[0]
-        return self._steps[use.node].node.input[1 - use.operand]
+        node = self._steps[use.node].node
+        return node.input[registry.family(node).activation(use.operand)]
 
     def leaving(self, index: int) -> str:
         """Name of the tensor that a layer gives, behind a folded BatchNorm."""
@@ -292,22 +292,24 @@ class Segments:
                 f"The weight {binding.stored.source.name!r} changed while it was read: run again."
             )
         dtype = dtype_of(self._walk, binding.stored)
-        dense = laid_out(node, use.operand, substitute.weight, value.shape)
+        operator = registry.family(node)
+        dense = operator.laid_out(node, use.operand, substitute.weight, value.shape)
         weight = inline(self._free(f"{node.output[0]}_weight"), dense.astype(dtype))
         node.input[use.operand] = weight.name
         numbers = norm.bias if substitute.bias is None and norm is not None else substitute.bias
         if numbers is None:
             return [node], [weight]
-        shape = _bias_shape(use, value.shape, binding.layer.f)
+        shape = operator.bias_shape(use, value.shape, binding.layer.f)
         bias = inline(self._free(f"{node.output[0]}_bias"), numbers.astype(dtype).reshape(shape))
         return self._biased(node, bias.name), [weight, bias]
 
     def _biased(self, node: NodeProto, bias: str) -> list[NodeProto]:
         """Give a node, which it changes, another bias; an Add behind it where it takes none."""
-        if node.op_type in ("MatMul", "Gather"):
+        operator = registry.family(node)
+        if operator.bias is None:
             result, node.output[0] = node.output[0], self._free(f"{node.output[0]}_unbiased")
             return [node, make_node("Add", [node.output[0], bias], [result])]
-        set_bias(node, bias)
+        operator.set_bias(node, bias)
         return [node]
 
     def _free(self, name: str) -> str:
@@ -317,30 +319,9 @@ class Segments:
         return name
 
 
-def set_bias(node: NodeProto, name: str) -> None:
-    """Have a Conv, ConvTranspose or Gemm, which is changed, add a tensor as it is: without a Gemm's beta."""
-    del node.input[2:]
-    node.input.append(name)
-    kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
-    del node.attribute[:]
-    node.attribute.extend(kept)
-
-
-def laid_out(node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-    """Lay a canonical weight out as a node reads it: the inverse of `layers.find.canonical_weight`.
-
-    Args:
-        node: A node of a layer.
-        operand: Index of its input that is the weight.
-        canonical: Shape (groups, f / groups, c / groups, *kernel).
-        shape: The operand's shape.
-    """
-    if node.op_type == "Conv":
-        return canonical.reshape(shape)
-    outputs_first = operand == 0 and node.op_type != "Gather"
-    if node.op_type == "Gemm":
-        outputs_first ^= bool(attribute_of(node, "transA" if operand == 0 else "transB", 0))
-    return (canonical if outputs_first else canonical.swapaxes(1, 2)).reshape(shape)
+def _is_cut(binding: Binding) -> bool:
+    uses = binding.layer.uses
+    return len(uses) == 1 and not uses[0].scope and uses[0].is_linear
 
 
 def _nodes(binding: Binding) -> tuple[int, ...]:
@@ -395,23 +376,3 @@ def _slice(steps: Sequence[_Step], wanted: Iterable[str]) -> tuple[list[_Step], 
             needed |= step.reads
             kept.append(step)
     return kept[::-1], needed - {""}
-
-
-def _bias_shape(use: Use, shape: Sequence[int], features: int) -> tuple[int, ...]:
-    """How a bias has to stand so that it spreads over what a node gives.
-
-    Args:
-        use: The node.
-        shape: Shape of its weight as it reads it.
-        features: Number of its output features, f.
-    """
-    if use.op == "Gemm":
-        return (features,) if use.operand == 1 else (features, 1)
-    batch = tuple(shape[:-2]) if use.op == "MatMul" else ()
-    if use.op == "MatMul" and use.operand == 0:
-        if use.rank is None:
-            raise InputError(
-                f"The bias of MatMul {use.name!r} needs an input of known rank: pass --input-shape."
-            )
-        return (*batch, features // prod(batch), 1) if use.rank > 1 else (features,)
-    return (*batch, 1, features // prod(batch)) if batch else (features,)

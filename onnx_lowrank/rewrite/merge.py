@@ -49,11 +49,12 @@ from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
 from onnx_lowrank.graph.weights import Source, resolve
 from onnx_lowrank.layers.bias import is_own
 from onnx_lowrank.layers.find import canonical_weight
-from onnx_lowrank.operators.chains import is_pointwise, spatial
+from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.convolution import spatial
+from onnx_lowrank.operators.operator import Operator
 from onnx_lowrank.rewrite.edits import Edits, Store
 from onnx_lowrank.rewrite.replace import Rewritten
 
-_MATRICES = ("MatMul", "Gemm")
 _Array = NDArray[np.float64]
 
 
@@ -96,6 +97,16 @@ class _Operator:
     weight: Source
     shape: tuple[int, ...]
     bias: tuple[Place, int] | None
+
+    @property
+    def family(self) -> Operator:
+        """Its family of operators."""
+        return registry.family(self.node)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it maps every position by itself, and all of them."""
+        return self.family.is_pointwise(self.node, self.shape[2:])
 
     @property
     def data(self) -> int:
@@ -214,10 +225,7 @@ class _Round:
                 continue
             second, operand = read
             kinds = [self._walk.node(place) for place in (first, second)]
-            if all(is_op(node, ("Conv",)) for node in kinds):
-                is_data = operand == 0
-            else:
-                is_data = operand < 2 and all(is_op(node, _MATRICES) for node in kinds)
+            is_data = operand < 2 and _multiply(*kinds) and registry.family(kinds[1]).is_data(operand)
             # What is added to a MatMul on the left lies along another axis.
             if not is_data or (adder is not None and operand) or not self._is_wanted(first, second):
                 continue
@@ -237,7 +245,8 @@ class _Round:
 
     def _adder(self, place: Place) -> tuple[Place, int] | None:
         """Rule 1: the Add behind a MatMul, and the operand by which it adds a constant of its own."""
-        if not is_op(self._walk.node(place), ("MatMul",)) or self._walk.opsets[place.scope] < 7:
+        operator = registry.of(self._walk.node(place))
+        if operator is None or not operator.adds_behind or self._walk.opsets[place.scope] < 7:
             return None
         read = self._only_reader(place)
         if read is None or not is_op(self._walk.node(read[0]), ("Add",)):
@@ -262,18 +271,19 @@ class _Round:
         is_complete = self._walk.operand(place, 1 - side) is not None
         if not is_complete or any(attribute.ref_attr_name for attribute in node.attribute):
             return None
+        operator = registry.family(node)
         weight = self._own(place, side)
-        if weight is None or (node.op_type != "Conv" and len(weight.tensor.dims) != 2):
+        if weight is None or (operator.product == "matrix" and len(weight.tensor.dims) != 2):
             return None
-        # What is on the left is transposed by transA, what is on the right by transB.
-        if node.op_type == "Gemm" and attribute_of(node, "transA" if side else "transB", 0):
+        if operator.transposes(node, 1 - side):
             return None
         maps = canonical_weight(node, side, array(self._model, weight.tensor))
         if isinstance(maps, str) or len(maps) > 1:
             return None
-        adder = self._adder(place) if side else None
-        has_bias = self._walk.operand(place, 2) is not None
-        return _Operator(place, node, side, weight, maps.shape[1:], (place, 2) if has_bias else adder)
+        bias = self._adder(place) if side else None
+        if operator.bias is not None and self._walk.operand(place, operator.bias) is not None:
+            bias = place, operator.bias
+        return _Operator(place, node, side, weight, maps.shape[1:], bias)
 
     def _own(self, place: Place, operand: int) -> Source | None:
         """Rule 2: an operand that is a constant without views, which nothing else needs."""
@@ -302,8 +312,8 @@ class _Round:
         """Rule 5: where the biases are that become one, none where A has none; None where they cannot."""
         if first.bias is None:
             return None, None
-        if first.node.op_type == "Conv":
-            if not is_pointwise(second.node, second.shape[2:]) and not _pads_nothing(second.node):
+        if first.family.product == "kernel":
+            if not second.is_pointwise and not _pads_nothing(second.node):
                 return None
         elif self._walk.opsets[first.place.scope] < 7:  # Gemm had its own rules of broadcasting
             return None
@@ -336,8 +346,17 @@ class _Round:
             if pair.biases[1] is not None:
                 vector += self._vector(second, pair.biases[1])
             vector = vector if second.side else vector[:, None]
-        transposes = second.side != bool(attribute_of(second.node, "transB" if second.side else "transA", 0))
-        return (weight.T if second.node.op_type in _MATRICES and transposes else weight), vector
+        shape = self._stored_shape(second, weight)
+        laid_out = second.family.laid_out(second.node, second.side, weight[None], shape)
+        return laid_out, vector
+
+    @staticmethod
+    def _stored_shape(operator: _Operator, weight: _Array) -> tuple[int, ...]:
+        """The shape in which an operator reads a product (f, c, *kernel)."""
+        if operator.family.product == "kernel":
+            return weight.shape
+        is_stored = operator.side == operator.family.transposes(operator.node, operator.side)
+        return weight.shape if is_stored else weight.shape[::-1]
 
     def _map(self, operator: _Operator) -> _Array:
         """A weight as a map (f, c, *kernel)."""
@@ -358,7 +377,7 @@ class _Round:
         node.name = node.name or edits.unique(f"{label(node)}/merged")
         node.input[second.data] = first.node.input[first.data]
         node.input[second.side] = edits.keep(second.weight, f"{second.weight.name}_merged", weight)
-        if node.op_type == "Conv" and is_pointwise(second.node, second.shape[2:]):
+        if second.family.product == "kernel" and second.is_pointwise:
             _set_attributes(node, first.node)
         made = [node]
         if new_bias is not None:
@@ -385,17 +404,16 @@ class _Round:
         if second.bias is not None and second.adder is not None:
             edits.scopes[second.place.scope].repointed[second.adder.node, second.bias[1]] = name
             return []
-        if first.adder is not None and node.op_type == "MatMul":
+        if first.adder is not None and second.family.bias is None:
             add = NodeProto()
             add.CopyFrom(self._walk.node(first.adder))
             add.output[0] = node.output[0]
             node.output[0] = edits.unique(f"{add.output[0]}_merged")
             add.input[:] = [node.output[0], name]
             return [add]
-        node.op_type = "Gemm" if node.op_type == "MatMul" else node.op_type
-        del node.input[2:]
-        node.input.append(name)
-        _set_attributes(node, node, without=("beta",))
+        # A MatMul behind a Gemm with a C has a matrix for its input, so it can be a Gemm.
+        node.op_type = first.node.op_type if second.family.bias is None else node.op_type
+        registry.family(node).set_bias(node, name)
         return []
 
     def _merge(self, pair: _Pair, name: str) -> Merge:
@@ -406,6 +424,12 @@ class _Round:
             self._renamed[first.node.name] = name
         elements = prod(first.shape), prod(second.shape), prod(pair.shape)
         return Merge(label(first.node), name, tuple(sorted(layers[0] | layers[1])), elements, pair.saved)
+
+
+def _multiply(first: NodeProto, second: NodeProto) -> bool:
+    """Whether two nodes are linear maps of one kind."""
+    one, other = registry.of(first), registry.of(second)
+    return one is not None and other is not None and one.product is not None and one.product == other.product
 
 
 def _owners(walk: Walk, chains: Mapping[str, tuple[tuple[str, ...], ...]]) -> dict[Place, frozenset[str]]:
@@ -429,9 +453,9 @@ def _shape(first: _Operator, second: _Operator) -> tuple[int, ...] | None:
     (m, c, *inner), (f, width, *outer) = first.shape, second.shape
     if width != m or len(inner) != len(outer):
         return None
-    if first.node.op_type != "Conv" or is_pointwise(second.node, second.shape[2:]):
+    if first.family.product == "matrix" or second.is_pointwise:
         return f, c, *inner
-    return (f, c, *outer) if is_pointwise(first.node, first.shape[2:]) and not _grows(second) else None
+    return (f, c, *outer) if first.is_pointwise and not _grows(second) else None
 
 
 def _product(first: _Array, second: _Array) -> _Array:
@@ -461,7 +485,7 @@ def _pads_nothing(node: NodeProto) -> bool:
 def _is_per_feature(dims: Any, operator: _Operator) -> bool:
     """Whether a bias has one value for every output feature, or one for all, along their axis."""
     f, shape = operator.shape[0], tuple(dims)
-    if operator.node.op_type == "Conv":
+    if operator.family.product == "kernel":
         return shape == (f,)
     along = (1, f) if operator.side else (f, 1)
     try:
@@ -471,13 +495,12 @@ def _is_per_feature(dims: Any, operator: _Operator) -> bool:
 
 
 def _scalar(operator: _Operator, name: str) -> float:
-    """A Gemm's alpha or beta; others have none."""
-    return float(attribute_of(operator.node, name, 1.0)) if operator.node.op_type == "Gemm" else 1.0
+    """A Gemm's alpha or beta; 1 for others."""
+    family = operator.family
+    return family.scale(operator.node) if name == "alpha" else family.bias_scale(operator.node)
 
 
-def _set_attributes(node: NodeProto, source: NodeProto, without: tuple[str, ...] = ()) -> None:
-    """Give a node the attributes of another one, or its own, but for some."""
-    kept = [attribute for attribute in source.attribute if attribute.name not in without]
-    copies = [onnx.AttributeProto.FromString(attribute.SerializeToString()) for attribute in kept]
+def _set_attributes(node: NodeProto, source: NodeProto) -> None:
+    """Give a node the attributes of another one."""
     del node.attribute[:]
-    node.attribute.extend(copies)
+    node.attribute.extend(source.attribute)

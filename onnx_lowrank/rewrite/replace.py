@@ -35,14 +35,9 @@ from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.graph.weights import dtype_of, viewed
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
-from onnx_lowrank.operators.chains import (
-    Fragment,
-    Operands,
-    convolution,
-    convolution_layout,
-    matrix,
-    matrix_layout,
-)
+from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.fragment import Fragment
+from onnx_lowrank.operators.operator import Operands, Site
 from onnx_lowrank.rewrite.edits import Edits, Store
 
 METADATA = "onnx_lowrank"
@@ -132,10 +127,8 @@ class _Writer:
         nodes = [self._walk.node(Place(use.scope, use.node)) for use in layer.uses]
         value = viewed(self._walk, self._model, binding.stored)
         batch = value.shape[:-2] if value is not None and not layer.kernel else ()
-        if layer.kernel:
-            arrays = convolution_layout(layer, nodes, replacement.factors, replacement.option.lowering)
-        else:
-            arrays = matrix_layout(layer, batch, replacement.factors, replacement.option.lowering)
+        operator = registry.family(nodes[0])
+        arrays = operator.layout(layer, nodes, batch, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
         encoder, decoder = (
             self.edits.keep(binding.stored.source, f"{name}_{role}", array)
@@ -149,7 +142,7 @@ class _Writer:
             "frobenius": certificate.frobenius,
         }
         self.chains[layer.id] = tuple(
-            self._chain(replacement, nodes, index, len(batch) + 2, encoder, decoder, new_bias)
+            self._chain(replacement, nodes, index, batch, encoder, decoder, new_bias)
             for index in range(len(nodes))
         )
 
@@ -183,7 +176,7 @@ class _Writer:
         replacement: Replacement,
         nodes: Sequence[NodeProto],
         index: int,
-        axes: int,
+        batch: tuple[int, ...],
         encoder: str,
         decoder: str,
         new_bias: str,
@@ -196,13 +189,12 @@ class _Writer:
         if cast is not None:
             encoder = fragment.add("encoder_cast", "Cast", [encoder], to=cast)
             decoder = fragment.add("decoder_cast", "Cast", [decoder], to=cast)
-        value = node.input[1 - use.operand if use.op in ("Gemm", "MatMul", "Gather") else 0]
-        old_bias = node.input[2] if len(node.input) > 2 else ""
+        operator = registry.family(node)
+        value = node.input[operator.activation(use.operand)]
+        has_bias = operator.bias is not None and len(node.input) > operator.bias
+        old_bias = node.input[operator.bias] if has_bias and operator.bias is not None else ""
         names = Operands(value, encoder, decoder, new_bias or old_bias)
-        if layer.kernel:
-            convolution(fragment, layer, nodes, node, replacement.option, names)
-        else:
-            matrix(fragment, layer, use, node, replacement.option, axes, names)
+        operator.chain(fragment, Site(layer, use, node, nodes, replacement.option, batch), names)
         self._splice(fragment.nodes, use, node, layer)
         self._stamp(fragment.nodes, layer.id)
         self._release(layer, use)
@@ -212,7 +204,8 @@ class _Writer:
         """Put a chain in a node's place: its last node takes over the node's name, notes and output."""
         edit = self.edits.scopes[use.scope]
         last = chain[-1]
-        last.output[0] = node.output[0]
+        del last.output[:]
+        last.output.extend(node.output)
         if layer.batchnorm is not None:
             norm = self._walk.node(Place(use.scope, layer.batchnorm.node))
             last.output[0] = norm.output[0]

@@ -25,19 +25,20 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.moments import Accumulator, merged, split
-from onnx_lowrank.calibrate.patches import Geometry, geometry, outputs, patches
 from onnx_lowrank.calibrate.prefix import Sight, Step
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments, Targets
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.graph.walk import Place
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.find import Binding, geometry
 from onnx_lowrank.layers.found import Found, prepared
 from onnx_lowrank.linalg.activations import fit
 from onnx_lowrank.linalg.backend import Backend, parallel_map
 from onnx_lowrank.linalg.factorize import certify
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets
+from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.geometry import Geometry, outputs, patches
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.stages.fit import STEPS, Fitted, activation_factors, exact, stored_as
 
@@ -60,12 +61,13 @@ def can_recover(found: Found, binding: Binding, calibration: Calibration) -> boo
         calibration: The inputs to fit to.
     """
     use = binding.layer.uses[0]
-    if len(binding.layer.uses) > 1 or use.scope:
+    if len(binding.layer.uses) > 1 or use.scope or not use.is_linear:
         return False
     if not calibration.statistics.has_inputs(binding.layer.id):
         return False
     node = found.walk.node(Place(use.scope, use.node))
-    fixed = len(node.input) > 2 and bool(node.input[2])
+    operand = registry.family(node).bias
+    fixed = operand is not None and len(node.input) > operand and bool(node.input[operand])
     return not fixed or bias(found.model, found.walk, binding) is not None
 
 

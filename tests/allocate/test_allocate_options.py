@@ -3,6 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from evaluated import evaluated
 from onnx_lowrank.allocate.cost import allowed, cost
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import candidates, weight_errors
@@ -20,7 +21,7 @@ def layer(f=12, c=8, kernel=(3, 3), groups=1, positions=STRIDED, **fields):
     use = Use("", 0, "node", "Conv", 1, positions=positions)
     slices = tuple(k for k in range(1, c // groups + 1) if c // groups % k == 0)
     folds = ALL if kernel == (3, 3) else (Fold.ENCODE,)
-    return Layer("w", "Conv", f, c, kernel, groups, "float32", folds, slices, (use,), **fields)
+    return evaluated(Layer("w", "Conv", f, c, kernel, groups, "float32", folds, slices, (use,), **fields))
 
 
 def recipe(folds=ALL, groups=None, **fields):

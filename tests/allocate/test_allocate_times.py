@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from evaluated import evaluated
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.allocate.times import (
@@ -255,7 +256,7 @@ def test_the_first_try_is_one_of_the_ranks(count):
 
 def layer():
     use = Use("", 0, "n", "Conv", 1, rank=4, positions=Positions(1, (6, 6), (6, 6)))
-    return Layer("w", "Conv", 24, 16, (3, 3), 1, "float32", tuple(Fold), (1, 2, 4), (use,))
+    return evaluated(Layer("w", "Conv", 24, 16, (3, 3), 1, "float32", tuple(Fold), (1, 2, 4), (use,)))
 
 
 def recipe(aggregate=Aggregate.SUM, price=None):

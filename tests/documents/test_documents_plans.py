@@ -4,6 +4,7 @@ from math import inf, isnan, nan
 
 import pytest
 
+from evaluated import evaluated
 from onnx_lowrank import compress
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer, Positions, Use
@@ -287,12 +288,13 @@ def test_a_plan_for_something_else_is_told(choices, model, message):
 def pointwise(*, groups=1, **options):
     kernel = (1, 1)
     use = Use("", 0, "n", "Conv", 1, rank=4, **({"pointwise": True} | options))
-    return Layer("w", "Conv", 8, 8, kernel, groups, "float32", Fold.distinct(kernel), (1, 2), (use,))
+    folds = Fold.distinct(kernel)
+    return evaluated(Layer("w", "Conv", 8, 8, kernel, groups, "float32", folds, (1, 2), (use,)))
 
 
 def matrix(op="MatMul", operand=1, rank=2):
     use = Use("", 0, "n", op, operand, rank=rank, positions=Positions(5))
-    return Layer("w", op, 8, 8, (), 1, "float32", (Fold.ENCODE,), (1, 2), (use,))
+    return evaluated(Layer("w", op, 8, 8, (), 1, "float32", (Fold.ENCODE,), (1, 2), (use,)))
 
 
 @pytest.mark.parametrize(

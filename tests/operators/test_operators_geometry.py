@@ -9,9 +9,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnx_lowrank.calibrate import patches as module
-from onnx_lowrank.calibrate.patches import Matrix, Window, geometry, outputs, patches
-from onnx_lowrank.layers.find import read
+from onnx_lowrank.layers.find import geometry, read
+from onnx_lowrank.operators import geometry as geometry_module
+from onnx_lowrank.operators import window as window_module
+from onnx_lowrank.operators.geometry import Vectors, outputs, patches
+from onnx_lowrank.operators.window import Window
 from rewriting import found, model
 
 
@@ -194,10 +196,10 @@ def test_tied_embedding():
 FORMS = {
     "window": (Window(2, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), "NOTSET", False, (0, 0), ()), (5, 4, 6, 7)),
     "transposed": (Window(2, (3, 2), (2, 2), (1, 1), (1, 0, 1, 0), "NOTSET", True, (0, 0), ()), (5, 4, 6, 7)),
-    "matrix": (Matrix(()), (3, 5, 8)),
-    "columns": (Matrix((), True, True), (3, 8, 5)),
-    "groups": (Matrix((3,)), (4, 3, 5, 8)),
-    "broadcast": (Matrix((2, 3)), (7, 8)),
+    "matrix": (Vectors(()), (3, 5, 8)),
+    "columns": (Vectors((), True, True), (3, 8, 5)),
+    "groups": (Vectors((3,)), (4, 3, 5, 8)),
+    "broadcast": (Vectors((2, 3)), (7, 8)),
 }
 
 
@@ -208,7 +210,8 @@ def test_chunks_join_to_the_whole(monkeypatch, name, limit, function):
     form, shape = FORMS[name]
     value = integers(3, *shape)
     whole = joined(function(form, value))
-    monkeypatch.setattr(module, "CHUNK", limit)
+    for module in (geometry_module, window_module):
+        monkeypatch.setattr(module, "CHUNK", limit)
     chunks = list(function(form, value))
     line = max(whole[:1].nbytes, limit)
     assert len(chunks) > 1 or whole.nbytes <= limit
@@ -253,7 +256,7 @@ def test_dtypes(name, function, dtype, expected):
 @pytest.mark.parametrize("scale", [-2.0, 0.5])
 def test_the_scale_is_in_the_rows_of_the_input_only(scale):
     value = integers(3, 5, 8)
-    plain, scaled = Matrix(()), Matrix((), scale=scale)
+    plain, scaled = Vectors(()), Vectors((), scale=scale)
     np.testing.assert_array_equal(joined(patches(scaled, value)), scale * joined(patches(plain, value)))
     np.testing.assert_array_equal(joined(outputs(scaled, value)), joined(outputs(plain, value)))
 

@@ -22,8 +22,9 @@ from onnx_lowrank.files.load import load
 from onnx_lowrank.files.save import save
 from onnx_lowrank.files.tensors import tensors as all_tensors
 from onnx_lowrank.graph.parameters import parameters
-from onnx_lowrank.graph.shapes import infer, work
+from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.graph.walk import Walk
+from onnx_lowrank.layers.work import work
 from onnx_lowrank.rewrite.merge import Merge, merge
 from onnx_lowrank.rewrite.replace import Rewritten
 from rewriting import constants, difference, evaluate, feed_of, found, model, rewritten, run, shaped, tensors

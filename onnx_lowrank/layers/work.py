@@ -1,0 +1,54 @@
+"""The multiply-accumulates of a model beside its layers', scope by scope."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from onnx_lowrank.core.layer import ScopeWork
+from onnx_lowrank.graph.shapes import Shapes, shape_of
+from onnx_lowrank.graph.walk import Place, Walk, is_op, label
+from onnx_lowrank.operators import registry
+
+
+def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWork, ...]:
+    """The MACs of every scope's nodes that are not layers, and how the scopes hang together.
+
+    Counted is what a registered operator says of its operands, constant or not; what other operators
+    multiply counts nothing.
+    """
+    functions = {
+        (scope.function.domain, scope.function.name, scope.function.overload): path
+        for path, scope in walk.scopes.items()
+        if scope.function is not None
+    }
+    found = []
+    for path, scope in walk.scopes.items():
+        places = (Place(path, index) for index in range(len(scope.nodes)))
+        counts = {place: _node_macs(walk, shapes, place) for place in places if place not in layers}
+        unknown = next((walk.node(place) for place, count in counts.items() if count is None), None)
+        called = (functions.get((node.domain, node.op_type, node.overload)) for node in scope.nodes)
+        branch_of = None
+        if scope.parent is not None and scope.node is not None:
+            holder = walk.node(Place(scope.parent, scope.node))
+            branch_of = scope.node if is_op(holder, ("If",)) else None
+        found.append(
+            ScopeWork(
+                path,
+                scope.parent,
+                branch_of,
+                sum(filter(None, counts.values())) if unknown is None else None,
+                tuple(function for function in called if function is not None),
+                "" if unknown is None else label(unknown),
+            )
+        )
+    return tuple(found)
+
+
+def _node_macs(walk: Walk, shapes: Shapes, place: Place) -> int | None:
+    """MACs of one node; None where a dimension is unknown, 0 for operators that are not counted."""
+    node = walk.node(place)
+    operator = registry.of(node)
+    if operator is None:
+        return 0
+    inputs = [shape_of(walk, shapes, walk.operand(place, index)) for index in range(max(2, len(node.input)))]
+    return operator.macs(node, inputs, shape_of(walk, shapes, walk.result(place)))

@@ -1,0 +1,74 @@
+"""Nodes under construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import NodeProto
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+
+class Fragment:
+    """Nodes under construction, built with graphsurgeon; tensors go by their names."""
+
+    def __init__(self, stem: str, unique: Callable[[str], str], opset: int) -> None:
+        """Start a chain.
+
+        Args:
+            stem: What new names begin with.
+            unique: Makes a free name of one that may be taken.
+            opset: Version of the default domain where the chain will stand.
+        """
+        self.nodes: list[NodeProto] = []
+        self._stem = stem
+        self._unique = unique
+        self._opset = opset
+
+    def add(
+        self, role: str, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
+    ) -> str:
+        """Append a node and return the name of its output, by default a new one called after its role."""
+        output = output or self._unique(f"{self._stem}_{role}")
+        node = gs.Node(
+            op,
+            self._unique(f"{self._stem}/{role}"),
+            attributes,
+            [gs.Variable(name) for name in inputs],
+            [gs.Variable(output)],
+        )
+        self.nodes.append(OnnxExporter.export_node(node))
+        return output
+
+    def copy(self, role: str, node: NodeProto, inputs: Mapping[int, str]) -> str:
+        """Append a copy of a node with some other inputs, and return the name of its first output.
+
+        It has the node's attributes and domain. Its further outputs keep the node's names.
+        """
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.name = self._unique(f"{self._stem}/{role}")
+        copy.output[0] = self._unique(f"{self._stem}_{role}")
+        for index, name in inputs.items():
+            while len(copy.input) <= index:
+                copy.input.append("")
+            copy.input[index] = name
+        self.nodes.append(copy)
+        return str(copy.output[0])
+
+    def reshape(self, role: str, value: str, shape: Sequence[int]) -> str:
+        """Append a Reshape to a constant shape (0 copies an input axis)."""
+        return self.add(role, "Reshape", [value, self.integers(f"{role}_shape", shape)])
+
+    def along(self, op: str, role: str, value: str, axis: int) -> str:
+        """Append a Squeeze or Unsqueeze; its axes are an attribute before opset 13."""
+        if self._opset < 13:
+            return self.add(role, op, [value], axes=[axis])
+        return self.add(role, op, [value, self.integers(f"{role}_axes", [axis])])
+
+    def integers(self, role: str, values: Sequence[int]) -> str:
+        """Append a Constant node of int64 numbers."""
+        tensor = gs.Constant(f"{self._stem}_{role}", np.asarray(values, np.int64))
+        return self.add(role, "Constant", [], value=tensor)

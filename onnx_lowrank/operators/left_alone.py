@@ -1,0 +1,24 @@
+"""Operators with weights that are never decomposed, and what to do about them."""
+
+from __future__ import annotations
+
+_RECURRENT = "recurrent weights are not decomposed"
+_QUANTIZED = "it is quantized: compress before quantizing"
+_FUSED = "it is fused for one runtime: compress the model before that optimization"
+
+LEFT_ALONE: dict[tuple[str, str], str] = {
+    **dict.fromkeys((("", "LSTM"), ("", "GRU"), ("", "RNN")), _RECURRENT),
+    ("", "Einsum"): "export it as MatMul to have it decomposed",
+    ("", "DeformConv"): "deformable kernels are not decomposed",
+    **{("", op): _QUANTIZED for op in ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")},
+    **{
+        ("com.microsoft", op): _QUANTIZED
+        for op in ("QGemm", "MatMulNBits", "DynamicQuantizeMatMul", "QAttention")
+    },
+    **dict.fromkeys((("com.microsoft.nchwc", "Conv"), ("com.microsoft", "NhwcFusedConv")), _FUSED),
+    **{
+        ("com.microsoft", op): _FUSED
+        for op in ("FusedConv", "FusedMatMul", "FusedGemm", "Attention", "EmbedLayerNormalization")
+    },
+}
+"""By domain and operator type. A family that is registered goes before its entry here."""

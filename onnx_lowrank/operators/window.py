@@ -1,0 +1,144 @@
+"""What a convolution does along its spatial axes, and the patches that its kernel meets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from onnx_lowrank.operators.geometry import CHUNK, channel_major, row_dtype, row_width
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a Conv or ConvTranspose does along its spatial axes.
+
+    Attributes:
+        groups: Operator groups.
+        kernel: Size of the kernel.
+        strides: Strides.
+        dilations: Dilations.
+        pads: Padding, all axes' begins, then all their ends.
+        auto_pad: How padding is chosen instead: NOTSET, VALID, SAME_UPPER or SAME_LOWER.
+        transposed: Whether it is a ConvTranspose.
+        output_padding: Of a ConvTranspose.
+        output_shape: Of a ConvTranspose; () where it follows from the padding.
+    """
+
+    groups: int
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str
+    transposed: bool
+    output_padding: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def rows(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        """The patches of all positions."""
+        yield from _windows(self, value)
+
+    def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        """The features at all positions."""
+        n, f, *sizes = value.shape
+        grouped = value.reshape(n, self.groups, f // self.groups, *sizes)
+        yield from channel_major(np.moveaxis(grouped, (1, 2), (-2, -1)), 1 + len(sizes))
+
+    def spans(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Padding before, and number of positions, of every axis of inputs of these sizes.
+
+        The input of a ConvTranspose is thought of as spread by its stride, and its padding as that of
+        the Conv with the flipped kernel; it is negative where the spread input is cropped.
+        """
+        span = self._transposed_span if self.transposed else self._span
+        return [span(axis, size) for axis, size in enumerate(sizes)]
+
+    def extent(self, axis: int) -> int:
+        """Positions between the first and the last element of the kernel."""
+        return (self.kernel[axis] - 1) * self.dilations[axis]
+
+    def _span(self, axis: int, size: int) -> tuple[int, int]:
+        # ONNX operator specification, Conv: auto_pad.
+        stride, extent = self.strides[axis], self.extent(axis)
+        if self.auto_pad.startswith("SAME"):
+            count = -(-size // stride)
+            total = max((count - 1) * stride + extent + 1 - size, 0)
+            return (total + (self.auto_pad == "SAME_LOWER")) // 2, count
+        before, after = self._pads(axis)
+        return before, (size + before + after - extent - 1) // stride + 1
+
+    def _transposed_span(self, axis: int, size: int) -> tuple[int, int]:
+        # ONNX operator specification, ConvTranspose: output_shape and auto_pad.
+        extent, upper = self.extent(axis), self.auto_pad == "SAME_UPPER"
+        full = (size - 1) * self.strides[axis] + self.output_padding[axis] + extent + 1
+        if self.output_shape or self.auto_pad.startswith("SAME"):
+            # Where size · stride is more than there is, ONNX Runtime gives what there is.
+            count = self.output_shape[axis] if self.output_shape else min(size * self.strides[axis], full)
+            total = max(full - count, 0)
+            return extent - (total + (not upper)) // 2, count
+        before, after = self._pads(axis)
+        return extent - before, full - before - after
+
+    def _pads(self, axis: int) -> tuple[int, int]:
+        if self.auto_pad == "VALID":
+            return 0, 0
+        return self.pads[axis], self.pads[axis + len(self.kernel)]
+
+
+def _windows(window: Window, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Patches of a convolution: im2col of the padded (and spread) input, a few samples at a time."""
+    spans = window.spans(value.shape[2:])
+    if any(count <= 0 for _, count in spans):
+        return
+    sample = prod(count for _, count in spans) * value[0].size // prod(value.shape[2:]) * prod(window.kernel)
+    step = max(1, CHUNK // (sample * row_width(value)))
+    for start in range(0, len(value), step):
+        padded = _padded(window, value[start : start + step], spans)
+        yield from channel_major(_view(window, padded, [count for _, count in spans]), 1 + len(spans))
+
+
+def _padded(window: Window, value: NDArray[Any], spans: list[tuple[int, int]]) -> NDArray[Any]:
+    """The input with its padding: every element that a window covers, and no other."""
+    spread = window.strides if window.transposed else (1,) * len(spans)
+    steps = (1,) * len(spans) if window.transposed else window.strides
+    shape, source, target = list(value.shape[:2]), [slice(None)] * 2, [slice(None)] * 2
+    for axis, (before, count) in enumerate(spans):
+        length = (count - 1) * steps[axis] + window.extent(axis) + 1
+        size, factor = value.shape[2 + axis], spread[axis]
+        first = max(0, -(before // factor))  # the first element that is not cropped
+        last = min(size - 1, (length - 1 - before) // factor)
+        shape.append(length)
+        source.append(slice(first, max(first, last + 1)))
+        begin = before + first * factor
+        target.append(slice(begin, begin + max(0, last - first + 1) * factor, factor))
+    padded = np.zeros(shape, row_dtype(value))
+    padded[tuple(target)] = value[tuple(source)]
+    return padded
+
+
+def _view(window: Window, padded: NDArray[Any], counts: list[int]) -> NDArray[Any]:
+    """All windows on an input as a view: (n, *positions, g, c / g, *kernel)."""
+    n, c = padded.shape[:2]
+    sample, channel, *axes = padded.strides
+    steps = (1,) * len(axes) if window.transposed else window.strides
+    per_group = c // window.groups
+    view = as_strided(
+        padded,
+        (n, *counts, window.groups, per_group, *window.kernel),
+        (
+            sample,
+            *(stride * step for stride, step in zip(axes, steps, strict=True)),
+            channel * per_group,
+            channel,
+            *(stride * dilation for stride, dilation in zip(axes, window.dilations, strict=True)),
+        ),
+        writeable=False,
+    )
+    # A ConvTranspose is the Conv of the spread input with the flipped kernel.
+    return np.flip(view, tuple(range(-len(axes), 0))) if window.transposed else view
