@@ -38,21 +38,19 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.files.load import array
 from onnx_lowrank.files.tensors import inline
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
+from onnx_lowrank.graph.walk import Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import Source, resolve
 from onnx_lowrank.layers.bias import is_own
 from onnx_lowrank.layers.find import canonical_weight
 from onnx_lowrank.operators import registry
-from onnx_lowrank.operators.convolution import spatial
-from onnx_lowrank.operators.operator import Operator
 from onnx_lowrank.rewrite.edits import Edits, Store
+from onnx_lowrank.rewrite.product import LinearMap, Pair, is_per_feature, numbers, pads_nothing, product_shape
 from onnx_lowrank.rewrite.replace import Rewritten
 
 _Array = NDArray[np.float64]
@@ -75,66 +73,6 @@ class Merge:
     second: str
     layers: tuple[str, ...]
     elements: tuple[int, int, int]
-    saved: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Operator:
-    """A linear operator with a weight of its own.
-
-    Attributes:
-        place: Its place.
-        node: Its proto.
-        side: The operand that is its weight.
-        weight: Where its weight is.
-        shape: Shape of the weight as a map: (f, c, *kernel).
-        bias: The node and the operand that read its bias, if it has one.
-    """
-
-    place: Place
-    node: NodeProto
-    side: int
-    weight: Source
-    shape: tuple[int, ...]
-    bias: tuple[Place, int] | None
-
-    @property
-    def family(self) -> Operator:
-        """Its family of operators."""
-        return registry.family(self.node)
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether it maps every position by itself, and all of them."""
-        return self.family.is_pointwise(self.node, self.shape[2:])
-
-    @property
-    def data(self) -> int:
-        """The operand that is no constant."""
-        return 1 - self.side
-
-    @property
-    def adder(self) -> Place | None:
-        """The Add behind it that adds its bias."""
-        return None if self.bias is None or self.bias[0] == self.place else self.bias[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """Two operators that can become one.
-
-    Attributes:
-        first: A.
-        second: B.
-        shape: Shape of the product: (f, c, *kernel).
-        biases: Where A's bias is, and B's; the latter only where A has one, otherwise it stays.
-        saved: Parameters saved.
-    """
-
-    first: _Operator
-    second: _Operator
-    shape: tuple[int, ...]
-    biases: tuple[Source | None, Source | None]
     saved: int
 
 
@@ -196,10 +134,10 @@ class _Round:
         busy: set[Place] = set()
         for pair in sorted(self._pairs(), key=lambda pair: (-pair.saved, pair.first.place)):
             places = {pair.first.place, pair.second.place}
-            numbers = None if places & busy else self._numbers(pair)
-            if numbers is not None:
+            made = None if places & busy else numbers(self._model, pair)
+            if made is not None:
                 busy |= places
-                found.append(self._replace(pair, *numbers))
+                found.append(self._replace(pair, *made))
         return found
 
     def finish(self) -> Rewritten:
@@ -216,7 +154,7 @@ class _Round:
 
     # --- finding ----------------------------------------------------------------------------------
 
-    def _pairs(self) -> Iterator[_Pair]:
+    def _pairs(self) -> Iterator[Pair]:
         """Every pair that the rules allow, whatever its numbers are."""
         for first in self._walk.places():
             adder = self._adder(first)
@@ -265,7 +203,7 @@ class _Round:
         )
         return any(layers) and not are_factors
 
-    def _operator(self, place: Place, side: int) -> _Operator | None:
+    def _operator(self, place: Place, side: int) -> LinearMap | None:
         """Rules 2 to 4 for one node: None where its weight is not its own, or it has several groups."""
         node = self._walk.node(place)
         is_complete = self._walk.operand(place, 1 - side) is not None
@@ -283,7 +221,7 @@ class _Round:
         bias = self._adder(place) if side else None
         if operator.bias is not None and self._walk.operand(place, operator.bias) is not None:
             bias = place, operator.bias
-        return _Operator(place, node, side, weight, maps.shape[1:], bias)
+        return LinearMap(place, node, side, weight, maps.shape[1:], bias)
 
     def _own(self, place: Place, operand: int) -> Source | None:
         """Rule 2: an operand that is a constant without views, which nothing else needs."""
@@ -293,9 +231,9 @@ class _Round:
         own = is_own(self._model, self._walk, stored.source, place, operand)
         return stored.source if own else None
 
-    def _pair(self, first: _Operator, second: _Operator) -> _Pair | None:
+    def _pair(self, first: LinearMap, second: LinearMap) -> Pair | None:
         """Rules 2 to 6, but for the numbers."""
-        shape = _shape(first, second)
+        shape = product_shape(first, second)
         if shape is None or prod(shape) >= prod(first.shape) + prod(second.shape):
             return None
         biases = self._biases(first, second)
@@ -306,70 +244,28 @@ class _Round:
         after = prod(shape) + (0 if biases[0] is None else shape[0])
         if len({source.tensor.data_type for source in parts}) > 1 or after >= before:
             return None
-        return _Pair(first, second, shape, biases, before - after)
+        return Pair(first, second, shape, biases, before - after)
 
-    def _biases(self, first: _Operator, second: _Operator) -> tuple[Source | None, Source | None] | None:
+    def _biases(self, first: LinearMap, second: LinearMap) -> tuple[Source | None, Source | None] | None:
         """Rule 5: where the biases are that become one, none where A has none; None where they cannot."""
         if first.bias is None:
             return None, None
         if first.family.product == "kernel":
-            if not second.is_pointwise and not _pads_nothing(second.node):
+            if not second.is_pointwise and not pads_nothing(second.node):
                 return None
         elif self._walk.opsets[first.place.scope] < 7:  # Gemm had its own rules of broadcasting
             return None
         found: list[Source | None] = []
         for operator in (first, second):
             source = None if operator.bias is None else self._own(*operator.bias)
-            if operator.bias and (source is None or not _is_per_feature(source.tensor.dims, operator)):
+            if operator.bias and (source is None or not is_per_feature(source.tensor.dims, operator)):
                 return None
             found.append(source)
         return found[0], found[1]
 
     # --- making -----------------------------------------------------------------------------------
 
-    def _numbers(self, pair: _Pair) -> tuple[NDArray[Any], NDArray[Any] | None] | None:
-        """The product and the new bias as stored; None where they are not finite (rule 6)."""
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(pair.second.weight.tensor.data_type))
-        with np.errstate(all="ignore"):
-            weight, new_bias = self._laid_out(pair)
-            numbers = weight.astype(dtype), None if new_bias is None else new_bias.astype(dtype)
-        return numbers if all(n is None or np.isfinite(n).all() for n in numbers) else None
-
-    def _laid_out(self, pair: _Pair) -> tuple[_Array, _Array | None]:
-        """The product as B reads its weight, and the new bias as B reads that."""
-        first, second = pair.first, pair.second
-        weight = _product(self._map(first), self._map(second)) * _scalar(first, "alpha")
-        vector = None
-        if pair.biases[0] is not None:
-            summed = self._map(second).reshape(*second.shape[:2], -1).sum(2)
-            vector = _scalar(second, "alpha") * (summed @ self._vector(first, pair.biases[0]))
-            if pair.biases[1] is not None:
-                vector += self._vector(second, pair.biases[1])
-            vector = vector if second.side else vector[:, None]
-        shape = self._stored_shape(second, weight)
-        laid_out = second.family.laid_out(second.node, second.side, weight[None], shape)
-        return laid_out, vector
-
-    @staticmethod
-    def _stored_shape(operator: _Operator, weight: _Array) -> tuple[int, ...]:
-        """The shape in which an operator reads a product (f, c, *kernel)."""
-        if operator.family.product == "kernel":
-            return weight.shape
-        is_stored = operator.side == operator.family.transposes(operator.node, operator.side)
-        return weight.shape if is_stored else weight.shape[::-1]
-
-    def _map(self, operator: _Operator) -> _Array:
-        """A weight as a map (f, c, *kernel)."""
-        value = array(self._model, operator.weight.tensor)
-        maps: Any = canonical_weight(operator.node, operator.side, value)
-        return np.asarray(maps[0], np.float64)
-
-    def _vector(self, operator: _Operator, source: Source) -> _Array:
-        """What an operator adds to each of its features, a Gemm's beta included."""
-        value = np.asarray(array(self._model, source.tensor), np.float64)
-        return _scalar(operator, "beta") * np.broadcast_to(value.ravel(), operator.shape[:1])
-
-    def _replace(self, pair: _Pair, weight: NDArray[Any], new_bias: NDArray[Any] | None) -> Merge:
+    def _replace(self, pair: Pair, weight: NDArray[Any], new_bias: NDArray[Any] | None) -> Merge:
         """Plan the edits for one pair (rule 7)."""
         first, second, edits = pair.first, pair.second, self._edits
         node = NodeProto()
@@ -395,7 +291,7 @@ class _Round:
         edit.forgotten |= {self._walk.node(place).output[0] for place in gone}
         return self._merge(pair, node.name)
 
-    def _put_bias(self, pair: _Pair, node: NodeProto, new_bias: NDArray[Any]) -> list[NodeProto]:
+    def _put_bias(self, pair: Pair, node: NodeProto, new_bias: NDArray[Any]) -> list[NodeProto]:
         """Add the new bias to the product (rule 5); returns the nodes that are new behind it."""
         first, second, edits = pair.first, pair.second, self._edits
         name = edits.keep(second.weight, f"{label(node)}_merged_bias", new_bias)
@@ -416,7 +312,7 @@ class _Round:
         registry.family(node).set_bias(node, name)
         return []
 
-    def _merge(self, pair: _Pair, name: str) -> Merge:
+    def _merge(self, pair: Pair, name: str) -> Merge:
         """Say what was merged into a node of this name, in the chains, too."""
         first, second = pair.first, pair.second
         layers = [self._owners.get(operator.place, frozenset()) for operator in (first, second)]
@@ -446,58 +342,6 @@ def _owners(walk: Walk, chains: Mapping[str, tuple[tuple[str, ...], ...]]) -> di
         for place, name in names.items()
         if name in layers and bearers[name] == 1
     }
-
-
-def _shape(first: _Operator, second: _Operator) -> tuple[int, ...] | None:
-    """Rules 3 and 4: the shape of the product; None where there is none."""
-    (m, c, *inner), (f, width, *outer) = first.shape, second.shape
-    if width != m or len(inner) != len(outer):
-        return None
-    if first.family.product == "matrix" or second.is_pointwise:
-        return f, c, *inner
-    return (f, c, *outer) if first.is_pointwise and not _grows(second) else None
-
-
-def _product(first: _Array, second: _Array) -> _Array:
-    """Two maps (f, c, *kernel), one of whose kernels is 1×1, as one."""
-    kernel = first.shape[2:] if prod(second.shape[2:]) == 1 else second.shape[2:]
-    (m, c), f = first.shape[:2], second.shape[0]
-    if prod(second.shape[2:]) == 1:
-        return (second.reshape(f, m) @ first.reshape(m, -1)).reshape(f, c, *kernel)
-    offsets = np.moveaxis(second.reshape(f, m, -1), 2, 0)
-    return np.moveaxis(offsets @ first.reshape(m, c), 0, 2).reshape(f, c, *kernel)
-
-
-def _grows(conv: _Operator) -> bool:
-    """Whether a Conv pads so much that it could have more outputs than inputs along some axis."""
-    kernel, pads = conv.shape[2:], spatial(conv.node, "pads")
-    dilations = spatial(conv.node, "dilations") or [1] * len(kernel)
-    around = zip(pads[: len(kernel)], pads[len(kernel) :], kernel, dilations, strict=True) if pads else ()
-    return any(begin + end > (size - 1) * dilation for begin, end, size, dilation in around)
-
-
-def _pads_nothing(node: NodeProto) -> bool:
-    return attribute_of(node, "auto_pad", "NOTSET") in ("", "NOTSET", "VALID") and not any(
-        spatial(node, "pads")
-    )
-
-
-def _is_per_feature(dims: Any, operator: _Operator) -> bool:
-    """Whether a bias has one value for every output feature, or one for all, along their axis."""
-    f, shape = operator.shape[0], tuple(dims)
-    if operator.family.product == "kernel":
-        return shape == (f,)
-    along = (1, f) if operator.side else (f, 1)
-    try:
-        return np.broadcast_shapes(shape, along) == along
-    except ValueError:
-        return False
-
-
-def _scalar(operator: _Operator, name: str) -> float:
-    """A Gemm's alpha or beta; 1 for others."""
-    family = operator.family
-    return family.scale(operator.node) if name == "alpha" else family.bias_scale(operator.node)
 
 
 def _set_attributes(node: NodeProto, source: NodeProto) -> None:
