@@ -26,6 +26,7 @@ from onnx_lowrank.layers.find import Binding, find, read
 from onnx_lowrank.layers.work import work
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.factorize import factorize
+from onnx_lowrank.rewrite.notes import stamp
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 
 DTYPES: dict[str, Any] = {
@@ -142,7 +143,9 @@ def rewritten(
         for binding in found.bindings
         if binding.layer.id in chosen
     ]
-    return rewrite(found.model, found.walk, replacements, {"run": "test"})
+    result = rewrite(found.model, found.walk, replacements)
+    stamp(result, {"run": "test"})
+    return result
 
 
 def _replacement(found: Found, binding: Binding, option: Option, bias: np.ndarray | None) -> Replacement:

@@ -137,6 +137,37 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
     )
 
 
+def certify_product(first: NDArray[Any], second: NDArray[Any], stored: NDArray[Any]) -> Certificate:
+    """Upper bounds on the norms of B · A − P relative to those of B · A, of a product P as it is stored.
+
+    The product is computed in float64. Its rounding error is bounded as in `certify`, and taken off the
+    norms of B · A, which are known up to that only.
+
+    Args:
+        first: A, shape (m, n), float64.
+        second: B, shape (f, m), float64.
+        stored: P in the dtype in which it is stored, shape (f, n).
+
+    Returns:
+        The bounds, of one group; infinite where the product may be zero.
+    """
+    exact = second @ first
+    error = _gamma(first.shape[0] + 8) * _frobenius(first).above * _frobenius(second).above
+    if not np.any(exact):
+        bound = math.inf if error or np.any(stored) else 0.0
+        return Certificate((bound,), (bound,))
+    spectral, frobenius = _relative_norms(exact, exact - stored.astype(np.float64), error)
+    size = _frobenius(exact)
+    sizes = _spectral_below(exact, size.above), size.below
+    # The norms of B · A are at least those of the computed product less its error.
+    shrunk = [max(0.0, 1 - error / size) * (1 - 8 * _UNIT) for size in sizes]
+    bounds = [
+        math.inf if shrink == 0 else bound / shrink * (1 + 8 * _UNIT)
+        for bound, shrink in zip((spectral, frobenius), shrunk, strict=True)
+    ]
+    return Certificate((bounds[0],), (bounds[1],))
+
+
 def _relative_norms(
     original: NDArray[np.float64], residual: NDArray[np.float64], error: float
 ) -> tuple[float, float]:

@@ -84,7 +84,7 @@ class Micro:
         walk = Walk(dense.proto)
         (binding,), _ = find(dense, walk, infer(dense, {}), (_WEIGHT,), ())
         for option in options:
-            yield option, rewrite(dense, walk, [placeholder(binding, option, self.dtype)], {}).model
+            yield option, rewrite(dense, walk, [placeholder(binding, option, self.dtype)]).model
 
     def feed(self) -> dict[str, NDArray[Any]]:
         """An input to run it on."""

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from threadpoolctl import threadpool_limits
 
+from onnx_lowrank.core.factors import Certificate
 from onnx_lowrank.files.load import array
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Place, Walk, is_op, label
@@ -50,7 +51,15 @@ from onnx_lowrank.layers.bias import is_own
 from onnx_lowrank.layers.find import canonical_weight
 from onnx_lowrank.operators import registry
 from onnx_lowrank.rewrite.edits import Edits, Store
-from onnx_lowrank.rewrite.product import LinearMap, Pair, is_per_feature, numbers, pads_nothing, product_shape
+from onnx_lowrank.rewrite.product import (
+    LinearMap,
+    Pair,
+    Product,
+    is_per_feature,
+    multiplied,
+    pads_nothing,
+    product_shape,
+)
 from onnx_lowrank.rewrite.replace import Rewritten
 
 _Array = NDArray[np.float64]
@@ -67,6 +76,7 @@ class Merge:
         elements: Elements of the first one's weight, of the second one's, and of their product, which is
             evaluated where the second one was.
         saved: Parameters saved, biases included.
+        certificate: What rounding has done to the product, as it is stored, of the two weights as they were.
     """
 
     first: str
@@ -74,6 +84,7 @@ class Merge:
     layers: tuple[str, ...]
     elements: tuple[int, int, int]
     saved: int
+    certificate: Certificate
 
 
 def merge(
@@ -134,10 +145,10 @@ class _Round:
         busy: set[Place] = set()
         for pair in sorted(self._pairs(), key=lambda pair: (-pair.saved, pair.first.place)):
             places = {pair.first.place, pair.second.place}
-            made = None if places & busy else numbers(self._model, pair)
+            made = None if places & busy else multiplied(self._model, pair)
             if made is not None:
                 busy |= places
-                found.append(self._replace(pair, *made))
+                found.append(self._replace(pair, made))
         return found
 
     def finish(self) -> Rewritten:
@@ -150,7 +161,8 @@ class _Round:
             for layer, uses in self._rewritten.chains.items()
         }
         removed = tuple(sorted((*self._rewritten.removed_inputs, *removed)))
-        return Rewritten(replace(self._model, proto=proto, path=None), chains, removed)
+        proofs = self._rewritten.proofs
+        return Rewritten(replace(self._model, proto=proto, path=None), chains, removed, proofs)
 
     # --- finding ----------------------------------------------------------------------------------
 
@@ -265,19 +277,19 @@ class _Round:
 
     # --- making -----------------------------------------------------------------------------------
 
-    def _replace(self, pair: Pair, weight: NDArray[Any], new_bias: NDArray[Any] | None) -> Merge:
+    def _replace(self, pair: Pair, product: Product) -> Merge:
         """Plan the edits for one pair (rule 7)."""
         first, second, edits = pair.first, pair.second, self._edits
         node = NodeProto()
         node.CopyFrom(second.node)
         node.name = node.name or edits.unique(f"{label(node)}/merged")
         node.input[second.data] = first.node.input[first.data]
-        node.input[second.side] = edits.keep(second.weight, f"{second.weight.name}_merged", weight)
+        node.input[second.side] = edits.keep(second.weight, f"{second.weight.name}_merged", product.weight)
         if second.family.product == "kernel" and second.is_pointwise:
             _set_attributes(node, first.node)
         made = [node]
-        if new_bias is not None:
-            made += self._put_bias(pair, node, new_bias)
+        if product.bias is not None:
+            made += self._put_bias(pair, node, product.bias)
         keys = {entry.key for entry in node.metadata_props}
         node.metadata_props.extend(entry for entry in first.node.metadata_props if entry.key not in keys)
         for operator in (first, second):
@@ -289,7 +301,7 @@ class _Round:
         gone = [first.place] if first.adder is None else [first.place, first.adder]
         edit.deleted |= {place.node for place in (*gone, second.place)}
         edit.forgotten |= {self._walk.node(place).output[0] for place in gone}
-        return self._merge(pair, node.name)
+        return self._merge(pair, node.name, product.certificate)
 
     def _put_bias(self, pair: Pair, node: NodeProto, new_bias: NDArray[Any]) -> list[NodeProto]:
         """Add the new bias to the product (rule 5); returns the nodes that are new behind it."""
@@ -312,14 +324,20 @@ class _Round:
         registry.family(node).set_bias(node, name)
         return []
 
-    def _merge(self, pair: Pair, name: str) -> Merge:
+    def _merge(self, pair: Pair, name: str, certificate: Certificate) -> Merge:
         """Say what was merged into a node of this name, in the chains, too."""
         first, second = pair.first, pair.second
         layers = [self._owners.get(operator.place, frozenset()) for operator in (first, second)]
         if layers[0]:
             self._renamed[first.node.name] = name
-        elements = prod(first.shape), prod(second.shape), prod(pair.shape)
-        return Merge(label(first.node), name, tuple(sorted(layers[0] | layers[1])), elements, pair.saved)
+        return Merge(
+            first=label(first.node),
+            second=name,
+            layers=tuple(sorted(layers[0] | layers[1])),
+            elements=(prod(first.shape), prod(second.shape), prod(pair.shape)),
+            saved=pair.saved,
+            certificate=certificate,
+        )
 
 
 def _multiply(first: NodeProto, second: NodeProto) -> bool:

@@ -14,10 +14,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from onnx_lowrank.core.factors import Certificate
 from onnx_lowrank.files.load import Model, array
 from onnx_lowrank.graph.walk import Place, attribute_of
 from onnx_lowrank.graph.weights import Source
 from onnx_lowrank.layers.find import canonical_weight
+from onnx_lowrank.linalg.factorize import certify_product
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.convolution import spatial
 from onnx_lowrank.operators.operator import Operator
@@ -85,32 +87,63 @@ class Pair:
     saved: int
 
 
-def numbers(model: Model, pair: Pair) -> tuple[NDArray[Any], NDArray[Any] | None] | None:
-    """The product and the new bias as stored; None where they are not finite (rule 6)."""
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(pair.second.weight.tensor.data_type))
-    with np.errstate(all="ignore"):
-        weight, new_bias = _laid_out(model, pair)
-        numbers = weight.astype(dtype), None if new_bias is None else new_bias.astype(dtype)
-    return numbers if all(n is None or np.isfinite(n).all() for n in numbers) else None
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One operator's numbers in place of two.
+
+    Attributes:
+        weight: The product as B reads its weight, as it is stored.
+        bias: The new bias as B reads that, as it is stored; None where A has none.
+        certificate: What rounding has done to the product of the two weights.
+    """
+
+    weight: NDArray[Any]
+    bias: NDArray[Any] | None
+    certificate: Certificate
 
 
-def _laid_out(model: Model, pair: Pair) -> tuple[_Array, _Array | None]:
-    """The product as B reads its weight, and the new bias as B reads that."""
+def multiplied(model: Model, pair: Pair) -> Product | None:
+    """The product of two operators; None where it is not finite as it is stored (rule 6)."""
     first, second = pair.first, pair.second
-    weight = _product(_map(model, first), _map(model, second)) * _scalar(first, "alpha")
-    vector = None
-    if pair.biases[0] is not None:
-        summed = _map(model, second).reshape(*second.shape[:2], -1).sum(2)
-        vector = _scalar(second, "alpha") * (summed @ _vector(model, first, pair.biases[0]))
-        if pair.biases[1] is not None:
-            vector += _vector(model, second, pair.biases[1])
-        vector = vector if second.side else vector[:, None]
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(second.weight.tensor.data_type))
+    with np.errstate(all="ignore"):
+        maps = _map(model, first) * _scalar(first, "alpha"), _map(model, second)
+        weight, new_bias = _product(*maps).astype(dtype), _bias(model, pair, maps[1])
+        bias = None if new_bias is None else new_bias.astype(dtype)
+    if not all(array is None or np.isfinite(array).all() for array in (weight, bias)):
+        return None
     shape = _stored_shape(second, weight)
     laid_out = second.family.laid_out(second.node, second.side, weight[None], shape)
-    return laid_out, vector
+    return Product(laid_out, bias, _certified(*maps, weight))
 
 
-def _stored_shape(operator: LinearMap, weight: _Array) -> tuple[int, ...]:
+def _certified(first: _Array, second: _Array, weight: NDArray[Any]) -> Certificate:
+    """The certificate of a product of maps (f, c, *kernel), one of which maps every position by itself."""
+    inputs = first.shape[1]
+    if prod(second.shape[2:]) == 1:
+        flat = (array.reshape(len(array), -1) for array in (first, second, weight))
+        return certify_product(*flat)
+    # The kernel is B's: its taps are rows of one matrix, which A multiplies from the right.
+    taps, stored = (
+        np.moveaxis(array.reshape(*array.shape[:2], -1), 2, 1).reshape(-1, array.shape[1])
+        for array in (second, weight)
+    )
+    return certify_product(first.reshape(len(first), inputs), taps, stored)
+
+
+def _bias(model: Model, pair: Pair, second_map: _Array) -> _Array | None:
+    """The new bias as B reads it (rule 5)."""
+    first, second = pair.first, pair.second
+    if pair.biases[0] is None:
+        return None
+    summed = second_map.reshape(*second.shape[:2], -1).sum(2)
+    vector: _Array = _scalar(second, "alpha") * (summed @ _vector(model, first, pair.biases[0]))
+    if pair.biases[1] is not None:
+        vector += _vector(model, second, pair.biases[1])
+    return vector if second.side else vector[:, None]
+
+
+def _stored_shape(operator: LinearMap, weight: NDArray[Any]) -> tuple[int, ...]:
     """The shape in which an operator reads a product (f, c, *kernel)."""
     if operator.family.product == "kernel":
         return weight.shape

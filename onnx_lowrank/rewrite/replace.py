@@ -11,23 +11,21 @@ Rules:
 3. What only rewritten nodes read goes with them: the weight, its views, a folded BatchNorm's
    parameters, an old bias, their graph inputs, value_info and quantization annotations.
    A new bias takes the place of the old one, in its shape; a Gemm's beta is in it and goes.
-4. Every new node (from IR 10 on) and the model say in their metadata what was done.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto
+from onnx import NodeProto
 
 from onnx_lowrank.core.factors import Certificate, Factors
 from onnx_lowrank.core.layer import Layer, Use
-from onnx_lowrank.core.option import Lowering, Option
+from onnx_lowrank.core.option import Option
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
@@ -39,9 +37,6 @@ from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.operator import Operands, Site
 from onnx_lowrank.rewrite.edits import Edits, Store
-
-METADATA = "onnx_lowrank"
-"""Prefix of the keys in metadata_props."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +67,19 @@ class Rewritten:
         model: The new model.
         chains: For each layer and each of its uses, the names of the chain's nodes, in order.
         removed_inputs: Graph inputs that went with their initializers.
+        proofs: For each layer its option, and what was proved of its factors.
     """
 
     model: Model
     chains: Mapping[str, tuple[tuple[str, ...], ...]]
     removed_inputs: tuple[str, ...]
+    proofs: Mapping[str, tuple[Option, Certificate]] = field(default_factory=dict)
 
 
 def rewrite(
     model: Model,
     walk: Walk,
     replacements: Iterable[Replacement],
-    run: Mapping[str, str],
     store: Store = inline,
 ) -> Rewritten:
     """Replace layers by their chains.
@@ -93,8 +89,6 @@ def rewrite(
         walk: Its walk.
         replacements: The layers to replace, with their factors; consumed one by one, so that a
             generator never has more than one layer's factors in memory beside the stored ones.
-        run: What made the factors; it goes into the model's metadata_props as JSON, as do the option
-            and the certificate of every layer.
         store: Makes the new tensors.
 
     Raises:
@@ -105,10 +99,7 @@ def rewrite(
     for replacement in replacements:
         writer.replace(replacement)
     proto, removed = writer.edits.apply()
-    if writer.proofs:
-        _add_metadata(proto, "run", json.dumps(dict(run)))
-        _add_metadata(proto, "layers", json.dumps(writer.proofs, ensure_ascii=False))
-    return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed)
+    return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed, writer.proofs)
 
 
 class _Writer:
@@ -116,7 +107,7 @@ class _Writer:
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
         self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
-        self.proofs: dict[str, dict[str, Any]] = {}
+        self.proofs: dict[str, tuple[Option, Certificate]] = {}
         self._model = model
         self._walk = walk
         self.edits = Edits(model, walk, store)
@@ -135,12 +126,7 @@ class _Writer:
             for role, array in zip(("encoder", "decoder"), arrays, strict=True)
         )
         new_bias = self._new_bias(replacement, nodes[0])
-        option, certificate = replacement.option, replacement.certificate
-        self.proofs[layer.id] = {
-            "option": _described(option),
-            "spectral": certificate.spectral,
-            "frobenius": certificate.frobenius,
-        }
+        self.proofs[layer.id] = replacement.option, replacement.certificate
         self.chains[layer.id] = tuple(
             self._chain(replacement, nodes, index, batch, encoder, decoder, new_bias)
             for index in range(len(nodes))
@@ -196,7 +182,6 @@ class _Writer:
         names = Operands(value, encoder, decoder, new_bias or old_bias)
         operator.chain(fragment, Site(layer, use, node, nodes, replacement.option, batch), names)
         self._splice(fragment.nodes, use, node, layer)
-        self._stamp(fragment.nodes, layer.id)
         self._release(layer, use)
         return tuple(node.name for node in fragment.nodes)
 
@@ -217,33 +202,9 @@ class _Writer:
         edit.deleted.add(use.node)
         edit.before.setdefault(use.node, []).extend(chain)
 
-    def _stamp(self, chain: list[NodeProto], layer: str) -> None:
-        """Say in every node of a chain what it stands for (nodes have metadata from IR 10 on)."""
-        if self._model.proto.ir_version < 10:
-            return
-        for node in chain:
-            _add_metadata(node, "layer", layer)
-            for key, value in self.proofs[layer].items():
-                _add_metadata(node, key, value if isinstance(value, str) else json.dumps(value))
-
     def _release(self, layer: Layer, use: Use) -> None:
         """Note which tensors the chain of a use does not read any more (rule 3)."""
         self.edits.unread(Place(use.scope, use.node), use.operand)
         if layer.batchnorm is not None:
             for operand in range(1, 5):
                 self.edits.unread(Place(use.scope, layer.batchnorm.node), operand)
-
-
-def _described(option: Option) -> str:
-    text = f"{option.fold} k={option.k} j={option.j}"
-    return text if option.lowering is Lowering.NATIVE else f"{text} {option.lowering}"
-
-
-def _add_metadata(proto: ModelProto | NodeProto, key: str, value: str) -> None:
-    """Add an entry under a free key: what was compressed before keeps its older entries."""
-    taken = {entry.key for entry in proto.metadata_props}
-    candidate, n = f"{METADATA}.{key}", 1
-    while candidate in taken:
-        n += 1
-        candidate = f"{METADATA}.{key}.{n}"
-    proto.metadata_props.add(key=candidate, value=value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from onnx_lowrank.layers.found import Found
 from onnx_lowrank.linalg.backend import Backend, parallel_map
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.rewrite.merge import Merge, merge
+from onnx_lowrank.rewrite.notes import stamp
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 from onnx_lowrank.stages.fit import Fitted, on_activations, on_weight
 from onnx_lowrank.stages.recover import Recovery, can_recover
@@ -67,19 +68,19 @@ def build(
                 yield replacement
 
     run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
-    rewritten, merges, resources = assemble(found, replacements(), run, merging=plan.merge)
+    rewritten, merges, resources = assemble(found, replacements(), merging=plan.merge)
+    stamp(rewritten, run, merges)
     return Built(plan, rewritten, merges, certificates, fits, resources)
 
 
 def assemble(
-    found: Found, replacements: Iterable[Replacement], run: Mapping[str, str], *, merging: bool
+    found: Found, replacements: Iterable[Replacement], *, merging: bool
 ) -> tuple[Rewritten, tuple[Merge, ...], ExitStack]:
     """Write replacements into the model, and multiply what is smaller as one where that is wanted.
 
     Args:
         found: The model.
         replacements: The layers to replace.
-        run: What made them, for the metadata.
         merging: Whether adjacent linear operators are multiplied.
 
     Returns:
@@ -91,7 +92,7 @@ def assemble(
     with ExitStack() as stack:
         spill = stack.enter_context(Spill()) if found.model.files else None
         store = inline if spill is None else spill.tensor
-        rewritten = rewrite(found.model, found.walk, replacements, run, store)
+        rewritten = rewrite(found.model, found.walk, replacements, store)
         if spill is not None:
             files = {**rewritten.model.files, **spill.files}
             rewritten = replace(rewritten, model=replace(rewritten.model, files=files))

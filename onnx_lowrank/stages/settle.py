@@ -216,7 +216,7 @@ class _Settling:
             for binding in self.found.bindings
             if binding.layer.id in chosen
         )
-        rewritten, merges, resources = assemble(self.found, replacements, {}, merging=merging)
+        rewritten, merges, resources = assemble(self.found, replacements, merging=merging)
         with resources:
             try:
                 ratio = self.latency.ratio(rewritten.model)

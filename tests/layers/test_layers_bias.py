@@ -415,7 +415,7 @@ def test_external_data(node, tmp_path):
     change = 3 * draw(np.random.default_rng(9), (F,), np.float64)
     with Spill() as spill:
         result = rewrite(
-            seen.model, seen.walk, [replacement(seen, F, bias_of(seen).values + change)], {}, spill.tensor
+            seen.model, seen.walk, [replacement(seen, F, bias_of(seen).values + change)], spill.tensor
         )
         tensor = next(t for t in result.model.proto.graph.initializer if t.name.endswith("_bias"))
         assert tensor.data_location == TensorProto.EXTERNAL
@@ -502,7 +502,7 @@ def test_the_correction_keeps_the_mean_of_the_output(name, j):
     corrected = old.values + old.scale * np.einsum("gfc,gc->gf", residual, mean.reshape(groups, c)).ravel()
 
     def means(new: np.ndarray | None) -> np.ndarray:
-        result = rewrite(seen.model, seen.walk, [replacement(seen, j, new)], {})
+        result = rewrite(seen.model, seen.walk, [replacement(seen, j, new)])
         return per_feature(evaluate(result.model.proto, {"x": x})[0])
 
     def per_feature(y: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg.backend import Backend, resolve
-from onnx_lowrank.linalg.factorize import certify, factorize
+from onnx_lowrank.linalg.factorize import certify, certify_product, factorize
 from onnx_lowrank.linalg.folding import compose
 
 CPU = resolve("cpu")
@@ -308,3 +308,44 @@ def test_cupy_agrees_with_numpy(shape, dtype, cuda):
         assert type(on_gpu.encoder) is np.ndarray
         np.testing.assert_allclose(on_gpu.encoder, on_cpu.encoder, atol=1e-11)
         np.testing.assert_allclose(on_gpu.decoder, on_cpu.decoder, atol=1e-11)
+
+
+# --- the certificate of a product -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 1, 1), (8, 8, 8), (2, 40, 3)])
+def test_a_product_is_certified_as_it_is_stored(dtype, shape):
+    f, m, n = shape
+    rng = np.random.default_rng(f + m)
+    first, second = rng.standard_normal((m, n)), rng.standard_normal((f, m))
+    stored = (second @ first).astype(dtype)
+    certificate = certify_product(first, second, stored)
+    exact = second.astype(np.longdouble) @ first.astype(np.longdouble)
+    residual = (exact - stored.astype(np.longdouble)).astype(np.float64)
+    lost = np.linalg.norm(residual, 2) / np.linalg.norm(second @ first, 2)
+    assert lost <= certificate.spectral[0] <= 1.01 * lost + 1e-12
+    lost = np.linalg.norm(residual) / np.linalg.norm(second @ first)
+    assert lost <= certificate.frobenius[0] <= 1.01 * lost + 1e-12
+
+
+def test_a_wrong_product_has_a_large_certificate():
+    first, second = np.eye(4), np.diag([3.0, 2.0, 1.0, 0.5])
+    stored = second.copy()
+    stored[1, 1] = 0
+    certificate = certify_product(first, second, stored)
+    assert certificate.spectral[0] == pytest.approx(2 / 3, rel=1e-9)
+    assert certificate.frobenius[0] == pytest.approx(2 / np.sqrt(14.25), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "stored", "bound"),
+    [
+        (np.zeros((2, 3)), np.zeros((4, 2)), np.zeros((4, 3)), 0.0),
+        (np.zeros((2, 3)), np.ones((4, 2)), np.ones((4, 3)), np.inf),
+        # The exact product is zero, which rounding cannot tell from a small one.
+        (np.array([[1.0], [-1.0]]), np.array([[1.0, 1.0]]), np.zeros((1, 1)), np.inf),
+    ],
+)
+def test_a_product_that_may_be_zero_has_no_relative_error(first, second, stored, bound):
+    assert certify_product(first, second, stored).spectral == (bound,)

@@ -427,7 +427,8 @@ def test_one_of_them_belongs_to_a_chain_and_they_are_not_the_factors_of_one_laye
     after, made = merge(before)
     assert bool(made) == merges
     if merges:
-        assert made[0] == Merge("n.h", "n.y", tuple(sorted(chains)), (96, 80, 120), 56)
+        expected = Merge("n.h", "n.y", tuple(sorted(chains)), (96, 80, 120), 56, made[0].certificate)
+        assert made[0] == expected
         assert after.chains == dict.fromkeys(chains, (("n.y",),))
 
 

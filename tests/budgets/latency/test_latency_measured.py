@@ -79,7 +79,7 @@ def made(found, options):
     """The model with some layers rewritten, and nothing multiplied."""
     bindings = [binding for binding in found.bindings if binding.layer.id in options]
     replacements = [placeholder(b, options[b.layer.id], np.dtype(np.float32)) for b in bindings]
-    return rewrite(found.model, found.walk, replacements, {}).model
+    return rewrite(found.model, found.walk, replacements).model
 
 
 # --- what is measured -------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""What a compressed model says of itself, in metadata that no runtime reads.
+
+Rules:
+
+1. The model says what made it, and of every rewritten layer the option and the certificate. From IR 10 on the
+   nodes of its chains say so, too.
+2. Where a factor was multiplied with its neighbour, it is no longer in the file: the certificate of its layer
+   could not be checked any more and is left out. The product has a certificate of its own.
+3. A model that was compressed before keeps its older entries; the new ones get other keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from onnx import ModelProto, NodeProto
+
+from onnx_lowrank.core.factors import Certificate
+from onnx_lowrank.core.option import Lowering, Option
+from onnx_lowrank.graph.scopes import scopes
+from onnx_lowrank.rewrite.merge import Merge
+from onnx_lowrank.rewrite.replace import Rewritten
+
+METADATA = "onnx_lowrank"
+"""Prefix of the keys in metadata_props."""
+
+_NODES_HAVE_METADATA = 10
+"""The first IR version in which they have."""
+
+
+def stamp(rewritten: Rewritten, run: Mapping[str, str], merges: Iterable[Merge] = ()) -> None:
+    """Write into a model, which is changed, how it was made.
+
+    Args:
+        rewritten: The model, its chains and what was proved of them.
+        run: What made the factors.
+        merges: The products in it, in the order in which they were made.
+    """
+    if not rewritten.proofs:
+        return
+    proto = rewritten.model.proto
+    products = [merged for merged in merges if merged.layers]
+    multiplied = {name for merged in products for name in (merged.first, merged.second)}
+    notes = {layer: _note(rewritten, layer, multiplied) for layer in rewritten.proofs}
+    _add(proto, "run", json.dumps(dict(run)))
+    _add(proto, "layers", json.dumps(notes, ensure_ascii=False))
+    if products:
+        _add(proto, "products", json.dumps([_product(merged) for merged in products], ensure_ascii=False))
+    if proto.ir_version >= _NODES_HAVE_METADATA:
+        _stamp_nodes(rewritten, notes, products)
+
+
+def _stamp_nodes(rewritten: Rewritten, notes: Mapping[str, Any], products: Iterable[Merge]) -> None:
+    by_name: dict[str, dict[str, Any]] = {}
+    for layer, chains in rewritten.chains.items():
+        for name in (name for chain in chains for name in chain):
+            by_name.setdefault(name, {"layer": layer, **notes[layer]})
+    for merged in products:
+        by_name[merged.second] = {"product": _product(merged)}
+    for scope in scopes(rewritten.model.proto):
+        for node in scope.nodes:
+            for key, value in by_name.get(node.name, {}).items():
+                _add(node, key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _note(rewritten: Rewritten, layer: str, multiplied: set[str]) -> dict[str, Any]:
+    """The option of a layer, and its certificate where both of its factors are in the model (rule 2)."""
+    option, certificate = rewritten.proofs[layer]
+    names = {name for chain in rewritten.chains[layer] for name in chain}
+    if lost := sorted(names & multiplied):
+        return {"option": described(option), "multiplied": lost}
+    return {"option": described(option), **_bounds(certificate)}
+
+
+def _product(merged: Merge) -> dict[str, Any]:
+    return {"nodes": [merged.first, merged.second], "layers": merged.layers, **_bounds(merged.certificate)}
+
+
+def _bounds(certificate: Certificate) -> dict[str, Any]:
+    return {"spectral": certificate.spectral, "frobenius": certificate.frobenius}
+
+
+def described(option: Option) -> str:
+    """An option as metadata has it."""
+    text = f"{option.fold} k={option.k} j={option.j}"
+    return text if option.lowering is Lowering.NATIVE else f"{text} {option.lowering}"
+
+
+def _add(proto: ModelProto | NodeProto, key: str, value: str) -> None:
+    """Add an entry under a free key (rule 3)."""
+    taken = {entry.key for entry in proto.metadata_props}
+    candidate, n = f"{METADATA}.{key}", 1
+    while candidate in taken:
+        n += 1
+        candidate = f"{METADATA}.{key}.{n}"
+    proto.metadata_props.add(key=candidate, value=value)
