@@ -509,7 +509,8 @@ def git(*words: str) -> str:
     """
     done = subprocess.run(["git", "-C", str(CHECKOUT), *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"git {' '.join(words)}: {done.stderr.strip()}")
+        tell(f"git {' '.join(words)}: {done.stderr.strip()}")
+        raise SystemExit(2)
     return done.stdout.strip()
 
 
@@ -702,7 +703,7 @@ def main() -> int:
     """Compare, and print."""
     options = parsed()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree goes
-    revision = git("rev-parse", "--verify", "--quiet", f"{options.against}^{{commit}}")
+    revision = git("rev-parse", "--verify", f"{options.against}^{{commit}}")
     shared = options.shared or shared_folder()
     if shared is None:
         tell("There is no folder ../shared: only this project's own models take part (--shared names it).")
