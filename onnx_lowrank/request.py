@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 
+from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Budget, Plan
@@ -128,6 +129,7 @@ def _replayed(
     recover: bool,
 ) -> Request:
     known = plan if isinstance(plan, Plan) else plans.read(plan)
+    measures.named(known.measure)  # A Plan made in Python was never read, so nothing has checked the name.
     if known.factors is Fit.ACTIVATIONS and not calibrated:
         raise InputError("The plan's factors are fitted to calibration inputs: pass them with --calibration.")
     return Request(grid=Grid(known.budget), plan=known if recover else replace(known, recover=False))

@@ -19,7 +19,6 @@ from onnx import numpy_helper
 from calibrating import run
 from onnx_lowrank import BudgetError, InputError, cli, compress
 from onnx_lowrank.core.factors import Fit
-from onnx_lowrank.core.plan import Measure
 from onnx_lowrank.documents import plans
 from onnx_lowrank.stages.search import AUTO
 from rewriting import model
@@ -604,7 +603,7 @@ def test_a_calibrated_run_of_the_command(tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["calibration"]["samples"] == 6
     plan = plans.read(tmp_path / "plan.json")
-    assert (plan.measure, plan.factors, plan.recover) == (Measure.ACTIVATION, Fit.ACTIVATIONS, False)
+    assert (plan.measure, plan.factors, plan.recover) == ("activation", Fit.ACTIVATIONS, False)
     again = compress(DIGITS, plan=plan, calibration=tmp_path / "x.npz", calibration_samples=6)
     assert content(again) == onnx.load(tmp_path / "out.onnx").SerializeToString(deterministic=True)
 

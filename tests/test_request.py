@@ -11,7 +11,7 @@ from onnx_lowrank import InputError, RecipeError, compress, hardware
 from onnx_lowrank import request as arguments
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.core.factors import Fit
-from onnx_lowrank.core.plan import Budget, Measure, Plan
+from onnx_lowrank.core.plan import Budget, Plan
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_RECIPE, check_calibration, request, target
 from onnx_lowrank.stages.search import AUTO, Target
@@ -22,7 +22,7 @@ X = np.zeros((4, 8), np.float32)
 
 
 def plan(fit=Fit.WEIGHTS, recover=False):
-    return Plan("0" * 64, "r", Measure.SPECTRAL, 0.5, Budget.MACS, (), factors=fit, recover=recover)
+    return Plan("0" * 64, "r", "spectral", 0.5, Budget.MACS, (), factors=fit, recover=recover)
 
 
 def asked(

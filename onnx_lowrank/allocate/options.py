@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +10,13 @@ from numpy.typing import NDArray
 from onnx_lowrank.allocate.cost import allowed, cost, linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.times import WORTHWHILE, Times
-from onnx_lowrank.core.factors import Spectra
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.core.plan import Aggregate, Budget
 from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.measures import Errors, Floats
 
 Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Errors = Mapping[tuple[Fold, int], Floats]
-"""For (fold, k): the errors at the ranks 0, 1, …; at least up to the largest that is cheaper."""
 
 _FOLDS = tuple(Fold)
 _DIGITS = 9
@@ -140,46 +136,6 @@ def _cost(layer: Layer, option: Option | None, unit: Budget, times: Times | None
     if unit is Budget.LATENCY and times is not None:
         return times.cost(option)
     return cost(layer, option, unit)
-
-
-def weight_errors(spectra: Spectra, measure: Measure, *, relative: bool) -> Errors:
-    """Errors of options that follow from the weight's spectra, by the formulas of `Measure`.
-
-    Args:
-        spectra: Singular values; those of k = 1 for every fold of which there are any.
-        measure: One that follows from the weights alone.
-        relative: Divide by the norm of the weight.
-    """
-    return {
-        (fold, k): _errors(values, spectra[fold, 1], measure, relative)
-        for (fold, k), values in spectra.items()
-    }
-
-
-def _errors(values: Floats, whole: Floats, measure: Measure, relative: bool) -> Floats:
-    """Errors at the ranks 0, 1, …, full rank − 1 of slices, given the spectrum of the whole weight."""
-    match measure:
-        case Measure.SPECTRAL | Measure.SPECTRAL_BOUND:
-            residual, norm = values.max(axis=(0, 1)), whole.max()
-            if measure is Measure.SPECTRAL_BOUND:
-                residual = residual * np.sqrt(values.shape[1])
-        case Measure.FROBENIUS | Measure.NUCLEAR:
-            residual = _tails(values, 2 if measure is Measure.FROBENIUS else 1)
-            norm = residual[0]
-        case Measure.SCHATTEN:
-            unit = whole.max() or 1.0  # keeps fourth powers away from underflow
-            residual = _tails(values / unit, 4) ** 0.25 * unit
-            norm = _tails(whole / unit, 4)[0] ** 0.25 * unit
-        case Measure.ACTIVATION | Measure.OUTPUT:
-            raise ValueError("the spectra of a weight tell nothing of activations")
-    if relative and norm > 0:
-        residual = residual / norm
-    return np.asarray(residual, dtype=np.float64)
-
-
-def _tails(values: Floats, power: int) -> Floats:
-    """Σ_i Σ_{m>j} σ_{i,m}^power for j = 0, 1, …; from the smallest up, which keeps small tails exact."""
-    return np.asarray(np.cumsum((values**power).sum(axis=(0, 1))[::-1])[::-1])
 
 
 def _rounded(values: Floats) -> Floats:

@@ -14,10 +14,11 @@ import numpy as np
 
 from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack, solve_knapsacks
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import Candidates, Floats, Ints
+from onnx_lowrank.allocate.options import Candidates, Ints
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.measures import Floats
 
 
 @dataclass(frozen=True, slots=True)

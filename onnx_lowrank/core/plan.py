@@ -9,32 +9,6 @@ from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Option
 
 
-class Measure(StrEnum):
-    """The relative error of an option.
-
-    SPECTRAL is max_i σ_{i,j+1} / σ_1(W), as the ALDS paper's code scores it; SPECTRAL_BOUND is √k
-    times that, the bound of its Theorem 1 on ‖W − Ŵ‖₂ / ‖W‖₂. FROBENIUS is Σ_i Σ_{m>j} σ²_{i,m} / ‖W‖²_F
-    and NUCLEAR the same with σ to the first power. SCHATTEN, (Σ_i Σ_{m>j} σ⁴_{i,m} / Σ_m σ_m(W)⁴)^¼, lies
-    between them: as the Schatten 4-norm lies between the Frobenius (2) and the spectral norm (∞).
-
-    Two need calibration inputs x. ACTIVATION is E‖(W − Ŵ) x‖² / E‖W x‖². OUTPUT is the same error as it
-    shows at the model's outputs, predicted from what a few options of every layer do to them.
-    """
-
-    SPECTRAL = "spectral"
-    SPECTRAL_BOUND = "spectral-bound"
-    FROBENIUS = "frobenius"
-    NUCLEAR = "nuclear"
-    SCHATTEN = "schatten"
-    ACTIVATION = "activation"
-    OUTPUT = "output"
-
-    @property
-    def of_weights(self) -> bool:
-        """Whether it follows from the weights alone."""
-        return self not in (Measure.ACTIVATION, Measure.OUTPUT)
-
-
 class Aggregate(StrEnum):
     """How the errors of all layers become the number that a plan minimizes."""
 
@@ -95,7 +69,7 @@ class Plan:
     Attributes:
         model: SHA-256 of the input model.
         recipe: Name of the recipe that made it.
-        measure: What the errors are.
+        measure: Name of the measure of the errors.
         ratio: The ratio asked for.
         budget: What the ratio counts.
         choices: One per layer, in graph order.
@@ -109,7 +83,7 @@ class Plan:
 
     model: str
     recipe: str
-    measure: Measure
+    measure: str
     ratio: float
     budget: Budget
     choices: tuple[Choice, ...]

@@ -18,10 +18,11 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
+from onnx_lowrank import measures
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Measure, Plan, Solver
+from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Plan, Solver
 from onnx_lowrank.errors import PlanError
 
 VERSION = 4
@@ -133,7 +134,7 @@ def _parse(table: object) -> Plan:
     return Plan(
         model=model,
         recipe=recipe,
-        measure=_member(Measure, measure, "measure"),
+        measure=_one_of(measures.names(), measure, "measure"),
         ratio=float(ratio),
         budget=_member(Budget, budget, "budget"),
         choices=tuple(_choice(row) for row in rows),
@@ -196,10 +197,13 @@ def _fields(table: object, keys: Sequence[str], what: str) -> list[Any]:
 
 
 def _member(kind: type[E], value: object, what: str) -> E:
-    known = [member.value for member in kind]
-    if value not in known:
+    return kind(_one_of([member.value for member in kind], value, what))
+
+
+def _one_of(known: Sequence[str], value: object, what: str) -> str:
+    if not isinstance(value, str) or value not in known:
         raise PlanError(f"{what} is {value!r}, which is none of {', '.join(known)}")
-    return kind(value)
+    return value
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -10,9 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from onnx_lowrank import measures
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.core.plan import Aggregate, Budget
 from onnx_lowrank.errors import RecipeError
 
 E = TypeVar("E", bound=StrEnum)
@@ -27,7 +28,7 @@ class Recipe:
         summary: One sentence for `--list-passes`.
         folds: The folds to choose from.
         groups: The slice counts k to choose from; None stands for all divisors.
-        measure: The error of an option.
+        measure: Name of the measure of an option's error.
         relative: Divide the error by the norm of the layer's weight.
         aggregate: How the layers' errors become one objective.
         power: The exponent of an error inside a sum.
@@ -41,7 +42,7 @@ class Recipe:
     summary: str
     folds: tuple[Fold, ...]
     groups: tuple[int, ...] | None
-    measure: Measure = Measure.SPECTRAL
+    measure: str = "spectral"
     relative: bool = True
     aggregate: Aggregate = Aggregate.MAX
     power: float = 1.0
@@ -52,7 +53,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it needs calibration inputs."""
-        return not self.measure.of_weights or self.factors is Fit.ACTIVATIONS
+        return measures.named(self.measure).calibrated or self.factors is Fit.ACTIVATIONS
 
 
 def load(name: str | Path) -> Recipe:
@@ -161,6 +162,12 @@ def _groups(value: object) -> tuple[str, tuple[int, ...] | None]:
     return "groups", tuple(sorted(set(value)))
 
 
+def _measure(value: object) -> tuple[str, str]:
+    if not isinstance(value, str) or value not in measures.names():
+        raise ValueError("one of " + ", ".join(measures.names()))
+    return "measure", value
+
+
 def _price(value: object) -> tuple[str, Budget]:
     for price in _PRICES:
         if value == price:
@@ -190,7 +197,7 @@ _KEYS: Mapping[str, Callable[[object], tuple[str, object]]] = {
     "summary": _summary,
     "folds": _folds,
     "groups": _groups,
-    "measure": lambda value: ("measure", _choice(Measure, value)),
+    "measure": _measure,
     "normalize": _normalize,
     "aggregate": lambda value: ("aggregate", _choice(Aggregate, value)),
     "power": _power,

@@ -62,7 +62,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "model": {"name": report.model, "sha256": report.sha256},
         "recipe": {
             "name": report.recipe,
-            "measure": report.measure.value,
+            "measure": report.measure,
         },
         "ratio": {"budget": report.budget.value, "asked": report.asked, "reached": report.reached},
         "solver": asdict(report.solver) if report.solver else None,

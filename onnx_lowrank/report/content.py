@@ -10,7 +10,7 @@ from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Skipped
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
-from onnx_lowrank.core.plan import Budget, Measure, Solver
+from onnx_lowrank.core.plan import Budget, Solver
 from onnx_lowrank.rewrite.merge import Merge
 
 
@@ -121,7 +121,7 @@ class Report:
     model: str
     sha256: str
     recipe: str
-    measure: Measure
+    measure: str
     budget: Budget
     asked: float
     reached: float

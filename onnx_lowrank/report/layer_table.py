@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, Context
 
 from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.outcome import LayerTime
-from onnx_lowrank.core.plan import Measure
+from onnx_lowrank.measures import named
 from onnx_lowrank.report import words
 from onnx_lowrank.report.content import LayerRow, Report, Total
 from onnx_lowrank.report.page import Column, Page
@@ -17,15 +17,6 @@ _COMPACT = frozenset(("operator", "weight"))
 _HELD, _MEASURED = "held-out", "measured"
 _TIME, _PREDICTED = "time alone", "predicted"
 _FITTED = frozenset(("fit", _HELD, _MEASURED))
-_MEANING = {
-    Measure.ACTIVATION: (
-        "‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from calibration inputs, with a ridge for what "
-        "they do not show"
-    ),
-    Measure.OUTPUT: (
-        "what the layer alone is predicted to add to the square of the output error, before any recovery"
-    ),
-}
 # How numbers are written and which columns are left out, the most telling layout first.
 _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
     (words.exact, frozenset()),
@@ -58,7 +49,7 @@ def show(report: Report, page: Page) -> None:
 
 def _legend(report: Report, shown: Container[str]) -> Iterator[str]:
     """What the columns mean that do not say it themselves."""
-    yield f"error: {report.measure}, {_MEANING.get(report.measure, 'as the recipe scores it')}."
+    yield f"error: {report.measure}, {named(report.measure).legend}."
     if "bound" in shown:
         yield "bound: certified ‖W − Ŵ‖/‖W‖, spectral norm, of the factors as stored."
     if _TIME in shown:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from onnx_lowrank.core.outcome import Calibrated, Trial, Validation
-from onnx_lowrank.core.plan import Aggregate, Measure, Solver
+from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import layer_table as layers
 from onnx_lowrank.report import words
 from onnx_lowrank.report.content import Report, Total
@@ -121,7 +121,7 @@ def _asked(report: Report) -> str:
     return f"the smallest tried of held-out {' and '.join(wanted)}"
 
 
-def _objective(solver: Solver, measure: Measure) -> str:
+def _objective(solver: Solver, measure: str) -> str:
     """What was minimized, and its value."""
     value = words.number(solver.objective)
     if solver.aggregate is not Aggregate.SUM:

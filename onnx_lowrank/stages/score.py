@@ -8,16 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.allocate.curves import predicted
+from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import Candidates, Errors, candidates, weight_errors
+from onnx_lowrank.allocate.options import Candidates, candidates
 from onnx_lowrank.allocate.times import Times
 from onnx_lowrank.budgets.latency.measured import Latency
 from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.moments import INPUT_RIDGE, shrinkage
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.core.plan import Measure
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
@@ -28,6 +27,7 @@ from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import of_weight
 from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.measures import Errors, Evidence, Needs
 from onnx_lowrank.probe.segments import Substitute
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.fit import activation_factors, lost_mean
@@ -54,6 +54,10 @@ class _Known:
     activation: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
     scale: float = 1.0
     effects: tuple[tuple[float, float], ...] = ()
+
+    def evidence(self) -> Evidence:
+        """All of it, for a measure to choose from."""
+        return Evidence(self.spectra, self.activation, self.scale, self.effects)
 
 
 class Scores:
@@ -102,17 +106,14 @@ class Scores:
             InputError: MACs are needed and unknown, or the model fails on the calibration inputs.
         """
         wanted = [self._grid.wanted_spectra(layer, recipe) for layer in self._found.layers]
-        if recipe.measure.of_weights:
+        measure = measures.named(recipe.measure)
+        if Needs.WEIGHTS in measure.needs:
             self._add_spectra(wanted)
-            tables = [
-                weight_errors(known.spectra, recipe.measure, relative=recipe.relative)
-                for known in self._known
-            ]
-        else:
+        if measure.calibrated:
             self._add_activation(wanted)
-            if recipe.measure is Measure.OUTPUT:
-                self._probe(recipe)
-            tables = [_of_activations(known, recipe) for known in self._known]
+        if Needs.OUTPUTS in measure.needs:
+            self._probe(recipe)
+        tables = [measure.errors(known.evidence(), relative=recipe.relative) for known in self._known]
         times = self._times(recipe, tables)
         return tuple(
             candidates(layer, table, recipe, self._grid, of)
@@ -195,7 +196,8 @@ class Scores:
             return only, float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
         wanted = {fold: tuple(k for by, k in keys if by is fold) for fold, _ in keys}
         found = spectra(weight, wanted, self._backend, dtype)
-        return weight_errors(found, Measure.FROBENIUS, relative=True), float(np.sum(np.square(weight)))
+        white = measures.named("frobenius")
+        return white.errors(Evidence(found), relative=True), float(np.sum(np.square(weight)))
 
     def _probe(self, recipe: Recipe) -> None:
         """Measure what a few options of every layer do to the model's outputs, once for all recipes."""
@@ -267,14 +269,6 @@ def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
     picks = sorted({int(known[n]) for n in distance.argmin(axis=1)}, key=lambda n: float(table.error[n]))
     options = ((table.option(pick), float(table.error[pick])) for pick in picks)
     return tuple((option, error) for option, error in options if option is not None)
-
-
-def _of_activations(known: _Known, recipe: Recipe) -> Errors:
-    """The errors of one layer in the measure activation or output."""
-    if recipe.measure is Measure.OUTPUT:
-        return {key: predicted(error, known.effects) for key, error in known.activation.items()}
-    scale = 1.0 if recipe.relative else known.scale
-    return {key: scale * error for key, error in known.activation.items()}
 
 
 def _calibrated(calibration: Calibration | None) -> Calibration:

@@ -6,12 +6,13 @@ import pytest
 from evaluated import evaluated
 from onnx_lowrank.allocate.cost import allowed, cost
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import candidates, weight_errors
+from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.core.plan import Aggregate, Budget
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.measures import Evidence, named
 
 ALL = tuple(Fold)
 STRIDED = Positions(1, (9, 9), (5, 5))
@@ -55,18 +56,18 @@ def spectra_of(weight, of, wanted):
 
 
 def error_of(spectra, option, measure, relative):
-    """The error by the definition of `Measure`, one value at a time."""
+    """The error by the definition of the measure, one value at a time."""
     values = spectra[option.fold, option.k]
     tails = [slice_[option.j :] for group in values for slice_ in group]
-    if measure in (Measure.SPECTRAL, Measure.SPECTRAL_BOUND):
+    if measure in ("spectral", "spectral-bound"):
         error = max(tail[0] for tail in tails)
         norm = max(group[0][0] for group in spectra[option.fold, 1])
-        error *= option.k**0.5 if measure is Measure.SPECTRAL_BOUND else 1
-    elif measure is Measure.SCHATTEN:
+        error *= option.k**0.5 if measure == "spectral-bound" else 1
+    elif measure == "schatten":
         error = sum(value**4 for tail in tails for value in tail) ** 0.25
         norm = (spectra[option.fold, 1] ** 4).sum() ** 0.25
     else:
-        power = 2 if measure is Measure.FROBENIUS else 1
+        power = 2 if measure == "frobenius" else 1
         error = sum(value**power for tail in tails for value in tail)
         norm = (values**power).sum()
     return error / norm if relative else error
@@ -74,10 +75,11 @@ def error_of(spectra, option, measure, relative):
 
 def table_of(of, spectra, how, budget):
     """The candidates by the recipe's measure of the weight."""
-    return candidates(of, weight_errors(spectra, how.measure, relative=how.relative), how, Grid(budget))
+    errors = named(how.measure).errors(Evidence(spectra), relative=how.relative)
+    return candidates(of, errors, how, Grid(budget))
 
 
-OF_WEIGHTS = [measure for measure in Measure if measure.of_weights]
+OF_WEIGHTS = ("spectral", "spectral-bound", "frobenius", "nuclear", "schatten")
 CASES = [
     (measure, relative, groups, seed)
     for measure, relative in product(OF_WEIGHTS, (True, False))
@@ -178,10 +180,10 @@ def test_a_planted_rank_shows_in_the_tail():
     of = layer(kernel=(1, 1), f=16, c=16)
     values = np.concatenate([[4.0, 3.0, 2.0, 1.0], np.full(12, 1e-12)])[None, None]
     for measure, before, behind in (
-        (Measure.SPECTRAL, 1 / 4, 2.5e-13),
-        (Measure.NUCLEAR, 1 / 10, 1.2e-12),
-        (Measure.FROBENIUS, 1 / 30, 12e-24 / 30),
-        (Measure.SCHATTEN, 354**-0.25, 12**0.25 * 1e-12 / 354**0.25),
+        ("spectral", 1 / 4, 2.5e-13),
+        ("nuclear", 1 / 10, 1.2e-12),
+        ("frobenius", 1 / 30, 12e-24 / 30),
+        ("schatten", 354**-0.25, 12**0.25 * 1e-12 / 354**0.25),
     ):
         how = recipe(groups=(1,), measure=measure, aggregate=Aggregate.UNIFORM)
         table = table_of(of, {(Fold.ENCODE, 1): values}, how, Budget.PARAMS)
@@ -205,7 +207,7 @@ def test_a_layer_without_options_is_kept():
 
 def test_prices_are_the_costs_of_the_other_budget_and_decide_the_front():
     of = layer()
-    how = recipe(price=Budget.MACS, aggregate=Aggregate.SUM, measure=Measure.FROBENIUS)
+    how = recipe(price=Budget.MACS, aggregate=Aggregate.SUM, measure="frobenius")
     rng = np.random.default_rng(0)
     spectra = spectra_of(rng.standard_normal(of.shape), of, Grid(Budget.PARAMS).wanted_spectra(of, how))
     table = table_of(of, spectra, how, Budget.PARAMS)

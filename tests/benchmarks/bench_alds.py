@@ -14,7 +14,7 @@ from pathlib import Path
 
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import candidates, weight_errors
+from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.allocate.solve import solve
 from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents import recipes
@@ -22,6 +22,7 @@ from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers, prepared
 from onnx_lowrank.linalg import backend
 from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.measures import Evidence, named
 
 GRID = Grid(Budget.PARAMS)
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "resnet20_cifar10.onnx"
@@ -44,7 +45,7 @@ def main() -> int:
     for binding in found.bindings:
         weight, dtype = prepared(found, binding)
         values = spectra(weight, GRID.wanted_spectra(binding.layer, recipe), cpu, dtype)
-        errors = weight_errors(values, recipe.measure, relative=recipe.relative)
+        errors = named(recipe.measure).errors(Evidence(values), relative=recipe.relative)
         tables.append(candidates(binding.layer, errors, recipe, GRID))
     ok = True
     print(f"{'size at most':>12} {'score to reach':>15} {'size':>8} {'score':>8}")

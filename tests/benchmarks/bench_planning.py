@@ -15,7 +15,7 @@ from zoo_layers import zoo_layers
 from onnx_lowrank.allocate.cost import parameters
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import candidates, weight_errors
+from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.allocate.solve import solve
 from onnx_lowrank.core.factors import Spectra
 from onnx_lowrank.core.plan import Budget
@@ -24,6 +24,7 @@ from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.layers.found import Found, prepared
 from onnx_lowrank.linalg.backend import parallel_map, resolve
 from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.measures import Evidence, named
 
 GRID = Grid(Budget.PARAMS)
 MODELS = ("resnet50", "vgg16", "vit_b_16")
@@ -53,9 +54,10 @@ def main() -> None:
         values = all_spectra(found)
         budget = int(arguments.ratio * sum(map(parameters, found.layers)))
         for recipe in chosen:
+            measure = named(recipe.measure)
             start = perf_counter()
             tables = [
-                candidates(layer, weight_errors(of, recipe.measure, relative=recipe.relative), recipe, GRID)
+                candidates(layer, measure.errors(Evidence(of), relative=recipe.relative), recipe, GRID)
                 for layer, of in zip(found.layers, values, strict=True)
             ]
             middle = perf_counter()

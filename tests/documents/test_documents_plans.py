@@ -9,7 +9,7 @@ from onnx_lowrank import compress
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Measure, Plan, Solver
+from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Plan, Solver
 from onnx_lowrank.documents import plans
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.files.load import load
@@ -20,7 +20,7 @@ from tiny import cnn
 PLAN = Plan(
     model="ab" * 32,
     recipe="power",
-    measure=Measure.SPECTRAL,
+    measure="spectral",
     ratio=0.5,
     budget=Budget.MACS,
     choices=(
@@ -51,13 +51,13 @@ def read(tmp_path, text):
     [
         PLAN,
         replace(PLAN, choices=()),
-        replace(PLAN, ratio=1.0, measure=Measure.NUCLEAR),
+        replace(PLAN, ratio=1.0, measure="nuclear"),
         replace(PLAN, budget=Budget.LATENCY),
         replace(PLAN, choices=(Choice("fc", Option(Fold.ENCODE, 1, 3, Lowering.MATMUL), 60, 0.5),)),
         replace(PLAN, choices=(Choice("fc", Option(Fold.ENCODE, 1, 3, Lowering.CONV), 2**40, 0.5),)),
         replace(PLAN, solver=None, digest=""),
-        replace(PLAN, measure=Measure.ACTIVATION, factors=Fit.ACTIVATIONS),
-        replace(PLAN, measure=Measure.OUTPUT, factors=Fit.ACTIVATIONS, recover=True),
+        replace(PLAN, measure="activation", factors=Fit.ACTIVATIONS),
+        replace(PLAN, measure="output", factors=Fit.ACTIVATIONS, recover=True),
         replace(PLAN, solver=Solver(Aggregate.UNIFORM, 1.0, 0.5, None)),
         replace(PLAN, budget=Budget.LATENCY, merge=False),
     ],
@@ -104,7 +104,7 @@ def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
     assert not plans.is_edited(plan)
     assert plans.sealed(plan) == plan
     assert plans.is_edited(PLAN)
-    edits = {"model": "ef" * 32, "recipe": "svd", "measure": Measure.NUCLEAR, "ratio": 0.25}
+    edits = {"model": "ef" * 32, "recipe": "svd", "measure": "nuclear", "ratio": 0.25}
     edits |= {"budget": Budget.PARAMS, "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
     edits |= {"factors": Fit.ACTIVATIONS, "recover": True, "merge": False}
     assert edits.keys() == PLAN.__dataclass_fields__.keys()
@@ -153,7 +153,7 @@ MALFORMED = {
     "model 3": (table(model=3), "model is 3"),
     "model null": (table(model=None), "model is None"),
     "recipe list": (table(recipe=[]), "recipe is []"),
-    "measure": (table(measure="magic"), "measure is 'magic', which is none of spectral, spectral-bound"),
+    "measure": (table(measure="magic"), "measure is 'magic', which is none of activation, frobenius"),
     "measure list": (table(measure=["spectral"]), "measure is ['spectral']"),
     "budget": (table(budget="time"), "budget is 'time', which is none of params, macs, latency"),
     **{

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.core.plan import Aggregate, Budget, Measure
+from onnx_lowrank.core.plan import Aggregate, Budget
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.errors import RecipeError
+from onnx_lowrank.measures import names
 
 BASE = {"summary": '"A test."', "folds": '["encode"]', "groups": '"divisors"', "aggregate": '"sum"'}
 
@@ -22,14 +23,14 @@ def test_the_least_recipe_and_its_defaults():
     found = parse()
     assert (found.name, found.summary) == ("test", "A test.")
     assert (found.folds, found.groups) == ((Fold.ENCODE,), None)
-    assert (found.measure, found.relative) == (Measure.SPECTRAL, True)
+    assert (found.measure, found.relative) == ("spectral", True)
     assert (found.aggregate, found.power, found.price) == (Aggregate.SUM, 1.0, None)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "field", "expected"),
     [
-        *(("measure", f'"{measure}"', "measure", measure) for measure in Measure),
+        *(("measure", f'"{measure}"', "measure", measure) for measure in names()),
         *(("aggregate", f'"{aggregate}"', "aggregate", aggregate) for aggregate in Aggregate),
         *(("folds", f'["{fold}"]', "folds", (fold,)) for fold in Fold),
         ("price", '"macs"', "price", Budget.MACS),
@@ -113,12 +114,12 @@ def test_the_recipes_of_the_design_ship():
 @pytest.mark.parametrize(
     ("name", "folds", "groups", "measure", "relative", "aggregate", "power", "price"),
     [
-        ("alds", (Fold.ENCODE,), None, Measure.SPECTRAL, True, Aggregate.MAX, 1, None),
-        ("alds-plus", tuple(Fold), None, Measure.SPECTRAL, True, Aggregate.MAX, 1, None),
-        ("svd", (Fold.ENCODE,), (1,), Measure.SPECTRAL, True, Aggregate.UNIFORM, 1, None),
-        ("svd-energy", (Fold.ENCODE,), (1,), Measure.NUCLEAR, True, Aggregate.MAX, 1, None),
-        ("l-rank", (Fold.ROWS,), (1,), Measure.FROBENIUS, False, Aggregate.SUM, 1, Budget.MACS),
-        ("power", tuple(Fold), None, Measure.SPECTRAL, True, Aggregate.SUM, 4, None),
+        ("alds", (Fold.ENCODE,), None, "spectral", True, Aggregate.MAX, 1, None),
+        ("alds-plus", tuple(Fold), None, "spectral", True, Aggregate.MAX, 1, None),
+        ("svd", (Fold.ENCODE,), (1,), "spectral", True, Aggregate.UNIFORM, 1, None),
+        ("svd-energy", (Fold.ENCODE,), (1,), "nuclear", True, Aggregate.MAX, 1, None),
+        ("l-rank", (Fold.ROWS,), (1,), "frobenius", False, Aggregate.SUM, 1, Budget.MACS),
+        ("power", tuple(Fold), None, "spectral", True, Aggregate.SUM, 4, None),
     ],
 )
 def test_a_shipped_recipe_is_what_the_design_says(

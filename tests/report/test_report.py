@@ -10,7 +10,7 @@ from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.layer import Skipped
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.core.outcome import Calibrated, LayerTime, OutputError, Timing, Trial, Validation
-from onnx_lowrank.core.plan import Aggregate, Budget, Measure, Solver
+from onnx_lowrank.core.plan import Aggregate, Budget, Solver
 from onnx_lowrank.report import words
 from onnx_lowrank.report.content import LayerRow, Report, Total, Totals
 
@@ -38,7 +38,7 @@ def report(**changes: object) -> Report:
         model="net",
         sha256="ab" * 32,
         recipe="power",
-        measure=Measure.SPECTRAL,
+        measure="spectral",
         budget=Budget.PARAMS,
         asked=0.5,
         reached=0.4987,
@@ -248,7 +248,7 @@ TRIALS = (
 def calibrated(**changes: object) -> Report:
     rows = tuple(replace(row(i, kept=fit is None), fit=fit) for i, fit in enumerate(FITS))
     source = Calibrated("data.npz: 400 samples, 80 held out", 400, 80, (("stage3.conv.weight", "it is odd"),))
-    base = report(layers=rows, measure=Measure.ACTIVATION, calibration=source, trials=TRIALS)
+    base = report(layers=rows, measure="activation", calibration=source, trials=TRIALS)
     return replace(base, **changes)
 
 
@@ -314,10 +314,10 @@ def test_the_legend_explains_the_columns_that_are_shown(width, fitted):
 @pytest.mark.parametrize(
     ("measure", "words"),
     [
-        (Measure.SPECTRAL, "error: spectral, as the recipe scores it."),
-        (Measure.ACTIVATION, "error: activation, ‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from"),
+        ("spectral", "error: spectral, as the recipe scores it."),
+        ("activation", "error: activation, ‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from"),
         (
-            Measure.OUTPUT,
+            "output",
             "error: output, what the layer alone is predicted to add to the square of the output error",
         ),
     ],

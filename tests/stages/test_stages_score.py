@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from calibrating import CPU, measured, seen
-from onnx_lowrank.allocate.curves import predicted
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.core.plan import Budget, Measure
+from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.found import prepared
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import error, of_weight
+from onnx_lowrank.measures.output import predicted
 from onnx_lowrank.progress import Silent
 from onnx_lowrank.stages import score as module
 from onnx_lowrank.stages.fit import activation_factors
@@ -105,7 +105,7 @@ def test_nothing_is_computed_twice(calibration, monkeypatch):
             np.testing.assert_array_equal(a.error, b.error)
 
 
-@pytest.mark.parametrize("name", [recipe.name for recipe in recipes.load_all() if recipe.measure.of_weights])
+@pytest.mark.parametrize("name", [recipe.name for recipe in recipes.load_all() if not recipe.calibrated])
 def test_calibration_does_not_change_what_weights_say(calibration, name):
     recipe = replace(recipes.load(name), price=None)
     for one, other in zip(
@@ -168,7 +168,7 @@ def test_layers_that_do_not_run_are_scored_by_their_weights(recipe):
         for n in range(10)
     ]
     with measured(found, feeds) as taken:
-        tables = scores(taken, found).candidates(replace(recipe, measure=Measure.ACTIVATION))
+        tables = scores(taken, found).candidates(replace(recipe, measure="activation"))
         (idle,) = taken.statistics.reasons
         assert all(np.isfinite(table.error).all() for table in scores(taken, found).candidates(recipe))
     (binding,) = (b for b in found.bindings if b.layer.id == idle)

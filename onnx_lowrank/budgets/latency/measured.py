@@ -24,7 +24,6 @@ import numpy as np
 
 from onnx_lowrank.allocate.cost import macs
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import Errors
 from onnx_lowrank.allocate.times import (
     Curve,
     Times,
@@ -48,6 +47,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place
 from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.layers.found import Found
+from onnx_lowrank.measures import Errors
 from onnx_lowrank.probe.micro import Micro, micro
 from onnx_lowrank.progress import Step
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+
+from onnx_lowrank.measures import Errors, Evidence, Floats, Measure, Needs
 
 _LEAST_SLOPE = 1e-3
 """Between points that do not rise: keeps the order of options, and hardly changes the numbers."""
@@ -18,7 +19,7 @@ _FLOOR = 1e-12
 """What stands for an output error of 0, relative to the layer's largest."""
 
 
-def predicted(errors: NDArray[np.float64], points: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
+def predicted(errors: Floats, points: Sequence[tuple[float, float]]) -> Floats:
     """Predict the errors at the model's outputs from a layer's own.
 
     The curve is linear between the points in logarithms of both errors: squared errors are proportional
@@ -50,7 +51,7 @@ def predicted(errors: NDArray[np.float64], points: Sequence[tuple[float, float]]
     return np.asarray(np.exp(np.minimum(value, np.append(y, np.inf)[part])))
 
 
-def _knots(points: Sequence[tuple[float, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _knots(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
     """Logarithms of both errors at the points, each strictly ascending."""
     own, caused = np.asarray(points, dtype=np.float64).T
     order = np.lexsort((caused, own))
@@ -60,3 +61,18 @@ def _knots(points: Sequence[tuple[float, float]]) -> tuple[NDArray[np.float64], 
     x, y = x[last], np.maximum.accumulate(y)[last]
     rise = _LEAST_SLOPE * x
     return x, np.maximum.accumulate(y - rise) + rise
+
+
+def _errors(evidence: Evidence, *, relative: bool) -> Errors:
+    """The errors at the model's outputs, which are relative in any case."""
+    return {key: predicted(error, evidence.effects) for key, error in evidence.activation.items()}
+
+
+MEASURE = Measure(
+    summary=(
+        "Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖² at the model's outputs y, ȳ their mean, with this layer alone compressed"
+    ),
+    needs=Needs.MOMENTS | Needs.OUTPUTS,
+    errors=_errors,
+    legend="what the layer alone is predicted to add to the square of the output error, before any recovery",
+)

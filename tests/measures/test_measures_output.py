@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from onnx_lowrank.allocate.curves import predicted
+from onnx_lowrank.measures.output import predicted
 
 Points = Sequence[tuple[float, float]]
 POWER = [(0.01, 0.02), (0.04, 0.16), (0.3, 9.0)]

@@ -1,0 +1,136 @@
+"""Measures: how the error of an option is computed.
+
+Every module of this package is one measure. It defines `MEASURE`, and its file gives the name under which
+plans and recipes know it, with "-" for "_": `spectral_bound.py` is "spectral-bound". `names` lists them in
+alphabetical order. The formula of every measure stands in `passes/README.md`, too: a test compares them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.core.factors import Spectra
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.errors import InputError
+
+Floats = NDArray[np.float64]
+Errors = Mapping[tuple[Fold, int], Floats]
+"""For (fold, k): the errors at the ranks 0, 1, …; at least up to the largest that is cheaper."""
+
+
+class Needs(Flag):
+    """What a measure is computed from.
+
+    WEIGHTS are the singular values of a layer's weight. MOMENTS are those of the calibration inputs that
+    reach the layer, as errors of its activations. OUTPUTS are the model's outputs on those inputs with a few
+    options of the layer in its place.
+    """
+
+    WEIGHTS = auto()
+    MOMENTS = auto()
+    OUTPUTS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of one layer. A measure finds the fields that it needs filled.
+
+    Attributes:
+        spectra: WEIGHTS: singular values; those of k = 1 for every fold that occurs.
+        activation: MOMENTS and OUTPUTS: E‖(W − Ŵ) x‖² / E‖W x‖² of all options, with a ridge.
+        power: MOMENTS and OUTPUTS: the denominator of `activation`.
+        effects: OUTPUTS: pairs of an activation error and the error at the model's outputs that it causes.
+    """
+
+    spectra: Spectra = field(default_factory=dict)
+    activation: Errors = field(default_factory=dict)
+    power: float = 1.0
+    effects: Sequence[tuple[float, float]] = ()
+
+
+class Function(Protocol):
+    """Computes the errors of all options of a layer."""
+
+    def __call__(self, evidence: Evidence, *, relative: bool) -> Errors:
+        """The errors by (fold, k), for all ranks of each.
+
+        Args:
+            evidence: What is known of the layer.
+            relative: Divide the errors by the size of the weight or of its outputs.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One measure.
+
+    Attributes:
+        summary: The formula in one line, for the documentation of recipes.
+        needs: What it is computed from.
+        errors: Computes it.
+        legend: What the report says that the errors are.
+    """
+
+    summary: str
+    needs: Needs
+    errors: Function
+    legend: str = "as the recipe scores it"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is an error of activations, which needs calibration inputs."""
+        return self.needs != Needs.WEIGHTS
+
+
+def names() -> tuple[str, ...]:
+    """The names of all measures, sorted."""
+    return tuple(_found())
+
+
+def named(name: str) -> Measure:
+    """The measure of a name.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if name not in _found():
+        raise InputError(f"There is no measure {name!r}: choose one of {', '.join(names())}.")
+    return _found()[name]
+
+
+@cache
+def _found() -> Mapping[str, Measure]:
+    """The measures by name, from the modules of this package."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {
+        module.replace("_", "-"): importlib.import_module(f"{__name__}.{module}").MEASURE
+        for module in modules
+    }
+
+
+def of_spectra(formula: Callable[[Floats, Floats], tuple[Floats, np.float64]]) -> Function:
+    """A function of the weight's spectra, by a formula for one fold and one number of slices.
+
+    Args:
+        formula: Gives the errors at the ranks 0, 1, …, full rank − 1 and the norm of the weight, from the
+            singular values of the slices, shape (groups, k, full rank), and those of the whole weight.
+    """
+
+    def errors(evidence: Evidence, *, relative: bool) -> Errors:
+        table = {}
+        for (fold, k), values in evidence.spectra.items():
+            residual, norm = formula(values, evidence.spectra[fold, 1])
+            # A weight of zeros has no norm, and loses nothing.
+            table[fold, k] = np.asarray(residual / norm if relative and norm > 0 else residual, np.float64)
+        return table
+
+    return errors
