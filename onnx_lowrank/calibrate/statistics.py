@@ -257,9 +257,7 @@ class _Measurement:
         jobs: dict[_Job, list[str]] = {}
         for layer, taps in (*instrumented.inputs.items(), *instrumented.outputs.items()):
             binding, of_outputs = bindings[layer], self._of_outputs[layer]
-            sights = tuple(
-                (tap, geometry(self._model, self._walk, binding, index)) for index, tap in enumerate(taps)
-            )
+            sights = tuple((tap, geometry(self._walk, binding, index)) for index, tap in enumerate(taps))
             job = _Job(sights, of_outputs, _shape(binding.layer, of_outputs=of_outputs))
             jobs.setdefault(job, []).append(layer)
         return jobs

@@ -66,6 +66,7 @@ class Use:
         name: The node's name, as reports show it.
         op: Its operator type.
         operand: Index of the input that is the weight.
+        laid_out: Shape of the weight as the node reads it.
         transposed: The node applies the transpose of the layer's matrix (tied embeddings).
         rank: Number of axes of the activation that the weight meets; None where it is unknown.
         pointwise: The node maps every position by itself, and all of them.
@@ -81,6 +82,7 @@ class Use:
     name: str
     op: str
     operand: int
+    laid_out: tuple[int, ...] = ()
     transposed: bool = False
     rank: int | None = None
     pointwise: bool = False

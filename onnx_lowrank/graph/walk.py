@@ -52,6 +52,7 @@ class Walk:
             if scope.graph is not None
             for tensor in scope.graph.initializer
         }
+        self._functions = {(function.domain, function.name) for function in proto.functions}
         self._regions: Counter[Region] | None = None
         self._paths = list(self.scopes)
         self._nodes: dict[Place, Any] = {}
@@ -77,6 +78,10 @@ class Walk:
             external = (other for other in tensors(model.proto) if is_external(other))
             self._regions = Counter(region(other, model.files, model.name) for other in external)
         return self._regions[region(tensor, model.files, model.name)]
+
+    def calls_function(self, node: NodeProto) -> bool:
+        """Whether a node calls one of the model's own functions."""
+        return (node.domain, node.op_type) in self._functions
 
     def _add_root(self, path: str, body: GraphProto | FunctionProto, opset: int) -> None:
         skeleton = onnx.helper.make_model(self._skeleton(path, body, {}))

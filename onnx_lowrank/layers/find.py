@@ -128,19 +128,17 @@ def read(model: Model, walk: Walk, binding: Binding) -> NDArray[Any]:
     return _canonical(model, walk, Place(use.scope, use.node), use.operand, binding.stored)
 
 
-def geometry(model: Model, walk: Walk, binding: Binding, index: int) -> Geometry:
+def geometry(walk: Walk, binding: Binding, index: int) -> Geometry:
     """Which elements of the activation of one of a layer's uses meet the weight together.
 
     Args:
-        model: The model.
-        walk: Its walk.
+        walk: The model's walk.
         binding: The layer.
         index: Number of the use.
     """
     layer, use = binding.layer, binding.layer.uses[index]
     node = walk.node(Place(use.scope, use.node))
-    value = None if layer.kernel else viewed(walk, model, binding.stored)
-    return registry.family(node).geometry(layer, use, node, () if value is None else value.shape[:-2])
+    return registry.family(node).geometry(layer, use, node)
 
 
 def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> NDArray[Any]:
@@ -156,7 +154,7 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
     node = walk.node(place)
     operator = registry.of(node)
     if operator is None:
-        return registry.left_alone(node)
+        return registry.left_alone(node) or _foreign(walk, place)
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its attributes come from the function's caller: inline the functions first"
     if walk.result(place) is None or not all(node.input[:2]) or len(node.input) < 2:
@@ -170,6 +168,18 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
         if reason is COMPUTED:
             reason = outcome
     return reason
+
+
+def _foreign(walk: Walk, place: Place) -> str | None:
+    """Why an operator of another domain keeps its weight, where it reads a constant matrix of floats."""
+    node = walk.node(place)
+    if registry.is_standard(node) or walk.calls_function(node):
+        return None
+    for index in range(len(node.input)):
+        stored = resolve(walk, walk.operand(place, index))
+        if not isinstance(stored, str) and sum(size > 1 for size in stored.source.tensor.dims) > 1:
+            return f"the operator {node.domain}.{node.op_type} is not known here: its weight stays as it is"
+    return None
 
 
 def _seen(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> _Seen | str:
@@ -410,6 +420,7 @@ def _use(
         name=label(node),
         op=node.op_type,
         operand=seen.operand,
+        laid_out=seen.laid_out,
         transposed=transposed,
         rank=operator.rank(entering),
         pointwise=operator.is_pointwise(node, tuple(kernel)),

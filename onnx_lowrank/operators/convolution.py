@@ -91,7 +91,6 @@ class Convolution(Operator):
         self,
         layer: Layer,
         nodes: Sequence[NodeProto],
-        batch: tuple[int, ...],
         factors: Factors,
         lowering: Lowering,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -147,7 +146,7 @@ class Convolution(Operator):
         axes = fold.encoder_axes(len(layer.kernel))
         return tuple(a for a, n in enumerate(layer.kernel) if n == 1 or a in axes)
 
-    def geometry(self, layer: Layer, use: Use, node: NodeProto, batch: tuple[int, ...]) -> Window:
+    def geometry(self, layer: Layer, use: Use, node: NodeProto) -> Window:
         """The windows of the kernel."""
         n = len(layer.kernel)
         return Window(

@@ -102,13 +102,12 @@ class Product(Operator):
         self,
         layer: Layer,
         nodes: Sequence[NodeProto],
-        batch: tuple[int, ...],
         factors: Factors,
         lowering: Lowering,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Matrices with the inputs first where the weight is on the right, else with the outputs first."""
         _, k, j, c = factors.encoder.shape
-        f = factors.decoder.shape[1]
+        f, batch = factors.decoder.shape[1], layer.uses[0].laid_out[:-2]
         if k > 1:
             encoder, decoder = factors.encoder[0], factors.decoder.reshape(f, k * j)
         else:
@@ -146,7 +145,7 @@ class Product(Operator):
         # The families agree on sides: a weight on the right, or a table, is stored inputs first.
         is_stored_inputs_first = layer.uses[0].inputs_first
         if inputs_first != is_stored_inputs_first and site.option.lowering is not Lowering.CONV:
-            axes = len(site.batch) + 2
+            axes = len(use.laid_out)
             perm = [*range(axes - 2), axes - 1, axes - 2]
             first = fragment.add("encoder_transposed", "Transpose", [first], perm=perm)
             second = fragment.add("decoder_transposed", "Transpose", [second], perm=perm)
@@ -164,11 +163,11 @@ class Product(Operator):
         """Append the second factor."""
         fragment.add("decoder", "MatMul", pair)
 
-    def geometry(self, layer: Layer, use: Use, node: NodeProto, batch: tuple[int, ...]) -> Vectors:
+    def geometry(self, layer: Layer, use: Use, node: NodeProto) -> Vectors:
         """Rows where the weight is on the right, else columns."""
         on_left = not self.on_right(use.operand)
         flipped = self.transposes(node, self.activation(use.operand))
-        return Vectors(batch, on_left != flipped, on_left, self.scale(node))
+        return Vectors(use.laid_out[:-2], on_left != flipped, on_left, self.scale(node))
 
     def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample | None:
         """A few vectors."""

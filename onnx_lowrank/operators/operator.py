@@ -50,7 +50,6 @@ class Site:
         node: Its node.
         nodes: The nodes of all uses, in their order.
         option: The option of the factors.
-        batch: Leading axes of the weight in the model, whose product is the number of groups; () for kernels.
     """
 
     layer: Layer
@@ -58,7 +57,6 @@ class Site:
     node: NodeProto
     nodes: Sequence[NodeProto]
     option: Option
-    batch: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +246,6 @@ class Operator(ABC):
         self,
         layer: Layer,
         nodes: Sequence[NodeProto],
-        batch: tuple[int, ...],
         factors: Factors,
         lowering: Lowering,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -257,7 +254,6 @@ class Operator(ABC):
         Args:
             layer: The layer.
             nodes: The nodes of its uses.
-            batch: Leading axes of its weight in the model (their product is layer.groups).
             factors: Its factors.
             lowering: By which operators they are applied.
         """
@@ -269,7 +265,7 @@ class Operator(ABC):
     # --- its activations, and the node on its own --------------------------------------------------
 
     @abstractmethod
-    def geometry(self, layer: Layer, use: Use, node: NodeProto, batch: tuple[int, ...]) -> Geometry:
+    def geometry(self, layer: Layer, use: Use, node: NodeProto) -> Geometry:
         """Which elements of an activation meet the weight together."""
 
     @abstractmethod

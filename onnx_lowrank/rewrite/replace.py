@@ -30,7 +30,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Place, Walk, label
-from onnx_lowrank.graph.weights import dtype_of, viewed
+from onnx_lowrank.graph.weights import dtype_of
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.operators import registry
@@ -116,10 +116,8 @@ class _Writer:
         """Plan the edits for one layer."""
         binding, layer = replacement.binding, replacement.binding.layer
         nodes = [self._walk.node(Place(use.scope, use.node)) for use in layer.uses]
-        value = viewed(self._walk, self._model, binding.stored)
-        batch = value.shape[:-2] if value is not None and not layer.kernel else ()
         operator = registry.family(nodes[0])
-        arrays = operator.layout(layer, nodes, batch, replacement.factors, replacement.option.lowering)
+        arrays = operator.layout(layer, nodes, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
         encoder, decoder = (
             self.edits.keep(binding.stored.source, f"{name}_{role}", array)
@@ -128,8 +126,7 @@ class _Writer:
         new_bias = self._new_bias(replacement, nodes[0])
         self.proofs[layer.id] = replacement.option, replacement.certificate
         self.chains[layer.id] = tuple(
-            self._chain(replacement, nodes, index, batch, encoder, decoder, new_bias)
-            for index in range(len(nodes))
+            self._chain(replacement, nodes, index, encoder, decoder, new_bias) for index in range(len(nodes))
         )
 
     def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
@@ -162,7 +159,6 @@ class _Writer:
         replacement: Replacement,
         nodes: Sequence[NodeProto],
         index: int,
-        batch: tuple[int, ...],
         encoder: str,
         decoder: str,
         new_bias: str,
@@ -180,7 +176,7 @@ class _Writer:
         has_bias = operator.bias is not None and len(node.input) > operator.bias
         old_bias = node.input[operator.bias] if has_bias and operator.bias is not None else ""
         names = Operands(value, encoder, decoder, new_bias or old_bias)
-        operator.chain(fragment, Site(layer, use, node, nodes, replacement.option, batch), names)
+        operator.chain(fragment, Site(layer, use, node, nodes, replacement.option), names)
         self._splice(fragment.nodes, use, node, layer)
         self._release(layer, use)
         return tuple(node.name for node in fragment.nodes)

@@ -93,7 +93,7 @@ class Recovery:
         self._backend = backend
         self._weight, self._dtype = prepared(found, binding)
         self._bias = bias(found.model, found.walk, binding)
-        self._geometry = geometry(found.model, found.walk, binding, 0)
+        self._geometry = geometry(found.walk, binding, 0)
         self._moments = calibration.statistics[binding.layer.id]
         self._samples = calibration.samples.count
 

@@ -342,3 +342,26 @@ def test_layers_go_by_their_weight_their_module_and_their_node(pattern):
     proto.graph.initializer[0].name = proto.graph.node[0].input[1] = "fc.weight"
     assert not found(proto, exclude=[pattern]).bindings
     assert found(proto, include=[pattern]).bindings
+
+
+# --- operators of other domains ---------------------------------------------------------------------
+
+
+def foreign(body, functions="", **weights):
+    return found(model(f"g (float[3,8] x) => (float[3,8] y) {{ {body} }}", functions=functions, **weights))
+
+
+def test_an_unknown_operator_with_a_matrix_is_listed_by_domain_and_name():
+    (skipped,) = foreign("y = maker.Mystery (x, w)", w=(8, 8)).skipped
+    assert skipped.op == "Mystery"
+    assert skipped.reason == "the operator maker.Mystery is not known here: its weight stays as it is"
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 1), (1,)])
+def test_an_unknown_operator_with_a_vector_is_not(shape):
+    assert foreign("y = maker.Norm (x, w)", w=shape).skipped == ()
+
+
+def test_a_call_of_the_models_own_function_is_none():
+    text = '<domain: "local", opset_import: ["" : 17]> f (a, b) => (c) { c = Identity (a) }'
+    assert foreign("y = local.f (x, w)", text, w=(8, 8)).skipped == ()

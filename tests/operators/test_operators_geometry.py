@@ -48,7 +48,7 @@ def check(node, shape, weight, use=0):
     assert np.any(result)
     seen = found(proto)
     (binding,) = seen.bindings
-    form = geometry(seen.model, seen.walk, binding, use)
+    form = geometry(seen.walk, binding, use)
     rows, results = joined(patches(form, value)), joined(outputs(form, result))
     assert rows.dtype == results.dtype == np.float32
     assert results.size == result.size
@@ -174,7 +174,7 @@ def uses(proto, **inputs):
     """The only layer of a model, its weight, and the geometry of each of its uses."""
     seen = found(proto)
     (binding,) = seen.bindings
-    forms = [geometry(seen.model, seen.walk, binding, index) for index in range(len(binding.layer.uses))]
+    forms = [geometry(seen.walk, binding, index) for index in range(len(binding.layer.uses))]
     return binding.layer, read(seen.model, seen.walk, binding), forms
 
 
