@@ -413,3 +413,9 @@ def _assert_entries(old: Any, new: Any, field: str, name: str, gone: set[str]) -
     assert all(
         tensor.name.rstrip("_0123456789").endswith(("_encoder", "_decoder", "_bias")) for tensor in rest
     )
+
+
+def read_of(found: Found) -> np.ndarray:
+    """The canonical weight of a model's only layer."""
+    (binding,) = found.bindings
+    return read(found.model, found.walk, binding)

@@ -404,7 +404,7 @@ def _use(
     groups, f, c, *kernel = shape
     entering = shape_of(walk, shapes, walk.operand(seen.place, operator.activation(seen.operand)))
     leaving = shape_of(walk, shapes, walk.result(seen.place))
-    positions = operator.positions(node, entering, leaving, groups * (c if transposed else f))
+    positions = operator.positions(node, seen.operand, entering, leaving, groups * (c if transposed else f))
     evaluations = None
     if positions is not None:
         evaluations = Evaluations(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.graph.walk import attribute_of
 from onnx_lowrank.operators.fragment import Fragment
-from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
+from onnx_lowrank.operators.operator import Kind, Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.window import Window
 
 _SPATIAL = {"strides": 1, "dilations": 1, "pads": 2, "output_padding": 1, "output_shape": 1}
@@ -71,7 +71,7 @@ class Convolution(Operator):
         return False
 
     def positions(
-        self, node: NodeProto, entering: Shape | None, leaving: Shape | None, features: int
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
         """The batch and the spatial sizes on both sides."""
         inputs, outputs = known(entering), known(leaving)
@@ -186,7 +186,7 @@ class Conv(Convolution):
     """Conv."""
 
     types = ("Conv",)
-    product = "kernel"
+    product: ClassVar[Kind | None] = "kernel"
 
     def lowerings(
         self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import NodeProto
+from onnx.helper import make_attribute
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 
@@ -57,6 +58,10 @@ class Fragment:
             copy.input[index] = name
         self.nodes.append(copy)
         return str(copy.output[0])
+
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Add attributes to the last node."""
+        self.nodes[-1].attribute.extend(make_attribute(name, value) for name, value in attributes.items())
 
     def reshape(self, role: str, value: str, shape: Sequence[int]) -> str:
         """Append a Reshape to a constant shape (0 copies an input axis)."""

@@ -109,7 +109,7 @@ def vectors(batch: tuple[int, ...], value: NDArray[Any], columns: bool) -> Itera
     own = [axis for axis, size in enumerate(batch, len(shape) - len(batch)) if size > 1]
     rows = [axis for axis in range(len(shape)) if axis not in own]
     view = value.transpose(*rows, len(shape), *own, len(shape) + 1)
-    for part, _ in _parts(view, len(rows) + 1):
+    for part, _ in parts(view, len(rows) + 1):
         yield part.reshape(-1, prod(batch), n).astype(row_dtype(view), copy=False)
 
 
@@ -118,14 +118,14 @@ def channel_major(view: NDArray[Any], lead: int) -> Iterator[NDArray[Any]]:
 
     So every copy goes along the lines of the input, which is several times as fast as row by row.
     """
-    for part, axes in _parts(view, lead):
+    for part, axes in parts(view, lead):
         groups, *features = part.shape[axes:]
         chunk = np.empty((groups, *features, *part.shape[:axes]), row_dtype(view))
         chunk[...] = np.moveaxis(part, tuple(range(axes)), tuple(range(-axes, 0)))
         yield chunk.reshape(groups, prod(features), -1).transpose(2, 0, 1)
 
 
-def _parts(view: NDArray[Any], lead: int) -> Iterator[tuple[NDArray[Any], int]]:
+def parts(view: NDArray[Any], lead: int) -> Iterator[tuple[NDArray[Any], int]]:
     """Cut a view along its leading axes until each part takes at most `CHUNK` bytes."""
     step = CHUNK // max(1, view[:1].size * row_width(view))
     if step or lead == 1:
@@ -133,7 +133,7 @@ def _parts(view: NDArray[Any], lead: int) -> Iterator[tuple[NDArray[Any], int]]:
             yield view[start : start + max(1, step)], lead
     else:
         for entry in view:
-            yield from _parts(entry, lead - 1)
+            yield from parts(entry, lead - 1)
 
 
 def row_dtype(value: NDArray[Any]) -> type[np.floating[Any]]:

@@ -8,7 +8,6 @@ _FUSED = "it is fused for one runtime: compress the model before that optimizati
 
 LEFT_ALONE: dict[tuple[str, str], str] = {
     **dict.fromkeys((("", "LSTM"), ("", "GRU"), ("", "RNN")), _RECURRENT),
-    ("", "Einsum"): "export it as MatMul to have it decomposed",
     ("", "DeformConv"): "deformable kernels are not decomposed",
     **{("", op): _QUANTIZED for op in ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")},
     **{
@@ -16,9 +15,6 @@ LEFT_ALONE: dict[tuple[str, str], str] = {
         for op in ("QGemm", "MatMulNBits", "DynamicQuantizeMatMul", "QAttention")
     },
     **dict.fromkeys((("com.microsoft.nchwc", "Conv"), ("com.microsoft", "NhwcFusedConv")), _FUSED),
-    **{
-        ("com.microsoft", op): _FUSED
-        for op in ("FusedConv", "FusedMatMul", "FusedGemm", "Attention", "EmbedLayerNormalization")
-    },
+    ("com.microsoft", "EmbedLayerNormalization"): _FUSED,
 }
 """By domain and operator type. A family that is registered goes before its entry here."""

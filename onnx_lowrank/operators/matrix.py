@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 from onnx import NodeProto
@@ -20,7 +20,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.walk import attribute_of
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import Vectors
-from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
+from onnx_lowrank.operators.operator import Kind, Operands, Operator, Sample, Shape, Site, Timed, known
 
 _ROWS = 3
 """Vectors that a sample has."""
@@ -75,7 +75,7 @@ class Product(Operator):
         return (Lowering.NATIVE, Lowering.CONV) if is_grouped else (Lowering.NATIVE,)
 
     def positions(
-        self, node: NodeProto, entering: Shape | None, leaving: Shape | None, features: int
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
         """The number of vectors, told by the result."""
         sizes = known(leaving)
@@ -205,7 +205,7 @@ class MatMul(Product):
 
     types = ("MatMul",)
     operands = (1, 0)
-    product = "matrix"
+    product: ClassVar[Kind | None] = "matrix"
     adds_behind = True
 
     def feature_axis(self, use: Use) -> int | None:
@@ -233,7 +233,7 @@ class Gemm(Product):
 
     types = ("Gemm",)
     operands = (1, 0)
-    product = "matrix"
+    product: ClassVar[Kind | None] = "matrix"
     bias = 2
 
     def transposes(self, node: NodeProto, operand: int) -> bool:

@@ -23,6 +23,9 @@ from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import Geometry
 
+Kind = Literal["kernel", "matrix"]
+"""Kinds of linear maps: those of one kind multiply."""
+
 Shape = tuple[int | None, ...]
 """A shape whose unknown dimensions are None."""
 
@@ -99,7 +102,7 @@ class Operator(ABC):
     reads_indices: ClassVar[bool] = False
     is_linear: ClassVar[bool] = True
     transposable: ClassVar[bool] = False
-    product: ClassVar[Literal["kernel", "matrix"] | None] = None
+    product: ClassVar[Kind | None] = None
     surrounded: ClassVar[bool] = False
 
     # --- the weight -------------------------------------------------------------------------------
@@ -171,12 +174,13 @@ class Operator(ABC):
 
     @abstractmethod
     def positions(
-        self, node: NodeProto, entering: Shape | None, leaving: Shape | None, features: int
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
         """Where a node with a weight of `features` outputs is evaluated; None where that is unknown.
 
         Args:
             node: The node.
+            operand: Index of the weight.
             entering: Shape of the activation.
             leaving: Shape of the first output.
             features: Output features over all groups.

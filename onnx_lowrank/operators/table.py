@@ -54,7 +54,7 @@ class Table(Product):
         return (Lowering.NATIVE,)
 
     def positions(
-        self, node: NodeProto, entering: Shape | None, leaving: Shape | None, features: int
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
         """The number of indices."""
         sizes = known(entering)

@@ -251,7 +251,7 @@ REASONS = {
     "a batch meets a vector": ("float[8] x", "y = MatMul (x, w)", {"w": (3, 8, 9)}, "rank above 1"),
     "computed view": (X, "s = Shape (x) v = Reshape (w, s) y = MatMul (x, v)", {"w": (24,)}, "views"),
     "recurrent": ("float[3,1,8] x", "y, h = GRU <hidden_size = 4> (x, w, r)", {"w": (1, 12, 8), "r": (1, 12, 4)}, "recurrent"),
-    "fused": (X, "y = com.microsoft.FusedMatMul (x, w)", {"w": W}, "fused"),
+    "fused": (X, "y = com.microsoft.EmbedLayerNormalization (x, w)", {"w": W}, "fused"),
     "several casts": (X, "u = Cast <to = 10> (w) v = Cast <to = 1> (u) y = MatMul (x, v)", {"w": W}, "several Casts"),
     "integer operator": ("int8[3,8] x", "y = MatMulInteger (x, w)", {"w": np.ones(W, np.int8)}, "before quantizing"),
 }  # fmt: skip
@@ -352,14 +352,14 @@ def foreign(body, functions="", **weights):
 
 
 def test_an_unknown_operator_with_a_matrix_is_listed_by_domain_and_name():
-    (skipped,) = foreign("y = maker.Mystery (x, w)", w=(8, 8)).skipped
+    (skipped,) = foreign("y = local.Mystery (x, w)", w=(8, 8)).skipped
     assert skipped.op == "Mystery"
-    assert skipped.reason == "the operator maker.Mystery is not known here: its weight stays as it is"
+    assert skipped.reason == "the operator local.Mystery is not known here: its weight stays as it is"
 
 
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 1), (1,)])
 def test_an_unknown_operator_with_a_vector_is_not(shape):
-    assert foreign("y = maker.Norm (x, w)", w=shape).skipped == ()
+    assert foreign("y = local.Norm (x, w)", w=shape).skipped == ()
 
 
 def test_a_call_of_the_models_own_function_is_none():
