@@ -1,0 +1,176 @@
+"""FusedMatMul, FusedGemm and FusedConv, into which ONNX Runtime's optimizer fuses what stands around.
+
+Their chains begin with the plain operator and end with the fused one, which keeps the scale and the
+activation function. Shape inference does not know these operators, so they find their positions themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from onnx_lowrank.core.layer import Positions, Use
+from onnx_lowrank.core.option import Lowering
+from onnx_lowrank.graph.walk import attribute_of
+from onnx_lowrank.operators.convolution import Conv, spatial
+from onnx_lowrank.operators.fragment import Fragment
+from onnx_lowrank.operators.matrix import Gemm, MatMul
+from onnx_lowrank.operators.operator import Operands, Shape, Site, known
+from onnx_lowrank.operators.window import Window
+
+_DOMAIN = "com.microsoft"
+
+
+def _without(node: NodeProto, *names: str) -> NodeProto:
+    """A copy of a node without some attributes."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    kept = [attribute for attribute in node.attribute if attribute.name not in names]
+    del copy.attribute[:]
+    copy.attribute.extend(kept)
+    return copy
+
+
+class FusedMatMul(MatMul):
+    """MatMul with a scale (alpha) and transposed operands."""
+
+    domain = _DOMAIN
+    types = ("FusedMatMul",)
+    product = None
+
+    def transposes(self, node: NodeProto, operand: int) -> bool:
+        """As its transA and transB say."""
+        return bool(attribute_of(node, "transB" if operand else "transA", 0))
+
+    def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
+        """One matrix with its outputs first."""
+        if weight.ndim > 2 or attribute_of(node, "transBatchA", 0) or attribute_of(node, "transBatchB", 0):
+            return "it multiplies a batch of matrices: compress the model before that optimization"
+        return super().canonical(node, operand, weight)
+
+    def rank(self, entering: Shape | None) -> int | None:
+        """Number of axes of the activation."""
+        return None if entering is None else len(entering)
+
+    def can_slice(self, use: Use, laid_out: Sequence[int], opset: int) -> bool:
+        """Its chain keeps one slice."""
+        return False
+
+    def positions(
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
+    ) -> Positions | None:
+        """The number of vectors, told by the activation where the result's shape is unknown."""
+        if (found := super().positions(node, operand, entering, leaving, features)) is not None:
+            return found
+        return _rows(self, node, operand, entering)
+
+    def scale(self, node: NodeProto) -> float:
+        """Its alpha."""
+        return float(attribute_of(node, "alpha", 1.0))
+
+    def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
+        """Both factors are FusedMatMul: the first transposes the activation, the second scales."""
+        operand, node = site.use.operand, site.node
+        first, second = self.stored_factors(fragment, site, names)
+        # The factors are stored as a plain MatMul reads them, so nothing transposes them.
+        own = "transB" if operand else "transA"
+        other = "transA" if operand else "transB"
+        hidden = fragment.copy(
+            "encoder", _without(node, own, "alpha"), {1 - operand: names.value, operand: first}
+        )
+        fragment.copy("decoder", _without(node, own, other), {1 - operand: hidden, operand: second})
+
+
+class FusedGemm(Gemm):
+    """Gemm with an activation function behind it."""
+
+    domain = _DOMAIN
+    types = ("FusedGemm",)
+    product = None
+    is_linear = False
+
+    def folds_batchnorm(self, operand: int, opset: int) -> bool:
+        """Its activation function stands between."""
+        return False
+
+    def positions(
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
+    ) -> Positions | None:
+        """The number of vectors, told by the activation where the result's shape is unknown."""
+        if (found := super().positions(node, operand, entering, leaving, features)) is not None:
+            return found
+        return _rows(self, node, operand, entering)
+
+    def _last(self, fragment: Fragment, site: Site, pair: list[str], bias: str) -> None:
+        node = site.node
+        dropped = ("transA", "transB", *(["beta"] if bias and bias not in node.input else []))
+        inputs = dict(enumerate(pair)) | ({2: bias} if bias else {})
+        fragment.copy("decoder", _without(node, *dropped), inputs)
+
+
+class FusedConv(Conv):
+    """Conv with an addend (its operand Z) and an activation function behind it."""
+
+    domain = _DOMAIN
+    types = ("FusedConv",)
+    product = None
+    is_linear = False
+
+    def folds_batchnorm(self, operand: int, opset: int) -> bool:
+        """Its activation function stands between."""
+        return False
+
+    def is_pointwise(self, node: NodeProto, kernel: Sequence[int]) -> bool:
+        """It does more than map positions."""
+        return False
+
+    def lowerings(
+        self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
+    ) -> tuple[Lowering, ...]:
+        """There is one way."""
+        return (Lowering.NATIVE,)
+
+    def positions(
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
+    ) -> Positions | None:
+        """Where the kernel stands, told by the image where the result's shape is unknown."""
+        if (found := super().positions(node, operand, entering, leaving, features)) is not None:
+            return found
+        image, kernel = known(entering), spatial(node, "kernel_shape")
+        if image is None or len(image) != 2 + len(kernel):
+            return None
+        n = len(kernel)
+        window = Window(
+            groups=1,
+            kernel=tuple(kernel),
+            strides=tuple(spatial(node, "strides") or [1] * n),
+            dilations=tuple(spatial(node, "dilations") or [1] * n),
+            pads=tuple(spatial(node, "pads") or [0] * 2 * n),
+            auto_pad=attribute_of(node, "auto_pad", "NOTSET"),
+            transposed=False,
+            output_padding=(0,) * n,
+            output_shape=(),
+        )
+        return Positions(image[0], image[2:], tuple(count for _, count in window.spans(image[2:])))
+
+    def _last(
+        self, fragment: Fragment, site: Site, op: str, inputs: list[str], geometry: dict[str, Any]
+    ) -> None:
+        """A Conv without a kernel of its own along the axes of the first factor, with all that is fused."""
+        shaped = ("kernel_shape", "strides", "dilations", "pads", "auto_pad", "group")
+        fragment.copy("decoder", _without(site.node, *shaped), dict(enumerate(inputs)))
+        fragment.set_attributes(geometry)
+
+
+def _rows(operator: MatMul | Gemm, node: NodeProto, operand: int, entering: Shape | None) -> Positions | None:
+    """The number of vectors in an activation, which a matrix multiplies."""
+    shape = known(entering)
+    if shape is None:
+        return None
+    activation = operator.activation(operand)
+    are_rows = len(shape) == 1 or operator.on_right(operand) != operator.transposes(node, activation)
+    return Positions(prod(shape) // max(1, shape[-1 if are_rows else -2]))
