@@ -1,0 +1,89 @@
+"""com.microsoft Attention: three projections with one weight, then attention itself.
+
+Its weight is (c, q + k + v). The chain is one encoder (c, j), which all three share, and Attention
+with the narrower weight (j, q + k + v): the operator takes an input that is not as wide as its heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from onnx_lowrank.core.factors import Factors
+from onnx_lowrank.core.layer import Layer, Positions, Use
+from onnx_lowrank.core.option import Fold, Lowering
+from onnx_lowrank.operators.fragment import Fragment
+from onnx_lowrank.operators.geometry import Vectors
+from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
+
+_TOKENS = 3
+"""Tokens of a sample."""
+
+
+class Attention(Operator):
+    """Attention of ONNX Runtime's transformer optimizer."""
+
+    domain = "com.microsoft"
+    types = ("Attention",)
+    bias = 2
+    is_linear = False
+
+    def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
+        """One matrix with its outputs first."""
+        if weight.ndim != 2:
+            return "its weight is no matrix: repair the export"
+        return weight.T[None]
+
+    def laid_out(
+        self, node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]
+    ) -> NDArray[Any]:
+        """The matrix with its inputs first."""
+        return canonical.swapaxes(1, 2).reshape(shape)
+
+    def positions(
+        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
+    ) -> Positions | None:
+        """The batch and the number of tokens."""
+        shape = known(entering)
+        return None if shape is None or len(shape) != 3 else Positions(shape[0], shape[1:2], shape[1:2])
+
+    def dense_evaluations(self, node: NodeProto, positions: Positions) -> int:
+        """Once per token."""
+        return positions.batch * (positions.inputs[0] if positions.inputs else 1)
+
+    def factor_evaluations(
+        self, node: NodeProto, positions: Positions, kernel: tuple[int, ...], fold: Fold, *, transposed: bool
+    ) -> tuple[int, int]:
+        """Once per token."""
+        tokens = self.dense_evaluations(node, positions)
+        return tokens, tokens
+
+    def layout(
+        self, layer: Layer, nodes: Sequence[NodeProto], factors: Factors, lowering: Lowering
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Matrices with the inputs first."""
+        return factors.encoder[0, 0].T, factors.decoder[0, :, 0].T
+
+    def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
+        """MatMul, then Attention with the narrower weight."""
+        hidden = fragment.add("encoder", "MatMul", [names.value, names.encoder])
+        inputs = {0: hidden, 1: names.decoder} | ({2: names.bias} if names.bias else {})
+        fragment.copy("decoder", site.node, inputs)
+
+    def geometry(self, layer: Layer, use: Use, node: NodeProto) -> Vectors:
+        """The tokens."""
+        return Vectors()
+
+    def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample | None:
+        """A few tokens; a mask or a past that is computed makes the node one that does not run alone."""
+        return None if any(node.input[3:]) else Sample(0, (1, _TOKENS, layer.c))
+
+    def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
+        """As many tokens as in the model; a mask costs next to nothing, a past would change the shapes."""
+        if use.positions is None or (len(node.input) > 4 and node.input[4]):
+            return None
+        shape = (use.positions.batch, *use.positions.inputs, layer.c)
+        return Timed(shape, use.laid_out, {2: (layer.f,)} if len(node.input) > 2 and node.input[2] else {})
