@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator
+from itertools import zip_longest
 from math import prod
 from typing import Any, cast
 
@@ -18,13 +19,17 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
 from onnx.reference import ReferenceEvaluator
 
+from onnx_lowrank.graph.walk import attribute_of
+
 # fmt: off
-_OPERATORS = frozenset({
-    "Abs", "Add", "And", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal",
-    "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min",
-    "Mod", "Mul", "Neg", "Not", "Or", "ReduceProd", "Reshape", "Slice", "Squeeze",
-    "Sub", "Transpose", "Unsqueeze", "Where",
+_GROWING = frozenset({  # their results can be larger than their first operand
+    "Add", "And", "Concat", "ConstantOfShape", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual",
+    "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Or", "ReduceProd", "Sub", "Where",
 })
+_OPERATORS = _GROWING | {
+    "Abs", "Cast", "Ceil", "Floor", "Identity", "Neg", "Not", "Reshape", "Slice", "Squeeze",
+    "Transpose", "Unsqueeze",
+}
 # fmt: on
 _LARGEST = 1024  # elements; shapes and pads have a few
 _MOST = 1 << 22  # elements of all tensors that are put in
@@ -202,6 +207,27 @@ def _is_small(tensor: TensorProto) -> bool:
     return bool(has_contents) and plain and prod(tensor.dims) <= _LARGEST
 
 
+def _most_elements(node: NodeProto, operands: list[NDArray[Any]]) -> int:
+    """A bound on the elements that an operator of _GROWING computes, those of partial results included."""
+    shapes: list[tuple[int, ...]] = [operand.shape for operand in operands]
+    match node.op_type:
+        case "ConstantOfShape":
+            return int(prod(operands[0].tolist()))
+        case "Concat":
+            return sum(map(prod, shapes))
+        case "Gather":
+            others = list(shapes[0])
+            del others[attribute_of(node, "axis", 0)]
+            return prod(shapes[1]) * prod(others)
+        case "ReduceProd":
+            # Not the operand's size: along an empty axis an operand without elements has products.
+            return prod(max(n, 1) for n in shapes[0])
+        case _:
+            axes = zip_longest(*map(reversed, shapes), fillvalue=1)
+            # Not the result's size: Max of three computes that of two, and only the third may be empty.
+            return prod(max(1, *sizes) for sizes in axes)
+
+
 def _result(proto: ModelProto, node: NodeProto, values: _Values, shapes: _Shapes) -> NDArray[Any] | None:
     """What a node computes, where that is a small tensor that is known already."""
     names: list[str] = [name for name in node.input if name]
@@ -215,7 +241,7 @@ def _result(proto: ModelProto, node: NodeProto, values: _Values, shapes: _Shapes
     known = {name: value for name in names if (value := values.get(name)) is not None}
     if node.op_type not in _OPERATORS or any(name not in known for name in names):
         return None
-    if node.op_type == "ConstantOfShape" and np.prod(known[names[0]].astype(float)) > _LARGEST:
+    if node.op_type in _GROWING and _most_elements(node, [known[name] for name in names]) > _LARGEST:
         return None
     entries = [
         make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import onnx
 import pytest
 from onnx.parser import parse_model
@@ -98,6 +100,65 @@ def test_nothing_large_is_made(monkeypatch):
     )
     assert shape_of(infer_shapes(proto)) == [3]
     assert [model.graph.node[0].output[0] for model in made] == ["d"]
+
+
+GROWING = {
+    "Max of three": (
+        "int64[3] p = {150, 1, 1}, int64[3] q = {1, 150, 1}, int64[3] r = {1, 1, 150}",
+        "a = ConstantOfShape (p) b = ConstantOfShape (q) c = ConstantOfShape (r) g = Max (a, b, c)",
+    ),
+    "Max whose last operand is empty": (
+        "int64[3] p = {1000, 1, 1}, int64[3] q = {1, 1000, 1}, int64[3] r = {1, 1, 0}",
+        "a = ConstantOfShape (p) b = ConstantOfShape (q) c = ConstantOfShape (r) g = Max (a, b, c)",
+    ),
+    "Where": (
+        "int64[3] p = {150, 1, 1}, int64[3] q = {1, 150, 1}, int64[3] r = {1, 1, 150}",
+        "a = ConstantOfShape (p) b = ConstantOfShape (q) c = ConstantOfShape (r) d = Cast <to = 9> (a) g = Where (d, b, c)",
+    ),
+    "Add of operands of different rank": (
+        "int64[2] p = {1000, 1}, int64[1] q = {1000}",
+        "a = ConstantOfShape (p) b = ConstantOfShape (q) g = Add (a, b)",
+    ),
+    "Gather": (
+        "int64[2] p = {1, 1000}, int64[1] q = {1000}",
+        "a = ConstantOfShape (p) i = ConstantOfShape <value = int64[1] {0}> (q) g = Gather (a, i)",
+    ),
+    "Gather along the last axis": (
+        "int64[2] p = {1000, 1}, int64[1] q = {1000}",
+        "a = ConstantOfShape (p) i = ConstantOfShape <value = int64[1] {0}> (q) g = Gather <axis = -1> (a, i)",
+    ),
+    "Concat": (
+        "int64[1] p = {1000}",
+        f"a = ConstantOfShape (p) g = Concat <axis = 0> ({', '.join(['a'] * 1000)})",
+    ),
+    "ReduceProd over an empty axis": (
+        "int64[2] p = {0, 1000000}",
+        "a = ConstantOfShape (p) g = ReduceProd <axes = [0]> (a)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_nothing_larger_than_a_shape_is_computed(name):
+    weights, nodes = GROWING[name]
+    proto = parsed("float[1] x", weights, f"{nodes} y = Neg (g)")
+    tracemalloc.start()
+    try:
+        inferred = infer_shapes(proto)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert inferred.graph.node[-2].op_type == proto.graph.node[-2].op_type
+
+
+def test_small_results_of_operators_that_can_grow_are_computed():
+    proto = parsed(
+        "float[32,32] x",
+        "int64[2] p = {32, 1}, int64[1] q = {32}",
+        "a = ConstantOfShape (p) i = ConstantOfShape <value = int64[1] {0}> (q) b = Gather <axis = 1> (a, i) "
+        "c = Max (a, b, b) d = Add (c, a) y = Add (x, d)",
+    )
+    assert [node.op_type for node in infer_shapes(proto).graph.node] == ["Constant"] * 5 + ["Add"]
 
 
 def test_what_the_reference_cannot_compute_stays_unknown(monkeypatch):
