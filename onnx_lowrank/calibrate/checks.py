@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.engines.inputs import Spec, shape_text
+from onnx_lowrank.engines.inputs import Spec, same_bits, shape_text
 from onnx_lowrank.engines.inputs import fits as fits_shape
 from onnx_lowrank.errors import InputError
 
@@ -40,7 +40,7 @@ def check_dtype(spec: Spec, given: np.dtype[Any], where: str) -> None:
         InputError: Neither equal, nor floats for floats, integers or booleans for integers, or strings.
     """
     wanted = np.dtype(spec.dtype)
-    if wanted == given or _same_bits(wanted, given):
+    if wanted == given or same_bits(wanted, given):
         return
     if (_is_float(wanted) and given.kind == "f") or (wanted.kind in "iu" and given.kind in "iub"):
         return
@@ -96,7 +96,7 @@ def cast(
         InputError: A value is NaN or Inf, or lies outside the input's integer type.
     """
     wanted = np.dtype(spec.dtype)
-    if _same_bits(wanted, values.dtype):
+    if same_bits(wanted, values.dtype):
         values = values.view(wanted)
     if wanted.kind == "O" and values.dtype.kind == "O" and not all(isinstance(v, str) for v in values.flat):
         raise InputError(f"{where}: the input {spec.name!r} has an element that is no string: give strings.")
@@ -151,13 +151,6 @@ def narrowed(spec: Spec, given: np.dtype[Any]) -> str | None:
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
-
-
-def _same_bits(wanted: np.dtype[Any], given: np.dtype[Any]) -> bool:
-    """.npy files keep the bits of bfloat16, not its name."""
-    return (
-        given.kind == "V" and given.names is None and wanted.kind == "V" and wanted.itemsize == given.itemsize
-    )
 
 
 class Variation:

@@ -14,13 +14,14 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import ArrayLike, NDArray
 
-from onnx_lowrank.calibrate import stored
 from onnx_lowrank.calibrate.feeds import Feeds, as_array, drawn, folder
 from onnx_lowrank.calibrate.shares import Batch, counted
-from onnx_lowrank.calibrate.stored import Column, InMemory, Spool
+from onnx_lowrank.calibrate.spool import Spool
 from onnx_lowrank.calibrate.table import Table, table
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files import arrays
+from onnx_lowrank.files.arrays import Column, InMemory
 
 FEW = 32
 """With fewer samples than this, a warning says that estimates are weak."""
@@ -149,7 +150,7 @@ def _opened(
 def _file(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Table:
     if not path.is_file():
         raise InputError(f"{_OWN} {path} does not exist: pass an .npz or .npy file, or a folder.")
-    found = stored.load(path)
+    found = arrays.load(path)
     columns = found if isinstance(found, dict) else _only(found, wanted, str(path))
     return table(columns, wanted, most, str(path))
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate import checks, stored
+from onnx_lowrank.calibrate import checks
 from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
-from onnx_lowrank.calibrate.stored import Spool
+from onnx_lowrank.calibrate.spool import Spool
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files import arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spo
                 f"{where} is of the type {type(given).__name__}: give a dict of arrays named like the inputs."
             )
         feed = {name: as_array(value, f"{where}: the input {name!r}") for name, value in given.items()}
-        stored.bounded(sum(array.nbytes for array in feed.values()), where)
+        arrays.bounded(sum(array.nbytes for array in feed.values()), where)
         left = None if most is None else most - inspection.samples
         spool.append(inspection.see(feed, where, left), where)
         if inspection.samples == most:
@@ -246,15 +246,13 @@ def _read_test_set(path: Path, wanted: tuple[Spec, ...]) -> dict[str, NDArray[An
             f"{path} {'has' if odd in found else 'lacks'} {odd}, but the model has {len(wanted)} inputs: "
             "give one file input_N.pb for each, N from 0."
         )
-    stored.bounded(sum((path / name).stat().st_size for name in needed), str(path))
-    return {spec.name: stored.tensor(path / name) for spec, name in zip(wanted, needed, strict=True)}
+    arrays.bounded(sum((path / name).stat().st_size for name in needed), str(path))
+    return {spec.name: arrays.tensor(path / name) for spec, name in zip(wanted, needed, strict=True)}
 
 
 def _read_archive(path: Path, wanted: tuple[Spec, ...]) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file."""
-    arrays = stored.load(path)
-    if not isinstance(arrays, dict):
-        raise InputError(f"{path} is no .npz archive but an .npy array: write it with numpy.savez.")
-    checks.check_names(arrays, wanted, str(path))
-    stored.bounded(sum(prod(a.shape) * a.dtype.itemsize for a in arrays.values()), str(path))
-    return {name: array.read() for name, array in arrays.items()}
+    found = arrays.archive(path)
+    checks.check_names(found, wanted, str(path))
+    arrays.bounded(sum(array.nbytes for array in found.values()), str(path))
+    return {name: array.read() for name, array in found.items()}

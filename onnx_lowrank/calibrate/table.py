@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate import checks
 from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
-from onnx_lowrank.calibrate.stored import Column, bounded
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.arrays import Column, bounded
 
 _CHECKED_BYTES = 2**25
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,8 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from onnx_lowrank.engines.engine import Feed, UnsupportedError
 from onnx_lowrank.engines.id_limits import id_limits
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files import arrays
+from onnx_lowrank.files.arrays import Stored
 
 _MAX_BYTES = 2**30
 _SAMPLE_RATES = ("sr", "sample_rate", "sampling_rate")
@@ -64,21 +63,18 @@ def read(source: str | Path | Mapping[str, Any], wanted: tuple[Spec, ...]) -> Fe
     """Inputs from an .npz file or a mapping, each checked against the model.
 
     Raises:
-        InputError: The file is no .npz, or a name, dtype or shape is not what the model takes.
+        InputError: The file is no .npz, a name, dtype or shape is not what the model takes, or the arrays in
+            the file are larger than 1 GiB.
     """
-    arrays = (
-        {name: _array_of(name, array) for name, array in source.items()}
-        if isinstance(source, Mapping)
-        else _load(Path(source))
-    )
-    names = [spec.name for spec in wanted]
-    for name in arrays:
-        if name not in names:
-            raise InputError(f"The model has no input {name!r}: its inputs are {', '.join(names)}.")
-    for name in names:
-        if name not in arrays:
-            raise InputError(f"The inputs lack {name!r}: give an array for each of {', '.join(names)}.")
-    return {spec.name: _fitting(spec, arrays[spec.name]) for spec in wanted}
+    if isinstance(source, Mapping):
+        given = {name: _array_of(name, array) for name, array in source.items()}
+        _check(given, wanted)
+    else:
+        stored = arrays.archive(Path(source), "The inputs")
+        _check(stored, wanted)
+        arrays.bounded(sum(array.nbytes for array in stored.values()), f"The inputs {source}")
+        given = {name: array.read() for name, array in stored.items()}
+    return {spec.name: _as_input(spec, given[spec.name]) for spec in wanted}
 
 
 def make(
@@ -142,30 +138,6 @@ def _spec(value: ValueInfoProto) -> Spec:
     return Spec(value.name, dtype, shape)
 
 
-def _load(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"The file {path} is not an .npz archive: write it with numpy.savez.")
-            return dict(archive.items())
-    except OSError as error:
-        raise InputError(f"The inputs {path} cannot be read: {error.strerror or error}.") from error
-    except (
-        ValueError,
-        EOFError,
-        AttributeError,
-        TypeError,
-        RuntimeError,  # an encrypted member
-        SyntaxError,  # a header that is no Python literal
-        TokenError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise InputError(
-            f"The file {path} is not an .npz archive of plain arrays: write it with numpy.savez."
-        ) from error
-
-
 def _array_of(name: str, value: Any) -> NDArray[Any]:
     try:
         return np.asarray(value)
@@ -173,16 +145,23 @@ def _array_of(name: str, value: Any) -> NDArray[Any]:
         raise InputError(f"The input {name!r} is no array ({error}): give one.") from error
 
 
-def _fitting(spec: Spec, array: NDArray[Any]) -> NDArray[Any]:
-    """The array, if it has the dtype and shape of an input."""
+def _check(given: Mapping[str, NDArray[Any] | Stored], wanted: tuple[Spec, ...]) -> None:
+    """Compare names, dtypes and shapes with the model's inputs; data in a file is not read for it."""
+    names = [spec.name for spec in wanted]
+    for name in given:
+        if name not in names:
+            raise InputError(f"The model has no input {name!r}: its inputs are {', '.join(names)}.")
+    for spec in wanted:
+        if spec.name not in given:
+            raise InputError(f"The inputs lack {spec.name!r}: give an array for each of {', '.join(names)}.")
+        _check_one(spec, given[spec.name])
+
+
+def _check_one(spec: Spec, array: NDArray[Any] | Stored) -> None:
     dtype = spec.dtype
     if dtype is None:
         raise InputError(f"The input {spec.name!r} is no tensor: leave --inputs out.")
-    if dtype.kind == "O" and array.dtype.kind in "US":
-        return array.astype(object)
-    if array.dtype.kind == "V" and dtype.kind == "V" and array.dtype.itemsize == dtype.itemsize:
-        array = array.view(dtype)  # .npz files keep the bits of bfloat16, not its name.
-    if array.dtype != dtype:
+    if not (array.dtype == dtype or _is_text(dtype, array.dtype) or same_bits(dtype, array.dtype)):
         raise InputError(
             f"The input {spec.name!r} is {dtype.name} in the model, but {array.dtype.name} was "
             "given: convert it."
@@ -192,7 +171,25 @@ def _fitting(spec: Spec, array: NDArray[Any]) -> NDArray[Any]:
             f"The input {spec.name!r} has the shape {shape_text(spec.shape)} in the model, "
             f"but {shape_text(array.shape)} was given: reshape it."
         )
-    return array
+
+
+def _as_input(spec: Spec, array: NDArray[Any]) -> NDArray[Any]:
+    """An array that was checked, in the input's own dtype."""
+    dtype = np.dtype(spec.dtype)
+    if _is_text(dtype, array.dtype):
+        return array.astype(object)
+    return array if array.dtype == dtype else array.view(dtype)
+
+
+def _is_text(wanted: np.dtype[Any], given: np.dtype[Any]) -> bool:
+    return wanted.kind == "O" and given.kind in "US"
+
+
+def same_bits(wanted: np.dtype[Any], given: np.dtype[Any]) -> bool:
+    """Whether one dtype is the other without its name: .npy files keep the bits of bfloat16, not its name."""
+    return (
+        given.kind == "V" and given.names is None and wanted.kind == "V" and wanted.itemsize == given.itemsize
+    )
 
 
 def fits(shape: tuple[int, ...], wanted: tuple[int | str | None, ...]) -> bool:

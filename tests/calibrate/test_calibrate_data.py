@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from onnx_lowrank.calibrate import data, stored
+from onnx_lowrank.calibrate import data, spool
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
 
@@ -421,7 +421,7 @@ class TestFeeds:
         assert peak < 10e6
 
 
-class _Closing(stored.Spool):
+class _Closing(spool.Spool):
     def __init__(self, names, closed):
         super().__init__(names)
         self.closed = closed
@@ -773,7 +773,7 @@ class TestBadSources:
 
     @pytest.mark.parametrize("feeds", [False, True])
     def test_large_samples_are_refused(self, tmp_path, monkeypatch, feeds):
-        monkeypatch.setattr(stored, "MAX_BYTES", 1000)
+        monkeypatch.setattr("onnx_lowrank.files.arrays.MAX_BYTES", 1000)
         np.savez_compressed(tmp_path / "x.npz", x=np.zeros((5, 300), np.float32))
         with pytest.raises(
             InputError, match=r"takes .* GiB, more than .* GiB: give smaller samples, or fewer"

@@ -1,23 +1,22 @@
-"""Arrays in files (.npy, .npz, .pb), and feeds spooled to disk: what calibration data is read from.
+"""Arrays in files (.npy, .npz, .pb): calibration data, and the inputs to compare models on.
 
-The files are untrusted: nothing is unpickled, and what is read at once is bounded by `MAX_BYTES`.
+The files are untrusted: nothing is unpickled. Headers are read first and their data only where it is asked
+for, so that names, dtypes, shapes and sizes can be checked before; see `bounded`.
 """
 
 from __future__ import annotations
 
-import lzma
-import shutil
-import tempfile
+import io
+import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -30,7 +29,7 @@ from onnx_lowrank.files import tensors
 MAX_BYTES = 2**30
 """What one sample, or one feed, may take in memory."""
 
-_SPARE_BYTES = 2**26
+_HEADER_BYTES = 2**14  # NumPy refuses longer headers, yet not before it has read all that they announce
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _DAMAGE = (
     ValueError,
@@ -40,7 +39,6 @@ _DAMAGE = (
     RuntimeError,  # NotImplementedError and RecursionError included
     zipfile.BadZipFile,
     zlib.error,
-    lzma.LZMAError,
     SyntaxError,  # both from NumPy's second look at a header that is no literal
     tokenize.TokenError,
 )
@@ -77,13 +75,14 @@ class InMemory:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A C-ordered array in an .npy file or in a member of an .npz archive.
+    """An array in an .npy file or in a member of an .npz archive.
 
     Attributes:
         path: The file.
         member: The archive's member; None where the file is the array.
         shape: The array's shape.
         dtype: Its dtype.
+        is_transposed: Whether its elements lie in Fortran order, so that its rows do not lie together.
         offset: Number of bytes in front of its first element.
     """
 
@@ -91,19 +90,30 @@ class Stored:
     member: str | None
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    is_transposed: bool
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * self.dtype.itemsize
 
     @contextmanager
     def reader(self) -> Iterator[Take]:
         """Open the file; gives what reads rows, in one pass and only those asked for.
 
         Raises:
-            InputError: The file cannot be read, here or when rows are taken.
+            InputError: The file cannot be read, here or when rows are taken, or the order is Fortran's.
         """
+        if self.is_transposed:
+            raise InputError(
+                f"{_label(self.path, self.member)} is in Fortran order, whose samples do not lie together: "
+                "save numpy.ascontiguousarray of it."
+            )
         with _opened(self.path, self.member) as stream:
 
             def take(rows: NDArray[np.intp]) -> NDArray[Any]:
-                out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+                out = self._empty((len(rows), *self.shape[1:]))
                 starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
                 for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
                     self._fill(stream, int(rows[start]), out[start:stop])
@@ -112,15 +122,20 @@ class Stored:
             yield take
 
     def read(self) -> NDArray[Any]:
-        """All of it.
+        """All of it, in C order.
 
         Raises:
             InputError: The file cannot be read.
         """
-        out = np.empty(self.shape, self.dtype)
+        out = self._empty(self.shape[::-1] if self.is_transposed else self.shape)
         with _opened(self.path, self.member) as stream:
             self._fill(stream, 0, out)
-        return out
+        return np.ascontiguousarray(out.T) if self.is_transposed else out
+
+    def _empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        # A shape with a 0 takes no bytes, and may still be one that no array can have.
+        with _readable(self.path):
+            return np.empty(shape, self.dtype)
 
     def _fill(self, stream: IO[bytes], first: int, out: NDArray[Any]) -> None:
         """Read consecutive rows, from number `first` on, into an array of theirs."""
@@ -135,6 +150,10 @@ class Stored:
                     raise EOFError
                 data[done : done + len(part)] = part
                 done += len(part)
+            if self.dtype.kind == "U" and out.size:
+                codes = out.reshape(-1).view(np.dtype(np.uint32).newbyteorder(self.dtype.byteorder))
+                if codes.max() > sys.maxunicode:
+                    raise ValueError
 
 
 Column = InMemory | Stored
@@ -144,7 +163,7 @@ def load(path: Path) -> Stored | dict[str, Stored]:
     """The array in an .npy file, or those in an .npz archive by name; only headers are read.
 
     Raises:
-        InputError: The file is neither, is damaged, or holds an array that cannot be read by rows.
+        InputError: The file is neither, is damaged, or holds an array that is not read.
     """
     with _opened(path, None) as stream:
         with _readable(path):
@@ -152,61 +171,94 @@ def load(path: Path) -> Stored | dict[str, Stored]:
         if magic == np.lib.format.MAGIC_PREFIX:
             stream.seek(0)
             return _header(stream, path, None, path.stat().st_size)
-    with _readable(path), zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+        return _members(stream, path)
+
+
+def archive(path: Path, what: str = "") -> dict[str, Stored]:
+    """The arrays in an .npz archive by name; only headers are read.
+
+    Args:
+        path: The file.
+        what: What to call it in errors, in front of its path.
+
+    Raises:
+        InputError: The file is no archive, is damaged, or holds an array that is not read.
+    """
+    label = f"{what} {path}".lstrip()
+    with _opened(path, None, label) as stream:
+        with _readable(label):
+            is_archive = zipfile.is_zipfile(stream)
+        if not is_archive:
+            raise InputError(f"{label} is not an .npz archive: write it with numpy.savez.")
+        return _members(stream, path)
+
+
+def _members(stream: IO[bytes], path: Path) -> dict[str, Stored]:
+    """The arrays in an open archive."""
     found = {}
-    for member, info in members.items():
-        with _opened(path, member) as stream:
-            found[member.removesuffix(".npy")] = _header(stream, path, member, info.file_size)
+    with _readable(path), zipfile.ZipFile(stream) as archive:
+        for member in archive.namelist():
+            with _member(archive, member) as part:
+                size = archive.getinfo(member).file_size
+                found[member.removesuffix(".npy")] = _header(part, path, member, size)
     return found
 
 
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    # Python bounds what it decompresses at once of these two only; NumPy writes no others.
+    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError
+    return archive.open(name)
+
+
 def _header(stream: IO[bytes], path: Path, member: str | None, size: int) -> Stored:
-    label = f"{path}: the array {member.removesuffix('.npy')!r}" if member else f"{path}: the array"
+    label = _label(path, member)
     with _readable(path):
-        version = np.lib.format.read_magic(stream)
+        head = io.BytesIO(stream.read(_HEADER_BYTES))
+        version = np.lib.format.read_magic(head)
         if version not in _HEADERS:
             raise ValueError(version)
-        shape, fortran, dtype = _HEADERS[version](stream)
-        offset = stream.tell()
+        try:
+            shape, fortran, dtype = _HEADERS[version](head)
+        except MemoryError as error:  # Python's parser, of nesting; it is in reach of a header's length
+            raise ValueError from error
     if dtype.hasobject:
         raise InputError(f"{label} holds pickled objects, which are not read: save an array of numbers.")
-    if fortran and len(shape) > 1:
-        raise InputError(
-            f"{label} is in Fortran order, whose samples do not lie together: "
-            "save numpy.ascontiguousarray of it."
-        )
-    if any(n < 0 for n in shape) or offset + prod(shape) * dtype.itemsize > size:
+    if any(n < 0 for n in shape) or head.tell() + prod(shape) * dtype.itemsize > size:
         raise InputError(
             f"{label} of the shape {list(shape)} does not fit into its {size} bytes: "
             "the file is damaged, write it again."
         )
-    return Stored(path, member, shape, dtype, offset)
+    return Stored(path, member, shape, dtype, bool(fortran) and len(shape) > 1, head.tell())
+
+
+def _label(path: Path, member: str | None) -> str:
+    return f"{path}: the array {member.removesuffix('.npy')!r}" if member else f"{path}: the array"
 
 
 @contextmanager
-def _opened(path: Path, member: str | None) -> Iterator[IO[bytes]]:
-    with _readable(path):
+def _opened(path: Path, member: str | None, label: str = "") -> Iterator[IO[bytes]]:
+    with _readable(label or path):
         stream: IO[bytes]
         if member is None:
             stream = path.open("rb")
         else:
             with zipfile.ZipFile(path) as archive:  # the member keeps the file open
-                stream = archive.open(member)
+                stream = _member(archive, member)
     with stream:
         yield stream
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(label: str | Path) -> Iterator[None]:
     """Turn what goes wrong on reading an .npy or .npz file into the error that says so."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}): check the file.") from error
+        raise InputError(f"{label} cannot be read ({error.strerror or error}): check the file.") from error
     except _DAMAGE as error:
         raise InputError(
-            f"{path} is damaged, or neither an .npz archive nor an .npy array: write it with numpy.savez."
+            f"{label} is damaged, or neither an .npz archive nor an .npy array: write it with numpy.savez."
         ) from error
 
 
@@ -242,59 +294,3 @@ def bounded(size: int, what: str) -> None:
             f"{what} takes {size / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB: "
             "give smaller samples, or fewer in one feed."
         )
-
-
-class Spool:
-    """Feeds in a temporary file, so that memory need not hold them; it goes with `close`."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        """Open the file in the system's temporary folder.
-
-        Args:
-            names: The names in every feed.
-        """
-        self._names = tuple(names)
-        self._file = tempfile.TemporaryFile(prefix="onnx-lowrank-")  # noqa: SIM115 - closed with the spool
-        self._offsets: list[int] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def append(self, feed: Mapping[str, NDArray[Any]], where: str) -> None:
-        """Write one feed behind the others.
-
-        Args:
-            feed: An array for every name.
-            where: What to call it in errors.
-
-        Raises:
-            InputError: The disk has no room for it.
-        """
-        # Strings are objects to ONNX Runtime, and objects would be pickled.
-        arrays = [a.astype(str) if a.dtype.kind == "O" else a for a in map(feed.__getitem__, self._names)]
-        folder = tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
-        full = f"{where} does not fit into {folder}, where {free / 2**20:.0f} MiB are free: "
-        full += "pass fewer --calibration-samples, or set TMPDIR to a larger disk."
-        if free < sum(array.nbytes for array in arrays) + _SPARE_BYTES:
-            raise InputError(full)
-        try:
-            self._offsets.append(self._file.seek(0, 2))
-            for array in arrays:
-                np.lib.format.write_array(self._file, np.asarray(array, order="C"), allow_pickle=False)
-        except OSError as error:
-            raise InputError(full) from error
-
-    def read(self, number: int) -> dict[str, NDArray[Any]]:
-        """The feed of this number."""
-        self._file.seek(self._offsets[number])
-        return {name: np.lib.format.read_array(self._file, allow_pickle=False) for name in self._names}
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._file.close()

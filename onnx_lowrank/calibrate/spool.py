@@ -1,0 +1,72 @@
+"""Feeds spooled to disk, for those that can be drawn only once."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.errors import InputError
+
+_SPARE_BYTES = 2**26
+
+
+class Spool:
+    """Feeds in a temporary file, so that memory need not hold them; it goes with `close`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Open the file in the system's temporary folder.
+
+        Args:
+            names: The names in every feed.
+        """
+        self._names = tuple(names)
+        self._file = tempfile.TemporaryFile(prefix="onnx-lowrank-")  # noqa: SIM115 - closed with the spool
+        self._offsets: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, feed: Mapping[str, NDArray[Any]], where: str) -> None:
+        """Write one feed behind the others.
+
+        Args:
+            feed: An array for every name.
+            where: What to call it in errors.
+
+        Raises:
+            InputError: The disk has no room for it.
+        """
+        # Strings are objects to ONNX Runtime, and objects would be pickled.
+        arrays = [a.astype(str) if a.dtype.kind == "O" else a for a in map(feed.__getitem__, self._names)]
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        full = f"{where} does not fit into {folder}, where {free / 2**20:.0f} MiB are free: "
+        full += "pass fewer --calibration-samples, or set TMPDIR to a larger disk."
+        if free < sum(array.nbytes for array in arrays) + _SPARE_BYTES:
+            raise InputError(full)
+        try:
+            self._offsets.append(self._file.seek(0, 2))
+            for array in arrays:
+                np.lib.format.write_array(self._file, np.asarray(array, order="C"), allow_pickle=False)
+        except OSError as error:
+            raise InputError(full) from error
+
+    def read(self, number: int) -> dict[str, NDArray[Any]]:
+        """The feed of this number."""
+        self._file.seek(self._offsets[number])
+        return {name: np.lib.format.read_array(self._file, allow_pickle=False) for name in self._names}
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
