@@ -12,7 +12,8 @@ from onnx_lowrank.core.outcome import OutputError, Validation
 from onnx_lowrank.engines.checker import check
 from onnx_lowrank.engines.compare import compare
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
-from onnx_lowrank.engines.inputs import describe, make, read, specs
+from onnx_lowrank.engines.inputs import describe, read, specs
+from onnx_lowrank.engines.made import make
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run
 from onnx_lowrank.engines.runtime import Runtime, runtime

@@ -11,7 +11,8 @@ from onnx_lowrank.core.outcome import OutputError, Trial
 from onnx_lowrank.engines.compare import Comparison, compare
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError, one_line
 from onnx_lowrank.engines.id_limits import id_limits
-from onnx_lowrank.engines.inputs import make, read, specs
+from onnx_lowrank.engines.inputs import read, specs
+from onnx_lowrank.engines.made import make
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.running import calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime, runtime

@@ -39,7 +39,8 @@ from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.outcome import LayerTime, Timing
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
-from onnx_lowrank.engines.inputs import describe, make, specs
+from onnx_lowrank.engines.inputs import describe, specs
+from onnx_lowrank.engines.made import make
 from onnx_lowrank.engines.running import first_run
 from onnx_lowrank.engines.runtime import Executed
 from onnx_lowrank.errors import InputError
