@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import arrays
 from onnx_lowrank.files.arrays import Stored
+
+_FEW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,16 @@ def read(source: str | Path | Mapping[str, Any], wanted: tuple[Spec, ...]) -> Fe
 
 
 def describe(feed: Feed) -> str:
-    """Names, dtypes and shapes of inputs."""
-    return ", ".join(
-        f"{name} {array.dtype.name} {'×'.join(map(str, array.shape)) or 'scalar'}"
-        for name, array in feed.items()
-    )
+    """Names, dtypes and shapes of inputs; of more than three alike in a row, the first and the last name."""
+    parts = []
+    for (dtype, shape), group in groupby(feed.items(), lambda item: (item[1].dtype.name, item[1].shape)):
+        names = [name for name, _ in group]
+        text = f"{dtype} {'×'.join(map(str, shape)) or 'scalar'}"
+        if len(names) > _FEW:
+            parts.append(f"{names[0]} to {names[-1]} ({len(names)} inputs) {text}")
+        else:
+            parts += [f"{name} {text}" for name in names]
+    return ", ".join(parts)
 
 
 def _spec(value: ValueInfoProto) -> Spec:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -15,7 +16,9 @@ from onnx_lowrank.engines.id_limits import id_limits
 from onnx_lowrank.engines.inputs import Spec, fits, shape_text
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import arrays
+from onnx_lowrank.graph.dimensions import Dimension, parse, solve
 
+_PAST = re.compile(r"past[._]?(key|value|kv|state|[0-9])")
 _SAMPLE_RATES = ("sr", "sample_rate", "sampling_rate")
 
 # Sizes to try for free dimensions: (batch, height and width, any other axis). Models restrict them in ways
@@ -32,6 +35,8 @@ _ATTEMPTS = (
     (1, 8, 4),
     (1, 1, 1),
 )
+# A decoder's first call has no past; one that cannot be called first has some.
+_PASTS = (0, 8)
 
 
 def make(
@@ -39,8 +44,9 @@ def make(
 ) -> Iterator[Feed]:
     """Inputs made from the types and shapes of the graph, with other sizes of its free dimensions each time.
 
-    Floats are standard normal, ids lie inside their embedding table, masks are ones. Sizes with which the
-    inputs are larger than 1 GiB are left out.
+    Floats are standard normal, ids lie inside their embedding table, masks are ones, positions ascend. The
+    past of a decoder (inputs such as past_key_values.0.key) is empty first; masks and positions fit it.
+    Sizes with which the inputs are larger than 1 GiB are left out.
 
     Args:
         proto: The model.
@@ -52,43 +58,33 @@ def make(
         InputError: A given shape does not fit the model, or the inputs are larger than 1 GiB with all sizes.
         UnsupportedError: An input is no tensor, so that it cannot be made.
     """
-    known = _sizes_given(wanted, shapes)
-    for spec in wanted:
-        if spec.dtype is None:
-            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so that it cannot be made")
-        if spec.shape is None and spec.name not in shapes:
-            raise InputError(
-                f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
-            )
-    limits = id_limits(proto)
+    _check(wanted, shapes)
+    limits, chooser = id_limits(proto), _Chooser(wanted, shapes)
     seen = set()
     refused: list[tuple[int, str]] = []
-    for channels in (3, 1):
-        for batch, spatial, length in _ATTEMPTS:
-            sizes = {"batch": batch, "channels": channels, "spatial": spatial, "length": length}
-            chosen = _choose(wanted, shapes, known, sizes)
-            key = tuple(chosen.values())
-            if key in seen:
-                continue
-            seen.add(key)
-            size, largest = _size(wanted, chosen)
-            if size > arrays.MAX_BYTES:
-                refused.append((size, f"{largest!r} is {shape_text(chosen[largest])}"))
-                continue
-            rng = np.random.default_rng(seed)
-            yield {spec.name: _array(spec, chosen[spec.name], limits, rng) for spec in wanted}
+    for sizes in _sizes():
+        chosen = chooser.choose(sizes)
+        key = tuple(chosen.values())
+        if key in seen:
+            continue
+        seen.add(key)
+        size, largest = _size(wanted, chosen)
+        if size > arrays.MAX_BYTES:
+            refused.append((size, f"{largest!r} is {shape_text(chosen[largest])}"))
+            continue
+        rng, past = np.random.default_rng(seed), _past_length(wanted, chosen)
+        yield {spec.name: _array(spec, chosen[spec.name], limits, past, rng) for spec in wanted}
     if len(refused) == len(seen):
         size, largest = min(refused)
         raise InputError(
-            f"The inputs to make have {size / 2**30:.1f} GiB, more than 1 GiB ({largest}): "
+            f"The inputs to make have {min(size, 2**80) / 2**30:.1f} GiB, more than 1 GiB ({largest}): "
             "give smaller ones with --input-shape or --inputs."
         )
 
 
-def _sizes_given(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of named dimensions, read off the shapes that the user gave."""
+def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """See that there is an array for every input, of the shape that the user gave."""
     by_name = {spec.name: spec for spec in wanted}
-    sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         if name not in by_name:
             raise InputError(
@@ -100,46 +96,142 @@ def _sizes_given(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]
                 f"The input {name!r} has the shape {shape_text(free)} in the model, "
                 f"which --input-shape {shape_text(shape)} does not fit: pass sizes for '?' and names only."
             )
-        sizes.update((s, n) for s, n in zip(free or (), shape, strict=free is not None) if isinstance(s, str))
-    return sizes
+    for spec in wanted:
+        if spec.dtype is None:
+            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so that it cannot be made")
+        if spec.shape is None and spec.name not in shapes:
+            raise InputError(
+                f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
+            )
 
 
-def _kind(spec: Spec, axis: int, alone: bool) -> str:
-    """What a free axis of an input most likely counts."""
+def _sizes() -> Iterator[dict[str, int]]:
+    """Sizes to try, by what they count."""
+    for channels in (3, 1):
+        for batch, spatial, length in _ATTEMPTS:
+            for past in _PASTS:
+                yield {
+                    "batch": batch,
+                    "channels": channels,
+                    "spatial": spatial,
+                    "length": length,
+                    "past": past,
+                }
+
+
+class _Chooser:
+    """Chooses sizes: dimensions of one name get one size, and sums and products that of their parts."""
+
+    def __init__(self, wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._wanted = wanted
+        self._shapes = shapes
+        texts = [
+            (spec, axis, size)
+            for spec in wanted
+            for axis, size in enumerate(spec.shape or ())
+            if isinstance(size, str)
+        ]
+        dimensions = {text: parse(text) for _, _, text in texts}
+        self._pasts = {
+            name
+            for spec, axis, text in texts
+            for name in dimensions[text].names
+            if _kind(spec, axis, name, alone=False) == "past"
+        }
+        self._dimensions = {
+            text: _sum(text, self._pasts) or dimension for text, dimension in dimensions.items()
+        }
+        self._given = [
+            (self._dimensions[text], shapes[spec.name][axis])
+            for spec, axis, text in texts
+            if spec.name in shapes
+        ]
+
+    def choose(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of all inputs, of these sizes where neither the model nor the user states them."""
+        # The user's shapes go before the size of the past, and what follows from both before other sizes.
+        known = dict.fromkeys(self._pasts, sizes["past"]) | solve(self._given, {})
+        known = solve(self._given, known)
+        return {
+            spec.name: self._shapes[spec.name]
+            if spec.name in self._shapes
+            else tuple(
+                size if isinstance(size, int) else self._size(spec, axis, size, sizes, known)
+                for axis, size in enumerate(spec.shape or ())
+            )
+            for spec in self._wanted
+        }
+
+    def _size(
+        self, spec: Spec, axis: int, text: str | None, sizes: Mapping[str, int], known: dict[str, int]
+    ) -> int:
+        """The size of a free dimension; the sizes of its names become known with it."""
+        if text is None:
+            return self._guess(spec, axis, "", sizes)
+        dimension = self._dimensions[text]
+        for name in dimension.names:
+            if name not in known:
+                known[name] = self._guess(spec, axis, name, sizes)
+        return dimension.size(known)
+
+    def _guess(self, spec: Spec, axis: int, name: str, sizes: Mapping[str, int]) -> int:
+        value = sizes[_kind(spec, axis, name, alone=len(self._wanted) == 1)]
+        return min(value, 32) if len(spec.shape or ()) > 4 else value
+
+
+def _sum(text: str, pasts: Collection[str]) -> Dimension | None:
+    """What the name total_X stands for where past_X is the length of a past; None for other names."""
+    part = text.removeprefix("total_")
+    return parse(f"past_{part} + {part}") if part != text and f"past_{part}" in pasts else None
+
+
+def _kind(spec: Spec, axis: int, name: str, *, alone: bool) -> str:
+    """What a free axis of an input most likely counts.
+
+    Args:
+        spec: The input.
+        axis: The axis.
+        name: The dimension's name, or that of a part of it; "" where it has none.
+        alone: Whether the model has no other input.
+    """
     shape = spec.shape or ()
+    if _is_past(spec) and axis > 0:
+        # (batch, heads, past, features), sometimes behind an axis for keys and values.
+        is_past = name.startswith("past") or (not name and axis == len(shape) - 2)
+        return "past" if is_past else "batch" if name.startswith("batch") else "length"
     if len(shape) >= 4 and axis > 0:
         last = shape[-1] in (1, 3, 4)
         return "channels" if axis == (len(shape) - 1 if last else 1) else "spatial"
     if axis == 0:
-        return "length" if alone and len(shape) == 1 else "batch"
+        return "length" if len(shape) == 1 and (alone or _is_position(spec)) else "batch"
     # (layers, batch, features): the state of a recurrent network.
     state = len(shape) == 3 and axis == 1 and isinstance(shape[0], int) and shape[0] > 1
     return "batch" if state else "length"
 
 
-def _choose(
-    wanted: tuple[Spec, ...],
-    shapes: Mapping[str, tuple[int, ...]],
-    known: Mapping[str, int],
-    sizes: Mapping[str, int],
-) -> dict[str, tuple[int, ...]]:
-    """A size for every free dimension; dimensions of one name get one size."""
-    named = dict(known)
-    chosen: dict[str, list[int]] = {}
+def _is_past(spec: Spec) -> bool:
+    """Whether an input is what a decoder kept of its calls before, as past_key_values.0.key is."""
+    name, rank = spec.name.lower(), len(spec.shape or ())
+    # Not past_values of rank 3: these are the series from which a model forecasts.
+    return (rank >= 4 and _PAST.match(name) is not None) or (rank == 3 and name.startswith("past_key"))
+
+
+def _is_position(spec: Spec) -> bool:
+    return "position" in spec.name.lower() and _is_integer(np.dtype(spec.dtype))
+
+
+def _is_integer(dtype: np.dtype[Any]) -> bool:
+    return np.issubdtype(dtype, np.integer) or dtype.name.startswith(("int", "uint"))
+
+
+def _past_length(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Number of positions that a decoder has seen before; None for a model without a past."""
     for spec in wanted:
-        if spec.name in shapes:
-            chosen[spec.name] = list(shapes[spec.name])
-            continue
-        chosen[spec.name] = []
-        for axis, size in enumerate(spec.shape or ()):
-            if isinstance(size, int):
-                chosen[spec.name].append(size)
-                continue
-            value = sizes[_kind(spec, axis, len(wanted) == 1)]
-            if len(spec.shape or ()) > 4:
-                value = min(value, 32)
-            chosen[spec.name].append(named.setdefault(size, value) if size else value)
-    return {name: tuple(shape) for name, shape in chosen.items()}
+        if _is_past(spec):
+            names = [str(size or "") for size in spec.shape or ()]
+            axis = next((axis for axis, name in enumerate(names) if name.startswith("past")), -2)
+            return chosen[spec.name][axis]
+    return None
 
 
 def _size(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
@@ -149,24 +241,38 @@ def _size(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> tu
 
 
 def _array(
-    spec: Spec, shape: tuple[int, ...], limits: Mapping[str, int], rng: np.random.Generator
+    spec: Spec, shape: tuple[int, ...], limits: Mapping[str, int], past: int | None, rng: np.random.Generator
 ) -> NDArray[Any]:
     """One input: values of its type that the graph most likely accepts."""
     dtype, name = np.dtype(spec.dtype), spec.name.lower()
     if dtype.kind == "O":
         return np.full(shape, "text", dtype=object)
     if "mask" in name or dtype == np.bool_:
-        return np.ones(shape, dtype)
+        # Merged decoders compute without their past where it is empty, if they are told so.
+        return np.full(shape, name != "use_cache_branch" or past != 0, dtype)
     if np.issubdtype(dtype, np.complexfloating):
         return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype)
-    if not np.issubdtype(dtype, np.integer) and not dtype.name.startswith(("int", "uint")):
+    if not _is_integer(dtype):
         return rng.standard_normal(shape).astype(dtype)
-    if spec.name in limits:
-        return rng.integers(limits[spec.name], size=shape).astype(dtype)
+    return _integers(spec, shape, limits.get(spec.name), past or 0, rng).astype(dtype)
+
+
+def _integers(
+    spec: Spec, shape: tuple[int, ...], limit: int | None, past: int, rng: np.random.Generator
+) -> NDArray[Any]:
+    """One input of integers, below the limit where there is one."""
+    name = spec.name.lower()
+    if _is_position(spec):
+        positions = past + (np.arange(shape[-1]) if shape else np.array(0))
+        return np.broadcast_to(positions % limit if limit else positions, shape)
+    if "token_type" in name:
+        return np.zeros(shape, np.int64)
+    if limit is not None:
+        return rng.integers(limit, size=shape)
     if name in _SAMPLE_RATES:
-        return np.full(shape, 16000, dtype)
-    if dtype.itemsize == 1 and len(shape) >= 3:
-        return rng.integers(128, size=shape).astype(dtype)  # Pixels.
+        return np.full(shape, 16000)
+    if np.dtype(spec.dtype).itemsize == 1 and len(shape) >= 3:
+        return rng.integers(128, size=shape)  # Pixels.
     if len(shape) >= 2 and "len" not in name:
-        return rng.integers(2, size=shape).astype(dtype)  # Inside every table, and good as a mask.
-    return np.ones(shape, dtype)
+        return rng.integers(2, size=shape)  # Inside every table, and good as a mask.
+    return np.ones(shape, np.int64)

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from onnx_lowrank.engines.inputs import Spec, read
+from onnx_lowrank.engines.inputs import Spec, describe, read
 from onnx_lowrank.errors import InputError
 
 X = (Spec("x", np.dtype(np.float32), ("N", 4)),)
@@ -57,3 +57,12 @@ def test_texts_are_objects_to_the_runtime(tmp_path):
     np.savez(tmp_path / "in.npz", t=np.array(["a", "bcd"]))
     given = read(tmp_path / "in.npz", wanted)["t"]
     assert (given.dtype, given.tolist()) == (np.dtype(object), ["a", "bcd"])
+
+
+def test_inputs_are_described_one_by_one_unless_many_are_alike():
+    past = {f"past.{i}": np.zeros((1, 3, 0, 8), np.float32) for i in range(6)}
+    few = dict(list(past.items())[:3])
+    ids = {"ids": np.zeros((1, 5), np.int64), "mask": np.zeros((1, 5), np.int64), "n": np.array(1.0)}
+    assert describe(ids) == "ids int64 1×5, mask int64 1×5, n float64 scalar"
+    assert describe(few) == ", ".join(f"past.{i} float32 1×3×0×8" for i in range(3))
+    assert describe({**ids, **past}).endswith("scalar, past.0 to past.5 (6 inputs) float32 1×3×0×8")

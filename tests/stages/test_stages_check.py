@@ -7,6 +7,7 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from decoders import decoder
 from onnx_lowrank.core.outcome import OutputError, Trial
 from onnx_lowrank.engines.compare import Comparison, compare
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError, one_line
@@ -403,6 +404,19 @@ class TestMadeInputs:
         proto = parse("g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Add(x, w) }")
         proto.graph.input.add().CopyFrom(onnx.helper.make_tensor_value_info("w", TensorProto.FLOAT, [2]))
         assert [spec.name for spec in specs(proto)] == ["x"]
+
+    def test_a_decoder_runs_from_an_empty_past(self):
+        proto = decoder()
+        result = validate(load(proto), load(proto), {}, alone=never)
+        assert result.inputs.endswith(
+            "input_ids int64 4×64, attention_mask int64 4×64, position_ids int64 4×64, "
+            "past_key_values_0_key float32 4×2×0×8, past_key_values_0_value float32 4×2×0×8"
+        )
+        assert [(output.name, output.relative) for output in result.outputs] == [
+            ("logits", 0.0),
+            ("present_0_key", 0.0),
+            ("present_0_value", 0.0),
+        ]
 
     def test_sequences_lead_to_layers_alone(self):
         m = model("g (seq(float[2]) s) => (float[2] y) <int64 i = {0}> { y = SequenceAt(s, i) }")
