@@ -11,8 +11,11 @@ from onnx import ModelProto, ValueInfoProto
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, outline
 from onnx_lowrank.graph.constants import infer_shapes
+from onnx_lowrank.graph.dimensions import parse, solve
 from onnx_lowrank.graph.scopes import scopes
 from onnx_lowrank.graph.walk import Walk
+
+_LARGEST_SIZE = 2**63 - 1
 
 Shape = tuple[int | None, ...]
 Shapes = Mapping[tuple[str, str], Shape]
@@ -53,30 +56,49 @@ def _shape(value: ValueInfoProto) -> Shape:
 
 
 def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write the given shapes into a light copy's inputs, and the same values for shared symbols."""
+    """Write the given shapes into a light copy's inputs, and all sizes that follow from them."""
     weights = {tensor.name for tensor in proto.graph.initializer}
     inputs = {value.name: value for value in proto.graph.input if value.name not in weights}
-    symbols: dict[str, int] = {}
     for name, shape in input_shapes.items():
         if name not in inputs:
             raise InputError(f"--input-shape names {name!r}, but the model's inputs are {', '.join(inputs)}.")
         if not inputs[name].type.HasField("tensor_type"):
             raise InputError(f"--input-shape names {name!r}, but that input is no tensor: leave it out.")
-        tensor = inputs[name].type.tensor_type
         _check_fits(inputs[name], shape)
-        for dim, n in zip(tensor.shape.dim, shape, strict=False):
+    symbols = _symbols(inputs, input_shapes)
+    for name, value in inputs.items():
+        dims = value.type.tensor_type.shape.dim
+        if name in input_shapes:
+            del dims[:]
+            for n in input_shapes[name]:
+                dims.add(dim_value=n)
+        for dim in dims:
+            size = _size(dim.dim_param, symbols)
+            if size is not None and size <= _LARGEST_SIZE:
+                dim.dim_value = size
+
+
+def _symbols(
+    inputs: Mapping[str, ValueInfoProto], input_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """The sizes of dimensions, by their texts, that the given shapes tell."""
+    symbols: dict[str, int] = {}
+    for name, shape in input_shapes.items():
+        for dim, n in zip(inputs[name].type.tensor_type.shape.dim, shape, strict=False):
             if dim.dim_param and symbols.setdefault(dim.dim_param, n) != n:
                 raise InputError(
                     f"--input-shape gives the dimension {dim.dim_param!r} the sizes "
                     f"{symbols[dim.dim_param]} and {n}, but the model wants them equal: give one size."
                 )
-        del tensor.shape.dim[:]
-        for n in shape:
-            tensor.shape.dim.add(dim_value=n)
-    for value in inputs.values():
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in symbols:
-                dim.dim_value = symbols[dim.dim_param]
+    return solve([(parse(text), n) for text, n in symbols.items()], symbols)
+
+
+def _size(text: str, symbols: Mapping[str, int]) -> int | None:
+    """The size of a dimension by its text; None where it does not follow from others."""
+    if text in symbols or not text:
+        return symbols.get(text)
+    dimension = parse(text)
+    return dimension.size(symbols) if symbols.keys() >= set(dimension.names) else None
 
 
 def _check_fits(value: ValueInfoProto, shape: tuple[int, ...]) -> None:

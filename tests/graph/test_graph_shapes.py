@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from decoders import decoder
 from onnx_lowrank.allocate.cost import total_macs
 from onnx_lowrank.core.layer import Positions
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import load
+from onnx_lowrank.graph.shapes import infer, open_inputs
 from rewriting import found, model
 
 
@@ -189,3 +192,37 @@ def test_scopes_name_their_calls_and_what_is_unknown():
     main, function = called(3, unknown=True).work
     assert main.calls == ("local:F",) * 3
     assert (main.unknown, function.macs, function.unknown) == ("", None, "c")
+
+
+LAYERS = 2 * 5 * 32 * (2 * 32 + 2 * 16 + 24)  # two samples of five tokens
+
+
+@pytest.mark.parametrize(
+    ("shapes", "total_length"),
+    [
+        ({"input_ids": (2, 5), "past_key_values_0_key": (2, 2, 3, 8)}, 8),
+        ({"attention_mask": (2, 8), "past_key_values_0_value": (2, 2, 3, 8)}, 8),
+        ({"attention_mask": (2, 8), "position_ids": (2, 5)}, 8),
+        ({"input_ids": (2, 5), "past_key_values_0_key": (2, 2, 0, 8)}, 5),
+    ],
+)
+def test_sums_of_symbols_are_solved(shapes, total_length):
+    attention = 2 * 4 * 5 * total_length * 8 * 2  # both products, four heads
+    assert total(found(decoder(), shapes)) == LAYERS + attention
+
+
+def test_sums_that_nothing_tells_stay_open():
+    loaded = load(decoder())
+    assert open_inputs(loaded, infer(loaded, {"input_ids": (2, 5)})) == (
+        "attention_mask",
+        "past_key_values_0_key",
+        "past_key_values_0_value",
+    )
+
+
+def test_a_product_of_more_than_64_bits_stays_open():
+    proto = model("g (float[N,8] x, float[M,8] z) => (float[] y) { y = MatMul (x, w) }", w=(8, 10))
+    proto.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "N * N * N"
+    loaded = load(proto)
+    assert open_inputs(loaded, infer(loaded, {"x": (2**21, 8)})) == ("z",)
+    assert open_inputs(loaded, infer(loaded, {"x": (2**20, 8)})) == ()
