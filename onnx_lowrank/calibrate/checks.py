@@ -60,12 +60,26 @@ def check_shape(spec: Spec, shape: tuple[int, ...], where: str) -> None:
     """Compare the shape of a whole feed's array with an input's.
 
     Raises:
-        InputError: It does not fit, or it has no elements.
+        InputError: It does not fit.
     """
     if not fits(shape, spec):
         raise shape_error(spec, shape, where)
-    if 0 in shape:
-        raise InputError(f"{where}: the input {spec.name!r} is empty ({shape_text(shape)}): give samples.")
+
+
+def check_samples(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """See that there are samples, on the first axes.
+
+    Another axis may have no length, as a decoder's past has at its first call, if not in all inputs.
+
+    Raises:
+        InputError: An input has no samples, or all have no elements.
+    """
+    is_empty = all(0 in shape for shape in shapes.values())
+    for name, shape in shapes.items():
+        if is_empty or 0 in shape[:1]:
+            raise InputError(
+                f"{where}: the input {name!r} is empty: give samples, not the shape {shape_text(shape)}."
+            )
 
 
 def fits(shape: tuple[int, ...], spec: Spec) -> bool:
@@ -104,7 +118,7 @@ def cast(
     if wanted.kind in "iu" and values.dtype != wanted:
         info = np.iinfo(wanted)
         bad = np.zeros(values.shape, bool)
-        if int(values.min()) < info.min or int(values.max()) > info.max:
+        if values.size and (int(values.min()) < info.min or int(values.max()) > info.max):
             bad = (values < info.min) | (values > info.max)
     with np.errstate(over="ignore"):  # what overflows is looked for below
         result = np.asarray(values, wanted, order="C")
@@ -138,6 +152,7 @@ def fitted(feed: Mapping[str, NDArray[Any]], wanted: tuple[Spec, ...], where: st
     for spec in wanted:
         check_dtype(spec, feed[spec.name].dtype, where)
         check_shape(spec, feed[spec.name].shape, where)
+    check_samples({spec.name: feed[spec.name].shape for spec in wanted}, where)
     return {spec.name: cast(spec, feed[spec.name], where) for spec in wanted}
 
 

@@ -128,12 +128,11 @@ def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | N
 
 
 def _check(columns: Mapping[str, Column], wanted: tuple[Spec, ...], where: str) -> None:
-    """Compare names and dtypes with the model's, and look for arrays that have no elements."""
+    """Compare names and dtypes with the model's, and see that there are samples."""
     checks.check_names(columns, wanted, where)
     for spec in wanted:
         checks.check_dtype(spec, columns[spec.name].dtype, where)
-        if 0 in columns[spec.name].shape:
-            raise InputError(f"{where}: the array of the input {spec.name!r} is empty: give samples.")
+    checks.check_samples({spec.name: columns[spec.name].shape for spec in wanted}, where)
 
 
 def _filling(chosen: NDArray[np.intp], unit: int, where: str) -> tuple[NDArray[np.intp], int]:

@@ -635,6 +635,33 @@ class TestNamesAndShapes:
         with pytest.raises(InputError, match=r"'x' is empty.*: give samples"):
             data.open(source, (spec(shape=(None, None)),))
 
+    @pytest.mark.parametrize("kind", ["mapping", "npz", "files", "list", "sets"])
+    def test_a_past_of_no_length_is_no_lack_of_samples(self, tmp_path, kind):
+        past = np.ones((12, 2, 0, 3), np.float32)
+        arrays = {"x": numbered(12), "past": past, "lengths": np.ones((12, 0), np.int32)}
+        wanted = (spec(), spec("past", (None, 2, None, 3)), spec("lengths", (None, None), "int64"))
+        if kind == "sets":
+            test_sets(tmp_path, [list(arrays.values())])
+        else:
+            np.savez(tmp_path / "a.npz", **arrays)
+        sources = {"mapping": arrays, "npz": tmp_path / "a.npz", "list": [arrays]}
+        batches = draw(sources.get(kind, tmp_path), wanted)
+        assert rows(batches) == shares(12)
+        for batch in batches:
+            assert batch.feed["past"].shape == (len(batch.feed["x"]), 2, 0, 3)
+            assert batch.feed["lengths"].dtype == np.int64
+
+    @pytest.mark.parametrize("kind", ["mapping", "list"])
+    def test_no_samples_of_one_input(self, kind):
+        arrays = {"x": ramp(0, 4), "past": np.ones((0, 3), np.float32)}
+        wanted = (spec(), spec("past", (None, None)))
+        with pytest.raises(InputError, match=r"'x' is empty.*: give samples"):
+            data.open(arrays if kind == "mapping" else [arrays], wanted)
+        with pytest.raises(InputError, match=r"'past' is empty.*: give samples"):
+            data.open(
+                {**arrays, "x": ramp(5, 4)} if kind == "mapping" else [{**arrays, "x": ramp(5, 4)}], wanted
+            )
+
     def test_different_numbers_of_samples(self):
         with pytest.raises(InputError, match="'b' has 5 samples, but 'a' has 6: give as many of each"):
             data.open({"a": ramp(6, 4), "b": ramp(5, 4)}, (spec("a"), spec("b")))
