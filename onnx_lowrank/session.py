@@ -213,7 +213,9 @@ def compress(
                 )
             # The inputs to compare on tell the shapes that nobody stated.
             shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
-            shapes = {name: array.shape for name, array in shown.items() if array.size} | shapes
+            if any(array.size for array in shown.values()):
+                # Not those with elements alone: a decoder's past has none at its first call.
+                shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
             found = find_layers(loaded, shapes, *globs)
         if is_timed:
             planner.check_shapes(found)

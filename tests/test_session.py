@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import onnx_lowrank
+from decoders import decoder
 from onnx_lowrank import BudgetError, InputError, PlanError, RecipeError, Result, ValidationError, compress
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.core.plan import Budget
@@ -656,3 +657,17 @@ def test_nothing_is_multiplied_where_nothing_is_rewritten():
     result = compress(bottlenecks(), 1)
     assert result.report.merges == ()
     assert result.proto == bottlenecks()
+
+
+def test_a_past_of_no_length_tells_its_shape():
+    rng = np.random.default_rng(0)
+    feed = {
+        "input_ids": rng.integers(24, size=(2, 5)),
+        "attention_mask": np.ones((2, 5), np.int64),
+        "position_ids": np.tile(np.arange(5), (2, 1)),
+        "past_key_values_0_key": np.empty((2, 2, 0, 8), np.float32),
+        "past_key_values_0_value": np.empty((2, 2, 0, 8), np.float32),
+    }
+    result = compress(decoder(total="all"), ratio=0.7, budget="macs", inputs=feed, dry_run=True)
+    layers = 2 * 5 * 32 * (2 * 32 + 2 * 16 + 24)
+    assert result.report.totals.macs.before == layers + 2 * 4 * 5 * 5 * 8 * 2
