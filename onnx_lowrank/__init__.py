@@ -4,7 +4,7 @@ from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents.plans import read as read_plan
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError, InputError, LowRankError, PlanError, RecipeError, ValidationError
-from onnx_lowrank.report.content import Report
+from onnx_lowrank.report.report import Report
 from onnx_lowrank.session import Result, compress
 
 __all__ = [

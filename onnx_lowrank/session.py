@@ -42,7 +42,7 @@ from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
-from onnx_lowrank.report.content import Report
+from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request
 from onnx_lowrank.stages import plan as planner
 from onnx_lowrank.stages import report as reporting

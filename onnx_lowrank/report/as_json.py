@@ -43,17 +43,17 @@ from typing import Any
 
 from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
-from onnx_lowrank.report.content import LayerRow, Report, Total
+from onnx_lowrank.report.content import Content, LayerRow, Total
 
 SCHEMA = 1
 
 
-def dumps(report: Report) -> str:
+def dumps(report: Content) -> str:
     """The report as JSON text that ends with a newline; the same report gives the same text."""
     return json.dumps(_finite(as_dict(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def as_dict(report: Report) -> dict[str, Any]:
+def as_dict(report: Content) -> dict[str, Any]:
     """The report as plain dicts and lists, with the keys of the schema."""
     totals = report.totals
     return {
@@ -127,7 +127,7 @@ def _validation(validation: Validation) -> dict[str, Any]:
     }
 
 
-def _target(report: Report) -> dict[str, Any] | None:
+def _target(report: Content) -> dict[str, Any] | None:
     target = {"error": report.target_error, "agreement": report.target_agreement}
     return None if set(target.values()) == {None} else target
 

@@ -1,10 +1,8 @@
-"""The report: everything that a run has to say, without dates and paths."""
+"""The content of a report: everything that a run has to say, without dates and paths; data alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from rich.console import Console
 
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Skipped
@@ -89,7 +87,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Content:
     """Everything that a run has to say.
 
     Attributes:
@@ -138,15 +136,3 @@ class Report:
     target_agreement: float | None = None
     timing: Timing | None = None
     merges: tuple[Merge, ...] = ()
-
-    def table(self, console: Console | None = None) -> None:
-        """Print the report, by default on stdout."""
-        from onnx_lowrank.report import terminal
-
-        terminal.show(self, console or Console())
-
-    def to_json(self) -> str:
-        """The whole report as JSON text; see `onnx_lowrank.report.as_json` for the keys."""
-        from onnx_lowrank.report import as_json as json
-
-        return json.dumps(self)

@@ -9,7 +9,7 @@ from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.outcome import LayerTime
 from onnx_lowrank.measures import named
 from onnx_lowrank.report import words
-from onnx_lowrank.report.content import LayerRow, Report, Total
+from onnx_lowrank.report.content import Content, LayerRow, Total
 from onnx_lowrank.report.page import Column, Page
 
 _ID_ROOM = 16
@@ -32,7 +32,7 @@ _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
 )
 
 
-def show(report: Report, page: Page) -> None:
+def show(report: Content, page: Page) -> None:
     """Print the table in the most telling layout that leaves enough room for the ids, and its legend."""
     ids = [row.id for row in report.layers]
     enough = min(_ID_ROOM, max(map(len, ids)))
@@ -47,7 +47,7 @@ def show(report: Report, page: Page) -> None:
         page.line(line, style="dim")
 
 
-def _legend(report: Report, shown: Container[str]) -> Iterator[str]:
+def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
     """What the columns mean that do not say it themselves."""
     yield f"error: {report.measure}, {named(report.measure).legend}."
     if "bound" in shown:
@@ -64,7 +64,7 @@ def _legend(report: Report, shown: Container[str]) -> Iterator[str]:
             )
 
 
-def _columns(report: Report, number: Callable[[int | None], str]) -> list[Column]:
+def _columns(report: Content, number: Callable[[int | None], str]) -> list[Column]:
     rows = report.layers
     folds, ks, ranks = zip(*(_option(row) for row in rows), strict=True)
     columns = [
@@ -90,12 +90,12 @@ def _columns(report: Report, number: Callable[[int | None], str]) -> list[Column
     return columns
 
 
-def _fits(report: Report) -> tuple[LayerFit | None, ...]:
+def _fits(report: Content) -> tuple[LayerFit | None, ...]:
     """How the factors of every layer came about, where there was more than one way."""
     return tuple(None if report.calibration is None else row.fit for row in report.layers)
 
 
-def _lost(report: Report) -> str:
+def _lost(report: Content) -> str:
     """What to call the error that was measured on calibration inputs."""
     return _HELD if report.calibration is not None and report.calibration.held else _MEASURED
 

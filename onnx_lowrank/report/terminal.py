@@ -10,13 +10,13 @@ from onnx_lowrank.core.outcome import Calibrated, Trial, Validation
 from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import layer_table as layers
 from onnx_lowrank.report import words
-from onnx_lowrank.report.content import Report, Total
+from onnx_lowrank.report.content import Content, Total
 from onnx_lowrank.report.page import Column, Page
 
 _CHOSEN = "→ "
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: Content, console: Console) -> None:
     """Print a report, for whatever width the console has."""
     page = Page(console)
     page.line(_headline(report), style="bold")
@@ -57,12 +57,12 @@ def show(report: Report, console: Console) -> None:
         page.line(f"Warning: {warning}", style="yellow")
 
 
-def _headline(report: Report) -> str:
+def _headline(report: Content) -> str:
     rewritten = sum(row.option is not None for row in report.layers)
     return f"{report.model}: {rewritten} of {len(report.layers)} layers rewritten with recipe {report.recipe}"
 
 
-def _totals(report: Report, page: Page) -> None:
+def _totals(report: Content, page: Page) -> None:
     counts = (report.totals.params, report.totals.macs, report.totals.bytes)
     names = ["parameters", "MACs", "file bytes"]
     before = [words.exact(total.before) for total in counts]
@@ -85,7 +85,7 @@ def _totals(report: Report, page: Page) -> None:
         page.line(f"inputs {report.timing.inputs}.", style="dim")
 
 
-def _times(report: Report) -> Iterator[tuple[str, Total]]:
+def _times(report: Content) -> Iterator[tuple[str, Total]]:
     """The times of both models, measured and predicted, where latency is the budget."""
     timing = report.timing
     if timing is None:
@@ -96,7 +96,7 @@ def _times(report: Report) -> Iterator[tuple[str, Total]]:
         yield "predicted time", Total(timing.before, timing.predicted)
 
 
-def _ratios(report: Report) -> str:
+def _ratios(report: Content) -> str:
     line = f"Ratio of {report.budget}: {report.reached:.4f}, {_asked(report)}."
     if report.solver is None or all(row.option is None for row in report.layers):
         return line
@@ -109,7 +109,7 @@ def _ratios(report: Report) -> str:
     return f"{line} Objective ({_objective(report.solver, report.measure)}): {proof}."
 
 
-def _asked(report: Report) -> str:
+def _asked(report: Content) -> str:
     """What the user asked for: a ratio or a target."""
     wanted = []
     if report.target_error is not None:

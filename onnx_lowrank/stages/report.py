@@ -18,7 +18,8 @@ from onnx_lowrank.core.plan import Budget, Choice, Plan
 from onnx_lowrank.files import load as loading
 from onnx_lowrank.graph.parameters import parameters as model_parameters
 from onnx_lowrank.layers.found import Found
-from onnx_lowrank.report.content import LayerRow, Report, Total, Totals
+from onnx_lowrank.report.content import LayerRow, Total, Totals
+from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import percent
 from onnx_lowrank.rewrite.merge import Merge
 from onnx_lowrank.rewrite.replace import Rewritten

@@ -12,7 +12,8 @@ from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.core.outcome import Calibrated, LayerTime, OutputError, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Aggregate, Budget, Solver
 from onnx_lowrank.report import words
-from onnx_lowrank.report.content import LayerRow, Report, Total, Totals
+from onnx_lowrank.report.content import LayerRow, Total, Totals
+from onnx_lowrank.report.report import Report
 
 
 def row(index: int, kept: bool = False, certificate: float = 0.12341) -> LayerRow:

@@ -1,0 +1,23 @@
+"""The report of a run: its content, and the two ways to show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from onnx_lowrank.report import as_json, terminal
+from onnx_lowrank.report.content import Content
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Content):
+    """Everything that a run has to say, as a table and as JSON."""
+
+    def table(self, console: Console | None = None) -> None:
+        """Print the report, by default on stdout."""
+        terminal.show(self, console or Console())
+
+    def to_json(self) -> str:
+        """The whole report as JSON text; see `onnx_lowrank.report.as_json` for the keys."""
+        return as_json.dumps(self)
