@@ -10,11 +10,12 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - solver: aggregate, power, objective, gap (null under uniform and with a price, which follow a rule);
   null where an edited plan was replayed.
 - totals: params, macs, bytes, each with before, after, ratio; time, too, in nanoseconds, else null.
-- layers: a list in graph order of id, op, shape (groups, outputs per group, inputs per group, kernel ...),
-  dtype, nodes, fold, k, j, lowering, full_rank (null where kept), params, macs (each before, after, ratio),
-  error, certificate (spectral, frobenius: a list each, one number per operator group; null where kept),
-  reason, fit (factors: what they were fitted to, weights or activations; recovered: whether to what the
-  compressed layers before give; error: squared, of the layer's outputs, relative; null where kept).
+- layers: a list in graph order of id, name (as the table shows it), op, shape (groups, outputs per group,
+  inputs per group, kernel ...), dtype, nodes, fold, k, j, lowering, full_rank (null where kept), params, macs
+  (each before, after, ratio), error, certificate (spectral, frobenius: a list each, one number per operator
+  group; null where kept), reason, fit (factors: what they were fitted to, weights or activations; recovered:
+  whether to what the compressed layers before give; error: squared, of the layer's outputs, relative; null
+  where kept).
 - skipped: a list of scope, name, op, weight, reason.
 - removed_inputs: a list of names.
 - merges: a list of first, second (nodes that became one), layers (of whose chains they were), elements (of
@@ -93,6 +94,7 @@ def _layer(row: LayerRow) -> dict[str, Any]:
     option = row.option
     return {
         "id": row.id,
+        "name": row.name,
         "op": row.op,
         "shape": list(row.shape),
         "dtype": row.dtype,

@@ -57,6 +57,7 @@ class LayerRow:
 
     Attributes:
         id: Its id.
+        name: Its name for readers: the id, or its node's name where the weight's says nothing.
         op: Its operator type.
         shape: Of the canonical weight: (groups, f / groups, c / groups, *kernel).
         dtype: Name of the stored dtype.
@@ -72,6 +73,7 @@ class LayerRow:
     """
 
     id: str
+    name: str
     op: str
     shape: tuple[int, ...]
     dtype: str

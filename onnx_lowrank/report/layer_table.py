@@ -12,7 +12,7 @@ from onnx_lowrank.report import words
 from onnx_lowrank.report.content import Content, LayerRow, Total
 from onnx_lowrank.report.page import Column, Page
 
-_ID_ROOM = 16
+_NAME_ROOM = 16
 _COMPACT = frozenset(("operator", "weight"))
 _HELD, _MEASURED = "held-out", "measured"
 _TIME, _PREDICTED = "time alone", "predicted"
@@ -33,15 +33,15 @@ _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
 
 
 def show(report: Content, page: Page) -> None:
-    """Print the table in the most telling layout that leaves enough room for the ids, and its legend."""
-    ids = [row.id for row in report.layers]
-    enough = min(_ID_ROOM, max(map(len, ids)))
+    """Print the table in the most telling layout that leaves enough room for the names, and its legend."""
+    names = [row.name for row in report.layers]
+    enough = min(_NAME_ROOM, max(map(len, names)))
     for number, left_out in _LAYOUTS:
         columns = [column for column in _columns(report, number) if column.header not in left_out]
         room = page.room(columns)
         if room >= enough:
             break
-    layer = Column("layer", words.distinct(ids, max(room, 5)))
+    layer = Column("layer", words.distinct(names, max(room, 5)))
     page.table([layer, *columns], ["" if row.option else "dim" for row in report.layers])
     for line in _legend(report, {column.header for column in columns}):
         page.line(line, style="dim")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 
-from onnx_lowrank.core.outcome import Calibrated, Trial, Validation
+from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation
 from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import layer_table as layers
 from onnx_lowrank.report import words
@@ -33,17 +33,18 @@ def show(report: Content, console: Console) -> None:
     page.blank()
     if report.calibration is not None:
         _calibration(report.calibration, report.trials, page)
-    kept = [(row.reason or "kept by the plan", row.id) for row in report.layers if row.option is None]
+    names = {row.id: row.name for row in report.layers}
+    kept = [(row.reason or "kept by the plan", row.name) for row in report.layers if row.option is None]
     page.groups("Kept", "layer", kept)
     page.groups(
         "Skipped", "operator", [(item.reason, item.name or item.weight or item.op) for item in report.skipped]
     )
     if report.calibration is not None:
-        unmeasured = [(reason, layer) for layer, reason in report.calibration.unmeasured]
+        unmeasured = [(reason, names.get(layer, layer)) for layer, reason in report.calibration.unmeasured]
         page.groups("Not calibrated", "layer", unmeasured)
     if report.removed_inputs:
-        names = words.some(report.removed_inputs)
-        page.line(f"Graph inputs removed, which only named weights that are rewritten: {names}")
+        removed = words.some(report.removed_inputs)
+        page.line(f"Graph inputs removed, which only named weights that are rewritten: {removed}")
     if report.merges:
         pairs = words.some(f"{merged.first} + {merged.second}" for merged in report.merges)
         saved = sum(merged.saved for merged in report.merges)
@@ -52,7 +53,7 @@ def show(report: Content, console: Console) -> None:
             f"({words.exact(saved)} parameters less)"
         )
     if report.validation is not None:
-        _validation(report.validation, page)
+        _validation(report.validation, names, page)
     for warning in report.warnings:
         page.line(f"Warning: {warning}", style="yellow")
 
@@ -172,24 +173,33 @@ def _trials(trials: list[Trial], page: Page) -> None:
     page.table([recipe, *columns], ["bold" if trial.chosen else "" for trial in trials])
 
 
-def _validation(validation: Validation, page: Page) -> None:
+def _validation(validation: Validation, names: Mapping[str, str], page: Page) -> None:
     page.line(f"Validation on {validation.engine}")
     page.line(f"inputs {validation.inputs}", style="dim", indent=2)
-    for output in (*validation.outputs, *validation.alone):
-        parts = []
-        if output.relative is not None:
-            centred = "" if output.centred is None else f" ({words.number(output.centred)} about the mean)"
-            parts.append(f"relative error {words.number(output.relative)}{centred}")
-        if output.largest is not None:
-            parts.append(f"largest difference {words.number(output.largest)}")
-        if output.agreement is not None:
-            parts.append(f"agreement {output.agreement:.1%}")
-        if output.note:
-            parts.append(output.note)
-        page.line(f"{output.name}: {', '.join(parts)}", indent=2)
+    layers = {f"layer {layer}": f"layer {name}" for layer, name in names.items()}
+    for output in validation.outputs:
+        page.line(f"{output.name}: {_differences(output)}", indent=2)
+    for output in validation.alone:
+        page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
     if validation.never_ran:
-        page.line(f"never ran: {words.some(validation.never_ran)}", style="yellow", indent=2)
+        silent = words.some(names.get(layer, layer) for layer in validation.never_ran)
+        page.line(f"never ran: {silent}", style="yellow", indent=2)
     elif validation.never_ran is None:
         page.line("which layers in branches ran is unknown", style="dim", indent=2)
     for note in validation.notes:
         page.line(note, style="yellow", indent=2)
+
+
+def _differences(output: OutputError) -> str:
+    """How far the output of the compressed model lies from the input model's."""
+    parts = []
+    if output.relative is not None:
+        centred = "" if output.centred is None else f" ({words.number(output.centred)} about the mean)"
+        parts.append(f"relative error {words.number(output.relative)}{centred}")
+    if output.largest is not None:
+        parts.append(f"largest difference {words.number(output.largest)}")
+    if output.agreement is not None:
+        parts.append(f"agreement {output.agreement:.1%}")
+    if output.note:
+        parts.append(output.note)
+    return ", ".join(parts)

@@ -19,6 +19,7 @@ from onnx_lowrank.files import load as loading
 from onnx_lowrank.graph.parameters import parameters as model_parameters
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.report.content import LayerRow, Total, Totals
+from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import percent
 from onnx_lowrank.rewrite.merge import Merge
@@ -88,8 +89,8 @@ def assemble(
         reached=reached,
         solver=plan.solver,
         layers=tuple(
-            _row(layer, choice, certificates.get(layer.id), fits.get(layer.id))
-            for layer, choice in zip(found.layers, plan.choices, strict=True)
+            _row(layer, name, choice, certificates.get(layer.id), fits.get(layer.id))
+            for layer, name, choice in zip(found.layers, _names(found), plan.choices, strict=True)
         ),
         skipped=found.skipped,
         removed_inputs=() if rewritten is None else rewritten.removed_inputs,
@@ -214,10 +215,21 @@ def _low_agreement(outputs: tuple[OutputError, ...], least: float) -> str:
     return f"{percent(agreement)} of the rows of {worst.name!r} have the same largest element"
 
 
-def _row(layer: Layer, choice: Choice, certificate: Certificate | None, fit: LayerFit | None) -> LayerRow:
+def _names(found: Found) -> tuple[str, ...]:
+    """The names under which the layers are shown."""
+    return display_names(
+        (binding.layer.id, binding.stored.source.name, binding.layer.uses[0].name)
+        for binding in found.bindings
+    )
+
+
+def _row(
+    layer: Layer, name: str, choice: Choice, certificate: Certificate | None, fit: LayerFit | None
+) -> LayerRow:
     option = choice.option
     return LayerRow(
         id=layer.id,
+        name=name,
         op=layer.op,
         shape=layer.shape,
         dtype=layer.dtype,

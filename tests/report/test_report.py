@@ -19,6 +19,7 @@ from onnx_lowrank.report.report import Report
 def row(index: int, kept: bool = False, certificate: float = 0.12341) -> LayerRow:
     return LayerRow(
         id=f"stage{index}.conv.weight",
+        name=f"stage{index}.conv.weight",
         op="Conv",
         shape=(1, 64, 32, 3, 3),
         dtype="float32",
@@ -135,14 +136,14 @@ def test_terminal_never_rounds_a_certified_bound_down(bound, shown):
 
 
 def test_terminal_takes_names_as_text():
-    hostile = replace(row(0), id="[bold]x[/bold]\x1b[31m\nred")
+    hostile = replace(row(0), name="[bold]x[/bold]\x1b[31m\nred")
     text = printed(report(layers=(hostile,)))
     assert "[bold]x[/bold]?[31m?red" in text
     assert "\x1b" not in text
 
 
 def test_terminal_without_unicode_and_colour():
-    long = [replace(row(i), id=f"a/very/long/{i}/" + "x" * 100) for i in range(2)]
+    long = [replace(row(i), name=f"a/very/long/{i}/" + "x" * 100) for i in range(2)]
     text = printed(report(layers=tuple(long)), 80, "ascii")
     assert "64x32x3x3" in text
     assert "\x1b" not in text
@@ -150,9 +151,53 @@ def test_terminal_without_unicode_and_colour():
 
 def test_long_ids_stay_distinct():
     ids = [f"backbone.stages.{i}.block.conv.weight_quantized_export" for i in range(12)]
-    text = printed(report(layers=tuple(replace(row(0), id=name) for name in ids)), 80)
+    text = printed(report(layers=tuple(replace(row(0), name=name) for name in ids)), 80)
     shown = [line.split()[0] for line in text.splitlines() if "of 48" in line]
     assert len(set(shown)) == 12
+
+
+@pytest.mark.parametrize("room", range(16, 40))
+def test_names_that_differ_in_one_folder_stay_distinct(room):
+    paths = [f"/layer{i}/layer{i}.{j}/conv{k}/Conv" for i in (1, 2, 3) for j in (0, 1, 2) for k in (1, 2)]
+    names = ["linear.weight", "/conv1/Conv", *paths]
+    shown = words.distinct(names, room)
+    assert len(set(shown)) == len(names)
+    assert max(map(len, shown)) <= room
+    assert shown[:2] == ("linear.weight", "/conv1/Conv")
+
+
+@pytest.mark.parametrize("room", range(3, 12))
+def test_names_that_are_equal_or_cannot_be_told_apart_are_cut_all_the_same(room):
+    assert words.distinct(["abcdefghijkl"] * 2, room)[0] == words.middle("abcdefghijkl", room)
+    names = [f"{i:03}-{'x' * 20}-{j:03}" for i in range(20) for j in range(20)]
+    shown = words.distinct(names, room)
+    assert len(shown) == 400
+    assert max(map(len, shown)) <= room
+
+
+def test_layers_are_shown_by_their_names_and_known_by_their_ids():
+    rows = tuple(replace(row(i, kept=i > 0), id=f"onnx::Conv_{i}", name=f"/conv{i}/Conv") for i in range(3))
+    validation = Validation(
+        "layers alone",
+        "made",
+        (OutputError("onnx::Conv_0", 0.5, 0.5, None),),
+        ("onnx::Conv_1",),
+        alone=(OutputError("layer onnx::Conv_0", 0.25, 0.5, None),),
+    )
+    source = Calibrated("x: 9 samples, 1 held out", 9, 1, (("onnx::Conv_2", "it never ran"),))
+    shown = report(layers=rows, validation=validation, calibration=source)
+    text = printed(shown, 160)
+    assert [line.split()[0] for line in text.splitlines() if "64×32×3×3" in line] == [r.name for r in rows]
+    assert "2 × no option is cheaper (/conv1/Conv, /conv2/Conv)" in text
+    assert "1 × it never ran (/conv2/Conv)" in text
+    assert "never ran: /conv1/Conv" in text
+    assert "layer /conv0/Conv: relative error 0.25" in text
+    assert "  onnx::Conv_0: relative error 0.5" in text, "an output is no layer"
+    assert text.count("onnx::") == 1
+    loaded = json.loads(shown.to_json())
+    assert [(r["id"], r["name"]) for r in loaded["layers"]] == [(r.id, r.name) for r in rows]
+    assert loaded["validation"]["never_ran"] == ["onnx::Conv_1"]
+    assert loaded["validation"]["alone"][0]["name"] == "layer onnx::Conv_0"
 
 
 def test_terminal_without_layers():

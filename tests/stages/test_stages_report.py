@@ -12,7 +12,7 @@ from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.stages import report as reporting
-from tiny import cnn
+from tiny import CNN, built, cnn, weights
 
 RATIO = "choose a larger ratio or another recipe"
 CALIBRATE = f"{RATIO}, or pass inputs to fit to as --calibration"
@@ -113,6 +113,26 @@ def test_a_target_is_no_ratio_to_enlarge_and_what_was_asked_for_no_surprise(
 ):
     told = f"Only {agreement:.1%} {ROWS}: {TARGET}."
     assert warned(output(agreement), **targets) == ((told,) if warns else ())
+
+
+# --- names ----------------------------------------------------------------------------------------------
+
+
+def test_weights_that_an_exporter_counted_are_shown_as_their_nodes():
+    text = CNN.replace("conv1", "onnx__Conv_12").replace("conv2", "val_3")
+    arrays = weights()
+    proto = built(text, {"onnx__Conv_12": arrays["conv1"], "val_3": arrays["conv2"], "fc": arrays["fc"]})
+    proto.graph.initializer[0].name = proto.graph.node[0].input[1] = "onnx::Conv_12"
+    ids = ["onnx::Conv_12", "val_3", "fc"]
+    result = compress(proto, 0.6, dry_run=True)
+    assert [(row.id, row.name) for row in result.report.layers] == [
+        *zip(ids, ["n.a", "n.c", "fc"], strict=True)
+    ]
+    assert [choice.layer for choice in result.plan.choices] == ids
+    for glob in ("n.c", "val_3"):
+        assert [row.id for row in compress(proto, 0.95, include=glob, dry_run=True).report.layers] == [
+            "val_3"
+        ]
 
 
 # --- times ------------------------------------------------------------------------------------------
