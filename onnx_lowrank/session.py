@@ -149,7 +149,8 @@ def compress(
         recover: Let recipes that say so recover each layer from the errors of those before it.
         target_error: Instead of a ratio, find the smallest model whose outputs on held-out calibration
             inputs have at most this error, relative to what varies in them (`OutputError.centred`).
-        target_agreement: The same for the share of outputs that agree, above 0 and at most 1.
+        target_agreement: The same for the share of outputs that agree (rows of an embedding: that keep their
+            nearest neighbour), above 0 and at most 1.
         inputs: An .npz file, or arrays by input name, on which the models are compared; by default
             held-out calibration inputs, or inputs that are made from the graph.
         input_shape: Shapes by input name, where the model leaves dimensions open.
@@ -257,7 +258,8 @@ class _Job:
         feed = next(_held_out(samples, 1))
         engine, outputs = calibrating_engine(self.found.model, feed, self.provider)
         if self.asked.target is not None and outputs is not None:
-            check_target(self.asked.target, self.found.model.name, outputs, feed)
+            judged = samples.held or samples.count
+            check_target(self.asked.target, self.found.model.name, outputs, feed, judged)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
             moments = statistics.measure(

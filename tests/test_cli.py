@@ -1079,6 +1079,26 @@ def test_a_target_agreement_is_held_by_the_smallest_model_that_was_tried(run, fo
     assert all(trial["agreement"] < 0.9 for trial in smaller)
 
 
+def test_an_embedding_is_judged_by_its_nearest_neighbours(run, folder):
+    text = MLP.replace("y = MatMul (b, w2)", "c = MatMul (b, w2) y = LpNormalization <axis = 1, p = 2> (c)")
+    onnx.save(built(text, {"w1": decaying(1, 24, 32), "w2": decaying(2, 32, 8)}), "in.onnx")
+    np.savez("cal.npz", x=np.random.default_rng(6).standard_normal((300, 24), np.float32))
+    options = ("--calibration", "cal.npz", "--pass", "activation", "--target-agreement", "0.8")
+    outcome = run("in.onnx", "out.onnx", *options, "--report", "r.json")
+    report = json.loads(Path("r.json").read_text())
+    (chosen,) = [trial for trial in report["trials"] if trial["chosen"]]
+    (output,) = report["validation"]["outputs"]
+    assert output["agreement"] is None
+    assert 0.8 <= output["neighbours"] == chosen["agreement"] < 1
+    assert 0.8 < output["cosine"] < 1
+    assert output["relative"] ** 2 == pytest.approx(2 - 2 * output["cosine"], rel=1e-5), "rows have norm 1"
+    smaller = [trial for trial in report["trials"] if trial["ratio"] < chosen["ratio"] and trial["outputs"]]
+    assert smaller
+    assert all(trial["agreement"] < 0.8 for trial in smaller)
+    shown = f"cosine {output['cosine']:.3f}, nearest neighbour kept {output['neighbours']:.1%}"
+    assert shown in " ".join(outcome.err.split())
+
+
 def test_the_same_calibration_data_gives_the_same_bytes(run, folder):
     results = []
     for _ in range(2):

@@ -18,13 +18,17 @@ class OutputError:
             differ. None for strings, and where there is no element to compare.
         largest: Largest |y − ŷ|. None where the relative error is, and where the shapes differ.
         agreement: For floats whose last axis looks like classes (two axes or more, the last of at least
-            two elements): share of rows with the same largest element. For integers, booleans and
-            strings: share of equal elements. None elsewhere.
+            two elements, the rows no embedding): share of rows with the same largest element. For integers,
+            booleans and strings: share of equal elements. None elsewhere.
         note: What else there is to know, a sentence; mostly empty.
         centred: ‖y − ŷ‖₂ / ‖y − ȳ‖₂, ȳ the mean over the samples: the relative error that a constant offset
             does not flatter. None for integers, booleans and strings, for one sample, for samples of several
             shapes, and where y does not vary.
         is_exact: Whether it holds integers, booleans or strings, of which agreement tells and no norm.
+        cosine: For an embedding, floats whose rows have norm 1 (see `engines.embedding`): the mean cosine
+            between a row and the compressed model's. None elsewhere.
+        neighbours: For an embedding: share of rows whose nearest other row is the same in both models, among
+            at most 2,048 rows. None elsewhere, and below three rows.
     """
 
     name: str
@@ -34,6 +38,13 @@ class OutputError:
     note: str = ""
     centred: float | None = None
     is_exact: bool = False
+    cosine: float | None = None
+    neighbours: float | None = None
+
+    @property
+    def kept(self) -> float | None:
+        """The agreement, for an embedding that of nearest neighbours; None where there is neither."""
+        return self.neighbours if self.agreement is None else self.agreement
 
 
 def largest_error(outputs: Iterable[OutputError]) -> float | None:
@@ -96,10 +107,8 @@ class Trial:
 
     @property
     def agreement(self) -> float | None:
-        """The least agreement over the outputs; None where none has one."""
-        return min(
-            (output.agreement for output in self.outputs if output.agreement is not None), default=None
-        )
+        """The least agreement over the outputs, of neighbours for embeddings; None where none has one."""
+        return min((output.kept for output in self.outputs if output.kept is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.outcome import OutputError
+from onnx_lowrank.engines.embedding import Embedding
 from onnx_lowrank.engines.spread import Spread, is_batched
 from onnx_lowrank.errors import ValidationError
 
@@ -85,6 +86,7 @@ class _Sums:
         is_text: Whether it holds texts.
         is_exact: Whether it holds texts, integers or booleans.
         spread: How much it varies.
+        embedding: What becomes of its rows where these are directions.
     """
 
     name: str
@@ -99,6 +101,7 @@ class _Sums:
     is_text: bool = False
     is_exact: bool = False
     spread: Spread = field(default_factory=Spread)
+    embedding: Embedding = field(default_factory=Embedding)
 
     def add(self, y: NDArray[Any], z: NDArray[Any], *, batched: bool) -> None:
         if y.shape != z.shape:
@@ -125,9 +128,11 @@ class _Sums:
         self.residual = hypot(self.residual, float(np.linalg.norm(difference)))
         self.largest = max(self.largest, float(difference.max(initial=0.0)))
         self.spread.add(y, batched=batched)
-        agreement = y == z if self.is_exact else _top1(y, z)
-        if agreement is not None:
-            self._agree(agreement)
+        if self.is_exact:
+            self._agree(y == z)
+        elif _has_classes(y):
+            self._agree(_top1(y, z))
+            self.embedding.add(y, z)
 
     def _agree(self, agreement: NDArray[np.bool_]) -> None:
         self.rows += agreement.size
@@ -136,7 +141,7 @@ class _Sums:
     def error(self) -> OutputError:
         if self.fault:
             return OutputError(self.name, float("inf"), None, None, self.fault)
-        agreement = self.agreeing / self.rows if self.rows else None
+        agreement = self.agreeing / self.rows if self.rows and not self.embedding.is_one else None
         if self.is_text:
             note = "It holds texts." if self.size else _EMPTY
             return OutputError(self.name, None, None, agreement, note, is_exact=True)
@@ -146,7 +151,15 @@ class _Sums:
             return OutputError(self.name, None, None, None, note or _EMPTY, is_exact=self.is_exact)
         relative = self.residual / self.norm if self.norm else float("inf") if self.residual else 0.0
         return OutputError(
-            self.name, relative, self.largest, agreement, note, self._centred(), is_exact=self.is_exact
+            self.name,
+            relative,
+            self.largest,
+            agreement,
+            note,
+            self._centred(),
+            is_exact=self.is_exact,
+            cosine=self.embedding.cosine,
+            neighbours=self.embedding.neighbours,
         )
 
     def _centred(self) -> float | None:
@@ -171,10 +184,13 @@ def _wide(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
-def _top1(y: NDArray[Any], z: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """For every row, whether its largest element is at the same place; None where there are no classes."""
-    if y.ndim < 2 or y.shape[-1] < 2 or not y.size or y.dtype.kind == "c":
-        return None
+def _has_classes(y: NDArray[Any]) -> bool:
+    """Whether the elements of a row may stand for classes, going by the shape."""
+    return y.ndim >= 2 and y.shape[-1] >= 2 and y.size > 0 and y.dtype.kind != "c"
+
+
+def _top1(y: NDArray[Any], z: NDArray[Any]) -> NDArray[np.bool_]:
+    """For every row, whether its largest element is at the same place."""
     rows = np.isfinite(y).all(-1)
     same: NDArray[np.bool_] = y.argmax(-1)[rows] == z.argmax(-1)[rows]
     return same

@@ -21,8 +21,9 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
 - merges: a list of first, second (nodes that became one), layers (of whose chains they were), elements (of
   both weights and of the product), saved (parameters). Layers are described as before that.
 - validation: engine, inputs, worst (over the outputs; null where none could be measured), outputs (a list of
-  name, relative, largest, agreement, note), never_ran (a list of layer ids, null where unknown), notes, alone
-  (as outputs, one per rewritten layer, where the model ran nowhere); null where none was made.
+  name, relative, largest, agreement, note, centred, is_exact, cosine and neighbours: of rows of norm 1, which
+  have no agreement), never_ran (a list of layer ids, null where unknown), notes, alone (as outputs, one per
+  rewritten layer, where the model ran nowhere); null where none was made.
 - warnings: a list of sentences.
 - target: error, agreement (one can be null): what was asked for instead of a ratio; null where a ratio was.
 - calibration: source, samples, held (how many of them were held out), unmeasured (a list of layer, reason);
@@ -31,8 +32,9 @@ Schema 1, keys in this order; a number that is unknown, infinite or not a number
   was replayed, after in a dry run), spread (longest over shortest median of the input model's time), layers
   (a list of layer, before, predicted, after: before and after alone, outside the model, predicted with what
   the layer saves in it, null where a plan was replayed); null where latency is not the budget.
-- trials: a list of recipe, ratio, recovered, error, agreement (the worst over the outputs), chosen, note,
-  outputs (as in validation, on the held-out calibration inputs); empty where nothing was compared.
+- trials: a list of recipe, ratio, recovered, error, agreement (the worst over the outputs, of neighbours
+  where rows have norm 1), chosen, note, outputs (as in validation, on the held-out calibration inputs); empty
+  where nothing was compared.
 """
 
 from __future__ import annotations

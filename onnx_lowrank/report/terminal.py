@@ -147,6 +147,11 @@ def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page)
             f"{held}calibration inputs; the largest of several.",
             style="dim",
         )
+    if any(output.neighbours is not None for trial in trials for output in trial.outputs):
+        page.line(
+            "agreement: of an embedding, the share of its rows that keep their nearest neighbour.",
+            style="dim",
+        )
     for trial in ordered:
         if trial.note:
             page.line(f"{_recipe(trial)} at {trial.ratio:.4g}: {trial.note}", style="dim", indent=2)
@@ -200,6 +205,10 @@ def _differences(output: OutputError) -> str:
         parts.append(f"largest difference {words.number(output.largest)}")
     if output.agreement is not None:
         parts.append(f"agreement {output.agreement:.1%}")
+    if output.cosine is not None:
+        parts.append(f"cosine {output.cosine:.3f}")
+    if output.neighbours is not None:
+        parts.append(f"nearest neighbour kept {output.neighbours:.1%}")
     if output.note:
         parts.append(output.note)
     return ", ".join(parts)

@@ -27,6 +27,7 @@ from onnx_lowrank.rewrite.replace import Rewritten
 
 _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
+_LOW_COSINE = 0.9
 _SLACK = 0.05
 _WARNED = 1.05
 _TIMED = 0.03  # what one measurement of a time may differ from another
@@ -184,7 +185,9 @@ def _output_warnings(validation: Validation, given: bool, advice: str, least: fl
     """What would surprise the user about the outputs."""
     large = _large_error(validation, given)
     # What made-up inputs give is mostly no class at all, so that nothing follows from its agreement.
-    low = _low_agreement(validation.outputs, least) if given else ""
+    low = ""
+    if given:
+        low = _low_agreement(validation.outputs, least) or _low_cosine(validation.outputs)
     if large and not given:
         yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
     elif large and low:
@@ -206,13 +209,24 @@ def _large_error(validation: Validation, given: bool) -> str:
 
 def _low_agreement(outputs: tuple[OutputError, ...], least: float) -> str:
     """How little the output agrees that agrees least; empty where that is enough."""
-    known = [(output.agreement, output) for output in outputs if output.agreement is not None]
+    known = [(output.kept, output) for output in outputs if output.kept is not None]
     agreement, worst = min(known, key=itemgetter(0), default=(least, None))
     if worst is None or agreement >= least:
         return ""
     if worst.is_exact:
         return f"{percent(agreement)} of the elements of {worst.name!r} are equal"
+    if worst.agreement is None:
+        return f"{percent(agreement)} of the rows of {worst.name!r} keep their nearest neighbour"
     return f"{percent(agreement)} of the rows of {worst.name!r} have the same largest element"
+
+
+def _low_cosine(outputs: tuple[OutputError, ...]) -> str:
+    """How little is left of the embedding of which least is left; empty where that is enough."""
+    known = [(output.cosine, output.name) for output in outputs if output.cosine is not None]
+    cosine, name = min(known, default=(1.0, ""))
+    return (
+        f"a cosine similarity of {cosine:.3f} is left to the rows of {name!r}" if cosine < _LOW_COSINE else ""
+    )
 
 
 def _names(found: Found) -> tuple[str, ...]:

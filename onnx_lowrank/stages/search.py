@@ -45,7 +45,8 @@ class Target:
 
     Attributes:
         error: The largest error of any output, centred where that tells; None for any.
-        agreement: The least agreement of any output that has one; None for any.
+        agreement: The least agreement of any output that has one, of nearest neighbours for an embedding;
+            None for any.
     """
 
     error: float | None = None
@@ -72,14 +73,19 @@ class Target:
         return (0.0 if self.holds(trial) else 1.0, *order)
 
 
-def check_target(target: Target, model: str, outputs: Mapping[str, Any], feed: Feed) -> None:
+_CHOICE = 3
+"""The fewest rows of which each has a nearest neighbour and another row."""
+
+
+def check_target(target: Target, model: str, outputs: Mapping[str, Any], feed: Feed, samples: int) -> None:
     """Find out whether a model has outputs that a target can be judged by.
 
     Args:
         target: The target.
         model: What the input model is called.
         outputs: Its outputs.
-        feed: The inputs that gave them.
+        feed: The inputs that gave them, one sample.
+        samples: On how many samples the target is judged.
 
     Raises:
         InputError: It has none.
@@ -88,8 +94,12 @@ def check_target(target: Target, model: str, outputs: Mapping[str, Any], feed: F
     missing = []
     if target.error is not None and whole.error is None:
         missing.append("an error, which takes floats: leave --target-error out")
-    if target.agreement is not None and whole.agreement is None:
-        missing.append("an agreement, which takes classes or integers: leave --target-agreement out")
+    is_embedding = any(output.cosine is not None for output in whole.outputs)
+    if target.agreement is not None and whole.agreement is None and not (is_embedding and samples >= _CHOICE):
+        missing.append(
+            "an agreement, which takes classes, integers or an embedding of three samples or more: leave "
+            "--target-agreement out"
+        )
     if missing:
         raise InputError(
             f"The target cannot be judged, as no output of {model} has {', nor '.join(missing)}."

@@ -125,6 +125,18 @@ def test_terminal_warnings_and_validation():
     assert "layer w: relative error 0.25" in printed(report(validation=alone))
 
 
+def test_an_embedding_is_shown_by_its_directions():
+    output = OutputError("y", 0.15, 0.5, None, cosine=0.9888, neighbours=0.858)
+    validation = Validation("engine", "inputs", (output,), ())
+    text = printed(report(validation=validation), 160)
+    shown = "relative error 0.15, largest difference 0.5, cosine 0.989, nearest neighbour kept 85.8%"
+    assert f"  y: {shown}\n" in text
+    loaded = json.loads(report(validation=validation).to_json())["validation"]["outputs"][0]
+    assert (loaded["agreement"], loaded["cosine"], loaded["neighbours"]) == (None, 0.9888, 0.858)
+    alone = replace(output, neighbours=None)
+    assert "neighbour" not in printed(report(validation=replace(validation, outputs=(alone,))), 160)
+
+
 @pytest.mark.parametrize(
     ("bound", "shown"), [(0.12341, "0.124"), (0.1, "0.1"), (1.23e-5, "1.3e-05"), (0.0, "0")]
 )
@@ -407,6 +419,15 @@ def test_terminal_compares_what_was_tried():
     assert lines[start + 6] == "  svd at 0.5: The ratio 0.5 cannot be reached: the smallest is 0.625."
 
 
+def test_the_agreement_of_an_embedding_is_explained():
+    told = "agreement: of an embedding, the share of its rows that keep their nearest neighbour."
+    assert told not in flat(printed(calibrated()))
+    tried = (Trial("svd", 0.5, False, (OutputError("y", 0.1, 1.0, None, cosine=0.99, neighbours=0.8125),)),)
+    text = flat(printed(calibrated(trials=tried)))
+    assert told in text
+    assert "svd 0.5 0.1 81.25%" in text
+
+
 def test_ratios_that_were_tried_stand_in_their_order():
     tried = tuple(
         Trial("output", ratio, False, (OutputError("y", 1 - ratio, 1.0, None),), chosen=ratio == 0.375)
@@ -486,6 +507,8 @@ def test_json_holds_calibration_and_trials():
         "note": "",
         "centred": None,
         "is_exact": False,
+        "cosine": None,
+        "neighbours": None,
     }
     assert (svd["error"], svd["agreement"], svd["outputs"]) == (None, None, [])
     assert svd["note"] == "The ratio 0.5 cannot be reached: the smallest is 0.625."

@@ -115,6 +115,45 @@ def test_a_target_is_no_ratio_to_enlarge_and_what_was_asked_for_no_surprise(
     assert warned(output(agreement), **targets) == ((told,) if warns else ())
 
 
+def embedding(neighbours, cosine=0.99, name="sentence", relative=0.1):
+    return OutputError(name, relative, None, None, cosine=cosine, neighbours=neighbours)
+
+
+NEIGHBOURS = "of the rows of 'sentence' keep their nearest neighbour"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "told"),
+    [
+        ((embedding(0.858),), f"Only 85.8% {NEIGHBOURS}"),
+        ((embedding(0.9),), ""),
+        ((embedding(None),), ""),
+        ((embedding(0.8), output(0.95)), f"Only 80.0% {NEIGHBOURS}"),
+        ((embedding(0.8), output(0.57)), f"Only 57.0% {ROWS}"),
+        ((embedding(0.95, 0.8999),), "Only a cosine similarity of 0.900 is left to the rows of 'sentence'"),
+        (
+            (embedding(None, 0.7), embedding(0.9, 0.8, "b")),
+            "Only a cosine similarity of 0.700 is left to the rows of 'sentence'",
+        ),
+        ((embedding(0.95, 0.9),), ""),
+        ((embedding(0.85, 0.7),), f"Only 85.0% {NEIGHBOURS}"),
+        (
+            (embedding(0.85, 0.7, relative=0.75),),
+            f"The largest relative error of an output is 0.75, and only 85.0% {NEIGHBOURS}",
+        ),
+    ],
+)
+def test_rows_of_an_embedding_that_turn_away_are_a_warning(warned, outputs, told):
+    assert warned(*outputs) == ((f"{told}: {RATIO}.",) if told else ())
+    if told.startswith("Only"):
+        assert warned(*outputs, given=False) == ()
+
+
+def test_a_target_says_how_few_neighbours_are_no_surprise(warned):
+    assert warned(embedding(0.8), target_agreement=0.8) == ()
+    assert warned(embedding(0.79), target_agreement=0.8) == (f"Only 79.0% {NEIGHBOURS}: {TARGET}.",)
+
+
 # --- names ----------------------------------------------------------------------------------------------
 
 

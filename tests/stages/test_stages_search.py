@@ -297,6 +297,17 @@ def test_the_worst_output_counts():
     assert not Target(agreement=0.91).holds(Trial("a", 0.5, outputs=both))
 
 
+def test_where_there_are_no_classes_neighbours_count():
+    embedding = OutputError("y", 0.1, 1.0, None, cosine=0.99, neighbours=0.85)
+    trial = Trial("a", 0.5, outputs=(embedding,))
+    assert trial.agreement == 0.85
+    assert Target(agreement=0.85).holds(trial)
+    assert not Target(agreement=0.86).holds(trial)
+    classes = OutputError("z", 0.1, 1.0, 0.8)
+    assert Trial("a", 0.5, outputs=(embedding, classes)).agreement == 0.8
+    assert Trial("a", 0.5, outputs=(OutputError("y", 0.1, 1.0, None, cosine=0.99),)).agreement is None
+
+
 def test_auto_tries_recipes_that_ship():
     from onnx_lowrank.documents import recipes
 
@@ -320,7 +331,7 @@ LABEL = "g (float[N,4] x) => (int64[N,1] y) { y = ArgMax <axis = 1> (x) }"
         (
             ROW,
             Target(agreement=0.9),
-            "an agreement, which takes classes or integers: leave",
+            "an agreement, which takes classes, integers or an embedding of three samples or more: leave",
         ),
         (ROW, Target(0.1, 0.9), "an agreement"),
         (LABEL, Target(agreement=0.9), ""),
@@ -332,10 +343,24 @@ def test_a_target_that_no_output_can_be_judged_by_is_refused(body, target, missi
     feed = {"x": np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)}
     named = {"y": ReferenceEvaluator(model(body)).run(None, feed)[0]}
     if not missing:
-        check_target(target, "m.onnx", named, feed)
+        check_target(target, "m.onnx", named, feed, 12)
         return
     with pytest.raises(InputError, match=f"cannot be judged, as no output of m.onnx has {missing}"):
-        check_target(target, "m.onnx", named, feed)
+        check_target(target, "m.onnx", named, feed, 12)
+
+
+UNIT = "g (float[N,4] x) => (float[N,4] y) { y = LpNormalization <axis = 1, p = 2> (x) }"
+
+
+@pytest.mark.parametrize(("samples", "is_judged"), [(1, False), (2, False), (3, True)])
+def test_an_embedding_is_judged_by_neighbours_where_samples_have_any(samples, is_judged):
+    feed = {"x": np.random.default_rng(0).standard_normal((1, 4)).astype(np.float32)}
+    named = {"y": ReferenceEvaluator(model(UNIT)).run(None, feed)[0]}
+    if is_judged:
+        check_target(Target(agreement=0.9), "m.onnx", named, feed, samples)
+        return
+    with pytest.raises(InputError, match=r"has an agreement, which takes .* three samples or more: leave"):
+        check_target(Target(agreement=0.9), "m.onnx", named, feed, samples)
 
 
 def test_another_recipe_may_reach_what_the_best_at_one_half_does_not(monkeypatch):

@@ -1,0 +1,121 @@
+"""Outputs whose rows are directions, such as embeddings of sentences or faces: what becomes of their rows.
+
+The largest element of such a row stands for no class, so that its place tells nothing. What is used of an
+embedding are cosines and nearest neighbours.
+
+The rule: the rows of an output are an embedding where, in the input model's output,
+
+1. every row that was seen has norm 1, within 1e-3, and
+2. not all of them are probabilities (no element below 0, sum 1): a classifier that is sure gives such rows of
+   norm 1.
+
+Logits have another norm in every row, which grows with certainty. An embedding that is not normalized cannot
+be told from logits by its numbers; so it keeps the agreement of its largest elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NORM = 1e-3  # how far from 1 a norm may be: float16 and bfloat16 round, too
+_SUM = 1e-2  # how far from 1 a sum of rounded probabilities may be
+_TIED = 1e-6  # cosines that differ by less are equal: float32 rounds, and equal inputs give equal rows
+_LARGEST_ROWS = 2048
+_LARGEST_ELEMENTS = 2**23  # of the rows that are kept: 64 MiB for each model
+_BLOCK = 256
+
+Rows = NDArray[np.float64]
+
+
+class Embedding:
+    """Compares the rows of one output, and finds out on the way whether they are directions at all.
+
+    Cosines are of all rows. Neighbours are sought among every s-th row, s the smallest power of 2 that
+    leaves no more than 2,048 rows (fewer of more than 4,096 elements); however the rows come in batches.
+    """
+
+    def __init__(self) -> None:
+        self._is_unit = True
+        self._is_shares = True
+        self._count = 0
+        self._cosines = 0.0
+        self._stride = 1
+        self._kept: list[tuple[Rows, Rows]] = []
+
+    def add(self, y: NDArray[Any], z: NDArray[Any]) -> None:
+        """Add rows of the last axis; those that are not finite in the input model's output are left out.
+
+        Args:
+            y: The input model's output, float64, of two axes or more.
+            z: The compressed model's, finite where `y` is.
+        """
+        if not self._is_unit:
+            return
+        width = y.shape[-1]
+        rows = np.isfinite(y).all(axis=-1)
+        y, z = y[rows], z[rows]
+        is_other_width = any(kept.shape[1] != width for kept, _ in self._kept[:1])
+        if is_other_width or np.any(np.abs(np.linalg.norm(y, axis=1) - 1) > _NORM):
+            self._is_unit = False
+            self._kept.clear()
+            return
+        self._is_shares &= bool(np.all(y >= 0) and np.all(np.abs(y.sum(axis=1) - 1) <= _SUM))
+        y, z = _directions(y), _directions(z)
+        self._cosines += float(np.einsum("ij,ij->", y, z))
+        first = -self._count % self._stride
+        self._count += len(y)
+        if first < len(y):
+            # Copied, as a view of few rows would hold all of them.
+            self._kept.append((y[first :: self._stride].copy(), z[first :: self._stride].copy()))
+        self._thin(min(_LARGEST_ROWS, max(1, _LARGEST_ELEMENTS // width)))
+
+    def _thin(self, most: int) -> None:
+        """Keep every second row until there are no more than so many."""
+        while -(-self._count // self._stride) > most:
+            y, z = self._joined()
+            self._kept = [(y[::2].copy(), z[::2].copy())]
+            self._stride *= 2
+
+    def _joined(self) -> tuple[Rows, Rows]:
+        ours, theirs = zip(*self._kept, strict=True)
+        return np.concatenate(ours), np.concatenate(theirs)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all rows so far are directions, and there are some."""
+        return self._is_unit and not self._is_shares and self._count > 0
+
+    @property
+    def cosine(self) -> float | None:
+        """The mean cosine between a row and the compressed model's; None where rows are no directions."""
+        return self._cosines / self._count if self.is_one else None
+
+    @property
+    def neighbours(self) -> float | None:
+        """The share of rows whose nearest other row, by cosine, is the same in both models.
+
+        None where rows are no directions, and below three rows, which leave no choice.
+        """
+        if not self.is_one:
+            return None
+        y, z = self._joined()
+        if len(y) < 3:
+            return None
+        kept = 0
+        for start in range(0, len(y), _BLOCK):
+            block = np.arange(start, min(start + _BLOCK, len(y)))
+            here = np.arange(len(block))
+            ours, theirs = y[block] @ y.T, z[block] @ z.T
+            ours[here, block] = theirs[here, block] = -np.inf
+            found = ours[here, theirs.argmax(axis=1)]
+            kept += int(np.count_nonzero(found >= ours.max(axis=1) - _TIED))
+        return kept / len(y)
+
+
+def _directions(rows: Rows) -> Rows:
+    """Rows of norm 1; zeros where a row is zero."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(norms > 0, norms, 1))
