@@ -173,7 +173,10 @@ WRONG = {
     "max-error text": ([*HALF, "--max-error", "small"], "--max-error: 'small' is no number"),
     "unknown recipe": ([*HALF, "--pass", "magic"], "no recipe 'magic': name a .toml file or one of "),
     "recipe with an unknown key": ([*HALF, "--pass", "key.toml"], "unknown key 'colour'"),
-    "recipe with a bad value": ([*HALF, "--pass", "value.toml"], "has power = 0"),
+    "recipe with a bad value": (
+        [*HALF, "--pass", "value.toml"],
+        "power is 0, which has to be a number above 0",
+    ),
     "recipe that is no TOML": ([*HALF, "--pass", "broken.toml"], "is not valid TOML"),
     "recipe that is missing": ([*HALF, "--pass", "no.toml"], "no.toml"),
     "recipe with a plan": (["in.onnx", "out.onnx", "--plan", "p.json", "--pass", "svd"], "leave out --pass"),

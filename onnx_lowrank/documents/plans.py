@@ -10,41 +10,79 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from enum import StrEnum
+from dataclasses import replace
 from math import isfinite, nan
-from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Annotated, Any
 
-from onnx_lowrank import measures
+from msgspec import Meta, Struct
+
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Plan, Solver
+from onnx_lowrank.documents import names
+from onnx_lowrank.documents.strict import Document
+from onnx_lowrank.documents.wording import shown
 from onnx_lowrank.errors import PlanError
 
 VERSION = 4
-_KEYS = (
-    "version",
-    "model",
-    "recipe",
-    "measure",
-    "ratio",
-    "budget",
-    "factors",
-    "recover",
-    "merge",
-    "solver",
-    "digest",
-    "layers",
-)
-_LAYER_KEYS = ("id", "fold", "k", "j", "lowering", "cost", "error", "reason")
-_SOLVER_KEYS = tuple(field.name for field in fields(Solver))
-_INTEGERS = 2**63  # what JSON readers and ONNX take for an integer
 
-E = TypeVar("E", bound=StrEnum)
+
+class _Solver(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How good a plan is, as its file says it."""
+
+    aggregate: Aggregate
+    power: float
+    objective: float | None
+    gap: float | None
+
+
+class _Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a plan does with one layer, as its file says it."""
+
+    id: str
+    fold: Fold | None
+    k: int | None
+    j: int | None
+    lowering: Lowering | None
+    cost: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2⁶³ − 1")]
+    error: float | None
+    reason: str
+
+    def __post_init__(self) -> None:
+        if len({value is None for value in (self.fold, self.k, self.j)}) > 1:
+            fold = None if self.fold is None else self.fold.value
+            found = f"fold = {shown(fold)}, k = {shown(self.k)} and j = {shown(self.j)}"
+            raise ValueError(f"{found}, which have to be null all together or not at all")
+
+
+class _Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plan, as its file says it; the order of the keys is the file's."""
+
+    version: int
+    model: str
+    recipe: str
+    measure: names.MeasureName
+    ratio: Annotated[float, Meta(gt=0, le=1, description="a number above 0 and at most 1")]
+    budget: names.BudgetName
+    factors: Fit
+    recover: bool
+    merge: bool
+    solver: _Solver | None
+    digest: str
+    layers: tuple[_Layer, ...]
+
+    def __post_init__(self) -> None:
+        names.check("measure", self.measure, names.measures())
+        names.check("budget", self.budget, names.budgets())
+        if self.recover and self.factors is not Fit.ACTIVATIONS:
+            raise ValueError(
+                f"recover is true and factors is {self.factors.value!r}, which has to be 'activations' then"
+            )
+
+
+_DOCUMENT = Document("plan", _Plan, PlanError, "correct it or save it anew", ("version", VERSION))
 
 
 def to_json(plan: Plan) -> str:
@@ -52,7 +90,8 @@ def to_json(plan: Plan) -> str:
     solver = None if plan.solver is None else _solver_row(plan.solver)
     wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover, plan.merge)
     values = (VERSION, plan.model, *wanted, solver, plan.digest)
-    head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(_KEYS[:-1], values, strict=True)]
+    keys = _Plan.__struct_fields__[:-1]
+    head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(keys, values, strict=True)]
     rows = ",\n".join(f"    {_text(_row(choice))}" for choice in plan.choices)
     return "\n".join(["{", *head, '  "layers": [', *([rows] if rows else []), "  ]", "}", ""])
 
@@ -65,12 +104,12 @@ def _row(choice: Choice) -> dict[str, Any]:
     option = choice.option
     values = (None,) * 4 if option is None else (option.fold, option.k, option.j, option.lowering)
     row = (choice.layer, *values, choice.cost, _finite(choice.error), choice.reason)
-    return dict(zip(_LAYER_KEYS, row, strict=True))
+    return dict(zip(_Layer.__struct_fields__, row, strict=True))
 
 
 def _solver_row(solver: Solver) -> dict[str, Any]:
     values = (solver.aggregate, solver.power, _finite(solver.objective), solver.gap)
-    return dict(zip(_SOLVER_KEYS, values, strict=True))
+    return dict(zip(_Solver.__struct_fields__, values, strict=True))
 
 
 def _finite(value: float) -> float | None:
@@ -97,119 +136,32 @@ def read(path: str | os.PathLike[str]) -> Plan:
     Raises:
         PlanError: It cannot be read, is no JSON, or a key or value in it is wrong.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise PlanError(f"The plan {path} cannot be read ({reason}): check the path.") from error
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"The plan {path} is not valid JSON ({error}): save it anew.") from error
-    try:
-        return _parse(table)
-    except PlanError as error:
-        raise PlanError(f"The plan {path} is wrong: {error}; correct it or save it anew.") from error
-
-
-def _parse(table: object) -> Plan:
-    fields = _fields(table, _KEYS, "it")
-    version, model, recipe, measure, ratio, budget, factors, recover, merge, solver, digest, rows = fields
-    if version != VERSION or isinstance(version, bool):
-        raise PlanError(f"version is {version!r}, and this program reads version {VERSION}")
-    if not isinstance(model, str) or not isinstance(recipe, str):
-        raise PlanError(f"model is {model!r} and recipe is {recipe!r}, which have to be texts")
-    if not isinstance(digest, str):
-        raise PlanError(f"digest is {digest!r}, which has to be a text")
-    if not _is_number(ratio) or not 0 < ratio <= 1:
-        raise PlanError(f"ratio is {ratio!r}, which has to be a number above 0 and at most 1")
-    for name, switch in (("recover", recover), ("merge", merge)):
-        if not isinstance(switch, bool):
-            raise PlanError(f"{name} is {switch!r}, which has to be true or false")
-    fit = _member(Fit, factors, "factors")
-    if recover and fit is not Fit.ACTIVATIONS:
-        raise PlanError(f"recover is true and factors is {factors!r}, which has to be 'activations' then")
-    if not isinstance(rows, list):
-        raise PlanError("layers has to be a list")
+    table = _DOCUMENT.from_json(_DOCUMENT.text(path), path)
     return Plan(
-        model=model,
-        recipe=recipe,
-        measure=_one_of(measures.names(), measure, "measure"),
-        ratio=float(ratio),
-        budget=_member(Budget, budget, "budget"),
-        choices=tuple(_choice(row) for row in rows),
-        solver=None if solver is None else _solver(solver),
-        digest=digest,
-        factors=fit,
-        recover=recover,
-        merge=merge,
+        model=table.model,
+        recipe=table.recipe,
+        measure=table.measure,
+        ratio=table.ratio,
+        budget=Budget(table.budget),
+        choices=tuple(map(_choice, table.layers)),
+        solver=None if table.solver is None else _solver(table.solver),
+        digest=table.digest,
+        factors=table.factors,
+        recover=table.recover,
+        merge=table.merge,
     )
 
 
-def _solver(table: object) -> Solver:
-    aggregate, power, objective, gap = _fields(table, _SOLVER_KEYS, "solver")
-    for key, value, optional in (("power", power, False), ("objective", objective, True), ("gap", gap, True)):
-        if not _is_number(value) and not (optional and value is None):
-            raise PlanError(f"solver has {key} = {value!r}, which has to be a number")
-    return Solver(
-        aggregate=_member(Aggregate, aggregate, "aggregate"),
-        power=float(power),
-        objective=nan if objective is None else float(objective),
-        gap=None if gap is None else float(gap),
-    )
+def _solver(table: _Solver) -> Solver:
+    objective = nan if table.objective is None else table.objective
+    return Solver(table.aggregate, table.power, objective, table.gap)
 
 
-def _choice(row: object) -> Choice:
-    layer, fold, k, j, lowering, cost, error, reason = _fields(row, _LAYER_KEYS, "every layer")
-    if not isinstance(layer, str):
-        raise PlanError(f"a layer's id is {layer!r}, which has to be a text")
-    if type(cost) is not int or not 0 <= cost < _INTEGERS:
-        raise PlanError(f"layer {layer!r} has cost = {cost!r}, which has to be a whole number")
-    if error is not None and not _is_number(error):
-        raise PlanError(f"layer {layer!r} has error = {error!r}, which has to be a number or null")
-    if not isinstance(reason, str):
-        raise PlanError(f"layer {layer!r} has reason = {reason!r}, which has to be a text")
+def _choice(row: _Layer) -> Choice:
     option = None
-    if (fold, k, j) != (None, None, None):
-        if type(k) is not int or type(j) is not int:
-            raise PlanError(f"layer {layer!r} has k = {k!r} and j = {j!r}, which have to be whole numbers")
-        option = Option(
-            _member(Fold, fold, f"fold of layer {layer!r}"),
-            k,
-            j,
-            Lowering.NATIVE
-            if lowering is None
-            else _member(Lowering, lowering, f"lowering of layer {layer!r}"),
-        )
-    return Choice(layer, option, cost, nan if error is None else float(error), reason)
-
-
-def _fields(table: object, keys: Sequence[str], what: str) -> list[Any]:
-    """The values of an object that has to have exactly these keys."""
-    if not isinstance(table, dict):
-        raise PlanError(f"{what} has to be an object with the keys {', '.join(keys)}")
-    for key in [*table, *keys]:
-        if key not in keys:
-            raise PlanError(f"{what} has an unknown key {key!r}, the keys are {', '.join(keys)}")
-        if key not in table:
-            raise PlanError(f"{what} lacks the key {key!r}")
-    return [table[key] for key in keys]
-
-
-def _member(kind: type[E], value: object, what: str) -> E:
-    return kind(_one_of([member.value for member in kind], value, what))
-
-
-def _one_of(known: Sequence[str], value: object, what: str) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise PlanError(f"{what} is {value!r}, which is none of {', '.join(known)}")
-    return value
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number, of a size that a float can have."""
-    largest = sys.float_info.max
-    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+    if row.fold is not None and row.k is not None and row.j is not None:
+        option = Option(row.fold, row.k, row.j, row.lowering or Lowering.NATIVE)
+    return Choice(row.id, option, row.cost, nan if row.error is None else row.error, row.reason)
 
 
 def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from onnx_lowrank import measures
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.documents import names
+from onnx_lowrank.documents.strict import Document
 from onnx_lowrank.errors import RecipeError
-
-E = TypeVar("E", bound=StrEnum)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,45 @@ class Recipe:
         return measures.named(self.measure).calibrated or self.factors is Fit.ACTIVATIONS
 
 
+class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A recipe, as its file says it; `passes/README.md` tells what the keys mean."""
+
+    summary: Annotated[str, Meta(pattern=r"\S", description="a sentence")]
+    folds: Annotated[tuple[Fold, ...], Meta(min_length=1, description=f"a list of {', '.join(Fold)}")]
+    groups: Annotated[
+        Literal["divisors"]
+        | Annotated[
+            tuple[Annotated[int, Meta(gt=0, description="a whole number above 0")], ...], Meta(min_length=1)
+        ],
+        Meta(description="'divisors' or a list of whole numbers above 0"),
+    ]
+    measure: names.MeasureName = "spectral"
+    normalize: Literal["relative", "absolute"] = "relative"
+    aggregate: Aggregate
+    power: Annotated[float, Meta(gt=0, le=64, description="a number above 0 and at most 64")] | UnsetType = (
+        UNSET
+    )
+    price: names.PriceName | UnsetType = UNSET
+    factors: Fit = Fit.WEIGHTS
+    recover: bool = False
+
+    def __post_init__(self) -> None:
+        names.check("measure", self.measure, names.measures())
+        if self.price is not UNSET:
+            names.check("price", self.price, names.prices())
+        for key, value in (("power", self.power), ("price", self.price)):
+            if value is not UNSET and self.aggregate is not Aggregate.SUM:
+                found = f"{key} is {value!r} and aggregate is {self.aggregate.value!r}"
+                raise ValueError(f"{found}, which has to be 'sum' then")
+        if self.recover and self.factors is not Fit.ACTIVATIONS:
+            raise ValueError(
+                f"recover is true and factors is {self.factors.value!r}, which has to be 'activations' then"
+            )
+
+
+_DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it")
+
+
 def load(name: str | Path) -> Recipe:
     """Read a recipe by its name among those that ship, or from anybody's own TOML file.
 
@@ -69,12 +107,7 @@ def load(name: str | Path) -> Recipe:
     if not path.is_file():
         known = ", ".join(recipe.stem for recipe in _shipped())
         raise RecipeError(f"There is no recipe {str(name)!r}: name a .toml file or one of {known}.")
-    try:
-        return parse(path.read_text(encoding="utf-8"), path.stem)
-    except OSError as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"The recipe {path} is not UTF-8 text: write it as TOML.") from error
+    return _recipe(_DOCUMENT.from_toml(_DOCUMENT.text(path), path), path.stem)
 
 
 def load_all() -> tuple[Recipe, ...]:
@@ -88,40 +121,23 @@ def parse(text: str, name: str) -> Recipe:
     Raises:
         RecipeError: It is no TOML, a key is unknown or missing, or a value is wrong.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"Recipe {name!r} is not valid TOML: {error}.") from error
-    for key in table:
-        if key not in _KEYS:
-            raise RecipeError(f"Recipe {name!r} has an unknown key {key!r}: the keys are {', '.join(_KEYS)}.")
-    for key in _REQUIRED:
-        if key not in table:
-            raise RecipeError(f"Recipe {name!r} lacks the key {key!r}: add it.")
-    fields: dict[str, Any] = {}
-    for key, value in table.items():
-        try:
-            field, parsed = _KEYS[key](value)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"Recipe {name!r} has {key} = {value!r}, but {key} is {error}.") from error
-        fields[field] = parsed
-    recipe = Recipe(name=name, **fields)
-    _check_combination(recipe, table)
-    return recipe
+    return _recipe(_DOCUMENT.from_toml(text, name), name)
 
 
-def _check_combination(recipe: Recipe, table: Mapping[str, object]) -> None:
-    """Reject keys that mean nothing beside the others."""
-    for key in ("power", "price"):
-        if key in table and recipe.aggregate is not Aggregate.SUM:
-            raise RecipeError(
-                f'Recipe {recipe.name!r} has {key}, which means something with aggregate = "sum" only.'
-            )
-    if recipe.recover and recipe.factors is not Fit.ACTIVATIONS:
-        raise RecipeError(
-            f"Recipe {recipe.name!r} has recover = true, which means something with "
-            'factors = "activations" only.'
-        )
+def _recipe(table: _Recipe, name: str) -> Recipe:
+    return Recipe(
+        name=name,
+        summary=table.summary.strip(),
+        folds=tuple(fold for fold in Fold if fold in table.folds),
+        groups=None if table.groups == "divisors" else tuple(sorted(set(table.groups))),
+        measure=table.measure,
+        relative=table.normalize == "relative",
+        aggregate=table.aggregate,
+        power=1.0 if table.power is UNSET else table.power,
+        price=None if table.price is UNSET else Budget(table.price),
+        factors=table.factors,
+        recover=table.recover,
+    )
 
 
 def _folder() -> Path:
@@ -132,78 +148,3 @@ def _folder() -> Path:
 
 def _shipped() -> list[Path]:
     return sorted(_folder().glob("*.toml"), key=lambda path: path.stem)
-
-
-def _choice(kind: type[E], value: object) -> E:
-    names = [member.value for member in kind]
-    if value not in names:
-        raise ValueError("one of " + ", ".join(names))
-    return kind(value)
-
-
-def _summary(value: object) -> tuple[str, str]:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("a sentence")
-    return "summary", value.strip()
-
-
-def _folds(value: object) -> tuple[str, tuple[Fold, ...]]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("a list of " + ", ".join(Fold))
-    chosen = {_choice(Fold, item) for item in value}
-    return "folds", tuple(fold for fold in Fold if fold in chosen)
-
-
-def _groups(value: object) -> tuple[str, tuple[int, ...] | None]:
-    if value == "divisors":
-        return "groups", None
-    if not isinstance(value, list) or not value or not all(type(k) is int and k > 0 for k in value):
-        raise ValueError('"divisors" or a list of positive integers')
-    return "groups", tuple(sorted(set(value)))
-
-
-def _measure(value: object) -> tuple[str, str]:
-    if not isinstance(value, str) or value not in measures.names():
-        raise ValueError("one of " + ", ".join(measures.names()))
-    return "measure", value
-
-
-def _price(value: object) -> tuple[str, Budget]:
-    for price in _PRICES:
-        if value == price:
-            return "price", price
-    raise ValueError("one of " + ", ".join(_PRICES))
-
-
-def _normalize(value: object) -> tuple[str, bool]:
-    if value not in ("relative", "absolute"):
-        raise ValueError("one of relative, absolute")
-    return "relative", value == "relative"
-
-
-def _power(value: object) -> tuple[str, float]:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 64:
-        raise ValueError("a number above 0 and at most 64")
-    return "power", float(value)
-
-
-def _recover(value: object) -> tuple[str, bool]:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")  # noqa: TRY004 - parse() tells what is wrong of both alike
-    return "recover", value
-
-
-_KEYS: Mapping[str, Callable[[object], tuple[str, object]]] = {
-    "summary": _summary,
-    "folds": _folds,
-    "groups": _groups,
-    "measure": _measure,
-    "normalize": _normalize,
-    "aggregate": lambda value: ("aggregate", _choice(Aggregate, value)),
-    "power": _power,
-    "price": _price,
-    "factors": lambda value: ("factors", _choice(Fit, value)),
-    "recover": _recover,
-}
-_PRICES = (Budget.PARAMS, Budget.MACS)  # of latency there is no formula
-_REQUIRED = ("summary", "folds", "groups", "aggregate")

@@ -133,6 +133,12 @@ def without(mapping, key):
     return {name: value for name, value in mapping.items() if name != key}
 
 
+def shown(value):
+    """A value as messages show it: the beginning of a long one."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 MALFORMED = {
     "empty": ("", "not valid JSON"),
     "cut": (plans.to_json(PLAN)[:-3], "not valid JSON"),
@@ -142,28 +148,49 @@ MALFORMED = {
         table().replace('"version": 4', '"version": ' + "9" * 5000),
         "not valid JSON",
     ),
+    "half a character": (
+        table(recipe="\ud83d x"),
+        "a text in it has '\\ud83d', which is half of a character",
+    ),
+    "a byte order mark": ("\ufeff" + table(), "not valid JSON"),
+    "comments": ("// a plan\n" + table(), "not valid JSON"),
+    "deep objects": ('{"a":' * 200_000, "not valid JSON (it nests too deep)"),
+    "a key twice": (
+        table().replace('"ratio": 0.5', '"ratio": 0.5, "ratio": 0.25'),
+        "the key 'ratio' stands twice in one object",
+    ),
+    "a key of a layer twice": (layer().replace('"k": 2', '"k": 2, "k": 4'), "the key 'k' stands twice"),
+    "a key that looks like a place": (table(**{"x` - at `$.layers[7].id": 1}), "has an unknown key 'x"),
+    "a key of another line": (table(**{"x\ny": 1}), "it has an unknown key 'x\\ny', the keys are version, "),
+    "another version with other keys": (table(version=5, speed=1), "version is 5, and this program reads"),
     "a list": ("[]", "it has to be an object with the keys version, model"),
     "null": ("null", "it has to be an object"),
     "a number": ("3", "it has to be an object"),
     "an unknown key": (table(speed=1), "it has an unknown key 'speed'"),
     **{f"no {key}": (json.dumps(without(TABLE, key)), f"it lacks the key {key!r}") for key in TABLE},
     "version 1": (table(version=1), "version is 1, and this program reads version 4"),
-    "version true": (table(version=True), "version is True"),
+    "version true": (table(version=True), "version is true"),
     "version text": (table(version="1"), "version is '1'"),
     "model 3": (table(model=3), "model is 3"),
-    "model null": (table(model=None), "model is None"),
+    "model null": (table(model=None), "model is null"),
     "recipe list": (table(recipe=[]), "recipe is []"),
-    "measure": (table(measure="magic"), "measure is 'magic', which is none of activation, frobenius"),
+    "measure": (
+        table(measure="magic"),
+        "measure is 'magic', which has to be one of activation, frobenius",
+    ),
     "measure list": (table(measure=["spectral"]), "measure is ['spectral']"),
-    "budget": (table(budget="time"), "budget is 'time', which is none of params, macs, latency"),
+    "budget": (table(budget="time"), "budget is 'time', which has to be one of params, macs, latency"),
     **{
-        f"ratio {value!r}": (table(ratio=value), f"ratio is {value!r}, which has to be a number above 0")
+        f"ratio {value!r}": (table(ratio=value), f"ratio is {shown(value)}, which has to be a number above 0")
         for value in (0, -0.5, 1.5, float("inf"), float("nan"), "0.5", None, True, [0.5], 10**400)
     },
-    "factors": (table(factors="biases"), "factors is 'biases', which is none of weights, activations"),
-    "factors null": (table(factors=None), "factors is None, which is none of"),
+    "factors": (table(factors="biases"), "factors is 'biases', which has to be one of weights, activations"),
+    "factors null": (table(factors=None), "factors is null, which has to be one of"),
     **{
-        f"{name} {value!r}": (table(**{name: value}), f"{name} is {value!r}, which has to be true or false")
+        f"{name} {value!r}": (
+            table(**{name: value}),
+            f"{name} is {shown(value)}, which has to be true or false",
+        )
         for name in ("recover", "merge")
         for value in (None, 0, 1, "true", [])
     },
@@ -172,11 +199,14 @@ MALFORMED = {
         "recover is true and factors is 'weights', which has to be 'activations' then",
     ),
     "digest 3": (table(digest=3), "digest is 3, which has to be a text"),
-    "solver text": (table(solver="best"), "solver has to be an object with the keys aggregate, power"),
+    "solver text": (
+        table(solver="best"),
+        "solver is 'best', which has to be an object with the keys aggregate, power, objective, gap or null",
+    ),
     **{
         f"solver {key} {value!r}": (
             table(solver=TABLE["solver"] | {key: value}),
-            f"{key} is {value!r}" if key == "aggregate" else f"solver has {key} = {value!r}",
+            f"solver has {key} = {shown(value)}, which has to be ",
         )
         for key, value in [
             ("aggregate", "mean"),
@@ -186,10 +216,16 @@ MALFORMED = {
             ("gap", True),
         ]
     },
-    "layers null": (table(layers=None), "layers has to be a list"),
-    "layers object": (table(layers={}), "layers has to be a list"),
-    "layer text": (table(layers=["fc"]), "every layer has to be an object with the keys id, fold"),
-    "layer with an unknown key": (layer(rank=3), "every layer has an unknown key 'rank'"),
+    "layers null": (table(layers=None), "layers is null, which has to be a list"),
+    "layers object": (table(layers={}), "layers is {}, which has to be a list"),
+    "layer text": (
+        table(layers=["fc"]),
+        "layers[0] is 'fc', which has to be an object with the keys id, fold",
+    ),
+    "layer with an unknown key": (
+        layer(rank=3),
+        "layers[0] ('body/größe\\n') has an unknown key 'rank', the keys are id, fold, k, j, lowering",
+    ),
     **{
         f"layer without {key}": (
             json.dumps({**TABLE, "layers": [without(ROW, key)]}),
@@ -197,26 +233,32 @@ MALFORMED = {
         )
         for key in ROW
     },
-    "id 3": (layer(id=3), "a layer's id is 3"),
-    "fold": (layer(fold="diagonal"), "is 'diagonal', which is none of encode, rows, cols, decode"),
-    "fold 1": (layer(fold=1), "is 1, which is none of"),
+    "id 3": (layer(id=3), "layers[0] has id = 3, which has to be a text"),
+    "fold": (
+        layer(fold="diagonal"),
+        "has fold = 'diagonal', which has to be one of encode, rows, cols, decode or null",
+    ),
+    "fold 1": (layer(fold=1), "has fold = 1, which has to be one of"),
     "lowering": (
         layer(lowering="gemm"),
-        "lowering of layer 'body/größe\\n' is 'gemm', which is none of native, conv",
+        "layers[0] ('body/größe\\n') has lowering = 'gemm', which has to be one of native, conv",
     ),
-    "fold null": (layer(fold=None), "is None, which is none of"),
+    "fold null": (
+        layer(fold=None),
+        "has fold = null, k = 2 and j = 2, which have to be null all together",
+    ),
     **{
-        f"{key} {value!r}": (layer(**{key: value}), f"{key} = {value!r}")
+        f"{key} {value!r}": (layer(**{key: value}), f"{key} = {shown(value)}")
         for key in ("k", "j")
         for value in (None, 1.0, "1", True, [])
     },
     **{
-        f"cost {value!r}": (layer(cost=value), f"cost = {value!r}, which has to be a whole number")
+        f"cost {value!r}": (layer(cost=value), f"cost = {shown(value)}, which has to be a whole number")
         for value in (None, 1.5, -1, "1", True, 10**30)
     },
     "reason 3": (layer(reason=3), "reason = 3, which has to be a text"),
     **{
-        f"error {value!r}": (layer(error=value), f"error = {value!r}, which has to be a number or null")
+        f"error {value!r}": (layer(error=value), f"error = {shown(value)}, which has to be a number or null")
         for value in ("0.1", True, [], float("nan"), float("inf"), 10**400)
     },
 }
@@ -227,8 +269,9 @@ def test_a_malformed_plan_is_told_in_one_sentence(tmp_path, text, message):
     with pytest.raises(PlanError) as error:
         read(tmp_path, text)
     assert message in str(error.value)
-    assert str(error.value).startswith(f"The plan {tmp_path / 'plan.json'} is ")
-    assert str(error.value).endswith(".")
+    assert str(error.value).startswith(f"The plan {tmp_path / 'plan.json'} is wrong: ")
+    assert str(error.value).endswith("; correct it or save it anew.")
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):
@@ -239,8 +282,13 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'{"version": "\xe9"}')
     with pytest.raises(PlanError, match="no UTF-8 text"):
         plans.read(tmp_path / "latin.json")
-    with pytest.raises(PlanError, match="cannot be read"):
+    with pytest.raises(PlanError, match="cannot be read \\(embedded null byte\\)"):
         plans.read("a\0b")
+
+
+def test_a_file_that_does_not_end_is_not_read_to_its_end():
+    with pytest.raises(PlanError, match="cannot be read \\(it has more than 64 MiB\\): check the path"):
+        plans.read("/dev/zero")
 
 
 def test_a_plan_fits_its_model_in_any_order():

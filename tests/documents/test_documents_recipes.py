@@ -57,31 +57,76 @@ WRONG = {
     "measure": ['"energy"', "1", '["spectral"]', "{}", "true", '""'],
     "normalize": ['"no"', "true", "1", "[]", "{}"],
     "aggregate": ['"mean"', "0", '["max"]', "{}", '""'],
-    "power": ["0", "-1", "65", "nan", "inf", "-inf", '"4"', "true", "[4]", "{}"],
+    "power": ["0", "-1", "65", "1e999", "9" * 400, "nan", "inf", "-inf", '"4"', "true", "[4]", "{}"],
     "price": ['"latency"', "1", "[]", "{}", '""', "false"],
 }
+
+
+FOLDS = "encode, rows, cols, decode"
+ALLOWED = {
+    "summary": "a sentence",
+    "folds": f"a list of {FOLDS}",
+    "groups": "'divisors' or a list of whole numbers above 0",
+    "measure": f"one of {', '.join(names())}",
+    "normalize": "one of absolute, relative",
+    "aggregate": "one of max, sum, uniform",
+    "power": "a number above 0 and at most 64",
+    "price": "one of params, macs",
+}
+ITEMS = {
+    **dict.fromkeys(['["encode", "diagonal"]', "[1]", "[[]]", '["ENCODE"]'], f"one of {FOLDS}"),
+    **dict.fromkeys(["[0]", "[-1]", "[1.0]", "[true]", '["1"]'], "a whole number above 0"),
+}
+"""What is allowed where one item of a list is wrong, the last one."""
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
 )
 def test_a_wrong_value_is_told_with_its_key(key, value):
-    with pytest.raises(RecipeError, match=rf"^Recipe 'test' has {key} = .*, but {key} is .*\.$") as caught:
-        parse(**{key: value})
+    allowed = ALLOWED[key]
+    if value in ITEMS:
+        key, allowed = f"{key}[{value.count(',')}]", ITEMS[value]
+    with pytest.raises(RecipeError) as caught:
+        parse(**{key.split("[")[0]: value})
+    message = str(caught.value)
+    assert message.startswith(f"The recipe test is wrong: {key} is ")
+    assert message.endswith(f", which has to be {allowed}; correct it.")
     assert caught.value.exit_code == 2
 
 
 def test_latency_is_no_price_as_there_is_no_formula_of_it():
-    with pytest.raises(
-        RecipeError, match=r"^Recipe 'test' has price = 'latency', but price is one of params, macs\.$"
-    ):
+    with pytest.raises(RecipeError, match="price is 'latency', which has to be one of params, macs; "):
         parse(price='"latency"')
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (
+            {"aggregate": '"max"', "power": "2"},
+            "power is 2.0 and aggregate is 'max', which has to be 'sum' then",
+        ),
+        (
+            {"aggregate": '"uniform"', "price": '"macs"'},
+            "price is 'macs' and aggregate is 'uniform', which has to be 'sum' then",
+        ),
+        (
+            {"recover": "true"},
+            "recover is true and factors is 'weights', which has to be 'activations' then",
+        ),
+    ],
+)
+def test_keys_that_mean_nothing_beside_the_others_are_told(keys, told):
+    with pytest.raises(RecipeError) as caught:
+        parse(**keys)
+    assert str(caught.value) == f"The recipe test is wrong: {told}; correct it."
 
 
 @pytest.mark.parametrize("key", ["fold", "Measure", "recovery", "name", "relative", '"a b"', "table.key"])
 def test_an_unknown_key_is_told_with_the_known_ones(key):
     with pytest.raises(
-        RecipeError, match=r"^Recipe 'test' has an unknown key .*: the keys are .*folds"
+        RecipeError, match=r"^The recipe test is wrong: it has an unknown key .*, the keys are .*folds"
     ) as caught:
         parse(**{key: "1"})
     assert key.strip('"').split(".")[0] in str(caught.value)
@@ -90,13 +135,31 @@ def test_an_unknown_key_is_told_with_the_known_ones(key):
 @pytest.mark.parametrize("key", BASE)
 def test_a_missing_key_is_told(key):
     lines = [f"{other} = {value}" for other, value in BASE.items() if other != key]
-    with pytest.raises(RecipeError, match=rf"^Recipe 'test' lacks the key '{key}': add it\.$"):
+    with pytest.raises(
+        RecipeError, match=rf"^The recipe test is wrong: it lacks the key '{key}'; correct it\.$"
+    ):
         recipes.parse("\n".join(lines), "test")
 
 
-@pytest.mark.parametrize("broken", ["folds =", "= 1", "[", 'folds = ["encode"]\nfolds = ["rows"]', "\x00"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "folds =",
+        "= 1",
+        "[",
+        'folds = ["encode"]\nfolds = ["rows"]',
+        "\x00",
+        '\ufeffsummary = "x"',
+        'summary = "\\ud800"',
+        "groups = " + "[" * 100_000,
+        "power = " + "9" * 5000,
+    ],
+    ids=range(9),
+)
 def test_text_that_is_no_toml_is_told(broken):
-    with pytest.raises(RecipeError, match=r"^Recipe 'test' is not valid TOML: "):
+    with pytest.raises(
+        RecipeError, match=r"^The recipe test is wrong: it is not valid TOML \(.*; correct it\.$"
+    ):
         recipes.parse(broken, "test")
 
 
@@ -152,8 +215,18 @@ def test_a_folder_is_no_recipe(tmp_path):
         recipes.load(tmp_path / "folder.toml")
 
 
+def test_a_wrong_file_is_told_with_its_path(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text(power="0"), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(path)
+    assert str(caught.value).startswith(f"The recipe {path} is wrong: power is 0, which has to be ")
+
+
 def test_a_binary_file_is_no_recipe(tmp_path):
     path = tmp_path / "binary.toml"
     path.write_bytes(b"\xff\xfe\x00summary")
-    with pytest.raises(RecipeError, match=r"binary\.toml is not UTF-8 text"):
+    with pytest.raises(
+        RecipeError, match=r"binary\.toml cannot be read \(it is no UTF-8 text\): check the path"
+    ):
         recipes.load(path)

@@ -1,0 +1,129 @@
+"""What is wrong with a document, in words: the place, its value, and what is allowed there."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+Place = tuple[str | int, ...]
+"""Keys and indices that lead from the whole document to a value."""
+
+_LONGEST = 60  # characters of a value in a message
+_SPELLED = {None: "null", True: "true", False: "false"}
+_MESSAGE = re.compile(r"(?P<reason>.*?)(?: - at `\$(?P<path>[^`]*)`)?", re.DOTALL)
+_STEP = re.compile(r"\.(?P<key>\w+)|\[(?P<index>[0-9]+)\]|(?P<entry>\[\.\.\.\])")
+_MISSING = re.compile(r"Object missing required field `(?P<key>\w+)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>.*)`", re.DOTALL)
+
+
+def told(error: msgspec.ValidationError, value: object, table: type[msgspec.Struct]) -> str:
+    """Put msgspec's message into words that name the value and what is allowed.
+
+    Args:
+        error: What msgspec raised.
+        value: The document.
+        table: What it should hold.
+    """
+    message = _MESSAGE.fullmatch(str(error))
+    reason, path = (message["reason"], message["path"] or "") if message else (str(error), "")
+    steps = list(_STEP.finditer(path))
+    place = tuple(int(step["index"]) if step["index"] else step["key"] for step in steps if not step["entry"])
+    if isinstance(error.__cause__, ValueError):  # It comes from a Struct's check of several keys.
+        return f"{_name(place, value)} has {reason}" if place else reason
+    if any(step["entry"] for step in steps):
+        return f"{_name(place, value)} has a wrong entry ({reason})"
+    if missing := _MISSING.fullmatch(reason):
+        return f"{_name(place, value)} lacks the key {missing['key']!r}"
+    if unknown := _UNKNOWN.fullmatch(reason):
+        keys = _keys(_type(place, inspect.type_info(table)))
+        return f"{_name(place, value)} has an unknown key {shown(unknown['key'])}, the keys are {keys}"
+    return wrong_value(place, value, table)
+
+
+def wrong_value(place: Place, value: object, table: type[msgspec.Struct]) -> str:
+    """Say that a value is not what it has to be."""
+    found, allowed = _at(place, value), _allowed(_type(place, inspect.type_info(table)))
+    if not place:
+        return f"it has to be {allowed}"
+    if isinstance(place[-1], int) or len(place) == 1:
+        return f"{_name(place, value)} is {shown(found)}, which has to be {allowed}"
+    return f"{_name(place[:-1], value)} has {place[-1]} = {shown(found)}, which has to be {allowed}"
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: as files spell it, its beginning where it is long."""
+    text = _SPELLED[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _name(place: Place, value: object) -> str:
+    """What to call a place: its keys and indices, and what an item of a list calls itself."""
+    if not place:
+        return "it"
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)[1:]
+    item = _at(place, value) if isinstance(place[-1], int) else None
+    own = next((item[key] for key in ("id", "name") if key in item), None) if isinstance(item, dict) else None
+    return f"{path} ({shown(own)})" if isinstance(own, str) else path
+
+
+def _at(place: Place, value: Any) -> Any:
+    """The value at a place; None where there is none, as a hostile key can make a message name one."""
+    for step in place:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+    return value
+
+
+def _type(place: Place, kind: inspect.Type) -> inspect.Type:
+    """The type of a place; the nearest that is known where a hostile key makes a message name another."""
+    for step in place:
+        for candidate in _alternatives(kind):
+            if isinstance(step, str) and isinstance(candidate, inspect.StructType):
+                kind = next((field.type for field in candidate.fields if field.encode_name == step), kind)
+            elif isinstance(step, int) and isinstance(candidate, inspect.VarTupleType):
+                kind = candidate.item_type
+    return kind
+
+
+def _alternatives(kind: inspect.Type) -> tuple[inspect.Type, ...]:
+    """The types of a union; a type that is none stands alone."""
+    if isinstance(kind, inspect.Metadata):
+        return _alternatives(kind.type)
+    return kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+
+
+def _keys(kind: inspect.Type) -> str:
+    """The keys of an object."""
+    structs = (one for one in _alternatives(kind) if isinstance(one, inspect.StructType))
+    return ", ".join(field.encode_name for one in structs for field in one.fields)
+
+
+def _allowed(kind: inspect.Type) -> str:
+    """What a type allows; its description where it has one, which a constraint needs."""
+    match kind:
+        case inspect.Metadata(extra_json_schema={"description": str(described)}):
+            return described
+        case inspect.Metadata(extra={"names": names}):
+            return f"one of {', '.join(names())}"
+        case inspect.UnionType(types=types):
+            return " or ".join(_allowed(one) for one in types)
+        case inspect.StructType():
+            return f"an object with the keys {_keys(kind)}"
+        case inspect.EnumType(cls=cls):
+            return f"one of {', '.join(str(member.value) for member in cls)}"
+        case inspect.LiteralType(values=values):
+            return f"one of {', '.join(map(str, values))}"
+    words = {
+        inspect.NoneType: "null",
+        inspect.BoolType: "true or false",
+        inspect.IntType: "a whole number",
+        inspect.FloatType: "a number",
+        inspect.StrType: "a text",
+        inspect.VarTupleType: "a list",
+    }
+    return words.get(type(kind), "an object")
