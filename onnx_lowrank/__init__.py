@@ -3,7 +3,16 @@
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents.plans import read as read_plan
 from onnx_lowrank.documents.recipes import Recipe
-from onnx_lowrank.errors import BudgetError, InputError, LowRankError, PlanError, RecipeError, ValidationError
+from onnx_lowrank.documents.reports import read as read_report
+from onnx_lowrank.errors import (
+    BudgetError,
+    InputError,
+    LowRankError,
+    PlanError,
+    RecipeError,
+    ReportError,
+    ValidationError,
+)
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.session import Result, compress
 
@@ -16,8 +25,10 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "ReportError",
     "Result",
     "ValidationError",
     "compress",
     "read_plan",
+    "read_report",
 ]

@@ -27,6 +27,10 @@ class PlanError(InputError):
     """A plan file is malformed, or it belongs to another model."""
 
 
+class ReportError(InputError):
+    """A JSON report is malformed."""
+
+
 class BudgetError(LowRankError):
     """The budget cannot be met.
 

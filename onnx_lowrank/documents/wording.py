@@ -14,7 +14,7 @@ Place = tuple[str | int, ...]
 _LONGEST = 60  # characters of a value in a message
 _SPELLED = {None: "null", True: "true", False: "false"}
 _MESSAGE = re.compile(r"(?P<reason>.*?)(?: - at `\$(?P<path>[^`]*)`)?", re.DOTALL)
-_STEP = re.compile(r"\.(?P<key>\w+)|\[(?P<index>[0-9]+)\]|(?P<entry>\[\.\.\.\])")
+_STEP = re.compile(r"\.(?P<key>\w+)|\[(?P<index>[0-9]{1,9})\]|(?P<entry>\[\.\.\.\])")
 _MISSING = re.compile(r"Object missing required field `(?P<key>\w+)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>.*)`", re.DOTALL)
 
@@ -29,16 +29,17 @@ def told(error: msgspec.ValidationError, value: object, table: type[msgspec.Stru
     """
     message = _MESSAGE.fullmatch(str(error))
     reason, path = (message["reason"], message["path"] or "") if message else (str(error), "")
-    steps = list(_STEP.finditer(path))
-    place = tuple(int(step["index"]) if step["index"] else step["key"] for step in steps if not step["entry"])
+    kind = inspect.type_info(table)
+    place: Place = ()
+    for step in _STEP.finditer(path):
+        named = int(step["index"]) if step["index"] else step["key"] or _entry(place, value, kind)
+        place = (*place, named)
     if isinstance(error.__cause__, ValueError):  # It comes from a Struct's check of several keys.
         return f"{_name(place, value)} has {reason}" if place else reason
-    if any(step["entry"] for step in steps):
-        return f"{_name(place, value)} has a wrong entry ({reason})"
     if missing := _MISSING.fullmatch(reason):
         return f"{_name(place, value)} lacks the key {missing['key']!r}"
     if unknown := _UNKNOWN.fullmatch(reason):
-        keys = _keys(_type(place, inspect.type_info(table)))
+        keys = _keys(_type(place, kind))
         return f"{_name(place, value)} has an unknown key {shown(unknown['key'])}, the keys are {keys}"
     return wrong_value(place, value, table)
 
@@ -50,7 +51,7 @@ def wrong_value(place: Place, value: object, table: type[msgspec.Struct]) -> str
         return f"it has to be {allowed}"
     if isinstance(place[-1], int) or len(place) == 1:
         return f"{_name(place, value)} is {shown(found)}, which has to be {allowed}"
-    return f"{_name(place[:-1], value)} has {place[-1]} = {shown(found)}, which has to be {allowed}"
+    return f"{_name(place[:-1], value)} has {_key(place[-1])} = {shown(found)}, which has to be {allowed}"
 
 
 def shown(value: object) -> str:
@@ -63,10 +64,15 @@ def _name(place: Place, value: object) -> str:
     """What to call a place: its keys and indices, and what an item of a list calls itself."""
     if not place:
         return "it"
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)[1:]
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{_key(step)}" for step in place)[1:]
     item = _at(place, value) if isinstance(place[-1], int) else None
     own = next((item[key] for key in ("id", "name") if key in item), None) if isinstance(item, dict) else None
     return f"{path} ({shown(own)})" if isinstance(own, str) else path
+
+
+def _key(step: str | int) -> str:
+    """A key as messages show it; one of a mapping can be any text."""
+    return str(step) if str(step).isidentifier() else shown(step)
 
 
 def _at(place: Place, value: Any) -> Any:
@@ -85,9 +91,33 @@ def _type(place: Place, kind: inspect.Type) -> inspect.Type:
         for candidate in _alternatives(kind):
             if isinstance(step, str) and isinstance(candidate, inspect.StructType):
                 kind = next((field.type for field in candidate.fields if field.encode_name == step), kind)
+            elif isinstance(step, str) and isinstance(candidate, inspect.DictType):
+                kind = candidate.value_type
             elif isinstance(step, int) and isinstance(candidate, inspect.VarTupleType):
                 kind = candidate.item_type
     return kind
+
+
+def _entry(place: Place, value: object, kind: inspect.Type) -> str:
+    """The key of a mapping whose value is wrong; msgspec does not name it."""
+    found = _at(place, value)
+    for mapping in _alternatives(_type(place, kind)):
+        if isinstance(mapping, inspect.DictType) and isinstance(found, dict):
+            for key, item in found.items():
+                if not any(_holds(item, one) for one in _alternatives(mapping.value_type)):
+                    return str(key)
+    return "…"
+
+
+def _holds(value: object, kind: inspect.Type) -> bool:
+    """Whether a value is of a type: a Struct, or null."""
+    if not isinstance(kind, inspect.StructType):
+        return value is None
+    try:
+        msgspec.convert(value, kind.cls)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _alternatives(kind: inspect.Type) -> tuple[inspect.Type, ...]:

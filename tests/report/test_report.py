@@ -3,6 +3,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -256,6 +257,11 @@ def test_json_is_stable_and_ends_with_a_newline():
     assert text.endswith("}\n")
     assert "NaN" not in text
     assert "Infinity" not in text
+
+
+def test_json_takes_the_floats_of_numpy_for_floats():
+    rows = tuple(replace(row, error=row.error and np.float64(row.error)) for row in report().layers)
+    assert report(layers=rows).to_json() == report().to_json()
 
 
 def test_table_prints_on_stdout_by_default(capsys):

@@ -1,0 +1,22 @@
+"""JSON reports, as `--report FILE.json` writes them."""
+
+from __future__ import annotations
+
+import os
+
+from onnx_lowrank.documents.strict import Document
+from onnx_lowrank.errors import ReportError
+from onnx_lowrank.report import schema
+
+_DOCUMENT = Document(
+    "report", schema.Report, ReportError, "write it anew with --report", ("schema", schema.VERSION)
+)
+
+
+def read(path: str | os.PathLike[str]) -> schema.Report:
+    """Read a report.
+
+    Raises:
+        ReportError: It cannot be read, is no JSON, or a key or value in it is wrong.
+    """
+    return _DOCUMENT.from_json(_DOCUMENT.text(path), path)
