@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,6 +21,7 @@ from onnx_lowrank.files.tensors import Region, is_external, read, reference, reg
 _PAGE, _LARGE_PAGE = 4096, 65536
 _LARGE = 1 << 20
 _INLINE_BYTES = 1024
+_DIGITS = 16  # of the digest in the name of a data file
 _STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the old file as a whole, or its offsets
 
 
@@ -147,9 +150,32 @@ def append(out: Any, chunks: Iterable[bytes], length: int) -> int:
     return int(offset)
 
 
+class _Digested:
+    """A file that is written once, and the digest of its bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def name(self, owner: str) -> str:
+        return f"{owner}.{self._digest.hexdigest()[:_DIGITS]}.data"
+
+
+def data_names(owner: str) -> re.Pattern[str]:
+    """The names that data of a model file may have: of today, and of earlier versions."""
+    return re.compile(rf"{re.escape(owner)}(\.[0-9a-f]{{{_DIGITS}}})?\.data")
+
+
 def pack(
-    proto: onnx.ModelProto, files: Mapping[str, Path], owner: str, out: BinaryIO, location: str, inline: bool
-) -> onnx.ModelProto:
+    proto: onnx.ModelProto, files: Mapping[str, Path], owner: str, out: BinaryIO, target: str, inline: bool
+) -> tuple[onnx.ModelProto, str]:
     """Copy the external data of a model into one file.
 
     Args:
@@ -157,24 +183,30 @@ def pack(
         files: Its external files.
         owner: Its name, for messages.
         out: The data file to write.
-        location: The name by which the result refers to it.
+        target: The name of the model file.
         inline: Move large inline tensors there too.
 
     Returns:
-        A copy of the model that refers to the new file. Tensors that shared a region share it again.
+        A copy of the model that refers to the new file, and the name by which it does: that of the model
+        file and a digest of the data. Tensors that shared a region share it again.
     """
     packed = onnx.ModelProto()
     packed.CopyFrom(proto)
+    data_file = _Digested(out)
+    regions: list[tuple[TensorProto, int, int]] = []
     offsets: dict[Region, int] = {}
     for tensor in tensors(packed):
         if is_external(tensor):
             place = region(tensor, files, owner)
             if place not in offsets:
-                offsets[place] = append(out, place.chunks(), place.length)
-            refer(tensor, location, offsets[place], place.length)
+                offsets[place] = append(data_file, place.chunks(), place.length)
+            regions.append((tensor, offsets[place], place.length))
         elif inline and (stored_size(tensor) or 0) > _INLINE_BYTES and not tensor.HasField("segment"):
             data = numpy_helper.from_array(read(tensor, files, owner)).raw_data
             tensor.ClearField("raw_data")
             tensor.ClearField(helper.tensor_dtype_to_field(tensor.data_type))
-            refer(tensor, location, append(out, [data], len(data)), len(data))
-    return packed
+            regions.append((tensor, append(data_file, [data], len(data)), len(data)))
+    location = data_file.name(target)
+    for tensor, offset, length in regions:
+        refer(tensor, location, offset, length)
+    return packed, location

@@ -1,0 +1,268 @@
+"""What is left of a target, of its data and of temporary files, however a run ends."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper, parser
+
+from onnx_lowrank.files.atomic import replacing
+from onnx_lowrank.files.load import load
+from onnx_lowrank.files.save import save
+
+X = np.ones((1, 4), np.float32)
+
+
+def stored(path: Path, factor: float, data: str | None) -> Path:
+    """A model x → x W on disk, W `factor` throughout, in a data file of that name or inline."""
+    proto = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[1,4] x) => (float[1,300] y) {y = MatMul(x, w)}'
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(np.full((4, 300), factor, np.float32), "w"))
+    path.parent.mkdir(exist_ok=True)
+    onnx.save(proto, path, save_as_external_data=data is not None, location=data)
+    return path
+
+
+def result(path: Path) -> float:
+    """What the model gives for ones, over 4: the factor of its weight."""
+    return float(onnxruntime.InferenceSession(path).run(None, {"x": X})[0].mean() / 4)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def location(path: Path) -> str:
+    (weight,) = onnx.load(path, load_external_data=False).graph.initializer
+    return next(entry.value for entry in weight.external_data if entry.key == "location")
+
+
+def save_new(tmp_path: Path, target: Path, factor: float = 3.0, data: str | None = "in.data") -> None:
+    save(load(stored(tmp_path / "source" / "in.onnx", factor, data)), target)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from onnx_lowrank.files.load import load
+from onnx_lowrank.files.save import save
+
+original, calls = Path.replace, []
+
+def replace(self, target):
+    calls.append(target)
+    if len(calls) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, target)
+
+Path.replace = replace
+save(load(sys.argv[1]), sys.argv[2])
+"""
+
+
+def killed(source: Path, target: Path, rename: int) -> int:
+    """Save in a process that is killed right before it renames for the so-manyth time."""
+    command = [sys.executable, "-c", KILLED, str(source), str(target), str(rename)]
+    return subprocess.run(command, check=False).returncode
+
+
+@pytest.mark.parametrize("rename", [1, 2, 3])
+@pytest.mark.parametrize("old", ["new style", "old style"])
+def test_a_run_that_is_killed_leaves_the_old_model_with_its_old_weights(tmp_path, rename, old):
+    target = tmp_path / "out" / "out.onnx"
+    if old == "old style":
+        stored(target, 2.0, "out.onnx.data")
+    else:
+        target.parent.mkdir()
+        save_new(tmp_path, target, 2.0)
+    code = killed(stored(tmp_path / "source" / "in.onnx", 3.0, "in.data"), target, rename)
+    assert code == (-signal.SIGKILL if rename < 3 else 0)
+    assert result(target) == (2.0 if rename < 3 else 3.0)
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path, rename):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, "out.onnx.data")
+    killed(stored(tmp_path / "source" / "in.onnx", 3.0, "in.data"), target, rename)
+    assert len(names(target.parent)) > 2
+    save_new(tmp_path, target, 4.0)
+    assert result(target) == 4.0
+    assert names(target.parent) == ["out.onnx", location(target)]
+
+
+def test_an_interrupt_right_after_the_last_rename_leaves_the_new_model(tmp_path, monkeypatch):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, "out.onnx.data")
+    original = Path.replace
+
+    def replace(self: Path, other: Path) -> Path:
+        original(self, other)
+        if other == target:
+            raise KeyboardInterrupt
+        return other
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        save_new(tmp_path, target)
+    assert result(target) == 3.0
+
+
+def test_a_name_that_is_no_unicode_can_be_replaced(tmp_path):
+    target = tmp_path / "out" / os.fsdecode(b"\xff.onnx")
+    for factor in (2.0, 3.0):
+        target.parent.mkdir(exist_ok=True)
+        save_new(tmp_path, target, factor, None)
+    assert names(target.parent) == [target.name]
+
+
+def test_the_temporary_file_of_a_living_run_stays(tmp_path):
+    (tmp_path / ".onnx-lowrank-0123456789abcdef.tmp").write_bytes(b"of a dead run")
+    (tmp_path / ".onnx-lowrank-link.tmp").symlink_to("elsewhere")
+    (tmp_path / "elsewhere").write_bytes(b"")
+    with replacing(tmp_path / "living") as (file,):
+        file.write(b"living")
+        with replacing(tmp_path / "other") as (other,):
+            other.write(b"other")
+    assert names(tmp_path) == [".onnx-lowrank-link.tmp", "elsewhere", "living", "other"]
+    assert (tmp_path / "living").read_bytes() == b"living"
+
+
+def test_the_name_of_the_data_follows_from_its_bytes(tmp_path):
+    targets = [tmp_path / name / "out.onnx" for name in ("a", "b", "c")]
+    for target, factor in zip(targets, (3.0, 3.0, 4.0), strict=True):
+        target.parent.mkdir()
+        save_new(tmp_path, target, factor)
+    first, same, other = ({p.name: p.read_bytes() for p in t.parent.iterdir()} for t in targets)
+    assert first == same
+    assert location(targets[0]) != location(targets[2])
+    assert set(first) == {"out.onnx", location(targets[0])}
+    assert set(other) == {"out.onnx", location(targets[2])}
+
+
+@pytest.mark.parametrize("data", ["in.data", None])
+@pytest.mark.parametrize("old", ["out.onnx.data", "out.onnx.0123456789abcdef.data"])
+def test_data_of_the_replaced_model_goes(tmp_path, old, data):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, old)
+    save_new(tmp_path, target, data=data)
+    assert names(target.parent) == ["out.onnx", *([location(target)] if data else [])]
+    assert result(target) == 3.0
+
+
+@pytest.mark.parametrize("name", ["out.onnx.data", "out.onnx.0123456789abcdef.data"])
+def test_data_that_another_model_in_the_folder_names_stays(tmp_path, name):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, name)
+    backup = target.with_name("backup.onnx")
+    backup.write_bytes(target.read_bytes())
+    save_new(tmp_path, target)
+    assert result(backup) == 2.0
+    assert result(target) == 3.0
+    backup.unlink()
+    save_new(tmp_path, target, 4.0)
+    assert names(target.parent) == sorted(["out.onnx", location(target), name])
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.data", "out.onnx.old.data", "other.onnx.0123456789abcdef.data", "out.onnx.data.bak"]
+)
+def test_data_of_another_name_stays_though_nothing_refers_to_it(tmp_path, name):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, name)
+    save_new(tmp_path, target)
+    assert names(target.parent) == sorted(["out.onnx", location(target), name])
+
+
+def test_data_stays_that_only_looks_like_the_replaced_models(tmp_path):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, None)
+    for name in ("out.onnx.data", "out.onnx.0123456789abcdef.data"):
+        target.with_name(name).write_bytes(b"of somebody")
+    save_new(tmp_path, target)
+    assert len(names(target.parent)) == 4
+
+
+def test_a_model_that_replaces_itself_keeps_the_data_that_it_reads(tmp_path):
+    path = stored(tmp_path / "out" / "out.onnx", 2.0, "out.onnx.data")
+    model = load(path)
+    save(model, path)
+    assert result(path) == 2.0
+    assert names(path.parent) == sorted(["out.onnx", "out.onnx.data", location(path)])
+    save(model, tmp_path / "again.onnx")
+    assert result(tmp_path / "again.onnx") == 2.0
+
+
+def test_saving_twice_changes_nothing(tmp_path):
+    target = tmp_path / "out" / "out.onnx"
+    target.parent.mkdir()
+    for _ in range(2):
+        save_new(tmp_path, target)
+    assert result(target) == 3.0
+    assert names(target.parent) == ["out.onnx", location(target)]
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("kept", [0o600, 0o640, 0o644])
+def test_a_replaced_file_keeps_its_mode(tmp_path, kept):
+    target = tmp_path / "plan.json"
+    target.touch()
+    target.chmod(kept)
+    with replacing(target) as (file,):
+        (hidden,) = tmp_path.glob(".onnx-lowrank-*")
+        assert mode(hidden) == kept, "nobody else may read it while it is written, either"
+        file.write(b"new")
+    assert mode(target) == kept
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "kept"), [(0o600, 0o600, 0o600), (0o644, 0o600, 0o600), (0o600, 0o644, 0o600)]
+)
+def test_new_data_is_as_private_as_what_it_replaces(tmp_path, model, data, kept):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, "out.onnx.data")
+    target.chmod(model)
+    target.with_name("out.onnx.data").chmod(data)
+    save_new(tmp_path, target)
+    assert mode(target) == model
+    assert mode(target.with_name(location(target))) == kept
+
+
+def test_new_files_have_the_default_mode(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save_new(tmp_path, tmp_path / "out.onnx")
+    finally:
+        os.umask(old)
+    assert [mode(path) for path in tmp_path.glob("out.onnx*")] == [0o640, 0o640]
+
+
+def test_two_targets_change_together_or_not_at_all(tmp_path, monkeypatch):
+    targets = [tmp_path / "a", tmp_path / "b"]
+    for target in targets:
+        target.write_bytes(b"old")
+    original, seen = Path.replace, []
+
+    def fail(self: Path, other: Path) -> Path:
+        seen.append([target.exists() for target in targets])
+        if other == targets[1]:
+            raise KeyboardInterrupt
+        return original(self, other)
+
+    def write() -> None:
+        with replacing(*targets) as files:
+            for file in files:
+                file.write(b"new")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert all(map(all, seen)), "no target is ever missing"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
+    write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new", "b": b"new"}
