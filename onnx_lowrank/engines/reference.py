@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from onnx.reference import ReferenceEvaluator
 
-from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError, materialized, one_line
+from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError, one_line
+from onnx_lowrank.files.external import whole
 from onnx_lowrank.files.load import Model
 
 
@@ -28,11 +29,11 @@ class Reference:
         Raises:
             UnsupportedError: The reference implementation does not know an operator of the model.
         """
-        with materialized(model) as source:
-            try:
-                evaluator: Any = ReferenceEvaluator(source)
-            except Exception as error:
-                raise UnsupportedError(one_line(error, source)) from error
+        proto = whole(model.proto, model.files, model.name) if model.files else model.proto
+        try:
+            evaluator: Any = ReferenceEvaluator(proto)
+        except Exception as error:
+            raise UnsupportedError(one_line(error)) from error
 
         def run(feed: Feed) -> dict[str, Any]:
             try:

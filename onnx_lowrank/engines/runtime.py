@@ -13,7 +13,15 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError, materialized, one_line
+from onnx_lowrank.engines.engine import (
+    Feed,
+    RejectedError,
+    Run,
+    Source,
+    UnsupportedError,
+    materialized,
+    one_line,
+)
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 
@@ -21,6 +29,10 @@ _ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTX
 
 
 _INLINED = "_inlfunc_"
+
+
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+"""The option that tells where the data of a model lies that is loaded from its bytes."""
 
 
 _NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "int4", "int2")
@@ -136,10 +148,12 @@ class Runtime:
         options.add_session_config_entry(spinning, "1" if is_deployed else "0")
         return options
 
-    def _session(self, source: bytes | str, options: Any) -> Any:
+    def _session(self, source: Source, options: Any) -> Any:
         providers = list(dict.fromkeys((self.provider, "CPUExecutionProvider")))
+        if source.folder:
+            options.add_session_config_entry(_DATA_FOLDER, source.folder)
         try:
-            session = self.module.InferenceSession(source, options, providers=providers)
+            session = self.module.InferenceSession(source.model, options, providers=providers)
         except Exception as error:
             raise UnsupportedError(one_line(error, source)) from error
         if self.provider not in session.get_providers():
@@ -155,7 +169,7 @@ class Runtime:
         return session
 
     @staticmethod
-    def _run(session: Any, source: bytes | str) -> Run:
+    def _run(session: Any, source: Source) -> Run:
         names = [output.name for output in session.get_outputs()]
 
         def run(feed: Feed) -> dict[str, Any]:
@@ -166,7 +180,7 @@ class Runtime:
 
 
 @contextmanager
-def _telling(source: bytes | str) -> Iterator[None]:
+def _telling(source: Source) -> Iterator[None]:
     """Raise what the runtime raises when it runs a model as UnsupportedError or RejectedError."""
     try:
         yield

@@ -90,7 +90,7 @@ class Spill:
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error
-        path = Path(self._file.name)
+        path = Path(self._file.name).resolve()
         self.files: Mapping[str, Path] = {path.name: path}
 
     def __enter__(self) -> Self:
@@ -138,6 +138,44 @@ def refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
     for key, value in kept.items():
         tensor.external_data.add(key=key, value=value)
     tensor.data_location = TensorProto.EXTERNAL
+
+
+def relocated(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
+    """A copy of a model that refers to its data files by other names.
+
+    Args:
+        proto: The model; it stays as it is.
+        names: The new name of every external location.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for tensor in tensors(copy):
+        if is_external(tensor):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = names[entry.value]
+    return copy
+
+
+def whole(proto: onnx.ModelProto, files: Mapping[str, Path], owner: str) -> onnx.ModelProto:
+    """A copy of a model that holds the bytes of its data files, however large these are.
+
+    Args:
+        proto: The model; it stays as it is.
+        files: Its external files.
+        owner: Its name, for messages.
+
+    Raises:
+        InputError: A file has changed since the model was loaded.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for tensor in tensors(copy):
+        if is_external(tensor):
+            tensor.raw_data = b"".join(region(tensor, files, owner).chunks())
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+    return copy
 
 
 def append(out: Any, chunks: Iterable[bytes], length: int) -> int:

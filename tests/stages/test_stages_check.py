@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from decoders import decoder
 from onnx_lowrank.core.outcome import OutputError, Trial
 from onnx_lowrank.engines.compare import Comparison, compare
-from onnx_lowrank.engines.engine import RejectedError, UnsupportedError, one_line
+from onnx_lowrank.engines.engine import RejectedError, Source, UnsupportedError, one_line
 from onnx_lowrank.engines.id_limits import id_limits
 from onnx_lowrank.engines.inputs import read, specs
 from onnx_lowrank.engines.made import make
@@ -731,7 +731,7 @@ def test_a_model_that_nothing_runs_is_refused():
 
 @pytest.mark.parametrize("path", ["in.onnx", "./in.onnx"])
 def test_a_message_keeps_its_dots(path):
-    assert one_line("Node 'a.b' in in.onnx fails", path).startswith("Node 'a.b' in ")
+    assert one_line("Node 'a.b' in in.onnx fails", Source(path)).startswith("Node 'a.b' in ")
 
 
 # --- models that are run again and again -----------------------------------------------------------
