@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from onnx_lowrank.core.factors import Certificate
+
 
 @dataclass(frozen=True, slots=True)
 class OutputError:
@@ -180,3 +182,25 @@ class Calibrated:
     held: int
     unmeasured: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Two nodes that became one.
+
+    Attributes:
+        first: Name of the node that is gone; a nameless one goes by its output.
+        second: Name of the node behind it, which computes both now.
+        layers: The layers of whose chains either was a part, sorted.
+        elements: Elements of the first one's weight, of the second one's, and of their product, which is
+            evaluated where the second one was.
+        saved: Parameters saved, biases included.
+        certificate: What rounding has done to the product, as it is stored, of the two weights as they were.
+    """
+
+    first: str
+    second: str
+    layers: tuple[str, ...]
+    elements: tuple[int, int, int]
+    saved: int
+    certificate: Certificate

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.documents.strict import Document
 from onnx_lowrank.errors import ReportError
-from onnx_lowrank.report import schema
 
 _DOCUMENT = Document(
     "report", schema.Report, ReportError, "write it anew with --report", ("schema", schema.VERSION)

@@ -11,7 +11,7 @@ import msgspec
 
 from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Trial, Validation
-from onnx_lowrank.report import schema
+from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.report.content import Content, LayerRow, Total
 
 

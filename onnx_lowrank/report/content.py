@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Skipped
 from onnx_lowrank.core.option import Option
-from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import Calibrated, Merge, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Budget, Solver
-from onnx_lowrank.rewrite.merge import Merge
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,5 +19,5 @@ class Report(Content):
         terminal.show(self, console or Console())
 
     def to_json(self) -> str:
-        """The whole report as JSON text; see `onnx_lowrank.report.schema` for the keys."""
+        """The whole report as JSON text; see `onnx_lowrank.documents.report_schema` for the keys."""
         return as_json.dumps(self)

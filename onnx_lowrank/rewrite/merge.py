@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -43,6 +43,7 @@ from onnx import NodeProto
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.core.factors import Certificate
+from onnx_lowrank.core.outcome import Merge
 from onnx_lowrank.files.load import array
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Place, Walk, is_op, label
@@ -63,28 +64,6 @@ from onnx_lowrank.rewrite.product import (
 from onnx_lowrank.rewrite.replace import Rewritten
 
 _Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Two nodes that became one.
-
-    Attributes:
-        first: Name of the node that is gone; a nameless one goes by its output.
-        second: Name of the node behind it, which computes both now.
-        layers: The layers of whose chains either was a part, sorted.
-        elements: Elements of the first one's weight, of the second one's, and of their product, which is
-            evaluated where the second one was.
-        saved: Parameters saved, biases included.
-        certificate: What rounding has done to the product, as it is stored, of the two weights as they were.
-    """
-
-    first: str
-    second: str
-    layers: tuple[str, ...]
-    elements: tuple[int, int, int]
-    saved: int
-    certificate: Certificate
 
 
 def merge(

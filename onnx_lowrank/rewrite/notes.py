@@ -19,8 +19,8 @@ from onnx import ModelProto, NodeProto
 
 from onnx_lowrank.core.factors import Certificate
 from onnx_lowrank.core.option import Lowering, Option
+from onnx_lowrank.core.outcome import Merge
 from onnx_lowrank.graph.scopes import scopes
-from onnx_lowrank.rewrite.merge import Merge
 from onnx_lowrank.rewrite.replace import Rewritten
 
 METADATA = "onnx_lowrank"

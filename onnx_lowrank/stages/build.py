@@ -10,7 +10,7 @@ from importlib.metadata import version
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.prefix import Prefix
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
-from onnx_lowrank.core.outcome import OutputError
+from onnx_lowrank.core.outcome import Merge, OutputError
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.compare import Comparison
 from onnx_lowrank.files.external import Spill
@@ -19,7 +19,7 @@ from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.linalg.backend import Backend, parallel_map
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.rewrite.merge import Merge, merge
+from onnx_lowrank.rewrite.merge import merge
 from onnx_lowrank.rewrite.notes import stamp
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 from onnx_lowrank.stages.fit import Fitted, on_activations, on_weight

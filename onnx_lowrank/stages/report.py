@@ -13,7 +13,7 @@ from types import MappingProxyType
 from onnx_lowrank.allocate.cost import macs, parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Trial, Validation, largest_error
+from onnx_lowrank.core.outcome import Calibrated, Merge, OutputError, Timing, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Budget, Choice, Plan
 from onnx_lowrank.files import load as loading
 from onnx_lowrank.graph.parameters import parameters as model_parameters
@@ -22,7 +22,6 @@ from onnx_lowrank.report.content import LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import percent
-from onnx_lowrank.rewrite.merge import Merge
 from onnx_lowrank.rewrite.replace import Rewritten
 
 _LARGE_ERROR = 0.5

@@ -7,8 +7,8 @@ import pytest
 import onnx_lowrank
 from onnx_lowrank import ReportError, compress
 from onnx_lowrank.core.outcome import LayerTime, OutputError, Timing, Trial, Validation
+from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.documents import reports
-from onnx_lowrank.report import schema
 from onnx_lowrank.report.content import Total
 from tiny import cnn
 

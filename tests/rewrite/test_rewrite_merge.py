@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 import tiny
 from onnx_lowrank.allocate.cost import total_macs
 from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.outcome import Merge
 from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import load
 from onnx_lowrank.files.save import save
@@ -25,7 +26,7 @@ from onnx_lowrank.graph.parameters import parameters
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.work import work
-from onnx_lowrank.rewrite.merge import Merge, merge
+from onnx_lowrank.rewrite.merge import merge
 from onnx_lowrank.rewrite.replace import Rewritten
 from rewriting import constants, difference, evaluate, feed_of, found, model, rewritten, run, shaped, tensors
 
