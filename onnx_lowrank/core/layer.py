@@ -18,9 +18,9 @@ class Positions:
 
     Attributes:
         batch: How often the operator is applied beside its spatial positions: the batch size for a
-            convolution, the number of input rows for Gemm, MatMul and Gather.
-        inputs: Input size of every spatial axis; empty for matrices.
-        outputs: Output size of every spatial axis; empty for matrices.
+            convolution or a sequence, the number of input rows for Gemm, MatMul and Gather.
+        inputs: Input size of every spatial axis, or the steps of a sequence; empty for matrices.
+        outputs: Output size of the same axes; empty for matrices.
     """
 
     batch: int
@@ -99,7 +99,7 @@ class Layer:
 
     The weight's canonical form, on which all mathematics works, is an array of shape
     (groups, f / groups, c / groups, *kernel): output features by input channels, per group of the
-    operator; kernel is () for Gemm, MatMul and Gather.
+    operator; kernel is () for all operators but convolutions.
 
     Attributes:
         id: Scope path and weight name; unique in a model.
@@ -168,7 +168,7 @@ class ScopeWork:
         path: The scope's path.
         parent: The scope around it; None for the main graph and for functions.
         branch_of: Index in the parent of the If of which it is a branch; None for other bodies.
-        macs: MACs of its nodes that are not layers; None where a dimension is unknown.
+        macs: MACs of its nodes, without those of layers' weights; None where a dimension is unknown.
         calls: The paths of the functions that its nodes call, one entry per call.
         unknown: What to call the first of these nodes with an unknown dimension; empty if none has.
     """

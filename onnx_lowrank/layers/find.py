@@ -5,8 +5,8 @@ The rules, in the order in which they are asked:
 1. The node belongs to a registered family of operators (`operators.registry`), has an input and an output,
    and none of its attributes is a reference to a function's attribute.
 2. One of its operands is a constant float tensor, behind any chain of views.
-3. The weight has a form that factors: a kernel that fits the node's attributes and is not depthwise, a
-   matrix, a table on axis 0.
+3. The weight has a form that factors, as the family says (`Operator.canonical`): a kernel that fits the
+   node's attributes and is not depthwise, matrices, a table on axis 0.
 4. Everything that reads the constant is a use of the same matrix (or of its transpose, k = 1), and a
    batch of matrices meets no vector.
 5. Its name is included and not excluded, rank 1 is smaller than the weight, and its numbers are
@@ -157,7 +157,8 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
         return registry.left_alone(node) or _foreign(walk, place)
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its attributes come from the function's caller: inline the functions first"
-    if walk.result(place) is None or not all(node.input[:2]) or len(node.input) < 2:
+    # Not the first output alone: of a recurrent node, often only the last state is read.
+    if not any(node.output) or not all(node.input[:2]) or len(node.input) < 2:
         return "it lacks an input or its output: repair the export"
     reason = COMPUTED
     for operand in operator.operands:

@@ -11,7 +11,7 @@ from onnx_lowrank.operators import registry
 
 
 def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWork, ...]:
-    """The MACs of every scope's nodes that are not layers, and how the scopes hang together.
+    """The MACs of every scope beside its layers' weights, and how the scopes hang together.
 
     Counted is what a registered operator says of its operands, constant or not; what other operators
     multiply counts nothing.
@@ -24,7 +24,7 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
     found = []
     for path, scope in walk.scopes.items():
         places = (Place(path, index) for index in range(len(scope.nodes)))
-        counts = {place: _node_macs(walk, shapes, place) for place in places if place not in layers}
+        counts = {place: _node_macs(walk, shapes, place, is_layer=place in layers) for place in places}
         unknown = next((walk.node(place) for place, count in counts.items() if count is None), None)
         called = (functions.get((node.domain, node.op_type, node.overload)) for node in scope.nodes)
         branch_of = None
@@ -44,11 +44,12 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
     return tuple(found)
 
 
-def _node_macs(walk: Walk, shapes: Shapes, place: Place) -> int | None:
-    """MACs of one node; None where a dimension is unknown, 0 for operators that are not counted."""
+def _node_macs(walk: Walk, shapes: Shapes, place: Place, *, is_layer: bool) -> int | None:
+    """MACs of one node, without a layer's weight; None where a dimension is unknown, 0 if not counted."""
     node = walk.node(place)
     operator = registry.of(node)
     if operator is None:
         return 0
     inputs = [shape_of(walk, shapes, walk.operand(place, index)) for index in range(max(2, len(node.input)))]
-    return operator.macs(node, inputs, shape_of(walk, shapes, walk.result(place)))
+    count = operator.macs_beside if is_layer else operator.macs
+    return count(node, inputs, shape_of(walk, shapes, walk.result(place)))

@@ -46,10 +46,12 @@ class Fragment:
     def copy(self, role: str, node: NodeProto, inputs: Mapping[int, str]) -> str:
         """Append a copy of a node with some other inputs, and return the name of its first output.
 
-        It has the node's attributes and domain. Its further outputs keep the node's names.
+        It has the node's attributes and domain, but not its notes. Its further outputs keep the node's names.
         """
         copy = NodeProto()
         copy.CopyFrom(node)
+        copy.ClearField("doc_string")
+        copy.ClearField("metadata_props")  # the last node of a chain gets the node's, whichever it is
         copy.name = self._unique(f"{self._stem}/{role}")
         copy.output[0] = self._unique(f"{self._stem}_{role}")
         for index, name in inputs.items():

@@ -200,6 +200,12 @@ class Operator(ABC):
         """Multiply-accumulates of a node that is no layer; None where a dimension is unknown."""
         return 0
 
+    def macs_beside(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
+        """Multiply-accumulates of a layer's node by other weights than the layer's; None as in `macs`."""
+        return 0
+
     # --- the bias ---------------------------------------------------------------------------------
 
     def folds_batchnorm(self, operand: int, opset: int) -> bool:

@@ -47,14 +47,19 @@ def excerpts(
     if entry is None:
         return None
     # The last node has kept the old one's name, which need not be unique; but its output is.
-    result = walk.node(places[-1]).output[0]
+    result = _result(walk.node(places[-1]))
     new_nodes = new_walk.scopes[use.scope].nodes
     names = {node.name: index for index, node in enumerate(new_nodes)}
     names[chain[-1]] = next(index for index, node in enumerate(new_nodes) if result in node.output)
     new_places = [Place(use.scope, names[name]) for name in chain]
-    return _excerpt(original, walk, places, entry, kind), _excerpt(
-        rewritten, new_walk, new_places, entry, kind
-    )
+    dense = _excerpt(original, walk, places, entry, kind)
+    pair = _excerpt(rewritten, new_walk, new_places, entry, kind)
+    return None if dense is None or pair is None else (dense, pair)
+
+
+def _result(node: NodeProto) -> str:
+    """The first output that a node gives."""
+    return next(name for name in node.output if name)
 
 
 def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto | None:
@@ -67,20 +72,20 @@ def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto | None:
 
 def _excerpt(
     model: Model, walk: Walk, places: Sequence[Place], entry: ValueInfoProto, kind: int
-) -> ModelProto:
+) -> ModelProto | None:
+    """A model of some nodes; None where they read something else that is computed (a bias, a state)."""
     nodes = [walk.node(place) for place in places]
     made = {name for node in nodes for name in node.output} | {entry.name, ""}
     constants: dict[str, TensorProto] = {}
     for place, node in zip(places, nodes, strict=True):
         for index, name in enumerate(node.input):
-            value = (
-                None
-                if name in made or name in constants
-                else constant(walk, model, walk.operand(place, index))
-            )
-            if value is not None:
-                constants[name] = inline(name, value)
-    result = make_tensor_value_info(nodes[-1].output[0], kind, None)
+            if name in made or name in constants:
+                continue
+            value = constant(walk, model, walk.operand(place, index))
+            if value is None:
+                return None
+            constants[name] = inline(name, value)
+    result = make_tensor_value_info(_result(nodes[-1]), kind, None)
     graph = make_graph(nodes, "layer", [entry], [result], list(constants.values()))
     opset = make_opsetid("", walk.opsets[places[0].scope])
     return make_model(graph, opset_imports=[opset], ir_version=max(model.proto.ir_version, 4))

@@ -24,7 +24,7 @@ __all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
 
 Alone = Callable[[str], tuple[ModelProto, ModelProto] | None]
 """For a layer's id: a model of the layer as it was, and one of its chain, with the same inputs and output;
-None where its chain was multiplied with another."""
+None where its chain was multiplied with another, or where it does not run on its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,10 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
     for layer in layers:
         pair = alone(layer)
         if pair is None:
-            notes.append(f"The layer {layer!r} is one with its neighbour and did not run on its own.")
+            notes.append(
+                f"The layer {layer!r} did not run on its own: it is one with its neighbour, or it reads more "
+                "than one computed tensor."
+            )
             continue
         dense, chain = (Model(proto, layer, {}, "") for proto in pair)
         silent: list[str] = []
