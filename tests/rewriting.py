@@ -385,7 +385,10 @@ def _assert_nodes(old: Any, new: Any, removed: set[int], chained: set[str], gone
     assert stay == kept
 
 
-_SOURCES = ("Constant", "Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Cast")
+_SOURCES = (
+    *("Constant", "Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Cast"),
+    *("Slice", "Concat"),
+)
 
 
 def _shallow(node: NodeProto) -> NodeProto:

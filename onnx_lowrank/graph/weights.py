@@ -1,7 +1,8 @@
 """Where a weight's numbers live, and how to read them.
 
 A weight stands in an initializer or a Constant node, and often behind a chain of views (Identity,
-Transpose, Reshape, Cast, ...) that an exporter left between it and the node that applies it.
+Transpose, Reshape, Cast, ...) that an exporter left between it and the node that applies it. Slices that a
+Concat joins in another order are one view, too: PyTorch writes the gates of an LSTM like this.
 """
 
 from __future__ import annotations
@@ -99,11 +100,25 @@ def _chain(walk: Walk, tensor: Any) -> tuple[tuple[Place, ...], Any] | str:
         if tensor is None:
             return "its weight is missing"
         place = walk.producer(tensor)
-        if place is None or not is_op(walk.node(place), VIEWS):
+        slices = [] if place is None else _slices(walk, place)
+        if place is None or not (slices or is_op(walk.node(place), VIEWS)):
             return tuple(reversed(views)), tensor
         views.append(place)
-        tensor = walk.operand(place, 0)
+        tensor = walk.operand(slices[0] if slices else place, 0)
     return "its weight stands behind too many views: constant-fold the model first"
+
+
+def _slices(walk: Walk, place: Place) -> list[Place]:
+    """The Slices of one tensor that a Concat joins; none for other nodes, and where others are among them."""
+    node = walk.node(place)
+    if not is_op(node, ("Concat",)):
+        return []
+    operands = [walk.operand(place, index) for index in range(len(node.input))]
+    producers = [None if operand is None else walk.producer(operand) for operand in operands]
+    slices = [one for one in producers if one is not None and is_op(walk.node(one), ("Slice",))]
+    wholes = [walk.operand(one, 0) for one in slices]
+    are_of_one = all(whole is not None and whole is wholes[0] for whole in wholes)
+    return slices if are_of_one and len(slices) == len(operands) else []
 
 
 def _source(walk: Walk, tensor: Any) -> Source | None:
@@ -188,6 +203,8 @@ def _view(walk: Walk, model: Model, place: Place, value: NDArray[Any], cast: boo
             if not 0 <= axis <= value.ndim:
                 return None
             return value.reshape(prod(value.shape[:axis]), prod(value.shape[axis:]))
+        case "Concat":
+            return _reordered(walk, model, place, value)
     # Reshape, Unsqueeze and Squeeze: their parameter is an attribute in old opsets, an operand in new ones.
     operand = walk.operand(place, 1)
     if operand is None:
@@ -197,6 +214,38 @@ def _view(walk: Walk, model: Model, place: Place, value: NDArray[Any], cast: boo
     if numbers is None:
         return np.squeeze(value) if node.op_type == "Squeeze" and operand is None else None
     return _reshaped(node, value, [int(n) for n in np.ravel(numbers)])
+
+
+def _reordered(walk: Walk, model: Model, place: Place, value: NDArray[Any]) -> NDArray[Any] | None:
+    """Join slices of an array along their axis; None where these leave anything out or have it twice."""
+    axis = range(value.ndim)[attribute_of(walk.node(place), "axis", 1)]
+    every = np.arange(value.shape[axis])
+    parts = []
+    for one in _slices(walk, place):
+        starts, ends, axes, steps = (_slicing(walk, model, one, n) for n in range(1, 5))
+        if starts is None or ends is None or len(starts) != 1 or (steps or [1]) != [1]:
+            return None
+        if [range(value.ndim)[n] for n in axes or [0]] != [axis]:
+            return None
+        parts.append(every[starts[0] : ends[0]])
+    order = np.concatenate(parts)
+    return value.take(order, axis) if np.array_equal(np.sort(order), every) else None
+
+
+def _slicing(walk: Walk, model: Model, place: Place, operand: int) -> list[int] | None:
+    """The starts (1), ends (2), axes (3) or steps (4) of a Slice; None where they are left out.
+
+    Before opset 10 they are attributes.
+
+    Raises:
+        ValueError: They are computed.
+    """
+    tensor = walk.operand(place, operand)
+    if tensor is None:
+        numbers = attribute_of(walk.node(place), ("starts", "ends", "axes", "steps")[operand - 1])
+    elif (numbers := _parameter(walk, model, tensor)) is None:
+        raise ValueError("a computed parameter")
+    return None if numbers is None else [int(n) for n in np.ravel(numbers)]
 
 
 def _parameter(walk: Walk, model: Model, operand: Any) -> NDArray[Any] | None:
@@ -233,12 +282,23 @@ def readers(walk: Walk, source: Source) -> list[tuple[Place, int]] | None:
             return None
         for place, operand in walk.consumers(tensor):
             result = walk.result(place)
-            if operand or result is None or not is_op(walk.node(place), VIEWS):
+            if result is None or not _hands_on(walk, place, operand):
                 found.add((place, operand))
             elif place not in seen:
                 seen.add(place)
                 tensors.append(result)
     return sorted(found)
+
+
+def _hands_on(walk: Walk, place: Place, operand: int) -> bool:
+    """Whether a node is a view of one of its operands, or a Slice for such a view."""
+    if is_op(walk.node(place), ("Concat",)):
+        return bool(_slices(walk, place))
+    if is_op(walk.node(place), ("Slice",)):
+        result = walk.result(place)
+        parts = [] if result is None or walk.is_output(result) else walk.consumers(result)
+        return not operand and bool(parts) and all(_slices(walk, reader) for reader, _ in parts)
+    return not operand and is_op(walk.node(place), VIEWS)
 
 
 def dtype_of(walk: Walk, stored: Stored) -> np.dtype[Any]:

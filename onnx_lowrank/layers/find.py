@@ -367,8 +367,11 @@ def _views(walk: Walk, seen: _Seen) -> list[object]:
     keys: list[object] = []
     for place in seen.stored.views:
         node = walk.node(place)
-        operand = walk.operand(place, 1)
-        keys.append((node.op_type, attributes(node), None if operand is None else walk.origin(operand)))
+        # The first operand of a view is what it hands on, but all those of a Concat say in which order.
+        first = 0 if node.op_type == "Concat" else 1
+        operands = [walk.operand(place, index) for index in range(first, len(node.input))]
+        origins = [None if operand is None else walk.origin(operand) for operand in operands]
+        keys.append((node.op_type, attributes(node), origins))
     return keys
 
 

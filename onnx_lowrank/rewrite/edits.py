@@ -107,7 +107,7 @@ class Edits:
                 continue
             if place is None and key in self._walk.initializers:
                 removed += [v.name for v in self._model.proto.graph.input if not scope and v.name == name]
-            elif place is None or not is_op(self._walk.node(place), VIEWS | {"Constant"}):
+            elif place is None or not is_op(self._walk.node(place), VIEWS | {"Constant", "Slice", "Concat"}):
                 continue
             else:
                 self.scopes[scope].deleted.add(place.node)

@@ -57,6 +57,26 @@ VIEWS = {
         (8, 10),
         {"s": [8, 10]},
     ),
+    "joined slices": (
+        "a = Slice (w, s, m) b = Slice (w, m, e) v = Concat <axis = 0> (b, a)",
+        (8, 10),
+        {"s": [0], "m": [3], "e": [8]},
+    ),
+    "joined slices, counted from the end": (
+        "a = Slice (w, s, m) b = Slice (w, m, e) v = Concat <axis = -2> (b, a)",
+        (8, 10),
+        {"s": [-99], "m": [-3], "e": [2**62]},
+    ),
+    "joined slices of an axis": (
+        "a = Slice (w, s, m, n) b = Slice (w, m, e, n, o) v = Concat <axis = 1> (b, a)",
+        (8, 10),
+        {"s": [0], "m": [3], "e": [10], "n": [-1], "o": [1]},
+    ),
+    "joined slices between views": (
+        "t = Transpose (w) a = Slice (t, s, m) b = Slice (t, m, e) c = Slice (t, e, f) u = Concat <axis = 0> (b, c, a) v = Unsqueeze (u, s)",
+        (10, 8),
+        {"s": [0], "m": [3], "e": [5], "f": [8]},
+    ),
     "two casts": ("a = Cast <to = 1> (w) b = Identity (a) v = Cast <to = 1> (b)", (8, 10), {}),
 }
 
@@ -73,6 +93,27 @@ def test_a_weight_behind_views(name, in_constant):
         del proto.graph.initializer[:]
         constants(proto.graph, *held)
     check(proto, "w")
+
+
+def test_joined_slices_of_old_opsets():
+    slices = "a = Slice <starts = [0], ends = [3]> (w) b = Slice <axes = [0], starts = [3], ends = [8]> (w)"
+    body = f"g (float[3,8] x) => (float[] y) {{ {slices} v = Concat <axis = 0> (b, a) y = MatMul (x, v) }}"
+    check(model(body, 9, w=W), "w")
+
+
+@pytest.mark.parametrize("order", ["a, b, c", "c, b, a", "a, c, b"])
+def test_one_weight_joined_in_two_orders_is_two_matrices(order):
+    slices = "a = Slice (w, s, m) b = Slice (w, m, n) c = Slice (w, n, e)"
+    joins = f"u = Concat <axis = 0> (a, b, c) v = Concat <axis = 0> ({order})"
+    body = f"g (float[3,8] x) => (float[] y, float[] z) {{ {slices} {joins} y = MatMul (x, u) z = MatMul (x, v) }}"
+    numbers = {name: np.array([value]) for name, value in {"s": 0, "m": 2, "n": 6, "e": 8}.items()}
+    proto = model(body, w=W, **numbers)
+    if order == "a, b, c":
+        assert len(found(proto).layer.uses) == 2
+        check(proto, "w")
+    else:
+        assert all("different matrices" in skipped.reason for skipped in found(proto).skipped)
+        assert not found(proto).bindings
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
@@ -224,6 +265,7 @@ def test_ids_are_unique():
 
 
 X = "float[3,8] x"
+HALVES = {"s": [0], "m": [4], "e": [8]}
 REASONS = {
     "computed": (X, "v = Relu (x) t = Transpose (v) y = MatMul (x, t)", {}, "computed"),
     "constant of shape": (X, "v = ConstantOfShape (s) y = MatMul (x, v)", {"s": np.array([8, 9])}, "computed"),
@@ -250,6 +292,15 @@ REASONS = {
     "different matrices": (X, "y = MatMul (x, w) v = Reshape (w, s) z = MatMul (x, v)", {"w": W, "s": np.array([1, 8, 10])}, "different matrices"),
     "a batch meets a vector": ("float[8] x", "y = MatMul (x, w)", {"w": (3, 8, 9)}, "rank above 1"),
     "computed view": (X, "s = Shape (x) v = Reshape (w, s) y = MatMul (x, v)", {"w": (24,)}, "views"),
+    "slices of two weights": (X, "a = Slice (w, s, m) b = Slice (u, m, e) v = Concat <axis = 0> (b, a) y = MatMul (x, v)", {"w": W, "u": W} | HALVES, "computed"),
+    "a slice beside a weight": (X, "a = Slice (w, s, m) v = Concat <axis = 0> (u, a) y = MatMul (x, v)", {"w": W, "u": (4, 10)} | HALVES, "computed"),
+    "a slice twice": (X, "a = Slice (w, s, m) v = Concat <axis = 0> (a, a) y = MatMul (x, v)", {"w": W} | HALVES, "views"),
+    "slices that leave a row out": ("float[3,7] x", "a = Slice (w, s, m) b = Slice (w, m, e) v = Concat <axis = 0> (b, a) y = MatMul (x, v)", {"w": W} | HALVES | {"e": [7]}, "views"),
+    "slices with steps": (X, "a = Slice (w, s, e, s, t) b = Slice (w, u, e, s, t) v = Concat <axis = 0> (b, a) y = MatMul (x, v)", {"w": W, "t": [2], "u": [1]} | HALVES, "views"),
+    "slices of two axes": (X, "a = Slice (w, n, p, q) b = Slice (w, m, e) v = Concat <axis = 0> (b, a) y = MatMul (x, v)", {"w": W, "n": [0, 0], "p": [4, 10], "q": [0, 1]} | HALVES, "views"),
+    "slices of another axis": ("float[3,16] x", "a = Slice (w, s, m, t) b = Slice (w, m, e, t) v = Concat <axis = 0> (b, a) y = MatMul (x, v)", {"w": (8, 8), "t": [1]} | HALVES, "views"),
+    "computed slices": (X, "z = Shape (x) a = Slice (w, s, m) n = Slice (z, t, u) b = Slice (w, m, n) v = Concat <axis = 0> (b, a) y = MatMul (x, v)", {"w": W, "t": [1], "u": [2]} | HALVES, "views"),
+    "a slice also read": (X, "a = Slice (w, s, m) b = Slice (w, m, e) v = Concat <axis = 0> (b, a) y = MatMul (x, v) z = Relu (a)", {"w": W} | HALVES, "also read by Slice"),
     "recurrent": ("float[3,1,8] x", "y, h = GRU <hidden_size = 4> (x, w, r)", {"w": (1, 12, 8), "r": (1, 12, 4)}, "recurrent"),
     "fused": (X, "y = com.microsoft.EmbedLayerNormalization (x, w)", {"w": W}, "fused"),
     "several casts": (X, "u = Cast <to = 10> (w) v = Cast <to = 1> (u) y = MatMul (x, v)", {"w": W}, "several Casts"),

@@ -68,6 +68,7 @@ ALONE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "behind Unsqueeze": ("float[2,4,9] x", "t = Unsqueeze (w, n) y = Conv (x, t, c)", {"w": (6, 4), "n": np.array([2]), "c": C}),
     "behind Squeeze": (ROWS, "t = Squeeze (w, n) y = Gemm (x, t, c)", {"w": (8, 1, 6), "n": np.array([1]), "c": C}),
     "behind Flatten": (ROWS, "t = Flatten (w) y = MatMul (x, t)", {"w": (8, 2, 3)}),
+    "behind joined Slices": (ROWS, "u = Slice (w, n, m) v = Slice (w, m, o) t = Concat <axis = 0> (v, u) y = Gemm <transB = 1> (x, t, c)", {"w": LEFT, "n": np.array([0]), "m": np.array([2]), "o": np.array([6]), "c": C}),
     "behind several": (ROWS, "r = Reshape (w, n) i = Identity (r) t = Transpose (i) y = Gemm <transB = 1> (x, t, c)", {"w": (3, 16), "n": np.array([8, 6]), "c": C}),
     "behind Cast": (ROWS, "t = Cast <to = 1> (w) y = Gemm (x, t, c)", {"w": HALF, "c": C}),
     "behind Cast and Transpose": (ROWS, "u = Transpose (w) t = Cast <to = 1> (u) y = MatMul (x, t)", {"w": HALF.T.copy()}),
