@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-_RECURRENT = "recurrent weights are not decomposed"
 _QUANTIZED = "it is quantized: compress before quantizing"
 _FUSED = "it is fused for one runtime: compress the model before that optimization"
 
 LEFT_ALONE: dict[tuple[str, str], str] = {
-    **dict.fromkeys((("", "LSTM"), ("", "GRU"), ("", "RNN")), _RECURRENT),
     ("", "DeformConv"): "deformable kernels are not decomposed",
     **{("", op): _QUANTIZED for op in ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")},
     **{

@@ -37,6 +37,16 @@ def test_a_real_model_reaches_its_ratio_and_passes_validation(shared, name, tmp_
     assert onnx.load(tmp_path / "out.onnx") == result.proto
 
 
+@pytest.mark.parametrize("name", ["silero_vad", "silero_vad_half"])
+def test_recurrent_weights_make_smaller_models(shared, name):
+    """The convolutions alone reach no ratio below 0.45."""
+    result = onnx_lowrank.compress(shared / "models" / f"{name}.onnx", ratio=0.3)
+    assert result.report.reached <= 0.3
+    rows = [row for row in result.report.layers if row.op == "LSTM"]
+    assert rows
+    assert all(row.option is not None for row in rows)
+
+
 @pytest.mark.parametrize("name", RATIOS)
 def test_only_what_the_plan_names_changes(shared, name):
     path = shared / "models" / f"{name}.onnx"
