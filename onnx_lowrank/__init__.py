@@ -1,5 +1,6 @@
 """onnx-lowrank: smaller ONNX models by low-rank decomposition, chosen and proved layer by layer."""
 
+from onnx_lowrank.api import Result, compress
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents.plans import read as read_plan
 from onnx_lowrank.documents.recipes import Recipe
@@ -14,7 +15,6 @@ from onnx_lowrank.errors import (
     ValidationError,
 )
 from onnx_lowrank.report.report import Report
-from onnx_lowrank.session import Result, compress
 
 __all__ = [
     "BudgetError",

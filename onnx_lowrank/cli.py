@@ -20,13 +20,13 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from onnx_lowrank.api import compress
 from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.destinations import check_outputs, print_text, write
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.progress import Silent, Terminal
 from onnx_lowrank.request import ALIGN_AUTO, AUTO_RECIPE, DEFAULT_RECIPE
-from onnx_lowrank.session import compress
 
 _INTERRUPTED = 130
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from onnx_lowrank.api import Result
 from onnx_lowrank.documents import plans
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.atomic import check_writable, replacing
-from onnx_lowrank.session import Result
 
 _STDOUT = Path("-")
 

@@ -8,15 +8,21 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
+from typing import Any
+
+from numpy.typing import NDArray
 
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.calibrate.data import Source
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Budget, Plan
 from onnx_lowrank.documents import plans, recipes
 from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block
+from onnx_lowrank.linalg.backend import Backend, resolve
 from onnx_lowrank.stages.search import AUTO, Target
 
 DEFAULT_RECIPE = "schatten"
@@ -62,6 +68,48 @@ class Request:
     def is_search(self) -> bool:
         """Whether models have to be made and judged to know the plan."""
         return self.target is not None or len(self.recipes) > 1
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the plan is made from times."""
+        return self.grid.budget is Budget.LATENCY
+
+
+Inputs = str | Path | Mapping[str, NDArray[Any]]
+"""An .npz file, or arrays by input name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """On which data, with which tools and within which bounds it is made.
+
+    Attributes:
+        calibration: The inputs to fit to; None without.
+        samples: The most of them to use; None for all.
+        inputs: The inputs to compare on; None where the user gives none.
+        shapes: Shapes of inputs, by name, which the model leaves open.
+        include: Globs of the layers and nodes to decompose; all where there are none.
+        exclude: Globs of the layers and nodes to leave alone.
+        max_error: The largest relative error of an output to accept; None for any.
+        backend: Where the linear algebra runs.
+        provider: ONNX Runtime's execution provider.
+        threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
+        cache: Whether times may be read from disk and written there.
+        dry_run: Whether only the plan is made.
+    """
+
+    calibration: Source | None
+    samples: int | None
+    inputs: Inputs | None
+    shapes: Mapping[str, tuple[int, ...]]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    max_error: float | None
+    backend: Backend
+    provider: str
+    threads: int
+    cache: bool
+    dry_run: bool
 
 
 def request(
@@ -120,6 +168,50 @@ def request(
         ratio=None if ratio is None else float(ratio),
         target=target,
     )
+
+
+def setting(
+    asked: Request,
+    *,
+    calibration: Source | None,
+    samples: int | None,
+    inputs: Inputs | None,
+    shapes: Mapping[str, Sequence[int]],
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    max_error: float | None,
+    device: str,
+    provider: str,
+    threads: int,
+    cache: bool,
+    dry_run: bool,
+) -> Setting:
+    """Check with which data and tools it is to be made; see `compress` for the arguments.
+
+    Raises:
+        InputError: An argument is wrong, or the device or the execution provider is not there.
+    """
+    require("max_error", max_error, (Real, NoneType), "a number")
+    if max_error is not None and not max_error >= 0:
+        raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
+    require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
+    made = Setting(
+        calibration=calibration,
+        samples=samples,
+        inputs=inputs,
+        shapes=_shapes(shapes),
+        include=_patterns("include", include),
+        exclude=_patterns("exclude", exclude),
+        max_error=max_error,
+        provider=provider,
+        threads=thread_count(threads),
+        cache=_flag("cache", cache),
+        backend=resolve(device),
+        dry_run=dry_run,
+    )
+    if calibration is not None or asked.is_timed or not dry_run:
+        runtime(provider)
+    return made
 
 
 def _replayed(
@@ -201,8 +293,7 @@ def check_calibration(samples: int | None, *, calibrated: bool, recover: bool) -
         InputError: They are given without, or are wrong.
     """
     require("calibration_samples", samples, (Integral, NoneType), "a whole number")
-    if not isinstance(recover, bool):
-        raise InputError(f"recover is {recover!r}: give True or False.")
+    _flag("recover", recover)
     if samples is not None and samples < 1:
         raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
     if not calibrated and samples is not None:
@@ -211,7 +302,7 @@ def check_calibration(samples: int | None, *, calibrated: bool, recover: bool) -
         raise InputError("--no-recover leaves out what only --calibration makes possible: leave it out.")
 
 
-def threads(given: int) -> int:
+def thread_count(given: int) -> int:
     """Check a number of threads.
 
     Raises:
@@ -223,6 +314,12 @@ def threads(given: int) -> int:
     return int(given)
 
 
+def _flag(name: str, given: bool) -> bool:
+    if not isinstance(given, bool):
+        raise InputError(f"{name} is {given!r}: give True or False.")
+    return given
+
+
 def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
     """Say what is wrong with an argument of the API, which nothing has parsed."""
     if isinstance(value, bool) or not isinstance(value, kinds):
@@ -231,7 +328,7 @@ def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> N
         raise InputError(f"{name} is an empty text: give {wanted}.")
 
 
-def shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+def _shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Check the shapes of inputs.
 
     Raises:
@@ -247,7 +344,7 @@ def shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(map(int, shape)) for name, shape in given.items()}
 
 
-def patterns(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+def _patterns(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
     """Check globs; one alone may stand for a sequence of one.
 
     Raises:

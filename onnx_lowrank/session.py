@@ -1,49 +1,38 @@
-"""compress(): load → prepare → find layers → scores → allocate → factorize → rewrite → validate."""
+"""The loops that go round: calibrate, search, settle, build, validate, time, put back."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
-from numbers import Real
-from pathlib import Path
-from types import NoneType
-from typing import Any, Self
 
-from numpy.typing import NDArray
-
-from onnx_lowrank import request as arguments
 from onnx_lowrank.budgets.latency import measured
 from onnx_lowrank.budgets.latency.measured import Latency
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
 from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.data import Samples, Source
+from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
-from onnx_lowrank.core.plan import Budget, Plan
-from onnx_lowrank.documents import plans
-from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import read as read_inputs
 from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.running import calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime, runtime
-from onnx_lowrank.errors import BudgetError, InputError
-from onnx_lowrank.files.atomic import replacing
+from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.files.load import Model, ModelProto, load, stored_bytes
-from onnx_lowrank.files.save import save
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.hardware import cache_bytes
 from onnx_lowrank.layers.found import Found, find_layers
-from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
+from onnx_lowrank.linalg.backend import one_blas_thread
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.report.report import Report
-from onnx_lowrank.request import Request
+from onnx_lowrank.request import Request, Setting
 from onnx_lowrank.stages import plan as planner
 from onnx_lowrank.stages import report as reporting
 from onnx_lowrank.stages import settle as settling
@@ -55,211 +44,120 @@ from onnx_lowrank.stages.search import Search, Target, check_target
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What came out.
+class Made:
+    """What a session makes.
 
     Attributes:
         report: Everything there is to say about it.
         plan: One choice for every layer.
         model: The compressed model; the input model where it was a dry run.
+        resources: What the model keeps on disk; to be closed with it.
     """
 
     report: Report
     plan: Plan
     model: Model
-    _resources: ExitStack
-
-    @property
-    def proto(self) -> ModelProto:
-        """The compressed model's proto; its external data, if any, is on disk until `close`."""
-        return self.model.proto
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the compressed model; over 2 GB or with external data it becomes two files.
-
-        Raises:
-            InputError: The target cannot be written.
-        """
-        save(self.model, path)
-
-    def save_plan(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, to be edited and replayed with `compress(model, plan=path)`.
-
-        Raises:
-            InputError: The target cannot be written.
-        """
-        with replacing(Path(path)) as (file,):
-            file.write(plans.to_json(self.plan).encode())
-
-    def close(self) -> None:
-        """Delete what a big model keeps on disk; after it, the model cannot be saved any more."""
-        self._resources.close()
-
-    def __enter__(self) -> Self:
-        """Close the result when the block ends."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close the result."""
-        self.close()
+    resources: ExitStack
 
 
-def compress(
-    model: str | os.PathLike[str] | ModelProto,
-    ratio: float | None = None,
-    *,
-    recipe: str | Path | Recipe | None = None,
-    budget: str | None = None,
-    align: int | str | None = None,
-    plan: str | os.PathLike[str] | Plan | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    calibration: Source | None = None,
-    calibration_samples: int | None = None,
-    recover: bool = True,
-    target_error: float | None = None,
-    target_agreement: float | None = None,
-    inputs: str | Path | Mapping[str, NDArray[Any]] | None = None,
-    input_shape: Mapping[str, Sequence[int]] | None = None,
-    max_error: float | None = None,
-    device: str = "auto",
-    provider: str = "CPUExecutionProvider",
-    threads: int = 0,
-    cache: bool = True,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> Result:
-    """Make a model smaller by low-rank decomposition.
+def run(
+    model: str | os.PathLike[str] | ModelProto, asked: Request, setting: Setting, progress: Progress
+) -> Made:
+    """Make what is asked for.
 
     Args:
         model: A path or a model in memory; it is not changed.
-        ratio: Budget of the output over that of the input, above 0 and at most 1.
-        recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
-            on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
-        budget: What the ratio counts: "params" (the default), "macs" or "latency", the time that a run takes
-            here.
-        align: Consider only ranks that are multiples of this, and for convolutions only slices whose channels
-            are; "auto" is what the provider computes in. By default any, and "auto" for latency.
-        plan: A plan to replay, instead of ratio, recipe, budget and alignment.
-        include: Globs of layer ids or node names; where there are any, only these are decomposed.
-        exclude: Globs of layer ids or node names that are left alone.
-        calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder, arrays by name, an
-            iterable of feeds, or an ONNX Runtime CalibrationDataReader; see `calibrate.data.open`.
-        calibration_samples: How many of them to use at most.
-        recover: Let recipes that say so recover each layer from the errors of those before it.
-        target_error: Instead of a ratio, find the smallest model whose outputs on held-out calibration
-            inputs have at most this error, relative to what varies in them (`OutputError.centred`).
-        target_agreement: The same for the share of outputs that agree (rows of an embedding: that keep their
-            nearest neighbour), above 0 and at most 1.
-        inputs: An .npz file, or arrays by input name, on which the models are compared; by default
-            held-out calibration inputs, or inputs that are made from the graph.
-        input_shape: Shapes by input name, where the model leaves dimensions open.
-        max_error: Bound on the largest relative error over the outputs.
-        device: Where the linear algebra runs: "auto", "cpu" or "cuda".
-        provider: ONNX Runtime's execution provider, for calibration, for the comparison and for times.
-        threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
-        cache: Whether times of layers may be read from the user's cache folder and written there.
-        dry_run: Make the plan and the report only; the model stays as it is.
-        progress: Where to show progress; by default nowhere.
-
-    Returns:
-        The compressed model with its report and plan. Where the model has external data, close the
-        result, or use it in a `with` block.
+        asked: What to make.
+        setting: On which data, with which tools and within which bounds.
+        progress: Where to show progress.
 
     Raises:
-        InputError: An argument, the calibration data or the model is wrong.
+        InputError: The model, or the data, is wrong.
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not do what the input model does.
     """
-    # Whatever can be wrong is better told before the work than after it.
-    calibrated = calibration is not None
-    arguments.require("calibration", calibration, (object,), "a path, arrays by name, or feeds")
-    arguments.check_calibration(calibration_samples, calibrated=calibrated, recover=recover)
-    target = arguments.target(target_error, target_agreement, calibrated=calibrated)
-    asked = arguments.request(
-        ratio,
-        recipe,
-        budget,
-        plan,
-        target,
-        align=align,
-        provider=provider,
-        calibrated=calibrated,
-        recover=recover,
-    )
-    arguments.require("max_error", max_error, (Real, NoneType), "a number")
-    if max_error is not None and not max_error >= 0:
-        raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
-    arguments.require(
-        "inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name"
-    )
-    shapes = arguments.shapes(input_shape or {})
-    globs = arguments.patterns("include", include), arguments.patterns("exclude", exclude)
-    threads = arguments.threads(threads)
-    if not isinstance(cache, bool):
-        raise InputError(f"cache is {cache!r}: give True or False.")
-    backend = resolve(device)
-    is_timed = asked.grid.budget is Budget.LATENCY
-    if calibrated or is_timed or not dry_run:
-        runtime(provider)
-    progress = progress or Silent()
     with one_blas_thread(), ExitStack() as stack:
         with progress.stage("find layers"):
-            loaded = load(model)
-            given = None if inputs is None else read_inputs(inputs, specs(loaded.proto))
-            samples = None
-            if calibration is not None:
-                samples = stack.enter_context(
-                    data.open(calibration, specs(loaded.proto), calibration_samples)
-                )
-            # The inputs to compare on tell the shapes that nobody stated.
-            shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
-            if any(array.size for array in shown.values()):
-                # Not those with elements alone: a decoder's past has none at its first call.
-                shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
-            found = find_layers(loaded, shapes, *globs)
-        if is_timed:
+            material = _read(model, setting, stack)
+        found = material.found
+        if asked.is_timed:
             planner.check_shapes(found)
         if asked.plan is None:
             planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.grid)
         stopwatch = None
-        if is_timed or not dry_run:
+        if asked.is_timed or not setting.dry_run:
             # Others share the cache, and activations need room in it, too.
-            warm = stored_bytes(loaded) <= cache_bytes() / 2
-            stopwatch = Stopwatch(runtime(provider), threads, warm=warm, caching=cache)
+            warm = stored_bytes(found.model) <= cache_bytes() / 2
+            stopwatch = Stopwatch(
+                runtime(setting.provider), setting.threads, warm=warm, caching=setting.cache
+            )
         latency = None
-        if is_timed and stopwatch is not None:
+        if asked.is_timed and stopwatch is not None:
             with progress.stage("time the model"):
-                latency = measured.start(found, shown, shapes, stopwatch)
-        job = _Job(
-            found, asked, backend, progress, provider, shapes, max_error, given, shown, stopwatch, latency
-        )
-        return job.run(None if samples is None else job.calibrated(samples, stack), dry_run=dry_run)
+                latency = measured.start(found, material.shown, material.shapes, stopwatch)
+        job = _Job(material, asked, setting, progress, stopwatch, latency)
+        samples = material.samples
+        return job.run(None if samples is None else job.calibrated(samples, stack))
+
+
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """A model and the data that came with it, read and checked.
+
+    Attributes:
+        found: The model with its layers.
+        samples: The calibration data.
+        given: The inputs to compare on that the user gave.
+        shown: Inputs of the user's, from wherever there are any; else empty.
+        shapes: The shapes of inputs for which the layers were found, by name.
+    """
+
+    found: Found
+    samples: Samples | None
+    given: Feed | None
+    shown: Feed
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack) -> _Material:
+    model = load(source)
+    wanted = specs(model.proto)
+    given = None if setting.inputs is None else read_inputs(setting.inputs, wanted)
+    samples = None
+    if setting.calibration is not None:
+        samples = stack.enter_context(data.open(setting.calibration, wanted, setting.samples))
+    # The inputs to compare on tell the shapes that nobody stated.
+    shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
+    shapes = dict(setting.shapes)
+    if any(array.size for array in shown.values()):
+        # Not those with elements alone: a decoder's past has none at its first call.
+        shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
+    found = find_layers(model, shapes, setting.include, setting.exclude)
+    return _Material(found, samples, given, shown, shapes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A request on a model whose layers are found."""
 
-    found: Found
+    material: _Material
     asked: Request
-    backend: Backend
+    setting: Setting
     progress: Progress
-    provider: str
-    shapes: Mapping[str, tuple[int, ...]]
-    max_error: float | None
-    given: Feed | None
-    shown: Feed
     stopwatch: Stopwatch | None
     latency: Latency | None
+
+    @property
+    def found(self) -> Found:
+        """The model with its layers."""
+        return self.material.found
 
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
         """Measure what the request needs to know of the activations."""
         feed = next(_held_out(samples, 1))
-        engine, outputs = calibrating_engine(self.found.model, feed, self.provider)
+        engine, outputs = calibrating_engine(self.found.model, feed, self.setting.provider)
         if self.asked.target is not None and outputs is not None:
-            judged = samples.held or samples.count
-            check_target(self.asked.target, self.found.model.name, outputs, feed, judged)
+            check_target(self.asked.target, self.found.model.name, outputs, feed)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
             moments = statistics.measure(
@@ -267,13 +165,16 @@ class _Job:
             )
         return Calibration(samples, engine, stack.enter_context(moments))
 
-    def run(self, calibration: Calibration | None, *, dry_run: bool) -> Result:
+    def run(self, calibration: Calibration | None) -> Made:
         """Make the plan, and the model where it is wanted; a slower one is made anew without what loses.
 
         Raises:
             BudgetError: The ratio cannot be reached.
         """
-        scores = Scores(self.found, self.asked.grid, self.backend, self.progress, calibration, self.latency)
+        scores = Scores(
+            self.found, self.asked.grid, self.setting.backend, self.progress, calibration, self.latency
+        )
+        dry_run = self.setting.dry_run
         if dry_run and not self.asked.is_search:
             return self._result(self._plan(scores), calibration)
         slower: list[float] = []
@@ -314,7 +215,9 @@ class _Job:
 
         def ratio(own: Mapping[str, Option]) -> float:
             choices = tuple(c if c.layer in own else replace(c, option=None) for c in plan.choices)
-            part = build(self.found, replace(plan, choices=choices), calibration, self.backend, Silent())
+            part = build(
+                self.found, replace(plan, choices=choices), calibration, self.setting.backend, Silent()
+            )
             with part.resources:
                 try:
                     return latency.ratio(part.rewritten.model)
@@ -328,12 +231,12 @@ class _Job:
         """The best model that is found, and what was tried where held-out inputs tell which that is."""
         if calibration is not None and self.asked.plan is None:
             return self._searched(scores, calibration)
-        return build(self.found, self._plan(scores), calibration, self.backend, self.progress), ()
+        return build(self.found, self._plan(scores), calibration, self.setting.backend, self.progress), ()
 
     def _searched(self, scores: Scores, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
         """The best model that held-out inputs show, and what was tried."""
         budget, recipes = self.asked.grid.budget, self.asked.recipes
-        search = Search(self.found, budget, scores, calibration, self.backend, self.progress)
+        search = Search(self.found, budget, scores, calibration, self.setting.backend, self.progress)
         if self.asked.ratio is not None:
             built = search.best(recipes, self.asked.ratio)
         else:
@@ -355,7 +258,7 @@ class _Job:
         validation: Validation | None = None,
         timing: Timing | None = None,
         resources: ExitStack | None = None,
-    ) -> Result:
+    ) -> Made:
         if timing is None and self.latency is not None:
             timing = self.latency.timing(settling.options(plan), None)
         report = reporting.assemble(
@@ -364,7 +267,7 @@ class _Job:
             None if built is None else built.rewritten,
             {} if built is None else built.certificates,
             validation,
-            self.given is not None or calibration is not None,
+            self.material.given is not None or calibration is not None,
             calibration=None if calibration is None else _summary(calibration),
             trials=trials,
             fits={} if built is None else built.fits,
@@ -375,13 +278,13 @@ class _Job:
             macs_after=self._macs(built),
         )
         model = self.found.model if built is None else built.rewritten.model
-        return Result(report, plan, model, resources or ExitStack())
+        return Made(report, plan, model, resources or ExitStack())
 
     def _macs(self, built: Built | None) -> int | None:
         """MACs of a model in which operators were multiplied, of which the plan knows nothing; else None."""
         if built is None or not built.merges:
             return None
-        return find_layers(built.rewritten.model, self.shapes, (), ()).macs()
+        return find_layers(built.rewritten.model, self.material.shapes, (), ()).macs()
 
     def _timing(self, built: Built) -> Timing | None:
         """How long both models take; None where that cannot be measured and nobody has asked for it."""
@@ -390,7 +293,9 @@ class _Job:
         if self.latency is None:
             if not chosen or self.stopwatch is None:
                 return None
-            return measured.compare(self.found.model, model, self.shown, self.shapes, self.stopwatch)
+            return measured.compare(
+                self.found.model, model, self.material.shown, self.material.shapes, self.stopwatch
+            )
         timing = self.latency.timing(chosen, model)
         if not self._is_refused(built, timing):
             return timing
@@ -417,7 +322,7 @@ class _Job:
             return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
 
         known = None
-        if self.given is None and calibration is not None:
+        if self.material.given is None and calibration is not None:
             chosen = next((trial.outputs for trial in trials if trial.chosen), None)
             outputs = chosen or judge(self.found, built, calibration)
             samples = calibration.samples
@@ -431,11 +336,11 @@ class _Job:
             rewritten.model,
             last,
             alone=alone,
-            inputs=self.given,
+            inputs=self.material.given,
             measured=known,
-            input_shapes=self.shapes,
-            provider=self.provider,
-            max_error=self.max_error,
+            input_shapes=self.material.shapes,
+            provider=self.setting.provider,
+            max_error=self.setting.max_error,
         )
 
 

@@ -1001,7 +1001,7 @@ def test_no_small_file_is_left_where_the_model_cannot_be_written(run, folder, mo
         raise OSError(28, "No space left on device")
 
     before = files(folder)
-    monkeypatch.setattr("onnx_lowrank.session.Result.save", full)
+    monkeypatch.setattr("onnx_lowrank.api.Result.save", full)
     outcome = run(*RUN, "--save-plan", "p.json", "--report", "r.json")
     assert "No space left" in outcome.message
     assert outcome.code == 2

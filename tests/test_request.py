@@ -282,8 +282,8 @@ def test_times_are_best_in_the_providers_blocks(provider, align, block):
 
 @pytest.mark.parametrize("given", [0, 1, 7, 1024, np.int64(3)])
 def test_a_number_of_threads_is_taken_as_it_is(given):
-    assert arguments.threads(given) == given
-    assert type(arguments.threads(given)) is int
+    assert arguments.thread_count(given) == given
+    assert type(arguments.thread_count(given)) is int
 
 
 @pytest.mark.parametrize("given", [-1, 1025, 10**30])
@@ -291,10 +291,10 @@ def test_a_number_of_threads_that_is_wrong_is_told(given):
     with pytest.raises(
         InputError, match=rf"^--threads is {given}: pass 1 to 1024, or 0 for what the runtime"
     ):
-        arguments.threads(given)
+        arguments.thread_count(given)
 
 
 @pytest.mark.parametrize("given", [None, "2", 2.0, True, [2]])
 def test_what_is_no_number_of_threads_is_told(given):
     with pytest.raises(InputError, match=r"^threads is .*: give a whole number\.$"):
-        arguments.threads(given)
+        arguments.thread_count(given)
