@@ -94,6 +94,7 @@ def compress(
     max_error: float | None = None,
     device: str = "auto",
     provider: str = "CPUExecutionProvider",
+    time: bool = False,
     threads: int = 0,
     cache: bool = True,
     dry_run: bool = False,
@@ -127,6 +128,7 @@ def compress(
         max_error: Bound on the largest relative error over the outputs.
         device: Where the linear algebra runs: "auto", "cpu" or "cuda".
         provider: ONNX Runtime's execution provider, for calibration, for the comparison and for times.
+        time: Time the finished model against the input model; a latency budget does so in any case.
         threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
         cache: Whether times of layers may be read from the user's cache folder and written there.
         dry_run: Make the plan and the report only; the model stays as it is.
@@ -167,6 +169,7 @@ def compress(
         max_error=max_error,
         device=device,
         provider=provider,
+        time=time,
         threads=threads,
         cache=cache,
         dry_run=dry_run,

@@ -245,6 +245,11 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     help="ONNX Runtime's execution provider, to calibrate, to compare and to time.",
 )
 @click.option(
+    "--time",
+    is_flag=True,
+    help="Time both models and report it; --budget latency does so in any case.",
+)
+@click.option(
     "--threads",
     callback=_count,
     default="0",

@@ -93,6 +93,7 @@ class Setting:
         max_error: The largest relative error of an output to accept; None for any.
         backend: Where the linear algebra runs.
         provider: ONNX Runtime's execution provider.
+        time: Whether the finished model is timed against the input model, whatever the budget.
         threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
         cache: Whether times may be read from disk and written there.
         dry_run: Whether only the plan is made.
@@ -107,6 +108,7 @@ class Setting:
     max_error: float | None
     backend: Backend
     provider: str
+    time: bool
     threads: int
     cache: bool
     dry_run: bool
@@ -182,6 +184,7 @@ def setting(
     max_error: float | None,
     device: str,
     provider: str,
+    time: bool,
     threads: int,
     cache: bool,
     dry_run: bool,
@@ -195,6 +198,8 @@ def setting(
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
     require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
+    if _flag("time", time) and dry_run and not asked.is_timed:
+        raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
     made = Setting(
         calibration=calibration,
         samples=samples,
@@ -204,6 +209,7 @@ def setting(
         exclude=_patterns("exclude", exclude),
         max_error=max_error,
         provider=provider,
+        time=time,
         threads=thread_count(threads),
         cache=_flag("cache", cache),
         backend=resolve(device),

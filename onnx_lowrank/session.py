@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 
-from onnx_lowrank.budgets.latency import measured
+from onnx_lowrank.budgets.latency import measured, whole
 from onnx_lowrank.budgets.latency.measured import Latency
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
+from onnx_lowrank.budgets.latency.whole import Whole
 from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.data import Samples
@@ -84,18 +85,8 @@ def run(
             planner.check_shapes(found)
         if asked.plan is None:
             planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.grid)
-        stopwatch = None
-        if asked.is_timed or not setting.dry_run:
-            # Others share the cache, and activations need room in it, too.
-            warm = stored_bytes(found.model) <= cache_bytes() / 2
-            stopwatch = Stopwatch(
-                runtime(setting.provider), setting.threads, warm=warm, caching=setting.cache
-            )
-        latency = None
-        if asked.is_timed and stopwatch is not None:
-            with progress.stage("time the model"):
-                latency = measured.start(found, material.shown, material.shapes, stopwatch)
-        job = _Job(material, asked, setting, progress, stopwatch, latency)
+        latency, clocked = _timed(material, asked, setting, progress)
+        job = _Job(material, asked, setting, progress, latency, clocked)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
 
@@ -136,6 +127,25 @@ def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: 
     return _Material(found, samples, given, shown, shapes)
 
 
+def _timed(
+    material: _Material, asked: Request, setting: Setting, progress: Progress
+) -> tuple[Latency | None, Whole | None]:
+    """The times of the model and its layers where the plan is made from them; else the model to compare with.
+
+    Both are None where nobody asks for times.
+    """
+    if not (asked.is_timed or setting.time):
+        return None, None
+    model = material.found.model
+    # Others share the cache, and activations need room in it, too.
+    warm = stored_bytes(model) <= cache_bytes() / 2
+    stopwatch = Stopwatch(runtime(setting.provider), setting.threads, warm=warm, caching=setting.cache)
+    with progress.stage("time the model"):
+        if asked.is_timed:
+            return measured.start(material.found, material.shown, material.shapes, stopwatch), None
+        return None, whole.start(model, material.shown, material.shapes, stopwatch)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A request on a model whose layers are found."""
@@ -144,8 +154,8 @@ class _Job:
     asked: Request
     setting: Setting
     progress: Progress
-    stopwatch: Stopwatch | None
     latency: Latency | None
+    clocked: Whole | None
 
     @property
     def found(self) -> Found:
@@ -157,7 +167,8 @@ class _Job:
         feed = next(_held_out(samples, 1))
         engine, outputs = calibrating_engine(self.found.model, feed, self.setting.provider)
         if self.asked.target is not None and outputs is not None:
-            check_target(self.asked.target, self.found.model.name, outputs, feed)
+            judged = samples.held or samples.count
+            check_target(self.asked.target, self.found.model.name, outputs, feed, judged)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
             moments = statistics.measure(
@@ -186,8 +197,7 @@ class _Job:
                     return self._result(built.plan, calibration, trials)
                 with self.progress.stage("validate"):
                     validation = self._validated(built, calibration, trials)
-                with self.progress.stage("time"):
-                    timing = self._timing(built)
+                timing = self._timing(built)
                 if self.latency is None or timing is None or not self._is_refused(built, timing):
                     return self._result(
                         built.plan, calibration, trials, built, validation, timing, stack.pop_all()
@@ -287,19 +297,17 @@ class _Job:
         return find_layers(built.rewritten.model, self.material.shapes, (), ()).macs()
 
     def _timing(self, built: Built) -> Timing | None:
-        """How long both models take; None where that cannot be measured and nobody has asked for it."""
-        model = built.rewritten.model
-        chosen = settling.options(built.plan)
-        if self.latency is None:
-            if not chosen or self.stopwatch is None:
-                return None
-            return measured.compare(
-                self.found.model, model, self.material.shown, self.material.shapes, self.stopwatch
-            )
-        timing = self.latency.timing(chosen, model)
-        if not self._is_refused(built, timing):
-            return timing
-        again = [self.latency.timing(chosen, model) for _ in range(_CHANCES - 1)]
+        """How long both models take, the median of several where it seems to be slower; None if not asked."""
+        if self.latency is None and self.clocked is None:
+            return None
+        model, chosen = built.rewritten.model, settling.options(built.plan)
+        with self.progress.stage("time"):
+            if self.latency is None:
+                return None if self.clocked is None else self.clocked.timing(model)
+            timing = self.latency.timing(chosen, model)
+            if not self._is_refused(built, timing):
+                return timing
+            again = [self.latency.timing(chosen, model) for _ in range(_CHANCES - 1)]
         return sorted([timing, *again], key=lambda of: of.ratio or 0)[len(again) // 2]
 
     def _validated(

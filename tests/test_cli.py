@@ -109,6 +109,10 @@ WRONG = {
         ["in.onnx", "out.onnx", "--plan", "p.json", "--budget", "latency"],
         "leave out --pass, --budget and --align",
     ),
+    "times of a dry run": (
+        [*HALF, "--time", "--dry-run"],
+        "--time times the finished model, and --dry-run makes none: leave one of them out.",
+    ),
     "unknown option": ([*HALF, "--fast"], "no option --fast"),
     "misspelt option": ([*HALF, "--reprot"], "no option --reprot: did you mean --report?"),
     "option without value": (["in.onnx", "out.onnx", "--ratio"], "'--ratio' requires an argument"),
@@ -1154,6 +1158,15 @@ def test_a_latency_budget_with_its_options(folder, run, options, words):
     assert report["ratio"]["budget"] == "latency"
     assert report["ratio"]["reached"] <= 0.6
     assert Path("out.onnx").is_file()
+
+
+@pytest.mark.parametrize("options", [(), ("--time",)])
+def test_times_come_with_the_option_only(folder, run, options):
+    report = report_of(run(*RUN, "--report", "-", *options))
+    assert (report["timing"] is None) == (report["totals"]["time"] is None) == (not options)
+    outcome = run(*HALF, *options)
+    assert ("interleaved runs" in outcome.err) == bool(options)
+    assert ("\ntime" in outcome.err) == bool(options)
 
 
 @pytest.mark.parametrize("cache", [True, False])

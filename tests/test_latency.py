@@ -14,7 +14,7 @@ from rich.console import Console
 
 from onnx_lowrank import BudgetError, InputError, compress
 from onnx_lowrank.allocate.times import WORTHWHILE
-from onnx_lowrank.budgets.latency import measured
+from onnx_lowrank.budgets.latency import measured, whole
 from onnx_lowrank.budgets.latency.clock import Pace
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Budget
@@ -123,11 +123,33 @@ def test_it_is_deterministic():
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
-def test_other_budgets_have_no_timing(budget):
+def test_other_budgets_measure_nothing_unasked(watches, budget):
     result = compress(cnn(), 0.6, budget=budget, input_shape=SHAPE)
+    assert watches == []
     assert result.report.timing is None
     assert result.report.totals.time is None
     assert json.loads(result.report.to_json())["timing"] is None
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_other_budgets_measure_both_models_where_that_is_asked_for(budget):
+    plain, timed = (
+        compress(cnn(), 0.6, budget=budget, input_shape=SHAPE, time=time, threads=2) for time in (False, True)
+    )
+    assert timed.plan == plain.plan
+    assert timed.proto == plain.proto
+    timing, total = timed.report.timing, timed.report.totals.time
+    assert (timing.before, timing.after) == (by_weights(cnn()), by_weights(timed.proto))
+    assert (total.before, total.after) == (timing.before, timing.after)
+    assert (timing.predicted, timing.layers, timing.spread) == (None, {}, 1.0)
+    assert timing.engine == "ONNX Runtime CPUExecutionProvider, 2 threads"
+    assert timing.inputs == "x float32 2×8×6×6"
+    assert timed.report.reached == plain.report.reached
+
+
+def test_a_model_in_which_nothing_changed_is_timed_where_that_is_asked_for():
+    timing = compress(cnn(), 1.0, input_shape=SHAPE, time=True).report.timing
+    assert timing.before == timing.after == by_weights(cnn())
 
 
 @pytest.mark.parametrize(("align", "block"), [(1, 1), (4, 4), (8, 8)])
@@ -184,11 +206,11 @@ def test_a_model_that_the_runtime_cannot_run_cannot_be_timed(share):
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("budget", ["latency", "params"])
 def test_threads_and_cache_go_to_the_stopwatch(watches, threads, words, cache, budget):
-    result = compress(cnn(), 0.6, budget=budget, input_shape=SHAPE, threads=threads, cache=cache, align=1)
+    settings = {"input_shape": SHAPE, "threads": threads, "cache": cache, "align": 1}
+    result = compress(cnn(), 0.6, budget=budget, time=budget == "params", **settings)
     ((watch, options),) = watches
     assert (watch.threads, options["caching"]) == (threads, cache)
-    if budget == "latency":
-        assert result.report.timing.engine.endswith(f", {words}")
+    assert result.report.timing.engine.endswith(f", {words}")
 
 
 @pytest.mark.parametrize(("size", "warm"), [(10**9, True), (14_000, False)])
@@ -198,9 +220,19 @@ def test_small_models_find_their_weights_in_the_caches(watches, monkeypatch, siz
     assert watches[0][1]["warm"] == warm
 
 
-def test_a_dry_run_of_another_budget_measures_nothing(watches):
+def test_a_dry_run_of_another_budget_has_nothing_to_time(watches):
     compress(cnn(), 0.6, dry_run=True)
+    with pytest.raises(
+        InputError, match=r"^--time times the finished model, and --dry-run makes none: leave"
+    ):
+        compress(cnn(), 0.6, dry_run=True, time=True)
     assert watches == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_latency_budget_times_in_any_case(dry_run):
+    one, other = (half(time=time, dry_run=dry_run).report.to_json() for time in (False, True))
+    assert one == other
 
 
 def repeated(blocks, different=0):
@@ -321,12 +353,31 @@ def test_the_json_has_all_times():
     assert table["ratio"] == {"budget": "latency", "asked": 0.6, "reached": result.report.reached}
 
 
-def test_the_table_has_all_times():
+def table(report):
     out = StringIO()
-    half().report.table(Console(file=out, width=120))
-    text = out.getvalue()
+    report.table(Console(file=out, width=120))
+    return out.getvalue()
+
+
+def test_the_table_has_all_times():
+    text = table(half().report)
     for words in ("time alone", "predicted time", "Ratio of latency", "interleaved runs on ONNX Runtime"):
         assert words in text
+
+
+def test_the_report_of_another_budget_has_the_times_of_both_models():
+    report = compress(cnn(), 0.6, input_shape=SHAPE, time=True).report
+    text = table(report)
+    (row,) = (line for line in text.splitlines() if line.startswith("time  "))
+    assert row.split()[1:] == ["3.58", "µs", "2.17", "µs", f"{report.totals.time.ratio:.3f}"]
+    assert "interleaved runs on ONNX Runtime" in text
+    assert not any(words in text for words in ("time alone", "predicted time"))
+    written = json.loads(report.to_json())
+    timing = report.timing
+    assert written["totals"]["time"]["before"] == written["timing"]["before"] == timing.before
+    assert written["totals"]["time"]["after"] == written["timing"]["after"] == timing.after
+    assert (written["timing"]["predicted"], written["timing"]["layers"]) == (None, [])
+    assert "\ntime" not in table(compress(cnn(), 0.6, input_shape=SHAPE).report)
 
 
 # --- models that become slower ----------------------------------------------------------------------
@@ -342,7 +393,7 @@ def is_dense(proto):
 )
 def test_other_budgets_warn_of_models_that_are_slower(costing, budget, slower, shown):
     costing(lambda proto: 1000 if is_dense(proto) else 1000 * slower)
-    warnings = compress(cnn(), 0.6, budget=budget, input_shape=SHAPE, threads=2).report.warnings
+    warnings = compress(cnn(), 0.6, budget=budget, input_shape=SHAPE, threads=2, time=True).report.warnings
     told = (
         f"The compressed model takes {shown} times as long as the input model on ONNX Runtime "
         "CPUExecutionProvider, 2 threads: --budget latency makes models that are faster."
@@ -350,30 +401,51 @@ def test_other_budgets_warn_of_models_that_are_slower(costing, budget, slower, s
     assert [warning for warning in warnings if "as long" in warning] == ([told] if shown else [])
 
 
-@pytest.mark.parametrize("options", [{"dry_run": True}, {"ratio": 1.0}])
-def test_what_changes_nothing_is_not_timed(costing, options):
-    costing(lambda proto: 1000 if is_dense(proto) else 10_000)
-    result = compress(cnn(), **{"ratio": 0.6} | options)
-    assert not any("as long" in warning for warning in result.report.warnings)
+def turns(monkeypatch, pairs):
+    """Let the input model and the compressed one take these times, session by session."""
+    left = iter(pairs)
 
+    class InTurns(Recorded):
+        def __init__(self, engine, threads=0, **options):
+            super().__init__(engine, threads, **options)
+            self.warm = True
 
-@pytest.mark.parametrize(("patience", "slower"), [(1e9, True), (0.0, False)])
-def test_other_budgets_do_not_time_models_that_take_long(costing, monkeypatch, patience, slower):
-    monkeypatch.setattr(measured, "_PATIENCE", patience)
-    costing(lambda proto: 1000 if is_dense(proto) else 2000)
-    warnings = compress(cnn(), 0.6).report.warnings
-    assert any("2.00 times as long" in warning for warning in warnings) == slower
-
-
-def test_a_model_that_does_not_run_is_not_timed_and_no_error(monkeypatch):
-    class Refusing(Recorded):
         def times(self, models, pace):
-            raise UnsupportedError("It does not know it")
+            return list(next(left))
 
-    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", Refusing)
-    result = compress(cnn(), 0.6)
-    assert rewritten(result)
-    assert result.report.timing is None
+    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", InTurns)
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(1.0, False), (0.6, True)])
+def test_the_input_model_is_never_called_slower_than_itself(monkeypatch, ratio, told):
+    turns(monkeypatch, [(1000, 1200)] * 3)
+    warnings = compress(cnn(), ratio, time=True).report.warnings
+    assert any("1.20 times as long" in warning for warning in warnings) == told
+
+
+@pytest.mark.parametrize(("longest", "told"), [(1300, ""), (1400, "1.4")])
+def test_other_budgets_warn_of_times_that_other_work_disturbed(monkeypatch, longest, told):
+    turns(monkeypatch, [(1000, 900), (longest, 700), (1000, 300)])
+    report = compress(cnn(), 0.6, time=True).report
+    assert (report.timing.before, report.timing.after) == (longest, 700)
+    assert report.timing.spread == longest / 1000
+    words = f"The input model took {told} times as long at one time as at another: other work on this machine"
+    found = [warning for warning in report.warnings if warning.startswith(words)]
+    assert [warning.endswith("so time it again when it is idle.") for warning in found] == [True] * bool(told)
+
+
+def test_a_model_that_does_not_run_cannot_be_timed_and_is_told_before_the_work(monkeypatch):
+    """ONNX Runtime has no convolution for double."""
+    text = CNN.replace("float[", "double[")
+    wide = {
+        "conv1": decaying(1, 16, 8, 3, 3).astype(np.float64),
+        "conv2": decaying(2, 16, 16, 3, 3).astype(np.float64),
+        "fc": decaying(3, 4, 16).astype(np.float64),
+    }
+    assert rewritten(compress(built(text, wide), 0.6))
+    monkeypatch.setattr("onnx_lowrank.session.build", None)
+    with pytest.raises(InputError, match=r"^To measure times the model has to run, .*: leave --time out, or"):
+        compress(built(text, wide), 0.6, time=True)
 
 
 @pytest.mark.parametrize(("slower", "written"), [(1.0, True), (1.02, True), (1.021, False), (2.0, False)])
@@ -554,7 +626,8 @@ def test_a_calibrated_plan_is_replayed_to_the_byte(samples):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The user's cache folder; what is measured is not measured long."""
-    for name in ("_WHOLE", "_LAYERS", "_CHAINS", "_BRIEF"):
+    monkeypatch.setattr(whole, "_PACE", Pace(seconds=0.0))
+    for name in ("_LAYERS", "_CHAINS"):
         monkeypatch.setattr(measured, name, Pace(seconds=0.0))
     monkeypatch.setattr("onnx_lowrank.budgets.latency.cache.user_cache_path", lambda name: tmp_path / name)
     return tmp_path
@@ -583,6 +656,6 @@ def test_a_real_plan_keeps_its_promise_or_says_that_it_cannot(folder):
 
 @pytest.mark.clock
 def test_real_times_of_other_budgets(folder):
-    result = compress(cnn(), 0.6, threads=1)
-    assert result.report.timing is None
+    timing = compress(cnn(), 0.6, threads=1, time=True).report.timing
+    assert min(timing.before, timing.after) >= 1
     assert list(folder.iterdir()) == []

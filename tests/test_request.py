@@ -238,6 +238,8 @@ def test_an_empty_path_is_not_the_current_folder(name, wanted):
         {"recipe": ""},
         {"plan": ""},
         {"recover": "no", "calibration": X},
+        {"time": 1},
+        {"time": True, "dry_run": True},
         {"ratio": 0.5, "device": "tpu", "calibration": X},
         {"ratio": 0.5, "provider": "NoSuchProvider", "calibration": X},
     ],

@@ -363,7 +363,7 @@ class Report(Table, frozen=True):
         warnings: What the user should know, sentences.
         target: What was asked for instead of a ratio; null where a ratio was.
         calibration: What calibration inputs were used for; null where there were none.
-        timing: How long the model takes; null where latency is not the budget.
+        timing: How long the model takes; null where nothing was timed.
         trials: The plans that were tried; none where nothing was compared.
     """
 

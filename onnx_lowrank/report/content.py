@@ -32,7 +32,7 @@ class Totals:
         params: Parameters.
         macs: Multiply-accumulates of one run.
         bytes: Size of the model's file, with its external data.
-        time: Nanoseconds of one run, where latency is the budget: measured, or predicted in a dry run.
+        time: Nanoseconds of one run: measured, or predicted in a dry run; None where nothing was timed.
     """
 
     params: Total
@@ -112,7 +112,7 @@ class Content:
         target_error: The error that the held-out outputs were to keep to, where that was asked for instead
             of a ratio.
         target_agreement: The agreement that they were to keep, likewise.
-        timing: How long both models take; None where latency is not the budget.
+        timing: How long both models take; None where nothing was timed.
         merges: The adjacent operators that were multiplied: what the layers' rows say is of before.
     """
 

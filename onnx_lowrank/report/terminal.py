@@ -87,7 +87,7 @@ def _totals(report: Content, page: Page) -> None:
 
 
 def _times(report: Content) -> Iterator[tuple[str, Total]]:
-    """The times of both models, measured and predicted, where latency is the budget."""
+    """The times of both models, measured and predicted, as far as they are known."""
     timing = report.timing
     if timing is None:
         return

@@ -63,11 +63,11 @@ def assemble(
         fits: How the factors of the rewritten layers came about, by id.
         target_error: The error that was asked for instead of a ratio.
         target_agreement: The agreement that was asked for instead of a ratio.
-        timing: How long both models take; None where that is unknown.
+        timing: How long both models take; None where that was not measured.
         merges: The adjacent operators that were multiplied.
         macs_after: MACs of the compressed model, where they are not the plan's.
     """
-    totals = _totals(found, plan, rewritten, timing if plan.budget is Budget.LATENCY else None)
+    totals = _totals(found, plan, rewritten, timing)
     if merges:
         totals = replace(totals, macs=Total(totals.macs.before, macs_after))
     counted = totals.of(plan.budget)
@@ -106,7 +106,7 @@ def assemble(
         trials=trials,
         target_error=target_error,
         target_agreement=target_agreement,
-        timing=timing if plan.budget is Budget.LATENCY else None,
+        timing=timing,
         merges=merges,
     )
 
@@ -115,13 +115,15 @@ def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
     """What would surprise the user about the speed."""
     if timing is None or timing.ratio is None:
         return
-    if plan.budget is Budget.LATENCY and not timing.is_steady:
+    if not timing.is_steady:
+        again = "plan" if plan.budget is Budget.LATENCY else "time it"
         yield (
             f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
-            "work on this machine disturbs the times, so plan again when it is idle."
+            f"work on this machine disturbs the times, so {again} again when it is idle."
         )
     slowdown = timing.ratio
-    if slowdown > _WARNED:
+    # The input model itself is not slower than it is, whatever two measurements of it say.
+    if slowdown > _WARNED and any(choice.option for choice in plan.choices):
         advice = (
             "its plan was made where it is faster"
             if plan.budget is Budget.LATENCY

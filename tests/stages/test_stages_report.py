@@ -204,8 +204,8 @@ def test_a_slower_model_is_a_warning_where_time_is_not_the_budget(planned, budge
         "--budget latency makes models that are faster."
     )
     assert slower == ([told] if shown else [])
-    assert report.timing is None
-    assert report.totals.time is None
+    assert report.timing == timing(after)
+    assert (report.totals.time.before, report.totals.time.after) == (1000, after)
 
 
 @pytest.mark.parametrize(

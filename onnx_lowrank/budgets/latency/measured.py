@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import monotonic
 
 import numpy as np
 
@@ -35,15 +34,13 @@ from onnx_lowrank.allocate.times import (
 )
 from onnx_lowrank.budgets.latency.clock import Pace
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
+from onnx_lowrank.budgets.latency.whole import Shapes, Whole, middle, runnable, unmeasurable
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.outcome import LayerTime, Timing
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
-from onnx_lowrank.engines.inputs import describe, specs
-from onnx_lowrank.engines.made import make
-from onnx_lowrank.engines.running import first_run
+from onnx_lowrank.engines.inputs import describe
 from onnx_lowrank.engines.runtime import Executed
-from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place
 from onnx_lowrank.layers.find import Binding
@@ -51,14 +48,6 @@ from onnx_lowrank.layers.found import Found
 from onnx_lowrank.measures import Errors
 from onnx_lowrank.probe.micro import Micro, micro
 from onnx_lowrank.progress import Step
-
-_WHOLE = Pace(seconds=6.0, spread=0.005)
-_SESSIONS = 3
-"""How often models that run from the caches are loaded and timed: times differ from session to session."""
-
-_BRIEF = Pace(seconds=1.0, spread=0.01)
-_PATIENCE = 3.0
-"""Seconds in which a model has to be loaded and run once, else its time is nothing to tell beside."""
 
 _LAYERS = Pace(seconds=4.0, spread=0.02)
 _FIRST_LOOK = Pace(seconds=0.0)
@@ -83,9 +72,6 @@ _JUDGED = 16
 """So many kinds of layers are measured in the model, those that save most."""
 
 _Key = tuple[Fold, int]
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of inputs, by name."""
 
 
 @dataclass(slots=True)
@@ -182,14 +168,10 @@ class Latency:
 
     def pair(self, model: Model) -> tuple[int, int]:
         """The times of this model and of another with the same inputs, in turns, in nanoseconds."""
-        both = [(self._found.model, self._feed), (model, self._feed)]
-        sessions = _SESSIONS if self.stopwatch.warm else 1
-        pace = replace(_WHOLE, seconds=_WHOLE.seconds / sessions)
-        pairs = [self.stopwatch.times(both, pace) for _ in range(sessions)]
+        pairs = Whole(self._found.model, self._feed, self.stopwatch).pairs(model)
         for before, _ in pairs:
             self._range = min(self._range[0], before), max(self._range[1], before)
-        before, after = sorted(pairs, key=lambda pair: pair[1] / pair[0])[sessions // 2]
-        return before, after
+        return middle(pairs)
 
     def measure(self, errors: Sequence[Errors], grid: Grid, step: Step) -> None:
         """Measure what is worth it of the options of all layers, but for what is known.
@@ -419,34 +401,6 @@ def start(found: Found, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> La
         InputError: The model does not run.
     """
     try:
-        return Latency(found, _feed(found.model, shown, shapes, stopwatch), stopwatch)
+        return Latency(found, runnable(found.model, shown, shapes, stopwatch), stopwatch)
     except (UnsupportedError, RejectedError) as error:
-        raise InputError(
-            f"To measure times the model has to run, and {stopwatch.engine.name} cannot run it ({error}): "
-            "choose --budget macs, or another --provider."
-        ) from error
-
-
-def compare(
-    original: Model, compressed: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch
-) -> Timing | None:
-    """Time two models against each other, on inputs as for `start`; None where they do not run.
-
-    Nor are those timed that take long, for which nobody has asked.
-    """
-    begin = monotonic()
-    try:
-        feed = _feed(original, shown, shapes, stopwatch)
-        if monotonic() - begin > _PATIENCE:
-            return None
-        before, after = stopwatch.times([(original, feed), (compressed, feed)], _BRIEF)
-    except (UnsupportedError, RejectedError, InputError):
-        return None
-    return Timing(stopwatch.name, describe(feed), before, None, after)
-
-
-def _feed(model: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Feed:
-    """Inputs on which a model runs, of the shapes that were asked for: the user's own, if they have them."""
-    fits = shown and all(shapes.get(name, array.shape) == array.shape for name, array in shown.items())
-    feeds = [shown] if fits else make(model.proto, specs(model.proto), shapes)
-    return first_run(stopwatch.engine, model, feeds)[0]
+        raise unmeasurable(stopwatch, error, "choose --budget macs") from error

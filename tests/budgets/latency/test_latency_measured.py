@@ -19,7 +19,6 @@ from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.load import load
 from onnx_lowrank.probe.micro import micro, placeholder
 from onnx_lowrank.rewrite.replace import rewrite
 from rewriting import LOOP, model, named_bodies
@@ -446,16 +445,6 @@ def test_measuring_at_the_ranks_of_a_plan_changes_no_prediction():
     }
     expected = [times.cost(option) for option in chosen.values()]
     assert [time.predicted for time in latency.layers(chosen).values()] == expected
-
-
-def test_models_are_compared_or_not():
-    found, _, watch = timed(two())
-    other = made(found, options(found))
-    timing = measured.compare(found.model, other, X, {}, watch)
-    assert (timing.before, timing.after) == (by_weights(two()), by_weights(other.proto))
-    assert (timing.predicted, timing.layers) == (None, {})
-    broken = load(model("g (float[5, 24] x) => (float[5, 24] y) { y = MatMul (x, x) }"))
-    assert measured.compare(broken, other, X, {}, watch) is None
 
 
 def test_lowerings_are_measured_at_their_own_ranks():
