@@ -642,7 +642,7 @@ def test_real_times_are_measured_and_kept_where_that_is_wanted(folder, cache):
     assert timing.before > 0
     assert timing.after is not None
     assert timing.layers == {}
-    assert [path.suffix for path in folder.rglob("*.json")] == [".json"] * cache
+    assert [path.name for path in folder.rglob("*.*")] == ["times.sqlite"] * cache
 
 
 @pytest.mark.clock

@@ -16,6 +16,11 @@ Ints = NDArray[np.int64]
 WORTHWHILE = 0.97
 """An option has to take less than this share of the layer's time: what gains less may as well lose."""
 
+SANE = (1e-6, 1e6)
+"""Times of chains over those of their layers that can be measurements; whatever lies outside is none."""
+
+_LONGEST = 2.0**62  # nanoseconds: 146 years, and as an integer twice that still fits into int64
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -36,7 +41,9 @@ class Curve:
         them they are linear. Beyond them no time is known, and the layer's own stands for it.
         """
         known = np.array(sorted(self.ratios))
-        rising = isotonic_regression([self.ratios[rank] for rank in known]).x
+        # Not minimum, which hands NaN on.
+        ratios = np.fmin([self.ratios[rank] for rank in known], SANE[1])
+        rising = isotonic_regression(ratios).x
         return np.asarray(np.interp(ranks, known, rising, left=1.0, right=1.0))
 
 
@@ -60,9 +67,11 @@ class Times:
         shares = np.ones(len(ranks)) if curve is None else curve.at(ranks)
         saved = 1 - shares
         # What loses even alone saves nothing where its layer's options lose in the model.
-        left: Ints = np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved))).astype(np.int64)
-        # It may save more in the model than alone, but nothing takes less than no time.
-        return np.maximum(left, 0)
+        left = np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved)))
+        # It may save more in the model than alone, but nothing takes less than no time. A number too large
+        # for an integer would become a negative one, and so the slowest option the cheapest.
+        costs: Ints = np.clip(left, 0, _LONGEST).astype(np.int64)
+        return costs
 
     def cost(self, option: Option | None) -> int:
         """The time of an option, or of the layer as it is."""

@@ -13,8 +13,8 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import nan, prod
 from typing import Any
 
@@ -27,6 +27,7 @@ from onnx.helper import (
     make_node,
     make_opsetid,
     make_tensor_value_info,
+    np_dtype_to_tensor_dtype,
     tensor_dtype_to_np_dtype,
 )
 
@@ -78,17 +79,51 @@ class Micro:
         elements = sum(prod(tensor.dims) for tensor in self.structure.graph.initializer)
         return elements * self.dtype.itemsize
 
-    def decomposed(self, options: Iterable[Option]) -> Iterator[tuple[Option, Model]]:
-        """The layer's chains under some options, one by one."""
+    def chains(self) -> Chains:
+        """What the layer's chains are made from."""
         dense = self.dense()
         walk = Walk(dense.proto)
         (binding,), _ = find(dense, walk, infer(dense, {}), (_WEIGHT,), ())
-        for option in options:
-            yield option, rewrite(dense, walk, [placeholder(binding, option, self.dtype)]).model
+        return Chains(dense, walk, binding, self.structure, self.dtype)
 
     def feed(self) -> dict[str, NDArray[Any]]:
         """An input to run it on."""
         return {_INPUT: _numbers(self.shape, self.dtype, 1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """The chains of a layer that stands alone; it holds the layer's weight.
+
+    Attributes:
+        dense: The layer as it is.
+        walk: Its walk.
+        binding: The layer in it.
+        structure: Its model without numbers.
+        dtype: Of its weight.
+    """
+
+    dense: Model
+    walk: Walk
+    binding: Binding
+    structure: ModelProto
+    dtype: np.dtype[Any]
+
+    def decomposed(self, options: Iterable[Option]) -> Iterator[tuple[Option, Model]]:
+        """The layer's chains under some options, one by one."""
+        for option in options:
+            chain = placeholder(self.binding, option, self.dtype)
+            yield option, rewrite(self.dense, self.walk, [chain]).model
+
+    def digest(self, option: Option) -> str:
+        """Digest of the chain's model without numbers: another one as soon as the chain is written otherwise.
+
+        It takes no room for factors, and copies no weight.
+        """
+        nothing = self.dtype.type(0)
+        chain = _replacement(self.binding, option, lambda shape, _: np.broadcast_to(nothing, shape))
+        hollow = replace(self.dense, proto=self.structure)
+        return _digest(rewrite(hollow, self.walk, [chain], _without_numbers).model.proto)
 
 
 def micro(walk: Walk, binding: Binding, index: int) -> Micro | None:
@@ -110,8 +145,7 @@ def micro(walk: Walk, binding: Binding, index: int) -> Micro | None:
     kind = binding.casts[index] or binding.stored.source.tensor.data_type
     dtype = tensor_dtype_to_np_dtype(kind)
     structure = _structure(node, operator, use, timed, layer, kind, walk.opsets[use.scope])
-    key = hashlib.sha256(structure.SerializeToString(deterministic=True)).hexdigest()
-    return Micro(key, structure, timed.input_shape, dtype)
+    return Micro(_digest(structure), structure, timed.input_shape, dtype)
 
 
 def _structure(
@@ -163,15 +197,36 @@ def _surrounded(copy: NodeProto, layer: Layer, kind: int) -> tuple[list[NodeProt
 
 def placeholder(binding: Binding, option: Option, dtype: np.dtype[Any]) -> Replacement:
     """A layer's replacement with random factors: for its time, which does not depend on them."""
+    return _replacement(binding, option, lambda shape, fan_in: _numbers(shape, dtype, fan_in))
+
+
+def _replacement(
+    binding: Binding, option: Option, numbers: Callable[[tuple[int, ...], int], NDArray[Any]]
+) -> Replacement:
+    """A layer's replacement with factors of no meaning.
+
+    Args:
+        binding: The layer.
+        option: Its option.
+        numbers: Makes a factor of a shape and a fan-in.
+    """
     groups, f, c, *_ = binding.layer.shape
     encoder, decoder = option.fold.kernels(binding.layer.kernel)
     factors = Factors(
         option.fold,
-        _numbers((groups, option.k, option.j, c // option.k, *encoder), dtype, c // option.k * prod(encoder)),
-        _numbers((groups, f, option.k, option.j, *decoder), dtype, option.k * option.j * prod(decoder)),
+        numbers((groups, option.k, option.j, c // option.k, *encoder), c // option.k * prod(encoder)),
+        numbers((groups, f, option.k, option.j, *decoder), option.k * option.j * prod(decoder)),
     )
     unknown = (nan,) * groups
     return Replacement(binding, option, factors, Certificate(unknown, unknown))
+
+
+def _digest(proto: ModelProto) -> str:
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _without_numbers(name: str, values: NDArray[Any]) -> TensorProto:
+    return TensorProto(name=name, data_type=np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
 
 
 def _numbers(shape: tuple[int, ...], dtype: np.dtype[Any], fan_in: int) -> NDArray[Any]:

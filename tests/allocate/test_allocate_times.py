@@ -104,6 +104,16 @@ def test_what_loses_alone_loses_as_much_in_the_model(gain):
     assert Times(1000, {KEY: Curve({3: 1.4})}, gain).cost(Option(*KEY, 3)) == 1400
 
 
+@pytest.mark.parametrize("gain", [1.5, 1.0, 0.0, -1.0])
+@pytest.mark.parametrize("ratio", [1e6, 1e9, 1e18, 1e300, np.inf, np.nan])
+@pytest.mark.parametrize("keep", [1, 1000, 10**15, 2**62])
+def test_what_is_slow_beyond_measure_never_looks_cheap(keep, ratio, gain):
+    times = Times(keep, {KEY: Curve({3: 0.4, 8: ratio})}, gain)
+    assert times.cost(Option(*KEY, 8)) == min(10**6 * keep, 2**62)
+    assert times.cost(Option(*KEY, 3)) == Times(keep, {KEY: Curve({3: 0.4})}, gain).cost(Option(*KEY, 3))
+    assert (np.diff(times.costs(*KEY, np.arange(3, 9))) >= 0).all()
+
+
 @pytest.mark.parametrize("gain", [1.0, 0.5, -1.0])
 @pytest.mark.parametrize(
     "option", [Option(Fold.ENCODE, 2, 3), Option(Fold.DECODE, 1, 3), Option(*KEY, 2), Option(*KEY, 9)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -131,7 +133,7 @@ def test_every_chain_runs_and_gives_the_shape_of_the_layer(name):
     layer, alone = cut(parsed(*ALL[name]))
     (dense,) = run(alone.dense().proto, alone.feed())
     wanted = options(layer)
-    made = list(alone.decomposed(wanted))
+    made = list(alone.chains().decomposed(wanted))
     assert [option for option, _ in made] == wanted
     for option, chain in made:
         (out,) = run(chain.proto, alone.feed())
@@ -145,7 +147,7 @@ def test_every_chain_runs_and_gives_the_shape_of_the_layer(name):
 def test_every_opset_is_kept(name, opset):
     layer, alone = cut(parsed(*ALL[name], opset=opset))
     assert alone.structure.opset_import[0].version == opset
-    for _, chain in alone.decomposed(options(layer)):
+    for _, chain in alone.chains().decomposed(options(layer)):
         run(chain.proto, alone.feed())
 
 
@@ -157,7 +159,7 @@ def test_dtypes_are_kept(name, kind):
     assert dense.dtype == alone.dtype == DTYPES[kind]
     # ONNX Runtime has no convolution for double.
     native = [option for option in options(layer) if option.lowering is Lowering.NATIVE]
-    for _, chain in alone.decomposed(native):
+    for _, chain in alone.chains().decomposed(native):
         (out,) = run(chain.proto, alone.feed())
         assert (out.dtype, out.shape) == (dense.dtype, dense.shape)
 
@@ -194,13 +196,13 @@ def test_the_structure_has_no_numbers_and_the_size_is_that_of_all_weights(name):
 
 def test_a_batchnorm_behind_a_layer_goes_into_its_chain():
     layer, alone = cut(parsed(*CONVS["normalized"]))
-    for _, chain in alone.decomposed(options(layer)[:1]):
+    for _, chain in alone.chains().decomposed(options(layer)[:1]):
         assert "BatchNormalization" not in [node.op_type for node in chain.proto.graph.node]
 
 
 def test_a_pointwise_convolution_is_written_as_matrices():
     layer, alone = cut(parsed(*CONVS["pointwise"]))
-    ((_, chain),) = alone.decomposed([Option(Fold.ENCODE, 1, 2, Lowering.MATMUL)])
+    ((_, chain),) = alone.chains().decomposed([Option(Fold.ENCODE, 1, 2, Lowering.MATMUL)])
     operators = [node.op_type for node in chain.proto.graph.node]
     assert "Conv" not in operators
     assert layer.lowerings(1) == (Lowering.NATIVE, Lowering.MATMUL)
@@ -211,7 +213,7 @@ def test_a_transposed_use_with_a_bias_runs_alone():
     proto = parsed(nodes, {"w": (8, 6), "b": (8,)}, (5, 8))
     layer, alone = cut(proto, use=1)
     assert layer.uses[1].transposed
-    for one in (alone.dense(), *(chain for _, chain in alone.decomposed(options(layer)))):
+    for one in (alone.dense(), *(chain for _, chain in alone.chains().decomposed(options(layer)))):
         (output,) = run(one.proto, alone.feed())
         assert output.shape == (5, 8)
 
@@ -221,7 +223,7 @@ def test_random_factors_keep_activations_near_their_size(kind):
     """What shrank with every layer would become denormal, with which processors are slow."""
     proto = parsed(*CONVS["pointwise"], kind=kind)
     layer, alone = cut(proto)
-    for one in (alone.dense(), *(chain for _, chain in alone.decomposed(options(layer)))):
+    for one in (alone.dense(), *(chain for _, chain in alone.chains().decomposed(options(layer)))):
         (output,) = run(one.proto, alone.feed())
         assert 0.2 < np.abs(output.astype(np.float64)).mean() < 5
 
@@ -246,7 +248,7 @@ def test_tied_embeddings(tables):
     (dense,) = run(alone.dense().proto, alone.feed())
     assert dense.shape[-1] == 12
     of_alone = found(alone.dense().proto).layer
-    for _, chain in alone.decomposed(options(of_alone)):
+    for _, chain in alone.chains().decomposed(options(of_alone)):
         (out,) = run(chain.proto, alone.feed())
         assert out.shape == dense.shape
 
@@ -264,7 +266,7 @@ def test_a_weight_that_is_applied_both_ways_is_cut_out_both_ways():
     assert one.key != other.key
     for alone, out in ((one, (5, 6)), (other, (5, 8))):
         assert run(alone.dense().proto, alone.feed())[0].shape == out
-        for _, chain in alone.decomposed([Option(Fold.ENCODE, 1, 2)]):
+        for _, chain in alone.chains().decomposed([Option(Fold.ENCODE, 1, 2)]):
             assert run(chain.proto, alone.feed())[0].shape == out
 
 
@@ -370,6 +372,38 @@ def test_repeated_blocks_of_one_model_have_one_key():
     of = found(proto)
     keys = [micro(of.walk, binding, 0).key for binding in of.bindings]
     assert keys[0] == keys[1] != keys[2]
+
+
+# --- digests of chains ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_chain_has_its_own_digest(name):
+    layer, alone = cut(parsed(*ALL[name]))
+    chains = alone.chains()
+    found = [chains.digest(option) for option in options(layer)]
+    assert len({alone.key, *found}) == 1 + len(found)
+    assert [alone.chains().digest(option) for option in options(layer)] == found
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_digest_is_that_of_the_model_that_is_timed_without_its_numbers(name):
+    layer, alone = cut(parsed(*ALL[name]))
+    chains = alone.chains()
+    for option, chain in chains.decomposed(options(layer)):
+        proto = chain.proto
+        proto.ClearField("metadata_props")
+        for tensor in proto.graph.initializer:
+            tensor.ClearField("raw_data")
+        text = proto.SerializeToString(deterministic=True)
+        assert chains.digest(option) == hashlib.sha256(text).hexdigest()
+
+
+def test_digests_change_with_what_the_chain_does():
+    names = ("plain", "padded", "with a bias", "normalized, with a bias")
+    chains = [cut(parsed(*CONVS[name]))[1].chains() for name in names]
+    digests = [one.digest(Option(Fold.ENCODE, k, 1)) for one in chains for k in (1, 2)]
+    assert len(set(digests)) == len(digests)
 
 
 # --- placeholders -----------------------------------------------------------------------------------

@@ -1,38 +1,65 @@
-"""Times that were measured before, on disk: one JSON file for every machine, runtime and setting."""
+"""Times that were measured before, on disk: one SQLite database for all machines, runtimes and settings.
+
+Rules:
+
+1. A time is known by digests of all that it depends on: the environment, the layer's model and its chain's
+   model. None of them has a version: where any of these changes, so does its digest.
+2. What is new is written in one transaction, so that processes that write at the same time lose nothing.
+3. Whoever wrote the file, it is data only: its schema has to be the one below, to the letter, before any
+   statement touches its table, so that no view or trigger runs. A file that is damaged, or anything else,
+   counts as empty and is replaced.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from sys import float_info
 from typing import Self
 
 from platformdirs import user_cache_path
 
-from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.atomic import replacing
+from onnx_lowrank.allocate.times import SANE
 
-VERSION = 2
-"""Grows when what is measured changes, so that older times are not taken for it."""
+_FILE = "times.sqlite"
+_TABLE = (
+    "CREATE TABLE times (environment TEXT NOT NULL, layer TEXT NOT NULL, chain TEXT NOT NULL, "
+    "ratio REAL NOT NULL, UNIQUE (environment, layer, chain))"
+)
+_SCHEMA = {("table", "times", _TABLE), ("index", "sqlite_autoindex_times_1", None)}
+_MOST = 50_000
+"""Times that are kept, the newest; they take about 25 MB."""
 
 _LARGEST = 64 * 2**20
+_LONGEST = 256  # characters of a key
+_PATIENCE = 10.0  # seconds to wait for others who write
 
-Ratios = dict[str, dict[str, float]]
-"""For each layer's digest: the time of its chains over its own, by option."""
+_Key = tuple[str, str]
+_Change = Callable[[sqlite3.Connection], object]
+
+
+class _ForeignError(Exception):
+    """The file is no database of ours."""
 
 
 class Cache:
-    """The relative times of layers' chains that are known for one machine, runtime and setting."""
+    """The relative times of layers' chains that are known in one environment."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Read a cache file; what is missing, broken or no number is not in it. None keeps nothing."""
+    def __init__(self, path: Path | None, environment: str = "") -> None:
+        """Read a database; what is missing, broken or no ratio is not in it.
+
+        Args:
+            path: The database; None keeps nothing.
+            environment: What times depend on beside the layer and its chain.
+        """
         self._path = path
-        self._known = {} if path is None else _read(path)
-        self._new = set[tuple[str, str]]()
-        self._is_saved = True
+        self._environment = environment
+        self._known = {} if path is None else _read(path, environment)
+        self._new: dict[_Key, float] = {}
+        self._unsaved = set[_Key]()
 
     @classmethod
     def of(cls, environment: Mapping[str, str], folder: Path | None = None) -> Self:
@@ -40,67 +67,126 @@ class Cache:
 
         Args:
             environment: All that times depend on, beside the layer and its chain.
-            folder: Where the files lie; by default the user's cache folder.
+            folder: Where the database lies; by default the user's cache folder.
         """
-        text = json.dumps({"cache": VERSION, **environment}, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:24]
-        return cls((folder or user_cache_path("onnx-lowrank") / "latency") / f"{name}.json")
+        text = json.dumps(dict(environment), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return cls((folder or user_cache_path("onnx-lowrank")) / _FILE, digest)
 
-    def get(self, layer: str, option: str) -> float | None:
-        """A relative time, or None where it is unknown."""
-        return self._known.get(layer, {}).get(option)
+    def get(self, layer: str, chain: str) -> float | None:
+        """The time of a chain over its layer's, or None where it is unknown.
 
-    def put(self, layer: str, option: str, ratio: float) -> None:
+        Args:
+            layer: Digest of the layer's model.
+            chain: Digest of the chain's model.
+        """
+        return self._known.get((layer, chain))
+
+    def put(self, layer: str, chain: str, ratio: float) -> None:
         """Note a relative time."""
-        self._known.setdefault(layer, {})[option] = ratio
-        self._new.add((layer, option))
-        self._is_saved = False
+        self._known[layer, chain] = self._new[layer, chain] = ratio
+        self._unsaved.add((layer, chain))
 
     def save(self) -> None:
-        """Write what is new, together with what others have written meanwhile; a full disk is no error."""
-        if self._path is None or self._is_saved:
+        """Write what is new, in one transaction; a full disk is no error."""
+        if self._path is None or not self._unsaved:
             return
-        table = _read(self._path)
-        for layer, option in self._new:
-            table.setdefault(layer, {})[option] = self._known[layer][option]
-        self._write(self._path, table)
-        self._is_saved = True
+        own = ((key, self._new[key]) for key in sorted(self._unsaved))
+        rows = [(self._environment, *key, ratio) for key, ratio in own if _is_sane(ratio)]
+
+        def insert(database: sqlite3.Connection) -> None:
+            database.executemany("INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?)", rows)
+            old = "SELECT rowid FROM times ORDER BY rowid DESC LIMIT -1 OFFSET ?"
+            database.execute(f"DELETE FROM times WHERE rowid IN ({old})", (_MOST,))  # noqa: S608
+
+        if _changed(self._path, insert):
+            self._unsaved.clear()
 
     def discard(self) -> None:
-        """Take what is new out of the file again, where it turned out to be wrong."""
-        if self._path is None or not self._new:
-            return
-        table = _read(self._path)
-        for layer, option in self._new:
-            table.get(layer, {}).pop(option, None)
+        """Take what is new out of the database again, where it turned out to be wrong."""
+        rows = [(self._environment, *key, ratio) for key, ratio in self._new.items()]
         self._new.clear()
-        self._is_saved = True
-        self._write(self._path, table)
-
-    @staticmethod
-    def _write(path: Path, table: Ratios) -> None:
-        with suppress(OSError, InputError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as (file,):
-                file.write(json.dumps(table).encode())
+        self._unsaved.clear()
+        if self._path is None or not rows or not self._path.exists():
+            return
+        # What another process has measured of the same is not ours to take.
+        where = "environment = ? AND layer = ? AND chain = ? AND ratio = ?"
+        _changed(self._path, lambda database: database.executemany(f"DELETE FROM times WHERE {where}", rows))  # noqa: S608
 
 
-def _read(path: Path) -> Ratios:
+def _read(path: Path, environment: str) -> dict[_Key, float]:
+    """The times of an environment; none where the file is not a database of ours."""
+    statement = (
+        "SELECT layer, chain, ratio FROM times WHERE environment = ? AND typeof(ratio) = 'real' "
+        "AND length(layer) <= ? AND length(chain) <= ? LIMIT ?"
+    )
     try:
-        if path.stat().st_size > _LARGEST:
-            return {}
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        with _opened(path, "rw") as database:
+            database.execute("BEGIN")  # so that what is checked is what is read
+            _check(database)
+            rows = database.execute(statement, (environment, _LONGEST, _LONGEST, _MOST)).fetchall()
+    except (OSError, ValueError, sqlite3.Error, _ForeignError):
         return {}
-    if not isinstance(table, dict):
-        return {}
-    return {
-        layer: {option: float(ratio) for option, ratio in ratios.items() if _is_ratio(ratio)}
-        for layer, ratios in table.items()
-        if isinstance(ratios, dict)
-    }
+    return {(str(layer), str(chain)): ratio for layer, chain, ratio in rows if _is_sane(ratio)}
 
 
-def _is_ratio(value: object) -> bool:
-    # Whole numbers can be too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= float_info.max
+def _changed(path: Path, change: _Change) -> bool:
+    """Whether a database could be changed, a new one in place of what is damaged or foreign."""
+    with suppress(OSError, ValueError, sqlite3.OperationalError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _change(path, change)
+        except (sqlite3.DatabaseError, _ForeignError) as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            _remove(path)
+            _change(path, change)
+        return True
+    return False
+
+
+def _change(path: Path, change: _Change) -> None:
+    """Change a database in one transaction; it is made where it is missing."""
+    with _opened(path, "rwc") as database:
+        database.execute("BEGIN IMMEDIATE")
+        if not database.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall():
+            database.execute(_TABLE)
+        _check(database)
+        change(database)
+        database.execute("COMMIT")
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    """A connection to a database of bounded size; a transaction that is still open at the end is undone."""
+    if path.exists() and (not path.is_file() or path.stat().st_size > _LARGEST):
+        raise _ForeignError
+    address = f"{path.absolute().as_uri()}?mode={mode}"
+    # Nothing begins or ends a transaction but the statements here.
+    connection = sqlite3.connect(address, _PATIENCE, isolation_level=None, uri=True)
+    with closing(connection) as database:
+        database.text_factory = lambda text: text.decode("ascii", "replace")
+        database.execute("PRAGMA trusted_schema = OFF")
+        yield database
+
+
+def _check(database: sqlite3.Connection) -> None:
+    """See that a database has our table and nothing else (rule 3).
+
+    Raises:
+        _ForeignError: It has another schema.
+    """
+    found = database.execute("SELECT type, name, sql FROM sqlite_master LIMIT ?", (len(_SCHEMA) + 1,))
+    if set(found.fetchall()) != _SCHEMA:
+        raise _ForeignError
+
+
+def _remove(path: Path) -> None:
+    """Delete a database that is damaged or foreign; its journals first, which belong to no other one."""
+    for suffix in ("-journal", "-wal", "-shm", ""):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _is_sane(ratio: float) -> bool:
+    # Not the two comparisons the other way round, which NaN would pass.
+    return SANE[0] <= ratio <= SANE[1]

@@ -106,14 +106,19 @@ class Stopwatch:
 
     def chains(self, layer: Micro, options: Iterable[Option], pace: Pace) -> dict[Option, float]:
         """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
+        wanted = list(options)
+        if not wanted:
+            return {}
+        made = layer.chains()
         # A brief look is not taken for more than that.
         suffix = "" if pace.seconds else " at a look"
-        known = {option: self.cache.get(layer.key, _name(option) + suffix) for option in options}
+        keys = {option: made.digest(option) + suffix for option in wanted}
+        known = {option: self.cache.get(layer.key, key) for option, key in keys.items()}
         missing = [option for option, ratio in known.items() if ratio is None]
-        for some in _bunches(layer.decomposed(missing), lambda chain: stored_bytes(chain[1])):
+        for some in _bunches(made.decomposed(missing), lambda chain: stored_bytes(chain[1])):
             for option, ratio in self._measured(layer, some, pace):
                 known[option] = ratio
-                self.cache.put(layer.key, _name(option) + suffix, ratio)
+                self.cache.put(layer.key, keys[option], ratio)
         return {option: ratio for option, ratio in known.items() if ratio is not None}
 
     def _measured(
@@ -128,10 +133,6 @@ class Stopwatch:
                     yield from self._measured(layer, [chain], pace)
             return
         yield from zip((option for option, _ in chains), (other / own for other in others), strict=True)
-
-
-def _name(option: Option) -> str:
-    return f"{option.fold} {option.k} {option.j} {option.lowering}"
 
 
 def _bunches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:

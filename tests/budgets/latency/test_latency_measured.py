@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -100,7 +99,7 @@ def test_measured_options_take_their_recorded_times():
         for (fold, k), curve in times.curves.items():
             for j in curve.ratios:
                 option = Option(fold, k, j, curve.lowering)
-                ((_, alone),) = part.decomposed([option])
+                ((_, alone),) = part.chains().decomposed([option])
                 assert times.cost(option) == by_weights(alone.proto)
 
 
@@ -125,7 +124,7 @@ def test_the_faster_operators_are_taken():
         both = [
             Option(fold, k, next(iter(curve.ratios)), lowering) for lowering in found.layers[0].lowerings(k)
         ]
-        costs = {option.lowering: by_weights(alone.proto) for option, alone in part.decomposed(both)}
+        costs = {option.lowering: by_weights(alone.proto) for option, alone in part.chains().decomposed(both)}
         assert costs[curve.lowering] == min(costs.values())
 
 
@@ -364,7 +363,7 @@ def test_models_that_run_from_the_caches_are_timed_in_several_sessions(warm, rat
 @pytest.mark.parametrize(("after", "kept"), [(1300, True), (1301, False)])
 def test_times_of_a_machine_with_other_work_are_not_kept(tmp_path, after, kept):
     found, latency, watch = timed(two())
-    watch.cache = Cache(tmp_path / "times.json")
+    watch.cache = Cache(tmp_path / "times.sqlite")
     chosen = options(found)
     measure(found, latency)
     other = made(found, chosen)
@@ -372,11 +371,9 @@ def test_times_of_a_machine_with_other_work_are_not_kept(tmp_path, after, kept):
     watch.times = lambda models, pace: [after] + [500] * (len(models) - 1)
     timing = latency.timing(chosen, other)
     assert timing.is_steady == kept
-    assert bool(json.loads((tmp_path / "times.json").read_text()).get(key_of(found), {})) == kept
-
-
-def key_of(found):
-    return micro(found.walk, found.bindings[0], 0).key
+    part = micro(found.walk, found.bindings[0], 0)
+    key = part.chains().digest(chosen[found.layers[0].id])
+    assert (Cache(tmp_path / "times.sqlite").get(part.key, key) is not None) == kept
 
 
 def test_the_timing_of_a_model():
@@ -413,7 +410,7 @@ def test_options_that_were_not_planned_have_no_prediction():
     assert [time.predicted for time in timing.layers.values()] == [None, None]
     for index, time in enumerate(timing.layers.values()):
         part = micro(found.walk, found.bindings[index], 0)
-        ((_, alone),) = part.decomposed([Option(Fold.ENCODE, 1, 3)])
+        ((_, alone),) = part.chains().decomposed([Option(Fold.ENCODE, 1, 3)])
         assert time.after == by_weights(alone.proto)
 
 
@@ -453,5 +450,5 @@ def test_lowerings_are_measured_at_their_own_ranks():
     native = {"w": replace(chosen["w"], lowering=Lowering.NATIVE)}
     one, other = (latency.layers(some)["w"].after for some in (chosen, native))
     part = micro(found.walk, found.bindings[0], 0)
-    (_, conv), (_, own_one) = part.decomposed([chosen["w"], native["w"]])
+    (_, conv), (_, own_one) = part.chains().decomposed([chosen["w"], native["w"]])
     assert (one, other) == (by_weights(conv.proto), by_weights(own_one.proto))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import sqlite3
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.files.load import load, stored_bytes
+from onnx_lowrank.probe import micro as probing
 from onnx_lowrank.probe.micro import micro
 from rewriting import found, model
 from timing import Recorded, by_weights
@@ -78,7 +80,7 @@ def watch(machine, **options):
 def ratios(layer, options=OPTIONS):
     """The times of chains over their layer's, by the rule."""
     own = by_weights(layer.dense().proto)
-    return {option: by_weights(chain.proto) / own for option, chain in layer.decomposed(options)}
+    return {option: by_weights(chain.proto) / own for option, chain in layer.chains().decomposed(options)}
 
 
 # --- chains -----------------------------------------------------------------------------------------
@@ -182,6 +184,42 @@ def test_another_processor_has_its_own_times(monkeypatch):
     assert machine.opened
 
 
+def test_chains_that_are_written_otherwise_are_measured_anew(monkeypatch):
+    layer, machine = alone(), Machine()
+    first = watch(Machine())
+    first.chains(layer, OPTIONS, PACE)
+    first.cache.save()
+    rewrite = probing.rewrite
+
+    def otherwise(*arguments):
+        """Writes chains of two slices with one node more."""
+        rewritten = rewrite(*arguments)
+        if len(rewritten.model.proto.graph.node) > 2:
+            rewritten.model.proto.graph.node.add(op_type="Identity", input=["x"], output=["more"])
+        return rewritten
+
+    monkeypatch.setattr(probing, "rewrite", otherwise)
+    watch(machine).chains(layer, OPTIONS, PACE)
+    of_two_slices = [option for option in OPTIONS if option.k == 2]
+    assert len(machine.opened) == 1 + len(of_two_slices)
+    watch(machine).chains(layer, OPTIONS, PACE)
+    assert len(machine.opened) == 2 * (1 + len(of_two_slices)), "what is not saved is not known"
+
+
+@pytest.mark.parametrize("ratio", ["1e300", "-1.0", "0.0"])
+def test_a_time_that_cannot_be_one_is_measured_anew(folder, ratio):
+    layer, machine = alone(), Machine()
+    first = watch(Machine())
+    expected = first.chains(layer, OPTIONS, PACE)
+    first.cache.save()
+    (path,) = (folder / "onnx-lowrank").iterdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(f"UPDATE times SET ratio = {ratio}")  # noqa: S608
+        database.commit()
+    assert watch(machine).chains(layer, OPTIONS, PACE) == expected
+    assert len(machine.opened) == 1 + len(OPTIONS)
+
+
 def test_without_caching_nothing_is_written(folder):
     timed = watch(Machine(), caching=False)
     timed.chains(alone(), OPTIONS, PACE)
@@ -237,7 +275,7 @@ def test_bunches_respect_the_memory(monkeypatch, together):
     options = [Option(Fold.ENCODE, 1, j) for j in range(1, 8)]
     found = watch(machine).chains(layer, options, PACE)
     assert found == pytest.approx(ratios(layer, options), rel=1e-6)
-    sizes = [stored_bytes(chain) for _, chain in layer.decomposed(options)]
+    sizes = [stored_bytes(chain) for _, chain in layer.chains().decomposed(options)]
     dense = stored_bytes(layer.dense())
     assert max(machine.together) <= dense + max(together, *sizes)
     if together == 1:
