@@ -1,5 +1,7 @@
 """onnx-lowrank: smaller ONNX models by low-rank decomposition, chosen and proved layer by layer."""
 
+import logging
+
 from onnx_lowrank.api import Result, compress
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents.plans import read as read_plan
@@ -15,6 +17,8 @@ from onnx_lowrank.errors import (
     ValidationError,
 )
 from onnx_lowrank.report.report import Report
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "BudgetError",

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
+from traceback import format_exc
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.destinations import check_outputs, print_text, write
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.errors import LowRankError
+from onnx_lowrank.logs import printable, shown
 from onnx_lowrank.progress import Silent, Terminal
 from onnx_lowrank.request import ALIGN_AUTO, AUTO_RECIPE, DEFAULT_RECIPE
 
@@ -124,7 +126,7 @@ def _passes(ctx: click.Context) -> str:
     return formatter.getvalue()
 
 
-def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     ctx.obj["verbose"] = value
 
 
@@ -267,11 +269,11 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 @click.option(
     "--verbose",
     "-v",
-    is_flag=True,
+    count=True,
     is_eager=True,
     expose_value=False,
     callback=_verbose,
-    help="Print tracebacks with errors.",
+    help="Say what every stage decides and why; -vv says more, with times and modules.",
 )
 @click.option(
     "--version",
@@ -305,7 +307,10 @@ def command(
     check_outputs(source, out, save_plan, report)
     console = Console(stderr=True)
     progress = Silent() if quiet else Terminal(console)
-    with compress(source, dry_run=dry_run, progress=progress, **options) as result:
+    with (
+        shown(console, ctx.obj["verbose"]),
+        compress(source, dry_run=dry_run, progress=progress, **options) as result,
+    ):
         write(result, out, save_plan, report)
         if not quiet:
             result.report.table(console)
@@ -346,7 +351,7 @@ def _unwinding_on_signals() -> Iterator[None]:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parsed: dict[str, bool] = {}
+    parsed = {"verbose": 0}
     try:
         code = command.main(arguments, prog_name="onnx-lowrank", standalone_mode=False, obj=parsed)
         return int(code or 0)
@@ -357,12 +362,12 @@ def _run(arguments: Sequence[str]) -> int:
         _complain(_NOTHING_HALF)
         return _INTERRUPTED
     except LowRankError as error:
-        _complain(str(error), parsed.get("verbose", False))
+        _complain(str(error), traceback=parsed["verbose"] > 1)
         return error.exit_code
     except Exception as error:
-        verbose = parsed.get("verbose", False)
-        advice = "please report it." if verbose else "run again with --verbose and report what it prints."
-        _complain(f"Internal error ({type(error).__name__}: {error}): {advice}", verbose)
+        is_shown = parsed["verbose"] > 0
+        advice = "please report it." if is_shown else "run again with --verbose and report what it prints."
+        _complain(f"Internal error ({type(error).__name__}: {error}): {advice}", traceback=is_shown)
         return 1
 
 
@@ -381,9 +386,9 @@ def _sentence(error: click.ClickException) -> str:
     return f"{message}." if ": " in message else f"{message}: see -h."
 
 
-def _complain(message: str, verbose: bool = False) -> None:
+def _complain(message: str, *, traceback: bool = False) -> None:
     console = Console(stderr=True, soft_wrap=True)
-    if verbose:
-        console.print_exception()
-    line = "".join(char if char.isprintable() else " " for char in f"onnx-lowrank: {message}")
-    console.print(Text(line, style="red"))
+    if traceback:
+        for line in format_exc().splitlines():
+            console.print(Text(printable(line)))
+    console.print(Text(printable(f"onnx-lowrank: {message}"), style="red"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block
 from onnx_lowrank.linalg.backend import Backend, resolve
 from onnx_lowrank.stages.search import AUTO, Target
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "schatten"
 """The recipe that is used where nothing is known but the model; `passes/README.md` says why."""
@@ -164,12 +167,15 @@ def request(
     counted = Budget.PARAMS if budget is None else Budget(budget)
     if align is None and counted is Budget.LATENCY:
         align = ALIGN_AUTO
-    return Request(
+    asked = Request(
         grid=Grid(counted, _block(align, provider)),
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
         ratio=None if ratio is None else float(ratio),
         target=target,
     )
+    aim = target if ratio is None else f"ratio {ratio:g}"
+    _log.debug("asked for %s of %s; ranks are multiples of %d", aim, counted, asked.grid.block)
+    return asked
 
 
 def setting(
@@ -228,6 +234,7 @@ def _replayed(
 ) -> Request:
     known = plan if isinstance(plan, Plan) else plans.read(plan)
     measures.named(known.measure)  # A Plan made in Python was never read, so nothing has checked the name.
+    _log.debug("replays a plan of recipe %r for ratio %g of %s", known.recipe, known.ratio, known.budget)
     if known.factors is Fit.ACTIVATIONS and not calibrated:
         raise InputError("The plan's factors are fitted to calibration inputs: pass them with --calibration.")
     return Request(grid=Grid(known.budget), plan=known if recover else replace(known, recover=False))
@@ -267,6 +274,15 @@ def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: b
                 f"The recipe {one.name!r} needs calibration inputs: pass some with --calibration, or choose "
                 "a recipe of weights alone (--list-passes)."
             )
+        _log.debug(
+            "recipe %r: folds %s, slices %s, %s errors, aggregate %s, factors fitted to %s",
+            one.name,
+            "/".join(one.folds),
+            "all" if one.groups is None else one.groups,
+            one.measure,
+            one.aggregate,
+            one.factors,
+        )
     return tuple(one if recover else replace(one, recover=False) for one in chosen)
 
 

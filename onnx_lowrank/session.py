@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.hardware import cache_bytes
 from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.backend import one_blas_thread
+from onnx_lowrank.logs import DETAIL, some
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.report.report import Report
@@ -42,6 +44,8 @@ from onnx_lowrank.stages.check import Measured, validate
 from onnx_lowrank.stages.plan import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import Search, Target, check_target
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,21 @@ def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: 
         # Not those with elements alone: a decoder's past has none at its first call.
         shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
     found = find_layers(model, shapes, setting.include, setting.exclude)
+    _log_found(found)
     return _Material(found, samples, given, shown, shapes)
+
+
+def _log_found(found: Found) -> None:
+    name, layers = found.model.name, len(found.layers)
+    _log.debug("%r: %d layers, %d operators skipped", name, layers, len(found.skipped))
+    reasons: dict[str, list[str]] = {}
+    for item in found.skipped:
+        reasons.setdefault(item.reason, []).append(item.name or item.weight or item.op)
+    for reason, names in reasons.items():
+        _log.debug("skipped %d: %s (%s)", len(names), reason, some(names))
+    for layer in found.layers:
+        folds = "/".join(layer.folds)
+        _log.log(DETAIL, "layer %r: %s of %s, folds %s", layer.id, layer.op, layer.shape, folds)
 
 
 def _timed(
@@ -174,6 +192,13 @@ class _Job:
             moments = statistics.measure(
                 self.found.model, self.found.walk, bindings, samples, engine, step=step
             )
+        _log.debug(
+            "calibration on %s; it runs on %s, %d layers are measured, %d are not",
+            samples.description,
+            engine.name,
+            len(bindings) - len(moments.reasons),
+            len(moments.reasons),
+        )
         return Calibration(samples, engine, stack.enter_context(moments))
 
     def run(self, calibration: Calibration | None) -> Made:
@@ -203,6 +228,7 @@ class _Job:
                         built.plan, calibration, trials, built, validation, timing, stack.pop_all()
                     )
                 slower.append(timing.ratio or 1.0)
+                _log.debug("the model takes %.3f of the time: what loses in it is put back", slower[-1])
                 if len(slower) < _CHANCES:
                     self._put_back(self.latency, built, calibration, slower[-1])
         raise BudgetError(

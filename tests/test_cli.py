@@ -1,6 +1,8 @@
 import itertools
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -345,10 +347,12 @@ def test_a_truncated_file_is_told(run, folder, cut):
     assert files(folder) == before
 
 
-def test_errors_show_a_traceback_with_verbose_only(run, folder):
+@pytest.mark.parametrize(("flags", "shown"), [((), False), (("-v",), False), (("-vv",), True)])
+def test_an_error_of_the_user_shows_a_traceback_to_the_very_curious_only(run, folder, flags, shown):
     Path("in.onnx").write_bytes(b"no model")
-    assert "Traceback" not in run(*HALF).err
-    assert "Traceback" in run("--verbose", *HALF).err
+    outcome = run(*HALF, *flags)
+    assert ("Traceback" in outcome.err) == shown
+    assert outcome.code == 2
 
 
 def test_an_internal_error_exits_with_1_and_tells_how_to_report_it(run, folder, monkeypatch):
@@ -359,7 +363,19 @@ def test_an_internal_error_exits_with_1_and_tells_how_to_report_it(run, folder, 
     outcome = run(*RUN)
     assert outcome.message.startswith("Internal error (RuntimeError: first line second line): run again with")
     assert outcome.code == 1
-    assert "Traceback" in run(*RUN, "-v").err
+    verbose = run(*RUN, "-v").err
+    assert "Traceback" in verbose
+    assert "second line): please report it.\n" in verbose
+
+
+def test_control_characters_in_a_traceback_do_not_reach_the_terminal(run, folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("\x1b[2Jname\x07")
+
+    monkeypatch.setattr(cli, "compress", broken)
+    outcome = run(*RUN, "-v")
+    assert "RuntimeError:  [2Jname" in outcome.err
+    assert not {"\x1b", "\x07"} & set(outcome.err)
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal(run, folder):
@@ -959,10 +975,49 @@ def test_ratio_1_gives_the_input_model_back_and_says_so(run, folder):
     assert "Warning: No layer is rewritten, the output is the input model." in outcome.err
 
 
+DECIDED = "'in.onnx': 3 layers, 0 operators skipped"
+
+
 @pytest.mark.parametrize("flag", ["-v", "-qv", "-vq", "--verbose"])
-def test_tracebacks_come_with_verbose_however_it_is_written(run, folder, flag):
-    outcome = run(*HALF[:2], "--ratio", "0.001", flag)
-    assert (outcome.code, "Traceback" in outcome.err) == (3, True)
+def test_verbose_says_what_was_decided_however_it_is_written(run, folder, flag):
+    outcome = run(*HALF, flag, "--report", "-")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)
+    lines = outcome.err.splitlines()
+    assert DECIDED in lines
+    assert any(line.startswith("recipe 'schatten' rewrites 2 of 3 layers for ratio 0.5") for line in lines)
+    assert ("MACs" in outcome.err) == ("q" not in flag), "the table"
+    assert "onnx_lowrank." not in outcome.err
+
+
+@pytest.mark.parametrize("flags", [["-vv"], ["-v", "-v"], ["--verbose", "--verbose"], ["-vvv"]])
+def test_twice_verbose_says_more_with_times_and_modules(run, folder, flags):
+    outcome = run(*RUN, *flags)
+    lines = outcome.err.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d\.\d\d\d onnx_lowrank\.[a-z_.]+: .", line) for line in lines)
+    told = [line.split(": ", 1) for line in lines]
+    assert any((module.split()[1], text) == ("onnx_lowrank.session", DECIDED) for module, text in told)
+    assert any(text.startswith("'conv2' of ") and "encode k=" in text for _, text in told)
+
+
+def test_nothing_is_told_unasked_nor_after_a_run_that_was(run, folder, capsys):
+    level = logging.getLogger("onnx_lowrank").level
+    assert run(*RUN, "-vv").err
+    assert run(*RUN) == Outcome(0, "", "")
+    assert run(*RUN, "-vv", "--ratio", "0.001").code == 3
+    logging.getLogger("onnx_lowrank.session").debug("more")
+    assert capsys.readouterr().err == ""
+    assert logging.getLogger("onnx_lowrank").level == level
+
+
+def test_names_in_what_is_told_are_made_printable(run, folder):
+    model = cnn()
+    model.graph.node[0].name = model.graph.initializer[0].name = "\x1b[2J[red]\nname"
+    model.graph.node[0].input[1] = model.graph.initializer[0].name
+    onnx.save(model, "in.onnx")
+    outcome = run(*RUN, "-vv")
+    assert "\\x1b[2J[red]\\nname" in outcome.err
+    assert "\x1b" not in outcome.err
 
 
 def test_a_dry_run_does_not_mind_where_out_would_go(run, folder):

@@ -76,3 +76,8 @@ class Option:
     k: int
     j: int
     lowering: Lowering = Lowering.NATIVE
+
+    def __str__(self) -> str:
+        """The option in a few characters: encode k=2 j=16, with the operators if they are not the layer's."""
+        text = f"{self.fold} k={self.k} j={self.j}"
+        return text if self.lowering is Lowering.NATIVE else f"{text} {self.lowering}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from onnx_lowrank.files.external import relocated
 from onnx_lowrank.files.load import Model, serialized
 from onnx_lowrank.files.save import save
+
+_log = logging.getLogger(__name__)
 
 Feed = Mapping[str, NDArray[Any]]
 """Input arrays by name."""
@@ -78,6 +81,7 @@ def materialized(model: Model) -> Iterator[Source]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
+        _log.debug("wrote %r with its data to %s, from where it is loaded", model.name, folder)
         yield Source(str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
+
+_log = logging.getLogger(__name__)
 
 Engine = Runtime | Reference
 
@@ -49,6 +52,7 @@ def calibrating_engine(model: Model, feed: Feed, provider: str) -> tuple[Engine,
         return engine, None
     except UnsupportedError as error:
         reason = error
+    _log.debug("%s runs the calibration inputs: %s cannot, as %s", Reference().name, engine.name, reason)
     try:
         return Reference(), first_run(Reference(), model, (feed,))[1]
     except (UnsupportedError, RejectedError) as error:

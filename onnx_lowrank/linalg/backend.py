@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ from threadpoolctl import threadpool_limits
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import cores
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,12 +67,14 @@ def resolve(device: str) -> Backend:
         if missing is None:
             from array_api_compat import cupy
 
+            _log.debug("linear algebra runs on CUDA")
             return Backend("cuda", cupy)
         if device == "cuda":
             raise InputError(
                 f"The device 'cuda' cannot be used, because {missing}: install what it needs with "
                 '`pip install "onnx-lowrank[gpu]"` on a machine with an NVIDIA GPU, or choose --device cpu.'
             )
+        _log.debug("linear algebra runs on the CPU: %s", missing)
     return Backend("cpu", array_api_compat.numpy)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from onnx import ModelProto, NodeProto
 
 from onnx_lowrank.core.factors import Certificate
-from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.outcome import Merge
 from onnx_lowrank.graph.scopes import scopes
 from onnx_lowrank.rewrite.replace import Rewritten
@@ -70,8 +69,8 @@ def _note(rewritten: Rewritten, layer: str, multiplied: set[str]) -> dict[str, A
     option, certificate = rewritten.proofs[layer]
     names = {name for chain in rewritten.chains[layer] for name in chain}
     if lost := sorted(names & multiplied):
-        return {"option": described(option), "multiplied": lost}
-    return {"option": described(option), **_bounds(certificate)}
+        return {"option": str(option), "multiplied": lost}
+    return {"option": str(option), **_bounds(certificate)}
 
 
 def _product(merged: Merge) -> dict[str, Any]:
@@ -80,12 +79,6 @@ def _product(merged: Merge) -> dict[str, Any]:
 
 def _bounds(certificate: Certificate) -> dict[str, Any]:
     return {"spectral": certificate.spectral, "frobenius": certificate.frobenius}
-
-
-def described(option: Option) -> str:
-    """An option as metadata has it."""
-    text = f"{option.fold} k={option.k} j={option.j}"
-    return text if option.lowering is Lowering.NATIVE else f"{text} {option.lowering}"
 
 
 def _add(proto: ModelProto | NodeProto, key: str, value: str) -> None:

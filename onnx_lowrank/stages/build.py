@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from onnx_lowrank.rewrite.notes import stamp
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 from onnx_lowrank.stages.fit import Fitted, on_activations, on_weight
 from onnx_lowrank.stages.recover import Recovery, can_recover
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,23 @@ def build(
             for replacement, fit in _fitted(found, plan, calibration, backend):
                 layer = replacement.binding.layer.id
                 certificates[layer], fits[layer] = replacement.certificate, fit
+                _log.debug(
+                    "factors of %r: %s, fitted to %s%s%s; certificate %.4g",
+                    layer,
+                    replacement.option,
+                    fit.fit,
+                    ", recovered" * fit.recovered,
+                    "" if fit.error is None else f" with error {fit.error:.4g}",
+                    max(replacement.certificate.spectral),
+                )
                 step()
                 yield replacement
 
     run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
     rewritten, merges, resources = assemble(found, replacements(), merging=plan.merge)
     stamp(rewritten, run, merges)
+    for merged in merges:
+        _log.debug("multiplied %r and %r: %d parameters less", merged.first, merged.second, merged.saved)
     return Built(plan, rewritten, merges, certificates, fits, resources)
 
 

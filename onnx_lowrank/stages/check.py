@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,9 @@ from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run
 from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import InputError, ValidationError
 from onnx_lowrank.files.load import Model, ModelProto
+from onnx_lowrank.report import words
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
 
@@ -216,6 +220,8 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
 
 def _judge(result: Validation, max_error: float | None) -> None:
     """Hold the outputs of the whole model to a bound; what was not measured does not keep it."""
+    error, told = words.error(result.worst), " ".join(result.notes)
+    _log.debug("compared on %s, %s: worst error %s. %s", result.engine, result.inputs, error, told)
     if max_error is None:
         return
     bound = f"--max-error {max_error:g}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -18,8 +19,11 @@ from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.layers.found import Found
+from onnx_lowrank.logs import DETAIL, some
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.score import Scores
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,7 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         solution = _solved(found, tables, goal)
     recipe = goal.recipe
     reasons = _reasons(tables, solution, recipe, goal.budget)
+    _log_plan(goal, tables, solution, reasons)
     plan = Plan(
         model=found.model.sha256,
         recipe=recipe.name,
@@ -160,6 +165,31 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         recover=recipe.recover,
     )
     return plans.sealed(plan)
+
+
+def _log_plan(
+    goal: Goal, tables: Sequence[Candidates], solution: Solution, reasons: Mapping[str, str]
+) -> None:
+    if not _log.isEnabledFor(logging.DEBUG):
+        return
+    _log.debug(
+        "recipe %r rewrites %d of %d layers for ratio %g of %s: objective %g, gap %s",
+        goal.recipe.name,
+        sum(pick > 0 for pick in solution.picks),
+        len(tables),
+        goal.ratio,
+        goal.budget,
+        solution.objective,
+        "unknown" if solution.gap is None else f"{solution.gap:g}",
+    )
+    kept: dict[str, list[str]] = {}
+    for layer, reason in reasons.items():
+        kept.setdefault(reason, []).append(layer)
+    for reason, layers in kept.items():
+        _log.debug("kept %d: %s (%s)", len(layers), reason, some(layers))
+    for table, choice in zip(tables, _choices(tables, solution), strict=True):
+        chosen, count = choice.option or "kept", table.cost.size - 1
+        _log.log(DETAIL, "%r of %d options: %s, cost %d", choice.layer, count, chosen, choice.cost)
 
 
 def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:

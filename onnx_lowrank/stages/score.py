@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,8 @@ from onnx_lowrank.measures import Errors, Evidence, Needs
 from onnx_lowrank.probe.segments import Substitute
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.fit import activation_factors, lost_mean
+
+_log = logging.getLogger(__name__)
 
 PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
 """Relative activation errors near which the effect on the model's outputs is measured."""
@@ -146,11 +150,14 @@ class Scores:
 
         if not any(any(of.values()) for of in missing):
             return
+        begin = monotonic()
         with self._progress.stage("spectra", len(missing)) as step:
             items = zip(self._found.bindings, missing, strict=True)
             for known, found in zip(self._known, parallel_map(compute, items, self._backend), strict=True):
                 known.spectra.update(found)
                 step()
+        count = sum(len(ks) for of in missing for ks in of.values())
+        _log.debug("computed %d spectra of %d layers in %.2f s", count, len(missing), monotonic() - begin)
 
     def _add_activation(self, wanted: Sequence[_Wanted]) -> None:
         """Compute the activation errors that are asked for and not known."""
@@ -165,6 +172,7 @@ class Scores:
 
         if not any(missing):
             return
+        begin = monotonic()
         with self._progress.stage("errors", len(missing)) as step:
             items = zip(self._found.bindings, missing, strict=True)
             for known, (found, scale), keys in zip(
@@ -174,6 +182,8 @@ class Scores:
                     known.activation.update(found)
                     known.scale = scale
                 step()
+        count = sum(map(len, missing))
+        _log.debug("computed %d curves of activation errors in %.2f s", count, monotonic() - begin)
 
     def _activation_errors(self, binding: Binding, keys: Sequence[_Key]) -> tuple[Errors, float]:
         """Relative errors of one layer, and the scale that makes them absolute."""
@@ -240,6 +250,7 @@ class Scores:
         """Take the layers whose effect could not be measured for average ones."""
         pairs = [pair for known in self._known for pair in known.effects]
         usual = float(np.median([caused / own for own, caused in pairs])) if pairs else 1.0
+        _log.debug("measured %d errors at the outputs, %.3g of those at their layers", len(pairs), usual)
         for known in self._known:
             known.effects = known.effects or ((1.0, usual),)
 

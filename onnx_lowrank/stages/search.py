@@ -6,6 +6,7 @@ that lose are deleted as soon as that is known.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,11 +24,14 @@ from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.progress import Labelled, Progress
+from onnx_lowrank.report import words
 from onnx_lowrank.stages import settle as settling
 from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.plan import Goal
 from onnx_lowrank.stages.recover import can_recover
 from onnx_lowrank.stages.score import Scores
+
+_log = logging.getLogger(__name__)
 
 AUTO = ("output", "activation", "schatten")
 """The recipes that `auto` tries; `passes/README.md` says why these."""
@@ -261,12 +265,21 @@ class Search:
             built.resources.close()
             raise
         trial = Trial(recipe.name, ratio, recipe.recover, outputs)
+        _log.debug(
+            "recipe %r at ratio %g%s: output error %s, agreement %s",
+            recipe.name,
+            ratio,
+            ", recovered" * recipe.recover,
+            words.error(trial.error),
+            words.percent(trial.agreement),
+        )
         self.trials.append(trial)
         return _Outcome(built, trial)
 
     def _chosen(self, outcome: _Outcome) -> Built:
         index = next(n for n, trial in enumerate(self.trials) if trial is outcome.trial)
         self.trials[index] = replace(outcome.trial, chosen=True)
+        _log.debug("took recipe %r at ratio %g", outcome.trial.recipe, outcome.trial.ratio)
         return outcome.built
 
 

@@ -17,6 +17,7 @@ Rules:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -36,6 +37,8 @@ from onnx_lowrank.stages import plan as planner
 from onnx_lowrank.stages.build import assemble
 from onnx_lowrank.stages.plan import Goal
 from onnx_lowrank.stages.score import Scores
+
+_log = logging.getLogger(__name__)
 
 _ROUNDS = 5
 _REPEATS = 3
@@ -116,6 +119,8 @@ class _Settling:
                 f"{self.latency.stopwatch.name}: the fastest that was measured is {fastest:.3f}.",
                 min(1.0, fastest),
             )
+        reached = median(self.tried[_options(best)][1])
+        _log.debug("of %d plans that were measured the one at %.3f is taken", len(self.tried), reached)
         return best
 
     def _confirmed(self) -> Plan | None:
@@ -187,6 +192,13 @@ class _Settling:
         plan, ratios = self.tried.setdefault(_options(plan), (plan, []))
         ratios.append(ratio)
         reached = median(ratios)
+        _log.debug(
+            "a plan of %d layers takes %.3f of the time, in the median of %d; operators are multiplied: %s",
+            len(options(plan)),
+            reached,
+            len(ratios),
+            merging,
+        )
         self.latency.remember(options(plan), reached)
         return reached
 
@@ -196,6 +208,7 @@ class _Settling:
         kinds = self.latency.kinds(chosen)
         if abs(predicted - reached) > _MISSED and not kinds <= self.judged:
             self.judged |= kinds
+            _log.debug("predicted %.3f, measured %.3f: kinds of layers are judged alone", predicted, reached)
             with self.progress.stage("time kinds of layers", 1) as step:
                 self.latency.correct(chosen, reached, lambda own: self._faster(own)[0], step)
         else:

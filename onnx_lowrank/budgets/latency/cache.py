@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Self
 
 from platformdirs import user_cache_path
 
 from onnx_lowrank.allocate.times import SANE
+
+_log = logging.getLogger(__name__)
 
 _FILE = "times.sqlite"
 _TABLE = (
@@ -100,6 +103,7 @@ class Cache:
             database.execute(f"DELETE FROM times WHERE rowid IN ({old})", (_MOST,))  # noqa: S608
 
         if _changed(self._path, insert):
+            _log.debug("wrote %d times to %s", len(rows), self._path)
             self._unsaved.clear()
 
     def discard(self) -> None:
@@ -109,6 +113,7 @@ class Cache:
         self._unsaved.clear()
         if self._path is None or not rows or not self._path.exists():
             return
+        _log.debug("the times were disturbed, so %d are taken out of %s again", len(rows), self._path)
         # What another process has measured of the same is not ours to take.
         where = "environment = ? AND layer = ? AND chain = ? AND ratio = ?"
         _changed(self._path, lambda database: database.executemany(f"DELETE FROM times WHERE {where}", rows))  # noqa: S608
@@ -125,24 +130,29 @@ def _read(path: Path, environment: str) -> dict[_Key, float]:
             database.execute("BEGIN")  # so that what is checked is what is read
             _check(database)
             rows = database.execute(statement, (environment, _LONGEST, _LONGEST, _MOST)).fetchall()
-    except (OSError, ValueError, sqlite3.Error, _ForeignError):
+    except (OSError, ValueError, sqlite3.Error, _ForeignError) as error:
+        _log.debug("no times are read from %s: %s", path, error)
         return {}
+    _log.debug("%d times are known in this environment, from %s", len(rows), path)
     return {(str(layer), str(chain)): ratio for layer, chain, ratio in rows if _is_sane(ratio)}
 
 
 def _changed(path: Path, change: _Change) -> bool:
     """Whether a database could be changed, a new one in place of what is damaged or foreign."""
-    with suppress(OSError, ValueError, sqlite3.OperationalError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _change(path, change)
         except (sqlite3.DatabaseError, _ForeignError) as error:
-            if isinstance(error, sqlite3.OperationalError):
+            if isinstance(error, sqlite3.OperationalError):  # a full disk, or another process that writes
                 raise
+            _log.debug("%s is replaced: %s", path, error)
             _remove(path)
             _change(path, change)
-        return True
-    return False
+    except (OSError, ValueError, sqlite3.OperationalError) as error:
+        _log.debug("%s is left as it is: %s", path, error)
+        return False
+    return True
 
 
 def _change(path: Path, change: _Change) -> None:
@@ -160,7 +170,7 @@ def _change(path: Path, change: _Change) -> None:
 def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
     """A connection to a database of bounded size; a transaction that is still open at the end is undone."""
     if path.exists() and (not path.is_file() or path.stat().st_size > _LARGEST):
-        raise _ForeignError
+        raise _ForeignError("it is no file, or too large")
     address = f"{path.absolute().as_uri()}?mode={mode}"
     # Nothing begins or ends a transaction but the statements here.
     connection = sqlite3.connect(address, _PATIENCE, isolation_level=None, uri=True)
@@ -178,7 +188,7 @@ def _check(database: sqlite3.Connection) -> None:
     """
     found = database.execute("SELECT type, name, sql FROM sqlite_master LIMIT ?", (len(_SCHEMA) + 1,))
     if set(found.fetchall()) != _SCHEMA:
-        raise _ForeignError
+        raise _ForeignError("it holds something else than times")
 
 
 def _remove(path: Path) -> None:

@@ -15,6 +15,7 @@ Rules:
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,8 @@ from onnx_lowrank.layers.found import Found
 from onnx_lowrank.measures import Errors
 from onnx_lowrank.probe.micro import Micro, micro
 from onnx_lowrank.progress import Step
+
+_log = logging.getLogger(__name__)
 
 _LAYERS = Pace(seconds=4.0, spread=0.02)
 _FIRST_LOOK = Pace(seconds=0.0)
@@ -129,6 +132,7 @@ class Latency:
             key: _Kind(part, round(self.whole * share))
             for (key, part), share in zip(parts.items(), shares, strict=True)
         }
+        _log.debug("the model takes %.3f ms, and has %d kinds of layers", self.whole / 1e6, len(parts))
         # A layer of which one use cannot be timed alone cannot be traded against others.
         self._uses = {
             layer: _added(of) if all(part.key in parts for part, _ in of) else {} for layer, of in cut.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,10 @@ from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.runtime import Runtime
 from onnx_lowrank.files.load import Model, stored_bytes
 from onnx_lowrank.hardware import processor
+from onnx_lowrank.logs import DETAIL
 from onnx_lowrank.probe.micro import Micro
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -115,9 +119,12 @@ class Stopwatch:
         keys = {option: made.digest(option) + suffix for option in wanted}
         known = {option: self.cache.get(layer.key, key) for option, key in keys.items()}
         missing = [option for option, ratio in known.items() if ratio is None]
+        found = len(known) - len(missing)
+        _log.debug("layer %.12s: %d chains are known, %d are measured", layer.key, found, len(missing))
         for some in _bunches(made.decomposed(missing), lambda chain: stored_bytes(chain[1])):
             for option, ratio in self._measured(layer, some, pace):
                 known[option] = ratio
+                _log.log(DETAIL, "layer %.12s: %s takes %.3f of its time", layer.key, option, ratio)
                 self.cache.put(layer.key, keys[option], ratio)
         return {option: ratio for option, ratio in known.items() if ratio is not None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from onnx_lowrank.engines.made import make
 from onnx_lowrank.engines.running import first_run
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
+
+_log = logging.getLogger(__name__)
 
 _PACE = Pace(seconds=6.0, spread=0.005)
 _SESSIONS = 3
@@ -51,7 +54,9 @@ class Whole:
         sessions = _SESSIONS if self.stopwatch.warm else 1
         pace = replace(_PACE, seconds=_PACE.seconds / sessions)
         found = (self.stopwatch.times(both, pace) for _ in range(sessions))
-        return [(before, after) for before, after in found]
+        pairs = [(before, after) for before, after in found]
+        _log.debug("times before and after, in ns: %s", pairs)
+        return pairs
 
     def timing(self, other: Model) -> Timing:
         """Measure how long this model and another take, for the report; errors as `pairs`."""

@@ -152,6 +152,23 @@ def test_a_damaged_or_foreign_file_counts_as_empty_and_is_replaced(tmp_path, con
     assert list(files(folder)) == ["times.sqlite"]
 
 
+def test_what_becomes_of_times_is_logged(tmp_path, caplog):
+    path = tmp_path / "times.sqlite"
+    path.write_bytes(b"no database")
+    with caplog.at_level("DEBUG", "onnx_lowrank"):
+        cache = saved(path, chain=0.5)
+        Cache(path)
+        cache.discard()
+    told = [record.getMessage().replace(str(path), "PATH") for record in caplog.records]
+    assert told == [
+        "no times are read from PATH: file is not a database",
+        "PATH is replaced: file is not a database",
+        "wrote 1 times to PATH",
+        "1 times are known in this environment, from PATH",
+        "the times were disturbed, so 1 are taken out of PATH again",
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm"])
 def test_what_lies_beside_a_foreign_file_goes_with_it(tmp_path, suffix):
     path = tmp_path / "times.sqlite"
