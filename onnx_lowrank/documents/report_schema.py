@@ -184,6 +184,7 @@ class Merge(Table, frozen=True):
         layers: The layers of whose chains they were.
         elements: Of both weights and of their product.
         saved: Parameters.
+        certificate: What rounding has done to the product of the two weights.
     """
 
     first: str
@@ -191,6 +192,7 @@ class Merge(Table, frozen=True):
     layers: tuple[str, ...]
     elements: tuple[int, ...]
     saved: int
+    certificate: Certificate
 
 
 class Output(Table, frozen=True):

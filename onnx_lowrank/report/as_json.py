@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from onnx_lowrank.core.factors import LayerFit
-from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import Calibrated, Merge, OutputError, Timing, Trial, Validation
 from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.report.content import Content, LayerRow, Total
 
@@ -41,7 +41,7 @@ def as_table(report: Content) -> schema.Report:
         layers=tuple(_layer(row) for row in report.layers),
         skipped=tuple(schema.Skipped(**asdict(skipped)) for skipped in report.skipped),
         removed_inputs=report.removed_inputs,
-        merges=tuple(schema.Merge(**asdict(merged)) for merged in report.merges),
+        merges=tuple(_merge(merged) for merged in report.merges),
         validation=_validation(report.validation) if report.validation else None,
         warnings=report.warnings,
         target=_target(report),
@@ -53,6 +53,11 @@ def as_table(report: Content) -> schema.Report:
 
 def _total(total: Total) -> schema.Total:
     return schema.Total(before=total.before, after=total.after, ratio=total.ratio)
+
+
+def _merge(merged: Merge) -> schema.Merge:
+    certificate = schema.Certificate(**asdict(merged.certificate))
+    return schema.Merge(**{**asdict(merged), "certificate": certificate})
 
 
 def _layer(row: LayerRow) -> schema.Layer:
