@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
+from threading import Lock
 from typing import Any, TypeVar
 
 import array_api_compat.numpy
@@ -107,7 +108,7 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], backend: Backen
     workers = cores()
     pending: deque[Future[R]] = deque()
     source = iter(items)
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         try:
             pending.extend(pool.submit(function, item) for item in islice(source, 2 * workers))
             while pending:
@@ -137,8 +138,41 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
     return xp.reshape(xp.stack(results), (*stack, *results[0].shape))
 
 
+class _BlasLimit:
+    """The limit of BLAS to one thread, which belongs to the process, and how many hold it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._holders = 0
+        self._limits: threadpool_limits | None = None
+
+    def acquire(self) -> None:
+        with self._lock:
+            if self._limits is None:
+                self._limits = threadpool_limits(limits=1, user_api="blas")
+            self._holders += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            # Whoever came first knows the original number; whoever leaves first must not restore it.
+            if self._holders == 0 and self._limits is not None:
+                self._limits.restore_original_limits()
+                self._limits = None
+
+
+_BLAS_LIMIT = _BlasLimit()
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Have BLAS use one thread in the whole process, as `parallel_map` does, for the same bits everywhere."""
-    with threadpool_limits(limits=1, user_api="blas"):
+    """Have BLAS use one thread in the whole process, for the same bits whatever the number of cores.
+
+    BLAS libraries split sums by their own thread count. Blocks may overlap in any order, in several
+    threads: the limit holds from the first beginning to the last end.
+    """
+    _BLAS_LIMIT.acquire()
+    try:
         yield
+    finally:
+        _BLAS_LIMIT.release()

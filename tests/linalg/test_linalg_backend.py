@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg import backend as backend_module
-from onnx_lowrank.linalg.backend import of_each, parallel_map, resolve
+from onnx_lowrank.linalg.backend import of_each, one_blas_thread, parallel_map, resolve
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.spectra import spectra
 
@@ -112,6 +112,21 @@ def test_each_task_has_one_blas_thread_and_the_limit_ends_with_the_work():
         next(leaving)
         leaving.close()
         assert blas_threads() == before
+
+
+def test_overlapping_limits_hold_until_the_last_ends_and_restore_the_first_number():
+    def blas_threads():
+        return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+
+    with threadpool_limits(limits=2, user_api="blas"):
+        first, second = one_blas_thread(), one_blas_thread()
+        first.__enter__()
+        second.__enter__()
+        assert blas_threads() == {1}
+        first.__exit__(None, None, None)
+        assert blas_threads() == {1}, "the second is still at work"
+        second.__exit__(None, None, None)
+        assert blas_threads() == {2}
 
 
 def test_an_error_in_a_task_reaches_the_caller_and_stops_the_rest(monkeypatch):
