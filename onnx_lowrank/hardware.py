@@ -7,7 +7,10 @@ import platform
 import re
 import shutil
 import subprocess
+from math import ceil
 from pathlib import Path
+
+from onnx_lowrank import cgroups
 
 _CPU = "CPUExecutionProvider"
 _BLOCKS = {
@@ -19,9 +22,11 @@ _WIDEST = 16
 """Of all providers known, and a multiple of the others: what suits where nothing is known."""
 
 _CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _SHIFTS = {"K": 10, "M": 20, "G": 30}
 _USUAL_CACHE = 16 * 2**20
+_USUAL_MEMORY = 4 * 2**30
 _PATIENCE = 10.0  # seconds
 
 
@@ -42,10 +47,22 @@ def processor(provider: str) -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores that this process may use: by its affinity, and by the CPU time of its control groups."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroups.cpus()
+    return usable if quota >= usable else max(1, ceil(quota))
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process may still take, about; all of the machine's where nobody tells."""
+    free = re.search(r"^MemAvailable:\s*(\d+) kB$", _text(_MEMINFO), re.MULTILINE)
+    if free:
+        known = int(free[1]) << 10
+    elif hasattr(os, "sysconf"):
+        known = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        known = _USUAL_MEMORY
+    return int(min(known, cgroups.free_memory()))
 
 
 def cache_bytes() -> int:
@@ -62,7 +79,7 @@ def cache_bytes() -> int:
 
 
 def _cpu() -> str:
-    model = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
+    model = re.search(r"^model name\s*:\s*(.*)$", _text(_CPUINFO), re.MULTILINE)
     return f"{model[1] if model else platform.processor() or 'unknown'}, {cores()} cores"
 
 
@@ -81,12 +98,13 @@ def _gpus() -> str:
 
 def _cpu_block() -> int:
     """16 where nobody tells the instruction set: that is a multiple of 8."""
-    flags = re.search(r"^flags\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    flags = re.search(r"^flags\s*:(.*)$", _text(_CPUINFO), re.MULTILINE)
     return 8 if flags and "avx512f" not in flags[1].split() else _WIDEST
 
 
-def _cpuinfo() -> str:
+def _text(path: Path) -> str:
+    """What a file of the kernel tells; nothing where there is none."""
     try:
-        return _CPUINFO.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
