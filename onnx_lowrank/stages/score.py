@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
@@ -15,29 +15,22 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates
 from onnx_lowrank.allocate.times import Times
 from onnx_lowrank.budgets.latency.measured import Latency
-from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.moments import INPUT_RIDGE, shrinkage
-from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.layers.found import Found, prepared
 from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend, parallel_map
-from onnx_lowrank.linalg.factorize import factorize
-from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import of_weight
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.measures import Errors, Evidence, Needs
-from onnx_lowrank.probe.segments import Substitute
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.stages.fit import activation_factors, lost_mean
+from onnx_lowrank.stages.effects import Effects, effects
 
 _log = logging.getLogger(__name__)
-
-PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
-"""Relative activation errors near which the effect on the model's outputs is measured."""
 
 _Wanted = Mapping[Fold, Sequence[int]]
 _Key = tuple[Fold, int]
@@ -51,13 +44,16 @@ class _Known:
         spectra: Singular values of its weight.
         activation: Relative errors on the calibration inputs.
         scale: What makes those absolute.
-        effects: Pairs of an activation error and the error at the model's outputs that it causes.
+        computed: The decompositions whose activation errors have been computed; moments of outputs tell those
+            of one alone.
+        effects: What some activation errors cause at the model's outputs; empty until that is measured.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
     activation: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
     scale: float = 1.0
-    effects: tuple[tuple[float, float], ...] = ()
+    computed: set[_Key] = field(default_factory=set)
+    effects: Effects = ()
 
     def evidence(self) -> Evidence:
         """All of it, for a measure to choose from."""
@@ -97,7 +93,6 @@ class Scores:
         self._progress = progress
         self._calibration = calibration
         self._known = [_Known() for _ in found.bindings]
-        self._probed = False
         self._timed = set[Recipe]()
 
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
@@ -116,7 +111,7 @@ class Scores:
         if measure.calibrated:
             self._add_activation(wanted)
         if Needs.OUTPUTS in measure.needs:
-            self._probe(recipe)
+            self._add_effects(recipe)
         tables = [measure.errors(known.evidence(), relative=recipe.relative) for known in self._known]
         times = self._times(recipe, tables)
         return tuple(
@@ -162,7 +157,7 @@ class Scores:
     def _add_activation(self, wanted: Sequence[_Wanted]) -> None:
         """Compute the activation errors that are asked for and not known."""
         missing = [
-            [(fold, k) for fold, ks in of.items() for k in ks if (fold, k) not in known.activation]
+            [(fold, k) for fold, ks in of.items() for k in ks if (fold, k) not in known.computed]
             for known, of in zip(self._known, wanted, strict=True)
         ]
 
@@ -181,6 +176,7 @@ class Scores:
                 if keys:
                     known.activation.update(found)
                     known.scale = scale
+                    known.computed.update(keys)
                 step()
         count = sum(map(len, missing))
         _log.debug("computed %d curves of activation errors in %.2f s", count, monotonic() - begin)
@@ -209,77 +205,19 @@ class Scores:
         white = measures.named("frobenius")
         return white.errors(Evidence(found), relative=True), float(np.sum(np.square(weight)))
 
-    def _probe(self, recipe: Recipe) -> None:
+    def _add_effects(self, recipe: Recipe) -> None:
         """Measure what a few options of every layer do to the model's outputs, once for all recipes."""
-        if self._probed:
+        if all(known.effects for known in self._known):
             return
-        self._probed = True
-        calibration = _calibrated(self._calibration)
-        # What the inputs do not reach has no effect on these outputs, which says nothing of others.
-        unseen = calibration.statistics.reasons
         counted = replace(self._grid, budget=self._grid.counted)
-        chosen = {
-            binding.layer.id: _probes(candidates(binding.layer, known.activation, recipe, counted))
-            if binding.layer.id not in unseen
-            else ()
-            for binding, known in self._items()
-        }
-
-        def substitutes(binding: Binding) -> Iterator[Substitute]:
-            for option, _ in chosen[binding.layer.id]:
-                yield self._substitute(binding, option)
-
-        bindings = [binding for binding in self._found.bindings if chosen[binding.layer.id]]
-        with self._progress.stage("outputs", 1) as step:
-            effects = sensitivity.measure(
-                self._found.model,
-                self._found.walk,
-                bindings,
-                substitutes,
-                calibration.samples,
-                calibration.engine,
-                step=step,
-            )
-        for binding, known in self._items():
-            if binding.layer.id in effects and effects[binding.layer.id].any():
-                own = [error for _, error in chosen[binding.layer.id]]
-                known.effects = tuple(zip(own, effects[binding.layer.id].tolist(), strict=True))
-        self._assume_effects()
-
-    def _assume_effects(self) -> None:
-        """Take the layers whose effect could not be measured for average ones."""
-        pairs = [pair for known in self._known for pair in known.effects]
-        usual = float(np.median([caused / own for own, caused in pairs])) if pairs else 1.0
-        _log.debug("measured %d errors at the outputs, %.3g of those at their layers", len(pairs), usual)
-        for known in self._known:
-            known.effects = known.effects or ((1.0, usual),)
-
-    def _substitute(self, binding: Binding, option: Option) -> Substitute:
-        """A layer's dense weight and bias under an option, without refinement."""
-        weight, dtype = prepared(self._found, binding)
-        moments = _calibrated(self._calibration).statistics[binding.layer.id]
-        own = bias(self._found.model, self._found.walk, binding)
-        factors = activation_factors(
-            weight, option, moments, self._backend, centred=own is not None, steps=0
-        ) or factorize(weight, option, self._backend, dtype)
-        if own is None:
-            return Substitute(compose(factors))
-        added = own.values if own.in_node else 0.0
-        return Substitute(compose(factors), lost_mean(weight, factors, moments, own) + added)
-
-    def _items(self) -> Iterator[tuple[Binding, _Known]]:
-        return zip(self._found.bindings, self._known, strict=True)
-
-
-def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
-    """The options whose errors are next to `PROBED`, with their errors, ascending."""
-    known = np.flatnonzero(table.error > 0)
-    if not known.size:
-        return ()
-    distance = np.abs(np.log(table.error[known][None] / np.array(PROBED)[:, None]))
-    picks = sorted({int(known[n]) for n in distance.argmin(axis=1)}, key=lambda n: float(table.error[n]))
-    options = ((table.option(pick), float(table.error[pick])) for pick in picks)
-    return tuple((option, error) for option, error in options if option is not None)
+        tables = [
+            candidates(layer, known.activation, recipe, counted)
+            for layer, known in zip(self._found.layers, self._known, strict=True)
+        ]
+        calibration = _calibrated(self._calibration)
+        measured = effects(self._found, tables, calibration, self._backend, self._progress)
+        for known, own in zip(self._known, measured, strict=True):
+            known.effects = own
 
 
 def _calibrated(calibration: Calibration | None) -> Calibration:

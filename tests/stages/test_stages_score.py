@@ -18,6 +18,7 @@ from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import error, of_weight
 from onnx_lowrank.measures.output import predicted
 from onnx_lowrank.progress import Silent
+from onnx_lowrank.stages import effects as probing
 from onnx_lowrank.stages import score as module
 from onnx_lowrank.stages.fit import activation_factors
 from onnx_lowrank.stages.score import Scores
@@ -90,9 +91,9 @@ def test_nothing_is_computed_twice(calibration, monkeypatch):
         monkeypatch.setattr(
             module, name, lambda *args, real=real, name=name, **kw: (calls.append(name), real(*args, **kw))[1]
         )
-    measure = module.sensitivity.measure
+    measure = probing.sensitivity.measure
     monkeypatch.setattr(
-        module.sensitivity, "measure", lambda *args, **kw: (calls.append("measure"), measure(*args, **kw))[1]
+        probing.sensitivity, "measure", lambda *args, **kw: (calls.append("measure"), measure(*args, **kw))[1]
     )
     first = [made.candidates(recipe) for recipe in (OUTPUT, ACTIVATION, recipes.load("schatten"))]
     assert {"errors", "spectra", "measure"} == set(calls)
@@ -103,6 +104,24 @@ def test_nothing_is_computed_twice(calibration, monkeypatch):
     for one, other in zip(first[:2], again[:2], strict=True):
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a.error, b.error)
+
+
+def test_layers_measured_by_their_outputs_are_computed_once(monkeypatch):
+    """Moments of outputs serve one decomposition; the others stay without errors, however often one asks."""
+    with measured(FOUND, X, memory=200_000) as taken:
+        kinds = [taken.statistics[layer.id].outputs is not None for layer in FOUND.layers]
+        assert sum(kinds) == 2
+        assert not taken.statistics.reasons
+        made, calls, real = scores(taken), [], module.output_errors
+        monkeypatch.setattr(
+            module, "output_errors", lambda *args, **kw: (calls.append(0), real(*args, **kw))[1]
+        )
+        first = made.candidates(ACTIVATION)
+        assert len(calls) == 2
+        again = made.candidates(ACTIVATION)
+        assert len(calls) == 2
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.error, other.error)
 
 
 @pytest.mark.parametrize("name", [recipe.name for recipe in recipes.load_all() if not recipe.calibrated])
@@ -128,7 +147,7 @@ def test_output_errors_follow_the_effects_that_were_measured(calibration, monkey
         measured = {}
         for binding in bindings:
             number = len(list(substitutes(binding)))
-            assert 1 <= number <= len(module.PROBED)
+            assert 1 <= number <= len(probing.PROBED)
             if binding.layer.id in effects:
                 measured[binding.layer.id] = (
                     np.full(number, effects[binding.layer.id]) * own[binding.layer.id][:number]
@@ -136,8 +155,8 @@ def test_output_errors_follow_the_effects_that_were_measured(calibration, monkey
         return measured
 
     plain = {table.layer: table for table in scores(calibration).candidates(ACTIVATION)}
-    own = {layer: np.array([error for _, error in module._probes(table)]) for layer, table in plain.items()}
-    monkeypatch.setattr(module, "sensitivity", SimpleNamespace(measure=measure))
+    own = {layer: np.array([error for _, error in probing._probes(table)]) for layer, table in plain.items()}
+    monkeypatch.setattr(probing, "sensitivity", SimpleNamespace(measure=measure))
     for table in scores(calibration).candidates(OUTPUT):
         other = plain[table.layer]
         known = {(f, k, j): e for f, k, j, e in zip(other.fold, other.k, other.j, other.error, strict=True)}
