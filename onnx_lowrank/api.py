@@ -97,6 +97,7 @@ def compress(
     time: bool = False,
     threads: int = 0,
     cache: bool = True,
+    workers: int = 0,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -131,6 +132,8 @@ def compress(
         time: Time the finished model against the input model; a latency budget does so in any case.
         threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
         cache: Whether times of layers may be read from the user's cache folder and written there.
+        workers: How many processes compute what the layers need; 0 computes it in the threads of this one.
+            With some, guard a script that calls this by `if __name__ == "__main__":`.
         dry_run: Make the plan and the report only; the model stays as it is.
         progress: Where to show progress; by default nowhere.
 
@@ -171,6 +174,7 @@ def compress(
         provider=provider,
         time=time,
         threads=threads,
+        workers=workers,
         cache=cache,
         dry_run=dry_run,
     )

@@ -265,6 +265,13 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     callback=lambda ctx, param, value: not value,
     help="Measure the times of layers anew, and do not keep them.",
 )
+@click.option(
+    "--workers",
+    callback=_count,
+    default="0",
+    metavar="N",
+    help="Processes that compute what the layers need, by default the threads of one.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option(
     "--verbose",

@@ -40,6 +40,7 @@ ALIGN_AUTO = "auto"
 _LARGEST_SIZE = 2**63 - 1
 _LARGEST_BLOCK = 1024
 _MOST_THREADS = 1024
+_MOST_WORKERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Setting:
         time: Whether the finished model is timed against the input model, whatever the budget.
         threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
         cache: Whether times may be read from disk and written there.
+        workers: How many processes compute what the layers need; 0 leaves it to threads.
         dry_run: Whether only the plan is made.
     """
 
@@ -114,6 +116,7 @@ class Setting:
     time: bool
     threads: int
     cache: bool
+    workers: int
     dry_run: bool
 
 
@@ -193,6 +196,7 @@ def setting(
     time: bool,
     threads: int,
     cache: bool,
+    workers: int,
     dry_run: bool,
 ) -> Setting:
     """Check with which data and tools it is to be made; see `compress` for the arguments.
@@ -217,6 +221,7 @@ def setting(
         provider=provider,
         time=time,
         threads=thread_count(threads),
+        workers=worker_count(workers),
         cache=_flag("cache", cache),
         backend=resolve(device),
         dry_run=dry_run,
@@ -340,6 +345,20 @@ def _flag(name: str, given: bool) -> bool:
     if not isinstance(given, bool):
         raise InputError(f"{name} is {given!r}: give True or False.")
     return given
+
+
+def worker_count(given: int) -> int:
+    """Check a number of worker processes.
+
+    Raises:
+        InputError: It is wrong.
+    """
+    require("workers", given, (Integral,), "a whole number")
+    if not 0 <= given <= _MOST_WORKERS:
+        raise InputError(
+            f"--workers is {given}: pass 1 to {_MOST_WORKERS}, or 0 for the threads of one process."
+        )
+    return int(given)
 
 
 def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:

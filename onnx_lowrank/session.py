@@ -44,6 +44,7 @@ from onnx_lowrank.stages.check import Measured, validate
 from onnx_lowrank.stages.plan import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import Search, Target, check_target
+from onnx_lowrank.work.executor import Executor, executor
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def run(
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not do what the input model does.
     """
-    with one_blas_thread(), ExitStack() as stack:
+    executing = executor(setting.workers, setting.backend)
+    with one_blas_thread(), executing as running, ExitStack() as stack:
         with progress.stage("find layers"):
             material = _read(model, setting, stack)
         found = material.found
@@ -90,7 +92,7 @@ def run(
         if asked.plan is None:
             planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.grid)
         latency, clocked = _timed(material, asked, setting, progress)
-        job = _Job(material, asked, setting, progress, latency, clocked)
+        job = _Job(material, asked, setting, running, progress, latency, clocked)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
 
@@ -171,6 +173,7 @@ class _Job:
     material: _Material
     asked: Request
     setting: Setting
+    executor: Executor
     progress: Progress
     latency: Latency | None
     clocked: Whole | None
@@ -190,7 +193,13 @@ class _Job:
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
             moments = statistics.measure(
-                self.found.model, self.found.walk, bindings, samples, engine, step=step
+                self.found.model,
+                self.found.walk,
+                bindings,
+                samples,
+                engine,
+                self.executor.threads,
+                step=step,
             )
         _log.debug(
             "calibration on %s; it runs on %s, %d layers are measured, %d are not",
@@ -208,7 +217,14 @@ class _Job:
             BudgetError: The ratio cannot be reached.
         """
         scores = Scores(
-            self.found, self.asked.grid, self.setting.backend, self.progress, calibration, self.latency
+            self.found.model,
+            self.found.walk,
+            self.found.bindings,
+            self.asked.grid,
+            self.executor,
+            self.progress,
+            calibration,
+            self.latency,
         )
         dry_run = self.setting.dry_run
         if dry_run and not self.asked.is_search:
@@ -251,9 +267,7 @@ class _Job:
 
         def ratio(own: Mapping[str, Option]) -> float:
             choices = tuple(c if c.layer in own else replace(c, option=None) for c in plan.choices)
-            part = build(
-                self.found, replace(plan, choices=choices), calibration, self.setting.backend, Silent()
-            )
+            part = build(self.found, replace(plan, choices=choices), calibration, self.executor, Silent())
             with part.resources:
                 try:
                     return latency.ratio(part.rewritten.model)
@@ -267,12 +281,12 @@ class _Job:
         """The best model that is found, and what was tried where held-out inputs tell which that is."""
         if calibration is not None and self.asked.plan is None:
             return self._searched(scores, calibration)
-        return build(self.found, self._plan(scores), calibration, self.setting.backend, self.progress), ()
+        return build(self.found, self._plan(scores), calibration, self.executor, self.progress), ()
 
     def _searched(self, scores: Scores, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
         """The best model that held-out inputs show, and what was tried."""
         budget, recipes = self.asked.grid.budget, self.asked.recipes
-        search = Search(self.found, budget, scores, calibration, self.setting.backend, self.progress)
+        search = Search(self.found, budget, scores, calibration, self.executor, self.progress)
         if self.asked.ratio is not None:
             built = search.best(recipes, self.asked.ratio)
         else:

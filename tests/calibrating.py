@@ -22,8 +22,10 @@ from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.progress import Silent
 from onnx_lowrank.stages.build import Built, build
+from onnx_lowrank.work.executor import Threads
 
 CPU = resolve("cpu")
+THREADS = Threads(CPU)
 ENGINE = runtime("CPUExecutionProvider")
 
 
@@ -37,7 +39,7 @@ def measured(found: Found, source: Any, **options: Any) -> Iterator[Calibration]
     model = found.model
     with (
         data.open(source, specs(model.proto)) as samples,
-        statistics.measure(model, found.walk, found.bindings, samples, ENGINE, **options) as taken,
+        statistics.measure(model, found.walk, found.bindings, samples, ENGINE, THREADS, **options) as taken,
     ):
         yield Calibration(samples, ENGINE, taken)
 
@@ -54,7 +56,7 @@ def plan_of(
 
 
 def made(found: Found, plan: Plan, calibration: Calibration | None) -> Built:
-    return build(found, plan, calibration, CPU, Silent())
+    return build(found, plan, calibration, THREADS, Silent())
 
 
 def run(proto: ModelProto, **feed: Any) -> np.ndarray:

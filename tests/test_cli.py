@@ -102,6 +102,8 @@ WRONG = {
         f"{value} threads": ([*HALF, "--threads", value], f"--threads is {value}: pass 1 to 1024, or 0")
         for value in ("-1", "1025")
     },
+    "workers 'some'": ([*HALF, "--workers", "some"], "--workers: 'some' is no whole number"),
+    "65 workers": ([*HALF, "--workers", "65"], "--workers is 65: pass 1 to 64, or 0"),
     "times of free dimensions": ([*HALF, "--budget", "latency"], "Times are those of one shape"),
     "unknown budget": (
         [*HALF, "--budget", "speed"],

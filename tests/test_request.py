@@ -279,13 +279,14 @@ def test_times_are_best_in_the_providers_blocks(provider, align, block):
     assert grid == Grid(Budget.LATENCY, block or hardware.block(provider))
 
 
-# --- threads -------------------------------------------------------------------------------------
+# --- threads and workers -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [0, 1, 7, 1024, np.int64(3)])
-def test_a_number_of_threads_is_taken_as_it_is(given):
-    assert arguments.thread_count(given) == given
-    assert type(arguments.thread_count(given)) is int
+@pytest.mark.parametrize(("number", "most"), [(arguments.thread_count, 1024), (arguments.worker_count, 64)])
+def test_a_number_of_threads_or_workers_is_taken_as_it_is(number, most):
+    for given in (0, 1, 7, most, np.int64(3)):
+        assert number(given) == given
+        assert type(number(given)) is int
 
 
 @pytest.mark.parametrize("given", [-1, 1025, 10**30])
@@ -296,7 +297,16 @@ def test_a_number_of_threads_that_is_wrong_is_told(given):
         arguments.thread_count(given)
 
 
+@pytest.mark.parametrize("given", [-1, 65, 10**30])
+def test_a_number_of_workers_that_is_wrong_is_told(given):
+    with pytest.raises(
+        InputError, match=rf"^--workers is {given}: pass 1 to 64, or 0 for the threads of one"
+    ):
+        arguments.worker_count(given)
+
+
+@pytest.mark.parametrize("name", ["threads", "workers"])
 @pytest.mark.parametrize("given", [None, "2", 2.0, True, [2]])
-def test_what_is_no_number_of_threads_is_told(given):
-    with pytest.raises(InputError, match=r"^threads is .*: give a whole number\.$"):
-        arguments.thread_count(given)
+def test_what_is_no_number_of_threads_or_workers_is_told(name, given):
+    with pytest.raises(InputError, match=rf"^{name} is .*: give a whole number\.$"):
+        getattr(arguments, f"{name.removesuffix('s')}_count")(given)

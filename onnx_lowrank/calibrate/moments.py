@@ -12,12 +12,6 @@ from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.operators.geometry import CHUNK
 
-_DEFINITE = 1e-6  # keeps inputs that never vary from making the moments singular
-
-INPUT_RIDGE = 0.1
-"""Measured on several models: that much pull towards the weights never costs much, and keeps inputs that are
-mostly alike (padding) from deciding alone."""
-
 
 class Accumulator:
     """Moments of a stream of vectors, with float64 accumulators.
@@ -114,23 +108,6 @@ def merged(parts: Sequence[Moments]) -> Moments:
         mean = mean + share * shift
         count = total
     return Moments(count, mean, second)
-
-
-def shrinkage(moments: Moments, least: float = 0.0) -> float:
-    """How much ridge the second moments need for the number of vectors that they come from.
-
-    The oracle approximating shrinkage ρ of Chen, Wiesel, Eldar, Hero, "Shrinkage Algorithms for MMSE
-    Covariance Estimation", 2010, eq. 23, as a ridge ρ / (1 − ρ) relative to the mean variance; the largest
-    over the operator groups, at least `least`, and at most 1.
-    """
-    n = moments.second.shape[-1]
-    trace = np.trace(moments.second, axis1=1, axis2=2)
-    squares = np.einsum("gij,gij->g", moments.second, moments.second)
-    excess = (moments.count + 1 - 2 / n) * (squares - trace**2 / n)
-    wanted = (1 - 2 / n) * squares + trace**2
-    share = np.where(wanted < excess, wanted / np.where(excess > 0, excess, 1.0), 1.0)
-    rho = min(float(np.max(share)), 0.5)
-    return max(rho / (1 - rho), least, _DEFINITE)
 
 
 def split(joint: Moments, inputs: int) -> tuple[Moments, Targets]:

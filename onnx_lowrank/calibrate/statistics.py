@@ -27,9 +27,10 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.find import Binding, geometry
-from onnx_lowrank.linalg.backend import parallel_map, resolve
 from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
+from onnx_lowrank.work.executor import Threads
+from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 
 MEMORY = 2**30
 """Bytes that the moments under way take at most, all layers together."""
@@ -55,26 +56,6 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LayerMoments:
-    """What was measured of one layer: moments of its inputs, or else of its outputs, or neither.
-
-    Attributes:
-        inputs: Of its patches, over the samples to fit to: (g, p) and (g, p, p).
-        held: The same over the held-out samples; None where none were held out.
-        outputs: Of its results, behind a folded BatchNorm, over the samples to fit to: (g, f / g) and
-            (g, f / g, f / g).
-        held_outputs: The same over the held-out samples.
-        reason: Why there are none, a sentence; "" where there are.
-    """
-
-    inputs: Moments | None = None
-    held: Moments | None = None
-    outputs: Moments | None = None
-    held_outputs: Moments | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     """What to measure once, for all layers that read the same in the same way.
 
@@ -87,9 +68,6 @@ class _Job:
     sights: tuple[tuple[Tap, Geometry], ...]
     of_outputs: bool
     shape: tuple[int, int]
-
-
-_PARTS = ("count", "mean", "second")
 
 
 class Statistics(Mapping[str, LayerMoments]):
@@ -107,7 +85,7 @@ class Statistics(Mapping[str, LayerMoments]):
         self.reasons: dict[str, str] = {}
         self.batch = _UNMEASURED
         self._layers = tuple(layers)
-        self._files: dict[str, tuple[int, bool]] = {}
+        self._references: dict[str, MomentsRef] = {}
         self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
 
     def __enter__(self) -> Self:
@@ -132,14 +110,16 @@ class Statistics(Mapping[str, LayerMoments]):
         """The moments of one layer, read from disk."""
         if layer in self.reasons:
             return LayerMoments(reason=self.reasons[layer])
-        number, of_outputs = self._files[layer]
-        fit, held = (self._read(number, share) for share in ("fit", "held"))
-        return LayerMoments(outputs=fit, held_outputs=held) if of_outputs else LayerMoments(fit, held)
+        return self._references[layer].read()
+
+    def reference(self, layer: str) -> MomentsRef | None:
+        """Where the moments of one layer are; None where there are none."""
+        return self._references.get(layer)
 
     def has_inputs(self, layer: str) -> bool:
         """Whether there are moments of a layer's inputs, of both shares."""
-        number, of_outputs = self._files.get(layer, (-1, True))
-        return not of_outputs and self._path(number, "held", "count").exists()
+        known = self._references.get(layer)
+        return known is not None and not known.of_outputs and known.has_held
 
     def store(self, layers: Iterable[str], fit: Moments, held: Moments | None, *, of_outputs: bool) -> None:
         """Put moments on disk that several layers may share.
@@ -147,27 +127,16 @@ class Statistics(Mapping[str, LayerMoments]):
         Raises:
             InputError: The disk is full.
         """
-        number = len(set(self._files.values()))
+        number = len(set(self._references.values()))
+        kept = MomentsRef(Path(self._folder.name), number, of_outputs)
         try:
-            for share, moments in (("fit", fit), ("held", held)):
-                if moments is not None:
-                    for part in _PARTS:
-                        np.save(self._path(number, share, part), getattr(moments, part))
+            kept.write(fit, held)
         except OSError as error:
             raise InputError(
                 f"The activation statistics cannot be written to {self._folder.name} "
                 f"({error.strerror or error}): make room there, or set TMPDIR to another folder."
             ) from error
-        self._files.update(dict.fromkeys(layers, (number, of_outputs)))
-
-    def _read(self, number: int, share: str) -> Moments | None:
-        if not self._path(number, share, "count").exists():
-            return None
-        count, mean, second = (np.load(self._path(number, share, part)) for part in _PARTS)
-        return Moments(int(count), mean, second)
-
-    def _path(self, number: int, share: str, part: str) -> Path:
-        return Path(self._folder.name) / f"{number}.{share}.{part}.npy"
+        self._references.update(dict.fromkeys(layers, kept))
 
 
 def measure(
@@ -176,6 +145,7 @@ def measure(
     bindings: Iterable[Binding],
     samples: Samples,
     engine: Engine,
+    threads: Threads,
     *,
     memory: int = MEMORY,
     step: Callable[[float], None] | None = None,
@@ -190,6 +160,7 @@ def measure(
         bindings: Its layers.
         samples: The calibration inputs.
         engine: What runs the model.
+        threads: What adds the moments up.
         memory: Bytes for the moments under way; layers that do not fit together take several passes.
         step: Told the share of the work that is done, after every batch.
 
@@ -199,7 +170,7 @@ def measure(
     bindings = tuple(bindings)
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
-        _Measurement(model, walk, samples, engine, statistics, step).run(bindings, memory)
+        _Measurement(model, walk, samples, engine, threads, statistics, step).run(bindings, memory)
     except BaseException:
         statistics.close()
         raise
@@ -215,6 +186,7 @@ class _Measurement:
         walk: Walk,
         samples: Samples,
         engine: Engine,
+        threads: Threads,
         statistics: Statistics,
         step: Callable[[float], None] | None,
     ) -> None:
@@ -222,6 +194,7 @@ class _Measurement:
         self._walk = walk
         self._samples = samples
         self._engine = engine
+        self._threads = threads
         self._statistics = statistics
         self._step = step or _silent
         self._of_outputs: dict[str, bool] = {}
@@ -307,7 +280,7 @@ class _Measurement:
             self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
             for done, batch in enumerate(self._samples.batches(size), 1):
-                _add(tasks, run(batch.feed), batch.held)
+                _add(tasks, run(batch.feed), batch.held, self._threads)
                 self._step((number + done / (max(done, expected) + 1)) / passes)
         for task in tasks:
             task.finish(self._statistics)
@@ -352,10 +325,9 @@ class _Task:
             statistics.store(self._layers, fit, held, of_outputs=self._job.of_outputs)
 
 
-def _add(tasks: Sequence[_Task], found: Mapping[str, Any], held: bool) -> None:
+def _add(tasks: Sequence[_Task], found: Mapping[str, Any], held: bool, threads: Threads) -> None:
     """Add a batch to all tasks, in parallel; its tensors are free when this returns."""
-    for _ in parallel_map(lambda task: task.add(found, held), tasks, resolve("cpu")):
-        pass
+    threads.each(lambda task: task.add(found, held), tasks)
 
 
 def _silent(share: float) -> None:

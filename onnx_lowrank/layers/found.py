@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from onnx_lowrank.allocate.cost import dearest, parameters, running, total_macs
 from onnx_lowrank.core.layer import Evaluations, Layer, Positions, ScopeWork, Skipped
@@ -18,7 +14,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.parameters import parameters as model_parameters
 from onnx_lowrank.graph.shapes import infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk
-from onnx_lowrank.layers.find import Binding, find, matches, read, unselected
+from onnx_lowrank.layers.find import Binding, find, matches, unselected
 from onnx_lowrank.layers.work import work
 
 
@@ -147,17 +143,6 @@ def _idle(binding: Binding, running: Container[str]) -> Binding:
 
 def _nowhere(layer: Layer) -> Positions:
     return Positions(0, (0,) * len(layer.kernel), (0,) * len(layer.kernel))
-
-
-def prepared(found: Found, binding: Binding) -> tuple[NDArray[Any], np.dtype[Any]]:
-    """A layer's canonical weight with its BatchNorm folded in (then float64), and its stored dtype."""
-    weight = read(found.model, found.walk, binding)
-    norm = binding.layer.batchnorm
-    if norm is None:
-        return weight, weight.dtype
-    groups, f, *rest = weight.shape
-    scale = norm.scale.reshape(groups, f, *[1] * len(rest))
-    return weight.astype(np.float64) * scale, weight.dtype
 
 
 def _names(skipped: Skipped) -> tuple[str, str, str]:

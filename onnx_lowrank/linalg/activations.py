@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -40,8 +41,9 @@ def errors(
     total = float(np.sum(quadratic.power))
     if total <= 0:
         return np.zeros(top + 1)
-    problem = projection.folded(quadratic, shape, fold, k, backend)
-    gains = backend.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
+    with _on_device(quadratic, backend):
+        problem = projection.folded(quadratic, shape, fold, k, backend)
+        gains = backend.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
     return np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)])
 
 
@@ -71,16 +73,17 @@ def fit(
     Returns:
         Float64 NumPy arrays; every slice balanced as U√Σ and √ΣVᵀ of its product.
     """
-    problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
-    if option.j == min(problem.optimum.shape[-2:]):
-        xp = array_namespace(problem.optimum)
-        return _factors(xp.linalg.svd(problem.optimum, full_matrices=False), option.fold, shape, backend)
-    encoder = projection.encoder(problem, option.j)
-    if steps and not (option.fold.on(shape[3:]) is Fold.ENCODE and option.k == 1):
-        score = None if held is None else partial(_held_error, held, problem, option.fold, shape, backend)
-        encoder = projection.refine(problem, encoder, backend, score, steps)
-    svd = _product_svd(projection.solve(problem, encoder).left, encoder)
-    return _factors(svd, option.fold, shape, backend)
+    with _on_device(quadratic, backend):
+        problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
+        if option.j == min(problem.optimum.shape[-2:]):
+            xp = array_namespace(problem.optimum)
+            return _factors(xp.linalg.svd(problem.optimum, full_matrices=False), option.fold, shape, backend)
+        encoder = projection.encoder(problem, option.j)
+        if steps and not (option.fold.on(shape[3:]) is Fold.ENCODE and option.k == 1):
+            score = None if held is None else partial(_held_error, held, problem, option.fold, shape, backend)
+            encoder = projection.refine(problem, encoder, backend, score, steps)
+        svd = _product_svd(projection.solve(problem, encoder).left, encoder)
+        return _factors(svd, option.fold, shape, backend)
 
 
 def output_errors(
@@ -128,12 +131,13 @@ def output_fit(
         Float64 NumPy arrays, balanced.
     """
     second, matrices = _output_moments(outputs, weight, centred, ridge)
-    array = backend.asarray(second)
-    xp = array_namespace(array)
-    _, vectors = xp.linalg.eigh(array)
-    left = vectors[:, None, :, vectors.shape[-1] - j :]
-    right = xp.matmul(xp.matrix_transpose(left), backend.asarray(matrices)[:, None])
-    return _factors(_product_svd(left, right), Fold.ENCODE, weight.shape, backend)
+    with backend.alone():
+        array = backend.asarray(second)
+        xp = array_namespace(array)
+        _, vectors = xp.linalg.eigh(array)
+        left = vectors[:, None, :, vectors.shape[-1] - j :]
+        right = xp.matmul(xp.matrix_transpose(left), backend.asarray(matrices)[:, None])
+        return _factors(_product_svd(left, right), Fold.ENCODE, weight.shape, backend)
 
 
 def output_error(outputs: Moments, factors: Factors, *, centred: bool) -> float:
@@ -165,6 +169,12 @@ def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> N
     lost = weight.astype(np.float64) - compose(exact)
     change: NDArray[np.float64] = np.einsum("gfp,gp->gf", lost.reshape(*lost.shape[:2], -1), inputs.mean)
     return change.reshape(-1)
+
+
+def _on_device(quadratic: Quadratic, backend: Backend) -> AbstractContextManager[object]:
+    """`Backend.alone` for a quadratic whose minimizer the host has found before."""
+    _ = quadratic.optimum
+    return backend.alone()
 
 
 def _held_error(

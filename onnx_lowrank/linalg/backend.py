@@ -1,17 +1,14 @@
-"""Where the linear algebra runs, and how it is spread over layers; the only module that imports CuPy."""
+"""Where the linear algebra runs; the only module that imports CuPy."""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from math import prod
-from threading import Lock
-from typing import Any, TypeVar
+from threading import Lock, RLock
+from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
@@ -20,15 +17,17 @@ from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.hardware import cores
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 _LARGE = 256
 """Rows and columns of matrices from which on a thread for each pays."""
+
+
+Shared = Callable[[Callable[[int], Array], int], list[Array]]
+"""Applies a function to the numbers 0 … n − 1 in the thread that calls and in those that are idle."""
+
+_DEVICE = RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,16 @@ class Backend:
     Attributes:
         name: "cpu" or "cuda".
         xp: Its array API namespace: array-api-compat's NumPy or CuPy.
+        shared: Has idle threads help with the parts of one task; None where there are none.
     """
 
     name: str
     xp: Any
+    shared: Shared | None = field(default=None, compare=False, repr=False)
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Holds a GPU for one thread, whose memory is for one layer; the host's part runs outside."""
+        return _DEVICE if self.name == "cuda" else nullcontext()
 
     def asarray(self, array: NDArray[Any]) -> Array:
         """Put a NumPy array of any real dtype on the device, as float64."""
@@ -92,49 +97,22 @@ def _missing_cuda() -> str | None:
     return None if count else "CuPy finds no device"
 
 
-def parallel_map(function: Callable[[T], R], items: Iterable[T], backend: Backend) -> Iterator[R]:
-    """Apply a function to every item, in parallel, and yield the results in the order of the items.
-
-    On the CPU one thread per core works, each with one BLAS thread, so that a result has the same bits
-    whatever the number of cores (BLAS libraries split sums by their own thread count). On CUDA the items
-    go one after the other. An item is drawn from the iterable only when its turn comes: at most two per
-    worker are under way or waiting to be yielded, which bounds the memory that weights take.
-
-    The BLAS limit holds for the whole process until the iterator is exhausted or closed.
-    """
-    if backend.name == "cuda":
-        yield from map(function, items)
-        return
-    workers = cores()
-    pending: deque[Future[R]] = deque()
-    source = iter(items)
-    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-        try:
-            pending.extend(pool.submit(function, item) for item in islice(source, 2 * workers))
-            while pending:
-                yield pending.popleft().result()
-                pending.extend(pool.submit(function, item) for item in islice(source, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backend) -> Array:
-    """Apply a function of stacked matrices to a stack: on the CPU large ones on several cores.
+    """Apply a function of stacked matrices to a stack; large ones one by one, where idle threads help.
 
     A layer that takes longest runs alone in the end, so that its slices share the cores then.
 
     Args:
         function: Treats every matrix on its own; gives one array for each.
         matrices: Shape (..., rows, cols).
-        backend: Where they lie.
+        backend: Where they lie, and who helps.
     """
     *stack, rows, cols = matrices.shape
-    if backend.name == "cuda" or prod(stack) < 2 or min(rows, cols) < _LARGE:
+    if backend.shared is None or prod(stack) < 2 or min(rows, cols) < _LARGE:
         return function(matrices)
     xp = array_api_compat.array_namespace(matrices)
     flat = xp.reshape(matrices, (-1, rows, cols))
-    with ThreadPoolExecutor(cores()) as pool:
-        results = list(pool.map(lambda n: function(flat[n, ...]), range(flat.shape[0])))
+    results = backend.shared(lambda n: function(flat[n, ...]), flat.shape[0])
     return xp.reshape(xp.stack(results), (*stack, *results[0].shape))
 
 

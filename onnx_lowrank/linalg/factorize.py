@@ -47,17 +47,18 @@ def factorize(
             f"k = {option.k} slices do not divide a layer's {channels} input channels per group: "
             "choose a divisor of them."
         )
-    matrices = fold(backend.asarray(weight), option.fold, option.k)
-    full = min(matrices.shape[-2:])
-    if not 1 <= option.j <= full:
-        raise PlanError(
-            f"Rank j = {option.j} is out of range for fold {option.fold} with k = {option.k}: choose "
-            f"one between 1 and the full rank {full}."
-        )
     svd = _lapack_svd if (stored or weight.dtype) == np.float64 else _gram_svd
-    left, right = balance(*svd(matrices, option.j))
-    factors = split(left, right, option.fold, weight.shape)
-    return Factors(factors.fold, backend.to_numpy(factors.encoder), backend.to_numpy(factors.decoder))
+    with backend.alone():
+        matrices = fold(backend.asarray(weight), option.fold, option.k)
+        full = min(matrices.shape[-2:])
+        if not 1 <= option.j <= full:
+            raise PlanError(
+                f"Rank j = {option.j} is out of range for fold {option.fold} with k = {option.k}: choose "
+                f"one between 1 and the full rank {full}."
+            )
+        left, right = balance(*svd(matrices, option.j))
+        factors = split(left, right, option.fold, weight.shape)
+        return Factors(factors.fold, backend.to_numpy(factors.encoder), backend.to_numpy(factors.decoder))
 
 
 def _lapack_svd(matrices: Array, j: int) -> tuple[Array, Array, Array]:

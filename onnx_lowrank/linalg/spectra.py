@@ -45,13 +45,14 @@ def spectra(
     Returns:
         For every wanted (fold, k) the singular values, descending, of shape (g, k, min(rows, cols)).
     """
-    array = backend.asarray(weight)
     values = _by_svd if (stored or weight.dtype) == np.float64 else partial(_by_gram, backend)
-    return {
-        (fold, k): backend.to_numpy(sigma)
-        for fold, counts in wanted.items()
-        for k, sigma in values(array, fold, counts)
-    }
+    with backend.alone():
+        array = backend.asarray(weight)
+        return {
+            (fold, k): backend.to_numpy(sigma)
+            for fold, counts in wanted.items()
+            for k, sigma in values(array, fold, counts)
+        }
 
 
 def _by_svd(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.prefix import Prefix
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.outcome import Merge, OutputError
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.compare import Comparison
 from onnx_lowrank.files.external import Spill
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
+from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.layers.found import Found
-from onnx_lowrank.linalg.backend import Backend, parallel_map
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.rewrite.merge import merge
 from onnx_lowrank.rewrite.notes import stamp
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
-from onnx_lowrank.stages.fit import Fitted, on_activations, on_weight
-from onnx_lowrank.stages.recover import Recovery, can_recover
+from onnx_lowrank.stages.fit import Fitted, fit
+from onnx_lowrank.stages.recover import can_recover, recover
+from onnx_lowrank.work.executor import Executor
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +52,16 @@ class Built:
 
 
 def build(
-    found: Found, plan: Plan, calibration: Calibration | None, backend: Backend, progress: Progress
+    found: Found, plan: Plan, calibration: Calibration | None, executor: Executor, progress: Progress
 ) -> Built:
     """Make the factors that a plan names, certify them as stored, and write them into the model.
+
+    Args:
+        found: The model.
+        plan: What to do with its layers.
+        calibration: The inputs to fit to, where the plan asks for that.
+        executor: What computes.
+        progress: Where to show progress.
 
     Raises:
         InputError: The model fails on the calibration inputs, or the disk is full.
@@ -64,7 +72,9 @@ def build(
 
     def replacements() -> Iterator[Replacement]:
         with progress.stage("recover" if plan.recover else "factorize", count) as step:
-            for replacement, fit in _fitted(found, plan, calibration, backend):
+            for replacement, fit in _fitted(
+                found.model, found.walk, found.bindings, plan, calibration, executor
+            ):
                 layer = replacement.binding.layer.id
                 certificates[layer], fits[layer] = replacement.certificate, fit
                 _log.debug(
@@ -116,36 +126,31 @@ def assemble(
         return rewritten, merges, stack.pop_all()
 
 
-def _fitted(found: Found, plan: Plan, calibration: Calibration | None, backend: Backend) -> Iterator[Fitted]:
+def _fitted(
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
+    plan: Plan,
+    calibration: Calibration | None,
+    executor: Executor,
+) -> Iterator[Fitted]:
     """Make the factors of all layers that a plan rewrites, one by one.
-
-    Args:
-        found: The model.
-        plan: What to do with its layers.
-        calibration: The inputs to fit to, where the plan asks for that.
-        backend: Where the linear algebra runs.
 
     Raises:
         InputError: The model fails on the calibration inputs, or the disk is full.
     """
     options = {choice.layer: choice.option for choice in plan.choices if choice.option is not None}
-    chosen = [binding for binding in found.bindings if binding.layer.id in options]
+    chosen = [binding for binding in bindings if binding.layer.id in options]
     if plan.factors is Fit.WEIGHTS or calibration is None:
-        yield from parallel_map(lambda b: on_weight(found, b, options[b.layer.id], backend), chosen, backend)
+        yield from fit(model, walk, chosen, options, None, executor)
         return
-    walked = [b for b in chosen if plan.recover and can_recover(found, b, calibration)]
+    statistics = calibration.statistics
+    walked = [b for b in chosen if plan.recover and can_recover(model, walk, b, statistics)]
     ids = {binding.layer.id for binding in walked}
-
-    def alone(binding: Binding) -> Fitted:
-        return on_activations(found, binding, options[binding.layer.id], calibration, backend)
-
-    yield from parallel_map(alone, [b for b in chosen if b.layer.id not in ids], backend)
+    alone = [binding for binding in chosen if binding.layer.id not in ids]
+    yield from fit(model, walk, alone, options, statistics, executor)
     if walked:
-        batches = calibration.samples.batches(calibration.statistics.batch)
-        with Prefix(found.model, found.walk, walked, batches, calibration.engine) as prefix:
-            for step in prefix.steps():
-                option = options[step.binding.layer.id]
-                yield Recovery(found, step.binding, option, calibration, backend).run(step)
+        yield from recover(model, walk, walked, options, calibration, executor)
 
 
 def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:

@@ -20,16 +20,17 @@ from numpy.typing import NDArray
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.option import Option
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
-from onnx_lowrank.layers.found import Found, prepared
-from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.factorize import factorize
-from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.probe.segments import Substitute
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.stages.fit import activation_factors, lost_mean
+from onnx_lowrank.stages.fit import added_inside, factors_item
+from onnx_lowrank.work.executor import Executor
+from onnx_lowrank.work.fitting import dense
 
 _log = logging.getLogger(__name__)
 
@@ -41,19 +42,23 @@ Effects = tuple[tuple[float, float], ...]
 
 
 def effects(
-    found: Found,
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
     tables: Sequence[Candidates],
     calibration: Calibration,
-    backend: Backend,
+    executor: Executor,
     progress: Progress,
 ) -> list[Effects]:
     """Measure what some options do to the model's outputs.
 
     Args:
-        found: The model.
-        tables: The candidates of its layers, scored by their activation errors.
+        model: The model.
+        walk: Its walk.
+        bindings: Its layers.
+        tables: Their candidates, scored by activation errors.
         calibration: The inputs.
-        backend: Where the linear algebra runs.
+        executor: What makes the factors.
         progress: Where to show progress.
 
     Returns:
@@ -66,14 +71,14 @@ def effects(
     chosen = {table.layer: () if table.layer in unseen else _probes(table) for table in tables}
 
     def substitutes(binding: Binding) -> Iterator[Substitute]:
-        for option, _ in chosen[binding.layer.id]:
-            yield _substitute(found, binding, option, calibration, backend)
+        options = [option for option, _ in chosen[binding.layer.id]]
+        return _substitutes(model, walk, binding, options, calibration.statistics, executor)
 
     with progress.stage("outputs", 1) as step:
         caused = sensitivity.measure(
-            found.model,
-            found.walk,
-            [binding for binding in found.bindings if chosen[binding.layer.id]],
+            model,
+            walk,
+            [binding for binding in bindings if chosen[binding.layer.id]],
             substitutes,
             calibration.samples,
             calibration.engine,
@@ -110,17 +115,18 @@ def _assumed(measured: Sequence[Effects]) -> list[Effects]:
     return [layer or ((1.0, usual),) for layer in measured]
 
 
-def _substitute(
-    found: Found, binding: Binding, option: Option, calibration: Calibration, backend: Backend
-) -> Substitute:
-    """A layer's dense weight and bias under an option, without refinement."""
-    weight, dtype = prepared(found, binding)
-    moments = calibration.statistics[binding.layer.id]
-    own = bias(found.model, found.walk, binding)
-    factors = activation_factors(
-        weight, option, moments, backend, centred=own is not None, steps=0
-    ) or factorize(weight, option, backend, dtype)
-    if own is None:
-        return Substitute(compose(factors))
-    added = own.values if own.in_node else 0.0
-    return Substitute(compose(factors), lost_mean(weight, factors, moments, own) + added)
+def _substitutes(
+    model: Model,
+    walk: Walk,
+    binding: Binding,
+    options: Sequence[Option],
+    statistics: Statistics,
+    executor: Executor,
+) -> Iterator[Substitute]:
+    """A layer's dense weight and bias under some options, without refinement."""
+    own = bias(model, walk, binding)
+    items = (factors_item(model, walk, binding, option, own, statistics) for option in options)
+    added = added_inside(own)
+    for made in executor.map(dense, items):
+        shifted = made.lost if made.lost is None or added is None else made.lost + added
+        yield Substitute(made.weight, shifted)

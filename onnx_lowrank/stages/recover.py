@@ -14,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,22 +26,31 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.moments import Accumulator, merged, split
-from onnx_lowrank.calibrate.prefix import Sight, Step
+from onnx_lowrank.calibrate.prefix import Prefix, Sight, Step
+from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments, Targets
 from onnx_lowrank.core.option import Option
-from onnx_lowrank.graph.walk import Place
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding, geometry
-from onnx_lowrank.layers.found import Found, prepared
 from onnx_lowrank.linalg.activations import fit
-from onnx_lowrank.linalg.backend import Backend, parallel_map
-from onnx_lowrank.linalg.factorize import certify
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry, outputs, patches
 from onnx_lowrank.rewrite.replace import Replacement
-from onnx_lowrank.stages.fit import STEPS, Fitted, activation_factors, exact, stored_as
+from onnx_lowrank.stages.fit import Fitted
+from onnx_lowrank.work.executor import Executor, Threads
+from onnx_lowrank.work.fitting import (
+    STEPS,
+    CertificateItem,
+    activation_factors,
+    certificate,
+    exact,
+    stored_as,
+)
+from onnx_lowrank.work.weights import reference
 
 T = TypeVar("T")
 
@@ -50,25 +60,75 @@ _LANES = 4  # sums of so many parts, whatever the number of cores: the same bits
 _LANE_BYTES = 2**28  # what the sums of one lane may take; larger ones are not parted
 
 
-def can_recover(found: Found, binding: Binding, calibration: Calibration) -> bool:
+def can_recover(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> bool:
     """Whether a layer can be recovered: one use in the main graph, moments of its inputs of both shares.
 
     A bias that cannot change would be fitted by the weight.
 
     Args:
-        found: The model.
+        model: The model.
+        walk: Its walk.
         binding: The layer.
-        calibration: The inputs to fit to.
+        statistics: What was measured of its layers.
     """
     use = binding.layer.uses[0]
     if len(binding.layer.uses) > 1 or use.scope or not use.is_linear:
         return False
-    if not calibration.statistics.has_inputs(binding.layer.id):
+    if not statistics.has_inputs(binding.layer.id):
         return False
-    node = found.walk.node(Place(use.scope, use.node))
+    node = walk.node(Place(use.scope, use.node))
     operand = registry.family(node).bias
     fixed = operand is not None and len(node.input) > operand and bool(node.input[operand])
-    return not fixed or bias(found.model, found.walk, binding) is not None
+    return not fixed or bias(model, walk, binding) is not None
+
+
+def recover(
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
+    options: Mapping[str, Option],
+    calibration: Calibration,
+    executor: Executor,
+) -> Iterator[Fitted]:
+    """Recover layers in the order in which they run; each is certified while the next ones are recovered.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        bindings: The layers; each can be recovered.
+        options: Their options, by id.
+        calibration: The inputs to fit to.
+        executor: What computes; the walk itself is this process'.
+
+    Raises:
+        InputError: The model fails on the calibration inputs, or the disk is full.
+    """
+    samples, statistics = calibration.samples, calibration.statistics
+    batches = samples.batches(statistics.batch)
+    waiting: deque[tuple[Binding, Recovered]] = deque()
+    with Prefix(model, walk, bindings, batches, calibration.engine) as prefix:
+
+        def items() -> Iterator[CertificateItem]:
+            for step in prefix.steps():
+                option = options[step.binding.layer.id]
+                layer = Recovery(model, walk, step.binding, option, calibration, executor.threads)
+                recovered = layer.run(step)
+                waiting.append((step.binding, recovered))
+                yield CertificateItem(reference(model, walk, step.binding), recovered.factors)
+
+        for proof in executor.map(certificate, items()):
+            binding, made = waiting.popleft()
+            option = options[binding.layer.id]
+            yield Replacement(binding, option, made.factors, proof, made.bias), made.fit
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A recovered layer: its factors as stored, its whole bias (f,) where it can change, and its error."""
+
+    factors: Factors
+    bias: NDArray[np.float64] | None
+    fit: LayerFit
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +146,32 @@ class Recovery:
     """Recovers one layer."""
 
     def __init__(
-        self, found: Found, binding: Binding, option: Option, calibration: Calibration, backend: Backend
+        self,
+        model: Model,
+        walk: Walk,
+        binding: Binding,
+        option: Option,
+        calibration: Calibration,
+        threads: Threads,
     ) -> None:
         self._binding = binding
         self._option = option
-        self._backend = backend
-        self._weight, self._dtype = prepared(found, binding)
-        self._bias = bias(found.model, found.walk, binding)
-        self._geometry = geometry(found.walk, binding, 0)
+        self._threads = threads
+        weight = reference(model, walk, binding)
+        self._weight, self._dtype = weight.read(), weight.dtype
+        self._bias = bias(model, walk, binding)
+        self._geometry = geometry(walk, binding, 0)
         self._moments = calibration.statistics[binding.layer.id]
         self._samples = calibration.samples.count
 
-    def run(self, step: Step) -> Fitted:
+    def run(self, step: Step) -> Recovered:
         """Fit the layer to what the walk shows, and let the walk go on with it."""
         shares = self._shares(step.batches())
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         ridge = self._ridge(shares)
-        fits = (lambda: self._fitted(shares, ridge, STEPS), self._plain)
-        candidates = list(parallel_map(lambda make: make(), fits, self._backend))
+        candidates = self._threads.each(
+            lambda make: make(), (lambda: self._fitted(shares, ridge, STEPS), self._plain)
+        )
         weighed = [(error(judge, compose(exact(factors))), factors) for factors in candidates]
         _, stored = min(weighed, key=lambda pair: pair[0])
         best = first = _Map(stored, self._shifted(stored, shares[False]))
@@ -114,8 +182,7 @@ class Recovery:
         weight = compose(exact(stored))
         loss = error(judge, weight)
         step.substitute(weight, None if shifted is None else shifted - self._added_behind())
-        replacement = Replacement(self._binding, self._option, stored, certify(self._weight, stored), shifted)
-        return replacement, LayerFit(Fit.ACTIVATIONS, recovered, loss)
+        return Recovered(stored, shifted, LayerFit(Fit.ACTIVATIONS, recovered, loss))
 
     @property
     def _centred(self) -> bool:
@@ -132,7 +199,7 @@ class Recovery:
         """Factors for targets."""
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
-        factors = fit(problem, self._weight.shape, self._option, self._backend, judge, steps)
+        factors = fit(problem, self._weight.shape, self._option, self._threads.backend, judge, steps)
         return stored_as(factors, self._dtype)
 
     def _rectified(self, step: Step, shares: Mapping[bool, _Share], linear: _Map, ridge: float) -> _Map:
@@ -151,7 +218,12 @@ class Recovery:
 
     def _plain(self) -> Factors:
         factors = activation_factors(
-            self._weight, self._option, self._moments, self._backend, centred=self._centred, steps=STEPS
+            self._weight,
+            self._option,
+            self._moments,
+            self._threads.backend,
+            centred=self._centred,
+            steps=STEPS,
         )
         if factors is None:
             raise RuntimeError(f"the inputs of {self._binding.layer.id} were measured")
@@ -183,7 +255,7 @@ class Recovery:
                 target = y if beside is None else y + (beside[0] - beside[1])
                 lane[sight.held].add(np.concatenate([x, target], axis=2))
 
-        _in_lanes(sights, sums, add, self._backend)
+        _in_lanes(sights, sums, add, self._threads)
         return {held: _share(sums, held, p) for held in (False, True)}
 
     def _behind_relu(self, sights: Iterator[Sight], shares: Mapping[bool, _Share], layer: _Map) -> _Behind:
@@ -204,7 +276,7 @@ class Recovery:
                 excess = np.where(wanted > 0, lost, np.minimum(-got, 0))
                 lane[sight.held].add(x, linear, excess - lost, np.maximum(wanted, 0) - np.maximum(got, 0))
 
-        _in_lanes(sights, sums, add, self._backend)
+        _in_lanes(sights, sums, add, self._threads)
         whole = {held: _Changes.merged([lane[held] for lane in sums]) for held in shares}
         return _Behind(whole[True].lost, {held: changes.share() for held, changes in whole.items()})
 
@@ -305,9 +377,8 @@ def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool, p: int) -> _S
 
 
 def _in_lanes(
-    sights: Iterator[Sight], lanes: Sequence[T], add: Callable[[T, Sight], None], backend: Backend
+    sights: Iterator[Sight], lanes: Sequence[T], add: Callable[[T, Sight], None], threads: Threads
 ) -> None:
     """Add every batch to one of the lanes, in turn; the lanes work in parallel."""
     while group := list(islice(sights, len(lanes))):
-        for _ in parallel_map(lambda item: add(*item), zip(lanes, group, strict=False), backend):
-            pass
+        threads.each(lambda item: add(*item), zip(lanes, group, strict=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
@@ -16,19 +16,19 @@ from onnx_lowrank.allocate.options import Candidates, candidates
 from onnx_lowrank.allocate.times import Times
 from onnx_lowrank.budgets.latency.measured import Latency
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.moments import INPUT_RIDGE, shrinkage
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
-from onnx_lowrank.layers.found import Found, prepared
-from onnx_lowrank.linalg.activations import errors, output_errors
-from onnx_lowrank.linalg.backend import Backend, parallel_map
-from onnx_lowrank.linalg.quadratic import of_weight
-from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.measures import Errors, Evidence, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.effects import Effects, effects
+from onnx_lowrank.work.executor import Executor
+from onnx_lowrank.work.moments import MomentsRef
+from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
+from onnx_lowrank.work.weights import reference
 
 _log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ _Key = tuple[Fold, int]
 
 
 @dataclass(slots=True)
-class _Known:
-    """What has been computed for one layer.
+class Known:
+    """What has been computed for one layer: all that measures make errors of.
 
     Attributes:
         spectra: Singular values of its weight.
         activation: Relative errors on the calibration inputs.
-        scale: What makes those absolute.
+        power: The power of its outputs on them, which makes those absolute.
         computed: The decompositions whose activation errors have been computed; moments of outputs tell those
             of one alone.
         effects: What some activation errors cause at the model's outputs; empty until that is measured.
@@ -51,13 +51,13 @@ class _Known:
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
     activation: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
-    scale: float = 1.0
+    power: float = 1.0
     computed: set[_Key] = field(default_factory=set)
     effects: Effects = ()
 
     def evidence(self) -> Evidence:
         """All of it, for a measure to choose from."""
-        return Evidence(self.spectra, self.activation, self.scale, self.effects)
+        return Evidence(self.spectra, self.activation, self.power, self.effects)
 
 
 class Scores:
@@ -69,9 +69,11 @@ class Scores:
 
     def __init__(
         self,
-        found: Found,
+        model: Model,
+        walk: Walk,
+        bindings: Sequence[Binding],
         grid: Grid,
-        backend: Backend,
+        executor: Executor,
         progress: Progress,
         calibration: Calibration | None = None,
         latency: Latency | None = None,
@@ -79,20 +81,25 @@ class Scores:
         """Prepare; nothing is computed before it is asked for.
 
         Args:
-            found: The model.
+            model: The model.
+            walk: Its walk.
+            bindings: Its layers, in graph order.
             grid: The ranks of the options, and what they are counted in.
-            backend: Where the linear algebra runs.
+            executor: What computes.
             progress: Where to show progress.
             calibration: The inputs behind the measures that need some.
             latency: What measures the options, where latency is the budget.
         """
         self.latency = latency
-        self._found = found
+        self._model = model
+        self._walk = walk
+        self._bindings = bindings
+        self._layers = [binding.layer for binding in bindings]
         self._grid = grid
-        self._backend = backend
+        self._executor = executor
         self._progress = progress
         self._calibration = calibration
-        self._known = [_Known() for _ in found.bindings]
+        self._known = [Known() for _ in bindings]
         self._timed = set[Recipe]()
 
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
@@ -104,7 +111,7 @@ class Scores:
         Raises:
             InputError: MACs are needed and unknown, or the model fails on the calibration inputs.
         """
-        wanted = [self._grid.wanted_spectra(layer, recipe) for layer in self._found.layers]
+        wanted = [self._grid.wanted_spectra(layer, recipe) for layer in self._layers]
         measure = measures.named(recipe.measure)
         if Needs.WEIGHTS in measure.needs:
             self._add_spectra(wanted)
@@ -116,7 +123,7 @@ class Scores:
         times = self._times(recipe, tables)
         return tuple(
             candidates(layer, table, recipe, self._grid, of)
-            for layer, table, of in zip(self._found.layers, tables, times, strict=True)
+            for layer, table, of in zip(self._layers, tables, times, strict=True)
         )
 
     def _times(self, recipe: Recipe, tables: Sequence[Errors]) -> Sequence[Times | None]:
@@ -129,30 +136,29 @@ class Scores:
             self._timed.add(recipe)
         return self.latency.times()
 
-    def _add_spectra(self, wanted: Iterable[_Wanted]) -> None:
+    def _add_spectra(self, wanted: Sequence[_Wanted]) -> None:
         """Compute the spectra that are asked for and not known."""
         missing = [
             {fold: tuple(k for k in ks if (fold, k) not in known.spectra) for fold, ks in of.items()}
             for known, of in zip(self._known, wanted, strict=True)
         ]
+        chosen = [number for number, of in enumerate(missing) if any(of.values())]
 
-        def compute(item: tuple[Binding, _Wanted]) -> Mapping[_Key, NDArray[np.float64]]:
-            binding, of = item
-            if not any(of.values()):
-                return {}
-            weight, dtype = prepared(self._found, binding)
-            return spectra(weight, of, self._backend, dtype)
+        def items() -> Iterator[WeightItem]:
+            for number in chosen:
+                weight = reference(self._model, self._walk, self._bindings[number])
+                yield WeightItem(weight, missing[number])
 
-        if not any(any(of.values()) for of in missing):
+        if not chosen:
             return
         begin = monotonic()
-        with self._progress.stage("spectra", len(missing)) as step:
-            items = zip(self._found.bindings, missing, strict=True)
-            for known, found in zip(self._known, parallel_map(compute, items, self._backend), strict=True):
-                known.spectra.update(found)
+        with self._progress.stage("spectra", len(chosen)) as step:
+            computed = self._executor.map(singular_values, items())
+            for number, found in zip(chosen, computed, strict=True):
+                self._known[number].spectra.update(found)
                 step()
         count = sum(len(ks) for of in missing for ks in of.values())
-        _log.debug("computed %d spectra of %d layers in %.2f s", count, len(missing), monotonic() - begin)
+        _log.debug("computed %d spectra of %d layers in %.2f s", count, len(chosen), monotonic() - begin)
 
     def _add_activation(self, wanted: Sequence[_Wanted]) -> None:
         """Compute the activation errors that are asked for and not known."""
@@ -160,50 +166,47 @@ class Scores:
             [(fold, k) for fold, ks in of.items() for k in ks if (fold, k) not in known.computed]
             for known, of in zip(self._known, wanted, strict=True)
         ]
-
-        def compute(item: tuple[Binding, list[_Key]]) -> tuple[Errors, float]:
-            binding, keys = item
-            return self._activation_errors(binding, keys) if keys else ({}, 1.0)
-
         if not any(missing):
             return
-        begin = monotonic()
-        with self._progress.stage("errors", len(missing)) as step:
-            items = zip(self._found.bindings, missing, strict=True)
-            for known, (found, scale), keys in zip(
-                self._known, parallel_map(compute, items, self._backend), missing, strict=True
-            ):
-                if keys:
-                    known.activation.update(found)
-                    known.scale = scale
-                    known.computed.update(keys)
-                step()
-        count = sum(map(len, missing))
-        _log.debug("computed %d curves of activation errors in %.2f s", count, monotonic() - begin)
-
-    def _activation_errors(self, binding: Binding, keys: Sequence[_Key]) -> tuple[Errors, float]:
-        """Relative errors of one layer, and the scale that makes them absolute."""
-        layer = binding.layer
-        moments = _calibrated(self._calibration).statistics[layer.id]
-        weight, dtype = prepared(self._found, binding)
-        centred = bias(self._found.model, self._found.walk, binding) is not None
-        if moments.inputs is not None:
-            ridge = shrinkage(moments.inputs, INPUT_RIDGE)
-            problem = of_weight(weight, moments.inputs, centred=centred, ridge=ridge)
-            tops = {key: max(self._grid.ranks(layer, *key), default=0) for key in keys}
-            table = {
-                (fold, k): errors(problem, weight.shape, fold, k, top, self._backend)
-                for (fold, k), top in tops.items()
-            }
-            return table, float(np.sum(problem.power))
-        if moments.outputs is not None:
-            ridge = shrinkage(moments.outputs)
-            only = {(Fold.ENCODE, 1): output_errors(moments.outputs, weight, centred=centred, ridge=ridge)}
-            return only, float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
-        wanted = {fold: tuple(k for by, k in keys if by is fold) for fold, _ in keys}
-        found = spectra(weight, wanted, self._backend, dtype)
+        statistics = _calibrated(self._calibration).statistics
+        moments = [statistics.reference(layer.id) for layer in self._layers]
+        self._add_measured(missing, moments)
+        unmeasured = [keys if of is None else [] for keys, of in zip(missing, moments, strict=True)]
+        self._add_spectra([wanted[n] if keys else {} for n, keys in enumerate(unmeasured)])
         white = measures.named("frobenius")
-        return white.errors(Evidence(found), relative=True), float(np.sum(np.square(weight)))
+        for known, keys in zip(self._known, unmeasured, strict=True):
+            if keys:
+                known.activation.update(white.errors(known.evidence(), relative=True))
+                known.power = _energy(known.spectra)
+        for known, keys in zip(self._known, missing, strict=True):
+            known.computed.update(keys)
+
+    def _add_measured(self, missing: Sequence[Sequence[_Key]], moments: Sequence[MomentsRef | None]) -> None:
+        """Compute errors of the layers that have moments."""
+        chosen = [
+            (number, of)
+            for number, (keys, of) in enumerate(zip(missing, moments, strict=True))
+            if keys and of is not None
+        ]
+
+        def items() -> Iterator[ActivationItem]:
+            for number, of in chosen:
+                binding = self._bindings[number]
+                tops = {key: max(self._grid.ranks(binding.layer, *key), default=0) for key in missing[number]}
+                centred = bias(self._model, self._walk, binding) is not None
+                yield ActivationItem(reference(self._model, self._walk, binding), of, centred, tops)
+
+        if not chosen:
+            return
+        begin = monotonic()
+        with self._progress.stage("errors", len(chosen)) as step:
+            computed = self._executor.map(activation_errors, items())
+            for (number, _), found in zip(chosen, computed, strict=True):
+                self._known[number].activation.update(found.relative)
+                self._known[number].power = found.power
+                step()
+        count = sum(len(missing[number]) for number, _ in chosen)
+        _log.debug("computed %d curves of activation errors in %.2f s", count, monotonic() - begin)
 
     def _add_effects(self, recipe: Recipe) -> None:
         """Measure what a few options of every layer do to the model's outputs, once for all recipes."""
@@ -212,12 +215,24 @@ class Scores:
         counted = replace(self._grid, budget=self._grid.counted)
         tables = [
             candidates(layer, known.activation, recipe, counted)
-            for layer, known in zip(self._found.layers, self._known, strict=True)
+            for layer, known in zip(self._layers, self._known, strict=True)
         ]
-        calibration = _calibrated(self._calibration)
-        measured = effects(self._found, tables, calibration, self._backend, self._progress)
+        measured = effects(
+            self._model,
+            self._walk,
+            self._bindings,
+            tables,
+            _calibrated(self._calibration),
+            self._executor,
+            self._progress,
+        )
         for known, own in zip(self._known, measured, strict=True):
             known.effects = own
+
+
+def _energy(spectra: Mapping[_Key, NDArray[np.float64]]) -> float:
+    """‖W‖²_F, which is the power of the outputs on white inputs, from the spectrum of any fold."""
+    return next(float(np.sum(values**2)) for (_, k), values in spectra.items() if k == 1)
 
 
 def _calibrated(calibration: Calibration | None) -> Calibration:

@@ -22,7 +22,6 @@ from onnx_lowrank.engines.compare import compare
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.layers.found import Found
-from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.progress import Labelled, Progress
 from onnx_lowrank.report import words
 from onnx_lowrank.stages import settle as settling
@@ -30,6 +29,7 @@ from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.plan import Goal
 from onnx_lowrank.stages.recover import can_recover
 from onnx_lowrank.stages.score import Scores
+from onnx_lowrank.work.executor import Executor
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Search:
         budget: Budget,
         scores: Scores,
         calibration: Calibration,
-        backend: Backend,
+        executor: Executor,
         progress: Progress,
     ) -> None:
         self.trials: list[Trial] = []
@@ -138,7 +138,7 @@ class Search:
         self._budget = budget
         self._scores = scores
         self._calibration = calibration
-        self._backend = backend
+        self._executor = executor
         self._progress = progress
 
     def best(self, recipes: Sequence[Recipe], ratio: float) -> Built:
@@ -177,7 +177,8 @@ class Search:
 
     def _recovers(self) -> bool:
         """Whether there is a layer to recover; else recovery would make the same model once more."""
-        return any(can_recover(self._found, b, self._calibration) for b in self._found.bindings)
+        found, statistics = self._found, self._calibration.statistics
+        return any(can_recover(found.model, found.walk, b, statistics) for b in found.bindings)
 
     def _tried(
         self,
@@ -256,7 +257,7 @@ class Search:
         progress = Labelled(self._progress, f"{recipe.name} at {ratio:.3g}")
         goal = Goal(ratio, recipe, self._budget)
         plan = plan or settling.make(self._found, goal, self._scores, progress)
-        built = build(self._found, plan, self._calibration, self._backend, progress)
+        built = build(self._found, plan, self._calibration, self._executor, progress)
         self._made.append(built.resources)
         try:
             with progress.stage("compare"):

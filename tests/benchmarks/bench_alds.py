@@ -19,10 +19,11 @@ from onnx_lowrank.allocate.solve import solve
 from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.files.load import load
-from onnx_lowrank.layers.found import find_layers, prepared
+from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.linalg import backend
-from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.measures import Evidence, named
+from onnx_lowrank.work.scoring import WeightItem, singular_values
+from onnx_lowrank.work.weights import reference
 
 GRID = Grid(Budget.PARAMS)
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "resnet20_cifar10.onnx"
@@ -43,8 +44,8 @@ def main() -> int:
     recipe, cpu = recipes.load("alds"), backend.resolve("cpu")
     tables = []
     for binding in found.bindings:
-        weight, dtype = prepared(found, binding)
-        values = spectra(weight, GRID.wanted_spectra(binding.layer, recipe), cpu, dtype)
+        weight = reference(found.model, found.walk, binding)
+        values = singular_values(WeightItem(weight, GRID.wanted_spectra(binding.layer, recipe)), cpu)
         errors = named(recipe.measure).errors(Evidence(values), relative=recipe.relative)
         tables.append(candidates(binding.layer, errors, recipe, GRID))
     ok = True

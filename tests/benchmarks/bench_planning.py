@@ -20,11 +20,12 @@ from onnx_lowrank.allocate.solve import solve
 from onnx_lowrank.core.factors import Spectra
 from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents import recipes
-from onnx_lowrank.layers.find import Binding
-from onnx_lowrank.layers.found import Found, prepared
-from onnx_lowrank.linalg.backend import parallel_map, resolve
-from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.measures import Evidence, named
+from onnx_lowrank.work.executor import Threads
+from onnx_lowrank.work.scoring import WeightItem, singular_values
+from onnx_lowrank.work.weights import reference
 
 GRID = Grid(Budget.PARAMS)
 MODELS = ("resnet50", "vgg16", "vit_b_16")
@@ -32,13 +33,15 @@ MODELS = ("resnet50", "vgg16", "vit_b_16")
 
 def all_spectra(found: Found) -> list[Spectra]:
     """Every spectrum that any recipe may want, of every layer."""
-    backend = resolve("cpu")
-
-    def of(binding: Binding) -> Spectra:
-        weight, dtype = prepared(found, binding)
-        return spectra(weight, dict.fromkeys(binding.layer.folds, binding.layer.slices), backend, dtype)
-
-    return list(parallel_map(of, found.bindings, backend))
+    items = (
+        WeightItem(
+            reference(found.model, found.walk, binding),
+            dict.fromkeys(binding.layer.folds, binding.layer.slices),
+        )
+        for binding in found.bindings
+    )
+    with Threads(resolve("cpu")) as threads:
+        return list(threads.map(singular_values, items))
 
 
 def main() -> None:

@@ -1,17 +1,15 @@
 """Time of all spectra of `models/zoo.py`'s ResNet-50 against one values-only float32 LAPACK SVD per layer.
 
 Run `python tests/benchmarks/bench_spectra.py [repeats]`. The three jobs are interleaved, so that other
-load on the machine meets them alike, and all go through the same `parallel_map`. The ratios are medians
+load on the machine meets them alike, and all run as work items of the same threads. The ratios are medians
 over the repeats.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,34 +19,33 @@ import numpy as np
 from zoo_layers import zoo_layers
 
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.layers.find import Binding
-from onnx_lowrank.layers.found import Found, prepared
-from onnx_lowrank.linalg.backend import Backend, parallel_map, resolve
-from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.hardware import cores
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.linalg.backend import Backend, resolve
+from onnx_lowrank.work.executor import Threads
+from onnx_lowrank.work.scoring import WeightItem, singular_values
+from onnx_lowrank.work.weights import reference
 
-Job = Callable[[Found, Binding], Any]
+Job = Callable[[WeightItem, Backend], Any]
 
 
-def lapack(found: Found, binding: Binding) -> Any:
+def lapack(item: WeightItem, backend: Backend) -> Any:
     """One values-only SVD of the encode fold with k = 1, for every group."""
-    weight, _ = prepared(found, binding)
+    weight = item.weight.read()
     return np.linalg.svd(weight.reshape(*weight.shape[:2], -1), compute_uv=False)
 
 
-def ours(folds: tuple[Fold, ...], backend: Backend) -> Job:
-    """All spectra that a layer offers in some folds."""
-
-    def job(found: Found, binding: Binding) -> Any:
+def items(found: Found, folds: tuple[Fold, ...]) -> Iterator[WeightItem]:
+    """Asks for all spectra that the layers offer in some folds."""
+    for binding in found.bindings:
         layer = binding.layer
-        weight, dtype = prepared(found, binding)
-        return spectra(weight, {fold: layer.slices for fold in layer.folds if fold in folds}, backend, dtype)
-
-    return job
+        wanted = {fold: layer.slices for fold in layer.folds if fold in folds}
+        yield WeightItem(reference(found.model, found.walk, binding), wanted)
 
 
-def seconds(job: Job, found: Found, backend: Backend) -> float:
+def seconds(job: Job, found: Found, folds: tuple[Fold, ...], threads: Threads) -> float:
     start = perf_counter()
-    for _ in parallel_map(partial(job, found), found.bindings, backend):
+    for _ in threads.map(job, items(found, folds)):
         pass
     return perf_counter() - start
 
@@ -62,19 +59,18 @@ def cpu_model() -> str:
 
 def main(repeats: int) -> None:
     found = zoo_layers("resnet50")
-    backend = resolve("cpu")
-    jobs = {
-        "SVD, k = 1": lapack,
-        "encode": ours((Fold.ENCODE,), backend),
-        "all four folds": ours(tuple(Fold), backend),
+    jobs: dict[str, tuple[Job, tuple[Fold, ...]]] = {
+        "SVD, k = 1": (lapack, (Fold.ENCODE,)),
+        "encode": (singular_values, (Fold.ENCODE,)),
+        "all four folds": (singular_values, tuple(Fold)),
     }
-    seconds(lapack, found, backend)  # the first run pays for page faults and BLAS start-up
     times: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            times[name].append(seconds(job, found, backend))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"CPU {cpu_model()}, {cores} threads, NumPy {np.__version__}, median of {repeats} runs")
+    with Threads(resolve("cpu")) as threads:
+        seconds(lapack, found, (), threads)  # the first run pays for page faults and BLAS start-up
+        for _ in range(repeats):
+            for name, (job, folds) in jobs.items():
+                times[name].append(seconds(job, found, folds, threads))
+    print(f"CPU {cpu_model()}, {cores()} threads, NumPy {np.__version__}, median of {repeats} runs")
     base = times["SVD, k = 1"]
     for name, run in times.items():
         ratio = median(mine / svd for mine, svd in zip(run, base, strict=True))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.calibrate import moments as module
-from onnx_lowrank.calibrate.moments import Accumulator, merged, shrinkage, split
+from onnx_lowrank.calibrate.moments import Accumulator, merged, split
 from onnx_lowrank.errors import InputError
 
 
@@ -157,17 +157,3 @@ def test_merged_parts_are_the_whole(parts):
     for group in range(2):
         expected = np.cov(rows[:, group].T, bias=True)
         np.testing.assert_allclose(whole.second[group], expected, rtol=1e-10, atol=1e-10)
-
-
-def test_shrinkage_falls_with_the_number_of_vectors_and_keeps_its_floor():
-    rng = np.random.default_rng(0)
-    scale = np.arange(1, 21)
-    found = []
-    for count in (10, 100, 10_000):
-        accumulator = Accumulator("x", 1, 20)
-        accumulator.add(rng.standard_normal((count, 1, 20)) * scale)
-        moments = accumulator.moments()
-        found.append(shrinkage(moments))
-        assert shrinkage(moments, 0.9) == max(found[-1], 0.9)
-    assert 1 >= found[0] > found[1] > found[2] > 0
-    assert found[2] < 0.01

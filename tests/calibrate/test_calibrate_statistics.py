@@ -16,9 +16,12 @@ from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.layers.find import read
+from onnx_lowrank.linalg.backend import resolve
+from onnx_lowrank.work.executor import Threads
 from rewriting import constants, draw, found, model, tensors
 
 ENGINE = runtime("CPUExecutionProvider")
+THREADS = Threads(resolve("cpu"))
 RNG = np.random.default_rng(21)
 
 
@@ -57,16 +60,16 @@ class Feeds:
             yield Batch(feed, index in self.held)
 
 
-def measured(proto, samples, **options):
+def measured(proto, samples, threads=THREADS, **options):
     seen = found(proto)
-    with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE, **options) as statistics:
+    with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE, threads, **options) as statistics:
         return {layer: statistics[layer] for layer in statistics}
 
 
 def batch_of(proto, samples, **options):
     """How many samples are run at a time from then on."""
     seen = found(proto)
-    with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE, **options) as statistics:
+    with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE, THREADS, **options) as statistics:
         return statistics.batch
 
 
@@ -228,11 +231,11 @@ def test_groups_that_fit_into_memory(together, passes):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
-def test_same_bits_whatever_the_threads(monkeypatch, workers):
+def test_same_bits_whatever_the_threads(workers):
     proto = model(CNN, **WEIGHTS)
     expected = measured(proto, Samples(x=IMAGES))
-    monkeypatch.setattr("onnx_lowrank.linalg.backend.cores", lambda: workers)
-    result = measured(proto, Samples(x=IMAGES))
+    with Threads(resolve("cpu"), number=workers) as threads:
+        result = measured(proto, Samples(x=IMAGES), threads)
     for layer, moments in result.items():
         np.testing.assert_array_equal(moments.inputs.second, expected[layer].inputs.second)
         np.testing.assert_array_equal(moments.inputs.mean, expected[layer].inputs.mean)
@@ -423,7 +426,7 @@ def test_the_reference_implementation_serves_too():
     proto = model("g (float[N,6] x) => (float[] y) { y = MatMul (x, w) }", w=(6, 6))
     x = draw(RNG, (20, 6))
     seen = found(proto)
-    with measure(seen.model, seen.walk, seen.bindings, Samples(x=x), Reference()) as statistics:
+    with measure(seen.model, seen.walk, seen.bindings, Samples(x=x), Reference(), THREADS) as statistics:
         assert_moments(statistics["w"].inputs, rows_of(shares(x)[0]))
 
 
@@ -431,8 +434,8 @@ def test_what_lies_on_disk_is_deleted():
     proto, _ = chain(2)
     seen = found(proto)
     samples = Samples(h0=draw(RNG, (10, 6)))
-    with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE) as statistics:
-        folder = statistics._path(0, "fit", "mean").parent
+    with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE, THREADS) as statistics:
+        folder = statistics.reference("w0").folder
         assert len(list(folder.iterdir())) == 2 * 2 * 3
     assert not folder.exists()
 

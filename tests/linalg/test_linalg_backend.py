@@ -1,8 +1,9 @@
-"""Choice of the device, and the order, laziness and determinism of parallel work."""
+"""Choice of the device, who may use it at a time, and BLAS' threads."""
 
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import array_api_compat.numpy
 import ml_dtypes
@@ -10,12 +11,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.linalg import backend as backend_module
-from onnx_lowrank.linalg.backend import of_each, one_blas_thread, parallel_map, resolve
-from onnx_lowrank.linalg.factorize import certify, factorize
-from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.linalg.backend import Backend, of_each, one_blas_thread, resolve
 
 CPU = resolve("cpu")
 
@@ -70,50 +67,6 @@ def test_asarray_is_float64_and_exact(dtype):
     assert array.tolist() == [float(value) for value in values]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("count", [0, 1, 3, 40])
-def test_results_come_in_the_order_of_the_items(workers, count, monkeypatch):
-    monkeypatch.setattr(backend_module, "cores", lambda: workers)
-    assert list(parallel_map(lambda n: n * n, range(count), CPU)) == [n * n for n in range(count)]
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_items_are_drawn_only_when_their_turn_comes(workers, monkeypatch):
-    monkeypatch.setattr(backend_module, "cores", lambda: workers)
-    drawn = []
-
-    def items():
-        for n in range(50):
-            drawn.append(n)
-            yield n
-
-    for done, _ in enumerate(parallel_map(lambda n: n, items(), CPU)):
-        assert len(drawn) <= done + 2 * workers
-    assert len(drawn) == 50
-
-
-def test_workers_run_at_the_same_time(monkeypatch):
-    monkeypatch.setattr(backend_module, "cores", lambda: 3)
-    meeting = threading.Barrier(3, timeout=30)
-    assert len(list(parallel_map(lambda _: meeting.wait(), range(3), CPU))) == 3
-
-
-def test_each_task_has_one_blas_thread_and_the_limit_ends_with_the_work():
-    def blas_threads(_=None):
-        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
-
-    with threadpool_limits(limits=2, user_api="blas"):
-        before = blas_threads()
-        inside = list(parallel_map(blas_threads, range(4), CPU))
-        assert inside
-        assert all(threads == 1 for task in inside for threads in task)
-        assert blas_threads() == before
-        leaving = parallel_map(blas_threads, range(9), CPU)
-        next(leaving)
-        leaving.close()
-        assert blas_threads() == before
-
-
 def test_overlapping_limits_hold_until_the_last_ends_and_restore_the_first_number():
     def blas_threads():
         return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
@@ -129,51 +82,41 @@ def test_overlapping_limits_hold_until_the_last_ends_and_restore_the_first_numbe
         assert blas_threads() == {2}
 
 
-def test_an_error_in_a_task_reaches_the_caller_and_stops_the_rest(monkeypatch):
-    monkeypatch.setattr(backend_module, "cores", lambda: 1)
-    started = []
+def test_a_device_is_held_by_one_thread_and_the_cpu_by_all():
+    def holds(backend):
+        """Whether a second thread gets in while this one is in."""
+        found = []
 
-    def fail_at_one(n):
-        started.append(n)
-        if n == 1:
-            raise InputError("one")
-        return n
+        def enter():
+            with backend.alone():
+                found.append(inside.is_set())
 
-    with pytest.raises(InputError, match="one"):
-        list(parallel_map(fail_at_one, range(100), CPU))
-    assert max(started) <= 3
+        inside = threading.Event()
+        other = threading.Thread(target=enter)
+        with backend.alone():
+            inside.set()
+            other.start()
+            other.join(0.2)
+            inside.clear()
+        other.join()
+        return found == [False]
 
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_results_have_the_same_bits_whatever_the_number_of_workers(dtype, monkeypatch):
-    rng = np.random.default_rng(11)
-    shapes = [(1, 48, 96, 3, 3), (1, 130, 64), (2, 40, 24, 3, 3), (1, 64, 128, 1, 1)] * 2
-    weights = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-
-    def job(weight):
-        counts = [k for k in (1, 2, 4, 8, 24) if weight.shape[2] % k == 0]
-        found = spectra(weight, {Fold.ENCODE: counts, Fold.DECODE: counts}, CPU)
-        factors = factorize(weight, Option(Fold.DECODE, 2, 5), CPU)
-        arrays = (*found.values(), factors.encoder, factors.decoder)
-        return [array.tobytes() for array in arrays], certify(weight, factors)
-
-    results = []
-    for workers in (1, 2, 7):
-        monkeypatch.setattr(backend_module, "cores", lambda workers=workers: workers)
-        results.append(list(parallel_map(job, weights, CPU)))
-    assert results[0] == results[1] == results[2]
-
-
-def test_cuda_goes_one_after_the_other():
-    main = threading.current_thread()
-    sequential = backend_module.Backend("cuda", array_api_compat.numpy)
-    threads = list(parallel_map(lambda _: threading.current_thread(), range(3), sequential))
-    assert threads == [main] * 3
+    assert holds(Backend("cuda", array_api_compat.numpy))
+    assert not holds(CPU)
 
 
 @pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
 @pytest.mark.parametrize("size", [4, 300])
-def test_matrices_of_a_stack_give_the_same_bits_on_several_cores(stack, size):
+def test_matrices_of_a_stack_give_the_same_bits_one_by_one(stack, size):
+    counts = []
+
+    def shared(function, number):
+        counts.append(number)
+        return [function(n) for n in range(number)]
+
     matrices = np.random.default_rng(0).standard_normal((*stack, size, size))
-    found = of_each(np.linalg.svdvals, matrices, resolve("cpu"))
-    assert (found == np.linalg.svdvals(matrices)).all()
+    whole = of_each(np.linalg.svdvals, matrices, CPU)
+    parts = of_each(np.linalg.svdvals, matrices, replace(CPU, shared=shared))
+    assert (whole == np.linalg.svdvals(matrices)).all()
+    assert (parts == whole).all()
+    assert counts == ([int(np.prod(stack))] if size == 300 and np.prod(stack) > 1 else [])

@@ -8,7 +8,7 @@ from activation_reference import moments, samples, targets
 
 from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets, of_weight
+from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets, of_weight, shrinkage
 
 SHAPES = [(1, 5, 7), (3, 4, 2), (1, 3, 2, 3), (2, 4, 3, 2, 2)]
 
@@ -210,3 +210,15 @@ def test_best_ridge_of_equally_good_ones_is_the_largest():
     nothing = Moments(4, np.zeros((1, 3)), np.zeros((1, 3, 3)))
     wanted = Targets(np.zeros((1, 2)), np.zeros((1, 2, 3)), np.ones(1))
     assert best_ridge(weight, nothing, wanted, nothing, wanted, centred=True, grid=(0.1, 10.0, 1.0)) == 10.0
+
+
+def test_shrinkage_falls_with_the_number_of_vectors_and_keeps_its_floor():
+    rng = np.random.default_rng(0)
+    scale = np.arange(1, 21)
+    found = []
+    for count in (10, 100, 10_000):
+        known = moments(rng.standard_normal((1, count, 20)) * scale)
+        found.append(shrinkage(known))
+        assert shrinkage(known, 0.9) == max(found[-1], 0.9)
+    assert 1 >= found[0] > found[1] > found[2] > 0
+    assert found[2] < 0.01

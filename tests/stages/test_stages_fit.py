@@ -9,9 +9,9 @@ from onnx import numpy_helper
 from calibrating import CPU, made, measured, plan_of, run, seen
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.layers.found import prepared
 from onnx_lowrank.stages import recover as module
-from onnx_lowrank.stages.fit import activation_factors
+from onnx_lowrank.work.fitting import activation_factors
+from onnx_lowrank.work.weights import reference
 from rewriting import constants, model, tensors
 
 NORM = {"s": np.linspace(0.5, 2, 8), "t": np.linspace(-1, 1, 8), "m": np.full(8, 0.1), "v": np.full(8, 0.8)}
@@ -187,7 +187,7 @@ def test_moments_of_outputs_stand_in_for_those_of_inputs(name, monkeypatch):
     proto, shape = one_layer(name)
     found, x = seen(proto), drawn(1, shape)
     (binding,) = found.bindings
-    weight, _ = prepared(found, binding)
+    weight = reference(found.model, found.walk, binding).read()
     option, share = Option(binding.layer.folds[0], 1, 3), held_out(x)[1]
     monkeypatch.setattr("onnx_lowrank.calibrate.statistics._of_outputs", lambda layer, memory: True)
     with measured(found, x) as calibration:

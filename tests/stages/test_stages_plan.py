@@ -20,9 +20,10 @@ from onnx_lowrank.progress import Silent
 from onnx_lowrank.stages import plan as planner
 from onnx_lowrank.stages.plan import Goal, check_reach, make
 from onnx_lowrank.stages.score import Scores
+from onnx_lowrank.work.executor import Threads
 from rewriting import model
 
-CPU = resolve("cpu")
+THREADS = Threads(resolve("cpu"))
 RECIPES = [recipe for recipe in recipes.load_all() if recipe.price is None and not recipe.calibrated]
 IF = """g (bool b, float[4,{n}] x) => (float[4,{n}] y) {{ h = {before} (x{and_w})
     y = If (b) <then_branch = t () => (float[4,{n}] p) {{ k = MatMul (h, a) p = MatMul (k, b1) }},
@@ -46,13 +47,17 @@ def found(proto):
     return find_layers(load(proto), {}, (), ())
 
 
+def scores(seen, budget):
+    return Scores(seen.model, seen.walk, seen.bindings, Grid(budget), THREADS, Silent())
+
+
 def planned(seen, ratio, recipe, budget=Budget.MACS):
-    return make(seen, Goal(ratio, recipe, budget), Scores(seen, Grid(budget), CPU, Silent()), Silent())
+    return make(seen, Goal(ratio, recipe, budget), scores(seen, budget), Silent())
 
 
 def all_plans(seen, recipe):
     """(total MACs, errors) of every choice of candidates."""
-    tables = Scores(seen, Grid(Budget.MACS), CPU, Silent()).candidates(recipe)
+    tables = scores(seen, Budget.MACS).candidates(recipe)
     for picks in product(*(range(table.cost.size) for table in tables)):
         pairs = list(zip(tables, picks, strict=True))
         choices = [Choice(t.layer, t.option(n), int(t.cost[n]), float(t.error[n])) for t, n in pairs]

@@ -8,20 +8,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from calibrating import CPU, measured, seen
+from calibrating import CPU, THREADS, measured, seen
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.found import prepared
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import error, of_weight
 from onnx_lowrank.measures.output import predicted
 from onnx_lowrank.progress import Silent
 from onnx_lowrank.stages import effects as probing
-from onnx_lowrank.stages import score as module
-from onnx_lowrank.stages.fit import activation_factors
 from onnx_lowrank.stages.score import Scores
+from onnx_lowrank.work import scoring as module
+from onnx_lowrank.work.fitting import activation_factors
+from onnx_lowrank.work.weights import reference
 from rewriting import model
 from tiny import cnn
 
@@ -40,17 +40,19 @@ def calibration():
 
 
 def scores(calibration, found=FOUND):
-    return Scores(found, Grid(Budget.PARAMS), CPU, Silent(), calibration)
+    return Scores(
+        found.model, found.walk, found.bindings, Grid(Budget.PARAMS), THREADS, Silent(), calibration
+    )
 
 
 def test_the_activation_errors_are_those_of_the_factors(calibration, monkeypatch):
     """On the inputs that are fitted to, with the ridge left out of both."""
-    monkeypatch.setattr(module, "shrinkage", lambda moments, least=0.0: 0.0)
-    monkeypatch.setattr("onnx_lowrank.stages.fit.shrinkage", lambda moments, least=0.0: 0.0)
+    for name in ("scoring", "fitting"):
+        monkeypatch.setattr(f"onnx_lowrank.work.{name}.shrinkage", lambda moments, least=0.0: 0.0)
     checked = 0
     for binding, table in zip(FOUND.bindings, scores(calibration).candidates(ACTIVATION), strict=True):
         moments = replace(calibration.statistics[binding.layer.id], held=None)
-        weight, _ = prepared(FOUND, binding)
+        weight = reference(FOUND.model, FOUND.walk, binding).read()
         centred = bias(FOUND.model, FOUND.walk, binding) is not None
         judge = of_weight(weight, moments.inputs, centred=centred, ridge=0.0)
         assert np.all((table.error >= 0) & (table.error <= 1))
@@ -76,7 +78,7 @@ def test_absolute_errors_are_relative_ones_times_the_power_of_the_outputs(calibr
     powers = []
     for binding, one, other in zip(FOUND.bindings, relative, absolute, strict=True):
         inputs = calibration.statistics[binding.layer.id].inputs
-        weight, _ = prepared(FOUND, binding)
+        weight = reference(FOUND.model, FOUND.walk, binding).read()
         centred = bias(FOUND.model, FOUND.walk, binding) is not None
         power = of_weight(weight, inputs, centred=centred, ridge=0.0).power.sum()
         np.testing.assert_allclose(other.error[1:], one.error[1:] * power, rtol=0.2)
@@ -191,7 +193,7 @@ def test_layers_that_do_not_run_are_scored_by_their_weights(recipe):
         (idle,) = taken.statistics.reasons
         assert all(np.isfinite(table.error).all() for table in scores(taken, found).candidates(recipe))
     (binding,) = (b for b in found.bindings if b.layer.id == idle)
-    weight, _ = prepared(found, binding)
+    weight = reference(found.model, found.walk, binding).read()
     sigma = np.linalg.svd(weight.reshape(8, 8).astype(np.float64), compute_uv=False) ** 2
     table = next(table for table in tables if table.layer == idle)
     whole = [pick for pick in range(1, table.cost.size) if table.k[pick] == 1]

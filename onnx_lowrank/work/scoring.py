@@ -1,0 +1,121 @@
+"""Work items that tell the errors of all decompositions of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.core.factors import Spectra
+from onnx_lowrank.core.option import Fold
+from onnx_lowrank.linalg.activations import errors, output_errors
+from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, of_weight, shrinkage
+from onnx_lowrank.linalg.spectra import spectra
+from onnx_lowrank.work.moments import MomentsRef
+from onnx_lowrank.work.weights import WeightRef
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightItem:
+    """Asks for the singular values of a weight's slices.
+
+    Attributes:
+        weight: The weight.
+        wanted: For every fold the numbers of slices k.
+    """
+
+    weight: WeightRef
+    wanted: Mapping[Fold, tuple[int, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes: the weight three times, and the Gram matrices of one fold."""
+        return self.weight.nbytes + 16 * self.weight.size + max(map(self._grams, self.wanted), default=0)
+
+    def _grams(self, fold: Fold) -> int:
+        """Those of all k stay, and the largest ones are copied once to be solved."""
+        g, f, c, *kernel = self.weight.shape
+        encoder, decoder = fold.kernels(tuple(kernel))
+        rows, cols = f * prod(decoder), c * prod(encoder)
+        sizes = [8 * g * k * min(rows, cols // k) ** 2 for k in self.wanted[fold]]
+        return sum(sizes) + max(sizes, default=0)
+
+
+def singular_values(item: WeightItem, backend: Backend) -> Spectra:
+    """Singular values for every wanted (fold, k); see `linalg.spectra.spectra`."""
+    return spectra(item.weight.read(), item.wanted, backend, item.weight.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationItem:
+    """Asks for the errors of a layer's decompositions on its activations.
+
+    Attributes:
+        weight: Its weight.
+        moments: The moments of its inputs or of its outputs.
+        centred: Whether a bias takes the change of the mean.
+        tops: The largest rank that is wanted of each (fold, k).
+    """
+
+    weight: WeightRef
+    moments: MomentsRef
+    centred: bool
+    tops: Mapping[tuple[Fold, int], int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, about: several copies of the moments, of the weight and of P C."""
+        if self.moments.of_outputs:
+            return self.weight.nbytes + 16 * self.weight.size + 4 * self.moments.nbytes
+        g, f, *rest = self.weight.shape
+        p = prod(rest)
+        n = max(map(self._rows, self.tops), default=0)
+        taken = 4 * p**2 + 5 * f * p + 3 * n * p + 3 * n**2
+        return self.weight.nbytes + self.moments.nbytes + 8 * g * taken
+
+    def _rows(self, key: tuple[Fold, int]) -> int:
+        """Rows of P C in `linalg.projection`."""
+        fold, k = key
+        _, decoder = fold.kernels(self.weight.shape[3:])
+        return k * prod(decoder) * self.tops[key]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationErrors:
+    """Errors of a layer's decompositions on its activations.
+
+    Attributes:
+        relative: For each (fold, k) the errors at the ranks 0, 1, …, relative to the power of the outputs.
+            Moments of outputs tell those of (encode, 1) alone.
+        power: The power of the outputs, which makes them absolute.
+    """
+
+    relative: Mapping[tuple[Fold, int], NDArray[np.float64]]
+    power: float
+
+
+def activation_errors(item: ActivationItem, backend: Backend) -> ActivationErrors:
+    """The errors of the factors that `work.fitting.fitted` makes, without their refinement.
+
+    Raises:
+        InputError: The moments are not finite.
+    """
+    weight, moments = item.weight.read(), item.moments.read()
+    if moments.inputs is not None:
+        ridge = shrinkage(moments.inputs, INPUT_RIDGE)
+        problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
+        table = {
+            (fold, k): errors(problem, weight.shape, fold, k, top, backend)
+            for (fold, k), top in item.tops.items()
+        }
+        return ActivationErrors(table, float(np.sum(problem.power)))
+    if moments.outputs is None:
+        raise RuntimeError(f"the moments {item.moments.number} were not written")
+    ridge = shrinkage(moments.outputs)
+    only = output_errors(moments.outputs, weight, centred=item.centred, ridge=ridge)
+    power = float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
+    return ActivationErrors({(Fold.ENCODE, 1): only}, power)

@@ -1,0 +1,390 @@
+"""Order, bounds, errors and ends of what runs work items, in threads and in processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.linalg.backend import of_each, one_blas_thread, resolve
+from onnx_lowrank.work import executor as module
+from onnx_lowrank.work.executor import Processes, Threads, executor
+
+CPU = resolve("cpu")
+PLENTY = 10**9
+
+
+@dataclass(frozen=True)
+class Number:
+    value: int
+    nbytes: int = 1
+
+
+def square(item, backend):
+    return item.value**2
+
+
+def slow_first(item, backend):
+    time.sleep(0.3 if item.value == 0 else 0)
+    return item.value
+
+
+def fail_at_three(item, backend):
+    if item.value == 3:
+        raise InputError(f"There is no {item.value}.")
+    return item.value
+
+
+def process(item, backend):
+    return os.getpid()
+
+
+def blas_threads(item=None, backend=None):
+    return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+
+
+def sleep(item, backend):
+    time.sleep(600)
+
+
+def die(item, backend):
+    os._exit(7)
+
+
+def device(item, backend):
+    return backend.name, backend.xp.__name__
+
+
+def numbers(count, nbytes=1):
+    return [Number(value, nbytes) for value in range(count)]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with Processes(2, CPU, budget=PLENTY) as running:
+        yield running
+
+
+@pytest.fixture(params=["threads", "processes"])
+def running(request):
+    """An executor of two workers, in either kind."""
+    if request.param == "threads":
+        with Threads(CPU, number=2, budget=PLENTY) as made:
+            yield made
+    else:
+        yield request.getfixturevalue("processes")
+
+
+# --- both kinds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+def test_results_come_in_the_order_of_the_items(running, count):
+    assert list(running.map(square, numbers(count))) == [n**2 for n in range(count)]
+    assert list(running.map(slow_first, iter(numbers(count)))) == list(range(count))
+
+
+def test_an_error_comes_in_the_turn_of_its_item_and_the_executor_goes_on(running):
+    results = running.map(fail_at_three, numbers(50))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(InputError, match="There is no 3"):
+        next(results)
+    assert list(running.map(square, numbers(3))) == [0, 1, 4]
+
+
+def test_every_worker_has_one_blas_thread_and_the_limit_ends_with_the_work(running):
+    with threadpool_limits(limits=2, user_api="blas"):
+        before = blas_threads()
+        inside = list(running.map(blas_threads, numbers(4)))
+        assert inside
+        assert all(threads == 1 for task in inside for threads in task)
+        assert blas_threads() == before
+        leaving = running.map(blas_threads, numbers(9))
+        next(leaving)
+        leaving.close()
+        assert blas_threads() == before
+
+
+def test_items_are_computed_where_the_executor_is_told(running):
+    assert list(running.map(device, numbers(1))) == [("cpu", CPU.xp.__name__)]
+
+
+@pytest.mark.parametrize("budget", [10, 25, 40])
+def test_the_bytes_in_flight_keep_within_the_budget(budget):
+    """At most so many items are drawn beyond those yielded, one of them in hand."""
+    most = budget // 10
+    drawn = []
+
+    def items():
+        for item in numbers(30, 10):
+            drawn.append(item)
+            yield item
+
+    with Threads(CPU, number=8, budget=budget) as running:
+        for done, _ in enumerate(running.map(slow_first, items())):
+            assert len(drawn) <= done + 1 + most + 1
+    assert len(drawn) == 30
+
+
+def test_results_that_wait_for_their_turn_count_until_then():
+    drawn = []
+
+    def items():
+        for item in numbers(6, 10):
+            drawn.append(item.value)
+            yield item
+
+    release = threading.Event()
+
+    def held(item, backend):
+        if item.value == 0:
+            release.wait(30)
+        return item.value
+
+    with Threads(CPU, number=4, budget=30) as running:
+        threading.Timer(0.5, release.set).start()
+        results = running.map(held, items())
+        assert next(results) == 0
+        assert drawn == [0, 1, 2, 3], "three fit, and one is in hand"
+        assert list(results) == [1, 2, 3, 4, 5]
+
+
+def test_an_item_above_the_budget_runs_alone():
+    running_now, most = [], []
+    lock = threading.Lock()
+
+    def watch(item, backend):
+        with lock:
+            running_now.append(item.value)
+            most.append(len(running_now))
+        time.sleep(0.02)
+        with lock:
+            running_now.remove(item.value)
+        return item.value
+
+    with Threads(CPU, number=4, budget=5) as running:
+        assert list(running.map(watch, numbers(6, 1000))) == list(range(6))
+    assert set(most) == {1}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_items_are_drawn_when_a_worker_is_about_to_be_free(workers):
+    begun = []
+
+    def begin(item, backend):
+        begun.append(item.value)
+
+    def items():
+        for item in numbers(30):
+            assert item.value <= len(begun) + workers + 1, "drawn long before it can run"
+            yield item
+
+    with Threads(CPU, number=workers, budget=PLENTY) as running:
+        assert len(list(running.map(begin, items()))) == 30
+
+
+def test_a_result_that_is_there_is_given_before_the_next_item_is_drawn():
+    """Drawing may take long, where a walk recovers the layer first; progress goes on with it."""
+    drawn = []
+
+    def items():
+        for item in numbers(10):
+            drawn.append(item.value)
+            time.sleep(0.05)
+            yield item
+
+    with Threads(CPU, number=2, budget=PLENTY) as running:
+        for done, _ in enumerate(running.map(square, items())):
+            assert len(drawn) <= done + 3
+
+
+# --- threads ------------------------------------------------------------------------------------------
+
+
+def test_threads_run_at_the_same_time_whatever_the_device():
+    """On a GPU, too: there only its own part is for one at a time."""
+    for backend in (CPU, replace(CPU, name="cuda")):
+        meeting = threading.Barrier(3, timeout=30)
+        with Threads(backend, number=3, budget=PLENTY) as running:
+            list(running.map(lambda item, backend, meeting=meeting: meeting.wait(), numbers(3)))
+            running.each(lambda _, meeting=meeting: meeting.wait(), range(3))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 3, 40])
+def test_each_gives_the_results_in_order(workers, count):
+    with Threads(CPU, number=workers) as running:
+        assert running.each(lambda n: n * n, range(count)) == [n * n for n in range(count)]
+
+
+@pytest.mark.parametrize("wrong", range(6))
+def test_an_error_in_each_is_raised_when_nothing_runs_any_more(wrong):
+    active = []
+
+    def work(n):
+        active.append(n)
+        time.sleep(0.01)
+        active.remove(n)
+        if n == wrong:
+            raise InputError(f"not {n}")
+
+    with Threads(CPU, number=3) as running:
+        with pytest.raises(InputError, match=f"not {wrong}"):
+            running.each(work, range(6))
+        assert active == []
+
+
+def test_an_interrupt_leaves_nothing_at_work():
+    active = []
+
+    def work(item, backend):
+        active.append(item.value)
+        time.sleep(0.05)
+        active.remove(item.value)
+
+    def items():
+        yield from numbers(4)
+        raise KeyboardInterrupt
+
+    with Threads(CPU, number=2, budget=PLENTY) as running:
+        with pytest.raises(KeyboardInterrupt):
+            list(running.map(work, items()))
+        assert active == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_idle_threads_help_with_the_slices_of_a_large_item_without_a_pool_of_their_own(workers):
+    matrices = np.random.default_rng(0).standard_normal((7, 300, 300))
+    names = set()
+
+    def values(matrix):
+        names.add(threading.current_thread().name)
+        return np.linalg.svdvals(matrix)
+
+    def job(item, backend):
+        return of_each(values, matrices, backend)
+
+    before = threading.active_count()
+    with Threads(CPU, number=workers, budget=PLENTY) as running:
+        (found,) = running.map(job, numbers(1))
+        assert threading.active_count() - before <= workers
+    with one_blas_thread():
+        np.testing.assert_array_equal(found, np.linalg.svdvals(matrices))
+    assert all(name.startswith("onnx-lowrank") for name in names)
+
+
+def test_all_items_may_want_help_at_once():
+    """Nobody waits for a helper that never comes."""
+    matrices = np.random.default_rng(0).standard_normal((3, 256, 256))
+
+    def job(item, backend):
+        return of_each(np.linalg.eigvalsh, matrices, backend).sum()
+
+    with Threads(CPU, number=2, budget=PLENTY) as running:
+        assert len(set(running.map(job, numbers(6)))) == 1
+
+
+# --- processes ----------------------------------------------------------------------------------------
+
+
+def test_processes_are_others(processes):
+    found = set(processes.map(process, numbers(6)))
+    assert os.getpid() not in found
+    assert 1 <= len(found) <= 2
+
+
+def test_workers_choose_the_kind():
+    with executor(0, CPU) as threads, executor(3, CPU) as others:
+        assert isinstance(threads, Threads)
+        assert isinstance(others, Processes)
+        assert threads.threads is threads
+        assert isinstance(others.threads, Threads)
+
+
+@pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_an_error_ends_the_processes_at_once(error):
+    def interrupted():
+        yield Number(0)  # which a worker computes when the error comes
+        time.sleep(0.3)
+        raise error
+
+    workers = []
+
+    def run():
+        with Processes(2, CPU, budget=PLENTY) as running:
+            before = set(active_children())
+            assert list(running.map(square, numbers(2))) == [0, 1]
+            workers.extend(set(active_children()) - before)
+            list(running.map(sleep, interrupted()))
+
+    start = time.monotonic()
+    with pytest.raises(type(error)):
+        run()
+    assert time.monotonic() - start < 300, "nobody waited for the work"
+    assert workers
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_worker_that_dies_is_an_error_that_says_so():
+    wanted = pytest.raises(InputError, match="worker process ended by itself")
+    with Processes(1, CPU, budget=PLENTY) as running, wanted:
+        list(running.map(die, numbers(2)))
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from test_work_executor import CPU, PLENTY, Number, Processes, process, sleep
+if __name__ == "__main__":
+    with Processes(1, CPU, budget=PLENTY) as running:
+        print(next(running.map(process, [Number(0)])), flush=True)
+        list(running.map(sleep, [Number(1)]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no signal that kills")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_no_worker_outlives_a_process_that_is_killed(tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    here = Path(__file__).parent
+    command = [sys.executable, str(script), str(here), str(here.parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        time.sleep(0.2)
+        parent.send_signal(getattr(signal, name))
+        parent.wait(60)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and _is_alive(worker):
+            time.sleep(0.05)
+        assert not _is_alive(worker)
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+# --- the budget ---------------------------------------------------------------------------------------
+
+
+def test_items_take_a_quarter_of_the_memory_that_is_free(monkeypatch):
+    monkeypatch.setattr(module, "free_memory", lambda: 4000)
+    for made in (Threads(CPU), Processes(1, CPU)):
+        with made:
+            assert made._budget == 1000
