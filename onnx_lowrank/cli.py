@@ -21,14 +21,14 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from onnx_lowrank import budgets
 from onnx_lowrank.api import compress
-from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.destinations import check_outputs, print_text, write
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.logs import printable, shown
 from onnx_lowrank.progress import Silent, Terminal
-from onnx_lowrank.request import ALIGN_AUTO, AUTO_RECIPE, DEFAULT_RECIPE
+from onnx_lowrank.request import ALIGN_AUTO, AUTO_RECIPE, DEFAULT_BUDGET, DEFAULT_RECIPE
 
 _INTERRUPTED = 130
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -155,8 +155,8 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option(
     "--budget",
-    metavar="|".join(Budget),
-    help=f"What the ratio counts, by default {Budget.PARAMS}.",
+    metavar="|".join(budgets.names()),
+    help=f"What the ratio counts, by default {DEFAULT_BUDGET}.",
 )
 @click.option(
     "--align",

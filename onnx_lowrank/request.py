@@ -14,10 +14,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_lowrank import measures
-from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.budgets import registry
+from onnx_lowrank.budgets.budget import Budget
 from onnx_lowrank.calibrate.data import Source
 from onnx_lowrank.core.factors import Fit
-from onnx_lowrank.core.plan import Budget, Plan
+from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans, recipes
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.engines.runtime import runtime
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "schatten"
 """The recipe that is used where nothing is known but the model; `passes/README.md` says why."""
+
+DEFAULT_BUDGET = "params"
 
 AUTO_RECIPE = "auto"
 """Stands for several recipes, of which held-out calibration inputs choose one."""
@@ -48,14 +51,16 @@ class Request:
     """What to make.
 
     Attributes:
-        grid: What is counted, and which ranks there are.
+        budget: What the ratio counts.
+        block: What ranks are multiples of.
         recipes: The recipes to choose from; none where a plan is replayed.
         ratio: The ratio to reach; None where a target or a plan says it.
         target: What the outputs have to hold instead.
         plan: The plan to replay instead.
     """
 
-    grid: Grid
+    budget: Budget
+    block: int = 1
     recipes: tuple[Recipe, ...] = ()
     ratio: float | None = None
     target: Target | None = None
@@ -72,11 +77,6 @@ class Request:
     def is_search(self) -> bool:
         """Whether models have to be made and judged to know the plan."""
         return self.target is not None or len(self.recipes) > 1
-
-    @property
-    def is_timed(self) -> bool:
-        """Whether the plan is made from times."""
-        return self.grid.budget is Budget.LATENCY
 
 
 Inputs = str | Path | Mapping[str, NDArray[Any]]
@@ -164,20 +164,18 @@ def request(
         return _replayed(plan, calibrated=calibrated, recover=recover)
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"The ratio is {ratio}, and has to be above 0 and at most 1: 0.5 keeps half.")
-    known = [member.value for member in Budget]
-    if budget is not None and budget not in known:
-        raise InputError(f"There is no budget {budget!r}: choose one of {', '.join(known)}.")
-    counted = Budget.PARAMS if budget is None else Budget(budget)
-    if align is None and counted is Budget.LATENCY:
+    counted = registry.named(DEFAULT_BUDGET if budget is None else budget)
+    if align is None and counted.is_aligned:
         align = ALIGN_AUTO
     asked = Request(
-        grid=Grid(counted, _block(align, provider)),
+        budget=counted,
+        block=_block(align, provider),
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
         ratio=None if ratio is None else float(ratio),
         target=target,
     )
     aim = target if ratio is None else f"ratio {ratio:g}"
-    _log.debug("asked for %s of %s; ranks are multiples of %d", aim, counted, asked.grid.block)
+    _log.debug("asked for %s of %s; ranks are multiples of %d", aim, counted.name, asked.block)
     return asked
 
 
@@ -208,7 +206,7 @@ def setting(
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
     require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
-    if _flag("time", time) and dry_run and not asked.is_timed:
+    if _flag("time", time) and dry_run and not asked.budget.is_measured:
         raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
     made = Setting(
         calibration=calibration,
@@ -226,7 +224,7 @@ def setting(
         backend=resolve(device),
         dry_run=dry_run,
     )
-    if calibration is not None or asked.is_timed or not dry_run:
+    if calibration is not None or asked.budget.is_measured or not dry_run:
         runtime(provider)
     return made
 
@@ -242,7 +240,9 @@ def _replayed(
     _log.debug("replays a plan of recipe %r for ratio %g of %s", known.recipe, known.ratio, known.budget)
     if known.factors is Fit.ACTIVATIONS and not calibrated:
         raise InputError("The plan's factors are fitted to calibration inputs: pass them with --calibration.")
-    return Request(grid=Grid(known.budget), plan=known if recover else replace(known, recover=False))
+    return Request(
+        budget=registry.named(known.budget), plan=known if recover else replace(known, recover=False)
+    )
 
 
 def _block(align: int | str | None, provider: str) -> int:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 
-from onnx_lowrank.budgets.latency import measured, whole
-from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.budgets import registry
+from onnx_lowrank.budgets.budget import Gauge, Meter, Tools
+from onnx_lowrank.budgets.latency import whole
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
 from onnx_lowrank.budgets.latency.whole import Whole
 from onnx_lowrank.calibrate import data, statistics
@@ -87,12 +89,13 @@ def run(
         with progress.stage("find layers"):
             material = _read(model, setting, stack)
         found = material.found
-        if asked.is_timed:
-            planner.check_shapes(found)
+        asked.budget.check(found)
+        stopwatch = _stopwatch(found.model, asked, setting)
+        tools = Tools(stopwatch, material.shown, material.shapes, progress)
+        grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
-            planner.check_reach(found, asked.ratio or 1.0, asked.recipes, asked.grid)
-        latency, clocked = _timed(material, asked, setting, progress)
-        job = _Job(material, asked, setting, running, progress, latency, clocked)
+            planner.check_reach(found, asked.ratio or 1.0, asked.recipes, grid)
+        job = _Job(material, asked, setting, running, progress, grid, _clocked(material, tools, grid))
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
 
@@ -147,23 +150,21 @@ def _log_found(found: Found) -> None:
         _log.log(DETAIL, "layer %r: %s of %s, folds %s", layer.id, layer.op, layer.shape, folds)
 
 
-def _timed(
-    material: _Material, asked: Request, setting: Setting, progress: Progress
-) -> tuple[Latency | None, Whole | None]:
-    """The times of the model and its layers where the plan is made from them; else the model to compare with.
-
-    Both are None where nobody asks for times.
-    """
-    if not (asked.is_timed or setting.time):
-        return None, None
-    model = material.found.model
+def _stopwatch(model: Model, asked: Request, setting: Setting) -> Stopwatch | None:
+    """What measures times; None where nobody asks for them."""
+    if not (asked.budget.is_measured or setting.time):
+        return None
     # Others share the cache, and activations need room in it, too.
     warm = stored_bytes(model) <= cache_bytes() / 2
-    stopwatch = Stopwatch(runtime(setting.provider), setting.threads, warm=warm, caching=setting.cache)
-    with progress.stage("time the model"):
-        if asked.is_timed:
-            return measured.start(material.found, material.shown, material.shapes, stopwatch), None
-        return None, whole.start(model, material.shown, material.shapes, stopwatch)
+    return Stopwatch(runtime(setting.provider), setting.threads, warm=warm, caching=setting.cache)
+
+
+def _clocked(material: _Material, tools: Tools, grid: Grid[Meter]) -> Whole | None:
+    """The input model, to time the finished one against, where the budget itself does not measure."""
+    if tools.stopwatch is None or isinstance(grid.costs, Gauge):
+        return None
+    with tools.progress.stage("time the model"):
+        return whole.start(material.found.model, tools.feed, tools.shapes, tools.stopwatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +176,13 @@ class _Job:
     setting: Setting
     executor: Executor
     progress: Progress
-    latency: Latency | None
+    grid: Grid[Meter]
     clocked: Whole | None
+
+    @property
+    def gauge(self) -> Gauge | None:
+        """The budget on the model, where it measures."""
+        return self.grid.costs if isinstance(self.grid.costs, Gauge) else None
 
     @property
     def found(self) -> Found:
@@ -220,11 +226,11 @@ class _Job:
             self.found.model,
             self.found.walk,
             self.found.bindings,
-            self.asked.grid,
+            self.grid,
             self.executor,
             self.progress,
             calibration,
-            self.latency,
+            lambda name: registry.named(name).on(self.found),
         )
         dry_run = self.setting.dry_run
         if dry_run and not self.asked.is_search:
@@ -239,14 +245,14 @@ class _Job:
                 with self.progress.stage("validate"):
                     validation = self._validated(built, calibration, trials)
                 timing = self._timing(built)
-                if self.latency is None or timing is None or not self._is_refused(built, timing):
+                if self.gauge is None or timing is None or not self._is_refused(built, timing):
                     return self._result(
                         built.plan, calibration, trials, built, validation, timing, stack.pop_all()
                     )
                 slower.append(timing.ratio or 1.0)
                 _log.debug("the model takes %.3f of the time: what loses in it is put back", slower[-1])
                 if len(slower) < _CHANCES:
-                    self._put_back(self.latency, built, calibration, slower[-1])
+                    self._put_back(self.gauge, built, calibration, slower[-1])
         raise BudgetError(
             f"The compressed model takes {min(slower):.3f} of the time of {self.found.model.name}, although "
             "its plan was faster when it was measured, so nothing is written: try again when no other work "
@@ -259,9 +265,7 @@ class _Job:
         is_own = self.asked.plan is None and bool(settling.options(built.plan))
         return is_own and timing.ratio is not None and timing.ratio > _REFUSED
 
-    def _put_back(
-        self, latency: Latency, built: Built, calibration: Calibration | None, reached: float
-    ) -> None:
+    def _put_back(self, gauge: Gauge, built: Built, calibration: Calibration | None, reached: float) -> None:
         """Measure each kind of layer with the factors that it has: the next plan keeps those that lose."""
         plan = replace(built.plan, recover=False)  # which changes factors, not times
 
@@ -270,12 +274,12 @@ class _Job:
             part = build(self.found, replace(plan, choices=choices), calibration, self.executor, Silent())
             with part.resources:
                 try:
-                    return latency.ratio(part.rewritten.model)
+                    return gauge.ratio(part.rewritten.model)
                 except (UnsupportedError, RejectedError):
-                    return latency.predicted(own) / latency.whole
+                    return gauge.predicted(own) / gauge.total
 
         with self.progress.stage("time kinds of layers", 1) as step:
-            latency.correct(settling.options(plan), reached, ratio, step)
+            gauge.correct(settling.options(plan), reached, ratio, step)
 
     def _made(self, scores: Scores, calibration: Calibration | None) -> tuple[Built, tuple[Trial, ...]]:
         """The best model that is found, and what was tried where held-out inputs tell which that is."""
@@ -285,8 +289,8 @@ class _Job:
 
     def _searched(self, scores: Scores, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
         """The best model that held-out inputs show, and what was tried."""
-        budget, recipes = self.asked.grid.budget, self.asked.recipes
-        search = Search(self.found, budget, scores, calibration, self.executor, self.progress)
+        recipes = self.asked.recipes
+        search = Search(self.found, scores, calibration, self.executor, self.progress)
         if self.asked.ratio is not None:
             built = search.best(recipes, self.asked.ratio)
         else:
@@ -295,8 +299,8 @@ class _Job:
 
     def _plan(self, scores: Scores) -> Plan:
         if self.asked.plan is not None:
-            return planner.replay(self.asked.plan, self.found)
-        goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0], self.asked.grid.budget)
+            return planner.replay(self.asked.plan, self.found, self.grid.costs)
+        goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0])
         return settling.make(self.found, goal, scores, self.progress)
 
     def _result(
@@ -309,8 +313,8 @@ class _Job:
         timing: Timing | None = None,
         resources: ExitStack | None = None,
     ) -> Made:
-        if timing is None and self.latency is not None:
-            timing = self.latency.timing(settling.options(plan), None)
+        if timing is None and self.gauge is not None:
+            timing = self.gauge.timing(settling.options(plan), None)
         report = reporting.assemble(
             self.found,
             plan,
@@ -325,29 +329,24 @@ class _Job:
             target_agreement=self.asked.target.agreement if self.asked.target else None,
             timing=timing,
             merges=() if built is None else built.merges,
-            macs_after=self._macs(built),
+            meter=self.grid.costs,
+            shapes=self.material.shapes,
         )
         model = self.found.model if built is None else built.rewritten.model
         return Made(report, plan, model, resources or ExitStack())
 
-    def _macs(self, built: Built | None) -> int | None:
-        """MACs of a model in which operators were multiplied, of which the plan knows nothing; else None."""
-        if built is None or not built.merges:
-            return None
-        return find_layers(built.rewritten.model, self.material.shapes, (), ()).macs()
-
     def _timing(self, built: Built) -> Timing | None:
         """How long both models take, the median of several where it seems to be slower; None if not asked."""
-        if self.latency is None and self.clocked is None:
+        if self.gauge is None and self.clocked is None:
             return None
         model, chosen = built.rewritten.model, settling.options(built.plan)
         with self.progress.stage("time"):
-            if self.latency is None:
+            if self.gauge is None:
                 return None if self.clocked is None else self.clocked.timing(model)
-            timing = self.latency.timing(chosen, model)
+            timing = self.gauge.timing(chosen, model)
             if not self._is_refused(built, timing):
                 return timing
-            again = [self.latency.timing(chosen, model) for _ in range(_CHANCES - 1)]
+            again = [self.gauge.timing(chosen, model) for _ in range(_CHANCES - 1)]
         return sorted([timing, *again], key=lambda of: of.ratio or 0)[len(again) // 2]
 
     def _validated(

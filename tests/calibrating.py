@@ -14,7 +14,7 @@ from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Option
-from onnx_lowrank.core.plan import Budget, Choice, Plan
+from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.files.load import load
@@ -52,7 +52,7 @@ def plan_of(
         Choice(layer.id, option, 0, 0.0) for layer, option in zip(found.layers, options, strict=True)
     )
     sha = found.model.sha256
-    return Plan(sha, "test", "activation", 0.5, Budget.PARAMS, choices, factors=fit, recover=recover)
+    return Plan(sha, "test", "activation", 0.5, "params", choices, factors=fit, recover=recover)
 
 
 def made(found: Found, plan: Plan, calibration: Calibration | None) -> Built:

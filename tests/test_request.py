@@ -9,9 +9,8 @@ import pytest
 
 from onnx_lowrank import InputError, RecipeError, compress, hardware
 from onnx_lowrank import request as arguments
-from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.core.factors import Fit
-from onnx_lowrank.core.plan import Budget, Plan
+from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_RECIPE, check_calibration, request, target
 from onnx_lowrank.stages.search import AUTO, Target
@@ -22,7 +21,7 @@ X = np.zeros((4, 8), np.float32)
 
 
 def plan(fit=Fit.WEIGHTS, recover=False):
-    return Plan("0" * 64, "r", "spectral", 0.5, Budget.MACS, (), factors=fit, recover=recover)
+    return Plan("0" * 64, "r", "spectral", 0.5, "macs", (), factors=fit, recover=recover)
 
 
 def asked(
@@ -47,7 +46,7 @@ def test_without_calibration_the_default_is_one_recipe_of_weights():
     made = asked()
     assert [one.name for one in made.recipes] == [DEFAULT_RECIPE]
     assert (made.is_search, made.fits_activations) == (False, False)
-    assert made.grid.budget is Budget.PARAMS
+    assert made.budget.name == "params"
 
 
 @pytest.mark.parametrize("recipe", CALIBRATED)
@@ -127,7 +126,7 @@ def test_a_plan_says_itself_what_it_needs(fit, recover, calibrated):
         return
     made = asked(ratio=None, plan=given, calibrated=calibrated)
     assert made.plan == given
-    assert made.grid.budget is Budget.MACS
+    assert made.budget.name == "macs"
     assert made.fits_activations == (fit is Fit.ACTIVATIONS)
     assert not made.is_search
     assert not asked(ratio=None, plan=given, calibrated=calibrated, recover=False).plan.recover
@@ -258,12 +257,12 @@ def test_what_is_wrong_is_told_before_the_model_is_read(given):
 
 @pytest.mark.parametrize(("align", "block"), [(None, 1), (1, 1), (8, 8), (np.int64(16), 16), (1024, 1024)])
 def test_ranks_are_aligned_as_asked(align, block):
-    assert asked(align=align).grid == Grid(Budget.PARAMS, block)
+    assert asked(align=align).block == block
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
 def test_auto_follows_the_provider(provider):
-    assert asked(align="auto", provider=provider).grid.block == hardware.block(provider)
+    assert asked(align="auto", provider=provider).block == hardware.block(provider)
 
 
 @pytest.mark.parametrize("align", [0, -8, 1025, 2.0, "8", "Auto", "", True, float("nan"), [8]])
@@ -275,8 +274,8 @@ def test_what_is_no_alignment_is_told(align):
 @pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CUDAExecutionProvider"])
 @pytest.mark.parametrize(("align", "block"), [(None, None), ("auto", None), (1, 1), (4, 4)])
 def test_times_are_best_in_the_providers_blocks(provider, align, block):
-    grid = asked(align=align, provider=provider, budget="latency").grid
-    assert grid == Grid(Budget.LATENCY, block or hardware.block(provider))
+    made = asked(align=align, provider=provider, budget="latency")
+    assert (made.budget.name, made.block) == ("latency", block or hardware.block(provider))
 
 
 # --- threads and workers -------------------------------------------------------------------------

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from onnx_lowrank.allocate.cost import allowed, cost, linear, macs
+from onnx_lowrank.allocate.cost import Costs, allowed
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents.recipes import Recipe
+
+C = TypeVar("C", bound=Costs, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """A budget, and the block of channels to which ranks are aligned.
+class Grid(Generic[C]):
+    """The costs of a model's options, and the block of channels to which ranks are aligned.
 
     Kernels that compute in blocks pad what does not fill one, or fall back to slower ones. ONNX Runtime's
     blocked convolutions need it of the channels of every group: of a sliced convolution those are the
     c / k that the encoder reads and the rank j.
 
     Attributes:
-        budget: What options cost. Of latency there is no formula: `Times` has it, and what saves no MACs is
-            not measured.
+        costs: What options cost.
         block: Ranks are multiples of it, and so are the channels of a sliced convolution's groups.
     """
 
-    budget: Budget
+    costs: C
     block: int = 1
-
-    @property
-    def counted(self) -> Budget:
-        """What is counted to know which ranks are cheaper."""
-        return Budget.MACS if self.budget is Budget.LATENCY else self.budget
 
     def ranks(self, layer: Layer, fold: Fold, k: int) -> range:
         """The ranks below full rank, ascending, at which a decomposition is cheaper than the layer.
@@ -42,17 +38,16 @@ class Grid:
             k: A number of slices that it offers.
 
         Raises:
-            InputError: MACs are the budget and a dimension that they need is unknown. Under a latency budget
-                there are no ranks then.
+            InputError: A dimension is unknown on which the costs depend.
         """
-        if self.budget is Budget.LATENCY and macs(layer) is None:
-            return range(0)
-        slope, constant = linear(layer, fold, k, self.counted)
-        spare = cost(layer, None, self.counted) - constant - 1
+        line = self.costs.line(layer, fold, k)
         fits = k == 1 or not layer.kernel or layer.shape[2] // k % self.block == 0
-        if slope <= 0 or spare < slope or not fits:
+        if line is None or not fits:
             return range(0)
-        top = min(layer.full_rank(fold, k) - 1, spare // slope)
+        spare = line.keep - line.constant - 1
+        if line.slope <= 0 or spare < line.slope:
+            return range(0)
+        top = min(layer.full_rank(fold, k) - 1, spare // line.slope)
         return range(self.block, top + 1, self.block)
 
     def wanted_spectra(self, layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
@@ -62,7 +57,7 @@ class Grid:
         singular value is the norm of the spectral measures. Empty where the layer can only be kept.
 
         Raises:
-            InputError: The budget counts MACs and a dimension that they need is unknown.
+            InputError: A dimension is unknown on which the costs depend.
         """
         wanted = {}
         for fold, ks in allowed(layer, recipe).items():

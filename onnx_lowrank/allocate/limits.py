@@ -1,16 +1,16 @@
-"""What a plan must keep within: a budget, on every route through a model's branches."""
+"""What a plan must keep within: one constraint on its costs, or several at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from typing import Protocol, Self
 
 import numpy as np
 
-from onnx_lowrank.allocate.cost import use_macs
-from onnx_lowrank.allocate.options import Candidates, Ints
-from onnx_lowrank.core.layer import Layer, ScopeWork, Use
+from onnx_lowrank.allocate.cost import Ints
+from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.core.plan import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,60 +44,27 @@ class Limits:
         return -int(self.spare(picks).min())
 
 
-def macs_limits(
-    layers: Sequence[Layer],
-    tables: Sequence[Candidates],
-    scopes: Sequence[ScopeWork],
-    routes: Sequence[Mapping[str, int]],
-    limit: int,
-) -> Limits:
-    """Hold a whole model's MACs below a limit, on each of some routes through its branches.
+class Bounds(Protocol):
+    """How the limit on a whole model binds the choices for its layers."""
 
-    Args:
-        layers: The layers.
-        tables: Their candidates, whose costs are MACs.
-        scopes: Every scope of the model.
-        routes: How often every scope runs, for each route (`allocate.cost.dearest`).
-        limit: Largest MACs of the whole model.
+    @property
+    def limits(self) -> Limits:
+        """The constraints of now."""
+
+    def further(self, choices: Sequence[Choice]) -> Self | None:
+        """With one more constraint, which a plan breaks that costs too much; None where there is no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """The bounds of a budget in which the cost of a model is that of its layers and something fixed.
+
+    Attributes:
+        limits: One constraint.
     """
-    fixed = [
-        sum(runs[scope.path] * (scope.macs or 0) for scope in scopes if runs[scope.path]) for runs in routes
-    ]
-    return Limits(
-        limit - np.array(fixed, dtype=np.int64),
-        tuple(
-            np.stack([_macs(layer, table, runs) for runs in routes])
-            for layer, table in zip(layers, tables, strict=True)
-        ),
-        all(_alike(layer, routes) for layer in layers),
-    )
 
+    limits: Limits
 
-def _macs(layer: Layer, table: Candidates, runs: Mapping[str, int]) -> Ints:
-    """MACs of a layer's candidates on a route."""
-    counts = {runs[use.scope] for use in layer.uses}
-    if len(counts) == 1:
-        return table.cost * counts.pop()
-    options = [table.option(index) for index in range(table.cost.size)]
-    return np.array(
-        [
-            sum(runs[use.scope] * (use_macs(layer, use, option) or 0) for use in layer.uses)
-            for option in options
-        ],
-        dtype=np.int64,
-    )
-
-
-def _alike(layer: Layer, routes: Sequence[Mapping[str, int]]) -> bool:
-    """Whether the routes weigh a layer's two factors alike: run all uses as often, or uses of one kind."""
-    same = all(len({runs[use.scope] for use in layer.uses}) == 1 for runs in routes)
-    return same or len({_kind(use) for use in layer.uses if _kind(use) != ()}) <= 1
-
-
-def _kind(use: Use) -> tuple[int, ...] | None:
-    """Uses of one kind have MACs in one proportion to each other, whatever the option; () where none runs."""
-    if use.evaluations is None:
+    def further(self, choices: Sequence[Choice]) -> Self | None:
+        """None: there is one constraint."""
         return None
-    counts = (use.evaluations.dense, *(n for pair in use.evaluations.factors.values() for n in pair))
-    unit = gcd(*counts)
-    return tuple(count // unit for count in counts) if unit else ()

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.allocate.cost import allowed, cost, linear
+from onnx_lowrank.allocate.cost import Costs, Ints, Tariff, allowed
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.times import WORTHWHILE, Times
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.measures import Errors, Floats
-
-Ints = NDArray[np.int64]
 
 _FOLDS = tuple(Fold)
 _DIGITS = 9
@@ -38,7 +35,7 @@ class Candidates:
         error: Errors in the recipe's measure, rounded to 9 significant digits; 0 for keep.
         price: The costs that the recipe trades against error, where they are not the budget's own.
         block: What the ranks are multiples of.
-        times: What the costs were taken from, where latency is the budget.
+        tariff: What the costs were taken from; None where chains are written natively.
     """
 
     layer: str
@@ -50,19 +47,18 @@ class Candidates:
     error: Floats
     price: Ints | None = None
     block: int = 1
-    times: Times | None = None
+    tariff: Tariff | None = None
 
     def option(self, index: int) -> Option | None:
         """The option at an index, or None for keep."""
         if index == 0:
             return None
         fold, k, j = _FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index])
-        curve = None if self.times is None else self.times.curves.get((fold, k))
-        return Option(fold, k, j) if curve is None else Option(fold, k, j, curve.lowering)
+        return Option(fold, k, j, Lowering.NATIVE if self.tariff is None else self.tariff.lowering(fold, k))
 
 
 def candidates(
-    layer: Layer, errors: Errors, recipe: Recipe, grid: Grid, times: Times | None = None
+    layer: Layer, errors: Errors, recipe: Recipe, grid: Grid[Costs], price: Costs | None = None
 ) -> Candidates:
     """All options of a layer that are cheaper than keeping it and that no other option beats.
 
@@ -73,32 +69,31 @@ def candidates(
         layer: The layer.
         errors: Their errors; a (fold, k) without errors is not considered.
         recipe: Which options to consider.
-        grid: The ranks, and the unit of their costs.
-        times: The costs, where the budget is latency.
+        grid: The ranks and their costs.
+        price: The costs that the recipe trades against error, where they are others.
 
     Raises:
-        InputError: The budget or the recipe's price counts MACs and a dimension that they need is
-            unknown.
+        InputError: A dimension is unknown on which the costs or the prices depend.
     """
-    budget, price = grid.budget, recipe.price or grid.budget
-    keep = [_cost(layer, None, unit, times) for unit in (budget, price)]
-    rows = [np.array([[-1], [0], [0], [0], [keep[0]], [keep[1]]])]
+    tariff = grid.costs.tariff(layer)
+    tariffs = (tariff, tariff if price is None else price.tariff(layer))
+    rows = [np.array([[-1], [0], [0], [0], *([one.keep] for one in tariffs)])]
     columns = [np.zeros(1)]
     for fold, ks in allowed(layer, recipe).items():
         for k in ks:
-            if (fold, k) in errors and (ranks := _ranks(layer, fold, k, grid, times)).size:
-                rows.append(_options(layer, fold, k, ranks, (budget, price), times))
+            if (fold, k) in errors and (ranks := _ranks(layer, fold, k, grid, tariff)).size:
+                rows.append(_options(layer, fold, k, ranks, tariffs))
                 columns.append(errors[fold, k][ranks])
     table, error = np.concatenate(rows, axis=1, dtype=np.int64), _rounded(np.concatenate(columns))
     if recipe.aggregate is not Aggregate.UNIFORM:
         front = _pareto(table, error)
         table, error = table[:, front], error[front]
     folds, k_, j, full, costs, prices = table
-    own = None if price is budget else prices
-    return Candidates(layer.id, folds, k_, j, full, costs, error, own, grid.block, times)
+    own = None if price is None else prices
+    return Candidates(layer.id, folds, k_, j, full, costs, error, own, grid.block, tariff)
 
 
-def unscored(layer: Layer, recipe: Recipe, grid: Grid) -> Candidates:
+def unscored(layer: Layer, recipe: Recipe, grid: Grid[Costs]) -> Candidates:
     """As `candidates`, where no error is known: what tells how cheap a layer can become.
 
     Raises:
@@ -109,33 +104,19 @@ def unscored(layer: Layer, recipe: Recipe, grid: Grid) -> Candidates:
     return candidates(layer, {key: np.ones(size + 1) for key, size in sizes.items()}, recipe, grid)
 
 
-def _ranks(layer: Layer, fold: Fold, k: int, grid: Grid, times: Times | None) -> Ints:
-    """The ranks at which a decomposition is cheaper; where times are measured, clearly so."""
+def _ranks(layer: Layer, fold: Fold, k: int, grid: Grid[Costs], tariff: Tariff) -> Ints:
+    """The ranks at which a decomposition is cheaper."""
     ranks = np.array(grid.ranks(layer, fold, k), dtype=np.int64)
-    if times is None or not ranks.size:
-        return ranks
-    return ranks[times.costs(fold, k, ranks) < WORTHWHILE * times.keep]
+    return ranks[tariff.is_cheaper(tariff.costs(fold, k, ranks))] if ranks.size else ranks
 
 
-def _options(
-    layer: Layer, fold: Fold, k: int, j: Ints, units: tuple[Budget, Budget], times: Times | None
-) -> Ints:
-    """Rows fold, k, j, full, cost, price of the options with ranks j; cost and price in these units."""
+def _options(layer: Layer, fold: Fold, k: int, j: Ints, tariffs: tuple[Tariff, Tariff]) -> Ints:
+    """Rows fold, k, j, full, cost, price of the options with ranks j; cost and price by these tariffs."""
     rows: Ints = np.empty((6, j.size), dtype=np.int64)
     rows[0], rows[1], rows[2], rows[3] = _FOLDS.index(fold), k, j, layer.full_rank(fold, k)
-    for row, unit in enumerate(units, start=4):
-        if unit is Budget.LATENCY and times is not None:
-            rows[row] = times.costs(fold, k, j)
-        else:
-            slope, constant = linear(layer, fold, k, unit)
-            rows[row] = j * slope + constant
+    for row, tariff in enumerate(tariffs, start=4):
+        rows[row] = tariff.costs(fold, k, j)
     return rows
-
-
-def _cost(layer: Layer, option: Option | None, unit: Budget, times: Times | None) -> int:
-    if unit is Budget.LATENCY and times is not None:
-        return times.cost(option)
-    return cost(layer, option, unit)
 
 
 def _rounded(values: Floats) -> Floats:

@@ -12,9 +12,10 @@ from operator import itemgetter
 
 import numpy as np
 
+from onnx_lowrank.allocate.cost import Ints
 from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack, solve_knapsacks
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import Candidates, Ints
+from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
+from onnx_lowrank.allocate.cost import Ints
 from onnx_lowrank.core.option import Fold, Lowering, Option
-
-Ints = NDArray[np.int64]
 
 WORTHWHILE = 0.97
 """An option has to take less than this share of the layer's time: what gains less may as well lose."""
@@ -78,6 +77,15 @@ class Times:
         if option is None:
             return self.keep
         return int(self.costs(option.fold, option.k, np.array([option.j]))[0])
+
+    def is_cheaper(self, costs: Ints) -> NDArray[np.bool_]:
+        """Which of some times are clearly below the layer's own."""
+        return costs < WORTHWHILE * self.keep
+
+    def lowering(self, fold: Fold, k: int) -> Lowering:
+        """The operators by which the chains of a decomposition were fastest."""
+        curve = self.curves.get((fold, k))
+        return Lowering.NATIVE if curve is None else curve.lowering
 
 
 def faster(one: Curve, other: Curve) -> Curve:

@@ -17,14 +17,6 @@ class Aggregate(StrEnum):
     UNIFORM = "uniform"
 
 
-class Budget(StrEnum):
-    """What `--ratio` counts."""
-
-    PARAMS = "params"
-    MACS = "macs"
-    LATENCY = "latency"
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What the plan does with one layer.
@@ -71,7 +63,7 @@ class Plan:
         recipe: Name of the recipe that made it.
         measure: Name of the measure of the errors.
         ratio: The ratio asked for.
-        budget: What the ratio counts.
+        budget: Name of the budget: what the ratio counts.
         choices: One per layer, in graph order.
         solver: How good it is; None where that is unknown, as of an edited plan.
         digest: SHA-256 of all the rest, from when it was made. An edited plan does not have its digest,
@@ -85,7 +77,7 @@ class Plan:
     recipe: str
     measure: str
     ratio: float
-    budget: Budget
+    budget: str
     choices: tuple[Choice, ...]
     solver: Solver | None = None
     digest: str = ""

@@ -11,8 +11,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from onnx_lowrank import budgets as known_budgets
 from onnx_lowrank import measures as known_measures
-from onnx_lowrank.core.plan import Budget
 
 
 def measures() -> tuple[str, ...]:
@@ -22,12 +22,12 @@ def measures() -> tuple[str, ...]:
 
 def budgets() -> tuple[str, ...]:
     """The names of all budgets."""
-    return tuple(budget.value for budget in Budget)
+    return known_budgets.names()
 
 
 def prices() -> tuple[str, ...]:
-    """The names of the budgets that a recipe can take as a price: there is no formula of latency."""
-    return (Budget.PARAMS.value, Budget.MACS.value)
+    """The names of the budgets that a recipe can take as a price."""
+    return known_budgets.prices()
 
 
 MeasureName = Annotated[str, Meta(extra={"names": measures})]

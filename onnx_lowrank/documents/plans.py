@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Plan, Solver
+from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import names
 from onnx_lowrank.documents.strict import Document
 from onnx_lowrank.documents.wording import shown
@@ -142,7 +142,7 @@ def read(path: str | os.PathLike[str]) -> Plan:
         recipe=table.recipe,
         measure=table.measure,
         ratio=table.ratio,
-        budget=Budget(table.budget),
+        budget=table.budget,
         choices=tuple(map(_choice, table.layers)),
         solver=None if table.solver is None else _solver(table.solver),
         digest=table.digest,

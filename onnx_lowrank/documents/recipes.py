@@ -12,7 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from onnx_lowrank import measures
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents import names
 from onnx_lowrank.documents.strict import Document
 from onnx_lowrank.errors import RecipeError
@@ -31,7 +31,7 @@ class Recipe:
         relative: Divide the error by the norm of the layer's weight.
         aggregate: How the layers' errors become one objective.
         power: The exponent of an error inside a sum.
-        price: The cost that is traded against error where it is not the budget's own.
+        price: Name of the budget whose cost is traded against error, where it is not the plan's own.
         factors: What the factors are fitted to.
         recover: Fit every layer to what the original gives, on what the compressed layers before it make of
             its inputs.
@@ -45,7 +45,7 @@ class Recipe:
     relative: bool = True
     aggregate: Aggregate = Aggregate.MAX
     power: float = 1.0
-    price: Budget | None = None
+    price: str | None = None
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
 
@@ -134,7 +134,7 @@ def _recipe(table: _Recipe, name: str) -> Recipe:
         relative=table.normalize == "relative",
         aggregate=table.aggregate,
         power=1.0 if table.power is UNSET else table.power,
-        price=None if table.price is UNSET else Budget(table.price),
+        price=None if table.price is UNSET else table.price,
         factors=table.factors,
         recover=table.recover,
     )

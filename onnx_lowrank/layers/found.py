@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onnx_lowrank.allocate.cost import dearest, parameters, running, total_macs
 from onnx_lowrank.core.layer import Evaluations, Layer, Positions, ScopeWork, Skipped
 from onnx_lowrank.core.option import Option
-from onnx_lowrank.core.plan import Budget, Choice
+from onnx_lowrank.core.plan import Choice
+from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.parameters import parameters as model_parameters
 from onnx_lowrank.graph.shapes import infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.find import Binding, find, matches, unselected
@@ -53,49 +52,10 @@ class Found:
         for skipped in self.skipped:
             yield from _names(skipped)
 
-    def macs(self, choices: Sequence[Choice] = ()) -> int | None:
-        """MACs of the model under a plan, by default as it is."""
-        return total_macs(self.work, self._options(choices))
-
-    def route(self, choices: Sequence[Choice] = ()) -> Mapping[str, int]:
-        """How often every scope runs where the model under a plan, by default as it is, is dearest."""
-        return dearest(self.work, self._options(choices))[1]
-
-    def _options(self, choices: Sequence[Choice]) -> list[tuple[Layer, Option | None]]:
+    def options(self, choices: Sequence[Choice] = ()) -> list[tuple[Layer, Option | None]]:
+        """Every layer with what a plan, by default one that keeps all, makes of it."""
         options = {choice.layer: choice.option for choice in choices}
         return [(layer, options.get(layer.id)) for layer in self.layers]
-
-    def total(self, budget: Budget, choices: Sequence[Choice] = ()) -> int:
-        """What the budget, parameters or MACs, counts in the model under a plan, by default as it is.
-
-        Raises:
-            InputError: It counts MACs, and these are unknown.
-        """
-        if budget is Budget.PARAMS:
-            saved = sum(parameters(layer) - parameters(layer, of) for layer, of in self._options(choices))
-            return model_parameters(self.model) - saved
-        count = self.macs(choices)
-        if count is None:
-            raise InputError(f"The model's MACs are unknown because {self._unknown()}")
-        return count
-
-    def _unknown(self) -> str:
-        """Why the MACs are unknown, and what to do about it."""
-        if self.open_inputs:
-            return (
-                f"dimensions of its inputs {', '.join(self.open_inputs)} are: pass them as "
-                "--input-shape NAME=1,3,224,224, or choose --budget params."
-            )
-        for scope in self.work:
-            uses = (use for layer in self.layers for use in layer.uses if use.scope == scope.path)
-            name = next((use.name for use in uses if use.positions is None), scope.unknown)
-            if name and scope.path in running(self.work):
-                place = f" in {scope.path}" if scope.path else ""
-                return (
-                    f"the shapes at node {name!r}{place} do not follow from its inputs' shapes: inline "
-                    "functions and check --input-shape, or choose --budget params."
-                )
-        return "its functions call themselves: choose --budget params."
 
 
 def find_layers(

@@ -24,19 +24,16 @@ def dumps(report: Content) -> str:
 
 def as_table(report: Content) -> schema.Report:
     """The report as the tables of the schema; numbers may be infinite or not a number."""
-    totals = report.totals
     return schema.Report(
         schema=schema.VERSION,
         version=report.version,
         model=schema.Model(name=report.model, sha256=report.sha256),
         recipe=schema.Recipe(name=report.recipe, measure=report.measure),
-        ratio=schema.Ratio(budget=report.budget.value, asked=report.asked, reached=report.reached),
+        ratio=schema.Ratio(budget=report.budget, asked=report.asked, reached=report.reached),
         solver=schema.Solver(**asdict(report.solver)) if report.solver else None,
         totals={
-            "params": _total(totals.params),
-            "macs": _total(totals.macs),
-            "bytes": _total(totals.bytes),
-            "time": _total(totals.time) if totals.time else None,
+            figure.key: None if figure.total is None else _total(figure.total)
+            for figure in report.totals.figures
         },
         layers=tuple(_layer(row) for row in report.layers),
         skipped=tuple(schema.Skipped(**asdict(skipped)) for skipped in report.skipped),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Skipped
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.outcome import Calibrated, Merge, Timing, Trial, Validation
-from onnx_lowrank.core.plan import Budget, Solver
+from onnx_lowrank.core.plan import Solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +26,38 @@ class Total:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Amounts of the whole model, not only of its layers.
+class Figure:
+    """One amount of the whole model, not only of its layers.
 
     Attributes:
-        params: Parameters.
-        macs: Multiply-accumulates of one run.
-        bytes: Size of the model's file, with its external data.
-        time: Nanoseconds of one run: measured, or predicted in a dry run; None where nothing was timed.
+        key: What it is called in the JSON report.
+        total: The amount; None where the report has nothing to say of it.
+        title: Its row in the terminal's totals; "" for none.
+        show: Writes an amount; None for all digits.
+        unknown: What to say where the amount is unknown, a sentence; mostly empty.
     """
 
-    params: Total
-    macs: Total
-    bytes: Total
-    time: Total | None = None
+    key: str
+    total: Total | None
+    title: str = ""
+    show: Callable[[int | None], str] | None = None
+    unknown: str = ""
 
-    def of(self, budget: Budget) -> Total:
-        """What a budget counts."""
-        match budget:
-            case Budget.PARAMS:
-                return self.params
-            case Budget.MACS:
-                return self.macs
-        return self.time or Total(None, None)
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Amounts of the whole model.
+
+    Attributes:
+        figures: They, in the order in which they are shown.
+    """
+
+    figures: tuple[Figure, ...]
+
+    def of(self, key: str) -> Total:
+        """The amount of a key; unknown where the report has nothing to say of it."""
+        known = (figure.total for figure in self.figures if figure.key == key and figure.total is not None)
+        return next(known, Total(None, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,7 @@ class Content:
         sha256: Digest of the input model.
         recipe: Name of the recipe.
         measure: The error of an option.
-        budget: What the ratio counts.
+        budget: Name of what the ratio counts.
         asked: The ratio asked for.
         reached: The ratio of the output.
         solver: How good the plan is; None where an edited plan was replayed.
@@ -121,7 +131,7 @@ class Content:
     sha256: str
     recipe: str
     measure: str
-    budget: Budget
+    budget: str
     asked: float
     reached: float
     solver: Solver | None

@@ -25,10 +25,9 @@ def show(report: Content, console: Console) -> None:
         layers.show(report, page)
     page.blank()
     _totals(report, page)
-    if report.totals.macs.before is None:
-        page.line(
-            "MACs need the shapes that the model leaves open: --input-shape NAME=1,3,224,224.", style="dim"
-        )
+    for figure in report.totals.figures:
+        if figure.unknown and figure.total is not None and figure.total.before is None:
+            page.line(figure.unknown, style="dim")
     page.line(_ratios(report))
     page.blank()
     if report.calibration is not None:
@@ -64,11 +63,11 @@ def _headline(report: Content) -> str:
 
 
 def _totals(report: Content, page: Page) -> None:
-    counts = (report.totals.params, report.totals.macs, report.totals.bytes)
-    names = ["parameters", "MACs", "file bytes"]
-    before = [words.exact(total.before) for total in counts]
-    after = [words.exact(total.after) for total in counts]
-    ratios = [total.ratio for total in counts]
+    shown = [(of, of.total) for of in report.totals.figures if of.title and of.total is not None]
+    names = [figure.title for figure, _ in shown]
+    before = [(figure.show or words.exact)(total.before) for figure, total in shown]
+    after = [(figure.show or words.exact)(total.after) for figure, total in shown]
+    ratios = [total.ratio for _, total in shown]
     for name, times in _times(report):
         names.append(name)
         before.append(words.time(times.before))

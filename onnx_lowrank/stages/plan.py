@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from onnx_lowrank.allocate.cost import cost
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.limits import Limits, macs_limits
+from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
+from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Plan, Solver
+from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
-from onnx_lowrank.errors import BudgetError, InputError
+from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.logs import DETAIL, some
 from onnx_lowrank.progress import Progress
@@ -28,40 +28,42 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a plan is made for: a ratio of a budget, by a recipe.
+    """What a plan is made for: a ratio, by a recipe.
 
     Attributes:
         ratio: The ratio asked for.
         recipe: The recipe.
-        budget: What the ratio counts.
-        total: What the input model costs where that is measured: its time in nanoseconds.
     """
 
     ratio: float
     recipe: Recipe
-    budget: Budget
-    total: int | None = None
 
 
-def replay(plan: Plan, found: Found) -> Plan:
+def replay(plan: Plan, found: Found, meter: Meter) -> Plan:
     """Take over a plan that was made before; an edited one in graph order and at its true costs.
+
+    Args:
+        plan: The plan.
+        found: The model.
+        meter: The plan's budget on the model.
 
     Raises:
         PlanError: It does not fit the model.
-        InputError: It counts MACs, and these are unknown.
+        InputError: The model cannot be counted.
     """
     plans.check(plan, found.model.sha256, found.layers)
     by_id = {choice.layer: choice for choice in plan.choices}
-    if plan.budget is Budget.LATENCY:
+    if meter.budget.is_measured:
         if not plans.is_edited(plan):
             return plan
-        # Nothing tells which of the times, and of the errors, are still those of the options.
+        # Nothing tells which of the costs, and of the errors, are still those of the options.
         ordered = (by_id[layer.id] for layer in found.layers)
         return _edited(
             plan, [replace(choice, error=math.nan if choice.option else 0.0) for choice in ordered]
         )
-    found.total(plan.budget)
-    choices = tuple(_repriced(by_id[layer.id], layer, plan.budget) for layer in found.layers)
+    # The costs of layers may be known where that of the model is not.
+    _ = meter.total
+    choices = tuple(_repriced(by_id[layer.id], layer, meter) for layer in found.layers)
     # Other positions (--input-shape) make other costs, under which another plan may be the best.
     priced = [choice.cost for choice in plan.choices] == [choice.cost for choice in choices]
     if priced and not plans.is_edited(plan):
@@ -77,30 +79,17 @@ def _edited(plan: Plan, choices: Sequence[Choice]) -> Plan:
     return plans.sealed(replace(plan, choices=reasoned, solver=None))
 
 
-def _repriced(choice: Choice, layer: Layer, budget: Budget) -> Choice:
+def _repriced(choice: Choice, layer: Layer, meter: Meter) -> Choice:
     """A choice with its true cost; where that is another, the option was edited and its error is unknown."""
-    true = cost(layer, choice.option, budget)
+    true = meter.tariff(layer).cost(choice.option)
     error = 0.0 if choice.option is None else choice.error if choice.cost == true else math.nan
     return replace(choice, cost=true, error=error)
 
 
-def check_shapes(found: Found) -> None:
-    """Find out whether times can be measured: where all shapes are known.
-
-    Raises:
-        InputError: Dimensions of inputs are open.
-    """
-    if found.open_inputs and found.macs() is None:
-        raise InputError(
-            f"Times are those of one shape, and dimensions of the inputs {', '.join(found.open_inputs)} "
-            "are open: pass them as --input-shape NAME=1,3,224,224, or choose --budget params."
-        )
-
-
-def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Grid) -> None:
+def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Grid[Meter]) -> None:
     """Find out whether a ratio is in reach before any error is computed: that takes costs alone.
 
-    Times are not known before they are measured, so nothing is found out of those.
+    Measured costs are not known before they are measured, so nothing is found out of those.
 
     Args:
         found: The model.
@@ -110,23 +99,23 @@ def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Gri
 
     Raises:
         BudgetError: None of them reaches it; the error is the one that comes closest.
-        InputError: MACs are needed and unknown.
+        InputError: The model cannot be counted.
     """
-    budget = grid.budget
-    if budget is Budget.LATENCY:
+    meter = grid.costs
+    if meter.budget.is_measured:
         return
-    limit = largest_total(ratio, found.total(budget))
+    limit = largest_total(ratio, meter.total)
     errors = []
     for recipe in recipes:
-        if recipe.price not in (None, budget):
+        if recipe.price not in (None, meter.budget.name):
             return  # what such a recipe reaches depends on the errors
-        goal = Goal(ratio, recipe, budget)
+        goal = Goal(ratio, recipe)
         tables = [unscored(layer, recipe, grid) for layer in found.layers]
-        choices = _choices(tables, _within(found, tables, goal, limit, smallest))
-        least = found.total(budget, choices)
+        choices = _choices(tables, _within(meter, tables, goal, limit, smallest))
+        least = meter.of_model(choices)
         if least <= limit and (found.bindings or ratio == 1):
             return
-        errors.append(_out_of_reach(found, goal, least))
+        errors.append(_out_of_reach(found, meter, goal, least))
     raise min(errors, key=lambda error: error.smallest_ratio or 1.0)
 
 
@@ -136,27 +125,26 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     Args:
         found: The model.
         goal: What the plan is made for.
-        scores: The errors of the options of its layers, in the goal's budget.
+        scores: The errors of the options of its layers, and their costs.
         progress: Where to show progress.
 
     Raises:
         BudgetError: The ratio cannot be reached.
-        InputError: MACs are needed and unknown.
+        InputError: The model cannot be counted.
     """
     tables = scores.candidates(goal.recipe)
-    if scores.latency is not None:
-        goal = replace(goal, total=scores.latency.whole)
+    meter = scores.meter
     with progress.stage("plan"):
-        solution = _solved(found, tables, goal)
+        solution = _solved(found, meter, tables, goal)
     recipe = goal.recipe
-    reasons = _reasons(tables, solution, recipe, goal.budget)
-    _log_plan(goal, tables, solution, reasons)
+    reasons = _reasons(meter, tables, solution, recipe)
+    _log_plan(goal, meter, tables, solution, reasons)
     plan = Plan(
         model=found.model.sha256,
         recipe=recipe.name,
         measure=recipe.measure,
         ratio=goal.ratio,
-        budget=goal.budget,
+        budget=meter.budget.name,
         choices=tuple(
             replace(choice, reason=reasons.get(choice.layer, "")) for choice in _choices(tables, solution)
         ),
@@ -168,7 +156,7 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
 
 
 def _log_plan(
-    goal: Goal, tables: Sequence[Candidates], solution: Solution, reasons: Mapping[str, str]
+    goal: Goal, meter: Meter, tables: Sequence[Candidates], solution: Solution, reasons: Mapping[str, str]
 ) -> None:
     if not _log.isEnabledFor(logging.DEBUG):
         return
@@ -178,7 +166,7 @@ def _log_plan(
         sum(pick > 0 for pick in solution.picks),
         len(tables),
         goal.ratio,
-        goal.budget,
+        meter.budget.name,
         solution.objective,
         "unknown" if solution.gap is None else f"{solution.gap:g}",
     )
@@ -192,29 +180,21 @@ def _log_plan(
         _log.log(DETAIL, "%r of %d options: %s, cost %d", choice.layer, count, chosen, choice.cost)
 
 
-def _solved(found: Found, tables: Sequence[Candidates], goal: Goal) -> Solution:
+def _solved(found: Found, meter: Meter, tables: Sequence[Candidates], goal: Goal) -> Solution:
     """The best plan whose whole model stays within the ratio.
 
     Raises:
         BudgetError: There is none; the error knows the smallest ratio that there is.
     """
-    limit = largest_total(goal.ratio, _total(found, goal))
+    limit = largest_total(goal.ratio, meter.total)
     try:
-        return _within(found, tables, goal, limit, solve)
+        return _within(meter, tables, goal, limit, solve)
     except BudgetError:
-        choices = _choices(tables, _within(found, tables, goal, limit, smallest))
-    if goal.total is None:
-        raise _out_of_reach(found, goal, found.total(goal.budget, choices))
-    saved = sum(int(table.cost[0]) - choice.cost for table, choice in zip(tables, choices, strict=True))
-    raise _out_of_reach(found, goal, goal.total - saved)
+        choices = _choices(tables, _within(meter, tables, goal, limit, smallest))
+    raise _out_of_reach(found, meter, goal, meter.of_model(choices))
 
 
-def _total(found: Found, goal: Goal) -> int:
-    """What the input model costs."""
-    return found.total(goal.budget) if goal.total is None else goal.total
-
-
-def _out_of_reach(found: Found, goal: Goal, least: int) -> BudgetError:
+def _out_of_reach(found: Found, meter: Meter, goal: Goal, least: int) -> BudgetError:
     """What to say where the least total of a recipe is above the ratio."""
     if not found.bindings:
         return BudgetError(
@@ -222,10 +202,10 @@ def _out_of_reach(found: Found, goal: Goal, least: int) -> BudgetError:
             "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
             1.0,
         )
-    shown = math.ceil(least / _total(found, goal) * 1000) / 1000
+    shown = math.ceil(least / meter.total * 1000) / 1000
     return BudgetError(
-        f"The ratio {goal.ratio:g} of {goal.budget} cannot be reached for {found.model.name}: the smallest "
-        f"with recipe {goal.recipe.name!r} is {shown:g}.",
+        f"The ratio {goal.ratio:g} of {meter.budget.name} cannot be reached for {found.model.name}: the "
+        f"smallest with recipe {goal.recipe.name!r} is {shown:g}.",
         shown,
     )
 
@@ -239,53 +219,54 @@ def largest_total(ratio: float, total: int) -> int:
 
 
 _Rule = Callable[[Sequence[Candidates], Limits, Recipe], Solution]
-_MOST_ROUTES = 64
 
 
-def _within(found: Found, tables: Sequence[Candidates], goal: Goal, limit: int, rule: _Rule) -> Solution:
+def _within(meter: Meter, tables: Sequence[Candidates], goal: Goal, limit: int, rule: _Rule) -> Solution:
     """What a rule makes of the limit on the whole model.
 
-    Of an If the dearer branch counts, so MACs are limited on every route through the branches. These are
-    added one by one: a plan that is best under some of them is best under all if it keeps within all.
+    Where one constraint does not hold the whole model, others are added one by one: a plan that is best under
+    some of them is best under all if it keeps within all.
     """
-    if goal.budget is not Budget.MACS:
-        kept = sum(int(table.cost[0]) for table in tables)
-        return rule(tables, Limits.single(tables, limit - (_total(found, goal) - kept)), goal.recipe)
-    routes = [found.route()]
+    bounds = meter.bounds(tables, limit)
     while True:
-        limits = macs_limits(found.layers, tables, found.work, routes, limit)
-        solution = rule(tables, limits, goal.recipe)
+        solution = rule(tables, bounds.limits, goal.recipe)
         choices = _choices(tables, solution)
-        route = found.route(choices)
-        if found.total(goal.budget, choices) <= limit or route in routes:
+        if meter.of_model(choices) <= limit:
             return solution
-        if len(routes) == _MOST_ROUTES:
-            return solution if rule is smallest else _tightened(found, tables, goal, limit, limits, solution)
-        routes.append(route)
+        further = bounds.further(choices)
+        if further is None:
+            break
+        bounds = further
+    return solution if rule is smallest else _tightened(meter, tables, goal, limit, bounds.limits, solution)
 
 
 def _tightened(
-    found: Found, tables: Sequence[Candidates], goal: Goal, limit: int, limits: Limits, relaxed: Solution
+    meter: Meter,
+    tables: Sequence[Candidates],
+    goal: Goal,
+    limit: int,
+    limits: Limits,
+    relaxed: Solution,
 ) -> Solution:
-    """A plan that keeps within a limit by tightening others, where there are too many routes.
+    """A plan that keeps within a limit by tightening others, where no further constraint does.
 
     Args:
-        found: The model.
+        meter: What counts the model.
         tables: The candidates of its layers.
         goal: What the plan is made for.
         limit: The largest total of the whole model.
-        limits: Some of the routes' limits.
+        limits: Constraints that leave it too large.
         relaxed: The best plan under these; the gap tells how far from it the tightening led.
 
     Raises:
         BudgetError: Not even the smallest plan keeps within the limit.
     """
     solution, less = relaxed, 0
-    while (excess := found.total(goal.budget, _choices(tables, solution)) - limit) > 0:
+    while (excess := meter.of_model(_choices(tables, solution)) - limit) > 0:
         less = 2 * less + excess
         tighter = replace(limits, budgets=limits.budgets - less)
         least = smallest(tables, tighter, goal.recipe)
-        if found.total(goal.budget, _choices(tables, least)) <= limit and tighter.excess(least.picks) > 0:
+        if meter.of_model(_choices(tables, least)) <= limit and tighter.excess(least.picks) > 0:
             solution = least
         else:
             solution = solve(tables, tighter, goal.recipe)
@@ -303,7 +284,7 @@ def _choices(tables: Sequence[Candidates], solution: Solution) -> tuple[Choice, 
 
 
 def _reasons(
-    tables: Sequence[Candidates], solution: Solution, recipe: Recipe, budget: Budget
+    meter: Meter, tables: Sequence[Candidates], solution: Solution, recipe: Recipe
 ) -> dict[str, str]:
     """Why the plan keeps the layers that it keeps."""
     if not any(solution.picks):
@@ -313,16 +294,7 @@ def _reasons(
     else:
         spared = "the other layers reach the ratio at less error"
     return {
-        table.layer: spared if table.cost.size > 1 else _alone(table, budget)
+        table.layer: spared if table.cost.size > 1 else meter.alone(table)
         for table, pick in zip(tables, solution.picks, strict=True)
         if pick == 0
     }
-
-
-def _alone(table: Candidates, budget: Budget) -> str:
-    """Why a layer has no option."""
-    if budget is not Budget.LATENCY:
-        return "no option of the recipe is cheaper"
-    if table.cost[0] == 0:
-        return "it did not run when the model was timed, or cannot be timed on its own"
-    return "no option of the recipe, at ranks in multiples of --align, is clearly faster"

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 
-from onnx_lowrank.allocate.cost import macs, parameters
+from onnx_lowrank.budgets import registry
+from onnx_lowrank.budgets.budget import Budget, Meter, Run, Shapes
+from onnx_lowrank.budgets.macs import macs
+from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.outcome import Calibrated, Merge, OutputError, Timing, Trial, Validation, largest_error
-from onnx_lowrank.core.plan import Budget, Choice, Plan
+from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.files import load as loading
-from onnx_lowrank.graph.parameters import parameters as model_parameters
 from onnx_lowrank.layers.found import Found
-from onnx_lowrank.report.content import LayerRow, Total, Totals
+from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import percent
@@ -28,8 +29,6 @@ _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _LOW_COSINE = 0.9
 _SLACK = 0.05
-_WARNED = 1.05
-_TIMED = 0.03  # what one measurement of a time may differ from another
 
 
 def assemble(
@@ -47,7 +46,8 @@ def assemble(
     target_agreement: float | None = None,
     timing: Timing | None = None,
     merges: tuple[Merge, ...] = (),
-    macs_after: int | None = None,
+    meter: Meter | None = None,
+    shapes: Shapes = MappingProxyType({}),
 ) -> Report:
     """Gather what a run has to say.
 
@@ -65,15 +65,16 @@ def assemble(
         target_agreement: The agreement that was asked for instead of a ratio.
         timing: How long both models take; None where that was not measured.
         merges: The adjacent operators that were multiplied.
-        macs_after: MACs of the compressed model, where they are not the plan's.
+        meter: The plan's budget on the model; None where nobody has made it.
+        shapes: The shapes of inputs for which the layers were found, by name.
     """
-    totals = _totals(found, plan, rewritten, timing)
-    if merges:
-        totals = replace(totals, macs=Total(totals.macs.before, macs_after))
-    counted = totals.of(plan.budget)
+    budget = registry.named(plan.budget)
+    run = Run(found, plan, meter, rewritten, bool(merges), shapes, timing)
+    totals = _totals(run)
+    counted = totals.of(budget.figure)
     reached = 1.0 if counted.ratio is None else counted.ratio
     targeted = target_error is not None or target_agreement is not None
-    warnings = _ratio_warnings(plan, reached, totals, targeted, bool(merges))
+    warnings = _ratio_warnings(run, budget, reached, targeted)
     advice = _advice(targeted, calibrated=calibration is not None)
     # Whoever asks for less agreement is not surprised to get less.
     least = _LOW_AGREEMENT if target_agreement is None else min(_LOW_AGREEMENT, target_agreement)
@@ -98,7 +99,7 @@ def assemble(
         validation=validation,
         warnings=(
             *warnings,
-            *_time_warnings(plan, timing),
+            *(line for one in registry.every() for line in one.warnings(run, totals.of(one.figure))),
             *more,
             *_calibration_warnings(plan, calibration, trials),
         ),
@@ -111,46 +112,18 @@ def assemble(
     )
 
 
-def _time_warnings(plan: Plan, timing: Timing | None) -> Iterator[str]:
-    """What would surprise the user about the speed."""
-    if timing is None or timing.ratio is None:
-        return
-    if not timing.is_steady:
-        again = "plan" if plan.budget is Budget.LATENCY else "time it"
-        yield (
-            f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
-            f"work on this machine disturbs the times, so {again} again when it is idle."
-        )
-    slowdown = timing.ratio
-    # The input model itself is not slower than it is, whatever two measurements of it say.
-    if slowdown > _WARNED and any(choice.option for choice in plan.choices):
-        advice = (
-            "its plan was made where it is faster"
-            if plan.budget is Budget.LATENCY
-            else "--budget latency makes models that are faster"
-        )
-        yield (
-            f"The compressed model takes {slowdown:.2f} times as long as the input model on {timing.engine}: "
-            f"{advice}."
-        )
-
-
-def _ratio_warnings(
-    plan: Plan, reached: float, totals: Totals, targeted: bool, merged: bool
-) -> Iterator[str]:
+def _ratio_warnings(run: Run, budget: Budget, reached: float, targeted: bool) -> Iterator[str]:
     """What would surprise the user about the size."""
+    plan = run.plan
     if all(choice.option is None for choice in plan.choices):
         yield "No layer is rewritten, the output is the input model."
-    elif reached > plan.ratio * (1 + (_TIMED if plan.budget is Budget.LATENCY else 1e-9)):
+    elif reached > plan.ratio * (1 + budget.tolerance):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
-    elif reached < plan.ratio - _SLACK and not targeted and not merged:
+    elif reached < plan.ratio - _SLACK and not targeted and not run.merged:
         yield (
             f"The ratio is {reached:.4g} where {plan.ratio:g} was asked for, as the options are coarse: "
             "another recipe may come closer."
         )
-    macs_before, macs_after = totals.macs.before, totals.macs.after
-    if macs_before is not None and macs_after is not None and macs_after > macs_before:
-        yield f"The MACs rise from {macs_before:,} to {macs_after:,}: the budget macs keeps them down."
 
 
 def _calibration_warnings(
@@ -260,18 +233,22 @@ def _row(
     )
 
 
-def _totals(found: Found, plan: Plan, rewritten: Rewritten | None, timing: Timing | None) -> Totals:
-    # A rewrite can free more than a plan counts on: what only rewritten layers share.
-    params = (
-        found.total(Budget.PARAMS, plan.choices) if rewritten is None else model_parameters(rewritten.model)
+def _totals(run: Run) -> Totals:
+    """What every budget counts: first what has a formula, then what is measured."""
+    counted, measured = (
+        [
+            Figure(budget.figure, budget.total(run), budget.title, budget.show, budget.unknown)
+            for budget in registry.every()
+            if budget.is_measured is is_measured
+        ]
+        for is_measured in (False, True)
     )
-    time = None
-    if timing is not None:
-        time = Total(timing.before, timing.predicted if timing.after is None else timing.after)
-    stored = None if rewritten is None else loading.stored_bytes(rewritten.model)
-    return Totals(
-        params=Total(model_parameters(found.model), params),
-        macs=Total(found.macs(), found.macs(plan.choices)),
-        bytes=Total(loading.stored_bytes(found.model), stored),
-        time=time,
-    )
+    if all(figure.key != "bytes" for figure in counted):
+        counted.append(Figure("bytes", _bytes(run), "file bytes"))
+    return Totals((*counted, *measured))
+
+
+def _bytes(run: Run) -> Total:
+    """The sizes of both models' files."""
+    after = None if run.rewritten is None else loading.stored_bytes(run.rewritten.model)
+    return Total(loading.stored_bytes(run.found.model), after)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank import measures
+from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates
-from onnx_lowrank.allocate.times import Times
-from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.budgets.budget import Gauge, Meter
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
@@ -64,7 +64,7 @@ class Scores:
     """The errors of all options of a model's layers, on one grid, and their costs.
 
     Attributes:
-        latency: What measures the options, where latency is the budget.
+        meter: What the options cost.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Scores:
         model: Model,
         walk: Walk,
         bindings: Sequence[Binding],
-        grid: Grid,
+        grid: Grid[Meter],
         executor: Executor,
         progress: Progress,
         calibration: Calibration | None = None,
-        latency: Latency | None = None,
+        prices: Callable[[str], Costs] | None = None,
     ) -> None:
         """Prepare; nothing is computed before it is asked for.
 
@@ -84,13 +84,14 @@ class Scores:
             model: The model.
             walk: Its walk.
             bindings: Its layers, in graph order.
-            grid: The ranks of the options, and what they are counted in.
+            grid: The ranks of the options, and what they cost.
             executor: What computes.
             progress: Where to show progress.
             calibration: The inputs behind the measures that need some.
-            latency: What measures the options, where latency is the budget.
+            prices: Gives the costs of another budget by its name, for recipes that trade those against error.
         """
-        self.latency = latency
+        self.meter = grid.costs
+        self._prices = prices
         self._model = model
         self._walk = walk
         self._bindings = bindings
@@ -109,7 +110,7 @@ class Scores:
         is the activation error for white inputs.
 
         Raises:
-            InputError: MACs are needed and unknown, or the model fails on the calibration inputs.
+            InputError: The model cannot be counted, or it fails on the calibration inputs.
         """
         wanted = [self._grid.wanted_spectra(layer, recipe) for layer in self._layers]
         measure = measures.named(recipe.measure)
@@ -120,21 +121,27 @@ class Scores:
         if Needs.OUTPUTS in measure.needs:
             self._add_effects(recipe)
         tables = [measure.errors(known.evidence(), relative=recipe.relative) for known in self._known]
-        times = self._times(recipe, tables)
+        self._measure(recipe, tables)
+        price = self._price(recipe)
         return tuple(
-            candidates(layer, table, recipe, self._grid, of)
-            for layer, table, of in zip(self._layers, tables, times, strict=True)
+            candidates(layer, table, recipe, self._grid, price)
+            for layer, table in zip(self._layers, tables, strict=True)
         )
 
-    def _times(self, recipe: Recipe, tables: Sequence[Errors]) -> Sequence[Times | None]:
-        """How long the options take, where that is the budget; they are measured once for every recipe."""
-        if self.latency is None:
-            return [None] * len(tables)
-        if recipe not in self._timed:
+    def _measure(self, recipe: Recipe, tables: Sequence[Errors]) -> None:
+        """Measure what the options cost where there is no formula, once for every recipe."""
+        if isinstance(self.meter, Gauge) and recipe not in self._timed:
             with self._progress.stage("time layers", 1) as step:
-                self.latency.measure(tables, self._grid, step)
+                self.meter.measure(tables, self._grid, step)
             self._timed.add(recipe)
-        return self.latency.times()
+
+    def _price(self, recipe: Recipe) -> Costs | None:
+        """The costs that a recipe trades against error, where they are not the budget's own."""
+        if recipe.price in (None, self.meter.budget.name):
+            return None
+        if self._prices is None or recipe.price is None:
+            raise RuntimeError("a recipe with a price needs the costs behind it")
+        return self._prices(recipe.price)
 
     def _add_spectra(self, wanted: Sequence[_Wanted]) -> None:
         """Compute the spectra that are asked for and not known."""
@@ -212,7 +219,7 @@ class Scores:
         """Measure what a few options of every layer do to the model's outputs, once for all recipes."""
         if all(known.effects for known in self._known):
             return
-        counted = replace(self._grid, budget=self._grid.counted)
+        counted = Grid(self.meter.counted, self._grid.block)
         tables = [
             candidates(layer, known.activation, recipe, counted)
             for layer, known in zip(self._layers, self._known, strict=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.outcome import Trial
-from onnx_lowrank.core.plan import Budget, Plan
+from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.engines.compare import compare
@@ -126,7 +126,6 @@ class Search:
     def __init__(
         self,
         found: Found,
-        budget: Budget,
         scores: Scores,
         calibration: Calibration,
         executor: Executor,
@@ -135,7 +134,6 @@ class Search:
         self.trials: list[Trial] = []
         self._made: list[ExitStack] = []
         self._found = found
-        self._budget = budget
         self._scores = scores
         self._calibration = calibration
         self._executor = executor
@@ -255,7 +253,7 @@ class Search:
 
     def _try(self, recipe: Recipe, ratio: float, plan: Plan | None = None) -> _Outcome:
         progress = Labelled(self._progress, f"{recipe.name} at {ratio:.3g}")
-        goal = Goal(ratio, recipe, self._budget)
+        goal = Goal(ratio, recipe)
         plan = plan or settling.make(self._found, goal, self._scores, progress)
         built = build(self._found, plan, self._calibration, self._executor, progress)
         self._made.append(built.resources)

@@ -1,4 +1,4 @@
-"""Plans that hold what they promise: under a latency budget a plan is measured before it counts.
+"""Plans that hold what they promise: under a measured budget a plan is measured before it counts.
 
 Rules:
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from statistics import median
 
-from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.budgets.budget import Gauge
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
@@ -60,21 +60,21 @@ _MISSED = 0.03
 
 
 def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
-    """Make the best plan for a goal; under a latency budget the best of those that were measured.
+    """Make the best plan for a goal; under a measured budget the best of those that were measured.
 
     Args:
         found: The model.
         goal: What the plan is made for.
-        scores: The errors of the options of its layers, in the goal's budget.
+        scores: The errors of the options of its layers, and their costs.
         progress: Where to show progress.
 
     Raises:
         BudgetError: The ratio cannot be reached.
-        InputError: MACs are needed and unknown.
+        InputError: The model cannot be counted.
     """
-    if scores.latency is None or goal.ratio == 1:
+    if not isinstance(scores.meter, Gauge) or goal.ratio == 1:
         return planner.make(found, goal, scores, progress)
-    return _Settling(found, goal, scores, scores.latency, progress).run()
+    return _Settling(found, goal, scores, scores.meter, progress).run()
 
 
 def options(plan: Plan) -> dict[str, Option]:
@@ -99,7 +99,7 @@ class _Settling:
     found: Found
     goal: Goal
     scores: Scores
-    latency: Latency
+    meter: Gauge
     progress: Progress
     tried: dict[tuple[Option | None, ...], tuple[Plan, list[float]]] = field(default_factory=dict)
     judged: set[str] = field(default_factory=set)
@@ -112,11 +112,12 @@ class _Settling:
             self._bisected()
             best = self._confirmed()
         if best is None:
-            self.latency.keep()
+            self.meter.keep()
             fastest = min((median(ratios) for _, ratios in self.tried.values()), default=1.0)
             raise BudgetError(
-                f"The ratio {self.goal.ratio:g} of latency cannot be reached for {self.found.model.name} on "
-                f"{self.latency.stopwatch.name}: the fastest that was measured is {fastest:.3f}.",
+                f"The ratio {self.goal.ratio:g} of {self.meter.budget.name} cannot be reached for "
+                f"{self.found.model.name} on {self.meter.place}: the fastest that was measured is "
+                f"{fastest:.3f}.",
                 min(1.0, fastest),
             )
         reached = median(self.tried[_options(best)][1])
@@ -199,20 +200,20 @@ class _Settling:
             len(ratios),
             merging,
         )
-        self.latency.remember(options(plan), reached)
+        self.meter.remember(options(plan), reached)
         return reached
 
     def _learn(self, chosen: Mapping[str, Option], reached: float) -> None:
         """Correct what layers are predicted to save (rules 2 and 3)."""
-        predicted = self.latency.predicted(chosen) / self.latency.whole
-        kinds = self.latency.kinds(chosen)
+        predicted = self.meter.predicted(chosen) / self.meter.total
+        kinds = self.meter.kinds(chosen)
         if abs(predicted - reached) > _MISSED and not kinds <= self.judged:
             self.judged |= kinds
             _log.debug("predicted %.3f, measured %.3f: kinds of layers are judged alone", predicted, reached)
             with self.progress.stage("time kinds of layers", 1) as step:
-                self.latency.correct(chosen, reached, lambda own: self._faster(own)[0], step)
+                self.meter.correct(chosen, reached, lambda own: self._faster(own)[0], step)
         else:
-            self.latency.learn(chosen, reached, _CHANGES)
+            self.meter.learn(chosen, reached, _CHANGES)
 
     def _faster(self, chosen: Mapping[str, Option]) -> tuple[float, bool]:
         """The ratio that some layers, rewritten, reach, and whether operators are multiplied for it."""
@@ -232,7 +233,7 @@ class _Settling:
         rewritten, merges, resources = assemble(self.found, replacements, merging=merging)
         with resources:
             try:
-                ratio = self.latency.ratio(rewritten.model)
+                ratio = self.meter.ratio(rewritten.model)
             except (UnsupportedError, RejectedError):
-                ratio = self.latency.predicted(chosen) / self.latency.whole
+                ratio = self.meter.predicted(chosen) / self.meter.total
         return ratio, len(merges)

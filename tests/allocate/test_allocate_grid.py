@@ -3,17 +3,19 @@
 import numpy as np
 import pytest
 
-from onnx_lowrank.allocate.cost import cost
+from onnx_lowrank.allocate.cost import Linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, unscored
 from onnx_lowrank.allocate.solve import solve
+from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.layer import Layer, Use
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError
 
+PARAMS = Linear(parameters)
 BLOCKS = (1, 2, 3, 4, 8, 16)
 KS = (1, 2, 4, 8)
 
@@ -40,31 +42,29 @@ def falling(of):
 @pytest.mark.parametrize("k", KS)
 @pytest.mark.parametrize("fold", Fold)
 def test_ranks_are_those_multiples_that_are_cheaper(fold, k, block):
-    of, grid = layer(), Grid(Budget.PARAMS, block)
-    dense = cost(of, None, Budget.PARAMS)
-    cheaper = [
-        j for j in range(1, of.full_rank(fold, k)) if cost(of, Option(fold, k, j), Budget.PARAMS) < dense
-    ]
+    of, grid = layer(), Grid(PARAMS, block)
+    dense = parameters(of)
+    cheaper = [j for j in range(1, of.full_rank(fold, k)) if parameters(of, Option(fold, k, j)) < dense]
     fits = k == 1 or (32 // k) % block == 0
     assert list(grid.ranks(of, fold, k)) == [j for j in cheaper if j % block == 0 and fits]
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 def test_slices_of_matrices_may_have_any_width(kernel):
-    ranks = Grid(Budget.PARAMS, 8).ranks(layer(f=96, c=48, kernel=kernel), Fold.ENCODE, 4)
+    ranks = Grid(PARAMS, 8).ranks(layer(f=96, c=48, kernel=kernel), Fold.ENCODE, 4)
     assert bool(ranks) == (kernel == ())
     assert all(j % 8 == 0 for j in ranks)
 
 
 def test_the_channels_of_an_operators_own_groups_count():
-    grid = Grid(Budget.PARAMS, 8)
+    grid = Grid(PARAMS, 8)
     assert grid.ranks(layer(f=128, c=64, groups=2), Fold.ENCODE, 4)
     assert not grid.ranks(layer(f=128, c=64, groups=2), Fold.ENCODE, 8)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_what_has_no_rank_in_blocks_is_kept_and_wants_no_spectra(block):
-    of, grid = layer(f=9, c=4, kernel=(1, 1)), Grid(Budget.PARAMS, block)
+    of, grid = layer(f=9, c=4, kernel=(1, 1)), Grid(PARAMS, block)
     table = candidates(of, falling(of), recipe(), grid)
     assert bool(grid.wanted_spectra(of, recipe())) == (table.cost.size > 1) == (block <= 2)
     assert all(j % block == 0 for j in table.j)
@@ -75,7 +75,7 @@ def test_what_has_no_rank_in_blocks_is_kept_and_wants_no_spectra(block):
 @pytest.mark.parametrize("aggregate", Aggregate)
 def test_plans_keep_to_the_blocks(aggregate, ratio, block):
     of, how = layer(), recipe(aggregate)
-    tables = [candidates(of, falling(of), how, Grid(Budget.PARAMS, block))] * 2
+    tables = [candidates(of, falling(of), how, Grid(PARAMS, block))] * 2
     limit = int(ratio * sum(int(table.cost[0]) for table in tables))
     try:
         solution = solve(tables, Limits.single(tables, limit), how)
@@ -91,7 +91,7 @@ def test_one_relative_rank_is_rounded_down_to_blocks(block):
     """The uniform rule over k = 1: ⌊ρ · full rank⌋ in whole blocks, at least one block."""
     layers = [layer(f=n, c=n, kernel=()) for n in (64, 128, 96)]
     how = Recipe("r", "For the tests.", (Fold.ENCODE,), (1,), aggregate=Aggregate.UNIFORM)
-    tables = [candidates(of, falling(of), how, Grid(Budget.PARAMS, block)) for of in layers]
+    tables = [candidates(of, falling(of), how, Grid(PARAMS, block)) for of in layers]
     total = sum(int(table.cost[0]) for table in tables)
     picks = solve(tables, Limits.single(tables, total // 2), how).picks
     ranks = [int(table.j[pick]) for table, pick in zip(tables, picks, strict=True)]
@@ -106,5 +106,5 @@ def test_one_relative_rank_is_rounded_down_to_blocks(block):
 
 def test_a_smaller_block_never_reaches_less():
     of = layer()
-    least = [int(unscored(of, recipe(), Grid(Budget.PARAMS, block)).cost.min()) for block in (16, 8, 4, 2, 1)]
+    least = [int(unscored(of, recipe(), Grid(PARAMS, block)).cost.min()) for block in (16, 8, 4, 2, 1)]
     assert least == sorted(least, reverse=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from evaluated import evaluated
+from onnx_lowrank.allocate.cost import Linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.allocate.times import (
@@ -20,9 +22,11 @@ from onnx_lowrank.allocate.times import (
     sampled,
     worth_measuring,
 )
+from onnx_lowrank.budgets.macs import known_macs
+from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
 
 KEY = (Fold.ENCODE, 1)
@@ -286,6 +290,19 @@ def random_times(of, seed, gain=1.0):
     return Times(10_000, curves, gain)
 
 
+@dataclass
+class Timed:
+    """Costs that are measured, of one layer."""
+
+    times: Times
+
+    def line(self, layer, fold, k):
+        return Linear(known_macs).line(layer, fold, k)
+
+    def tariff(self, layer):
+        return self.times
+
+
 def falling(of):
     return {
         (fold, k): np.linspace(1, 0, of.full_rank(fold, k) + 1) ** 2 for fold in of.folds for k in of.slices
@@ -298,7 +315,7 @@ def falling(of):
 def test_no_candidate_takes_more_than_is_worthwhile(seed, aggregate, gain):
     of = layer()
     times = random_times(of, seed, gain)
-    table = candidates(of, falling(of), recipe(aggregate), Grid(Budget.LATENCY), times)
+    table = candidates(of, falling(of), recipe(aggregate), Grid(Timed(times)))
     assert table.cost[0] == times.keep
     assert table.option(0) is None
     assert (table.cost[1:] < WORTHWHILE * times.keep).all()
@@ -314,8 +331,8 @@ def test_no_candidate_takes_more_than_is_worthwhile(seed, aggregate, gain):
 def test_no_candidate_is_missing(seed):
     """Uniform recipes look at all of them."""
     of = layer()
-    times, grid = random_times(of, seed), Grid(Budget.LATENCY)
-    table = candidates(of, falling(of), recipe(Aggregate.UNIFORM), grid, times)
+    times, grid = random_times(of, seed), Grid(Timed(random_times(of, seed)))
+    table = candidates(of, falling(of), recipe(Aggregate.UNIFORM), grid)
     wanted = {
         (fold, k, j)
         for fold in of.folds
@@ -331,22 +348,22 @@ def test_no_candidate_is_missing(seed):
 def test_the_edge_of_what_is_worthwhile(ratio, count):
     of = layer()
     times = Times(1000, {KEY: Curve({3: ratio})})
-    table = candidates(of, falling(of), recipe(), Grid(Budget.LATENCY), times)
+    table = candidates(of, falling(of), recipe(), Grid(Timed(times)))
     assert table.cost.size == 1 + count
 
 
 @pytest.mark.parametrize("keep", [0, 1000])
 def test_a_layer_of_which_nothing_is_measured_has_no_option(keep):
     of = layer()
-    table = candidates(of, falling(of), recipe(), Grid(Budget.LATENCY), Times(keep, {}))
+    table = candidates(of, falling(of), recipe(), Grid(Timed(Times(keep, {}))))
     assert table.cost.tolist() == [keep]
 
 
-@pytest.mark.parametrize("price", [Budget.PARAMS, Budget.MACS])
+@pytest.mark.parametrize("price", [Linear(parameters), Linear(known_macs)])
 def test_a_price_is_counted_beside_the_time(price):
     of = layer()
     times = random_times(of, 3)
-    table = candidates(of, falling(of), recipe(price=price), Grid(Budget.LATENCY), times)
+    table = candidates(of, falling(of), recipe(), Grid(Timed(times)), price)
     plain = candidates(of, falling(of), recipe(Aggregate.UNIFORM), Grid(price))
     prices = {plain.option(index): int(plain.cost[index]) for index in range(1, plain.cost.size)}
     assert table.price is not None

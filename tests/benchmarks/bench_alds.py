@@ -12,11 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from onnx_lowrank.allocate.cost import Linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.allocate.solve import solve
-from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
@@ -25,7 +26,7 @@ from onnx_lowrank.measures import Evidence, named
 from onnx_lowrank.work.scoring import WeightItem, singular_values
 from onnx_lowrank.work.weights import reference
 
-GRID = Grid(Budget.PARAMS)
+GRID = Grid(Linear(parameters))
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "resnet20_cifar10.onnx"
 REFERENCE = ((0.8025, 0.1296), (0.6029, 0.1846), (0.4991, 0.2087), (0.3998, 0.2474), (0.2496, 0.3148))
 OPTIMA = ((0.8, 0.1261), (0.6, 0.1830), (0.5, 0.2061), (0.4, 0.2434), (0.25, 0.3075))

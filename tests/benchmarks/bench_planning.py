@@ -12,13 +12,13 @@ from time import perf_counter
 
 from zoo_layers import zoo_layers
 
-from onnx_lowrank.allocate.cost import parameters
+from onnx_lowrank.allocate.cost import Linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates
 from onnx_lowrank.allocate.solve import solve
+from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Spectra
-from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.linalg.backend import resolve
@@ -27,7 +27,7 @@ from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.scoring import WeightItem, singular_values
 from onnx_lowrank.work.weights import reference
 
-GRID = Grid(Budget.PARAMS)
+GRID = Grid(Linear(parameters))
 MODELS = ("resnet50", "vgg16", "vit_b_16")
 
 

@@ -14,7 +14,7 @@ from scores import Task, tasks
 
 from onnx_lowrank import BudgetError, Recipe, compress
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import load_all
 from onnx_lowrank.measures import named, names
 
@@ -35,7 +35,7 @@ def score(task: Task, recipe: Recipe, ratios: Sequence[float]) -> float:
     """Mean score over ratios; NaN where one of them is out of reach."""
     values = []
     for ratio in ratios:
-        shape = task.shape if recipe.price is Budget.MACS else {}
+        shape = task.shape if recipe.price == "macs" else {}
         try:
             result = compress(task.model(), ratio, recipe=recipe, input_shape=shape)
         except BudgetError:

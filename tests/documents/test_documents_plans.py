@@ -6,15 +6,19 @@ import pytest
 
 from evaluated import evaluated
 from onnx_lowrank import compress
+from onnx_lowrank.budgets import registry
+from onnx_lowrank.budgets.budget import Tools
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Aggregate, Budget, Choice, Plan, Solver
+from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import plans
+from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.stages import plan as planner
+from timing import Recorded
 from tiny import cnn
 
 PLAN = Plan(
@@ -22,7 +26,7 @@ PLAN = Plan(
     recipe="power",
     measure="spectral",
     ratio=0.5,
-    budget=Budget.MACS,
+    budget="macs",
     choices=(
         Choice("conv1", None, 100, 0.0, "it is small"),
         Choice("body/größe\n", Option(Fold.DECODE, 2, 2), 48, 0.123456789),
@@ -52,14 +56,14 @@ def read(tmp_path, text):
         PLAN,
         replace(PLAN, choices=()),
         replace(PLAN, ratio=1.0, measure="nuclear"),
-        replace(PLAN, budget=Budget.LATENCY),
+        replace(PLAN, budget="latency"),
         replace(PLAN, choices=(Choice("fc", Option(Fold.ENCODE, 1, 3, Lowering.MATMUL), 60, 0.5),)),
         replace(PLAN, choices=(Choice("fc", Option(Fold.ENCODE, 1, 3, Lowering.CONV), 2**40, 0.5),)),
         replace(PLAN, solver=None, digest=""),
         replace(PLAN, measure="activation", factors=Fit.ACTIVATIONS),
         replace(PLAN, measure="output", factors=Fit.ACTIVATIONS, recover=True),
         replace(PLAN, solver=Solver(Aggregate.UNIFORM, 1.0, 0.5, None)),
-        replace(PLAN, budget=Budget.LATENCY, merge=False),
+        replace(PLAN, budget="latency", merge=False),
     ],
 )
 def test_a_plan_reads_back_as_it_was_written(tmp_path, plan):
@@ -105,7 +109,7 @@ def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
     assert plans.sealed(plan) == plan
     assert plans.is_edited(PLAN)
     edits = {"model": "ef" * 32, "recipe": "svd", "measure": "nuclear", "ratio": 0.25}
-    edits |= {"budget": Budget.PARAMS, "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
+    edits |= {"budget": "params", "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
     edits |= {"factors": Fit.ACTIVATIONS, "recover": True, "merge": False}
     assert edits.keys() == PLAN.__dataclass_fields__.keys()
     for name, value in edits.items():
@@ -393,7 +397,8 @@ def test_a_replayed_plan_of_times_keeps_them_unless_it_was_edited(edited):
     if edited:
         option = Option(Fold.DECODE, 2, 2)
         plan = replace(plan, choices=(replace(plan.choices[0], option=option), *plan.choices[1:]))
-    replayed = planner.replay(plan, found)
+    tools = Tools(Recorded(runtime("CPUExecutionProvider")), shapes=shape)
+    replayed = planner.replay(plan, found, registry.named("latency").on(found, tools))
     if not edited:
         assert replayed == plan
         return

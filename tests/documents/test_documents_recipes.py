@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.errors import RecipeError
 from onnx_lowrank.measures import names
@@ -33,8 +33,8 @@ def test_the_least_recipe_and_its_defaults():
         *(("measure", f'"{measure}"', "measure", measure) for measure in names()),
         *(("aggregate", f'"{aggregate}"', "aggregate", aggregate) for aggregate in Aggregate),
         *(("folds", f'["{fold}"]', "folds", (fold,)) for fold in Fold),
-        ("price", '"macs"', "price", Budget.MACS),
-        ("price", '"params"', "price", Budget.PARAMS),
+        ("price", '"macs"', "price", "macs"),
+        ("price", '"params"', "price", "params"),
         ("folds", '["decode", "rows", "decode"]', "folds", (Fold.ROWS, Fold.DECODE)),
         ("groups", "[4, 1, 4]", "groups", (1, 4)),
         ("normalize", '"absolute"', "relative", False),
@@ -181,7 +181,7 @@ def test_the_recipes_of_the_design_ship():
         ("alds-plus", tuple(Fold), None, "spectral", True, Aggregate.MAX, 1, None),
         ("svd", (Fold.ENCODE,), (1,), "spectral", True, Aggregate.UNIFORM, 1, None),
         ("svd-energy", (Fold.ENCODE,), (1,), "nuclear", True, Aggregate.MAX, 1, None),
-        ("l-rank", (Fold.ROWS,), (1,), "frobenius", False, Aggregate.SUM, 1, Budget.MACS),
+        ("l-rank", (Fold.ROWS,), (1,), "frobenius", False, Aggregate.SUM, 1, "macs"),
         ("power", tuple(Fold), None, "spectral", True, Aggregate.SUM, 4, None),
     ],
 )

@@ -9,7 +9,7 @@ from onnx_lowrank import ReportError, compress
 from onnx_lowrank.core.outcome import LayerTime, OutputError, Timing, Trial, Validation
 from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.documents import reports
-from onnx_lowrank.report.content import Total
+from onnx_lowrank.report.content import Figure, Total, Totals
 from tiny import cnn
 
 
@@ -49,7 +49,13 @@ def test_a_report_reads_back_as_it_was_written(made, read):
 def test_everything_that_can_be_null_or_absent_reads_back(made, read):
     odd = OutputError("y", float("inf"), float("nan"), None, "It is odd.", 0.5, cosine=0.5, neighbours=0.25)
     timing = Timing("e", "i", 5, None, None, {"conv1": LayerTime(3, None, 2)}, 1.5)
-    totals = type(made.totals)(made.totals.params, Total(None, None), Total(5, None), Total(7, 8))
+    amounts = {
+        "params": Total(2, 1),
+        "macs": Total(None, None),
+        "bytes": Total(5, None),
+        "time": Total(7, 8),
+    }
+    totals = Totals(tuple(Figure(key, total) for key, total in amounts.items()))
     for values in (
         {"validation": Validation("e", "i", (odd,), None, ("n",), (odd,)), "trials": (Trial("svd", 0.5),)},
         {"validation": None, "solver": None, "calibration": None, "target_error": 0.5, "warnings": ("w",)},

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from onnx_lowrank.allocate.cost import parameters as cost
+from onnx_lowrank.budgets.params import parameters as cost
 from onnx_lowrank.graph.parameters import parameters
 from rewriting import (
     assert_only_named_changes,

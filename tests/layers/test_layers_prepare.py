@@ -10,7 +10,7 @@ import pytest
 from onnx import ModelProto
 from onnx.parser import parse_model
 
-from onnx_lowrank.allocate.cost import parameters as cost
+from onnx_lowrank.budgets.params import parameters as cost
 from onnx_lowrank.graph.parameters import parameters
 from rewriting import assert_only_named_changes, assert_same, found, full_rank, model, rewritten, tensors
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from calibrating import CPU, measured, seen
 from onnx_lowrank import InputError, RecipeError, compress, measures
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.budgets import registry
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents import plans, recipes
 from onnx_lowrank.measures import Evidence, Needs, named, names
 from onnx_lowrank.progress import Silent
@@ -179,7 +180,7 @@ def test_an_added_measure_may_need_weights_and_moments(add):
     with measured(found, X) as calibration:
         # Uniform recipes see all options, in one order for all measures.
         one, other, worse = (
-            Scores(found, Grid(Budget.PARAMS), CPU, Silent(), calibration).candidates(
+            Scores(found, Grid(registry.named("params").on(found)), CPU, Silent(), calibration).candidates(
                 replace(recipe(measure), aggregate=Aggregate.UNIFORM)
             )
             for measure in ("frobenius", "activation", "worse-of-both")

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_lowrank.allocate.cost import parameters as cost
+from onnx_lowrank.budgets.params import parameters as cost
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.parameters import parameters

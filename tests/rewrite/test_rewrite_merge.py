@@ -15,7 +15,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import tiny
-from onnx_lowrank.allocate.cost import total_macs
+from onnx_lowrank.budgets.macs import dearest_macs
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.core.outcome import Merge
 from onnx_lowrank.files.external import Spill
@@ -67,7 +67,7 @@ def built(
 def macs(proto: ModelProto) -> int:
     """Multiply-accumulates of all operators."""
     loaded = load(proto)
-    count = total_macs(work(Walk(proto), infer(loaded, {}), ()), [])
+    count, _ = dearest_macs(work(Walk(proto), infer(loaded, {}), ()), [])
     assert count is not None
     return count
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 import onnx_lowrank
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.core.plan import Budget, Choice, Plan
+from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.graph.parameters import parameters
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.probe.excerpt import excerpts
@@ -207,7 +207,7 @@ def full_rank_plan(model: onnx.ModelProto, fold_index: int = 0, k_index: int = 0
         fold = layer.folds[fold_index % len(layer.folds)]
         k = layer.slices[k_index % len(layer.slices)]
         choices.append(Choice(layer.id, Option(fold, k, layer.full_rank(fold, k)), 0, 0.0))
-    return Plan(seen.model.sha256, "test", "spectral", 1.0, Budget.PARAMS, tuple(choices))
+    return Plan(seen.model.sha256, "test", "spectral", 1.0, "params", tuple(choices))
 
 
 MODELS = {
@@ -233,7 +233,7 @@ def test_compress_at_full_rank(name, fold, k):
     validation = result.report.validation
     assert validation is not None
     assert validation.worst < 1e-5
-    assert result.report.totals.params.after == parameters(result.model)
+    assert result.report.totals.of("params").after == parameters(result.model)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -253,7 +253,7 @@ def test_external_data(tmp_path):
     inline = onnx.ModelProto.FromString(proto.SerializeToString())
     onnx.save(proto, path, save_as_external_data=True, location="data", size_threshold=0)
     seen = found(path)
-    plan = Plan(seen.model.sha256, "test", "spectral", 1.0, Budget.PARAMS, choices)
+    plan = Plan(seen.model.sha256, "test", "spectral", 1.0, "params", choices)
     result = onnx_lowrank.compress(path, plan=plan)
     result.save(tmp_path / "out.onnx")
     result.close()
@@ -311,7 +311,7 @@ def test_matrices_of_old_opsets_pass_the_checker_whatever_the_plan(node, opset):
     for k in layer.slices:
         choice = Choice("w", Option(Fold.ENCODE, k, layer.full_rank(Fold.ENCODE, k)), 0, 0.0)
         digest = found(proto).model.sha256
-        plan = Plan(digest, "test", "spectral", 1.0, Budget.PARAMS, (choice,))
+        plan = Plan(digest, "test", "spectral", 1.0, "params", (choice,))
         validation = onnx_lowrank.compress(proto, plan=plan).report.validation
         assert validation.worst < 1e-6
         assert not any("checker" in note for note in validation.notes)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.core.plan import Budget, Choice
+from onnx_lowrank.budgets import macs as counting
+from onnx_lowrank.budgets import registry
+from onnx_lowrank.budgets.macs import model_macs
+from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.files.load import load
@@ -47,21 +50,26 @@ def found(proto):
     return find_layers(load(proto), {}, (), ())
 
 
-def scores(seen, budget):
-    return Scores(seen.model, seen.walk, seen.bindings, Grid(budget), THREADS, Silent())
+def grid(seen, budget="macs"):
+    return Grid(registry.named(budget).on(seen))
 
 
-def planned(seen, ratio, recipe, budget=Budget.MACS):
-    return make(seen, Goal(ratio, recipe, budget), scores(seen, budget), Silent())
+def scores(seen, budget="macs"):
+    prices = {"prices": lambda name: registry.named(name).on(seen)}
+    return Scores(seen.model, seen.walk, seen.bindings, grid(seen, budget), THREADS, Silent(), **prices)
+
+
+def planned(seen, ratio, recipe, budget="macs"):
+    return make(seen, Goal(ratio, recipe), scores(seen, budget), Silent())
 
 
 def all_plans(seen, recipe):
     """(total MACs, errors) of every choice of candidates."""
-    tables = scores(seen, Budget.MACS).candidates(recipe)
+    tables = scores(seen).candidates(recipe)
     for picks in product(*(range(table.cost.size) for table in tables)):
         pairs = list(zip(tables, picks, strict=True))
         choices = [Choice(t.layer, t.option(n), int(t.cost[n]), float(t.error[n])) for t, n in pairs]
-        yield seen.macs(choices), [choice.error for choice in choices]
+        yield model_macs(seen, choices), [choice.error for choice in choices]
 
 
 def test_what_the_cheaper_branch_keeps_costs_nothing():
@@ -77,8 +85,8 @@ def test_what_the_cheaper_branch_keeps_costs_nothing():
 def test_plans_over_branches_are_optimal(name, ratio, main):
     recipe, seen = recipes.load(name), found(branching(main=main))
     result = planned(seen, ratio, recipe)
-    total = seen.macs()
-    assert seen.macs(result.choices) <= ratio * total
+    total = model_macs(seen)
+    assert model_macs(seen, result.choices) <= ratio * total
     largest = name == "alds"
     worth = [
         max(errors) if largest else fsum(error**recipe.power for error in errors)
@@ -94,9 +102,11 @@ def test_the_smallest_ratio_is_the_smallest(recipe):
     seen = found(branching(main=True))
     with pytest.raises(BudgetError) as caught:
         planned(seen, 0.01, recipe)
-    least = min(macs for macs, _ in all_plans(seen, recipe)) / seen.macs()
+    least = min(macs for macs, _ in all_plans(seen, recipe)) / model_macs(seen)
     assert least <= caught.value.smallest_ratio < least + 0.001
-    assert seen.macs(planned(seen, caught.value.smallest_ratio, recipe).choices) == least * seen.macs()
+    assert model_macs(seen, planned(seen, caught.value.smallest_ratio, recipe).choices) == least * model_macs(
+        seen
+    )
 
 
 @pytest.mark.parametrize("routes", [1, 2])
@@ -105,9 +115,9 @@ def test_the_smallest_ratio_is_the_smallest(recipe):
 def test_too_many_routes_leave_a_true_gap(monkeypatch, recipe, ratio, routes):
     seen = found(branching())
     best = planned(seen, ratio, recipe).solver
-    monkeypatch.setattr(planner, "_MOST_ROUTES", routes)
+    monkeypatch.setattr(counting, "_MOST_ROUTES", routes)
     result = planned(seen, ratio, recipe)
-    assert seen.macs(result.choices) <= ratio * seen.macs()
+    assert model_macs(seen, result.choices) <= ratio * model_macs(seen)
     if best.gap is None:
         assert result.solver.gap is None
     else:
@@ -118,7 +128,7 @@ def test_too_many_routes_leave_a_true_gap(monkeypatch, recipe, ratio, routes):
 def test_what_follows_a_rule_has_no_gap():
     seen = found(branching())
     assert planned(seen, 0.6, recipes.load("svd")).solver.gap is None
-    assert planned(seen, 0.6, recipes.load("l-rank"), Budget.PARAMS).solver.gap is None
+    assert planned(seen, 0.6, recipes.load("l-rank"), "params").solver.gap is None
 
 
 # --- functions --------------------------------------------------------------------------------------
@@ -135,9 +145,9 @@ def calling(calls, node="MatMul (a, w)"):
 
 def test_a_function_that_nothing_calls_does_not_stop_a_plan():
     seen = found(calling(0))
-    assert seen.macs() == 4 * 64
+    assert model_macs(seen) == 4 * 64
     result = planned(seen, 0.6, recipes.load("schatten"))
-    assert seen.macs(result.choices) <= 0.6 * 256
+    assert model_macs(seen, result.choices) <= 0.6 * 256
 
 
 @pytest.mark.parametrize(
@@ -156,7 +166,7 @@ def test_a_function_that_nothing_calls_does_not_stop_a_plan():
 )
 def test_unknown_macs_name_their_cause(proto, words):
     with pytest.raises(InputError, match=f"^The model's MACs are unknown because .*{words}"):
-        found(proto).total(Budget.MACS)
+        _ = grid(found(proto)).costs.total
 
 
 @pytest.mark.parametrize(
@@ -176,7 +186,7 @@ def test_a_ratio_is_a_bound_to_the_last_unit(ratio, total, limit):
     assert planner.largest_total(ratio, total) == limit
 
 
-@pytest.mark.parametrize("budget", [Budget.PARAMS, Budget.MACS])
+@pytest.mark.parametrize("budget", ["params", "macs"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_what_is_in_reach_is_known_before_any_error_is(recipe, budget):
     """The check and the plan draw the line at the same ratio."""
@@ -184,9 +194,9 @@ def test_what_is_in_reach_is_known_before_any_error_is(recipe, budget):
     with pytest.raises(BudgetError) as caught:
         planned(seen, 1e-9, recipe, budget)
     with pytest.raises(BudgetError) as early:
-        check_reach(seen, 1e-9, [recipe], Grid(budget))
+        check_reach(seen, 1e-9, [recipe], grid(seen, budget))
     assert (str(early.value), early.value.smallest_ratio) == (str(caught.value), caught.value.smallest_ratio)
-    check_reach(seen, early.value.smallest_ratio, [recipe], Grid(budget))
+    check_reach(seen, early.value.smallest_ratio, [recipe], grid(seen, budget))
     planned(seen, early.value.smallest_ratio, recipe, budget)
 
 
@@ -195,10 +205,11 @@ def test_one_recipe_that_reaches_the_ratio_is_enough():
     near = recipes.load("schatten")
     far = replace(near, groups=(8,))
     with pytest.raises(BudgetError):
-        check_reach(seen, 0.3, [far], Grid(Budget.PARAMS))
-    check_reach(seen, 0.3, [far, near], Grid(Budget.PARAMS))
+        check_reach(seen, 0.3, [far], grid(seen, "params"))
+    check_reach(seen, 0.3, [far, near], grid(seen, "params"))
 
 
 def test_a_recipe_with_a_price_of_its_own_is_not_refused_early():
-    priced = replace(recipes.load("schatten"), price=Budget.MACS)
-    check_reach(found(branching()), 1e-9, [priced], Grid(Budget.PARAMS))
+    priced = replace(recipes.load("schatten"), price="macs")
+    seen = found(branching())
+    check_reach(seen, 1e-9, [priced], grid(seen, "params"))

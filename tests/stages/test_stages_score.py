@@ -10,7 +10,7 @@ import pytest
 
 from calibrating import CPU, THREADS, measured, seen
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.core.plan import Budget
+from onnx_lowrank.budgets import registry
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.linalg.folding import compose
@@ -40,9 +40,8 @@ def calibration():
 
 
 def scores(calibration, found=FOUND):
-    return Scores(
-        found.model, found.walk, found.bindings, Grid(Budget.PARAMS), THREADS, Silent(), calibration
-    )
+    grid = Grid(registry.named("params").on(found))
+    return Scores(found.model, found.walk, found.bindings, grid, THREADS, Silent(), calibration)
 
 
 def test_the_activation_errors_are_those_of_the_factors(calibration, monkeypatch):

@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.core.outcome import OutputError, Trial
-from onnx_lowrank.core.plan import Aggregate, Budget
+from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.progress import Silent
@@ -42,7 +42,7 @@ class World:
         monkeypatch.setattr(module.settling, "make", self.make)
         monkeypatch.setattr(module, "build", self.build)
         monkeypatch.setattr(module, "judge", self.judge)
-        self.search = Search(None, Budget.PARAMS, None, None, None, Silent())
+        self.search = Search(None, None, None, None, Silent())
 
     def make(self, found, goal, scores, progress):
         result = self.outcome(goal.recipe.name, goal.ratio)

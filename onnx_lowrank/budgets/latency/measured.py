@@ -22,8 +22,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnx_lowrank.allocate.cost import macs
+from onnx_lowrank.allocate.cost import Costs, Line, Linear
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.allocate.times import (
     Curve,
     Times,
@@ -33,12 +34,15 @@ from onnx_lowrank.allocate.times import (
     sampled,
     worth_measuring,
 )
+from onnx_lowrank.budgets.budget import Budget, Gauge
 from onnx_lowrank.budgets.latency.clock import Pace
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
-from onnx_lowrank.budgets.latency.whole import Shapes, Whole, middle, runnable, unmeasurable
+from onnx_lowrank.budgets.latency.whole import Whole, middle
+from onnx_lowrank.budgets.macs import known_macs, macs
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.outcome import LayerTime, Timing
+from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import describe
 from onnx_lowrank.engines.runtime import Executed
@@ -96,17 +100,18 @@ class _Kind:
     known: dict[Option, float] = field(default_factory=dict)
 
 
-class Latency:
+class Latency(Gauge):
     """The times of one model.
 
     Attributes:
         whole: What the model takes, in nanoseconds.
     """
 
-    def __init__(self, found: Found, feed: Feed, stopwatch: Stopwatch) -> None:
+    def __init__(self, budget: Budget, found: Found, feed: Feed, stopwatch: Stopwatch) -> None:
         """Measure the model and its layers.
 
         Args:
+            budget: The budget of latency.
             found: The model.
             feed: The inputs on which it is timed.
             stopwatch: What measures.
@@ -115,6 +120,7 @@ class Latency:
             UnsupportedError: The runtime does not accept the model.
             RejectedError: It fails on the inputs.
         """
+        self.budget = budget
         self.stopwatch = stopwatch
         self._found = found
         self._feed = feed
@@ -160,6 +166,36 @@ class Latency:
         hidden = any(use.scope for layer in self._found.layers for use in layer.uses)
         return self.stopwatch.engine.executed(self._found.model, [self._feed]) if hidden else Executed({})
 
+    @property
+    def total(self) -> int:
+        """What the model takes, in nanoseconds."""
+        return self.whole
+
+    @property
+    def place(self) -> str:
+        """The runtime and its setting."""
+        return self.stopwatch.name
+
+    @property
+    def counted(self) -> Costs:
+        """The MACs: what saves none is not measured."""
+        return Linear(known_macs)
+
+    def line(self, layer: Layer, fold: Fold, k: int) -> Line | None:
+        """The MACs of a decomposition; None where they are unknown."""
+        return None if macs(layer) is None else Linear(known_macs).line(layer, fold, k)
+
+    def of_model(self, choices: Sequence[Choice]) -> int:
+        """What the model takes under a plan, as its own costs tell."""
+        kept = {layer.id: self.tariff(layer).keep for layer in self._found.layers}
+        return self.whole - sum(kept[choice.layer] - choice.cost for choice in choices)
+
+    def alone(self, table: Candidates) -> str:
+        """Why a layer has no option."""
+        if table.cost[0] == 0:
+            return "it did not run when the model was timed, or cannot be timed on its own"
+        return "no option of the recipe, at ranks in multiples of --align, is clearly faster"
+
     def ratio(self, model: Model) -> float:
         """The time of another model with the same inputs over this one's, in turns.
 
@@ -177,7 +213,7 @@ class Latency:
             self._range = min(self._range[0], before), max(self._range[1], before)
         return middle(pairs)
 
-    def measure(self, errors: Sequence[Errors], grid: Grid, step: Step) -> None:
+    def measure(self, errors: Sequence[Errors], grid: Grid[Costs], step: Step) -> None:
         """Measure what is worth it of the options of all layers, but for what is known.
 
         Args:
@@ -202,11 +238,9 @@ class Latency:
         finally:  # what was measured stays known, even where the user does not wait for all
             self.stopwatch.cache.save()
 
-    def times(self) -> tuple[Times, ...]:
-        """The times of all layers with the options that were measured, in graph order."""
-        return tuple(self._times(layer) for layer in self._found.layers)
-
-    def _measure(self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid, pace: Pace) -> None:
+    def _measure(
+        self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid[Costs], pace: Pace
+    ) -> None:
         """Measure what is worth it of the options of layers that are alike (rule 2)."""
         for layer, errors in layers:
             ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
@@ -232,7 +266,7 @@ class Latency:
         missing = [option for option in options if option not in kind.known]
         kind.known |= self.stopwatch.chains(kind.micro, missing, pace)
 
-    def _times(self, layer: Layer) -> Times:
+    def tariff(self, layer: Layer) -> Times:
         """What is known of one layer: over its uses, which may be of several kinds."""
         kinds = {key: self._kinds[key] for key in self._uses[layer.id]}
         shares = {key: runs * kinds[key].time for key, runs in self._uses[layer.id].items()}
@@ -255,7 +289,7 @@ class Latency:
         saved = 0
         for layer in self._found.layers:
             if layer.id in options:
-                times = self._times(layer)
+                times = self.tariff(layer)
                 saved += times.keep - times.cost(options[layer.id])
         return max(1, self.whole - saved)
 
@@ -320,7 +354,7 @@ class Latency:
         """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""
         found: dict[str, LayerTime] = {}
         # What is measured here, of layers that are alike, too, is no prediction.
-        planned = {layer.id: self._times(layer) for layer in self._found.layers}
+        planned = {layer.id: self.tariff(layer) for layer in self._found.layers}
         for layer in self._found.layers:
             option = options.get(layer.id)
             if option is None or not self._uses[layer.id]:
@@ -337,7 +371,7 @@ class Latency:
 
     def _known(self, options: Mapping[str, Option]) -> bool:
         """Whether the times of all options were measured, or of some of the same fold and slices."""
-        times = {layer.id: self._times(layer).curves for layer in self._found.layers}
+        times = {layer.id: self.tariff(layer).curves for layer in self._found.layers}
         return all((option.fold, option.k) in times[layer] for layer, option in options.items())
 
     def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
@@ -390,21 +424,3 @@ def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:
 def _work(layer: Layer, option: Option) -> float:
     """The MACs of an option over those of its layer."""
     return (macs(layer, option) or 0) / (macs(layer) or 1)
-
-
-def start(found: Found, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Latency:
-    """Measure a model and its layers.
-
-    Args:
-        found: The model.
-        shown: Inputs of the user's, if there are any.
-        shapes: The shapes of inputs for which the layers were found, by name.
-        stopwatch: What measures.
-
-    Raises:
-        InputError: The model does not run.
-    """
-    try:
-        return Latency(found, runnable(found.model, shown, shapes, stopwatch), stopwatch)
-    except (UnsupportedError, RejectedError) as error:
-        raise unmeasurable(stopwatch, error, "choose --budget macs") from error

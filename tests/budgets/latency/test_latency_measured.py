@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from calibrating import seen
-from onnx_lowrank.allocate.cost import macs
+from onnx_lowrank.allocate.cost import Linear
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.budgets.latency import measured
+from onnx_lowrank.budgets.budget import Tools
+from onnx_lowrank.budgets.latency import BUDGET, measured
 from onnx_lowrank.budgets.latency.cache import Cache
 from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.budgets.macs import known_macs, macs
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Budget
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
@@ -25,7 +26,7 @@ from timing import Recorded, by_weights
 from tiny import decaying
 
 ENGINE = runtime("CPUExecutionProvider")
-GRID = Grid(Budget.LATENCY)
+GRID = Grid(Linear(known_macs))
 TWO = "g (float[5, 24] x) => (float[5, 16] y) { h = MatMul (x, w) y = MatMul (h, v) }"
 X = {"x": np.ones((5, 24), np.float32)}
 
@@ -60,12 +61,12 @@ def timed(proto, feed=None, cost=by_weights):
     found = seen(proto)
     name = proto.graph.input[0].name
     watch = Recorded(ENGINE, cost=cost)
-    return found, Latency(found, feed or {name: X["x"]}, watch), watch
+    return found, Latency(BUDGET, found, feed or {name: X["x"]}, watch), watch
 
 
 def measure(found, latency, grid=GRID):
     latency.measure(errors(found), grid, lambda share=1.0: None)
-    return latency.times()
+    return tuple(latency.tariff(layer) for layer in found.layers)
 
 
 def own(found, index=0, use=0):
@@ -106,7 +107,7 @@ def test_measured_options_take_their_recorded_times():
 @pytest.mark.parametrize("block", [1, 2, 4])
 def test_only_ranks_of_the_grid_are_measured(block):
     found, latency, _ = timed(two())
-    grid = Grid(Budget.LATENCY, block)
+    grid = Grid(Linear(known_macs), block)
     for layer, times in zip(found.layers, measure(found, latency, grid), strict=True):
         for (fold, k), curve in times.curves.items():
             assert set(curve.ratios) <= set(grid.ranks(layer, fold, k))
@@ -200,7 +201,7 @@ class Picky(Recorded):
 @pytest.mark.parametrize("error", [UnsupportedError, RejectedError])
 def test_a_layer_that_does_not_run_alone_is_left_out(error):
     found = seen(two())
-    latency = Latency(found, X, Picky(error, [24, 16]))
+    latency = Latency(BUDGET, found, X, Picky(error, [24, 16]))
     first, second = measure(found, latency)
     assert (first.keep, second.keep) == (own(found), 0)
     assert (bool(first.curves), second.curves) == (True, {})
@@ -214,7 +215,7 @@ def test_a_weight_of_which_one_use_does_not_run_alone_is_left_out(error):
         w=decaying(1, 24, 16),
     )
     found = seen(proto)
-    latency = Latency(found, X, Picky(error, [16, 24]))
+    latency = Latency(BUDGET, found, X, Picky(error, [16, 24]))
     assert [(of.keep, of.curves) for of in measure(found, latency)] == [(0, {})]
 
 
@@ -227,13 +228,13 @@ def test_a_model_that_does_not_run_is_told(error):
     with pytest.raises(
         InputError, match=r"^To measure times the model has to run, and ONNX Runtime .* \(no\)"
     ):
-        measured.start(seen(two()), X, {}, Refusing(ENGINE))
+        BUDGET.on(seen(two()), Tools(Refusing(ENGINE), X))
 
 
 def test_made_inputs_have_the_shapes_that_were_asked_for():
     proto = model("g (float[N, 24] x) => (float[N, 16] y) { y = MatMul (x, v) }", v=decaying(2, 24, 16))
     for shown in ({}, X):
-        latency = measured.start(seen(proto), shown, {"x": (7, 24)}, Recorded(ENGINE))
+        latency = BUDGET.on(seen(proto), Tools(Recorded(ENGINE), shown, {"x": (7, 24)}))
         assert latency.timing({}, None).inputs == "x float32 7×24"
 
 
@@ -416,7 +417,7 @@ def test_options_that_were_not_planned_have_no_prediction():
 
 def test_layers_that_cannot_be_timed_alone_leave_no_prediction():
     found = seen(two())
-    latency = Latency(found, X, Picky(UnsupportedError, [24, 16]))
+    latency = Latency(BUDGET, found, X, Picky(UnsupportedError, [24, 16]))
     measure(found, latency)
     chosen = options(found, 1)
     timing = latency.timing(chosen, made(found, chosen))

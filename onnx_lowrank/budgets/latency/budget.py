@@ -1,0 +1,93 @@
+"""The budget latency: what it needs, what the report says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx_lowrank.budgets.budget import Budget, Run, Tools
+from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.budgets.latency.whole import runnable, unmeasurable
+from onnx_lowrank.budgets.macs import model_macs
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.report.content import Total
+from onnx_lowrank.report.words import time
+
+_WARNED = 1.05
+
+
+class LatencyBudget(Budget):
+    """The time of a run, on this machine."""
+
+    name = "latency"
+    order = 2
+    figure = "time"
+    is_measured = True
+    tolerance = 0.03  # what one measurement of a time may differ from another
+    is_aligned = True
+
+    def show(self, amount: int | None) -> str:
+        """Write a number of nanoseconds."""
+        return time(amount)
+
+    def check(self, found: Found) -> None:
+        """Find out whether times can be measured: where all shapes are known.
+
+        Raises:
+            InputError: Dimensions of inputs are open.
+        """
+        if found.open_inputs and model_macs(found) is None:
+            raise InputError(
+                f"Times are those of one shape, and dimensions of the inputs {', '.join(found.open_inputs)} "
+                "are open: pass them as --input-shape NAME=1,3,224,224, or choose --budget params."
+            )
+
+    def on(self, found: Found, tools: Tools | None = None) -> Latency:
+        """Measure a model and its layers.
+
+        Raises:
+            InputError: The model does not run.
+        """
+        if tools is None or tools.stopwatch is None:
+            raise RuntimeError("times are measured with a stopwatch")
+        stopwatch = tools.stopwatch
+        try:
+            with tools.progress.stage("time the model"):
+                feed = runnable(found.model, tools.feed, tools.shapes, stopwatch)
+                return Latency(self, found, feed, stopwatch)
+        except (UnsupportedError, RejectedError) as error:
+            raise unmeasurable(stopwatch, error, "choose --budget macs") from error
+
+    def total(self, run: Run) -> Total | None:
+        """The times of both models, measured, or predicted in a dry run; None where nothing was timed."""
+        timing = run.timing
+        if timing is None:
+            return None
+        return Total(timing.before, timing.predicted if timing.after is None else timing.after)
+
+    def warnings(self, run: Run, total: Total) -> Iterator[str]:
+        """What would surprise the user about the speed."""
+        timing, is_counted = run.timing, run.plan.budget == self.name
+        if timing is None or timing.ratio is None:
+            return
+        if not timing.is_steady:
+            again = "plan" if is_counted else "time it"
+            yield (
+                f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
+                f"work on this machine disturbs the times, so {again} again when it is idle."
+            )
+        # The input model itself is not slower than it is, whatever two measurements of it say.
+        if timing.ratio > _WARNED and any(choice.option for choice in run.plan.choices):
+            advice = (
+                "its plan was made where it is faster"
+                if is_counted
+                else f"--budget {self.name} makes models that are faster"
+            )
+            yield (
+                f"The compressed model takes {timing.ratio:.2f} times as long as the input model on "
+                f"{timing.engine}: {advice}."
+            )
+
+
+BUDGET = LatencyBudget()

@@ -1,0 +1,270 @@
+"""Multiply-accumulates of one run, over all Conv, ConvTranspose, Gemm and MatMul of a model.
+
+Of an If the dearer branch counts, so that a plan is bound on every route through the branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd
+from typing import Self
+
+import numpy as np
+
+from onnx_lowrank.allocate.cost import Ints, factor_sizes
+from onnx_lowrank.allocate.limits import Limits
+from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
+from onnx_lowrank.core.layer import Layer, ScopeWork, Use
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.plan import Choice
+from onnx_lowrank.core.routes import dearest, running
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.layers.found import Found, find_layers
+from onnx_lowrank.report.content import Total
+
+_MOST_ROUTES = 64
+
+
+def macs(layer: Layer, option: Option | None = None) -> int | None:
+    """Multiply-accumulates of all uses of a layer; None where a dimension is unknown.
+
+    Each factor is weighed by the number of positions at which it is evaluated, which differ between
+    the two where a stride stands in one of them. Biases count nothing.
+
+    Args:
+        layer: The layer.
+        option: Its decomposition, or None for the layer as it is.
+    """
+    counts = [use_macs(layer, use, option) for use in layer.uses]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None:
+    """Multiply-accumulates of one use of a layer; None where a dimension is unknown."""
+    if use.evaluations is None:
+        return None
+    if option is None:
+        return layer.size * use.evaluations.dense
+    encoder, decoder = factor_sizes(layer, option.fold, option.k)
+    at_encoder, at_decoder = use.evaluations.factors[option.fold]
+    return option.j * (encoder * at_encoder + decoder * at_decoder)
+
+
+def known_macs(layer: Layer, option: Option | None = None) -> int:
+    """Multiply-accumulates of a layer, where all dimensions have to be known.
+
+    Raises:
+        InputError: One is not.
+    """
+    count = macs(layer, option)
+    if count is None:
+        raise InputError(
+            f"The MACs of layer {layer.id!r} are unknown because a shape there is: pass the dimensions that "
+            "the model's inputs leave open as --input-shape NAME=1,3,224,224, or leave the layer out "
+            "with --exclude."
+        )
+    return count
+
+
+def model_macs(found: Found, choices: Sequence[Choice] = ()) -> int | None:
+    """Multiply-accumulates of a model under a plan, by default as it is; None where one is unknown."""
+    return dearest_macs(found.work, found.options(choices))[0]
+
+
+def dearest_macs(
+    scopes: Sequence[ScopeWork], layers: Iterable[tuple[Layer, Option | None]]
+) -> tuple[int | None, Mapping[str, int]]:
+    """The multiply-accumulates of a whole model, and the route on which they are spent.
+
+    Args:
+        scopes: Every scope of the model, the main graph first, each after the one that holds it.
+        layers: Every layer with its decomposition, or None where it is kept.
+
+    Returns:
+        As `core.routes.dearest`.
+    """
+    counts = {scope.path: [scope.macs] for scope in scopes}
+    for layer, option in layers:
+        for use in layer.uses:
+            counts[use.scope].append(use_macs(layer, use, option))
+    return dearest(scopes, counts)
+
+
+class Macs(Budget):
+    """The number of multiply-accumulates."""
+
+    name = "macs"
+    order = 1
+    figure = "macs"
+    title = "MACs"
+    unknown = "MACs need the shapes that the model leaves open: --input-shape NAME=1,3,224,224."
+
+    def on(self, found: Found, tools: Tools | None = None) -> Counted:
+        """What counts the multiply-accumulates of a model."""
+        return _Meter(found)
+
+    def total(self, run: Run) -> Total:
+        """The multiply-accumulates of both models; those of merged operators are counted anew."""
+        if run.merged and run.rewritten is not None:
+            after = model_macs(find_layers(run.rewritten.model, run.shapes, (), ()))
+        else:
+            after = model_macs(run.found, run.plan.choices)
+        return Total(model_macs(run.found), after)
+
+    def warnings(self, run: Run, total: Total) -> Iterator[str]:
+        """That the compressed model has more of them."""
+        if total.before is not None and total.after is not None and total.after > total.before:
+            yield (
+                f"The MACs rise from {total.before:,} to {total.after:,}: the budget {self.name} keeps them "
+                "down."
+            )
+
+
+class _Meter(Counted):
+    """The multiply-accumulates of one model."""
+
+    def __init__(self, found: Found) -> None:
+        self.budget = BUDGET
+        self._found = found
+
+    @cached_property
+    def total(self) -> int:
+        """The multiply-accumulates of the model as it is."""
+        return self.of_model(())
+
+    def of_layer(self, layer: Layer, option: Option | None) -> int:
+        """The multiply-accumulates of a layer, over all its uses."""
+        return known_macs(layer, option)
+
+    def of_model(self, choices: Sequence[Choice]) -> int:
+        """The multiply-accumulates of the model under a plan.
+
+        Raises:
+            InputError: They are unknown.
+        """
+        count = model_macs(self._found, choices)
+        if count is None:
+            raise InputError(f"The model's MACs are unknown because {self._unknown()}")
+        return count
+
+    def bounds(self, tables: Sequence[Candidates], limit: int) -> _Routes:
+        """One constraint for the dearest route of the model as it is; further ones for others."""
+        _, route = dearest_macs(self._found.work, self._found.options())
+        return _Routes(self._found, tuple(tables), limit, (route,))
+
+    def _unknown(self) -> str:
+        """Why the multiply-accumulates are unknown, and what to do about it."""
+        found = self._found
+        if found.open_inputs:
+            return (
+                f"dimensions of its inputs {', '.join(found.open_inputs)} are: pass them as "
+                "--input-shape NAME=1,3,224,224, or choose --budget params."
+            )
+        for scope in found.work:
+            uses = (use for layer in found.layers for use in layer.uses if use.scope == scope.path)
+            name = next((use.name for use in uses if use.positions is None), scope.unknown)
+            if name and scope.path in running(found.work):
+                place = f" in {scope.path}" if scope.path else ""
+                return (
+                    f"the shapes at node {name!r}{place} do not follow from its inputs' shapes: inline "
+                    "functions and check --input-shape, or choose --budget params."
+                )
+        return "its functions call themselves: choose --budget params."
+
+
+@dataclass(frozen=True, slots=True)
+class _Routes:
+    """Bounds on some of the routes through a model's branches.
+
+    A plan that is best under some of them is best under all if it keeps within all, so that routes are added
+    one by one.
+
+    Attributes:
+        found: The model.
+        tables: The candidates of its layers, whose costs are MACs.
+        limit: Largest MACs of the whole model.
+        routes: How often every scope runs, for each route.
+    """
+
+    found: Found
+    tables: tuple[Candidates, ...]
+    limit: int
+    routes: tuple[Mapping[str, int], ...]
+
+    @property
+    def limits(self) -> Limits:
+        """One constraint for each route."""
+        return route_limits(self.found.layers, self.tables, self.found.work, self.routes, self.limit)
+
+    def further(self, choices: Sequence[Choice]) -> Self | None:
+        """With the route on which a plan is dearest; None where that is known, or there are too many."""
+        route = dearest_macs(self.found.work, self.found.options(choices))[1]
+        if route in self.routes or len(self.routes) == _MOST_ROUTES:
+            return None
+        return replace(self, routes=(*self.routes, route))
+
+
+def route_limits(
+    layers: Sequence[Layer],
+    tables: Sequence[Candidates],
+    scopes: Sequence[ScopeWork],
+    routes: Sequence[Mapping[str, int]],
+    limit: int,
+) -> Limits:
+    """Hold a whole model's MACs below a limit, on each of some routes through its branches.
+
+    Args:
+        layers: The layers.
+        tables: Their candidates, whose costs are MACs.
+        scopes: Every scope of the model.
+        routes: How often every scope runs, for each route (`core.routes.dearest`).
+        limit: Largest MACs of the whole model.
+    """
+    fixed = [
+        sum(runs[scope.path] * (scope.macs or 0) for scope in scopes if runs[scope.path]) for runs in routes
+    ]
+    return Limits(
+        limit - np.array(fixed, dtype=np.int64),
+        tuple(
+            np.stack([_macs(layer, table, runs) for runs in routes])
+            for layer, table in zip(layers, tables, strict=True)
+        ),
+        all(_alike(layer, routes) for layer in layers),
+    )
+
+
+def _macs(layer: Layer, table: Candidates, runs: Mapping[str, int]) -> Ints:
+    """MACs of a layer's candidates on a route."""
+    counts = {runs[use.scope] for use in layer.uses}
+    if len(counts) == 1:
+        return table.cost * counts.pop()
+    options = [table.option(index) for index in range(table.cost.size)]
+    return np.array(
+        [
+            sum(runs[use.scope] * (use_macs(layer, use, option) or 0) for use in layer.uses)
+            for option in options
+        ],
+        dtype=np.int64,
+    )
+
+
+def _alike(layer: Layer, routes: Sequence[Mapping[str, int]]) -> bool:
+    """Whether the routes weigh a layer's two factors alike: run all uses as often, or uses of one kind."""
+    same = all(len({runs[use.scope] for use in layer.uses}) == 1 for runs in routes)
+    return same or len({_kind(use) for use in layer.uses if _kind(use) != ()}) <= 1
+
+
+def _kind(use: Use) -> tuple[int, ...] | None:
+    """Uses of one kind have MACs in one proportion to each other, whatever the option; () where none runs."""
+    if use.evaluations is None:
+        return None
+    counts = (use.evaluations.dense, *(n for pair in use.evaluations.factors.values() for n in pair))
+    unit = gcd(*counts)
+    return tuple(count // unit for count in counts) if unit else ()
+
+
+BUDGET = Macs()

@@ -1,0 +1,76 @@
+"""Parameters: the elements of all float tensors that a model stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from onnx_lowrank.allocate.cost import factor_sizes
+from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.plan import Choice
+from onnx_lowrank.graph.parameters import parameters as model_parameters
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.report.content import Total
+
+
+def parameters(layer: Layer, option: Option | None = None) -> int:
+    """Parameters of a layer: its weight, and what stands and falls with it (BatchNorm, biases).
+
+    Args:
+        layer: The layer.
+        option: Its decomposition, or None for the layer as it is.
+    """
+    if option is None:
+        return layer.size + layer.freed
+    encoder, decoder = factor_sizes(layer, option.fold, option.k)
+    return option.j * (encoder + decoder) + layer.added
+
+
+class Params(Budget):
+    """The number of parameters."""
+
+    name = "params"
+    order = 0
+    figure = "params"
+    title = "parameters"
+
+    def on(self, found: Found, tools: Tools | None = None) -> Counted:
+        """What counts the parameters of a model."""
+        return _Meter(found)
+
+    def total(self, run: Run) -> Total:
+        """The parameters of both models."""
+        # A rewrite can free more than a plan counts on: what only rewritten layers share.
+        after = (
+            _Meter(run.found).of_model(run.plan.choices)
+            if run.rewritten is None
+            else model_parameters(run.rewritten.model)
+        )
+        return Total(model_parameters(run.found.model), after)
+
+
+class _Meter(Counted):
+    """The parameters of one model."""
+
+    def __init__(self, found: Found) -> None:
+        self.budget = BUDGET
+        self._found = found
+
+    @cached_property
+    def total(self) -> int:
+        """The parameters of the model as it is."""
+        return model_parameters(self._found.model)
+
+    def of_layer(self, layer: Layer, option: Option | None) -> int:
+        """The parameters of a layer."""
+        return parameters(layer, option)
+
+    def of_model(self, choices: Sequence[Choice]) -> int:
+        """The parameters of the model under a plan."""
+        options = self._found.options(choices)
+        return self.total - sum(parameters(layer) - parameters(layer, option) for layer, option in options)
+
+
+BUDGET = Params()

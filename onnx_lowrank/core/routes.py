@@ -1,0 +1,78 @@
+"""Routes through a model: which of its graphs and functions run, and how often, on the dearest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
+
+from onnx_lowrank.core.layer import ScopeWork
+
+
+def dearest(
+    scopes: Sequence[ScopeWork], counts: Mapping[str, Sequence[int | None]]
+) -> tuple[int | None, Mapping[str, int]]:
+    """The largest count of any route through the branches, and the route itself.
+
+    Of an If the dearer branch counts, the body of a Loop or Scan once, a function once per call: a function
+    that nothing calls does not count.
+
+    Args:
+        scopes: Every scope of the model, the main graph first, each after the one that holds it.
+        counts: What is counted in every scope, in parts; None for a part that is unknown.
+
+    Returns:
+        The count, None where a part of it is unknown, and how often every scope runs on the dearest route
+        through the branches; empty where the count is unknown.
+    """
+    steps = _steps(scopes)
+    try:
+        order = list(TopologicalSorter({path: chain(*of) for path, of in steps.items()}).static_order())
+    except CycleError:  # functions that call themselves never end
+        return None, {}
+    totals: dict[str, int | None] = {}
+    for path in order:
+        parts = [*counts[path], *(_dearer(totals, step) for step in steps[path])]
+        totals[path] = None if None in parts else sum(filter(None, parts))
+    start = scopes[0].path
+    if totals[start] is None:
+        return None, {}
+    runs = dict.fromkeys(totals, 0) | {start: 1}
+    for path in reversed(order):
+        for step in steps[path] if runs[path] else ():
+            runs[max(step, key=lambda body: totals[body] or 0)] += runs[path]
+    return totals[start], runs
+
+
+def running(scopes: Sequence[ScopeWork]) -> set[str]:
+    """The paths of the scopes that some route runs: all but functions that nothing running calls."""
+    steps = _steps(scopes)
+    found: set[str] = set()
+    pending = [scopes[0].path]
+    while pending:
+        path = pending.pop()
+        if path not in found:
+            found.add(path)
+            pending.extend(chain(*steps[path]))
+    return found
+
+
+def _steps(scopes: Sequence[ScopeWork]) -> dict[str, list[list[str]]]:
+    """What every scope runs beside its own nodes: for each step, the bodies of which it takes one."""
+    steps: dict[str, list[list[str]]] = {scope.path: [[path] for path in scope.calls] for scope in scopes}
+    branches: dict[tuple[str, int], list[str]] = {}
+    for scope in scopes:
+        if scope.parent is not None and scope.branch_of is None:
+            steps[scope.parent].append([scope.path])
+        elif scope.parent is not None and scope.branch_of is not None:
+            key = scope.parent, scope.branch_of
+            if key not in branches:
+                steps[scope.parent].append(branches.setdefault(key, []))
+            branches[key].append(scope.path)
+    return steps
+
+
+def _dearer(totals: Mapping[str, int | None], bodies: Sequence[str]) -> int | None:
+    counts = [totals[path] for path in bodies]
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None
