@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
+from operator import itemgetter
 from typing import Self
 
 import numpy as np
@@ -26,6 +27,9 @@ from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.report.content import Total
 
 _MOST_ROUTES = 64
+
+_LARGEST = 2**60
+"""More than a run takes on any machine, and far enough from what the solver's 64-bit integers hold."""
 
 
 def macs(layer: Layer, option: Option | None = None) -> int | None:
@@ -58,7 +62,7 @@ def known_macs(layer: Layer, option: Option | None = None) -> int:
     """Multiply-accumulates of a layer, where all dimensions have to be known.
 
     Raises:
-        InputError: One is not.
+        InputError: One is not, or the layer as it is has more than the solver computes with.
     """
     count = macs(layer, option)
     if count is None:
@@ -67,7 +71,17 @@ def known_macs(layer: Layer, option: Option | None = None) -> int:
             "the model's inputs leave open as --input-shape NAME=1,3,224,224, or leave the layer out "
             "with --exclude."
         )
+    # Options that cost more than their layer are never weighed, however much that is.
+    if option is None and count > _LARGEST:
+        raise _too_many(f"The MACs of layer {layer.id!r} are {count:,}")
     return count
+
+
+def _too_many(what: str) -> InputError:
+    return InputError(
+        f"{what}, above the largest count of {_LARGEST:,}: pass smaller dimensions as --input-shape, or "
+        "choose --budget params."
+    )
 
 
 def model_macs(found: Found, choices: Sequence[Choice] = ()) -> int | None:
@@ -144,12 +158,19 @@ class _Meter(Counted):
         """The multiply-accumulates of the model under a plan.
 
         Raises:
-            InputError: They are unknown.
+            InputError: They are unknown, or more than the solver computes with.
         """
         count = model_macs(self._found, choices)
         if count is None:
             raise InputError(f"The model's MACs are unknown because {self._unknown()}")
+        if count > _LARGEST:
+            raise _too_many(f"The MACs of {self._found.model.name} are {count:,}{self._most()}")
         return count
+
+    def _most(self) -> str:
+        """The layer that has most of the multiply-accumulates, a phrase; empty where there is no layer."""
+        counts = [(macs(layer) or 0, layer.id) for layer in self._found.layers]
+        return f", most of any layer in {max(counts, key=itemgetter(0))[1]!r}" if counts else ""
 
     def bounds(self, tables: Sequence[Candidates], limit: int) -> _Routes:
         """One constraint for the dearest route of the model as it is; further ones for others."""

@@ -213,3 +213,36 @@ def test_a_recipe_with_a_price_of_its_own_is_not_refused_early():
     priced = replace(recipes.load("schatten"), price="macs")
     seen = found(branching())
     check_reach(seen, 1e-9, [priced], grid(seen, "params"))
+
+
+# --- counts beyond what the allocation computes with ------------------------------------------------
+
+
+def many(rows):
+    """A layer that many rows of its input meet."""
+    text = "g (float[N,64] x) => (float[N,64] y) { h = MatMul (x, w) y = MatMul (h, v) }"
+    proto = model(text, w=decaying(0, 64), v=decaying(1, 64))
+    return find_layers(load(proto), {"x": (rows, 64)}, (), ())
+
+
+@pytest.mark.parametrize("rows", [2**48, 2**49, 2**52, 2**62])
+def test_macs_beyond_the_largest_are_refused_with_the_layer(rows):
+    seen = many(rows)
+    assert model_macs(seen) == 2 * 64 * 64 * rows
+    for ask in (lambda: check_reach(seen, 0.5, RECIPES, grid(seen)), lambda: planned(seen, 0.5, RECIPES[0])):
+        with pytest.raises(
+            InputError, match=r"^The MACs of .*'w'.* --input-shape, or choose --budget params\."
+        ):
+            ask()
+
+
+def test_macs_up_to_the_largest_are_planned():
+    seen = many(2**46)
+    assert 0.4 < model_macs(seen, planned(seen, 0.5, recipes.load("schatten")).choices) / 2**59 <= 0.5
+
+
+def test_params_do_not_care_how_large_the_macs_are():
+    seen = many(2**62)
+    planned(seen, 0.5, recipes.load("schatten"), "params")
+    with pytest.raises(InputError, match=r"^The MACs of layer 'w' are 18,"):
+        planned(seen, 0.5, recipes.load("l-rank"), "params")
