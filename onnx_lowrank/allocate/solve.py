@@ -31,8 +31,8 @@ class Solution:
         cost: Their total cost.
         objective: What the recipe minimizes: the largest error (max), the sum of the errors to the
             recipe's power (sum); under uniform, the largest error, which follows from the rank.
-        gap: Proven upper bound on (objective − optimum) / objective; 0 is a proven optimum. None under
-            uniform and with a price, which follow a rule and minimize no objective.
+        gap: Proven upper bound on (objective − optimum) / objective; 0 is a proven optimum, 1 says nothing.
+            None under uniform and with a price, which follow a rule and minimize no objective.
     """
 
     picks: tuple[int, ...]
@@ -49,13 +49,14 @@ def smallest(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> So
         limits: What to stay within.
         recipe: Which plans there are.
     """
+    gap: float | None = None
     if recipe.aggregate is Aggregate.UNIFORM:
         picks = [_at_ratio(table, 0.0) for table in tables]
     elif _is_priced(tables):
         _, picks = min(_priced_path(tables, limits, recipe.power), key=itemgetter(0))
     else:
-        picks = [_front(table)[0] for table in tables]
-    return _solution(tables, picks, recipe, None)
+        picks, gap = [_front(table)[0] for table in tables], 1.0
+    return _solution(tables, picks, recipe, gap)
 
 
 def solve(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solution:

@@ -178,10 +178,15 @@ def whole(proto: onnx.ModelProto, files: Mapping[str, Path], owner: str) -> onnx
     return copy
 
 
+def aligned(position: int, length: int) -> int:
+    """The next offset from a position on at which a runtime can map `length` bytes."""
+    page = _LARGE_PAGE if length >= _LARGE else _PAGE
+    return -(-position // page) * page
+
+
 def append(out: Any, chunks: Iterable[bytes], length: int) -> int:
     """Write `length` bytes at the next offset at which a runtime can map them; return the offset."""
-    page = _LARGE_PAGE if length >= _LARGE else _PAGE
-    offset = -(-out.tell() // page) * page
+    offset = aligned(out.tell(), length)
     out.write(bytes(offset - out.tell()))
     for chunk in chunks:
         out.write(chunk)

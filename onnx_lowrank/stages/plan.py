@@ -190,8 +190,12 @@ def _solved(found: Found, meter: Meter, tables: Sequence[Candidates], goal: Goal
     try:
         return _within(meter, tables, goal, limit, solve)
     except BudgetError:
-        choices = _choices(tables, _within(meter, tables, goal, limit, smallest))
-    raise _out_of_reach(found, meter, goal, meter.of_model(choices))
+        solution = _within(meter, tables, goal, limit, smallest)
+    least = meter.of_model(_choices(tables, solution))
+    # Constraints may be stricter than the whole model's cost, of which they are bounds.
+    if least <= limit:
+        return solution
+    raise _out_of_reach(found, meter, goal, least)
 
 
 def _out_of_reach(found: Found, meter: Meter, goal: Goal, least: int) -> BudgetError:
