@@ -107,7 +107,7 @@ WRONG = {
     "times of free dimensions": ([*HALF, "--budget", "latency"], "Times are those of one shape"),
     "unknown budget": (
         [*HALF, "--budget", "speed"],
-        "no budget 'speed': choose one of params, macs, latency",
+        "no budget 'speed': choose one of params, macs, latency, bytes",
     ),
     "latency with a plan": (
         ["in.onnx", "out.onnx", "--plan", "p.json", "--budget", "latency"],

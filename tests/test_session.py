@@ -258,7 +258,7 @@ def test_one_glob_may_be_a_plain_string(names):
         (
             {"ratio": 0.5, "budget": "time"},
             InputError,
-            "no budget 'time': choose one of params, macs, latency",
+            "no budget 'time': choose one of params, macs, latency, bytes",
         ),
         ({"ratio": 0.5, "budget": "latency"}, InputError, "dimensions of the inputs x are open"),
         ({"ratio": 0.5, "threads": -1}, InputError, "--threads is -1"),

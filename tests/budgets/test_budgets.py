@@ -10,7 +10,7 @@ from onnx_lowrank.errors import InputError
 
 
 def test_budgets_are_listed_by_their_order():
-    assert budgets.names() == ("params", "macs", "latency")
+    assert budgets.names() == ("params", "macs", "latency", "bytes")
     assert tuple(budget.name for budget in registry.every()) == budgets.names()
     assert [budget.order for budget in registry.every()] == sorted(
         budget.order for budget in registry.every()
@@ -39,7 +39,7 @@ def test_a_new_budget_is_one_new_file(tmp_path, monkeypatch):
     monkeypatch.setattr(budgets, "__path__", [*budgets.__path__, str(tmp_path)])
     budgets.found.cache_clear()
     try:
-        assert budgets.names() == ("params", "macs", "nodes", "latency")
+        assert budgets.names() == ("params", "macs", "nodes", "latency", "bytes")
         assert registry.named("nodes").order == 1
     finally:
         budgets.found.cache_clear()

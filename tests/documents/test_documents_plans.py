@@ -183,7 +183,7 @@ MALFORMED = {
         "measure is 'magic', which has to be one of activation, frobenius",
     ),
     "measure list": (table(measure=["spectral"]), "measure is ['spectral']"),
-    "budget": (table(budget="time"), "budget is 'time', which has to be one of params, macs, latency"),
+    "budget": (table(budget="time"), "budget is 'time', which has to be one of params, macs, latency, bytes"),
     **{
         f"ratio {value!r}": (table(ratio=value), f"ratio is {shown(value)}, which has to be a number above 0")
         for value in (0, -0.5, 1.5, float("inf"), float("nan"), "0.5", None, True, [0.5], 10**400)

@@ -96,7 +96,7 @@ def test_a_wrong_value_is_told_with_its_key(key, value):
 
 
 def test_latency_is_no_price_as_there_is_no_formula_of_it():
-    with pytest.raises(RecipeError, match="price is 'latency', which has to be one of params, macs; "):
+    with pytest.raises(RecipeError, match="price is 'latency', which has to be one of params, macs, bytes; "):
         parse(price='"latency"')
 
 

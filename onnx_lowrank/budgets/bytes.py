@@ -1,0 +1,308 @@
+"""Bytes: what a model's files weigh as `save` writes them.
+
+Rules:
+
+1. A model weighs its serialized proto and its data file, padding between tensors included. The name of the
+   data file is not known before it is written, and counts with the longest that a file can have.
+2. A plan's model is rewritten without numbers: with the nodes, names, tensors and metadata that it will
+   have, and with the longest certificates that there are. So the finished model weighs no more, unless
+   operators are merged whose names grow by more than their weights shrink.
+3. An option costs the bytes of its factors, and what its layer, rewritten alone, adds beside them, without
+   padding. Within a few bytes that holds for all ranks and all k above 1. The model of the whole plan
+   (rule 2) decides, and the constraint is tightened where that exceeds the limit.
+4. A layer as it is costs the bytes of all tensors that go with it, in their own dtypes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.allocate.cost import factor_sizes
+from onnx_lowrank.allocate.limits import Limits, Single
+from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
+from onnx_lowrank.core.factors import Certificate, Factors
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.core.plan import Choice
+from onnx_lowrank.files.external import aligned, refer
+from onnx_lowrank.files.load import Model, ModelProto, outline, stored_bytes
+from onnx_lowrank.files.tensors import inline, is_external, reference, region, stored_size, tensors
+from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.found import Found
+from onnx_lowrank.report.content import Total
+from onnx_lowrank.rewrite.notes import METADATA, stamp
+from onnx_lowrank.rewrite.replace import Replacement, rewrite
+
+_LONGEST_NAME = "x" * 255
+"""File systems take no longer name for a data file, nor for the file of a recipe."""
+
+_LARGEST_OFFSET = 10**15 - 1
+
+_LONGEST_NUMBER = 2.2250738585072014e-308
+"""No other positive float has more digits in JSON."""
+
+_NESTED = 16
+"""What the lengths of a tensor and of the messages around it may grow by with its contents."""
+
+_PROTOBUF_LIMIT, _INLINE_BYTES = 2**31 - 1, 1024
+
+
+class Bytes(Budget):
+    """The size of the model's file, with its external data."""
+
+    name = "bytes"
+    order = 3
+    figure = "bytes"
+    title = "file bytes"
+
+    def on(self, found: Found, tools: Tools | None = None) -> Counted:
+        """What weighs a model."""
+        return _Meter(found)
+
+    def total(self, run: Run) -> Total:
+        """The sizes of both models; where the ratio counts them, the second is the most that saving takes."""
+        before = stored_bytes(run.found.model)
+        if run.meter is None or run.meter.budget is not self:
+            return Total(before, None if run.rewritten is None else stored_bytes(run.rewritten.model))
+        if run.rewritten is None or all(choice.option is None for choice in run.plan.choices):
+            return Total(before, run.meter.of_model(run.plan.choices))
+        scales = _Scales(run.rewritten.model)
+        return Total(before, scales.dense + scales.padding(scales.skeleton))
+
+
+class _Meter(Counted):
+    """The bytes of one model."""
+
+    def __init__(self, found: Found) -> None:
+        self.budget = BUDGET
+        self._found = found
+        self._bindings = {binding.layer.id: binding for binding in found.bindings}
+        self._known: dict[str, tuple[int, bool]] = {}
+        self._beside: dict[tuple[str, Fold, bool, Lowering], int] = {}
+
+    @cached_property
+    def total(self) -> int:
+        """The bytes of the model as it was read."""
+        return stored_bytes(self._found.model)
+
+    @cached_property
+    def _scales(self) -> _Scales:
+        return _Scales(self._found.model)
+
+    @cached_property
+    def _unchanged(self) -> int:
+        return self._scales.weigh(self._scales.skeleton)
+
+    @cached_property
+    def _run(self) -> dict[str, str]:
+        return {"version": version("onnx-lowrank"), "recipe": _LONGEST_NAME, "budget": self.budget.name}
+
+    @cached_property
+    def _shared(self) -> int:
+        """What the metadata of the model grow by, beside what every rewritten layer adds."""
+        model = ModelProto()
+        model.metadata_props.add(key=f"{METADATA}.run", value=json.dumps(self._run))
+        model.metadata_props.add(key=f"{METADATA}.layers")
+        return int(model.ByteSize())
+
+    def of_layer(self, layer: Layer, option: Option | None) -> int:
+        """The bytes of a layer (rules 3 and 4)."""
+        if option is None:
+            return self._freed(layer)[0]
+        return _factor_bytes(layer, option) + self._added(layer, option)
+
+    def of_model(self, choices: Sequence[Choice]) -> int:
+        """The bytes that the model of a plan takes at most (rule 2); those of the input where it is that."""
+        chosen = [(layer, option) for layer, option in self._found.options(choices) if option is not None]
+        if not chosen:
+            return self.total
+        made = [self._replacement(layer, option, self._freed(layer)[1]) for layer, option in chosen]
+        rewritten = self._rewritten(made)
+        return self._scales.dense + self._grown(rewritten) + self._scales.padding(rewritten)
+
+    def bounds(self, tables: Sequence[Candidates], limit: int) -> Single:
+        """One constraint; a model that is rewritten at all has metadata, and another file around its data."""
+        room = limit - self.total + sum(int(table.cost[0]) for table in tables)
+        if limit < self.total:
+            room -= self._scales.dense - self.total + self._shared + _NESTED
+        return Single(Limits.single(tables, room))
+
+    def _freed(self, layer: Layer) -> tuple[int, bool]:
+        """The bytes of the tensors that go with a layer, and whether a new bias for the old one adds some.
+
+        Calibration decides whether there is a new one, whatever the option.
+        """
+        if layer.id not in self._known:
+            option = Option(layer.folds[0], 1, 1)
+            made = [self._rewritten([self._replacement(layer, option, new)]) for new in (False, True)]
+            scales = self._scales
+            freed = scales.contents(scales.skeleton) - scales.contents(made[0])
+            self._known[layer.id] = freed, scales.weigh(made[1]) > scales.weigh(made[0])
+        return self._known[layer.id]
+
+    def _added(self, layer: Layer, option: Option) -> int:
+        """What an option adds beside its factors."""
+        key = layer.id, option.fold, option.k > 1, option.lowering
+        if key not in self._beside:
+            # The numbers that are written into names and shapes are the longest of all options.
+            k = max(layer.slices) if option.k > 1 else 1
+            longest = replace(option, k=k, j=layer.full_rank(option.fold, 1))
+            freed, new_bias = self._freed(layer)
+            grown = self._grown(self._rewritten([self._replacement(layer, longest, new_bias)]))
+            self._beside[key] = max(0, grown + freed - self._shared - _factor_bytes(layer, longest))
+        return self._beside[key]
+
+    def _replacement(self, layer: Layer, option: Option, new_bias: bool) -> Replacement:
+        """A layer's replacement without numbers, with a new bias if that is wanted and possible."""
+        binding = self._bindings[layer.id]
+        # Zeros for the bias of a BatchNorm, too: its own may not be finite in the stored dtype.
+        if new_bias or layer.batchnorm is not None:
+            new_bias = bias(self._found.model, self._found.walk, binding) is not None
+        return _placeholder(binding, option, new_bias)
+
+    def _rewritten(self, replacements: Sequence[Replacement]) -> ModelProto:
+        """The skeleton of the model in which these layers are replaced."""
+        light = replace(self._found.model, proto=self._scales.skeleton, path=None)
+        made = rewrite(light, self._found.walk, replacements, self._scales.store)
+        stamp(made, self._run)
+        return made.model.proto
+
+    def _grown(self, skeleton: ModelProto) -> int:
+        """The bytes that a rewritten model has more than the model, without padding."""
+        return self._scales.weigh(skeleton) - self._unchanged
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """What a tensor takes.
+
+    Attributes:
+        message: Bytes of its message, with its contents or with its reference to them.
+        contents: Bytes of its contents, wherever they are.
+        place: Where they are in a data file; None where they are in the message.
+    """
+
+    message: int
+    contents: int
+    place: Hashable = None
+
+
+class _Scales:
+    """Weighs a model by its skeleton, in which tensors refer to their weights.
+
+    Attributes:
+        skeleton: The model without the contents of its tensors.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Weigh all tensors of a model."""
+        self._model = model
+        self._spills = bool(model.files) or stored_bytes(model) > _PROTOBUF_LIMIT
+        self._weights: list[_Weight] = []
+        self.skeleton = outline(model.proto, 0)
+        for bare, tensor in zip(tensors(self.skeleton), tensors(model.proto), strict=True):
+            self._hang(bare, self._weight(bare, tensor))
+        self._own = len(self._weights)
+
+    @cached_property
+    def dense(self) -> int:
+        """The bytes that `save` takes at most for the model, without padding."""
+        if self._spills:
+            return self.weigh(self.skeleton) + _NESTED * self._own
+        return stored_bytes(replace(self._model, path=None))
+
+    def weigh(self, skeleton: ModelProto) -> int:
+        """The bytes of a skeleton with all contents, but for what these add to the lengths around them."""
+        hung = [(tensor, self._weights[index]) for tensor, index in self._hung(skeleton)]
+        messages = sum(weight.message - tensor.ByteSize() for tensor, weight in hung)
+        return int(skeleton.ByteSize() + messages) + sum(size for _, size in self._outsiders(skeleton))
+
+    def padding(self, skeleton: ModelProto) -> int:
+        """The bytes between the tensors of its data file."""
+        end = contents = 0
+        for _, size in self._outsiders(skeleton):
+            end = aligned(end, size) + size
+            contents += size
+        return end - contents
+
+    def _outsiders(self, skeleton: ModelProto) -> Iterable[tuple[Hashable, int]]:
+        """The places in its data file and their sizes, in the order in which they are written."""
+        weights = (self._weights[index] for _, index in self._hung(skeleton))
+        return {weight.place: weight.contents for weight in weights if weight.place is not None}.items()
+
+    def contents(self, skeleton: ModelProto) -> int:
+        """The bytes of the contents that a skeleton has of the model's own tensors."""
+        return sum(self._weights[index].contents for _, index in self._hung(skeleton) if index < self._own)
+
+    def store(self, name: str, values: NDArray[Any]) -> Any:
+        """A new tensor, of which only the shape and the weight are kept."""
+        bare = inline(name, np.empty(0, values.dtype))
+        bare.ClearField("raw_data")
+        del bare.dims[:]
+        bare.dims.extend(values.shape)
+        size = values.nbytes
+        weight = self._outside(bare, size, len(self._weights))
+        self._hang(bare, weight if self._spills else _Weight(bare.ByteSize() + size + _NESTED, size))
+        return bare
+
+    def _weight(self, bare: Any, tensor: Any) -> _Weight:
+        """What a tensor of the model takes; `bare` is the same without contents."""
+        if is_external(tensor):
+            place = region(tensor, self._model.files, self._model.name)
+            return self._outside(tensor, place.length, place)
+        size = stored_size(tensor)
+        if self._spills and not self._model.files and size is not None and size > _INLINE_BYTES:
+            return self._outside(bare, size, len(self._weights))
+        return _Weight(tensor.ByteSize(), tensor.ByteSize() if size is None else size)
+
+    def _outside(self, tensor: Any, size: int, place: Hashable) -> _Weight:
+        """What a tensor takes whose contents are in a data file."""
+        copy = type(tensor)()
+        copy.CopyFrom(tensor)
+        refer(copy, _LONGEST_NAME, _LARGEST_OFFSET, size)
+        return _Weight(copy.ByteSize(), size, place)
+
+    def _hang(self, bare: Any, weight: _Weight) -> None:
+        refer(bare, "", len(self._weights), 0)
+        self._weights.append(weight)
+
+    def _hung(self, skeleton: ModelProto) -> Iterator[tuple[Any, int]]:
+        """The tensors of a skeleton that have weights, and which."""
+        for tensor in tensors(skeleton):
+            if is_external(tensor):
+                yield tensor, int(reference(tensor)["offset"])
+
+
+def _placeholder(binding: Binding, option: Option, with_bias: bool) -> Replacement:
+    """A layer's replacement without numbers, with the longest certificate."""
+    layer, fold, k, j = binding.layer, option.fold, option.k, option.j
+    groups, f, c, *_ = layer.shape
+    encoder, decoder = fold.kernels(layer.kernel)
+    zero = np.zeros((), np.dtype(layer.dtype))
+    factors = Factors(
+        fold,
+        np.broadcast_to(zero, (groups, k, j, c // k, *encoder)),
+        np.broadcast_to(zero, (groups, f, k, j, *decoder)),
+    )
+    longest = (_LONGEST_NUMBER,) * groups
+    return Replacement(
+        binding, option, factors, Certificate(longest, longest), np.zeros(layer.f) if with_bias else None
+    )
+
+
+def _factor_bytes(layer: Layer, option: Option) -> int:
+    encoder, decoder = factor_sizes(layer, option.fold, option.k)
+    return option.j * (encoder + decoder) * np.dtype(layer.dtype).itemsize
+
+
+BUDGET = Bytes()
