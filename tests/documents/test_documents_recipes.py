@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from onnx_lowrank.budgets import prices
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents import recipes
@@ -71,7 +72,7 @@ ALLOWED = {
     "normalize": "one of absolute, relative",
     "aggregate": "one of max, sum, uniform",
     "power": "a number above 0 and at most 64",
-    "price": "one of params, macs",
+    "price": f"one of {', '.join(prices())}",
 }
 ITEMS = {
     **dict.fromkeys(['["encode", "diagonal"]', "[1]", "[[]]", '["ENCODE"]'], f"one of {FOLDS}"),

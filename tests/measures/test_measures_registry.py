@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from calibrating import CPU, measured, seen
+from calibrating import THREADS, measured, seen
 from onnx_lowrank import InputError, RecipeError, compress, measures
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry
@@ -107,7 +107,10 @@ def test_errors_of_activations_need_calibration_inputs(name):
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(InputError, match=f"^There is no measure {name!r}: choose one of {', '.join(NAMES)}"):
         named(name)
-    with pytest.raises(RecipeError, match=f"measure is one of {', '.join(NAMES)}"):
+    with pytest.raises(
+        RecipeError,
+        match=f"measure is {re.escape(repr(name))}, which has to be one of {', '.join(NAMES)}; correct it",
+    ):
         recipe(name)
     with pytest.raises(InputError, match=f"^There is no measure {name!r}: choose"):
         compress(cnn(), 0.5, recipe=replace(recipe("spectral"), measure=name))
@@ -177,12 +180,12 @@ def test_an_added_measure_may_need_weights_and_moments(add):
     with pytest.raises(InputError, match="The recipe 'test' needs calibration inputs"):
         compress(cnn(), 0.5, recipe=recipe("worse-of-both"))
     found = seen(cnn())
+    grid = Grid(registry.named("params").on(found))
     with measured(found, X) as calibration:
+        scores = Scores(found.model, found.walk, found.bindings, grid, THREADS, Silent(), calibration)
         # Uniform recipes see all options, in one order for all measures.
         one, other, worse = (
-            Scores(found, Grid(registry.named("params").on(found)), CPU, Silent(), calibration).candidates(
-                replace(recipe(measure), aggregate=Aggregate.UNIFORM)
-            )
+            scores.candidates(replace(recipe(measure), aggregate=Aggregate.UNIFORM))
             for measure in ("frobenius", "activation", "worse-of-both")
         )
     for tables in zip(one, other, worse, strict=True):
