@@ -28,7 +28,7 @@ from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.running import calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import BudgetError
-from onnx_lowrank.files.load import Model, ModelProto, load, stored_bytes
+from onnx_lowrank.files.load import Model, ModelProto, inlined, load, stored_bytes
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.hardware import cache_bytes
 from onnx_lowrank.layers.found import Found, find_layers
@@ -120,7 +120,7 @@ class _Material:
 
 
 def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack) -> _Material:
-    model = load(source)
+    model = load(source, stack)
     wanted = specs(model.proto)
     given = None if setting.inputs is None else read_inputs(setting.inputs, wanted)
     samples = None
@@ -315,10 +315,14 @@ class _Job:
     ) -> Made:
         if timing is None and self.gauge is not None:
             timing = self.gauge.timing(settling.options(plan), None)
+        resources = resources or ExitStack()
+        model = inlined(self.found.model if built is None else built.rewritten.model)
+        if not model.files:
+            resources.close()
         report = reporting.assemble(
             self.found,
             plan,
-            None if built is None else built.rewritten,
+            None if built is None else replace(built.rewritten, model=model),
             {} if built is None else built.certificates,
             validation,
             self.material.given is not None or calibration is not None,
@@ -332,8 +336,7 @@ class _Job:
             meter=self.grid.costs,
             shapes=self.material.shapes,
         )
-        model = self.found.model if built is None else built.rewritten.model
-        return Made(report, plan, model, resources or ExitStack())
+        return Made(report, plan, model, resources)
 
     def _timing(self, built: Built) -> Timing | None:
         """How long both models take, the median of several where it seems to be slower; None if not asked."""

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_lowrank.files.external import relocated
-from onnx_lowrank.files.load import Model, serialized
+from onnx_lowrank.files.load import Model, inlined, serialized
 from onnx_lowrank.files.save import save
 
 _log = logging.getLogger(__name__)
@@ -69,12 +69,19 @@ def one_line(error: object, source: Source | None = None) -> str:
 
 
 @contextmanager
-def materialized(model: Model) -> Iterator[Source]:
+def materialized(model: Model, *, is_deployed: bool = False) -> Iterator[Source]:
     """A model as a runtime loads it: its file, or its bytes with the data files where they are.
 
     Only where that cannot be it becomes a temporary file with all its data.
+
+    Args:
+        model: The model.
+        is_deployed: Whether tensors have to be inline that are so in what is deployed.
     """
-    source = Source(str(model.path)) if model.path is not None else _in_memory(model)
+    if model.path is not None and (is_deployed or not model.temporary):
+        yield Source(str(model.path))
+        return
+    source = _in_memory(inlined(model) if is_deployed else model)
     if source is not None:
         yield source
         return

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -16,11 +18,23 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.tensors import Region, is_external, read, reference, region, stored_size, tensors
+from onnx_lowrank.files.tensors import (
+    Region,
+    inline,
+    is_external,
+    read,
+    reference,
+    region,
+    stored_size,
+    tensors,
+)
 
 _PAGE, _LARGE_PAGE = 4096, 65536
 _LARGE = 1 << 20
 _INLINE_BYTES = 1024
+_LARGE_INLINE = 1 << 16
+_SPILLED = 1 << 24
+_ROOM = 4  # Factors and activations go to the same folder.
 _DIGITS = 16  # of the digest in the name of a data file
 _STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the old file as a whole, or its offsets
 
@@ -117,8 +131,20 @@ class Spill:
             InputError: The disk is full.
         """
         tensor = numpy_helper.from_array(array, name)
+        self.take(tensor)
+        return tensor
+
+    def large(self, name: str, array: NDArray[Any]) -> TensorProto:
+        """As `tensor`, but a small array stays in the tensor."""
+        return inline(name, array) if array.nbytes < _LARGE_INLINE else self.tensor(name, array)
+
+    def take(self, tensor: TensorProto) -> None:
+        """Write the bytes of a tensor to the file, and have it refer to them, in place.
+
+        Raises:
+            InputError: The disk is full.
+        """
         data = tensor.raw_data
-        tensor.ClearField("raw_data")
         try:
             offset = append(self._file, [data], len(data))
             self._file.flush()
@@ -126,8 +152,49 @@ class Spill:
             raise InputError(
                 f"{self._file.name} cannot be written ({error.strerror}): make room there."
             ) from error
+        tensor.ClearField("raw_data")
         refer(tensor, Path(self._file.name).name, offset, len(data))
-        return tensor
+
+
+def spilled(proto: onnx.ModelProto, resources: ExitStack) -> tuple[onnx.ModelProto, Mapping[str, Path]]:
+    """Put large inline tensors into a temporary file, if they are so many that copies would need memory.
+
+    Args:
+        proto: The model, which is used up: nobody else may have it.
+        resources: Takes the file, which goes with it.
+
+    Returns:
+        The model and the file by its location. `whole` gives back the model that it was, byte for byte.
+        Where there is no room for a file the model stays as it is.
+    """
+    large = [tensor for tensor in tensors(proto) if _is_large(tensor)]
+    size = sum(stored_size(tensor) or 0 for tensor in large)
+    if size < _SPILLED:
+        return proto, {}
+    with ExitStack() as stack:
+        try:
+            if shutil.disk_usage(tempfile.gettempdir()).free < _ROOM * size:
+                return proto, {}
+            spill = stack.enter_context(Spill())
+        except (InputError, OSError):
+            return proto, {}
+        try:
+            for tensor in large:
+                spill.take(tensor)
+        except InputError:
+            return whole(proto, spill.files, "the model"), {}
+        # What was cleared is not free before its proto is.
+        light = onnx.ModelProto()
+        light.CopyFrom(proto)
+        resources.enter_context(stack.pop_all())
+        return light, spill.files
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    """Whether a tensor has many bytes of its own, and says of itself nothing that only external ones say."""
+    fields = ("data_location", "segment")
+    is_plain = not tensor.external_data and not any(tensor.HasField(field) for field in fields)
+    return is_plain and tensor.HasField("raw_data") and (stored_size(tensor) or 0) >= _LARGE_INLINE
 
 
 def refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
@@ -162,7 +229,7 @@ def whole(proto: onnx.ModelProto, files: Mapping[str, Path], owner: str) -> onnx
 
     Args:
         proto: The model; it stays as it is.
-        files: Its external files.
+        files: Its external files, or those of them that it is to hold.
         owner: Its name, for messages.
 
     Raises:
@@ -171,7 +238,7 @@ def whole(proto: onnx.ModelProto, files: Mapping[str, Path], owner: str) -> onnx
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for tensor in tensors(copy):
-        if is_external(tensor):
+        if is_external(tensor) and reference(tensor).get("location") in files:
             tensor.raw_data = b"".join(region(tensor, files, owner).chunks())
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
@@ -217,7 +284,13 @@ def data_names(owner: str) -> re.Pattern[str]:
 
 
 def pack(
-    proto: onnx.ModelProto, files: Mapping[str, Path], owner: str, out: BinaryIO, target: str, inline: bool
+    proto: onnx.ModelProto,
+    files: Mapping[str, Path],
+    owner: str,
+    out: BinaryIO,
+    target: str,
+    *,
+    with_inline: bool,
 ) -> tuple[onnx.ModelProto, str]:
     """Copy the external data of a model into one file.
 
@@ -227,7 +300,7 @@ def pack(
         owner: Its name, for messages.
         out: The data file to write.
         target: The name of the model file.
-        inline: Move large inline tensors there too.
+        with_inline: Move large inline tensors there too.
 
     Returns:
         A copy of the model that refers to the new file, and the name by which it does: that of the model
@@ -244,7 +317,7 @@ def pack(
             if place not in offsets:
                 offsets[place] = append(data_file, place.chunks(), place.length)
             regions.append((tensor, offsets[place], place.length))
-        elif inline and (stored_size(tensor) or 0) > _INLINE_BYTES and not tensor.HasField("segment"):
+        elif with_inline and (stored_size(tensor) or 0) > _INLINE_BYTES and not tensor.HasField("segment"):
             data = numpy_helper.from_array(read(tensor, files, owner)).raw_data
             tensor.ClearField("raw_data")
             tensor.ClearField(helper.tensor_dtype_to_field(tensor.data_type))

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.external import locate
+from onnx_lowrank.files.external import locate, spilled, whole
 from onnx_lowrank.files.tensors import (
     Region,
     check,
     is_external,
     read,
+    reference,
     region,
     stored_size,
     tensor_fields,
@@ -50,6 +52,7 @@ class Model:
             serialization; where that would exceed protobuf's 2 GB, of the serialized outline without
             any contents, followed by every tensor's raw_data or, lacking that, its serialization.
         path: The file which holds it as it is; None for a model from memory or a rewritten one.
+        temporary: The locations among `files` whose tensors are inline in what is loaded and saved.
     """
 
     proto: onnx.ModelProto
@@ -57,13 +60,16 @@ class Model:
     files: Mapping[str, Path]
     sha256: str
     path: Path | None = None
+    temporary: frozenset[str] = frozenset()
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+def load(source: str | os.PathLike[str] | onnx.ModelProto, resources: ExitStack | None = None) -> Model:
     """Load a model and check it; external data is hashed, not kept.
 
     Args:
         source: A path, or a model in memory without external data.
+        resources: Takes a temporary file with the large inline tensors of a large model, so that no copy of
+            it holds them; by default they stay in the proto.
 
     Raises:
         InputError: It cannot be read, is no ONNX model, is damaged, or its external data is missing,
@@ -73,7 +79,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
         model = Model(source, "model", MappingProxyType({}), "")
         _check_proto(source, model.name)
         _check_tensors(model)
-        return replace(model, sha256=_digest_in_memory(source))
+        return _spilled(replace(model, sha256=_digest_in_memory(source)), resources)
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"A {type(source).__name__} is no model: give a path or an onnx.ModelProto.")
     path = Path(source)
@@ -93,7 +99,33 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     for _, file in sorted(model.files.items()):
         for chunk in Region(file, 0, file.stat().st_size).chunks():
             digest.update(chunk)
-    return replace(model, sha256=digest.hexdigest(), path=path)
+    return _spilled(replace(model, sha256=digest.hexdigest(), path=path), resources)
+
+
+def _spilled(model: Model, resources: ExitStack | None) -> Model:
+    if resources is None:
+        return model
+    proto = model.proto
+    if model.path is None:  # It is the caller's.
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model.proto)
+    proto, files = spilled(proto, resources)
+    files = MappingProxyType({**model.files, **files})
+    return replace(model, proto=proto, files=files, temporary=frozenset(files.keys() - model.files.keys()))
+
+
+def inlined(model: Model) -> Model:
+    """A model with all tensors in its proto that belong there; it needs no temporary file any more.
+
+    Raises:
+        InputError: The file has gone.
+    """
+    if not model.temporary:
+        return model
+    own = {name: file for name, file in model.files.items() if name in model.temporary}
+    others = {name: file for name, file in model.files.items() if name not in model.temporary}
+    proto = whole(model.proto, own, model.name)
+    return replace(model, proto=proto, files=MappingProxyType(others), temporary=frozenset())
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -168,6 +200,8 @@ def array(model: Model, tensor: TensorProto) -> NDArray[Any]:
 
 def stored_bytes(model: Model) -> int:
     """Bytes of the file or the serialized proto, and of the regions of external files, each once."""
+    if model.path is None:
+        model = inlined(model)
     data = None if model.path is not None else serialized(model.proto)
     if model.path is not None:
         size = model.path.stat().st_size
@@ -176,7 +210,11 @@ def stored_bytes(model: Model) -> int:
     else:  # piecewise, to within a few bytes for each tensor
         size = len(outline(model.proto, 0).SerializeToString())
         size += sum(len(tensor.raw_data or tensor.SerializeToString()) for tensor in tensors(model.proto))
-    places = {region(t, model.files, model.name) for t in tensors(model.proto) if is_external(t)}
+    places = {
+        region(tensor, model.files, model.name)
+        for tensor in tensors(model.proto)
+        if is_external(tensor) and reference(tensor).get("location") not in model.temporary
+    }
     return size + sum(place.length for place in places)
 
 

@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.atomic import check_writable, finish, hidden, permissions, replacing, sweep
 from onnx_lowrank.files.external import data_names, pack
-from onnx_lowrank.files.load import Model, serialized
+from onnx_lowrank.files.load import Model, inlined, serialized
 from onnx_lowrank.files.tensors import is_external, reference, tensors
 
 
@@ -55,7 +55,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         InputError: The target cannot be written, or is a data file that the model itself reads.
     """
     check_target(model, path)
-    target = Path(path)
+    target, model = Path(path), inlined(model)
     old = _data_of(target, target.name)
     sweep(target.parent, lambda unfinished: old.update(_data_of(unfinished, target.name)))
     data = serialized(model.proto)
@@ -83,7 +83,7 @@ def _write_both(
         undo: Takes what has to be done if the model does not get to its target.
     """
     with hidden(target.parent, mode) as (temporary, data_file):
-        packed, name = pack(model.proto, model.files, model.name, data_file, target.name, inline)
+        packed, name = pack(model.proto, model.files, model.name, data_file, target.name, with_inline=inline)
         data = serialized(packed)
         if data is None:
             raise InputError(f"{model.name} has over 2 GB beside its tensors' contents: split the model.")

@@ -114,12 +114,17 @@ def assemble(
         InputError: The disk is full.
     """
     with ExitStack() as stack:
-        spill = stack.enter_context(Spill()) if found.model.files else None
-        store = inline if spill is None else spill.tensor
+        source = found.model
+        spill = stack.enter_context(Spill()) if source.files else None
+        # The new tensors are where the old ones are: inline, if the input model's files are all temporary.
+        temporary = bool(source.temporary) and source.files.keys() <= source.temporary
+        store = inline if spill is None else spill.large if temporary else spill.tensor
         rewritten = rewrite(found.model, found.walk, replacements, store)
         if spill is not None:
-            files = {**rewritten.model.files, **spill.files}
-            rewritten = replace(rewritten, model=replace(rewritten.model, files=files))
+            files = {**source.files, **spill.files}
+            inlines = source.temporary.union(spill.files if temporary else ())
+            model = replace(rewritten.model, files=files, temporary=inlines)
+            rewritten = replace(rewritten, model=model)
         merges: tuple[Merge, ...] = ()
         if merging:
             rewritten, merges = merge(rewritten, store, found.spared)
