@@ -1,1 +1,1 @@
-"""Everything that touches ONNX protos: loading, finding layers, rewriting, saving."""
+"""Reading the graphs of a model: scopes, producers and consumers, shapes, constants, weights."""

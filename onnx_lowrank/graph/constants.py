@@ -1,7 +1,7 @@
 """Small tensors that follow from shapes: exporters compute pads and targets of Reshape from them.
 
-ONNX shape inference stops at such computations, and at an If whose branches differ in rank though its
-condition follows from shapes. So the results are put in as constants, in all graphs.
+ONNX shape inference stops at such computations. It also stops at an If with branches of different rank,
+even where the shapes decide the condition. This module puts the results in as constants, in all graphs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_lowrank.graph.walk import attribute_of
 
 # fmt: off
-_GROWING = frozenset({  # their results can be larger than their first operand
+_GROWING = frozenset({  # the result can be larger than the first operand
     "Add", "And", "Concat", "ConstantOfShape", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual",
     "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Or", "ReduceProd", "Sub", "Where",
 })
@@ -32,22 +32,22 @@ _OPERATORS = _GROWING | {
 }
 # fmt: on
 _LARGEST = 1024  # elements; shapes and pads have a few
-_MOST = 1 << 22  # elements of all tensors that are put in
-_ROUNDS = 32  # each reaches behind one more Shape; chains of them are short
+_MOST = 1 << 22  # elements of all inserted constants together
+_ROUNDS = 32  # each round resolves one more Shape of a chain; chains are short
 
 _Values = ChainMap[str, NDArray[Any] | None]
 _Shapes = ChainMap[str, tuple[int, ...] | None]
 
 
 def infer_shapes(light: ModelProto) -> ModelProto:
-    """Shape inference that also follows the small tensors computed from shapes, in all graphs.
+    """Infer shapes, also through the small tensors computed from shapes, in all graphs.
 
     Args:
         light: A model without large contents; it is not changed.
 
     Returns:
-        The model with its shapes and with constants in place of what could be computed: every other
-        node stands where it stood.
+        The model with its shapes. A Constant stands in the place of every node with a known result; all
+        other nodes keep their positions.
     """
     proto = ModelProto()
     proto.CopyFrom(light)
@@ -61,7 +61,7 @@ def infer_shapes(light: ModelProto) -> ModelProto:
 
 
 class _Folder:
-    """Puts constants into a model, which it changes, for as long as new shapes give new ones."""
+    """Puts constants into a model, in place, until new shapes give no new constants."""
 
     def __init__(self, proto: ModelProto) -> None:
         self._proto = proto
@@ -70,7 +70,7 @@ class _Folder:
         self._changed = False
 
     def fold(self, inferred: GraphProto) -> bool:
-        """Go once through all graphs, with the shapes of a copy; True if anything could be put in."""
+        """Go once through all graphs, with the shapes of a copy; True if the model changed."""
         self._changed = False
         self._graph(self._proto.graph, inferred, ChainMap(), ChainMap(), "")
         return self._changed
@@ -78,7 +78,7 @@ class _Folder:
     def _graph(
         self, graph: GraphProto, inferred: GraphProto, outer: _Values, around: _Shapes, path: str
     ) -> None:
-        # What a graph defines hides what the graphs around it call the same.
+        # None first: a name that a graph defines hides the same name of the graphs around it.
         local: dict[str, NDArray[Any] | None] = dict.fromkeys(_defined(graph))
         local |= {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if _is_small(t)}
         values: _Values = outer.new_child(local)
@@ -100,7 +100,7 @@ class _Folder:
     def _capture(
         self, graph: GraphProto, node: NodeProto, values: _Values, local: dict[str, NDArray[Any] | None]
     ) -> None:
-        """Give a node its operands from outer scopes as initializers: inference sees no values out there."""
+        """Copy a node's known operands of outer scopes into its graph: inference reads values there alone."""
         for i, name in enumerate(node.input):
             value = values.get(name)
             if value is None or name in local or not self._takes(value):
@@ -114,7 +114,7 @@ class _Folder:
             self._changed = True
 
     def _replace(self, node: NodeProto, values: _Values, shapes: _Shapes, here: str) -> bool:
-        """Put a Constant in the place of a node that computes a small tensor known already; True if so."""
+        """Replace a node by a Constant if its result is small and known; True if it was replaced."""
         if here in self._failed or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
             return False
         if node.op_type == "Constant":
@@ -125,14 +125,14 @@ class _Folder:
         try:
             result = _result(self._proto, node, values, shapes)
         except Exception:
-            # Whatever the reference implementation cannot compute stays unknown, as it was.
+            # The reference implementation cannot compute it, so it stays unknown, and is not tried again.
             self._failed.add(here)
             return False
         if result is None or result.size > _LARGEST or not self._takes(result):
             return False
         output = node.output[0]
         values[output] = result
-        # In place: subgraphs of nameless nodes are called by the node's index.
+        # In place: the paths of subgraphs of nameless nodes contain the node's index.
         node.CopyFrom(
             make_node("Constant", [], [output], node.name, value=onnx.numpy_helper.from_array(result))
         )
@@ -140,12 +140,13 @@ class _Folder:
         return True
 
     def _takes(self, value: NDArray[Any]) -> bool:
-        """Whether one more tensor may be put in; counts it."""
+        """Count one more tensor; True if there is room for it."""
+        # Empty tensors count, too, or their number would have no bound.
         self._room -= max(value.size, 1)
         return self._room >= 0
 
     def _decide(self, graph: GraphProto, node: NodeProto, seen: NodeProto, values: _Values) -> None:
-        """State the shapes of an If's outputs where its condition is known: those of the branch it takes."""
+        """Give an If's outputs the shapes of the branch that it takes, where its condition is known."""
         condition = values.get(node.input[0]) if node.input else None
         if condition is None or condition.size != 1:
             return
@@ -164,7 +165,7 @@ def _defined(graph: GraphProto) -> Iterator[str]:
 
 
 def _state(graph: GraphProto, name: str, known: ValueInfoProto) -> bool:
-    """Write a known shape into a graph; True if it did not say as much before."""
+    """Write a known shape into a graph; True if this adds to what the graph stated."""
     stated = next((value for value in (*graph.output, *graph.value_info) if value.name == name), None)
     if stated is None:
         stated = graph.value_info.add(name=name)
@@ -173,6 +174,7 @@ def _state(graph: GraphProto, name: str, known: ValueInfoProto) -> bool:
         *(_sizes(v.type.tensor_type.shape) for v in (stated, known)),
     )
     same_rank = tensor.HasField("shape") and len(before) == len(new)
+    # A size that only the graph states stays.
     sizes = [old if n is None else n for old, n in zip(before, new, strict=True)] if same_rank else new
     if same_rank and sizes == before:
         return False
@@ -199,7 +201,7 @@ def _known_shapes(graph: GraphProto) -> dict[str, tuple[int, ...]]:
 
 
 def _is_small(tensor: TensorProto) -> bool:
-    """Whether a light copy still has the tensor's contents, and they are few numbers."""
+    """Whether a light copy still holds the tensor's contents, of a plain type and with few elements."""
     has_contents = (
         tensor.raw_data or tensor.int64_data or tensor.int32_data or tensor.float_data or 0 in tensor.dims
     )
@@ -208,7 +210,7 @@ def _is_small(tensor: TensorProto) -> bool:
 
 
 def _most_elements(node: NodeProto, operands: list[NDArray[Any]]) -> int:
-    """A bound on the elements that an operator of _GROWING computes, those of partial results included."""
+    """A bound on the elements that an operator of _GROWING computes, partial results included."""
     shapes: list[tuple[int, ...]] = [operand.shape for operand in operands]
     match node.op_type:
         case "ConstantOfShape":
@@ -220,16 +222,17 @@ def _most_elements(node: NodeProto, operands: list[NDArray[Any]]) -> int:
             del others[attribute_of(node, "axis", 0)]
             return prod(shapes[1]) * prod(others)
         case "ReduceProd":
-            # Not the operand's size: along an empty axis an operand without elements has products.
+            # Not the operand's size: the product along an empty axis is 1, so an empty operand has results.
             return prod(max(n, 1) for n in shapes[0])
         case _:
             axes = zip_longest(*map(reversed, shapes), fillvalue=1)
-            # Not the result's size: Max of three computes that of two, and only the third may be empty.
+            # Not the result's size: Max of three operands first computes the Max of two, which may be large
+            # although the third operand is empty.
             return prod(max(1, *sizes) for sizes in axes)
 
 
 def _result(proto: ModelProto, node: NodeProto, values: _Values, shapes: _Shapes) -> NDArray[Any] | None:
-    """What a node computes, where that is a small tensor that is known already."""
+    """The result of a node if it follows from known operands or shapes; otherwise None."""
     names: list[str] = [name for name in node.input if name]
     if node.op_type in ("Shape", "Size"):
         shape = shapes.get(names[0])

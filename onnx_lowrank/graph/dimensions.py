@@ -1,4 +1,4 @@
-"""Sizes that exporters write as sums and products of others: "past_sequence_length + sequence_length"."""
+"""Sizes that exporters write as sums and products of other sizes: "past_sequence_length + sequence_length"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-# Products of more factors would have sizes of more digits than a message can show.
+# Bounds the digits of a product: longer texts give numbers that no message can show.
 _LONGEST = 200
 _FACTOR = r"\s*(?:[A-Za-z_][A-Za-z_0-9.]*|[0-9]{1,9})\s*"
 _EXPRESSION = re.compile(rf"{_FACTOR}(?:[+*]{_FACTOR})+")
@@ -19,24 +19,26 @@ class Dimension:
     """A size as a polynomial in other sizes, Σ c · Π names.
 
     Attributes:
-        terms: The integer c and the names of every summand.
+        terms: For every summand, the integer c and its names.
     """
 
     terms: tuple[tuple[int, tuple[str, ...]], ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sizes on which it depends, in the order of the text, each once."""
+        """The names in the dimension, in the order of the text, each once."""
         return tuple(dict.fromkeys(name for _, names in self.terms for name in names))
 
     def size(self, sizes: Mapping[str, int]) -> int:
-        """Its value; the sizes of all its names have to be there."""
+        """The value of the dimension; `sizes` must have all its names."""
         return sum(factor * prod(sizes[name] for name in names) for factor, names in self.terms)
 
     def solved(self, total: int, sizes: Mapping[str, int]) -> tuple[str, int] | None:
-        """The one size that is missing, and its value where this dimension has the size `total`.
+        """Solve for the one size that is missing, given the value `total` of the dimension.
 
-        None where none or several are missing, or where no whole number from 0 on is the one solution.
+        Returns:
+            The name and the value. None if no size or several sizes are missing, or if the equation has
+            no unique solution among the whole numbers ≥ 0.
         """
         missing = [name for name in self.names if name not in sizes]
         if len(missing) != 1:
@@ -44,7 +46,7 @@ class Dimension:
         slope = rest = 0
         for factor, names in self.terms:
             degree = Counter(names)[missing[0]]
-            if degree > 1:
+            if degree > 1:  # not linear in the missing size
                 return None
             value = factor * prod(sizes[name] for name in names if name != missing[0])
             slope, rest = (slope + value, rest) if degree else (slope, rest + value)
@@ -54,7 +56,7 @@ class Dimension:
 
 
 def parse(text: str) -> Dimension:
-    """A dimension's text as a model states it; a text that is no sum or product is one name as a whole."""
+    """Parse the text of a dimension; a text that is no sum or product counts as one name."""
     if len(text) > _LONGEST or not _EXPRESSION.fullmatch(text):
         return Dimension(((1, (text,)),))
     terms = []
@@ -66,11 +68,11 @@ def parse(text: str) -> Dimension:
 
 
 def solve(stated: Iterable[tuple[Dimension, int]], sizes: Mapping[str, int]) -> dict[str, int]:
-    """All sizes that follow from others and from the values of some dimensions.
+    """Find all sizes that follow from the known sizes and from the values of dimensions.
 
     Args:
-        stated: Dimensions and their values; where two contradict each other, the first counts.
-        sizes: Sizes that are known already, by name.
+        stated: Dimensions and their values; if two contradict each other, the first counts.
+        sizes: The known sizes, by name.
     """
     found, stated = dict(sizes), list(stated)
     while new := next(filter(None, (dimension.solved(total, found) for dimension, total in stated)), None):

@@ -21,13 +21,14 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorP
 def parameters(model: Model) -> int:
     """Elements of the float tensors in initializers and Constant nodes of all scopes.
 
-    Float is float16, bfloat16, float32 and float64. Of a sparse tensor its stored values count;
-    tensors that share one region of a data file count once.
+    Float means float16, bfloat16, float32 and float64. A sparse tensor counts with its stored values.
+    Tensors that share one region of a data file count once.
     """
     sizes: dict[Region | int, int] = {}
     for scope in scopes(model.proto):
         for tensor in _stored_tensors(scope):
             if tensor.data_type in _FLOATS:
+                # A number can never equal a Region, so inline tensors all get keys of their own.
                 key = region(tensor, model.files, model.name) if is_external(tensor) else len(sizes)
                 sizes[key] = prod(tensor.dims)
         for attribute in _constants(scope):

@@ -11,19 +11,18 @@ from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A graph or a function: the nodes that see each other's names.
+    """A graph or a function: its nodes can read each other's outputs by name.
 
     Attributes:
-        path: "" for the main graph; for the graph in attribute A of node N of a scope P,
-            "P/N.A" ("N.A" below the main graph; "#index" stands for an empty name or follows a
-            repeated one; "A[i]" in a list of graphs); for a function "domain:name" and, if it has
-            one, ":overload".
-        nodes: The repeated field.
+        path: The main graph has "". The graph in attribute A of node N of the scope P has "P/N.A", or
+            "N.A" below the main graph; "#index" replaces an empty node name and follows a repeated one;
+            in a list of graphs, A is "A[i]". A function has "domain:name", or "domain:name:overload".
+        nodes: The repeated field of the nodes.
         graph: The graph, or None for a function.
         function: The function, or None for a graph.
         parent: The path of the scope around it, or None for the main graph and for functions.
-        node: The index in the parent of the node that holds it.
-        attribute: The name of the attribute of this node that holds it.
+        node: The index of the node in the parent that holds this graph; None if there is no parent.
+        attribute: The name of the attribute that holds this graph; "" if there is no parent.
     """
 
     path: str

@@ -19,15 +19,19 @@ _LARGEST_SIZE = 2**63 - 1
 
 Shape = tuple[int | None, ...]
 Shapes = Mapping[tuple[str, str], Shape]
-"""Shape of every tensor of known rank, by (path of its scope, name); unknown dimensions are None."""
+"""The shapes of all tensors of known rank, by (path of the scope, name); unknown dimensions are None."""
 
 
 def infer(model: Model, input_shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
-    """Infer the shapes of all tensors, with some inputs' shapes fixed.
+    """Infer the shapes of all tensors.
+
+    Args:
+        model: The model.
+        input_shapes: Shapes of inputs, by name, where the user fixes them.
 
     Raises:
-        InputError: `input_shapes` names no input or contradicts the model's own shape, or the model
-            has a text that is no UTF-8.
+        InputError: `input_shapes` has a name that is no input or a shape that contradicts the model's, or
+            the model has a text that is not UTF-8.
     """
     try:
         proto = outline(model)
@@ -36,7 +40,7 @@ def infer(model: Model, input_shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
             f"The model has the text {error.object!r}, which is no UTF-8: export it again."
         ) from error
     _fix(proto, input_shapes)
-    # A model that the inference cannot follow keeps the shapes that it states itself.
+    # If the inference fails, the shapes stated in the model are used.
     with suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         proto = infer_shapes(proto)
     shapes: dict[tuple[str, str], Shape] = {}
@@ -56,7 +60,7 @@ def _shape(value: ValueInfoProto) -> Shape:
 
 
 def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write the given shapes into a light copy's inputs, and all sizes that follow from them."""
+    """Write the given shapes, and all sizes that follow from them, into the inputs of a light copy."""
     weights = {tensor.name for tensor in proto.graph.initializer}
     inputs = {value.name: value for value in proto.graph.input if value.name not in weights}
     for name, shape in input_shapes.items():
@@ -81,7 +85,7 @@ def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None
 def _symbols(
     inputs: Mapping[str, ValueInfoProto], input_shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
-    """The sizes of dimensions, by their texts, that the given shapes tell."""
+    """The sizes that follow from the given shapes, by the texts of the dimensions."""
     symbols: dict[str, int] = {}
     for name, shape in input_shapes.items():
         for dim, n in zip(inputs[name].type.tensor_type.shape.dim, shape, strict=False):
@@ -94,7 +98,7 @@ def _symbols(
 
 
 def _size(text: str, symbols: Mapping[str, int]) -> int | None:
-    """The size of a dimension by its text; None where it does not follow from others."""
+    """The size of the dimension with this text; None if it does not follow from `symbols`."""
     if text in symbols or not text:
         return symbols.get(text)
     dimension = parse(text)
@@ -112,7 +116,7 @@ def _check_fits(value: ValueInfoProto, shape: tuple[int, ...]) -> None:
 
 
 def open_inputs(model: Model, shapes: Shapes) -> tuple[str, ...]:
-    """Names of a model's inputs of which a dimension is unknown."""
+    """The names of the inputs with an unknown dimension."""
     graph = model.proto.graph
     weights = {tensor.name for tensor in graph.initializer}
     return tuple(
@@ -125,5 +129,5 @@ def open_inputs(model: Model, shapes: Shapes) -> tuple[str, ...]:
 
 
 def shape_of(walk: Walk, shapes: Shapes, tensor: object) -> Shape | None:
-    """Shape of a walk's tensor; None where even its rank is unknown."""
+    """The shape of a walk's tensor; None if its rank is unknown."""
     return None if tensor is None else shapes.get(walk.origin(tensor))

@@ -1,9 +1,9 @@
 """Producers and consumers across all scopes of a model, walked on a graphsurgeon skeleton.
 
-graphsurgeon loses or rejects much of a real model when it imports it whole, so it gets a skeleton:
-node types, edges and graph attributes, nothing else. The skeleton's nodes stand in the model's
-order, and its tensors are named by the number of the scope that defines them, so both lead back to
-the protos even where a subgraph shadows an outer name.
+graphsurgeon loses or rejects parts of a real model when it imports the whole model, so it gets a skeleton:
+node types, edges and graph attributes, nothing else. The skeleton keeps the order of the nodes, and
+prefixes the name of a tensor with the number of the scope that defines it. Order and prefix lead back to
+the protos, even where a subgraph shadows an outer name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SEPARATOR = ":"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """A node: the path of its scope and its index there."""
+    """The position of a node: the path of its scope and its index there."""
 
     scope: str
     node: int
@@ -37,7 +37,7 @@ class Walk:
     """The nodes of a model in all scopes, with the producer and the consumers of every tensor.
 
     Attributes:
-        scopes: Every scope by its path, in the model's order, each after the one that holds it.
+        scopes: Every scope by its path, in the model's order, each after the scope that holds it.
         opsets: The version of the default domain in every scope.
         initializers: Every initializer, by (scope, name).
     """
@@ -73,8 +73,8 @@ class Walk:
             self._outputs.update(("", name) for node in nodes for name in node.input)
 
     def readers_of_bytes(self, model: Model, tensor: TensorProto) -> int:
-        """How many tensors of the model refer to the bytes of an external one; they are counted once."""
-        if self._regions is None:
+        """The number of tensors in the model that refer to the bytes of an external tensor."""
+        if self._regions is None:  # counted once: a walk over all tensors per question is quadratic
             external = (other for other in tensors(model.proto) if is_external(other))
             self._regions = Counter(region(other, model.files, model.name) for other in external)
         return self._regions[region(tensor, model.files, model.name)]
@@ -123,7 +123,7 @@ class Walk:
                 self._index(self._bodies[id(body)], imported, opset)
 
     def places(self) -> Iterator[Place]:
-        """All nodes in the model's order, those of a body right behind the node that holds it."""
+        """All nodes in the model's order; the nodes of a body follow the node that holds it."""
         return iter(self._nodes)
 
     def node(self, place: Place) -> NodeProto:
@@ -131,12 +131,12 @@ class Walk:
         return self.scopes[place.scope].nodes[place.node]
 
     def operand(self, place: Place, index: int) -> Any | None:
-        """The tensor that a node reads as its input number `index`; None where it is left out."""
+        """The tensor that a node reads as its input number `index`; None if it is left out."""
         inputs = self._nodes[place].inputs
         return inputs[index] if index < len(inputs) and inputs[index].name else None
 
     def result(self, place: Place) -> Any | None:
-        """The tensor that a node computes as its first output; None where it is left out."""
+        """The tensor that a node computes as its first output; None if it is left out."""
         outputs = self._nodes[place].outputs
         return outputs[0] if outputs and outputs[0].name else None
 
@@ -146,6 +146,7 @@ class Walk:
 
     def consumers(self, tensor: Any) -> list[tuple[Place, int]]:
         """Every (node, operand index) that reads a tensor, sorted."""
+        # Each node once: graphsurgeon lists a node once per operand that reads the tensor.
         nodes = {id(node): node for node in tensor.outputs}.values()
         return sorted(
             (self._places[id(node)], index)
@@ -159,7 +160,7 @@ class Walk:
         return self.origin(tensor) in self._outputs
 
     def is_argument(self, tensor: Any) -> bool:
-        """Whether a tensor is what the caller of a function passes to it."""
+        """Whether a tensor is an input of a function, so that the function's caller passes it."""
         scope, name = self.origin(tensor)
         function = self.scopes[scope].function
         return function is not None and name in function.input
@@ -189,14 +190,14 @@ class Walk:
 
 
 class FreeNames:
-    """Makes names that nothing in a model has."""
+    """Makes names that are unused in a model."""
 
     def __init__(self, walk: Walk) -> None:
-        """Take note of all names of a model."""
+        """Collect all names of a model."""
         self._taken = set(walk.names())
 
     def unique(self, name: str) -> str:
-        """The name, or the name with a number where it is taken; it is taken from now on."""
+        """Reserve the name, with a number behind it if it is taken, and return it."""
         candidate, n = name, 1
         while candidate in self._taken:
             n += 1
@@ -206,12 +207,12 @@ class FreeNames:
 
 
 def is_op(node: NodeProto, types: Container[str]) -> bool:
-    """Whether a node is one of these operators of the default domain."""
+    """Whether a node is an operator of the default domain with one of these types."""
     return node.op_type in types and node.domain in ("", "ai.onnx")
 
 
 def label(node: NodeProto) -> str:
-    """A node's name as reports show it; a nameless node goes by its first output."""
+    """The name of a node in reports; for a nameless node, the name of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
@@ -227,8 +228,8 @@ def _bodies(node: NodeProto) -> list[GraphProto]:
 def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
     """The value of a node's attribute, or the default; strings are decoded.
 
-    A reference to a function's attribute has no value of its own, so it yields the default;
-    layers with such references are left alone before this is asked.
+    A reference to a function's attribute has no value of its own, so it yields the default. Layers never
+    have such references: the first rule of `layers.find` skips them.
 
     Raises:
         InputError: The attribute has another type than the default.
@@ -248,7 +249,7 @@ def attribute_of(node: NodeProto, name: str, default: Any = None) -> Any:
 
 
 def attributes(node: NodeProto) -> tuple[bytes, ...]:
-    """The attributes of a node in a form that can be compared, whatever their order."""
+    """The attributes of a node, sorted, in a form that can be compared."""
     return tuple(sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute))
 
 

@@ -1,8 +1,8 @@
-"""Where a weight's numbers live, and how to read them.
+"""The source of a weight's numbers, and how to read them.
 
-A weight stands in an initializer or a Constant node, and often behind a chain of views (Identity,
-Transpose, Reshape, Cast, ...) that an exporter left between it and the node that applies it. Slices that a
-Concat joins in another order are one view, too: PyTorch writes the gates of an LSTM like this.
+A weight is an initializer or a Constant node. Exporters often leave a chain of views (Identity, Transpose,
+Reshape, Cast, ...) between it and the node that applies it. A Concat that joins Slices of one tensor in
+another order is one view, too: PyTorch reorders the gates of an LSTM like this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLOATS: dict[int, str] = {
 """The element types in which weights are decomposed, with their dtype names."""
 
 VIEWS = frozenset({"Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Cast"})
-"""Operators that hand on a constant's numbers without computing new ones."""
+"""Operators that pass the numbers of a constant on without computing new ones."""
 
 COMPUTED = "its operands are computed and none is a constant weight: there is nothing to decompose"
 """The reason to skip an operator that has no weight at all."""
@@ -46,11 +46,11 @@ class Source:
     """The tensor that holds a weight's numbers.
 
     Attributes:
-        scope: Path of the scope that defines it.
-        name: Its name there.
-        place: Its Constant node; None for an initializer.
+        scope: Path of the scope that defines the tensor.
+        name: The tensor's name there.
+        place: The Constant node; None for an initializer.
         tensor: The proto.
-        value: The walk's tensor, from which its readers can be asked.
+        value: The walk's tensor; the walk gives its readers.
     """
 
     scope: str
@@ -62,14 +62,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A constant operand: its source, and the views between the source and the reader, in order."""
+    """A constant operand: its source, and the views from the source to the reader, in order."""
 
     source: Source
     views: tuple[Place, ...]
 
 
 def resolve(walk: Walk, tensor: Any) -> Stored | str:
-    """Find the source of an operand, or say why it has none that can be decomposed."""
+    """Find the source of an operand, or the reason why it has no source that can be decomposed."""
     chain = _chain(walk, tensor)
     if isinstance(chain, str):
         return chain
@@ -88,13 +88,14 @@ def resolve(walk: Walk, tensor: Any) -> Stored | str:
         if kind not in FLOATS:
             names = {number: name for name, number in TensorProto.DataType.items()}
             return f"its weight is {verb} {names.get(kind, kind)}: only float weights are decomposed"
+    # One change of type is allowed: a chain has one Cast behind each factor (`cast_of`).
     if sum(one != other for one, other in pairwise(kinds)) > 1:
         return "its weight passes through several Casts: constant-fold the model first"
     return Stored(source, views)
 
 
 def _chain(walk: Walk, tensor: Any) -> tuple[tuple[Place, ...], Any] | str:
-    """The views behind an operand, first to last, and the tensor that the first of them reads."""
+    """The views behind an operand, from the source on, and the tensor that the first view reads."""
     views: list[Place] = []
     while len(views) <= _LONGEST_CHAIN:
         if tensor is None:
@@ -109,20 +110,20 @@ def _chain(walk: Walk, tensor: Any) -> tuple[tuple[Place, ...], Any] | str:
 
 
 def _slices(walk: Walk, place: Place) -> list[Place]:
-    """The Slices of one tensor that a Concat joins; none for other nodes, and where others are among them."""
+    """The Slices that a Concat joins if all of them read one tensor; otherwise none."""
     node = walk.node(place)
     if not is_op(node, ("Concat",)):
         return []
     operands = [walk.operand(place, index) for index in range(len(node.input))]
     producers = [None if operand is None else walk.producer(operand) for operand in operands]
-    slices = [one for one in producers if one is not None and is_op(walk.node(one), ("Slice",))]
-    wholes = [walk.operand(one, 0) for one in slices]
-    are_of_one = all(whole is not None and whole is wholes[0] for whole in wholes)
-    return slices if are_of_one and len(slices) == len(operands) else []
+    slices = [p for p in producers if p is not None and is_op(walk.node(p), ("Slice",))]
+    wholes = [walk.operand(piece, 0) for piece in slices]
+    cut_one_tensor = all(whole is not None and whole is wholes[0] for whole in wholes)
+    return slices if cut_one_tensor and len(slices) == len(operands) else []
 
 
 def _source(walk: Walk, tensor: Any) -> Source | None:
-    """The initializer or Constant that a tensor is; None where it is neither, or holds no dense numbers."""
+    """The initializer or Constant of a tensor; None if it is neither or holds no dense numbers."""
     scope, name = walk.origin(tensor)
     place = walk.producer(tensor)
     if place is None:
@@ -137,7 +138,7 @@ def _source(walk: Walk, tensor: Any) -> Source | None:
 
 
 def _literal(attribute: AttributeProto) -> TensorProto | None:
-    """The tensor that the attribute of a Constant node stands for."""
+    """The tensor that the attribute of a Constant node defines; None for attributes without numbers."""
     match attribute.name:
         case "value":
             return attribute.t
@@ -156,7 +157,7 @@ def _literal(attribute: AttributeProto) -> TensorProto | None:
 
 
 def constant(walk: Walk, model: Model, tensor: Any) -> NDArray[Any] | None:
-    """The value of a constant operand behind any views; None where it is computed or absent."""
+    """The value of a constant operand after its views; None if it is computed or absent."""
     chain = _chain(walk, tensor)
     source = None if isinstance(chain, str) else _source(walk, chain[1])
     if isinstance(chain, str) or source is None:
@@ -168,7 +169,7 @@ def constant(walk: Walk, model: Model, tensor: Any) -> NDArray[Any] | None:
 def viewed(walk: Walk, model: Model, stored: Stored) -> NDArray[Any] | None:
     """The operand's array in its stored dtype, after its views.
 
-    None where a view's parameters are computed, or do not fit the array (a runtime would reject it).
+    None if a view's parameters are computed or do not fit the array (a runtime would reject the model).
     """
     return _applied(walk, model, array(model, stored.source.tensor), stored.views, cast=False)
 
@@ -187,7 +188,7 @@ def _applied(
 
 
 def _view(walk: Walk, model: Model, place: Place, value: NDArray[Any], cast: bool) -> NDArray[Any] | None:
-    """Apply one view node; None where its parameters are computed, any error where they do not fit."""
+    """Apply one view node; None if its parameters are computed, any error if they do not fit."""
     node = walk.node(place)
     match node.op_type:
         case "Identity":
@@ -205,7 +206,7 @@ def _view(walk: Walk, model: Model, place: Place, value: NDArray[Any], cast: boo
             return value.reshape(prod(value.shape[:axis]), prod(value.shape[axis:]))
         case "Concat":
             return _reordered(walk, model, place, value)
-    # Reshape, Unsqueeze and Squeeze: their parameter is an attribute in old opsets, an operand in new ones.
+    # Reshape, Unsqueeze and Squeeze: the parameter is an attribute in old opsets, an operand in new ones.
     operand = walk.operand(place, 1)
     if operand is None:
         numbers = attribute_of(node, "shape" if node.op_type == "Reshape" else "axes")
@@ -217,28 +218,28 @@ def _view(walk: Walk, model: Model, place: Place, value: NDArray[Any], cast: boo
 
 
 def _reordered(walk: Walk, model: Model, place: Place, value: NDArray[Any]) -> NDArray[Any] | None:
-    """Join slices of an array along their axis; None where these leave anything out or have it twice."""
+    """Join slices of an array along their axis; None unless every element occurs exactly once."""
     axis = range(value.ndim)[attribute_of(walk.node(place), "axis", 1)]
-    every = np.arange(value.shape[axis])
+    positions = np.arange(value.shape[axis])
     parts = []
-    for one in _slices(walk, place):
-        starts, ends, axes, steps = (_slicing(walk, model, one, n) for n in range(1, 5))
+    for piece in _slices(walk, place):
+        starts, ends, axes, steps = (_slicing(walk, model, piece, n) for n in range(1, 5))
         if starts is None or ends is None or len(starts) != 1 or (steps or [1]) != [1]:
             return None
         if [range(value.ndim)[n] for n in axes or [0]] != [axis]:
             return None
-        parts.append(every[starts[0] : ends[0]])
+        parts.append(positions[starts[0] : ends[0]])
     order = np.concatenate(parts)
-    return value.take(order, axis) if np.array_equal(np.sort(order), every) else None
+    return value.take(order, axis) if np.array_equal(np.sort(order), positions) else None
 
 
 def _slicing(walk: Walk, model: Model, place: Place, operand: int) -> list[int] | None:
-    """The starts (1), ends (2), axes (3) or steps (4) of a Slice; None where they are left out.
+    """The starts (1), ends (2), axes (3) or steps (4) of a Slice; None if they are left out.
 
     Before opset 10 they are attributes.
 
     Raises:
-        ValueError: They are computed.
+        ValueError: The numbers are computed.
     """
     tensor = walk.operand(place, operand)
     if tensor is None:
@@ -249,7 +250,8 @@ def _slicing(walk: Walk, model: Model, place: Place, operand: int) -> list[int] 
 
 
 def _parameter(walk: Walk, model: Model, operand: Any) -> NDArray[Any] | None:
-    """A view's own parameter, which may itself stand behind views, but none that have parameters."""
+    """The parameter of a view; None if it is computed or behind views other than Identity and Cast."""
+    # Not any view: views with parameters would recurse as deep as the model wants.
     chain = _chain(walk, operand)
     if isinstance(chain, str) or any(walk.node(p).op_type not in ("Identity", "Cast") for p in chain[0]):
         return None
@@ -266,13 +268,13 @@ def _reshaped(node: NodeProto, value: NDArray[Any], numbers: list[int]) -> NDArr
 
 
 def cast_of(walk: Walk, stored: Stored) -> int | None:
-    """The element type to which the views cast the weight, None where they do not."""
+    """The element type to which the views cast the weight; None if they do not cast it."""
     casts = [walk.node(place) for place in stored.views if walk.node(place).op_type == "Cast"]
     return int(attribute_of(casts[-1], "to", 1)) if casts else None
 
 
 def readers(walk: Walk, source: Source) -> list[tuple[Place, int]] | None:
-    """Every (node, operand) that reads a source, directly or behind views; None where a graph returns it."""
+    """Every (node, operand) that reads a source, directly or behind views; None if a graph returns it."""
     found: set[tuple[Place, int]] = set()
     tensors = [source.value]
     seen: set[Place] = set()
@@ -291,7 +293,7 @@ def readers(walk: Walk, source: Source) -> list[tuple[Place, int]] | None:
 
 
 def _hands_on(walk: Walk, place: Place, operand: int) -> bool:
-    """Whether a node is a view of one of its operands, or a Slice for such a view."""
+    """Whether a node is a view of this operand, or a Slice that only such views read."""
     if is_op(walk.node(place), ("Concat",)):
         return bool(_slices(walk, place))
     if is_op(walk.node(place), ("Slice",)):
