@@ -1,4 +1,4 @@
-"""Sizes that exporters write as sums and products of other sizes: "past_sequence_length + sequence_length"."""
+"""Sizes that exporters write as sums and products of other sizes: "past_length + sequence_length"."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The constant bias of a layer: what it adds, and where a rewrite can put another one.
+"""The constant bias of a layer: its values, and the place where a rewrite can put a new one.
 
-Factors that fit activations change the mean of what a layer gives. A bias takes this up at no cost
+Factors that fit activations change the mean of a layer's results. A new bias corrects the mean at no cost
 (`Bias.scale` is α): b' = b + α (W − Ŵ) E[x]. A layer has such a bias under these rules:
 
-1. It has one use. A use with another bias or behind another node would need its own correction.
-2. A BatchNorm is folded into it, which makes a new bias anyway. Or its operator has a bias (and β ≠ 0), or
-   one Add in the same scope, and nothing else, reads its result (`Operator.adds_behind`).
-3. The bias is constant, finite, and has one value per output feature that broadcasts over all else.
-4. Nothing else reads it or shares its bytes in a data file: it goes when another takes its place, so
-   that the number of parameters stays.
+1. The layer has one use. Several uses would each need a correction of their own.
+2. A BatchNorm is folded into the layer, which makes a new bias anyway. Or its operator has a bias (and
+   β ≠ 0). Or its result has one reader, an Add in the same scope (`Operator.adds_behind`).
+3. The bias is constant and finite, and has one value per output feature that broadcasts over the other axes.
+4. Nothing else reads the bias or shares its bytes in a data file. Then the new bias replaces the old one,
+   and the number of parameters stays the same.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from onnx_lowrank.operators.operator import Operator
 
 @dataclass(frozen=True, slots=True)
 class Bias:
-    """What a layer adds to its output features: scale · W x + values.
+    """The bias of a layer that computes scale · W x + values.
 
     Attributes:
-        values: What is added to every feature, over all groups in the order of the output, shape (f,);
-            a Gemm's β is in it, and a folded BatchNorm.
-        scale: What multiplies W x: a Gemm's α, otherwise 1. A folded BatchNorm is in W.
-        place: The node that adds it. That is the layer's own node (with a BatchNorm, too, which goes),
-            so that what the layer gives includes it, or the Add behind a MatMul.
-        operand: The input of that node that holds it.
-        shape: The shape in which it is held.
-        in_node: Whether the layer's own node adds it.
+        values: The addends of all features, over all groups in the order of the output, shape (f,). They
+            include a Gemm's β and a folded BatchNorm.
+        scale: The factor of W x: a Gemm's α, otherwise 1. A folded BatchNorm is in W.
+        place: The node that adds the bias: the layer's own node (also with a folded BatchNorm), or the Add
+            behind a MatMul.
+        operand: The input of that node that holds the bias.
+        shape: The shape of that input.
+        in_node: Whether the layer's own node adds the bias, so that its result includes it.
     """
 
     values: NDArray[np.float64]
@@ -53,7 +53,7 @@ class Bias:
 
 
 def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
-    """The bias of a layer, or None where it has none that a rewrite can change at no cost."""
+    """The bias of a layer; None if there is no bias that a rewrite can change at no cost."""
     layer = binding.layer
     if len(layer.uses) > 1:
         return None
@@ -78,11 +78,11 @@ def bias(model: Model, walk: Walk, binding: Binding) -> Bias | None:
 
 
 def _adder(walk: Walk, operator: Operator, place: Place) -> tuple[Place, int] | None:
-    """Rule 2: the node and the operand by which a bias is added to what the node at `place` multiplies."""
+    """Rule 2: the node and the operand that add a bias to the product of the node at `place`."""
     if operator.bias is not None:
         return place, operator.bias
     result = walk.result(place)
-    # Before opset 7, Add has its own rules of broadcasting.
+    # Before opset 7, Add has other rules of broadcasting.
     if not operator.adds_behind or walk.opsets[place.scope] < 7 or walk.is_output(result):
         return None
     found = walk.consumers(result)
@@ -94,7 +94,7 @@ def _adder(walk: Walk, operator: Operator, place: Place) -> tuple[Place, int] | 
 
 
 def _own_constant(model: Model, walk: Walk, place: Place, operand: int) -> NDArray[np.generic] | None:
-    """Rules 3 and 4: a constant operand that nothing else needs; None where it is something else."""
+    """Rules 3 and 4: the value of a constant operand with no other reader; None for other operands."""
     tensor = walk.operand(place, operand)
     stored = resolve(walk, tensor)
     if isinstance(stored, str) or not is_own(model, walk, stored.source, place, operand):
@@ -103,7 +103,7 @@ def _own_constant(model: Model, walk: Walk, place: Place, operand: int) -> NDArr
 
 
 def is_own(model: Model, walk: Walk, source: Source, place: Place, operand: int) -> bool:
-    """Rule 4: whether a node, by one operand, is all that needs a constant."""
+    """Rule 4: whether a constant has no reader but one operand of one node, and shares no bytes."""
     return readers(walk, source) == [(place, operand)] and not _shares_bytes(model, walk, source.tensor)
 
 
@@ -113,5 +113,5 @@ def _shares_bytes(model: Model, walk: Walk, tensor: TensorProto) -> bool:
 
 
 def _is_per_feature(shape: tuple[int, ...], f: int, axis: int | None) -> bool:
-    """Whether an array of this shape has f elements, all of them along the axis."""
+    """Whether an array of this shape has f elements, all along the axis (counted from the end)."""
     return axis is not None and len(shape) >= -axis and shape[axis] == f == prod(shape)

@@ -1,18 +1,18 @@
 """Nodes -> layers: every constant weight that a chain of two factors can replace.
 
-The rules, in the order in which they are asked:
+The rules, in the order of the checks:
 
-1. The node belongs to a registered family of operators (`operators.registry`), has an input and an output,
-   and none of its attributes is a reference to a function's attribute.
+1. The node belongs to a registered family of operators (`operators.registry`). It has an input and an
+   output, and none of its attributes is a reference to a function's attribute.
 2. One of its operands is a constant float tensor, behind any chain of views.
-3. The weight has a form that factors, as the family says (`Operator.canonical`): a kernel that fits the
-   node's attributes and is not depthwise, matrices, a table on axis 0.
-4. Everything that reads the constant is a use of the same matrix (or of its transpose, k = 1), and a
-   batch of matrices meets no vector.
-5. Its name is included and not excluded, rank 1 is smaller than the weight, and its numbers are
+3. The family can decompose the weight (`Operator.canonical`): a kernel that fits the node's attributes and
+   is not depthwise, matrices, or a table on axis 0.
+4. All readers of the constant use the same matrix (or its transpose, with k = 1), and a batch of matrices
+   meets no vector.
+5. The layer's name is included and not excluded, rank 1 is smaller than the weight, and its numbers are
    finite.
 
-Whatever fails a rule is Skipped, with a reason that tells what to do about it.
+An operator that fails a rule is Skipped, with a reason that advises the user.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from onnx_lowrank.operators.geometry import Geometry
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A layer, and where its numbers live in the model.
+    """A layer, and the place of its numbers in the model.
 
     Attributes:
         layer: The layer.
-        stored: Its weight as the first use reads it.
+        stored: The weight as the first use reads it.
         casts: For each use, the element type to which the stored weight is cast, or None.
     """
 
@@ -57,7 +57,7 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """One use of a source, while layers are gathered: how it is laid out, and its canonical shape."""
+    """One use of a source, before layers are built: the weight's shape as read, and its canonical shape."""
 
     place: Place
     operand: int
@@ -75,11 +75,11 @@ def find(
         model: The model.
         walk: Its walk.
         shapes: Its inferred shapes.
-        include: Globs of layer ids or node names; where there are any, only these become layers.
-        exclude: Globs of layer ids or node names that do not.
+        include: Globs of layer ids or node names; if there are any, only these become layers.
+        exclude: Globs of layer ids or node names that become no layers.
 
     Returns:
-        The layers in graph order, and what was skipped, in graph order.
+        The layers and the skipped operators, both in graph order.
     """
     sources: dict[tuple[str, str], list[_Seen]] = {}
     order: list[tuple[Place, str | tuple[str, str]]] = []
@@ -98,17 +98,17 @@ def find(
         for key, uses in sources.items()
     }
     skipped = []
-    for place, what in order:
-        outcome = what if isinstance(what, str) else built[what]
+    for place, reason_or_key in order:
+        outcome = reason_or_key if isinstance(reason_or_key, str) else built[reason_or_key]
         if isinstance(outcome, str):
-            weight = what[1] if isinstance(what, tuple) else ""
+            weight = reason_or_key[1] if isinstance(reason_or_key, tuple) else ""
             node = walk.node(place)
             skipped.append(Skipped(place.scope, label(node), node.op_type, weight, outcome))
     return tuple(b for b in built.values() if isinstance(b, Binding)), tuple(skipped)
 
 
 def _ids(sources: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """An id for each (scope, name): the path, and a number where a slash in a name makes it ambiguous."""
+    """An id for each (scope, name): the path, with a number if a slash in a name makes it ambiguous."""
     ids: dict[tuple[str, str], str] = {}
     taken: set[str] = set()
     for scope, name in sources:
@@ -129,7 +129,7 @@ def read(model: Model, walk: Walk, binding: Binding) -> NDArray[Any]:
 
 
 def geometry(walk: Walk, binding: Binding, index: int) -> Geometry:
-    """Which elements of the activation of one of a layer's uses meet the weight together.
+    """The geometry of one use: the elements of its activation that meet the weight together.
 
     Args:
         walk: The model's walk.
@@ -144,20 +144,20 @@ def geometry(walk: Walk, binding: Binding, index: int) -> Geometry:
 def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> NDArray[Any]:
     value = viewed(walk, model, stored)
     weight = None if value is None else canonical_weight(walk.node(place), operand, value)
-    if weight is None or isinstance(weight, str):  # find() has read it before, so its file has changed since
+    if weight is None or isinstance(weight, str):  # find() could read it, so its file has changed since
         raise InputError(f"The weight {stored.source.name!r} changed while it was read: run again.")
     return weight
 
 
 def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
-    """Rules 1 to 3 for one node: its use of a weight, or why it has none; None for other operators."""
+    """Rules 1 to 3 for one node: its use of a weight, or the reason to skip it; None for other operators."""
     node = walk.node(place)
     operator = registry.of(node)
     if operator is None:
         return registry.left_alone(node) or _foreign(walk, place)
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its attributes come from the function's caller: inline the functions first"
-    # Not the first output alone: of a recurrent node, often only the last state is read.
+    # Not the first output alone: models often read only the last state of a recurrent node.
     if not any(node.output) or not all(node.input[:2]) or len(node.input) < 2:
         return "it lacks an input or its output: repair the export"
     reason = COMPUTED
@@ -166,13 +166,13 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
         outcome = found if isinstance(found, str) else _seen(model, walk, place, operand, found)
         if isinstance(outcome, _Seen):
             return outcome
-        if reason is COMPUTED:
+        if reason is COMPUTED:  # the other operand may give a reason that helps more
             reason = outcome
     return reason
 
 
 def _foreign(walk: Walk, place: Place) -> str | None:
-    """Why an operator of another domain keeps its weight, where it reads a constant matrix of floats."""
+    """The reason to skip an operator of another domain; None if it reads no constant matrix of floats."""
     node = walk.node(place)
     if registry.is_standard(node) or walk.calls_function(node):
         return None
@@ -193,7 +193,7 @@ def _seen(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) 
 
 
 def canonical_weight(node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
-    """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or say why it has none."""
+    """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or return the reason to skip it."""
     if weight.size == 0:
         return "its weight is empty"
     return registry.family(node).canonical(node, operand, weight)
@@ -208,7 +208,7 @@ def _build(
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> Binding | str:
-    """Rules 4 and 5 for all uses of one source: the layer, or why it is none."""
+    """Rules 4 and 5 for all uses of one source: the layer, or the reason to skip it."""
     first = seen[0]
     source = first.stored.source
     reason = _other_readers(walk, source, {(use.place, use.operand) for use in seen})
@@ -230,26 +230,27 @@ def _build(
     operator = registry.family(walk.node(first.place))
     if operator.needs_rank(first.laid_out) and any(use.rank in (None, 1) for use in uses):
         return "its batch of matrices needs an input of known rank above 1: pass --input-shape"
-    alone = len(seen) == 1  # uses with a BatchNorm each could not share their factors
+    alone = len(seen) == 1  # with a BatchNorm folded into each, several uses could not share their factors
     features = first.shape[0] * first.shape[1]
     prepared = prepare(walk, model, first.place, first.operand, features) if alone else Preparation()
     layer = _layer(walk, name, seen, uses, folds, prepared)
     if not _has_cheaper(layer):
         return f"it is too small: rank 1 needs as many parameters as its {layer.size}"
+    # Last: this reads all numbers of the weight.
     if not np.isfinite(_canonical(model, walk, first.place, first.operand, first.stored)).all():
         return "its weight holds NaN or Inf: repair the export"
     return Binding(layer, first.stored, tuple(cast_of(walk, use.stored) for use in seen))
 
 
 def _shared_bytes(model: Model, walk: Walk, source: Source) -> str | None:
-    """Rule 4 for data files: bytes that another tensor refers to, too, would stay, and save nothing."""
+    """Rule 4 for data files: bytes that another tensor refers to would stay, so nothing would be saved."""
     if is_external(source.tensor) and walk.readers_of_bytes(model, source.tensor) > 1:
         return "other tensors share its bytes in the data file: give it bytes of its own"
     return None
 
 
 def _folds(walk: Walk, seen: list[_Seen]) -> tuple[Fold, ...]:
-    """The folds that all uses allow."""
+    """The folds of the kernel that all uses allow."""
     kernel = seen[0].shape[3:]
     folds = Fold.distinct(kernel)
     nodes = [walk.node(use.place) for use in seen]
@@ -290,7 +291,7 @@ def _layer(
 def _lowerings(
     walk: Walk, uses: tuple[Use, ...], shape: tuple[int, ...], *, sliced: bool
 ) -> tuple[Lowering, ...]:
-    """The ways in which the chains of all uses can be written."""
+    """The lowerings that all uses allow for their chains."""
     ways = [
         registry.family(walk.node(Place(use.scope, use.node))).lowerings(
             use, shape[3:], shape[0], sliced=sliced
@@ -301,7 +302,7 @@ def _lowerings(
 
 
 def _can_slice(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...]) -> bool:
-    """Whether a matrix can be cut into k > 1 slices: every use can, and all are on one side."""
+    """Whether a matrix can be cut into k > 1 slices: every use allows it, and all have it on one side."""
     return len({use.operand for use in uses}) == 1 and all(
         registry.family(walk.node(one.place)).can_slice(use, one.laid_out, walk.opsets[use.scope])
         for one, use in zip(seen, uses, strict=True)
@@ -310,6 +311,7 @@ def _can_slice(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...]) -> bool:
 
 def _has_cheaper(layer: Layer) -> bool:
     """Whether any rank-1 option has fewer parameters than the layer as it is."""
+    # Not <=: a chain of the same size saves nothing.
     for fold in layer.folds:
         encoder, decoder = fold.kernels(layer.kernel)
         cheapest = layer.slices[0] * layer.f * prod(decoder) + layer.c * prod(encoder) + layer.added
@@ -319,7 +321,7 @@ def _has_cheaper(layer: Layer) -> bool:
 
 
 def _other_readers(walk: Walk, source: Source, uses: set[tuple[Place, int]]) -> str | None:
-    """Rule 4: why something else than the layer's own nodes keeps the weight alive, or None."""
+    """Rule 4: the reason to skip a weight with readers other than the layer's nodes, or None."""
     found = readers(walk, source)
     if found is None:
         return "the graph also returns its weight: give that output a copy of its own"
@@ -333,7 +335,7 @@ def _other_readers(walk: Walk, source: Source, uses: set[tuple[Place, int]]) -> 
 
 
 def _orientation(model: Model, walk: Walk, first: _Seen, use: _Seen) -> bool | str:
-    """Whether a further use applies the first's matrix as it is (False) or transposed (True)."""
+    """Whether a use applies the first use's matrix as it is (False) or transposed (True), or a reason."""
     if use is first or _reads_alike(walk, first, use):
         return False
     nodes = [walk.node(seen.place) for seen in (first, use)]
@@ -343,6 +345,7 @@ def _orientation(model: Model, walk: Walk, first: _Seen, use: _Seen) -> bool | s
     one = _canonical(model, walk, first.place, first.operand, first.stored)
     other = _canonical(model, walk, use.place, use.operand, use.stored)
     transposable = all(operator.transposable for operator in operators)
+    # The canonical form joins the batch axes, so it alone cannot tell (2, 3) from (6,).
     same_batch = not transposable or first.laid_out[:-2] == use.laid_out[:-2]
     if same_batch and np.array_equal(one, other, equal_nan=True):
         return False
@@ -352,9 +355,9 @@ def _orientation(model: Model, walk: Walk, first: _Seen, use: _Seen) -> bool | s
 
 
 def _reads_alike(walk: Walk, first: _Seen, use: _Seen) -> bool:
-    """Whether two uses obviously read the same matrix: the same operator with the same attributes and views.
+    """Whether two uses have the same operator, attributes and views, so that they read the same matrix.
 
-    Weights that hundreds of nodes share are compared without reading their numbers.
+    This saves reading the numbers of a weight once per node if hundreds of nodes share it.
     """
     if first.operand != use.operand or _views(walk, first) != _views(walk, use):
         return False
@@ -363,11 +366,11 @@ def _reads_alike(walk: Walk, first: _Seen, use: _Seen) -> bool:
 
 
 def _views(walk: Walk, seen: _Seen) -> list[object]:
-    """The views of a use in a form that can be compared: equal ones move elements alike."""
+    """The views of a use in a form that can be compared: equal views move elements alike."""
     keys: list[object] = []
     for place in seen.stored.views:
         node = walk.node(place)
-        # The first operand of a view is what it hands on, but all those of a Concat say in which order.
+        # The first operand of a view is its data, but all operands of a Concat together give the order.
         first = 0 if node.op_type == "Concat" else 1
         operands = [walk.operand(place, index) for index in range(first, len(node.input))]
         origins = [None if operand is None else walk.origin(operand) for operand in operands]
@@ -376,7 +379,7 @@ def _views(walk: Walk, seen: _Seen) -> list[object]:
 
 
 def unselected(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    """Why something of these names is to be left alone, by rule 5; None where it is not."""
+    """The reason by rule 5 to leave something with these names alone, or None."""
     names = tuple(names)
     for pattern in exclude:
         if matches(names, pattern):
@@ -387,9 +390,9 @@ def unselected(names: Iterable[str], include: Sequence[str], exclude: Sequence[s
 
 
 def matches(names: Iterable[str], pattern: str) -> bool:
-    """Whether a glob, or a name as it is (which may have brackets), means one of the names.
+    """Whether a glob matches one of the names, or is one of them literally (names may have brackets).
 
-    PyTorch calls the weight of a module NAME "NAME.weight", and users think of it as NAME.
+    PyTorch calls the weight of the module NAME "NAME.weight", so NAME alone matches it, too.
     """
     spelled = (spelling for name in names for spelling in {name, name.removesuffix(".weight")})
     return any(name == pattern or fnmatchcase(name, pattern) for name in spelled)

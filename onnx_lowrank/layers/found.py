@@ -1,4 +1,4 @@
-"""A model with its layers: what the plan is made for, and what it is counted in."""
+"""A model with its layers, its other operators and their MACs: the basis of a plan."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Found:
     Attributes:
         model: The model.
         walk: Its walk.
-        bindings: Its layers and where they live, in graph order.
+        bindings: Its layers with the places of their weights, in graph order.
         skipped: The operators that are left alone.
-        work: The MACs of every scope beside the layers'.
-        open_inputs: Names of the inputs of which a dimension is unknown.
+        work: The MACs of every scope, without those of the layers.
+        open_inputs: Names of the inputs with an unknown dimension.
         spared: Scope and name of the operators that --include and --exclude leave alone.
     """
 
@@ -45,7 +45,7 @@ class Found:
         return tuple(binding.layer for binding in self.bindings)
 
     def names(self) -> Iterator[str]:
-        """All names by which --include and --exclude can mean a layer or an operator."""
+        """All names that --include and --exclude can use for layers and operators."""
         for layer in self.layers:
             yield layer.id
             yield from (use.name for use in layer.uses)
@@ -53,7 +53,11 @@ class Found:
             yield from _names(skipped)
 
     def options(self, choices: Sequence[Choice] = ()) -> list[tuple[Layer, Option | None]]:
-        """Every layer with what a plan, by default one that keeps all, makes of it."""
+        """Every layer with its option in a plan; None for a layer that the plan keeps.
+
+        Args:
+            choices: The choices of the plan; by default, it keeps all layers.
+        """
         options = {choice.layer: choice.option for choice in choices}
         return [(layer, options.get(layer.id)) for layer in self.layers]
 
@@ -61,16 +65,16 @@ class Found:
 def find_layers(
     model: Model, shapes: Mapping[str, tuple[int, ...]], include: Sequence[str], exclude: Sequence[str]
 ) -> Found:
-    """Find a model's layers, and count what it holds beside them.
+    """Find a model's layers, and count the MACs beside them.
 
     Args:
         model: The model.
-        shapes: Shapes of inputs, by name, which the model leaves open.
-        include: Globs of layer ids or node names; where there are any, only these become layers.
-        exclude: Globs of layer ids or node names that do not.
+        shapes: Shapes of inputs that the model leaves open, by name.
+        include: Globs of layer ids or node names; if there are any, only these become layers.
+        exclude: Globs of layer ids or node names that become no layers.
 
     Raises:
-        InputError: A shape does not fit the model, or a glob names nothing in it.
+        InputError: A shape does not fit the model, or a glob matches nothing in it.
     """
     walk = Walk(model.proto)
     inferred = infer(model, shapes)
@@ -79,7 +83,11 @@ def find_layers(
     scopes = work(walk, inferred, places)
     ran = running(scopes)
     bindings = tuple(_idle(binding, ran) for binding in bindings)
-    spared = frozenset((of.scope, of.name) for of in skipped if unselected(_names(of), include, exclude))
+    spared = frozenset(
+        (operator.scope, operator.name)
+        for operator in skipped
+        if unselected(_names(operator), include, exclude)
+    )
     found = Found(model, walk, bindings, skipped, scopes, open_inputs(model, inferred), spared)
     for pattern in (*include, *exclude):
         if not matches(found.names(), pattern):
@@ -91,7 +99,7 @@ def find_layers(
 
 
 def _idle(binding: Binding, running: Container[str]) -> Binding:
-    """A layer whose uses in functions that nothing calls are evaluated nowhere."""
+    """The layer, with no evaluations for its uses in functions that nothing calls."""
     layer = binding.layer
     never = Evaluations(0, dict.fromkeys(layer.folds, (0, 0)))
     uses = tuple(
@@ -106,5 +114,5 @@ def _nowhere(layer: Layer) -> Positions:
 
 
 def _names(skipped: Skipped) -> tuple[str, str, str]:
-    """The names by which --include and --exclude can mean an operator."""
+    """The names that --include and --exclude can use for an operator."""
     return skipped.name, skipped.weight, f"{skipped.scope}/{skipped.weight}"

@@ -1,12 +1,12 @@
-"""What goes into a layer before it is decomposed: the BatchNormalization behind it.
+"""Folding the BatchNormalization behind a layer into it, before the layer is decomposed.
 
-It is folded under these conditions, otherwise it stays as it is:
+It is folded under these conditions; otherwise it stays as it is:
 
-1. The layer is one node whose operator takes a bias per output feature (`Operator.folds_batchnorm`), and
-   nothing but the BatchNormalization reads its output.
+1. The layer is one node, its operator takes a bias per output feature (`Operator.folds_batchnorm`), and only
+   the BatchNormalization reads its output.
 2. The BatchNormalization runs in inference mode and computes one output.
-3. Its four parameters and the layer's bias are constants with one value per output feature, and
-   what follows from them is finite.
+3. Its four parameters and the layer's bias are constants with one value per output feature, and the folded
+   scale and bias are finite.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from onnx_lowrank.graph.weights import Stored, constant, dtype_of, readers, reso
 from onnx_lowrank.operators import registry
 
 _EPSILON = float(np.float32(1e-5))
-"""The default, which is a float32 like every float attribute."""
+"""The default of epsilon: a float32, like every float attribute."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What is folded into a layer when it is rewritten.
+    """The BatchNorm that is folded into a layer when it is rewritten.
 
     Attributes:
-        batchnorm: The BatchNorm, or None where there is none to fold.
-        freed: Parameters that nothing reads any more after folding: the BatchNorm's and the old bias.
+        batchnorm: The BatchNorm, or None if there is none to fold.
+        freed: Number of parameters without readers after folding: the BatchNorm's and the old bias's.
     """
 
     batchnorm: BatchNorm | None = None
@@ -42,13 +42,13 @@ class Preparation:
 
 
 def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int) -> Preparation:
-    """Find what can be folded into the layer that the node at `place`, and no other, applies.
+    """Find the BatchNorm that can be folded into the layer of the node at `place`, its only use.
 
     Args:
         walk: The model's walk.
         model: The model.
         place: The layer's node.
-        operand: Index of its weight.
+        operand: Index of the node's input that is the weight.
         features: Output features of the layer, f.
     """
     operator = registry.family(walk.node(place))
@@ -65,7 +65,7 @@ def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int)
 
 
 def _only_reader(walk: Walk, place: Place) -> Place | None:
-    """The BatchNormalization that alone reads a node's output, in the same scope."""
+    """The BatchNormalization of the same scope that is the only reader of a node's output."""
     output = walk.result(place)
     found = [] if output is None or walk.is_output(output) else walk.consumers(output)
     if len(found) != 1:
@@ -78,7 +78,7 @@ def _only_reader(walk: Walk, place: Place) -> Place | None:
 def _in_inference(walk: Walk, place: Place) -> bool:
     node, opset = walk.node(place), walk.opsets[place.scope]
     training = attribute_of(node, "training_mode", 0) if opset >= 14 else 0
-    if opset < 7:  # there the mode was an attribute that defaults to training
+    if opset < 7:  # before opset 7, the mode was an attribute with training as its default
         training = not attribute_of(node, "is_test", 0)
     per_feature = attribute_of(node, "spatial", 1)
     alone = walk.result(place) is not None and not any(node.output[1:])
@@ -86,7 +86,7 @@ def _in_inference(walk: Walk, place: Place) -> bool:
 
 
 def _fold(walk: Walk, model: Model, place: Place, behind: Place, features: int) -> BatchNorm | None:
-    """Scale and bias by which the layer computes what layer and BatchNormalization did.
+    """The scale and the bias with which the layer alone computes BN(layer).
 
     BN(y) = γ (y − μ) / √(σ² + ε) + β per feature (ONNX operator specification, BatchNormalization).
     """
@@ -105,13 +105,13 @@ def _fold(walk: Walk, model: Model, place: Place, behind: Place, features: int) 
 
 
 def _dtype(walk: Walk, place: Place) -> np.dtype[Any]:
-    """The dtype in which a layer's node reads its weight, and in which its bias is stored."""
+    """The dtype in which a layer's node reads its weight; the bias is stored in it."""
     stored = resolve(walk, walk.operand(place, 1))
     return np.dtype(np.float64) if isinstance(stored, str) else dtype_of(walk, stored)
 
 
 def _bias(walk: Walk, model: Model, place: Place, features: int) -> NDArray[np.float64] | None:
-    """What a layer adds to its output features, shape (f,); None where that is not constant."""
+    """The addends of a layer's output features, shape (f,); None if they are not constant."""
     operator = registry.family(walk.node(place))
     tensor = None if operator.bias is None else walk.operand(place, operator.bias)
     if tensor is None:
@@ -129,7 +129,7 @@ def _operands(walk: Walk, place: Place, indices: tuple[int, ...]) -> list[Any]:
 
 
 def _freed(walk: Walk, tensors: list[Any], nodes: set[Place]) -> int:
-    """Elements of the stored tensors behind `tensors` that only `nodes` read."""
+    """Number of elements of the stored tensors behind `tensors` that only `nodes` read."""
     stored = [resolve(walk, tensor) for tensor in tensors]
     sources = {(s.source.scope, s.source.name): s.source for s in stored if isinstance(s, Stored)}
     total = 0

@@ -1,4 +1,4 @@
-"""The multiply-accumulates of a model beside its layers', scope by scope."""
+"""The multiply-accumulates (MACs) of a model beside those of its layers, scope by scope."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from onnx_lowrank.operators import registry
 
 
 def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWork, ...]:
-    """The MACs of every scope beside its layers' weights, and how the scopes hang together.
+    """The MACs of every scope beside those of its layers' weights, with the relations of the scopes.
 
-    Counted is what a registered operator says of its operands, constant or not; what other operators
-    multiply counts nothing.
+    Registered operators count their MACs, with constant operands or not. Other operators count as 0.
     """
     functions = {
         (scope.function.domain, scope.function.name, scope.function.overload): path
@@ -45,11 +44,12 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
 
 
 def _node_macs(walk: Walk, shapes: Shapes, place: Place, *, is_layer: bool) -> int | None:
-    """MACs of one node, without a layer's weight; None where a dimension is unknown, 0 if not counted."""
+    """MACs of one node, without a layer's weight; None if a dimension is unknown, 0 if not counted."""
     node = walk.node(place)
     operator = registry.of(node)
     if operator is None:
         return 0
+    # Two at least: the families index both operands, even of a node that lacks one.
     inputs = [shape_of(walk, shapes, walk.operand(place, index)) for index in range(max(2, len(node.input)))]
     count = operator.macs_beside if is_layer else operator.macs
     return count(node, inputs, shape_of(walk, shapes, walk.result(place)))
