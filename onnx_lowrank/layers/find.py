@@ -193,7 +193,7 @@ def _seen(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) 
 
 
 def canonical_weight(node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
-    """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or return the reason to skip it."""
+    """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or return a reason to skip it."""
     if weight.size == 0:
         return "its weight is empty"
     return registry.family(node).canonical(node, operand, weight)

@@ -1,11 +1,11 @@
-"""What changes in a model: planned in all its scopes, then applied to one copy of it.
+"""Changes of a model: planned in all its scopes, then applied to one copy of it.
 
 Rules:
 
-1. New tensors live where another one lives (initializer or Constant node), under new names that collide
-   with nothing. Before IR 4 an initializer would have to be an input of the graph, so there they are
-   Constant nodes.
-2. What has lost all its readers goes with its views, its graph input, its value_info and its
+1. A new tensor is stored where a given tensor is stored (initializer or Constant node), under a new name
+   that collides with nothing. Before IR 4, initializers had to be inputs of the graph, so there new tensors
+   are Constant nodes.
+2. A tensor that has lost all its readers goes with its views, its graph input, its value_info and its
    quantization annotations.
 """
 
@@ -25,19 +25,19 @@ from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op
 from onnx_lowrank.graph.weights import VIEWS, Source
 
 Store = Callable[[str, NDArray[Any]], TensorProto]
-"""Makes a tensor of a name and an array; big models put its bytes on disk."""
+"""Makes a tensor from a name and an array; for big models, it puts the bytes on disk."""
 
 
 @dataclass(slots=True)
 class Edit:
-    """What changes in one scope: nodes by index of the original, and tensors.
+    """The changes in one scope. Nodes are given by their index in the original.
 
     Attributes:
-        before: New nodes, by the node before which they stand.
-        deleted: The nodes that go.
+        before: New nodes, by the node that they precede.
+        deleted: The nodes to delete.
         repointed: New inputs of nodes that stay, by node and operand.
-        forgotten: Names of the tensors that go, with all that is said about them.
-        initializers: New ones.
+        forgotten: Names of the tensors to delete, with their value_info and annotations.
+        initializers: New initializers.
     """
 
     before: dict[int, list[NodeProto]] = field(default_factory=dict)
@@ -51,12 +51,12 @@ class Edits:
     """The edits of all scopes of a model.
 
     Attributes:
-        scopes: They, by the path of their scope.
-        unique: Makes a free name of one that may be taken.
+        scopes: The edits, by the path of their scope.
+        unique: Makes a free name from a name that may be taken.
     """
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
-        """Plan nothing yet.
+        """Start without edits.
 
         Args:
             model: The model; it is not changed.
@@ -71,7 +71,7 @@ class Edits:
         self._unreads: dict[tuple[Place, int], Any] = {}
 
     def keep(self, beside: Source, name: str, values: NDArray[Any]) -> str:
-        """Store a new tensor where another one is stored (rule 1); returns its name."""
+        """Store a new tensor where another tensor is stored (rule 1); returns its name."""
         edit = self.scopes[beside.scope]
         tensor = self._store(self.unique(name), values)
         if beside.place is None and self._model.proto.ir_version >= 4:
@@ -92,7 +92,7 @@ class Edits:
             self._unreads[place, operand] = tensor
 
     def _bury(self) -> tuple[str, ...]:
-        """Take out what has lost all its readers (rule 2); returns the graph inputs that go with it."""
+        """Delete the tensors that have lost all readers (rule 2); returns the deleted graph inputs."""
         removed = []
         pending = list(self._unreads.values())
         buried: set[tuple[str, str]] = set()
@@ -103,6 +103,7 @@ class Edits:
             is_kept = self._walk.is_output(tensor) or any(
                 read not in self._unreads for read in self._walk.consumers(tensor)
             )
+            # Kept for now: the tensor comes again with each further reader that is deleted.
             if is_kept or key in buried:
                 continue
             if place is None and key in self._walk.initializers:
@@ -121,12 +122,12 @@ class Edits:
         return tuple(sorted(removed))
 
     def apply(self) -> tuple[ModelProto, tuple[str, ...]]:
-        """Apply all edits to a copy of the model; returns it and the graph inputs that are gone."""
+        """Apply all edits to a copy of the model; returns the copy and the deleted graph inputs."""
         removed = self._bury()
         proto = ModelProto()
         proto.CopyFrom(self._model.proto)
         _drop(proto.graph.input, lambda value: value.name in removed)
-        # Inner scopes before the ones that hold them, so that no path changes before its turn.
+        # Inner scopes before the scopes that hold them, so that no holder moves before its body is edited.
         for scope in reversed(list(scopes(proto))):
             _apply(self.scopes[scope.path], scope)
         return proto, removed
@@ -137,6 +138,7 @@ def _apply(edit: Edit, scope: Scope) -> None:
     body: Any = scope.graph or scope.function
     for (index, operand), name in edit.repointed.items():
         body.node[index].input[operand] = name
+    # The last first, so that the indices of the others stay right.
     for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
         if index in edit.deleted:
             del body.node[index]
@@ -150,7 +152,7 @@ def _apply(edit: Edit, scope: Scope) -> None:
 
 
 def _drop(messages: Any, is_dead: Callable[[Any], bool]) -> None:
-    """Delete from a repeated field in place."""
+    """Delete the dead messages of a repeated field, in place."""
     for index in range(len(messages) - 1, -1, -1):
         if is_dead(messages[index]):
             del messages[index]

@@ -1,32 +1,33 @@
 """Two adjacent linear operators -> one, where that is smaller.
 
-What the decoder of a chain gives is often read by another linear operator alone: by the encoder of the
-next chain, or by an operator that was kept. Two matrices with nothing between them are one. Rules:
+The decoder of a chain often feeds another linear operator alone: the encoder of the next chain, or an
+operator that was kept. Two matrices with nothing between them are one matrix. Rules:
 
-1. A and B are two operators of one scope, and all that becomes of A's output is that B reads it, once, as
-   its data; an Add may stand behind a MatMul on the right if its constant has at most one axis, and counts
-   as its bias. At least one of them belongs to a chain, and they are not both factors of one layer: these
-   the plan has put apart. A node counts as a chain's if no other node has its name. Neither is one that
-   the user wants left alone.
-2. Their weights are constants (initializers or Constant nodes) that only they need, as are the biases that
-   change. They have the same float dtype, and no view stands between them and their nodes.
-3. Conv → Conv, of one group: where B is 1×1 without strides or pads, the product is W_B W_A under A's
-   geometry. Where A is, it is Σ_m W_B[f, m, …] W_A[m, c] under B's geometry; then A may have a bias only
-   if B pads nothing (a padded zero is none of A's), and B's output must not be larger than its input, or
-   the product could be evaluated at more positions than A was.
-4. MatMul and Gemm → MatMul or Gemm, the weights being matrices on the same side and the data not
-   transposed: the product is W_B W_A, as maps from inputs to outputs, with A's alpha; B's alpha, beta
-   and layout stay. A MatMul behind a Gemm with a C becomes a Gemm, unless it has an Add.
-5. A's bias goes through B into a new one: W_B b_A + b_B, summed over B's kernel. A Gemm's C, A's and B's, has
-   to have at most one value per feature for that, and beta is in the new one. Where A has none, B's
-   stays as it is, whatever it is. Where neither B nor an Add behind it takes a bias, A's Add goes there.
-6. The product has fewer elements than both weights, and with the biases, too, fewer parameters are left: both
-   parameters and MACs fall. It is computed in float64 and rounded once; what is not finite in the stored
-   dtype is not made.
-7. The product stands where B's weight stood. The node keeps B's name, doc string, metadata, output and
-   place, and takes A's metadata as far as it has no entry under the same key. A goes, with both weights and
-   all that is said about them.
-8. Whatever saves most goes first, then what stands first; again, until nothing merges.
+1. A and B are two operators of one scope. B reads A's output once, as its data, and nothing else reads it.
+   An Add may stand between them, behind a MatMul with its weight on the right, if its constant has at most
+   one axis; it counts as A's bias. At least one of A and B belongs to a chain, and they are not the two
+   factors of one layer: the plan has split these. A node belongs to a chain if it has the name of a node in
+   the chain and no other node has this name. The user wants neither of them left alone.
+2. The weights and the biases that change are constants (initializers or Constant nodes) without other
+   readers. They have the same float dtype, and no view stands between them and their nodes.
+3. Conv → Conv, of one group. If B is 1×1 without strides or pads, the product is W_B W_A with A's geometry.
+   If A is such a Conv, the product is Σ_m W_B[f, m, …] W_A[m, c] with B's geometry. Then A may have a bias
+   only if B pads nothing (the padding lacks A's bias), and B's output must not be larger than its input,
+   or the product could be evaluated at more positions than A was.
+4. MatMul or Gemm → MatMul or Gemm, with matrices as weights on the same side and data that is not
+   transposed. The product is W_B W_A, as maps from inputs to outputs, with A's alpha; B's alpha, beta and
+   layout stay. A MatMul behind a Gemm with a C becomes a Gemm, unless an Add stands behind it.
+5. A's bias goes through B into a new bias: W_B b_A + b_B, summed over B's kernel. For this, the C of a Gemm
+   (A's and B's) must have at most one value per feature; the new bias includes beta. If A has no bias, any
+   bias of B stays as it is. If neither B nor an Add behind it takes a bias, A's Add moves behind B.
+6. The product has fewer elements than the two weights together, and the number of parameters falls with
+   the biases counted, too. So both parameters and MACs fall. The product is computed in float64 and rounded
+   once; the pair stays if a value is not finite in the stored dtype.
+7. The product is stored where B's weight was. The node keeps B's name, doc string, metadata, output and
+   place, and takes those entries of A's metadata with keys that B's lacks. A goes, with both weights and
+   all metadata about them.
+8. The pair that saves most merges first; among equals, the first in the graph. This repeats until nothing
+   merges.
 """
 
 from __future__ import annotations
@@ -69,24 +70,24 @@ _Array = NDArray[np.float64]
 def merge(
     rewritten: Rewritten, store: Store = inline, spared: Collection[tuple[str, str]] = ()
 ) -> tuple[Rewritten, tuple[Merge, ...]]:
-    """Multiply adjacent linear operators where that makes them smaller.
+    """Multiply adjacent linear operators where the product is smaller.
 
     Args:
-        rewritten: A model and its chains; it is not changed. Its files have what `store` has written.
+        rewritten: A model and its chains; it is not changed. Its files include the file of `store`.
         store: Makes the new tensors.
         spared: Scope and name of the nodes to leave alone.
 
     Returns:
-        The model, in whose chains a product stands for every node that went into it, and what was merged,
-        in this order. A model in which nothing merges is the same object.
+        The model, and the merges in the order in which they were made. In its chains, a product replaces
+        every node that went into it. If nothing merges, the model is the same object.
 
     Raises:
         InputError: The disk is full.
     """
     made: list[Merge] = []
-    while True:
+    while True:  # ends, since every merge removes a node
         step = _Round(rewritten, store, {merged.second for merged in made}, spared)
-        # One thread, so that sums have the same order on every machine.
+        # One thread, or the order of the sums, and with it the last bits, would depend on the machine.
         with threadpool_limits(limits=1, user_api="blas"):
             found = step.run()
         if not found:
@@ -96,7 +97,7 @@ def merge(
 
 
 class _Round:
-    """Merges pairs that have no node in common, all in one copy of a model."""
+    """Merges pairs without common nodes, all in one copy of a model."""
 
     def __init__(
         self, rewritten: Rewritten, store: Store, merged: set[str], spared: Collection[tuple[str, str]]
@@ -119,20 +120,23 @@ class _Round:
         self._renamed: dict[str, str] = {}
 
     def run(self) -> list[Merge]:
-        """Plan all merges of this round, those that save most first (rule 8)."""
+        """Plan all merges of this round, the largest savings first (rule 8)."""
         found: list[Merge] = []
         busy: set[Place] = set()
+        # By place among equals, or the result would depend on the order of the search.
         for pair in sorted(self._pairs(), key=lambda pair: (-pair.saved, pair.first.place)):
             places = {pair.first.place, pair.second.place}
+            # A node merges once a round: the walk does not see products, only the next round's does.
             made = None if places & busy else multiplied(self._model, pair)
-            if made is not None:
+            if made is not None:  # not before: a pair that is not finite must not block its neighbours
                 busy |= places
                 found.append(self._replace(pair, made))
         return found
 
     def finish(self) -> Rewritten:
-        """Apply what was planned; returns the new model with its chains."""
+        """Apply the planned edits; returns the new model with its chains."""
         proto, removed = self._edits.apply()
+        # dict.fromkeys, as several nodes of one chain can be in the same product.
         chains = {
             layer: tuple(
                 tuple(dict.fromkeys(self._renamed.get(name, name) for name in chain)) for chain in uses
@@ -146,7 +150,7 @@ class _Round:
     # --- finding ----------------------------------------------------------------------------------
 
     def _pairs(self) -> Iterator[Pair]:
-        """Every pair that the rules allow, whatever its numbers are."""
+        """Every pair that the rules allow, before its numbers are read."""
         for first in self._walk.places():
             adder = self._adder(first)
             read = self._only_reader(first if adder is None else adder[0])
@@ -155,7 +159,7 @@ class _Round:
             second, operand = read
             kinds = [self._walk.node(place) for place in (first, second)]
             is_data = operand < 2 and _multiply(*kinds) and registry.family(kinds[1]).is_data(operand)
-            # What is added to a MatMul on the left lies along another axis.
+            # No Add for data on the right: its vector lies along the last axis, but the features do not.
             if not is_data or (adder is not None and operand) or not self._is_wanted(first, second):
                 continue
             operators = [self._operator(place, 1 - operand) for place in (first, second)]
@@ -165,16 +169,18 @@ class _Round:
                     yield pair
 
     def _only_reader(self, place: Place) -> tuple[Place, int] | None:
-        """Rule 1: the operator of the same scope, and its operand, that alone reads what a node gives."""
+        """Rule 1: the node of the same scope, and its operand, that alone read a node's result."""
         result = self._walk.result(place)
         reads = [] if result is None or self._walk.is_output(result) else self._walk.consumers(result)
+        # Reads, not readers: MatMul(y, y) is one node that reads y twice.
         if len(reads) != 1 or reads[0][0].scope != place.scope:
             return None
         return reads[0]
 
     def _adder(self, place: Place) -> tuple[Place, int] | None:
-        """Rule 1: the Add behind a MatMul, and the operand by which it adds a constant of its own."""
+        """Rule 1: the Add behind a MatMul, and the operand that is a constant without other readers."""
         operator = registry.of(self._walk.node(place))
+        # Before opset 7, Add has other rules of broadcasting.
         if operator is None or not operator.adds_behind or self._walk.opsets[place.scope] < 7:
             return None
         read = self._only_reader(place)
@@ -185,17 +191,18 @@ class _Round:
         return None if source is None or len(source.tensor.dims) > 1 else (adder, 1 - operand)
 
     def _is_wanted(self, first: Place, second: Place) -> bool:
-        """Rule 1: whether two nodes are a chain's, none is spared, and they are not one layer's factors."""
+        """Rule 1: whether a node is in a chain, neither is spared, and they are not one layer's factors."""
         if any((place.scope, label(self._walk.node(place))) in self._spared for place in (first, second)):
             return False
         layers = [self._owners.get(place, frozenset()) for place in (first, second)]
+        # Not by the layers alone: a product carries the layers of both its nodes and is no factor any more.
         are_factors = layers[0] == layers[1] and not any(
             self._walk.node(place).name in self._merged for place in (first, second)
         )
         return any(layers) and not are_factors
 
     def _operator(self, place: Place, side: int) -> LinearMap | None:
-        """Rules 2 to 4 for one node: None where its weight is not its own, or it has several groups."""
+        """Rules 2 to 4 for one node; None if its weight has other readers, or it has several groups."""
         node = self._walk.node(place)
         is_complete = self._walk.operand(place, 1 - side) is not None
         if not is_complete or any(attribute.ref_attr_name for attribute in node.attribute):
@@ -209,22 +216,24 @@ class _Round:
         maps = canonical_weight(node, side, array(self._model, weight.tensor))
         if isinstance(maps, str) or len(maps) > 1:
             return None
+        # None for a weight on the left (side 0): an Add's vector would not lie along the features.
         bias = self._adder(place) if side else None
         if operator.bias is not None and self._walk.operand(place, operator.bias) is not None:
             bias = place, operator.bias
         return LinearMap(place, node, side, weight, maps.shape[1:], bias)
 
     def _own(self, place: Place, operand: int) -> Source | None:
-        """Rule 2: an operand that is a constant without views, which nothing else needs."""
+        """Rule 2: the source of an operand that is a constant without views and without other readers."""
         stored = resolve(self._walk, self._walk.operand(place, operand))
         if isinstance(stored, str) or stored.views:
             return None
-        own = is_own(self._model, self._walk, stored.source, place, operand)
-        return stored.source if own else None
+        is_sole_reader = is_own(self._model, self._walk, stored.source, place, operand)
+        return stored.source if is_sole_reader else None
 
     def _pair(self, first: LinearMap, second: LinearMap) -> Pair | None:
-        """Rules 2 to 6, but for the numbers."""
+        """Rules 2 to 6, without the numbers."""
         shape = product_shape(first, second)
+        # Not >, or a merge that saves no MACs would cost the rounding of the product.
         if shape is None or prod(shape) >= prod(first.shape) + prod(second.shape):
             return None
         biases = self._biases(first, second)
@@ -233,18 +242,19 @@ class _Round:
         parts = [source for source in (first.weight, second.weight, *biases) if source is not None]
         before = sum(prod(source.tensor.dims) for source in parts)
         after = prod(shape) + (0 if biases[0] is None else shape[0])
+        # Also after >= before: a new bias can cost more than the weights save, e.g. if b_A has one value.
         if len({source.tensor.data_type for source in parts}) > 1 or after >= before:
             return None
         return Pair(first, second, shape, biases, before - after)
 
     def _biases(self, first: LinearMap, second: LinearMap) -> tuple[Source | None, Source | None] | None:
-        """Rule 5: where the biases are that become one, none where A has none; None where they cannot."""
+        """Rule 5: the sources of both biases, (None, None) if A has none; None if they cannot be joined."""
         if first.bias is None:
             return None, None
         if first.family.product == "kernel":
             if not second.is_pointwise and not pads_nothing(second.node):
                 return None
-        elif self._walk.opsets[first.place.scope] < 7:  # Gemm had its own rules of broadcasting
+        elif self._walk.opsets[first.place.scope] < 7:  # before, Gemm had other rules of broadcasting
             return None
         found: list[Source | None] = []
         for operator in (first, second):
@@ -259,11 +269,13 @@ class _Round:
     def _replace(self, pair: Pair, product: Product) -> Merge:
         """Plan the edits for one pair (rule 7)."""
         first, second, edits = pair.first, pair.second, self._edits
+        # A copy: the walk reads the model's own nodes until the edits are applied.
         node = NodeProto()
         node.CopyFrom(second.node)
         node.name = node.name or edits.unique(f"{label(node)}/merged")
         node.input[second.data] = first.node.input[first.data]
         node.input[second.side] = edits.keep(second.weight, f"{second.weight.name}_merged", product.weight)
+        # A's geometry: B is 1×1 without strides or pads, so it adds nothing to it.
         if second.family.product == "kernel" and second.is_pointwise:
             _set_attributes(node, first.node)
         made = [node]
@@ -283,11 +295,12 @@ class _Round:
         return self._merge(pair, node.name, product.certificate)
 
     def _put_bias(self, pair: Pair, node: NodeProto, new_bias: NDArray[Any]) -> list[NodeProto]:
-        """Add the new bias to the product (rule 5); returns the nodes that are new behind it."""
+        """Add the new bias to the product (rule 5); returns the new nodes behind it."""
         first, second, edits = pair.first, pair.second, self._edits
         name = edits.keep(second.weight, f"{label(node)}_merged_bias", new_bias)
         if second.bias is not None:
             edits.unread(*second.bias)
+        # This case first: B's own Add stays and takes the new bias, so that there are never two Adds.
         if second.bias is not None and second.adder is not None:
             edits.scopes[second.place.scope].repointed[second.adder.node, second.bias[1]] = name
             return []
@@ -298,13 +311,13 @@ class _Round:
             node.output[0] = edits.unique(f"{add.output[0]}_merged")
             add.input[:] = [node.output[0], name]
             return [add]
-        # A MatMul behind a Gemm with a C has a matrix for its input, so it can be a Gemm.
+        # A MatMul behind a Gemm reads a matrix, so it can become a Gemm, which takes a bias.
         node.op_type = first.node.op_type if second.family.bias is None else node.op_type
         registry.family(node).set_bias(node, name)
         return []
 
     def _merge(self, pair: Pair, name: str, certificate: Certificate) -> Merge:
-        """Say what was merged into a node of this name, in the chains, too."""
+        """Describe the merge into the node of this name, and note A's new name for its chains."""
         first, second = pair.first, pair.second
         layers = [self._owners.get(operator.place, frozenset()) for operator in (first, second)]
         if layers[0]:
@@ -320,13 +333,13 @@ class _Round:
 
 
 def _multiply(first: NodeProto, second: NodeProto) -> bool:
-    """Whether two nodes are linear maps of one kind."""
+    """Whether two nodes are linear maps of the same kind."""
     one, other = registry.of(first), registry.of(second)
     return one is not None and other is not None and one.product is not None and one.product == other.product
 
 
 def _owners(walk: Walk, chains: Mapping[str, tuple[tuple[str, ...], ...]]) -> dict[Place, frozenset[str]]:
-    """The layers of whose chains a node is a part (rule 1), for every node that is in some."""
+    """For every node of a chain, the layers with a chain that contains it (rule 1)."""
     layers: dict[str, set[str]] = defaultdict(set)
     for layer, uses in chains.items():
         for chain in uses:

@@ -1,12 +1,12 @@
-"""What a compressed model says of itself, in metadata that no runtime reads.
+"""Metadata of a compressed model about its compression; no runtime reads it.
 
 Rules:
 
-1. The model says what made it, and of every rewritten layer the option and the certificate. From IR 10 on the
-   nodes of its chains say so, too.
-2. Where a factor was multiplied with its neighbour, it is no longer in the file: the certificate of its layer
-   could not be checked any more and is left out. The product has a certificate of its own.
-3. A model that was compressed before keeps its older entries; the new ones get other keys.
+1. The metadata of the model hold the run, and the option and the certificate of every rewritten layer. From
+   IR 10 on, the nodes of the layer's chains hold option and certificate, too.
+2. A factor that was multiplied with its neighbour is no longer in the file. Nobody could check the
+   certificate of its layer, so it is left out. The product has a certificate of its own.
+3. A model that was compressed before keeps its older entries; the new entries get other keys.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ METADATA = "onnx_lowrank"
 """Prefix of the keys in metadata_props."""
 
 _NODES_HAVE_METADATA = 10
-"""The first IR version in which they have."""
+"""The first IR version with metadata of nodes."""
 
 
 def stamp(rewritten: Rewritten, run: Mapping[str, str], merges: Iterable[Merge] = ()) -> None:
-    """Write into a model, which is changed, how it was made.
+    """Write the metadata into a model, in place.
 
     Args:
-        rewritten: The model, its chains and what was proved of them.
-        run: What made the factors.
-        merges: The products in it, in the order in which they were made.
+        rewritten: The model, its chains and their certificates.
+        run: Description of the run that made the factors.
+        merges: The products in the model, in the order in which they were made.
     """
     if not rewritten.proofs:
         return
@@ -65,7 +65,7 @@ def _stamp_nodes(rewritten: Rewritten, notes: Mapping[str, Any], products: Itera
 
 
 def _note(rewritten: Rewritten, layer: str, multiplied: set[str]) -> dict[str, Any]:
-    """The option of a layer, and its certificate where both of its factors are in the model (rule 2)."""
+    """The option of a layer, and its certificate if both factors are in the model (rule 2)."""
     option, certificate = rewritten.proofs[layer]
     names = {name for chain in rewritten.chains[layer] for name in chain}
     if lost := sorted(names & multiplied):

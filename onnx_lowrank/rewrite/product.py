@@ -1,6 +1,6 @@
-"""The product of two adjacent linear maps: which maps have one, its weight and its bias.
+"""The product of two adjacent linear maps: its existence, its weight and its bias.
 
-The rules are those of `rewrite.merge`; this module has their numbers.
+This module computes the numbers for the rules of `rewrite.merge`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class LinearMap:
         place: Its place.
         node: Its proto.
         side: The operand that is its weight.
-        weight: Where its weight is.
+        weight: The source of its weight.
         shape: Shape of the weight as a map: (f, c, *kernel).
-        bias: The node and the operand that read its bias, if it has one.
+        bias: The node and the operand that read its bias; None if it has none.
     """
 
     place: Place
@@ -54,17 +54,17 @@ class LinearMap:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it maps every position by itself, and all of them."""
+        """Whether it maps each position by itself, and skips and adds none."""
         return self.family.is_pointwise(self.node, self.shape[2:])
 
     @property
     def data(self) -> int:
-        """The operand that is no constant."""
+        """The operand that is not the weight."""
         return 1 - self.side
 
     @property
     def adder(self) -> Place | None:
-        """The Add behind it that adds its bias."""
+        """The Add behind it that adds its bias; None if the node itself does."""
         return None if self.bias is None or self.bias[0] == self.place else self.bias[0]
 
 
@@ -76,8 +76,8 @@ class Pair:
         first: A.
         second: B.
         shape: Shape of the product: (f, c, *kernel).
-        biases: Where A's bias is, and B's; the latter only where A has one, otherwise it stays.
-        saved: Parameters saved.
+        biases: The sources of A's bias and of B's. If A has no bias, both are None, as B's bias stays.
+        saved: Number of parameters saved.
     """
 
     first: LinearMap
@@ -89,12 +89,12 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One operator's numbers in place of two.
+    """The numbers of one operator in place of two.
 
     Attributes:
-        weight: The product as B reads its weight, as it is stored.
-        bias: The new bias as B reads that, as it is stored; None where A has none.
-        certificate: What rounding has done to the product of the two weights.
+        weight: The product in B's layout and in the stored dtype.
+        bias: The new bias in B's layout and in the stored dtype; None if A has none.
+        certificate: Bounds of the rounding error of the product.
     """
 
     weight: NDArray[Any]
@@ -103,7 +103,7 @@ class Product:
 
 
 def multiplied(model: Model, pair: Pair) -> Product | None:
-    """The product of two operators; None where it is not finite as it is stored (rule 6)."""
+    """The product of two operators; None if it is not finite in the stored dtype (rule 6)."""
     first, second = pair.first, pair.second
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(second.weight.tensor.data_type))
     with np.errstate(all="ignore"):
@@ -118,12 +118,12 @@ def multiplied(model: Model, pair: Pair) -> Product | None:
 
 
 def _certified(first: _Array, second: _Array, weight: NDArray[Any]) -> Certificate:
-    """The certificate of a product of maps (f, c, *kernel), one of which maps every position by itself."""
+    """The certificate of a product of two maps (f, c, *kernel); the kernel of one of them has size 1."""
     inputs = first.shape[1]
     if prod(second.shape[2:]) == 1:
         flat = (array.reshape(len(array), -1) for array in (first, second, weight))
         return certify_product(*flat)
-    # The kernel is B's: its taps are rows of one matrix, which A multiplies from the right.
+    # The kernel is B's: its taps become rows of one matrix, and A multiplies this matrix from the right.
     taps, stored = (
         np.moveaxis(array.reshape(*array.shape[:2], -1), 2, 1).reshape(-1, array.shape[1])
         for array in (second, weight)
@@ -132,7 +132,7 @@ def _certified(first: _Array, second: _Array, weight: NDArray[Any]) -> Certifica
 
 
 def _bias(model: Model, pair: Pair, second_map: _Array) -> _Array | None:
-    """The new bias as B reads it (rule 5)."""
+    """The new bias in B's layout (rule 5)."""
     first, second = pair.first, pair.second
     if pair.biases[0] is None:
         return None
@@ -144,7 +144,7 @@ def _bias(model: Model, pair: Pair, second_map: _Array) -> _Array | None:
 
 
 def _stored_shape(operator: LinearMap, weight: NDArray[Any]) -> tuple[int, ...]:
-    """The shape in which an operator reads a product (f, c, *kernel)."""
+    """The shape of a product (f, c, *kernel) in the layout of an operator."""
     if operator.family.product == "kernel":
         return weight.shape
     is_stored = operator.side == operator.family.transposes(operator.node, operator.side)
@@ -152,20 +152,20 @@ def _stored_shape(operator: LinearMap, weight: NDArray[Any]) -> tuple[int, ...]:
 
 
 def _map(model: Model, operator: LinearMap) -> _Array:
-    """A weight as a map (f, c, *kernel)."""
+    """The weight of an operator as a map (f, c, *kernel)."""
     value = array(model, operator.weight.tensor)
     maps: Any = canonical_weight(operator.node, operator.side, value)
     return np.asarray(maps[0], np.float64)
 
 
 def _vector(model: Model, operator: LinearMap, source: Source) -> _Array:
-    """What an operator adds to each of its features, a Gemm's beta included."""
+    """The addend of each output feature, with a Gemm's beta, shape (f,)."""
     value = np.asarray(array(model, source.tensor), np.float64)
     return _scalar(operator, "beta") * np.broadcast_to(value.ravel(), operator.shape[:1])
 
 
 def product_shape(first: LinearMap, second: LinearMap) -> tuple[int, ...] | None:
-    """Rules 3 and 4: the shape of the product; None where there is none."""
+    """Rules 3 and 4: the shape of the product; None if there is none."""
     (m, c, *inner), (f, width, *outer) = first.shape, second.shape
     if width != m or len(inner) != len(outer):
         return None
@@ -175,7 +175,7 @@ def product_shape(first: LinearMap, second: LinearMap) -> tuple[int, ...] | None
 
 
 def _product(first: _Array, second: _Array) -> _Array:
-    """Two maps (f, c, *kernel), one of whose kernels is 1×1, as one."""
+    """The product of two maps (f, c, *kernel); the kernel of one of them has size 1."""
     kernel = first.shape[2:] if prod(second.shape[2:]) == 1 else second.shape[2:]
     (m, c), f = first.shape[:2], second.shape[0]
     if prod(second.shape[2:]) == 1:
@@ -185,7 +185,7 @@ def _product(first: _Array, second: _Array) -> _Array:
 
 
 def _grows(conv: LinearMap) -> bool:
-    """Whether a Conv pads so much that it could have more outputs than inputs along some axis."""
+    """Whether a Conv's padding could give it more outputs than inputs along an axis."""
     kernel, pads = conv.shape[2:], spatial(conv.node, "pads")
     dilations = spatial(conv.node, "dilations") or [1] * len(kernel)
     around = zip(pads[: len(kernel)], pads[len(kernel) :], kernel, dilations, strict=True) if pads else ()
@@ -193,14 +193,14 @@ def _grows(conv: LinearMap) -> bool:
 
 
 def pads_nothing(node: NodeProto) -> bool:
-    """Whether a Conv reads no element beside its input."""
+    """Whether a Conv reads no padding."""
     return attribute_of(node, "auto_pad", "NOTSET") in ("", "NOTSET", "VALID") and not any(
         spatial(node, "pads")
     )
 
 
 def is_per_feature(dims: Any, operator: LinearMap) -> bool:
-    """Whether a bias has one value for every output feature, or one for all, along their axis."""
+    """Whether a bias has one value per output feature, along their axis, or one value for all."""
     f, shape = operator.shape[0], tuple(dims)
     if operator.family.product == "kernel":
         return shape == (f,)
@@ -212,6 +212,6 @@ def is_per_feature(dims: Any, operator: LinearMap) -> bool:
 
 
 def _scalar(operator: LinearMap, name: str) -> float:
-    """A Gemm's alpha or beta; 1 for others."""
+    """A Gemm's alpha or beta; 1 for other operators."""
     family = operator.family
     return family.scale(operator.node) if name == "alpha" else family.bias_scale(operator.node)

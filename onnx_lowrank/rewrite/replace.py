@@ -1,16 +1,15 @@
-"""Layers and their factors -> a new model, in which nothing else has changed.
+"""Layers and their factors -> a new model that differs from the old one in nothing else.
 
 Rules:
 
-1. The new proto is a copy of the input's; only nodes that the plan names are taken out, and their
-   chains stand in their places. The last node of a chain keeps the node's name, doc string,
-   metadata and output.
-2. Factors live where the weight lived (initializer or Constant node), in its dtype, under new names
-   that collide with nothing. Before IR 4 an initializer would have to be an input of the graph, so
-   there they are Constant nodes.
-3. What only rewritten nodes read goes with them: the weight, its views, a folded BatchNorm's
-   parameters, an old bias, their graph inputs, value_info and quantization annotations.
-   A new bias takes the place of the old one, in its shape; a Gemm's beta is in it and goes.
+1. The new proto is a copy of the input's. Chains replace the nodes of the layers that the plan names, in
+   their places. The last node of a chain keeps the node's name, doc string, metadata and output.
+2. Factors are stored where the weight was stored (initializer or Constant node), in its dtype, under new
+   names that collide with nothing. Before IR 4, initializers had to be inputs of the graph, so there the
+   factors are Constant nodes.
+3. Tensors that only rewritten nodes read go with them: the weight, its views, a folded BatchNorm's
+   parameters, an old bias, and their graph inputs, value_info and quantization annotations. A new bias
+   takes the place and the shape of the old one; it includes a Gemm's beta, so the attribute goes.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ class Replacement:
     """One layer of the plan, ready to be written.
 
     Attributes:
-        binding: The layer and where it lives.
+        binding: The layer and the place of its weight.
         option: Its option.
         factors: Its factors as stored: in the weight's dtype.
-        certificate: What they were proved to be.
-        bias: What to add to the output features in place of `bias(model, walk, binding).values`, shape
-            (f,), float64 or any float dtype; None leaves the bias as it is.
+        certificate: The proved bounds of their error.
+        bias: The new bias in place of `bias(model, walk, binding).values`, shape (f,), of any float dtype;
+            None leaves the bias as it is.
     """
 
     binding: Binding
@@ -61,13 +60,13 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """The new model, and what became of the old one's parts.
+    """The new model, and the fate of the old one's parts.
 
     Attributes:
         model: The new model.
         chains: For each layer and each of its uses, the names of the chain's nodes, in order.
-        removed_inputs: Graph inputs that went with their initializers.
-        proofs: For each layer its option, and what was proved of its factors.
+        removed_inputs: Graph inputs that were removed with their initializers.
+        proofs: For each layer, its option and the certificate of its factors.
     """
 
     model: Model
@@ -87,13 +86,13 @@ def rewrite(
     Args:
         model: The input model; it is not changed.
         walk: Its walk.
-        replacements: The layers to replace, with their factors; consumed one by one, so that a
-            generator never has more than one layer's factors in memory beside the stored ones.
+        replacements: The layers to replace, with their factors. They are consumed one by one, so a generator
+            need not hold the factors of more than one layer beside the stored ones.
         store: Makes the new tensors.
 
     Raises:
-        InputError: A replacement has a bias where its layer has none that could be changed, or one that
-            its dtype cannot hold.
+        InputError: A replacement has a bias, but its layer has no bias that can be changed, or the dtype
+            cannot hold the new one.
     """
     writer = _Writer(model, walk, store)
     for replacement in replacements:
@@ -130,9 +129,9 @@ class _Writer:
         )
 
     def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
-        """Store a layer's new bias, in the dtype in which it computes; returns its name for the chain.
+        """Store a layer's new bias in the dtype of its computation; returns the bias's name for the chain.
 
-        That is "" where the bias stays as it is, and where an Add behind the chain adds the new one.
+        The name is "" if the bias stays as it is, or if an Add behind the chain adds the new one.
         """
         binding, layer = replacement.binding, replacement.binding.layer
         norm = layer.batchnorm
@@ -182,7 +181,7 @@ class _Writer:
         return tuple(node.name for node in fragment.nodes)
 
     def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
-        """Put a chain in a node's place: its last node takes over the node's name, notes and output."""
+        """Put a chain in a node's place; its last node takes the node's name, notes and output."""
         edit = self.edits.scopes[use.scope]
         last = chain[-1]
         del last.output[:]
@@ -199,7 +198,7 @@ class _Writer:
         edit.before.setdefault(use.node, []).extend(chain)
 
     def _release(self, layer: Layer, use: Use) -> None:
-        """Note which tensors the chain of a use does not read any more (rule 3)."""
+        """Note the tensors that the chain of a use does not read any more (rule 3)."""
         self.edits.unread(Place(use.scope, use.node), use.operand)
         if layer.batchnorm is not None:
             for operand in range(1, 5):
