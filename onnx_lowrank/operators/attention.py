@@ -1,7 +1,7 @@
-"""com.microsoft Attention: three projections with one weight, then attention itself.
+"""com.microsoft Attention: three projections with one weight, then the attention.
 
-Its weight is (c, q + k + v). The chain is one encoder (c, j), which all three share, and Attention
-with the narrower weight (j, q + k + v): the operator takes an input that is not as wide as its heads.
+Its weight is (c, q + k + v). The chain is one encoder (c, j), shared by the three projections, and Attention
+with the narrower weight (j, q + k + v). The operator allows this: its input need not be as wide as its heads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnx_lowrank.operators.geometry import Vectors
 from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
 
 _TOKENS = 3
-"""Tokens of a sample."""
+"""Number of tokens in a sample."""
 
 
 class Attention(Operator):
@@ -78,11 +78,11 @@ class Attention(Operator):
         return Vectors()
 
     def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample | None:
-        """A few tokens; a mask or a past that is computed makes the node one that does not run alone."""
+        """A few tokens; None if the node has further inputs (a mask, a past), which may be computed."""
         return None if any(node.input[3:]) else Sample(0, (1, _TOKENS, layer.c))
 
     def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
-        """As many tokens as in the model; a mask costs next to nothing, a past would change the shapes."""
+        """As many tokens as in the model, without the cheap mask; None with a past, which changes shapes."""
         if use.positions is None or (len(node.input) > 4 and node.input[4]):
             return None
         shape = (use.positions.batch, *use.positions.inputs, layer.c)

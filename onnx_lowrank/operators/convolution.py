@@ -2,11 +2,11 @@
 
 Rules of their chains:
 
-1. The first factor maps the input channels to groups · k · j ranks, the second those to the output
-   features. Nothing stands between them, so that a chain of full rank computes what the node did.
-2. What a convolution does along a spatial axis (stride, padding, dilation) goes to the factor that
-   holds this axis' kernel. An axis of size 1 goes to the factor that is evaluated at fewer
-   positions: the first of a Conv, the second of a ConvTranspose.
+1. The first factor maps the input channels to groups · k · j ranks, the second maps the ranks to the output
+   features. Nothing stands between them, so a chain of full rank computes the same as the node.
+2. The stride, padding and dilation of a spatial axis go to the factor that holds the kernel of this axis.
+   For a kernel axis of size 1, they go to the factor that leaves fewer positions between the two: the first
+   of a Conv, the second of a ConvTranspose.
 3. The bias goes to the second factor.
 """
 
@@ -29,10 +29,10 @@ from onnx_lowrank.operators.operator import Kind, Operands, Operator, Sample, Sh
 from onnx_lowrank.operators.window import Window
 
 _SPATIAL = {"strides": 1, "dilations": 1, "pads": 2, "output_padding": 1, "output_shape": 1}
-"""Attributes of convolutions, with the entries that they have for every spatial axis."""
+"""Attributes of convolutions, with their number of entries per spatial axis."""
 
 _SPREAD = 4
-"""Positions beside the kernel that a sample has along every axis."""
+"""Number of positions by which a sample exceeds the kernel along every axis."""
 
 
 class Convolution(Operator):
@@ -84,7 +84,7 @@ class Convolution(Operator):
         return True
 
     def feature_axis(self, use: Use) -> int | None:
-        """The bias is a vector, which the runtime lays along the channels."""
+        """The bias is a vector; the runtime broadcasts it over the other axes."""
         return -1
 
     def layout(
@@ -196,7 +196,7 @@ class Conv(Convolution):
         return (Lowering.NATIVE, Lowering.MATMUL) if is_matrix else (Lowering.NATIVE,)
 
     def is_pointwise(self, node: NodeProto, kernel: Sequence[int]) -> bool:
-        """With a kernel and strides of 1, an auto_pad of any kind pads nothing."""
+        """The kernel and the strides are 1, and there are no pads; then auto_pad pads nothing either."""
         return (
             prod(kernel) == 1
             and all(stride == 1 for stride in spatial(node, "strides"))
@@ -210,7 +210,7 @@ class Conv(Convolution):
     def factor_evaluations(
         self, node: NodeProto, positions: Positions, kernel: tuple[int, ...], fold: Fold, *, transposed: bool
     ) -> tuple[int, int]:
-        """The encoder strides along the axes that it holds, and along those of size 1."""
+        """The encoder strides along the axes that it holds, and along kernel axes of size 1."""
         held = fold.encoder_axes(len(kernel))
         strided = {axis for axis, n in enumerate(kernel) if axis in held or n == 1}
         inputs, outputs = positions.inputs, positions.outputs
@@ -245,7 +245,7 @@ class ConvTranspose(Convolution):
     def factor_evaluations(
         self, node: NodeProto, positions: Positions, kernel: tuple[int, ...], fold: Fold, *, transposed: bool
     ) -> tuple[int, int]:
-        """The encoder spreads along the axes whose kernel it holds; one of size 1 is left to the decoder."""
+        """The encoder spreads along the kernel axes that it holds; axes of size 1 belong to the decoder."""
         spread = {axis for axis in fold.encoder_axes(len(kernel)) if kernel[axis] > 1}
         inputs, outputs = positions.inputs, positions.outputs
         between = (outputs[a] if a in spread else inputs[a] for a in range(len(inputs)))
@@ -265,7 +265,7 @@ class ConvTranspose(Convolution):
         return tuple(a for a, n in enumerate(layer.kernel) if n > 1 and a in axes)
 
     def _factor_types(self, layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[str, str]:
-        """A factor that does nothing along any axis is a 1×1 Conv."""
+        """ConvTranspose for a factor that changes positions along an axis, else a 1×1 Conv."""
         busy: set[int] = {axis for axis, n in enumerate(layer.kernel) if n > 1}
         for node in nodes:
             busy |= {axis for axis in range(len(layer.kernel)) if _is_busy(node, axis, len(layer.kernel))}
@@ -275,7 +275,7 @@ class ConvTranspose(Convolution):
 
 
 def _as_matrices(fragment: Fragment, layer: Layer, names: Operands) -> None:
-    """From x (N, c, …) by kernels of size 1 as matrices (j, c) and (f, j) → (N, f, …)."""
+    """Map x (N, c, …) by kernels of size 1, as matrices (j, c) and (f, j), to (N, f, …)."""
     spatial_axes = range(2, 2 + len(layer.kernel))
     value = fragment.reshape("positions", names.value, [0, 0, -1])
     value = fragment.add("encoder", "MatMul", [names.encoder, value])
@@ -290,7 +290,7 @@ def _as_matrices(fragment: Fragment, layer: Layer, names: Operands) -> None:
 
 
 def _is_busy(node: NodeProto, axis: int, n: int) -> bool:
-    """Whether a node does more along an axis than its kernel would if it had size 1."""
+    """Whether a node strides, pads or crops along an axis."""
     pads = spatial(node, "pads") or [0] * 2 * n
     return bool(
         (spatial(node, "strides") or [1] * n)[axis] != 1
@@ -302,7 +302,7 @@ def _is_busy(node: NodeProto, axis: int, n: int) -> bool:
 
 
 def spatial(node: NodeProto, name: str) -> list[int]:
-    """The entries of a spatial attribute of a convolution; none where it is left out."""
+    """The entries of a spatial attribute of a convolution; an empty list if it is left out."""
     values: list[int] = attribute_of(node, name, [])
     return values
 
@@ -324,7 +324,7 @@ def _geometry(
             attributes[name] = [v if a in held else neutral for a, v in enumerate(values)]
     if pads := spatial(node, "pads"):
         attributes["pads"] = [v if a % n in held else 0 for a, v in enumerate(pads)]
-    # SAME and VALID decide for each axis by its own kernel and stride, so they can be repeated.
+    # Repeated in both factors: SAME and VALID pad each axis by its own kernel and stride.
     if auto_pad := attribute_of(node, "auto_pad", ""):
         attributes["auto_pad"] = auto_pad
     if op == "ConvTranspose" and (sizes := spatial(node, "output_shape")):

@@ -1,8 +1,8 @@
-"""Einsum that is a matrix product with a constant.
+"""Einsum as a matrix product with a constant.
 
-Every letter of the equation is one of four kinds: rows (in the activation and the result), groups (in all
-three terms), inputs (in the activation and the weight) and outputs (in the weight and the result). The chain
-is two Einsum, of which the first puts the rank in the place of the inputs.
+Every letter of the equation is of one of four kinds: rows (in the activation and the result), groups (in all
+three terms), inputs (in the activation and the weight) or outputs (in the weight and the result). The chain
+is two Einsum. The first replaces the inputs by the rank, the second replaces the rank by the outputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """An equation whose terms have no letter twice, read as a product with a weight.
+    """An equation, read as a product with a weight; no term has a letter twice.
 
     Attributes:
         activation: The letters of the activation.
@@ -47,27 +47,27 @@ class Equation:
 
     @property
     def inputs(self) -> str:
-        """The letters that are summed over, in the weight's order."""
+        """The letters of the sum, in the weight's order."""
         return "".join(n for n in self.weight if n in self.activation and n not in self.result)
 
     @property
     def outputs(self) -> str:
-        """The letters that the weight brings into the result, in its order."""
+        """The letters of the weight and the result alone, in the weight's order."""
         return "".join(n for n in self.weight if n not in self.activation)
 
     @property
     def rows(self) -> str:
-        """The letters of the activation that the weight does not have."""
+        """The letters of the activation that are not in the weight, in the activation's order."""
         return "".join(n for n in self.activation if n not in self.weight)
 
     @property
     def rank(self) -> str:
-        """A letter that no term has."""
+        """A letter for the rank, which no term has."""
         taken = {*self.activation, *self.weight, *self.result}
         return next(letter for letter in _LETTERS if letter not in taken)
 
     def roles(self) -> str:
-        """What each axis of the weight is: uses whose weights have the same roles read the same matrix."""
+        """The kind of each axis of the weight, one letter each; equal roles mean the same matrix."""
         return "".join("g" if n in self.groups else "c" if n in self.inputs else "f" for n in self.weight)
 
 
@@ -78,8 +78,8 @@ class Contraction:
     Attributes:
         reads: The axes of the activation: rows, then groups, then inputs.
         gives: The axes of the result: rows, then groups, then outputs.
-        leading: How many of them are rows.
-        groups: How many are groups.
+        leading: The number of row axes.
+        groups: The number of group axes.
     """
 
     reads: tuple[int, ...]
@@ -99,7 +99,7 @@ class Contraction:
             yield part.reshape(-1, g, n).astype(row_dtype(view), copy=False)
 
     def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """What the node gives."""
+        """The vectors of the node's result."""
         yield from self._vectors(value, self.gives)
 
     def rows(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -114,13 +114,13 @@ class Einsum(Operator):
     operands = (1, 0)
 
     def activation(self, operand: int) -> int:
-        """The other one of two operands."""
+        """The other of the two operands."""
         return 1 - operand
 
     def kind(self, node: NodeProto) -> str:
-        """Uses share a weight where it plays the same roles."""
+        """Uses can share a weight if its axes have the same roles."""
         found = [equation(node, operand) for operand in self.operands]
-        return f"Einsum {' '.join(one if isinstance(one, str) else one.roles() for one in found)}"
+        return f"Einsum {' '.join(e if isinstance(e, str) else e.roles() for e in found)}"
 
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
         """The axes of groups, outputs and inputs, each kind as one axis."""
@@ -147,7 +147,7 @@ class Einsum(Operator):
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
-        """The number of vectors, told by the result."""
+        """The number of vectors, from the shape of the result."""
         sizes = known(leaving)
         return None if sizes is None else Positions(prod(sizes) // features)
 
@@ -162,7 +162,7 @@ class Einsum(Operator):
         return positions.batch, positions.batch
 
     def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
-        """The product of the sizes of all letters; sums over one operand alone count nothing."""
+        """The product of the sizes of all letters; 0 for sums over one operand alone."""
         found = equation(node, 1)
         if isinstance(found, str):
             return 0
@@ -196,7 +196,7 @@ class Einsum(Operator):
         fragment.add("decoder", "Einsum", [hidden, names.decoder], equation=decode)
 
     def geometry(self, layer: Layer, use: Use, node: NodeProto) -> Contraction:
-        """The vectors along the letters that are summed over."""
+        """The vectors along the letters of the sum."""
         found = _known_equation(node, use.operand)
         reads = found.rows + found.groups + found.inputs
         gives = found.rows + found.groups + found.outputs
@@ -213,7 +213,7 @@ class Einsum(Operator):
         return Sample(self.activation(use.operand), _activation_shape(found, use, [2] * len(found.rows)))
 
     def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
-        """All rows along the first of their axes."""
+        """All rows along the first row axis."""
         if use.positions is None:
             return None
         found = _known_equation(node, use.operand)
@@ -222,7 +222,7 @@ class Einsum(Operator):
 
 
 def equation(node: NodeProto, operand: int) -> Equation | str:
-    """Read a node's equation as a product with one of its operands, or say why it is none."""
+    """Read a node's equation as a product with one of its operands, or return the reason why it is none."""
     text = "".join(attribute_of(node, "equation", "").split())
     terms, arrow, result = text.partition("->")
     named = terms.split(",")
@@ -251,7 +251,7 @@ def _kinds(found: Equation) -> tuple[str, str, str]:
 
 
 def _size(found: Equation, shape: Sequence[int], letter: str) -> int:
-    """The size of one of the weight's letters."""
+    """The size of a letter of the weight."""
     return shape[found.weight.index(letter)]
 
 

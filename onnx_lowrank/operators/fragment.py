@@ -13,14 +13,14 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 
 class Fragment:
-    """Nodes under construction, built with graphsurgeon; tensors go by their names."""
+    """Nodes under construction, built with graphsurgeon; tensors are given by their names."""
 
     def __init__(self, stem: str, unique: Callable[[str], str], opset: int) -> None:
         """Start a chain.
 
         Args:
-            stem: What new names begin with.
-            unique: Makes a free name of one that may be taken.
+            stem: Start of all new names.
+            unique: Makes a free name from a name that may be taken.
             opset: Version of the default domain where the chain will stand.
         """
         self.nodes: list[NodeProto] = []
@@ -31,7 +31,7 @@ class Fragment:
     def add(
         self, role: str, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
     ) -> str:
-        """Append a node and return the name of its output, by default a new one called after its role."""
+        """Append a node and return the name of its output, by default a new name with the role in it."""
         output = output or self._unique(f"{self._stem}_{role}")
         node = gs.Node(
             op,
@@ -44,14 +44,15 @@ class Fragment:
         return output
 
     def copy(self, role: str, node: NodeProto, inputs: Mapping[int, str]) -> str:
-        """Append a copy of a node with some other inputs, and return the name of its first output.
+        """Append a copy of a node with new inputs at some indices, and return the name of its first output.
 
-        It has the node's attributes and domain, but not its notes. Its further outputs keep the node's names.
+        It has the node's attributes and domain, but no doc string and metadata. Its further outputs keep
+        their names.
         """
         copy = NodeProto()
         copy.CopyFrom(node)
         copy.ClearField("doc_string")
-        copy.ClearField("metadata_props")  # the last node of a chain gets the node's, whichever it is
+        copy.ClearField("metadata_props")  # `rewrite` gives both to the last node of every chain
         copy.name = self._unique(f"{self._stem}/{role}")
         copy.output[0] = self._unique(f"{self._stem}_{role}")
         for index, name in inputs.items():

@@ -1,7 +1,7 @@
-"""FusedMatMul, FusedGemm and FusedConv, into which ONNX Runtime's optimizer fuses what stands around.
+"""FusedMatMul, FusedGemm and FusedConv, into which ONNX Runtime's optimizer fuses the neighbouring nodes.
 
-Their chains begin with the plain operator and end with the fused one, which keeps the scale and the
-activation function. Shape inference does not know these operators, so they find their positions themselves.
+Their chains end with the fused operator, which keeps the scale and the activation function. Shape inference
+does not know these operators, so their families compute the positions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FusedMatMul(MatMul):
     product = None
 
     def transposes(self, node: NodeProto, operand: int) -> bool:
-        """As its transA and transB say."""
+        """The value of transA or transB."""
         return bool(attribute_of(node, "transB" if operand else "transA", 0))
 
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
@@ -57,13 +57,13 @@ class FusedMatMul(MatMul):
         return None if entering is None else len(entering)
 
     def can_slice(self, use: Use, laid_out: Sequence[int], opset: int) -> bool:
-        """Its chain keeps one slice."""
+        """Never: its chain has one slice."""
         return False
 
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
-        """The number of vectors, told by the activation where the result's shape is unknown."""
+        """The number of vectors, from the activation if the result's shape is unknown."""
         if (found := super().positions(node, operand, entering, leaving, features)) is not None:
             return found
         return _rows(self, node, operand, entering)
@@ -76,13 +76,13 @@ class FusedMatMul(MatMul):
         """Both factors are FusedMatMul: the first transposes the activation, the second scales."""
         operand, node = site.use.operand, site.node
         first, second = self.stored_factors(fragment, site, names)
-        # The factors are stored as a plain MatMul reads them, so nothing transposes them.
-        own = "transB" if operand else "transA"
-        other = "transA" if operand else "transB"
+        # The factors are stored as a plain MatMul reads them, so neither node may transpose them.
+        weight = "transB" if operand else "transA"
+        activation = "transA" if operand else "transB"
         hidden = fragment.copy(
-            "encoder", _without(node, own, "alpha"), {1 - operand: names.value, operand: first}
+            "encoder", _without(node, weight, "alpha"), {1 - operand: names.value, operand: first}
         )
-        fragment.copy("decoder", _without(node, own, other), {1 - operand: hidden, operand: second})
+        fragment.copy("decoder", _without(node, weight, activation), {1 - operand: hidden, operand: second})
 
 
 class FusedGemm(Gemm):
@@ -100,7 +100,7 @@ class FusedGemm(Gemm):
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
-        """The number of vectors, told by the activation where the result's shape is unknown."""
+        """The number of vectors, from the activation if the result's shape is unknown."""
         if (found := super().positions(node, operand, entering, leaving, features)) is not None:
             return found
         return _rows(self, node, operand, entering)
@@ -125,19 +125,19 @@ class FusedConv(Conv):
         return False
 
     def is_pointwise(self, node: NodeProto, kernel: Sequence[int]) -> bool:
-        """It does more than map positions."""
+        """Never: it also adds Z and applies the activation function."""
         return False
 
     def lowerings(
         self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
     ) -> tuple[Lowering, ...]:
-        """There is one way."""
+        """Only the native one."""
         return (Lowering.NATIVE,)
 
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
-        """Where the kernel stands, told by the image where the result's shape is unknown."""
+        """The positions of the kernel, from the image if the result's shape is unknown."""
         if (found := super().positions(node, operand, entering, leaving, features)) is not None:
             return found
         image, kernel = known(entering), spatial(node, "kernel_shape")
@@ -160,14 +160,14 @@ class FusedConv(Conv):
     def _last(
         self, fragment: Fragment, site: Site, op: str, inputs: list[str], geometry: dict[str, Any]
     ) -> None:
-        """A Conv without a kernel of its own along the axes of the first factor, with all that is fused."""
+        """The fused node with the geometry of the second factor."""
         shaped = ("kernel_shape", "strides", "dilations", "pads", "auto_pad", "group")
         fragment.copy("decoder", _without(site.node, *shaped), dict(enumerate(inputs)))
         fragment.set_attributes(geometry)
 
 
 def _rows(operator: MatMul | Gemm, node: NodeProto, operand: int, entering: Shape | None) -> Positions | None:
-    """The number of vectors in an activation, which a matrix multiplies."""
+    """The number of vectors in the activation of a matrix product."""
     shape = known(entering)
     if shape is None:
         return None

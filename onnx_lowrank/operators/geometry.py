@@ -1,8 +1,8 @@
 """The vectors that a layer's weight multiplies, cut out of the activations that its node reads.
 
-For every operator the identity is the same: with W the layer's canonical weight and x one row of `patches`,
-group i of the output at this position is W[i].reshape(f / g, p) @ x[i], without the bias and without a
-BatchNorm behind. `outputs` brings the node's results into the same order of rows.
+All operators share one identity. With W the layer's canonical weight and x one row of `patches`, group i of
+the output at this position is W[i].reshape(f / g, p) @ x[i], without the bias and without a BatchNorm
+behind. `outputs` brings the node's results into the same order of rows.
 """
 
 from __future__ import annotations
@@ -16,50 +16,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK = 2**25
-"""Bytes that a chunk of rows takes at most; one line of positions is never split."""
+"""The most bytes of a chunk of rows; a single line of positions is never split, so it may take more."""
 
 
 class Geometry(Protocol):
-    """Which elements of an activation meet the weight together; hashable, so that equal ones are told."""
+    """The elements of an activation that meet the weight together; hashable, to find equal geometries."""
 
     def rows(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The rows that meet the weight in one activation, in chunks of shape (rows, g, p)."""
+        """The rows of one activation that meet the weight, in chunks of shape (rows, g, p)."""
 
     def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """What the node gives, in the order of the rows, in chunks of shape (rows, g, f / g)."""
+        """The node's results, in the order of the rows, in chunks of shape (rows, g, f / g)."""
 
 
 def patches(geometry: Geometry, value: NDArray[Any], depth: int = 0) -> Iterator[NDArray[Any]]:
     """The rows that meet a layer's weight, in chunks of at most `CHUNK` bytes.
 
-    A row that meets several groups of a batched weight (it broadcasts) is in all of them. The scale of
-    a Gemm is in its rows; for a transposed use the identity holds with the transpose of W[i].
+    A row that broadcasts over several groups of a batched weight is in all of them. The rows of a Gemm
+    include its scale. For a transposed use, the identity holds with the transpose of W[i].
 
     Args:
-        geometry: How the node reads its input.
+        geometry: The way in which the node reads its input.
         value: The node's activation, a float array.
         depth: Number of axes that stack the activations of several runs; empty arrays have no rows.
 
     Yields:
-        Arrays of shape (rows, g, p), p = c / g · prod(kernel) in the order (c / g, *kernel), of dtype
-        float64 where the activation is, else float32; not to be written to. Rows go by the axes of the
-        output before its features (batch), then those behind (positions).
+        Read-only arrays of shape (rows, g, p), p = c / g · prod(kernel) in the order (c / g, *kernel). The
+        dtype is float64 if the activation's is, else float32. The order of the rows follows the axes of the
+        output before its features (batch), then the axes behind them (positions).
     """
     for single in _unstacked(value, depth):
         yield from geometry.rows(single)
 
 
 def outputs(geometry: Geometry, value: NDArray[Any], depth: int = 0) -> Iterator[NDArray[Any]]:
-    """What a layer gives, in the order of the rows of `patches`, in chunks of at most `CHUNK` bytes.
+    """The results of a layer, in the order of the rows of `patches`, in chunks of at most `CHUNK` bytes.
 
     Args:
-        geometry: How the node lays out its result.
+        geometry: The way in which the node lays out its result.
         value: The node's result, a float array.
         depth: Number of axes that stack the results of several runs.
 
     Yields:
-        Arrays of shape (rows, g, f / g), of dtype float64 where the result is, else float32; not to
-        be written to.
+        Read-only arrays of shape (rows, g, f / g), of dtype float64 if the result's is, else float32.
     """
     for single in _unstacked(value, depth):
         yield from geometry.results(single)
@@ -70,10 +69,10 @@ class Vectors:
     """The vectors along the last axis of an activation, or along the one before it.
 
     Attributes:
-        batch: Leading axes of the weight, whose product is the number of groups.
+        batch: Sizes of the leading axes of the weight; their product is the number of groups.
         reads_columns: Whether the vectors are the columns of the activation.
         gives_columns: Whether the results are columns.
-        scale: What multiplies the product (a Gemm's alpha).
+        scale: The factor of the product (a Gemm's alpha).
     """
 
     batch: tuple[int, ...] = ()
@@ -87,18 +86,18 @@ class Vectors:
             yield chunk if self.scale == 1 else chunk * chunk.dtype.type(self.scale)
 
     def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """What the node gives."""
+        """The vectors of the node's result."""
         yield from vectors(self.batch, value, self.gives_columns)
 
 
 def _unstacked(value: NDArray[Any], depth: int) -> Iterator[NDArray[Any]]:
-    """The activations of single runs; none where the node did not run."""
+    """The activations of single runs; none if the node did not run."""
     if value.size:
         yield from value.reshape(-1, *value.shape[depth:]) if depth else (value,)
 
 
 def vectors(batch: tuple[int, ...], value: NDArray[Any], columns: bool) -> Iterator[NDArray[Any]]:
-    """Vectors of a matrix product: the axes that the weight has, too, become groups, the others rows."""
+    """Vectors of a matrix product: axes that the weight also has become groups, all others rows."""
     if value.ndim == 1:
         value = value[None]
     elif columns:
@@ -106,17 +105,17 @@ def vectors(batch: tuple[int, ...], value: NDArray[Any], columns: bool) -> Itera
     *leading, m, n = value.shape
     shape = np.broadcast_shapes(tuple(leading), batch)
     value = np.broadcast_to(value, (*shape, m, n))
-    own = [axis for axis, size in enumerate(batch, len(shape) - len(batch)) if size > 1]
-    rows = [axis for axis in range(len(shape)) if axis not in own]
-    view = value.transpose(*rows, len(shape), *own, len(shape) + 1)
+    groups = [axis for axis, size in enumerate(batch, len(shape) - len(batch)) if size > 1]
+    rows = [axis for axis in range(len(shape)) if axis not in groups]
+    view = value.transpose(*rows, len(shape), *groups, len(shape) + 1)
     for part, _ in parts(view, len(rows) + 1):
         yield part.reshape(-1, prod(batch), n).astype(row_dtype(view), copy=False)
 
 
 def channel_major(view: NDArray[Any], lead: int) -> Iterator[NDArray[Any]]:
-    """Chunks of a view (*rows, g, *n), of which `lead` axes count rows, laid out with the rows last.
+    """Chunks of a view (*rows, g, *n) with `lead` axes of rows, laid out in memory with the rows last.
 
-    So every copy goes along the lines of the input, which is several times as fast as row by row.
+    Every copy then goes along the lines of the input, which is several times as fast as row by row.
     """
     for part, axes in parts(view, lead):
         groups, *features = part.shape[axes:]
@@ -137,10 +136,10 @@ def parts(view: NDArray[Any], lead: int) -> Iterator[tuple[NDArray[Any], int]]:
 
 
 def row_dtype(value: NDArray[Any]) -> type[np.floating[Any]]:
-    """The dtype in which rows are handed out: BLAS knows no other."""
+    """The dtype of the rows: BLAS multiplies float64 and float32 only."""
     return np.float64 if value.dtype == np.float64 else np.float32
 
 
 def row_width(value: NDArray[Any]) -> int:
-    """Bytes of one number of a row."""
+    """Number of bytes of one number of a row."""
     return np.dtype(row_dtype(value)).itemsize

@@ -15,4 +15,4 @@ LEFT_ALONE: dict[tuple[str, str], str] = {
     **dict.fromkeys((("com.microsoft.nchwc", "Conv"), ("com.microsoft", "NhwcFusedConv")), _FUSED),
     ("com.microsoft", "EmbedLayerNormalization"): _FUSED,
 }
-"""By domain and operator type. A family that is registered goes before its entry here."""
+"""The reasons, by domain and operator type. A registered family takes precedence over an entry here."""

@@ -1,7 +1,7 @@
 """MatMul and Gemm.
 
-Their weight is the operand on the right, (*batch, c, f), or the one on the left, (*batch, f, c); a Gemm may
-transpose both. The bias and a Gemm's scalars go to the second factor.
+Their weight is the operand on the right, (*batch, c, f), or on the left, (*batch, f, c); a Gemm may
+transpose both operands. The bias and a Gemm's scalars go to the second factor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onnx_lowrank.operators.geometry import Vectors
 from onnx_lowrank.operators.operator import Kind, Operands, Operator, Sample, Shape, Site, Timed, known
 
 _ROWS = 3
-"""Vectors that a sample has."""
+"""Number of vectors in a sample."""
 
 
 class Product(Operator):
@@ -36,11 +36,11 @@ class Product(Operator):
         return "matrix"
 
     def activation(self, operand: int) -> int:
-        """The other one of two operands."""
+        """The other of the two operands."""
         return 1 - operand
 
     def on_right(self, operand: int) -> bool:
-        """Whether the weight is what the activation's rows are multiplied by."""
+        """Whether the weight is the right operand, so that it multiplies the activation's rows."""
         return operand == 1
 
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
@@ -53,14 +53,14 @@ class Product(Operator):
     def laid_out(
         self, node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]
     ) -> NDArray[Any]:
-        """Matrices as the node reads them."""
+        """Matrices in the orientation in which the node reads them."""
         return (canonical if self._outputs_first(node, operand) else canonical.swapaxes(1, 2)).reshape(shape)
 
     def _outputs_first(self, node: NodeProto, operand: int) -> bool:
         return self.on_right(operand) == self.transposes(node, operand)
 
     def needs_rank(self, laid_out: Sequence[int]) -> bool:
-        """A vector that meets a batch of matrices would be one activation for all of them."""
+        """A batch does: a vector would be one activation for all its matrices."""
         return len(laid_out) > 2
 
     def can_slice(self, use: Use, laid_out: Sequence[int], opset: int) -> bool:
@@ -77,7 +77,7 @@ class Product(Operator):
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
-        """The number of vectors, told by the result."""
+        """The number of vectors, from the shape of the result."""
         sizes = known(leaving)
         return None if sizes is None else Positions(prod(sizes) // features)
 
@@ -119,7 +119,7 @@ class Product(Operator):
         return encoder, decoder
 
     def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
-        """The narrow factor, by a batched MatMul or a grouped Conv where there are slices, then the other."""
+        """The first factor (with slices, a batched MatMul or a grouped Conv), then the second."""
         use, option = site.use, site.option
         first, second = self.stored_factors(fragment, site, names)
         value = self._rows_read(fragment, site.node, use, names.value)
@@ -137,12 +137,13 @@ class Product(Operator):
     def stored_factors(self, fragment: Fragment, site: Site, names: Operands) -> tuple[str, str]:
         """The factors in the order and the orientation in which a use applies them.
 
-        They are stored as the first use reads them; a transposed use applies the decoder first.
+        They are stored as the first use reads them. A transposed use applies the decoder first.
         """
         use, layer = site.use, site.layer
         first, second = (names.decoder, names.encoder) if use.transposed else (names.encoder, names.decoder)
         inputs_first = self.on_right(use.operand) != use.transposed
-        # The families agree on sides: a weight on the right, or a table, is stored inputs first.
+        # Not on_right(): the first use may be of another family. All families store weights on the right,
+        # and tables, with the inputs first.
         is_stored_inputs_first = layer.uses[0].inputs_first
         if inputs_first != is_stored_inputs_first and site.option.lowering is not Lowering.CONV:
             axes = len(use.laid_out)
@@ -152,7 +153,7 @@ class Product(Operator):
         return first, second
 
     def _rows_read(self, fragment: Fragment, node: NodeProto, use: Use, value: str) -> str:
-        """The activation as the first factor multiplies it."""
+        """The activation, transposed if the node transposes it."""
         if not self.transposes(node, self.activation(use.operand)):
             return value
         rank = use.rank or 2
@@ -183,7 +184,7 @@ class Product(Operator):
         return self.on_right(use.operand) != self.transposes(node, self.activation(use.operand))
 
     def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
-        """As many vectors as in the model; of batches of matrices nothing tells the input's shape."""
+        """As many vectors as in the model; None for batches of matrices, whose input shape is unknown."""
         if use.positions is None or layer.groups > 1:
             return None
         f, c = (layer.c, layer.f) if use.transposed else (layer.f, layer.c)
@@ -209,9 +210,10 @@ class MatMul(Product):
     adds_behind = True
 
     def feature_axis(self, use: Use) -> int | None:
-        """A vector on the right leaves no axis behind the features."""
+        """The last axis, or the last but one if the weight is on the left."""
         if use.operand == 1:
             return -1
+        # A vector leaves no axis behind the features.
         if use.rank in (None, 1):
             return None if use.rank is None else -1
         return -2
@@ -237,7 +239,7 @@ class Gemm(Product):
     bias = 2
 
     def transposes(self, node: NodeProto, operand: int) -> bool:
-        """As its transA and transB say."""
+        """The value of transA or transB."""
         return bool(attribute_of(node, "transB" if operand else "transA", 0))
 
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
@@ -251,7 +253,7 @@ class Gemm(Product):
         return 2
 
     def folds_batchnorm(self, operand: int, opset: int) -> bool:
-        """From opset 7 on its bias broadcasts, along the last axis where the weight is on the right."""
+        """With the weight on the right, and from opset 7 on: then a vector broadcasts along the features."""
         return operand == 1 and opset >= 7
 
     def scale(self, node: NodeProto) -> float:
@@ -263,15 +265,15 @@ class Gemm(Product):
         return float(attribute_of(node, "beta", 1.0))
 
     def feature_axis(self, use: Use) -> int | None:
-        """The rows of the result where the weight is on the left."""
+        """The last axis, or the first if the weight is on the left."""
         return -1 if use.operand == 1 else -2
 
     def bias_shape(self, use: Use, laid_out: Sequence[int], features: int) -> tuple[int, ...]:
-        """A row, or a column where the weight is on the left."""
+        """A row, or a column if the weight is on the left."""
         return (features,) if use.operand == 1 else (features, 1)
 
     def set_bias(self, node: NodeProto, name: str) -> None:
-        """Add it without the beta."""
+        """Set the bias and remove beta, which would scale it."""
         super().set_bias(node, name)
         kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
         del node.attribute[:]
@@ -285,7 +287,7 @@ class Gemm(Product):
 
 
 def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:
-    """From x (..., N, k · c) times k slices (k, c, j) → (..., N, k · j)."""
+    """Multiply x (..., N, k · c) by k slices (k, c, j), to (..., N, k · j)."""
     k, j = option.k, option.j
     if rank == 1:
         parts = fragment.reshape("slices", value, [k, 1, c])
@@ -300,7 +302,7 @@ def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: 
 
 
 def _sliced_conv(fragment: Fragment, value: str, encoder: str, k: int, rank: int) -> str:
-    """From x (N, k · c) or (B, N, k · c) by a kernel (k · j, c, 1) in k groups → (…, N, k · j)."""
+    """Multiply x (N, k · c) or (B, N, k · c) by a kernel (k · j, c, 1) in k groups, to (…, N, k · j)."""
     if rank == 2:
         value = fragment.along("Unsqueeze", "batch_axis", value, 0)
     parts = fragment.add("channels_first", "Transpose", [value], perm=[0, 2, 1])
@@ -310,13 +312,13 @@ def _sliced_conv(fragment: Fragment, value: str, encoder: str, k: int, rank: int
 
 
 def _sliced_left(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:
-    """From k slices (k, j, c) times x (..., k · c, N) → (..., k · j, N)."""
+    """Multiply k slices (k, j, c) by x (..., k · c, N), to (..., k · j, N)."""
     k, j = option.k, option.j
     if rank == 1:
         parts = fragment.add("encoder", "MatMul", [encoder, fragment.reshape("slices", value, [k, c, 1])])
         return fragment.reshape("ranks", parts, [k * j])
-    # Reshape copies an axis (0) only to where it stood, so N stands behind an axis of size 1 meanwhile;
-    # a -1 in its place could not be resolved where the batch is empty.
+    # A 0 of Reshape copies the input axis at the same index, so an axis of size 1 in front of N keeps N's
+    # index right. Not -1 for N: it is ambiguous if the batch is empty.
     keep = [0] * (rank - 2)
     parts = fragment.along("Unsqueeze", "slices_axis", value, rank - 1)
     parts = fragment.reshape("slices", parts, [*keep, k, c, 0])

@@ -1,9 +1,9 @@
-"""What has to be known of an operator so that its weight can be decomposed.
+"""The base class of operator families: everything needed to decompose the weight of an operator.
 
-An operator family is one class in one module of this package; `registry` finds it there. Every other part
-of the program asks the class, and names no operator itself.
+An operator family is one class in one module of this package; `registry` finds it there. All other parts
+of the program ask the class and name no operator themselves.
 
-The identity behind all methods: with W the canonical weight, shape (g, f / g, c / g, *kernel), and x a
+All methods rest on one identity. With W the canonical weight, shape (g, f / g, c / g, *kernel), and x a
 vector that the node reads, group i of its result is W[i].reshape(f / g, p) @ x[i] plus a bias.
 """
 
@@ -24,17 +24,17 @@ from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import Geometry
 
 Kind = Literal["kernel", "matrix"]
-"""Kinds of linear maps: those of one kind multiply."""
+"""Kinds of linear maps; two maps of the same kind have a product."""
 
 Shape = tuple[int | None, ...]
-"""A shape whose unknown dimensions are None."""
+"""A shape; unknown dimensions are None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
     """Names of the tensors that a chain reads: its input, its two factors, its bias ("" for none).
 
-    A bias other than the node's own is added as it is, without a Gemm's beta.
+    A new bias, other than the node's own, is added as it is, without a Gemm's beta.
     """
 
     value: str
@@ -45,7 +45,7 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One use of a layer, at the moment when its chain is written.
+    """One use of a layer, for which a chain is written.
 
     Attributes:
         layer: The layer.
@@ -64,12 +64,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The smallest input that shows what a use does.
+    """The smallest input on which a use can be compared with its chain.
 
     Attributes:
         operand: Index of the node's input.
-        shape: Its shape.
-        kind: Its ONNX element type; None for the weight's.
+        shape: Shape of the input.
+        kind: ONNX element type of the input; None for the weight's type.
     """
 
     operand: int
@@ -81,16 +81,16 @@ class Operator(ABC):
     """One family of operators with a weight.
 
     Attributes:
-        domain: Domain of its operators; "" is the default one.
+        domain: Domain of its operators; "" is the default domain.
         types: Its operator types.
         operands: The inputs that can be the weight, in the order in which they are tried.
-        bias: The input that adds one value per output feature; None where there is none.
+        bias: Index of the input that adds one value per output feature; None if there is none.
         adds_behind: Whether an Add behind the node counts as its bias.
         reads_indices: Whether its activation holds indices of rows, which have no moments.
-        is_linear: Whether the node gives the product (and a bias): only then its result can be measured,
-            compared and replaced on its own.
+        is_linear: Whether its result is the product, plus a bias, and nothing more. Only then can the result
+            be measured, compared and replaced on its own.
         transposable: Whether another use may apply the transpose of the same matrix.
-        product: How it multiplies with a neighbour of the same kind (`rewrite.merge`); None where it cannot.
+        product: The kind of neighbours with which it has a product (`rewrite.merge`); None if it has none.
         surrounded: Whether it is timed between operators that lay their tensors out for it.
     """
 
@@ -120,26 +120,26 @@ class Operator(ABC):
         return False
 
     def on_right(self, operand: int) -> bool:
-        """Whether a matrix has its input features first, so that rows of the activation meet it."""
+        """Whether the weight is on the right, so that it multiplies rows of the activation."""
         return True
 
     def kind(self, node: NodeProto) -> str:
-        """Uses of one weight have to be of one kind."""
+        """The kind of a use; all uses of one weight must have the same kind."""
         return str(node.op_type)
 
     @abstractmethod
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
-        """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or say why it has none."""
+        """Bring an operand into the canonical form (g, f / g, c / g, *kernel), or return a reason why not."""
 
     @abstractmethod
     def laid_out(
         self, node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]
     ) -> NDArray[Any]:
-        """Lay a canonical weight out as the node reads it: the inverse of `canonical`.
+        """Bring a canonical weight into the layout that the node reads: the inverse of `canonical`.
 
         Args:
             node: A node of the layer.
-            operand: Index of its input that is the weight.
+            operand: Index of the weight among its inputs.
             canonical: Shape (g, f / g, c / g, *kernel).
             shape: The operand's shape.
         """
@@ -159,24 +159,24 @@ class Operator(ABC):
     def lowerings(
         self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
     ) -> tuple[Lowering, ...]:
-        """The ways in which the chain of a use can be written, for one slice or for several."""
+        """The lowerings with which the chain of a use can be written, for one slice or for several."""
         return (Lowering.NATIVE,)
 
-    # --- where it is evaluated, and what that costs -----------------------------------------------
+    # --- its positions and their cost --------------------------------------------------------------
 
     def rank(self, entering: Shape | None) -> int | None:
-        """Number of axes of the activation that meets the weight; None where it is unknown."""
+        """Number of axes of the activation that meets the weight; None if it is unknown."""
         return None if entering is None else len(entering)
 
     def is_pointwise(self, node: NodeProto, kernel: Sequence[int]) -> bool:
-        """Whether a node with a kernel maps every position by itself, and all of them."""
+        """Whether a node with a kernel maps each position by itself, and skips and adds none."""
         return False
 
     @abstractmethod
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
-        """Where a node with a weight of `features` outputs is evaluated; None where that is unknown.
+        """The positions at which a node evaluates a weight of `features` outputs; None if unknown.
 
         Args:
             node: The node.
@@ -188,49 +188,49 @@ class Operator(ABC):
 
     @abstractmethod
     def dense_evaluations(self, node: NodeProto, positions: Positions) -> int:
-        """How often the whole weight is multiplied."""
+        """The number of products with the whole weight."""
 
     @abstractmethod
     def factor_evaluations(
         self, node: NodeProto, positions: Positions, kernel: tuple[int, ...], fold: Fold, *, transposed: bool
     ) -> tuple[int, int]:
-        """How often the encoder and the decoder are multiplied."""
+        """The numbers of products with the encoder and with the decoder."""
 
     def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
-        """Multiply-accumulates of a node that is no layer; None where a dimension is unknown."""
+        """Multiply-accumulates of a node that is no layer; None if a dimension is unknown."""
         return 0
 
     def macs_beside(
         self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
     ) -> int | None:
-        """Multiply-accumulates of a layer's node by other weights than the layer's; None as in `macs`."""
+        """Multiply-accumulates of a layer's node beside those of the layer's weight; None as in `macs`."""
         return 0
 
     # --- the bias ---------------------------------------------------------------------------------
 
     def folds_batchnorm(self, operand: int, opset: int) -> bool:
-        """Whether a BatchNormalization behind the node can go into its weight and its bias."""
+        """Whether a BatchNormalization behind the node can be folded into its weight and its bias."""
         return False
 
     def scale(self, node: NodeProto) -> float:
-        """What multiplies W x (a Gemm's alpha)."""
+        """The factor of W x (a Gemm's alpha)."""
         return 1.0
 
     def bias_scale(self, node: NodeProto) -> float:
-        """What multiplies the bias (a Gemm's beta)."""
+        """The factor of the bias (a Gemm's beta)."""
         return 1.0
 
     def feature_axis(self, use: Use) -> int | None:
-        """The axis along which a bias lies, counted from the end; None where it is unknown."""
+        """The axis of the result along which a bias lies, counted from the end; None if it is unknown."""
         return -1
 
     def bias_shape(self, use: Use, laid_out: Sequence[int], features: int) -> tuple[int, ...]:
-        """How a bias has to stand so that it spreads over what the node gives.
+        """The shape in which a bias broadcasts over the node's result.
 
         Args:
-            use: The node.
-            laid_out: Shape of its weight as it reads it.
-            features: Number of its output features, f.
+            use: The use.
+            laid_out: Shape of the weight in the node's layout.
+            features: Number of output features, f.
 
         Raises:
             InputError: The rank of the activation is needed and unknown.
@@ -238,10 +238,10 @@ class Operator(ABC):
         return (features,)
 
     def set_bias(self, node: NodeProto, name: str) -> None:
-        """Have a node with a bias operand, which is changed, add a tensor as it is.
+        """Set the bias of a node, in place, to a tensor that is added without a factor.
 
         Raises:
-            ValueError: It takes no bias.
+            ValueError: The node takes no bias.
         """
         if self.bias is None:
             raise ValueError(f"{node.op_type} takes no bias")
@@ -259,43 +259,42 @@ class Operator(ABC):
         factors: Factors,
         lowering: Lowering,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Lay the factors out as the nodes of the first use's chain read them.
+        """Bring the factors into the layout that the chain of the first use reads.
 
         Args:
             layer: The layer.
             nodes: The nodes of its uses.
             factors: Its factors.
-            lowering: By which operators they are applied.
+            lowering: The operators that apply them.
         """
 
     @abstractmethod
     def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
-        """Write the chain of one use; its last node gives what the node gave."""
+        """Write the chain of one use; its last node takes the place of the node's result."""
 
     # --- its activations, and the node on its own --------------------------------------------------
 
     @abstractmethod
     def geometry(self, layer: Layer, use: Use, node: NodeProto) -> Geometry:
-        """Which elements of an activation meet the weight together."""
+        """The elements of an activation that meet the weight together."""
 
     @abstractmethod
     def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample | None:
-        """The smallest input that shows what a use does; None where the node does not run on its own."""
+        """The smallest input on which a use can be compared; None if the node does not run on its own."""
 
     def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
-        """The tensors of a use on its own, to time it; None where they are unknown or it takes no time."""
+        """The shapes for timing a use on its own; None if they are unknown or the time says nothing."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A use on its own, without numbers.
+    """The shapes of a use on its own.
 
     Attributes:
         input_shape: Shape of the activation.
-        weight_shape: Shape of the weight as the node reads it.
-        others: Dims of the other inputs that come along, by their index; the activation and the weight
-            are not among them.
+        weight_shape: Shape of the weight in the node's layout.
+        others: Shapes of further inputs, by their index, without the activation and the weight.
     """
 
     input_shape: tuple[int, ...]
@@ -309,6 +308,6 @@ def dims(tensor: TensorProto) -> tuple[int, ...]:
 
 
 def known(shape: Shape | None) -> tuple[int, ...] | None:
-    """The shape where every dimension is known, else None."""
+    """The shape if every dimension is known, else None."""
     sizes = tuple(n for n in shape if n is not None) if shape is not None else ()
     return sizes if shape is not None and len(sizes) == len(shape) else None

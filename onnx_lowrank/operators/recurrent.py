@@ -3,10 +3,10 @@
 Rules of their chains:
 
 1. The input weight W, (directions, gates · hidden, inputs), is decomposed. Its product does not depend on the
-   states, so that a MatMul by the encoder stands before the same operator with a narrower W: the decoder.
+   states. So the chain is a MatMul by the encoder, then the same operator with the decoder as a narrower W.
 2. Both directions read the same vectors and share the encoder: the gates of all directions are the output
    features of one matrix.
-3. All else stays: the recurrent weights R, the biases, lengths, states, peepholes, attributes and outputs.
+3. The recurrent weights R, the biases, lengths, states, peepholes, attributes and outputs stay.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, S
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _R, _B, _LENGTHS, _STATES, _P = 2, 3, 4, (5, 6), 7
 _STEPS = 3
-"""Steps of the sequence that a sample has where nothing fixes them."""
+"""Number of steps of a sample if no other input fixes it."""
 
 
 class Recurrent(Operator):
-    """An operator that goes through a sequence X (steps, batch, inputs), or (batch, steps, inputs)."""
+    """An operator that runs over a sequence X (steps, batch, inputs), or (batch, steps, inputs)."""
 
     types = tuple(_GATES)
     is_linear = False
@@ -43,7 +43,7 @@ class Recurrent(Operator):
         return False
 
     def kind(self, node: NodeProto) -> str:
-        """One layout of W: its two directions could be read as one of twice the hidden size."""
+        """Type and directions: two directions of one W could be read as one direction of twice the size."""
         return f"{node.op_type} of {_directions(node)}"
 
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
@@ -61,7 +61,7 @@ class Recurrent(Operator):
     def laid_out(
         self, node: NodeProto, operand: int, canonical: NDArray[Any], shape: Sequence[int]
     ) -> NDArray[Any]:
-        """The directions apart again."""
+        """Separate the directions again."""
         return canonical.reshape(shape)
 
     def positions(
@@ -75,24 +75,24 @@ class Recurrent(Operator):
         return Positions(batch, (steps,), (steps,))
 
     def dense_evaluations(self, node: NodeProto, positions: Positions) -> int:
-        """Once in every step of every sequence, as if all were of full length."""
+        """Once in every step of every sequence, as if all sequences had full length."""
         return positions.batch * prod(positions.inputs)
 
     def factor_evaluations(
         self, node: NodeProto, positions: Positions, kernel: tuple[int, ...], fold: Fold, *, transposed: bool
     ) -> tuple[int, int]:
-        """Both once in every step."""
+        """Each once in every step."""
         evaluations = self.dense_evaluations(node, positions)
         return evaluations, evaluations
 
     def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
-        """Both weights, in every step."""
+        """The MACs of both weights, in every step."""
         return self._macs(node, inputs, (1, _R))
 
     def macs_beside(
         self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
     ) -> int | None:
-        """The recurrent weights, in every step."""
+        """The MACs of the recurrent weights, in every step."""
         return self._macs(node, inputs, (_R,))
 
     def _macs(self, node: NodeProto, inputs: Sequence[Shape | None], weights: Sequence[int]) -> int | None:
@@ -105,7 +105,7 @@ class Recurrent(Operator):
     def layout(
         self, layer: Layer, nodes: Sequence[NodeProto], factors: Factors, lowering: Lowering
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """A matrix (inputs, j) that multiplies rows, and a narrow W (directions, gates · hidden, j)."""
+        """A matrix (inputs, j) for a MatMul, and a narrow W (directions, gates · hidden, j)."""
         directions, rows, _ = layer.uses[0].laid_out
         return factors.encoder[0, 0].T, factors.decoder.reshape(directions, rows, -1)
 
@@ -115,18 +115,18 @@ class Recurrent(Operator):
         fragment.copy("decoder", site.node, {0: hidden, site.use.operand: names.decoder})
 
     def geometry(self, layer: Layer, use: Use, node: NodeProto) -> Vectors:
-        """One vector for every step, those behind the end of a shorter sequence among them."""
+        """One vector for every step, also for steps behind the end of a shorter sequence."""
         return Vectors()
 
     def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample | None:
-        """A short sequence, or the model's where lengths or states of its size come along."""
+        """A short sequence, or one of the model's size if lengths or states of this size come along."""
         if not any(node.input[_LENGTHS : max(_STATES) + 1]):
             return Sample(0, _sequence(node, _STEPS, 1, layer.c))
         shape = _shape_in_model(layer, use, node)
         return None if shape is None else Sample(0, shape)
 
     def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
-        """The sequence that the node reads in the model, all of full length: no lengths come along."""
+        """The sequences that the node reads in the model, all of full length, without lengths."""
         shape = _shape_in_model(layer, use, node)
         if shape is None or use.positions is None:
             return None
@@ -153,12 +153,12 @@ def _batch_first(node: NodeProto) -> bool:
 
 
 def _sequence(node: NodeProto, steps: int, batch: int, features: int) -> tuple[int, int, int]:
-    """The shape of a sequence, or of states, which have a direction for every step."""
+    """The shape of a sequence, or of states, with their directions in place of steps."""
     return (batch, steps, features) if _batch_first(node) else (steps, batch, features)
 
 
 def _shape_in_model(layer: Layer, use: Use, node: NodeProto) -> tuple[int, int, int] | None:
-    """The shape of the sequence that a use reads; None where it is unknown or the use never runs."""
+    """The shape of the sequence that a use reads; None if it is unknown or the use never runs."""
     if use.positions is None or not use.positions.inputs:
         return None
     (steps,) = use.positions.inputs

@@ -1,7 +1,7 @@
-"""Which operator family a node belongs to.
+"""The operator family of a node.
 
-Every module of this package is imported once, in the order of the names, and every class with `types` in it
-is registered: a new operator family is a new module here.
+Every module of this package is imported once, in the order of the names, and its classes with `types` are
+registered. A new operator family is a new module here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DEFAULT = ("", "ai.onnx")
 
 
 def of(node: NodeProto) -> Operator | None:
-    """The family of a node, or None where its weight is not decomposed."""
+    """The family of a node, or None if its weight is not decomposed."""
     return _families().get((_domain(node), node.op_type))
 
 
@@ -39,7 +39,7 @@ def family(node: NodeProto) -> Operator:
 
 
 def left_alone(node: NodeProto) -> str | None:
-    """Why the weight of a known operator is never decomposed; None for all others."""
+    """The reason why the weight of a known operator is never decomposed; None for all others."""
     return None if of(node) is not None else LEFT_ALONE.get((_domain(node), node.op_type))
 
 
@@ -68,7 +68,7 @@ def _classes() -> Iterator[type[Operator]]:
     for module in sorted(entry.name for entry in iter_modules(operators.__path__)):
         loaded = import_module(f"{operators.__name__}.{module}")
         for _, member in getmembers(loaded, isclass):
-            # Only where it is defined: a family also appears in the modules that derive another from it.
+            # Only in its own module: a family also appears in modules that import it to derive another.
             if not issubclass(member, Operator) or member.__module__ != loaded.__name__:
                 continue
             if not isabstract(member) and "types" in vars(member):

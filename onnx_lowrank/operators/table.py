@@ -1,4 +1,4 @@
-"""Gather: a table of rows that are looked up, as embeddings are."""
+"""Gather: a table with rows to look up, as in embeddings."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from onnx_lowrank.operators.matrix import Product
 from onnx_lowrank.operators.operator import Operands, Sample, Shape, Site, Timed, known
 
 _ROWS = 3
-"""Rows that a sample looks up."""
+"""Number of rows that a sample looks up."""
 
 
 class Table(Product):
-    """Gather on axis 0 of a matrix (c, f): c is the number of rows. Its chain looks up narrow rows."""
+    """Gather on axis 0 of a matrix (c, f), with c rows. Its chain looks up narrow rows."""
 
     types = ("Gather",)
     operands = (0,)
     reads_indices = True
 
     def on_right(self, operand: int) -> bool:
-        """A row is looked up where a one-hot vector would be multiplied from the left."""
+        """Looking a row up is a product of a one-hot vector with the table on the right."""
         return True
 
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
@@ -50,7 +50,7 @@ class Table(Product):
     def lowerings(
         self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
     ) -> tuple[Lowering, ...]:
-        """There is one way."""
+        """Only the native one."""
         return (Lowering.NATIVE,)
 
     def positions(
@@ -71,7 +71,7 @@ class Table(Product):
         return (positions.batch, 0) if transposed else (0, positions.batch)
 
     def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
-        """None are counted."""
+        """Looking rows up counts nothing."""
         return 0
 
     def feature_axis(self, use: Use) -> int | None:
@@ -89,5 +89,5 @@ class Table(Product):
         return Sample(1, (_ROWS,), TensorProto.INT64)
 
     def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
-        """What it takes depends on which rows are looked up."""
+        """None: the time depends on the rows that are looked up."""
         return None

@@ -1,4 +1,4 @@
-"""What a convolution does along its spatial axes, and the patches that its kernel meets."""
+"""The windows of a convolution along its spatial axes, and the patches in them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from onnx_lowrank.operators.geometry import CHUNK, channel_major, row_dtype, row
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What a Conv or ConvTranspose does along its spatial axes.
+    """The geometry of a Conv or ConvTranspose along its spatial axes.
 
     Attributes:
-        groups: Operator groups.
+        groups: Number of groups.
         kernel: Size of the kernel.
         strides: Strides.
         dilations: Dilations.
-        pads: Padding, all axes' begins, then all their ends.
-        auto_pad: How padding is chosen instead: NOTSET, VALID, SAME_UPPER or SAME_LOWER.
+        pads: Padding: the begins of all axes, then the ends of all axes.
+        auto_pad: NOTSET to use `pads`; otherwise VALID, SAME_UPPER or SAME_LOWER.
         transposed: Whether it is a ConvTranspose.
-        output_padding: Of a ConvTranspose.
-        output_shape: Of a ConvTranspose; () where it follows from the padding.
+        output_padding: The attribute of a ConvTranspose.
+        output_shape: The attribute of a ConvTranspose; () if it follows from the padding.
     """
 
     groups: int
@@ -51,16 +51,16 @@ class Window:
         yield from channel_major(np.moveaxis(grouped, (1, 2), (-2, -1)), 1 + len(sizes))
 
     def spans(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Padding before, and number of positions, of every axis of inputs of these sizes.
+        """For every axis, the padding before it and the number of positions, for an input of these sizes.
 
-        The input of a ConvTranspose is thought of as spread by its stride, and its padding as that of
-        the Conv with the flipped kernel; it is negative where the spread input is cropped.
+        A ConvTranspose counts as the Conv with the flipped kernel on an input that is spread by the stride.
+        The padding is that of this Conv; it is negative if the spread input is cropped.
         """
         span = self._transposed_span if self.transposed else self._span
         return [span(axis, size) for axis, size in enumerate(sizes)]
 
     def extent(self, axis: int) -> int:
-        """Positions between the first and the last element of the kernel."""
+        """Distance of the first and the last element of the kernel, in positions."""
         return (self.kernel[axis] - 1) * self.dilations[axis]
 
     def _span(self, axis: int, size: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class Window:
         extent, upper = self.extent(axis), self.auto_pad == "SAME_UPPER"
         full = (size - 1) * self.strides[axis] + self.output_padding[axis] + extent + 1
         if self.output_shape or self.auto_pad.startswith("SAME"):
-            # Where size · stride is more than there is, ONNX Runtime gives what there is.
+            # If size · stride exceeds the full size, ONNX Runtime gives the full size.
             count = self.output_shape[axis] if self.output_shape else min(size * self.strides[axis], full)
             total = max(full - count, 0)
             return extent - (total + (not upper)) // 2, count
@@ -104,7 +104,7 @@ def _windows(window: Window, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def _padded(window: Window, value: NDArray[Any], spans: list[tuple[int, int]]) -> NDArray[Any]:
-    """The input with its padding: every element that a window covers, and no other."""
+    """The input with its padding, without elements that no window covers."""
     spread = window.strides if window.transposed else (1,) * len(spans)
     steps = (1,) * len(spans) if window.transposed else window.strides
     shape, source, target = list(value.shape[:2]), [slice(None)] * 2, [slice(None)] * 2
