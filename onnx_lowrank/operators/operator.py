@@ -162,7 +162,7 @@ class Operator(ABC):
         """The lowerings with which the chain of a use can be written, for one slice or for several."""
         return (Lowering.NATIVE,)
 
-    # --- its positions and their cost --------------------------------------------------------------
+    # --- its positions and their cost -------------------------------------------------------------
 
     def rank(self, entering: Shape | None) -> int | None:
         """Number of axes of the activation that meets the weight; None if it is unknown."""

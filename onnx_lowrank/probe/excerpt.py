@@ -24,7 +24,7 @@ from onnx_lowrank.operators import registry
 def excerpts(
     original: Model, walk: Walk, rewritten: Model, new_walk: Walk, binding: Binding, chain: Sequence[str]
 ) -> tuple[ModelProto, ModelProto] | None:
-    """Cut a layer's first use out of both models, with a folded BatchNorm; same input, same output.
+    """Cut a layer's first use out of both models, with a folded BatchNorm and the same input and output.
 
     Args:
         original: The input model.
@@ -32,10 +32,10 @@ def excerpts(
         rewritten: The compressed model.
         new_walk: Its walk.
         binding: The layer.
-        chain: Names of the nodes of the chain which replaced its first use, in order.
+        chain: Names of the nodes of the chain that replaced its first use, in order.
 
     Returns:
-        A model of the layer as it was, and one of its chain; None where the node does not run on its own.
+        A model of the layer as it was, and one of its chain; None if the node does not run on its own.
     """
     layer, use = binding.layer, binding.layer.uses[0]
     node = walk.node(Place(use.scope, use.node))
@@ -46,7 +46,7 @@ def excerpts(
     entry = _entry(layer, node, kind)
     if entry is None:
         return None
-    # The last node has kept the old one's name, which need not be unique; but its output is.
+    # By its output: the last node has the old node's name, which need not be unique.
     result = _result(walk.node(places[-1]))
     new_nodes = new_walk.scopes[use.scope].nodes
     names = {node.name: index for index, node in enumerate(new_nodes)}
@@ -58,12 +58,12 @@ def excerpts(
 
 
 def _result(node: NodeProto) -> str:
-    """The first output that a node gives."""
+    """The name of a node's first output that is not left out."""
     return next(name for name in node.output if name)
 
 
 def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto | None:
-    """The input that the layer's weight meets, of the smallest shape that shows what it does."""
+    """The graph input for the layer's activation, in the shape of the smallest sample."""
     sample = registry.family(node).sample(layer, layer.uses[0], node)
     if sample is None:
         return None
@@ -73,7 +73,7 @@ def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto | None:
 def _excerpt(
     model: Model, walk: Walk, places: Sequence[Place], entry: ValueInfoProto, kind: int
 ) -> ModelProto | None:
-    """A model of some nodes; None where they read something else that is computed (a bias, a state)."""
+    """A model of some nodes; None if they read another computed tensor (a bias, a state)."""
     nodes = [walk.node(place) for place in places]
     made = {name for node in nodes for name in node.output} | {entry.name, ""}
     constants: dict[str, TensorProto] = {}

@@ -1,15 +1,14 @@
-"""A copy of a model that also returns what its layers read and what they give.
+"""A copy of a model that also returns the inputs and the outputs of its layers.
 
 Rules:
 
-1. A tensor is tapped in the scope of the node that reads it, so that a branch that does not run, or a
-   body that runs several times, counts as often as it runs. Scopes that share a tensor have a tap each,
-   nodes of one scope share theirs.
-2. A tap leaves a body through the node that holds it: an If returns an empty tensor where its other
-   branch runs, a Loop or Scan stacks the tensors of all iterations on a new first axis.
-3. What cannot be reached (functions are not called by the graph that could return it, other operators
-   do not say what their bodies return) is listed with the reason.
-4. Nodes and outputs are only appended, so every place of the model is the same place of the copy.
+1. A tensor is tapped in the scope of the node that reads it, so a branch or a body counts as often as it
+   runs. Scopes that share a tensor have a tap each; nodes of one scope share a tap.
+2. A tap leaves a body through the node that holds it. An If returns an empty tensor if its other branch
+   runs; a Loop or Scan stacks the tensors of all iterations on a new first axis.
+3. Layers in functions and in the bodies of other operators cannot be tapped: there is no way for a tensor
+   to leave them. They are listed with the reason.
+4. Nodes and outputs are only appended, so every place of the model is the same place in the copy.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from onnx_lowrank.operators import registry
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A graph output that shows a tensor.
+    """A graph output with the contents of a tensor.
 
     Attributes:
         name: The graph output. An empty array means that the tensor's node did not run.
@@ -46,13 +45,13 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class Instrumented:
-    """The copy, and where it shows what.
+    """The copy and its taps.
 
     Attributes:
         model: The copy: the model's own outputs, then the taps. Its weights are the model's.
-        inputs: For each layer whose inputs were wanted, the activation that the weight meets, per use.
-        outputs: For each layer whose outputs were wanted, the result, behind a folded BatchNorm, per use.
-        reasons: Why the other layers cannot be reached, a sentence each.
+        inputs: For each layer with wanted inputs, the activation that the weight meets, per use.
+        outputs: For each layer with wanted outputs, the result, behind a folded BatchNorm, per use.
+        reasons: For each of the other layers, the reason why it cannot be tapped.
     """
 
     model: Model
@@ -64,13 +63,13 @@ class Instrumented:
 def instrument(
     model: Model, walk: Walk, inputs: Iterable[Binding], outputs: Iterable[Binding] = ()
 ) -> Instrumented:
-    """Copy a model and have it return what layers read and give.
+    """Copy a model and add outputs for the activations and the results of layers.
 
     Args:
         model: The model; it is not changed.
         walk: Its walk.
-        inputs: The layers whose activations are wanted; none of them reads indices.
-        outputs: The layers whose results are wanted.
+        inputs: The layers with wanted activations; none of them reads indices.
+        outputs: The layers with wanted results.
     """
     inputs, outputs = tuple(inputs), tuple(outputs)
     reasons = {
@@ -85,7 +84,7 @@ def instrument(
 
 
 def _unreachable(walk: Walk, binding: Binding) -> str | None:
-    """Why one of a layer's uses cannot be tapped, or None."""
+    """The reason why one of a layer's uses cannot be tapped, or None."""
     for use in binding.layer.uses:
         path: str | None = use.scope
         while path:
@@ -109,7 +108,7 @@ def _activation(walk: Walk, binding: Binding, use: Use) -> str:
 
 
 def _result(walk: Walk, binding: Binding, use: Use) -> str:
-    """Name of what a use gives, behind a BatchNorm that is folded into its layer."""
+    """Name of the result of a use, behind a BatchNorm that is folded into its layer."""
     norm = binding.layer.batchnorm
     return walk.node(Place(use.scope, use.node if norm is None else norm.node)).output[0]
 
@@ -126,22 +125,23 @@ class _Taps:
         self._made: dict[tuple[str, str], Tap] = {}
 
     def of(self, binding: Binding, named: Callable[[Walk, Binding, Use], str]) -> tuple[Tap, ...]:
-        """Tap one tensor of every use of a layer: that which `named` names in the use's scope."""
+        """Tap one tensor of every use of a layer; `named` gives its name in the use's scope."""
         taps = []
         for use, cast in zip(binding.layer.uses, binding.casts, strict=True):
             key = (use.scope, named(self._walk, binding, use))
             if key not in self._made:
-                # Operators with weights have one element type for all their tensors.
+                # The weight's type is the tensor's: operators with weights have one type for all tensors.
                 self._made[key] = self._lift(*key, cast or binding.stored.source.tensor.data_type)
             taps.append(self._made[key])
         return tuple(taps)
 
     def _lift(self, path: str, name: str, kind: int) -> Tap:
         scope = self._scopes[path]
-        graph: Any = scope.graph  # none is None: functions were found to be unreachable
+        graph: Any = scope.graph  # never None: layers in functions are unreachable
         is_returned = any(output.name == name for output in graph.output)
         if is_returned and not path:
             return Tap(name)
+        # A graph must not return a tensor twice, nor one that it does not compute itself.
         if is_returned or not any(name in node.output for node in graph.node):
             name = self._renamed(graph, name)
         _add_output(graph, name, kind)
@@ -154,8 +154,8 @@ class _Taps:
             for attribute in holder.attribute:
                 if attribute.name in ("scan_output_axes", "scan_output_directions"):
                     attribute.ints.append(0)
-        # A Loop keeps its condition to itself. Outputs that were left out at the end get names: ONNX Runtime
-        # takes no empty ones there.
+        # A Loop's body also returns the condition, which the Loop does not. Outputs that are left out at the
+        # end get names, as ONNX Runtime takes no empty names there.
         place = len(graph.output) - 1 - (holder.op_type == "Loop")
         while len(holder.output) < place:
             holder.output.append(self._unique(f"{name}_unused"))
@@ -165,13 +165,13 @@ class _Taps:
         return replace(outer, depth=outer.depth + (holder.op_type != "If"))
 
     def _renamed(self, graph: Any, name: str) -> str:
-        """Give a tensor another name, that of an Identity at the end of a graph."""
+        """Append an Identity to a graph, to give a tensor a second name; returns this name."""
         copy = self._unique(f"{name}_tap")
         graph.node.append(onnx.helper.make_node("Identity", [name], [copy], self._unique(f"{copy}/identity")))
         return copy
 
     def _return_nothing_elsewhere(self, holder: NodeProto, running: str, kind: int) -> None:
-        """Have the other branch of an If return an empty tensor."""
+        """Let the other branch of an If return an empty tensor."""
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
         for attribute in holder.attribute:
             if attribute.HasField("g") and attribute.name != running:
@@ -184,6 +184,6 @@ class _Taps:
 
 
 def _add_output(graph: Any, name: str, kind: int) -> None:
-    """Append an output whose shape is left open."""
+    """Append an output of unknown shape."""
     value = graph.output.add(name=name)
     value.type.tensor_type.elem_type = kind

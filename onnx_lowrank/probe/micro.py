@@ -1,13 +1,13 @@
-"""One layer in its surroundings, as a model of its own: what is timed in place of the whole model.
+"""One layer with its surroundings as a small model, which is timed in place of the whole model.
 
 Rules:
 
-1. The node keeps its operator, attributes, shapes and dtypes; its numbers are random, as time does not
-   depend on them. A bias and a BatchNorm behind it come along, since they are fused into it.
-2. A convolution stands between poolings of size 1, with a Relu behind it: kernels that compute in blocks
-   of channels lay their tensors out for it, which the neighbours in a network do for each other. Alone, the
-   layer would pay for that each time.
-3. The model is the same for layers that differ in names and numbers only: `key` tells which are alike.
+1. The node keeps its operator, attributes, shapes and dtypes. Its numbers are random, as time does not
+   depend on them. A bias and a BatchNorm behind the node are included, as runtimes fuse them.
+2. A convolution stands between poolings of size 1, with a Relu behind it. Kernels that compute in blocks of
+   channels need a layout of their own; in a network, the neighbours have it already. Alone, the layer would
+   pay for the conversion each time.
+3. Layers that differ only in names and numbers have the same model and the same `key`.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Micro:
     """One use of a layer as a model of its own.
 
     Attributes:
-        key: Digest of everything that its time depends on: equal for layers that are alike.
+        key: Digest of everything that determines its time; equal for layers that are alike.
         structure: The model without the numbers of its weights.
-        shape: Of the input that the layer reads.
-        dtype: Of that input.
+        shape: Shape of the layer's input.
+        dtype: Dtype of the layer's input.
     """
 
     key: str
@@ -75,32 +75,32 @@ class Micro:
 
     @property
     def bytes(self) -> int:
-        """Size of the layer's weight, and of what comes along."""
+        """Number of bytes of the layer's weight and of the other stored tensors."""
         elements = sum(prod(tensor.dims) for tensor in self.structure.graph.initializer)
         return elements * self.dtype.itemsize
 
     def chains(self) -> Chains:
-        """What the layer's chains are made from."""
+        """The basis for the layer's chains."""
         dense = self.dense()
         walk = Walk(dense.proto)
         (binding,), _ = find(dense, walk, infer(dense, {}), (_WEIGHT,), ())
         return Chains(dense, walk, binding, self.structure, self.dtype)
 
     def feed(self) -> dict[str, NDArray[Any]]:
-        """An input to run it on."""
+        """An input for a run."""
         return {_INPUT: _numbers(self.shape, self.dtype, 1)}
 
 
 @dataclass(frozen=True, slots=True)
 class Chains:
-    """The chains of a layer that stands alone; it holds the layer's weight.
+    """Makes the chains of a layer that stands alone; it holds the layer's weight in memory.
 
     Attributes:
-        dense: The layer as it is.
+        dense: The model of the layer as it is.
         walk: Its walk.
         binding: The layer in it.
-        structure: Its model without numbers.
-        dtype: Of its weight.
+        structure: The model without numbers.
+        dtype: Dtype of the weight.
     """
 
     dense: Model
@@ -116,9 +116,9 @@ class Chains:
             yield option, rewrite(self.dense, self.walk, [chain]).model
 
     def digest(self, option: Option) -> str:
-        """Digest of the chain's model without numbers: another one as soon as the chain is written otherwise.
+        """Digest of the chain's model without numbers; it changes with the structure of the chain.
 
-        It takes no room for factors, and copies no weight.
+        This allocates no factors and copies no weight.
         """
         nothing = self.dtype.type(0)
         chain = _replacement(self.binding, option, lambda shape, _: np.broadcast_to(nothing, shape))
@@ -127,14 +127,15 @@ class Chains:
 
 
 def micro(walk: Walk, binding: Binding, index: int) -> Micro | None:
-    """Cut one use of a layer out of its model, or None where that cannot be done.
-
-    It cannot where the node has no known positions, or its operator does not know the input's shape.
+    """Cut one use of a layer out of its model.
 
     Args:
         walk: The model's walk.
         binding: The layer.
-        index: Which of the layer's uses.
+        index: Number of the use.
+
+    Returns:
+        The small model; None if the node's positions or the shape of its input are unknown.
     """
     layer, use = binding.layer, binding.layer.uses[index]
     node = walk.node(Place(use.scope, use.node))
@@ -180,7 +181,7 @@ def _structure(
 
 
 def _surrounded(copy: NodeProto, layer: Layer, kind: int) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The node between poolings (rule 2), with a BatchNorm behind it, and the tensors of that."""
+    """The node between poolings (rule 2), with a BatchNorm behind it, and the BatchNorm's tensors."""
     window = [1] * len(layer.kernel)
     copy.output.append("result")
     nodes, behind, tensors = [copy], "result", []
@@ -196,19 +197,19 @@ def _surrounded(copy: NodeProto, layer: Layer, kind: int) -> tuple[list[NodeProt
 
 
 def placeholder(binding: Binding, option: Option, dtype: np.dtype[Any]) -> Replacement:
-    """A layer's replacement with random factors: for its time, which does not depend on them."""
+    """A layer's replacement with random factors, for timing."""
     return _replacement(binding, option, lambda shape, fan_in: _numbers(shape, dtype, fan_in))
 
 
 def _replacement(
     binding: Binding, option: Option, numbers: Callable[[tuple[int, ...], int], NDArray[Any]]
 ) -> Replacement:
-    """A layer's replacement with factors of no meaning.
+    """A layer's replacement with arbitrary factors.
 
     Args:
         binding: The layer.
         option: Its option.
-        numbers: Makes a factor of a shape and a fan-in.
+        numbers: Makes a factor from a shape and a fan-in.
     """
     groups, f, c, *_ = binding.layer.shape
     encoder, decoder = option.fold.kernels(binding.layer.kernel)
@@ -232,7 +233,7 @@ def _without_numbers(name: str, values: NDArray[Any]) -> TensorProto:
 def _numbers(shape: tuple[int, ...], dtype: np.dtype[Any], fan_in: int) -> NDArray[Any]:
     """Random numbers of mean 1 / fan_in, which keep activations near their size.
 
-    They are positive, as the variances among them are.
+    They are positive, as some of them are variances.
     """
     block = np.random.default_rng(0).uniform(0.5, 1.5, min(prod(shape), _BLOCK)) / max(1, fan_in)
     return np.resize(block.astype(dtype), shape)

@@ -1,14 +1,14 @@
-"""A copy of a model whose layers take other weights with each feed, so that one session serves all trials.
+"""A copy of a model that takes the weights of layers as inputs, so that one session serves all trials.
 
 Rules:
 
 1. The stored weight of a layer becomes an optional input of the main graph: an initializer that is an
-   input, too. Its default is what it was. All uses of the layer read it through the views that they had.
-2. A weight in a Constant node, or in a body of If, Loop or Scan, moves into the main graph, whose names
-   bodies see. Functions do not see them, and tables are too large to feed: those layers are left out.
-3. A bias that a rewrite can change (`layers.bias`) becomes an optional input as well. A BatchNorm that is
-   folded into a layer is in the defaults, and an Identity stands in its place.
-4. No other initializer is an input, so that a runtime can treat it as constant.
+   input, too. The stored value is the default. All uses of the layer read it through their old views.
+2. A weight in a Constant node, or in a body of If, Loop or Scan, moves into the main graph, because bodies
+   can read its names. Functions cannot, and tables are too large to feed: these layers are left out.
+3. A bias that a rewrite can change (`layers.bias`) becomes an optional input as well. The defaults include
+   a BatchNorm that is folded into a layer, and an Identity replaces its node.
+4. No other initializer is an input, so a runtime can treat it as constant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from onnx_lowrank.operators import registry
 from onnx_lowrank.probe.segments import Substitute
 
 _FIRST_IR = 4
-"""The first IR version in which an initializer that is no input is a constant, and others are defaults."""
+"""From this IR version on, an initializer need not be an input; without an input, it is a constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class _Slot:
 
     Attributes:
         name: Its name.
-        shape: The shape in which it is held.
+        shape: Its shape.
         dtype: Its dtype.
-        behind: What has been in it that the layer's own node does not add, shape (f,).
+        behind: The old bias if an Add behind the layer's node adds it, shape (f,); otherwise 0.
     """
 
     name: str
@@ -57,20 +57,20 @@ class _Slot:
 
 
 class Overridable:
-    """The copy.
+    """The copy with its optional inputs.
 
     Attributes:
-        model: It; without further feeds it computes what the model does.
+        model: The copy; without further feeds it computes the same as the model.
         inputs: For each layer that can be overridden, the names of the inputs for its weight and for its
-            bias, None where it has no bias that could change.
-        reasons: Why the others cannot, a sentence each.
+            bias; the latter is None if no bias can change.
+        reasons: For each of the other layers, the reason why it cannot be overridden.
     """
 
     def __init__(self, model: Model, walk: Walk, bindings: Iterable[Binding]) -> None:
         """Make the copy.
 
         Args:
-            model: The model; it is not changed, and its data files are referred to, not copied.
+            model: The model; it is not changed. The copy refers to its data files.
             walk: Its walk.
             bindings: The layers to override.
 
@@ -94,21 +94,21 @@ class Overridable:
             inputs[layer.id] = self._open_weight(binding), self._open_bias(binding)
             if binding.stored.source.place is not None:
                 moved.add(binding.stored.source.place)
-        for place in sorted(moved, reverse=True):  # the last first, so that none moves before its turn
+        for place in sorted(moved, reverse=True):  # the last first, so that the other indices stay right
             del self._scopes[place.scope].nodes[place.node]  # type: ignore[attr-defined]
         self.inputs: Mapping[str, tuple[str, str | None]] = inputs
         self.reasons: Mapping[str, str] = reasons
         self.model = replace(model, proto=self._proto, path=None)
 
     def feeds(self, binding: Binding, substitute: Substitute) -> dict[str, NDArray[Any]]:
-        """What to feed, beside the model's inputs, to have a layer compute something else.
+        """The feeds, beside the model's inputs, that make a layer compute a substitute.
 
         Args:
             binding: A layer that can be overridden.
-            substitute: What it computes. Values beyond the range of the stored dtype become infinite.
+            substitute: The weight and bias. Values beyond the range of the stored dtype become infinite.
 
         Raises:
-            InputError: The substitute has a bias where the layer has none that could be changed.
+            InputError: The substitute has a bias, but the layer has no bias that can be changed.
         """
         layer = binding.layer
         name, _ = self.inputs[layer.id]
@@ -135,7 +135,7 @@ class Overridable:
         return str(tensor.name)
 
     def _moved(self, source: Source) -> TensorProto:
-        """A tensor in the main graph that all readers of a source read instead."""
+        """Move a source into the main graph, and let all its readers read it there; returns its tensor."""
         tensor: TensorProto = self._proto.graph.initializer.add()
         tensor.CopyFrom(source.tensor)
         tensor.name = self._unique(source.name)
@@ -148,28 +148,28 @@ class Overridable:
 
     def _open_bias(self, binding: Binding) -> str | None:
         """Rule 3: make a bias an optional input of the main graph; returns its name."""
-        own, norm = bias(self._original, self._walk, binding), binding.layer.batchnorm
-        if own is None:
+        old, norm = bias(self._original, self._walk, binding), binding.layer.batchnorm
+        if old is None:
             return None
-        node = self._scopes[own.place.scope].nodes[own.place.node]
+        node = self._scopes[old.place.scope].nodes[old.place.node]
         name = self._unique(f"{label(node)}_bias")
-        if own.in_node:
+        if old.in_node:
             registry.family(node).set_bias(node, name)
         else:
-            node.input[own.operand] = name
+            node.input[old.operand] = name
         if norm is not None:
-            behind = self._scopes[own.place.scope].nodes[norm.node]
+            behind = self._scopes[old.place.scope].nodes[norm.node]
             behind.op_type = "Identity"
             del behind.input[1:], behind.attribute[:]
         dtype = dtype_of(self._walk, binding.stored)
-        self._slots[binding.layer.id] = _Slot(name, own.shape, dtype, 0.0 if own.in_node else own.values)
-        tensor = inline(name, own.values.astype(dtype).reshape(own.shape))
+        self._slots[binding.layer.id] = _Slot(name, old.shape, dtype, 0.0 if old.in_node else old.values)
+        tensor = inline(name, old.values.astype(dtype).reshape(old.shape))
         self._proto.graph.initializer.append(tensor)
-        self._proto.graph.input.append(make_tensor_value_info(name, tensor.data_type, own.shape))
+        self._proto.graph.input.append(make_tensor_value_info(name, tensor.data_type, old.shape))
         return name
 
     def _stored(self, binding: Binding, weight: NDArray[Any]) -> NDArray[Any]:
-        """A canonical weight as the layer's source holds it: the inverse of `layers.find.read`."""
+        """A canonical weight in the layout of the layer's source: the inverse of `layers.find.read`."""
         stored, use = binding.stored, binding.layer.uses[0]
         source = stored.source
         node = self._walk.node(Place(use.scope, use.node))
@@ -178,7 +178,7 @@ class Overridable:
         values, dims = _narrowed(weight, dtype), tuple(source.tensor.dims)
         if not stored.views:
             return np.ascontiguousarray(operator.laid_out(node, use.operand, values, dims))
-        # Views only move elements: those of an array of positions show where each one comes from.
+        # Views only move elements, so the views of an array of positions give the origin of each element.
         positions = inline(source.name, np.arange(prod(dims)).reshape(dims))
         traced = replace(stored, source=replace(source, tensor=positions))
         origins = viewed(self._walk, self._original, traced)
@@ -190,7 +190,7 @@ class Overridable:
 
 
 def _copy(source: ModelProto) -> ModelProto:
-    """A copy of a model in which no initializer is an input (rule 4)."""
+    """A copy of a model without initializers that are inputs (rule 4)."""
     proto = ModelProto()
     proto.CopyFrom(source)
     proto.ir_version = max(proto.ir_version, _FIRST_IR)
@@ -203,7 +203,7 @@ def _copy(source: ModelProto) -> ModelProto:
 
 
 def _closed(walk: Walk, binding: Binding) -> str | None:
-    """Why a layer cannot be overridden (rule 2), or None."""
+    """The reason why a layer cannot be overridden (rule 2), or None."""
     if any(use.reads_indices for use in binding.layer.uses):
         return "it is a table, which is too large to be fed"
     path: str | None = binding.stored.source.scope
@@ -221,6 +221,6 @@ def _closed(walk: Walk, binding: Binding) -> str | None:
 
 
 def _narrowed(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Values in a dtype, infinite where they are beyond its range."""
+    """Values in a dtype; values beyond its range become infinite."""
     with np.errstate(over="ignore"):
         return values.astype(dtype)

@@ -1,15 +1,15 @@
-"""The main graph cut at its layers into segments, each a model of its own, to walk from layer to layer.
+"""The main graph, cut at its layers into segments that run on their own, to go from layer to layer.
 
 Rules:
 
-1. The graph is cut right before the node of every layer: segment i runs from layer i − 1 up to layer i,
-   segment 0 from the start, and the last one holds the last layer's node only. A folded BatchNorm
+1. The graph is cut right before the node of every layer. Segment i goes from layer i − 1 up to layer i,
+   segment 0 from the start, and the last segment holds the last layer's node only. A folded BatchNorm
    stands right behind its layer's node.
-2. What crosses a cut are the tensors that are fed or computed before it and that a later layer needs.
-   What follows from constants alone does not: every segment has its own copy of what it needs of that.
-3. A segment holds no more than what the tensors that are asked of it need.
-4. What an Add puts beside a layer's result (a residual connection) crosses the cut before the layer, if
-   it is made there: the layer can make up for what the compressed prefix has done to it.
+2. A tensor crosses a cut if it is fed or computed before the cut and a later layer needs it. Tensors that
+   follow from constants alone do not cross: every segment has its own copy of those that it needs.
+3. A segment holds only the nodes that its wanted tensors need.
+4. The other operand of an Add behind a layer (a residual connection) crosses the cut before the layer, if
+   it is made there. Then the layer can compensate the error of the compressed prefix in it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _RANDOM = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Substitute:
-    """What a layer computes in place of its own map.
+    """A map that a layer computes in place of its own.
 
     Attributes:
-        weight: Its canonical weight, shape (groups, f / groups, c / groups, *kernel), with a folded
+        weight: The canonical weight, shape (groups, f / groups, c / groups, *kernel), with a folded
             BatchNorm in it.
-        bias: What its node adds to its output features, shape (f,), with a folded BatchNorm in it;
-            None for what they add themselves.
+        bias: The addends of the output features, shape (f,), with a folded BatchNorm in it; None for the
+            layer's own bias.
     """
 
     weight: NDArray[Any]
@@ -58,9 +58,9 @@ class Segment:
     """A part of a model that runs on its own.
 
     Attributes:
-        model: It as a model; weights in data files are referred to, not copied.
-        inputs: The tensors that it needs from before it, in the order in which they are made.
-        outputs: The tensors that it gives.
+        model: The segment as a model; it refers to weights in data files.
+        inputs: The earlier tensors that it needs, in the order in which they are made.
+        outputs: The tensors that it returns.
     """
 
     model: Model
@@ -70,11 +70,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class _Surroundings:
-    """What happens to a layer's result.
+    """The nodes behind a layer.
 
     Attributes:
-        beside: The tensor that is added to it, made before the layer runs; None where there is none.
-        rectified: Whether only a Relu reads what comes of that.
+        beside: The tensor that an Add adds to the result, made before the layer runs; None if there is none.
+        rectified: Whether a Relu is the only reader of the result, or of the sum.
     """
 
     beside: str | None
@@ -83,7 +83,7 @@ class _Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A node of the main graph, and the names that it reads there, in its bodies too."""
+    """A node of the main graph, and the names of this graph that the node and its bodies read."""
 
     node: NodeProto
     reads: Set[str]
@@ -93,7 +93,7 @@ class Segments:
     """The segments of a model's main graph.
 
     Attributes:
-        bindings: The layers at which it is cut, in node order.
+        bindings: The layers with a cut before them, in node order.
     """
 
     def __init__(self, model: Model, walk: Walk, bindings: Iterable[Binding]) -> None:
@@ -102,8 +102,8 @@ class Segments:
         Args:
             model: The model.
             walk: Its walk.
-            bindings: Layers. Those with several uses, those outside the main graph and those whose result
-                is more than a product are no cuts: their nodes are run like any others.
+            bindings: Layers. The graph is not cut at layers with several uses, outside the main graph, or
+                with more than a product as their result: their nodes run like any others.
         """
         single = (b for b in bindings if _is_cut(b))
         self.bindings = tuple(sorted(single, key=lambda binding: binding.layer.uses[0].node))
@@ -130,30 +130,29 @@ class Segments:
         return node.input[registry.family(node).activation(use.operand)]
 
     def leaving(self, index: int) -> str:
-        """Name of the tensor that a layer gives, behind a folded BatchNorm."""
+        """Name of a layer's result, behind a folded BatchNorm."""
         return self._steps[_nodes(self.bindings[index])[-1]].node.output[0]
 
     def beside(self, index: int) -> str | None:
-        """Name of the tensor that an Add puts beside what a layer gives (rule 4), or None."""
+        """Name of the tensor that an Add adds to a layer's result (rule 4), or None."""
         return self._surrounding[index].beside
 
     def rectified(self, index: int) -> bool:
-        """Whether nothing but a Relu reads what a layer gives, with what is added to it."""
+        """Whether a Relu is the only reader of a layer's result, after any Add."""
         return self._surrounding[index].rectified
 
     def cut(self, index: int) -> tuple[str, ...]:
         """The tensors that cross the cut before a layer, in the order in which they are made.
 
-        The activation that the layer reads is among them, even a constant one. Behind the last layer
-        there are none.
+        They include the layer's activation, even if it is constant. No tensor crosses behind the last layer.
 
         Args:
-            index: The layer, or the number of layers for what is behind the last one.
+            index: The layer, or the number of layers for the end behind the last one.
         """
         return self._cuts[index]
 
     def made(self, index: int) -> tuple[str, ...]:
-        """The tensors at the cut before a layer that its segment makes; the others it hands on."""
+        """The tensors at the cut before a layer that segment `index` makes; it passes the others on."""
         made = _outputs(self._parts[index]) | self._constants
         return tuple(name for name in self._cuts[index] if name in made)
 
@@ -162,7 +161,7 @@ class Segments:
 
         Args:
             index: The layer.
-            before: Those at the cut before the previous layer.
+            before: The tensors that do so at the cut before the previous layer.
             substituted: Whether the previous layer is substituted.
         """
         found = set(before)
@@ -178,24 +177,23 @@ class Segments:
         kinds: Mapping[str, int],
         substitute: Substitute | None = None,
     ) -> Segment:
-        """What some tensors of a segment need, as a model.
+        """The nodes of a segment that some tensors need, as a model.
 
         Args:
             index: The segment.
             wanted: Tensors that it makes.
-            kinds: Element types of the tensors that cross the cut before it; those of the model's inputs
-                are known.
-            substitute: What the previous layer, whose node is the segment's first, computes instead.
+            kinds: Element types of the tensors that cross the cut before it, without the model's inputs.
+            substitute: The map that the previous layer computes instead; its node is the segment's first.
 
         Raises:
             InputError: A bias has to be added to the rows of a MatMul of unknown rank, or a data file has
                 changed.
         """
         outputs = tuple(dict.fromkeys(wanted))
-        steps, own = self._parts[index], list[TensorProto]()
+        steps, substituted = self._parts[index], list[TensorProto]()
         if substitute is not None:
             binding = self.bindings[index - 1]
-            nodes, own = self._substituted(binding, substitute)
+            nodes, substituted = self._substituted(binding, substitute)
             behind = steps[len(_nodes(binding)) :]
             steps = [*(_Step(node, frozenset(node.input)) for node in nodes), *behind]
         kept, needed = _slice(steps, outputs)
@@ -204,11 +202,11 @@ class Segments:
         inputs = tuple(name for name in self._order if name in foreign)
         graph = GraphProto(name=f"segment {index}")
         graph.node.extend(step.node for step in (*folded, *kept))
-        graph.initializer.extend(own)
+        graph.initializer.extend(substituted)
         stored = self._model.proto.graph
         graph.initializer.extend(tensor for tensor in stored.initializer if tensor.name in needed)
         graph.sparse_initializer.extend(t for t in stored.sparse_initializer if t.values.name in needed)
-        # Shapes stay open: a live tensor's may differ from batch to batch.
+        # Shapes stay open: the shape of a tensor may differ from batch to batch.
         graph.input.extend(
             self._entries.get(name) or make_tensor_value_info(name, kinds[name], None) for name in inputs
         )
@@ -216,7 +214,7 @@ class Segments:
         return Segment(self._alone(graph), inputs, outputs)
 
     def _alone(self, graph: GraphProto) -> Model:
-        """A model of one graph and of the whole model's functions, with the data files that it needs."""
+        """A model of one graph and all functions of the model, with the data files that it needs."""
         source = self._model.proto
         proto = ModelProto(graph=graph, ir_version=max(source.ir_version, 4))  # before, weights were inputs
         proto.opset_import.extend(source.opset_import)
@@ -226,7 +224,7 @@ class Segments:
         return replace(self._model, proto=proto, files=files, path=None)
 
     def _divided(self) -> list[list[_Step]]:
-        """The nodes of every segment, in order (rule 1), without what follows from constants (rule 2)."""
+        """The nodes of every segment, in order (rule 1), without nodes that read constants alone (rule 2)."""
         layers = [_nodes(binding) for binding in self.bindings]
         heads = {nodes[0]: nodes for nodes in layers}
         norms = {node for nodes in layers for node in nodes[1:]}
@@ -237,14 +235,15 @@ class Segments:
                 parts.append([self._steps[node] for node in heads[index]])
             elif index not in norms and id(step) not in skipped:
                 parts[-1].append(step)
-        if layers:
+        if layers:  # nothing behind the last layer's own nodes is needed
             del parts[-1][len(layers[-1]) :]
         return parts
 
     def _crossings(self) -> list[tuple[str, ...]]:
-        """The tensors at every cut: those that the layers behind it need of what is made before it."""
+        """The tensors at every cut: made before it and needed by a layer behind it."""
         live: set[str] = set()
         cuts: list[tuple[str, ...]] = []
+        # From the end, as in the liveness analysis of a compiler: uses come before definitions.
         for index in reversed(range(len(self._parts))):
             constant = [self.entering(index)] if index < len(self.bindings) else []
             if index < len(self.bindings) and (added := self._surrounding[index].beside) is not None:
@@ -259,7 +258,7 @@ class Segments:
         return cuts[::-1]
 
     def _surroundings(self, index: int) -> _Surroundings:
-        """Follow what a layer gives: past constants and one other tensor that are added to it, to a Relu."""
+        """Follow a layer's result past Adds of constants and of one other tensor, to a Relu."""
         name, node = self.leaving(index), self.bindings[index].layer.uses[0].node
         earlier = set(self._entries) | _outputs(self._steps[:node])
         given = {value.name for value in self._model.proto.graph.output}
@@ -281,7 +280,7 @@ class Segments:
     def _substituted(
         self, binding: Binding, substitute: Substitute
     ) -> tuple[list[NodeProto], list[TensorProto]]:
-        """The nodes that stand in the place of a layer's, and the tensors that they read."""
+        """The nodes that replace a layer's nodes, and the new tensors that they read."""
         use, norm = binding.layer.uses[0], binding.layer.batchnorm
         node = NodeProto()
         node.CopyFrom(self._steps[use.node].node)
@@ -304,7 +303,7 @@ class Segments:
         return self._biased(node, bias.name), [weight, bias]
 
     def _biased(self, node: NodeProto, bias: str) -> list[NodeProto]:
-        """Give a node, which it changes, another bias; an Add behind it where it takes none."""
+        """Set the bias of a node, in place, or put an Add behind it if it takes no bias."""
         operator = registry.family(node)
         if operator.bias is None:
             result, node.output[0] = node.output[0], self._free(f"{node.output[0]}_unbiased")
@@ -325,20 +324,20 @@ def _is_cut(binding: Binding) -> bool:
 
 
 def _nodes(binding: Binding) -> tuple[int, ...]:
-    """The nodes of a single-use layer: its own, and that of a folded BatchNorm."""
+    """The nodes of a layer with one use: its own node, and that of a folded BatchNorm."""
     norm = binding.layer.batchnorm
     return (binding.layer.uses[0].node, *(() if norm is None else (norm.node,)))
 
 
 def _steps(walk: Walk) -> list[_Step]:
-    """The nodes of the main graph with all that they read of it."""
+    """The nodes of the main graph with the names of this graph that they read."""
     reads: list[set[str]] = [set() for _ in walk.scopes[""].nodes]
     holders: dict[str, int | None] = {}  # the node of the main graph that holds a scope
     for path, scope in walk.scopes.items():
         holders[path] = scope.node if scope.parent in ("", None) else holders[scope.parent]
     for place in walk.places():
         holder = holders[place.scope] if place.scope else place.node
-        if holder is None:  # a function's body sees its arguments only
+        if holder is None:  # the body of a function reads its arguments only
             continue
         for operand in range(len(walk.node(place).input)):
             tensor = walk.operand(place, operand)
@@ -349,12 +348,12 @@ def _steps(walk: Walk) -> list[_Step]:
 
 
 def _folded(steps: Sequence[_Step], stored: Set[str], layers: Set[int]) -> list[_Step]:
-    """The nodes that compute from constants alone, and the same in every copy, in order."""
+    """The nodes that compute from constants alone and give the same in every copy, in order."""
     constants = set(stored)
     folded = []
     for index, step in enumerate(steps):
         node = step.node
-        # Bodies may hold whatever else is random, and so may operators of other domains.
+        # Bodies and operators of other domains may be random, so they do not count as constant.
         is_plain = node.domain in ("", "ai.onnx") and node.op_type not in _RANDOM
         has_body = any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute)
         if is_plain and not has_body and index not in layers and step.reads <= constants:
@@ -368,7 +367,7 @@ def _outputs(steps: Iterable[_Step]) -> set[str]:
 
 
 def _slice(steps: Sequence[_Step], wanted: Iterable[str]) -> tuple[list[_Step], set[str]]:
-    """The steps that some tensors need, in order, and the names of all that they read or give."""
+    """The steps that some tensors need, in order, and all names that the steps need or return."""
     needed = set(wanted)
     kept = []
     for step in reversed(steps):
