@@ -1,1 +1,1 @@
-"""Work items: what is computed of one layer, as values that travel, and what runs them."""
+"""Work items: values that describe one computation on one layer and can travel, and their executors."""

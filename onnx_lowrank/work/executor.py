@@ -1,18 +1,18 @@
-"""What runs work items: the threads of this process, or processes that they travel to.
+"""Executors of work items: the threads of this process, or worker processes.
 
-An item is a value that says all that is to be computed; the function that computes it is at the top level of
-a module. So any executor can run it that takes both to where it computes: add one beside `Threads` and
-`Processes`.
+An item is a value that describes one computation completely. The function that computes it is at the top
+level of a module. An executor therefore only has to bring both to the place where it computes. Add new
+executors beside `Threads` and `Processes`.
 
 Rules:
 
-1. Items are bounded by the bytes that running them takes, not by their number: together those that are
-   under way, and those whose results wait for their turn, keep within a budget. One always runs.
-2. An item is drawn from the iterable when a worker is about to be free, since it may hold a weight.
-3. Results come in the items' order, and have the same bits in every executor: each worker's BLAS has one
-   thread.
-4. What only this process has (sums under way, an open engine) is worked on by `threads`, the one pool of
-   threads of a run. Idle threads help with the parts of an item that is large.
+1. The executor bounds the bytes that items take, not their number. Running items and items with a waiting
+   result share one budget. One item always runs, even when it exceeds the budget.
+2. The executor draws an item when a worker is about to be free, because an item may hold a weight.
+3. Results come in the order of the items and have the same bits in every executor: the BLAS of each worker
+   has one thread.
+4. State that only this process has (running sums, an open engine) is processed by `threads`, the only thread
+   pool of a run. Idle threads help with the parts of a large item.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from onnx_lowrank.hardware import cores, free_memory
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 
 _SHARE = 4
-"""Items take at most this part of the memory that is free when the executor starts."""
+"""Items take at most 1 / _SHARE of the memory that is free when the executor starts."""
 
 
 class Item(Protocol):
-    """What an executor needs to know of an item."""
+    """The part of an item that an executor uses."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that running it takes, about."""
+        """Approximate bytes of memory that the computation takes."""
 
 
 T = TypeVar("T")
@@ -56,29 +56,29 @@ Function = Callable[[I, Backend], R]
 """Computes an item on a device."""
 
 _Flight = tuple[Future[R], int]
-"""An item that is under way, or whose result waits for its turn; and its bytes."""
+"""The future of an item that runs or has a waiting result, and the item's bytes."""
 
 _HELD = ExitStack()
-"""What a worker process holds until it ends."""
+"""The contexts that a worker process keeps open until it ends."""
 
 
 class Executor(Protocol):
-    """Runs work items; a context manager that frees its workers."""
+    """Runs work items. It is a context manager that frees its workers."""
 
     @property
     def threads(self) -> Threads:
         """The threads of this process."""
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
-        """Compute items in parallel; gives the results in their order.
+        """Compute items in parallel and yield the results in the order of the items.
 
         Args:
-            function: Computes one item; at the top level of a module.
+            function: Computes one item. It is defined at the top level of a module.
             items: The items, drawn one by one.
 
         Raises:
             InputError: The workers ended.
-            Exception: What the function raises for an item, in the item's turn.
+            Exception: The function failed for an item. The error comes when the item's result is due.
         """
 
     def __enter__(self) -> Self: ...
@@ -89,7 +89,7 @@ class Executor(Protocol):
 
 
 def executor(workers: int, backend: Backend) -> Executor:
-    """The executor that `--workers` asks for: so many processes, or threads for 0."""
+    """The executor that `--workers` asks for: this number of processes, or threads if it is 0."""
     return Processes(workers, backend) if workers else Threads(backend)
 
 
@@ -97,21 +97,21 @@ class Threads:
     """One thread for every core.
 
     Attributes:
-        backend: Where they compute; a GPU one after the other, with the host's part in parallel.
+        backend: Where they compute. A GPU computes one item at a time; the host's part runs in parallel.
     """
 
     def __init__(self, backend: Backend, *, number: int | None = None, budget: int | None = None) -> None:
-        """Start nothing yet.
+        """Prepare the pool; no thread starts yet.
 
         Args:
             backend: Where to compute.
-            number: How many threads; by default one for every core.
-            budget: Bytes that items may take; by default a quarter of the memory that is free.
+            number: Number of threads; by default one for every core.
+            budget: Bytes that items may take; by default a quarter of the free memory.
         """
         self._number = number or cores()
         self._budget = budget or free_memory() // _SHARE
         self._pool = ThreadPoolExecutor(self._number, "onnx-lowrank")
-        # On a GPU the parts of an item are one stack for the device already.
+        # Not on a GPU: there the device computes all parts of an item as one stack.
         self.backend = backend if backend.name == "cuda" else replace(backend, shared=self._shared)
 
     def __enter__(self) -> Self:
@@ -121,16 +121,16 @@ class Threads:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the threads and end them."""
+        """Wait for the running threads, and end them."""
         self._pool.shutdown(cancel_futures=True)
 
     @property
     def threads(self) -> Threads:
-        """These."""
+        """This executor itself."""
         return self
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
-        """As `Executor.map`; the function may be any."""
+        """As `Executor.map`, but the function need not be at the top level of a module."""
 
         def submit(item: I) -> Future[R]:
             return self._pool.submit(function, item, self.backend)
@@ -143,13 +143,13 @@ class Threads:
                 _ended([future for future, _ in pending])
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Apply a function to few items, in this thread and in those that are idle.
+        """Apply a function to a few items, in this thread and in the idle threads.
 
-        It may be called while an item is computed: this thread does what no other comes to do.
+        A running item may call it: no deadlock, as this thread computes every item that no idle thread takes.
 
         Args:
             function: Any function.
-            items: All of them are held at once.
+            items: The items; all are in memory at once.
         """
         all_items = tuple(items)
         with one_blas_thread():
@@ -182,25 +182,25 @@ class Threads:
 
 
 class Processes:
-    """Worker processes, started anew and not forked: they share nothing with this one.
+    """Worker processes. They are spawned, not forked, so they share no state with this process.
 
-    They end with this process, however that ends.
+    They end when this process ends, even if it is killed.
     """
 
     def __init__(self, number: int, backend: Backend, *, budget: int | None = None) -> None:
-        """Start nothing yet.
+        """Prepare the pool; no process starts yet.
 
         Args:
-            number: How many, at least 1.
+            number: Number of processes, at least 1.
             backend: Where they compute.
-            budget: Bytes that items may take; by default a quarter of the memory that is free.
+            budget: Bytes that items may take; by default a quarter of the free memory.
         """
         self.threads = Threads(backend, budget=budget)
         self._number = number
         self._budget = budget or free_memory() // _SHARE
         self._device = backend.name
         context = get_context("spawn")
-        # The workers end when nobody holds the writing end: not even a killed process leaves them behind.
+        # Workers end when the writing end closes, so even a killed process leaves none behind.
         self._reader, self._lifeline = Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(number, context, _start, (self._reader,))
 
@@ -211,7 +211,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the processes: at once after an error, else when they have ended their work."""
+        """End the processes: immediately after an error, otherwise when their work is done."""
         if kind is not None:
             self._lifeline.close()
         self._pool.shutdown(cancel_futures=True)
@@ -230,8 +230,8 @@ class Processes:
             yield from _in_order(submit, items, pending, self._number, self._budget)
         except BrokenProcessPool as error:
             raise InputError(
-                "A worker process ended by itself: where a script calls compress(workers=...), guard it by "
-                '`if __name__ == "__main__":`; where memory ran out, ask for fewer workers.'
+                "A worker process ended by itself: if a script calls compress(workers=...), guard the call "
+                'with `if __name__ == "__main__":`; if memory ran out, use fewer workers.'
             ) from error
         finally:
             for future, _ in pending:
@@ -250,7 +250,7 @@ def _in_order(
     Args:
         submit: Hands an item to a worker.
         items: The items.
-        pending: Holds what was submitted and not yielded.
+        pending: Receives the items that were submitted and not yet yielded.
         workers: Number of workers.
         budget: Bytes that items may take.
     """
@@ -262,10 +262,12 @@ def _in_order(
             yield pending.popleft()[0].result()
             continue
         running = [future for future, _ in pending if not future.done()]
+        # Not <, or a worker that becomes free waits until the next item is drawn.
         if drawn is None and not is_over and len(running) <= workers:
             drawn = next(source, None)
             is_over = drawn is None
-            continue  # It may have taken long to draw: the first result may be there.
+            continue  # The draw may have taken long, so the first result may be ready now.
+        # Not the running items alone: a result that waits for its turn takes memory, too.
         taken = sum(nbytes for _, nbytes in pending)
         if drawn is not None and (not pending or drawn.nbytes <= budget - taken):
             pending.append((submit(drawn), drawn.nbytes))
@@ -277,20 +279,20 @@ def _in_order(
 
 
 def _ended(futures: Sequence[Future[Any]]) -> None:
-    """Cancel what has not begun, and wait for the rest: it may use what the caller closes next."""
+    """Cancel the futures that have not begun, and wait for the others: the caller may close what they use."""
     wait([future for future in futures if not future.cancel()])
 
 
 def _start(reader: Connection) -> None:
     """Prepare a worker process, once."""
-    # An interrupt reaches all processes of a terminal; the one that waits for this one decides.
+    # An interrupt reaches all processes of a terminal, but only the parent process may react to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with, args=(reader,), daemon=True).start()
     _HELD.enter_context(one_blas_thread())
 
 
 def _end_with(reader: Connection) -> None:
-    """End this process when the other end of a pipe has gone."""
+    """End this process when the other end of a pipe is closed."""
     try:
         reader.recv_bytes()
     except (EOFError, OSError):

@@ -2,11 +2,11 @@
 
 Rules:
 
-1. Factors fitted to activations minimize E‖(W − Ŵ) x‖² over the calibration inputs. Where the layer has
-   a bias that can change (`layers.bias`), it takes the change of the mean, and only the deviations count.
-2. What is fitted to one share of the calibration inputs is judged by the other: refinement goes on
+1. Factors fitted to activations minimize E‖(W − Ŵ) x‖² over the calibration inputs. If the layer has a bias
+   that can change (`layers.bias`), the bias absorbs the change of the mean, and only the deviations count.
+2. Factors are fitted to one share of the calibration inputs and judged on the other: refinement continues
    while the held-out error falls.
-3. A layer of which calibration tells nothing has its factors fitted to its weight.
+3. A layer without calibration moments gets factors fitted to its weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 from onnx_lowrank.work.weights import WeightRef
 
 STEPS = 30
-"""Iterations by which factors are refined at most."""
+"""Largest number of iterations that refine factors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,10 +39,10 @@ class FactorsItem:
     Attributes:
         weight: Its weight.
         option: Its option.
-        moments: What was measured of it; None where the factors are to be fitted to its weight.
-        centred: Whether a bias takes the change of the mean.
-        added: What its own node adds to its output features, shape (f,), where moments of outputs include
-            that; None where they do not.
+        moments: Its moments; None to fit the factors to its weight.
+        centred: Whether a bias absorbs the change of the mean.
+        added: The bias that its node adds to its outputs, shape (f,), if moments of outputs include it; else
+            None.
     """
 
     weight: WeightRef
@@ -53,7 +53,7 @@ class FactorsItem:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, about: to fit, or to certify, whichever is more."""
+        """Approximate bytes that the fit or the certificate takes, whichever is more."""
         taken = self.weight.nbytes
         if self.moments is None:
             taken += 24 * self.weight.size + self._grams()
@@ -68,7 +68,7 @@ class FactorsItem:
         return max(taken, _certifying(self.weight))
 
     def _grams(self) -> int:
-        """The Gram matrices of the slices, their eigenvectors, and what LAPACK takes to find them."""
+        """Bytes of the Gram matrices of the slices, of their eigenvectors, and of LAPACK's workspace."""
         g, f, c, *kernel = self.weight.shape
         encoder, decoder = self.option.fold.kernels(tuple(kernel))
         side = min(f * prod(decoder), c // self.option.k * prod(encoder))
@@ -80,10 +80,10 @@ class FittedLayer:
     """The factors of one layer.
 
     Attributes:
-        factors: As they are stored, in the weight's dtype.
-        certificate: What is proved of them.
-        fit: How they came about.
-        lost: (W − Ŵ) E[x], by which a bias keeps the mean of the outputs, shape (f,); None where none does.
+        factors: The factors as stored, in the weight's dtype.
+        certificate: Their certificate.
+        fit: How they were made.
+        lost: (W − Ŵ) E[x], which a bias adds to keep the outputs' mean, shape (f,); None without a bias.
     """
 
     factors: Factors
@@ -93,7 +93,7 @@ class FittedLayer:
 
 
 def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
-    """The factors of a layer, certified (rules 1 to 3).
+    """Make and certify the factors of a layer (rules 1 to 3).
 
     Raises:
         InputError: The moments are not finite, or a data file has changed.
@@ -106,7 +106,7 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
         stored = stored_as(factorize(weight, item.option, backend, dtype), dtype)
         return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.WEIGHTS))
     stored = stored_as(factors, dtype)
-    del factors  # a large layer's are gigabytes
+    del factors  # For a large layer these are gigabytes that the certificate needs.
     lost = lost_mean(weight, stored, moments, item.added) if item.centred else None
     loss = _error(weight, stored, moments, centred=item.centred)
     return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.ACTIVATIONS, error=loss), lost)
@@ -114,7 +114,7 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """What a layer computes under an option, without rounding.
+    """The map that a layer computes under an option, without rounding.
 
     Attributes:
         weight: The product of its factors, in its canonical shape.
@@ -126,7 +126,7 @@ class Dense:
 
 
 def dense(item: FactorsItem, backend: Backend) -> Dense:
-    """The product of a layer's factors that `work.scoring` tells the errors of: without refinement.
+    """Make the product of a layer's factors without refinement: `work.scoring` predicts the error of these.
 
     Raises:
         InputError: As `fitted`.
@@ -142,7 +142,7 @@ def dense(item: FactorsItem, backend: Backend) -> Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CertificateItem:
-    """Asks what is proved of the factors of one layer.
+    """Asks for the certificate of the factors of one layer.
 
     Attributes:
         weight: Its weight.
@@ -154,12 +154,12 @@ class CertificateItem:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, about, the factors included."""
+        """Approximate bytes that it takes, factors included."""
         return self.factors.size * (8 + self.weight.dtype.itemsize) + _certifying(self.weight)
 
 
 def certificate(item: CertificateItem, backend: Backend) -> Certificate:
-    """The certificate of factors; the host computes it whatever the device."""
+    """Certify factors; the host computes this for every device."""
     return certify(item.weight.read(), item.factors)
 
 
@@ -172,15 +172,15 @@ def activation_factors(
     centred: bool,
     steps: int,
 ) -> Factors | None:
-    """Factors of least error on a layer's own inputs (rule 1), or None where its moments do not tell.
+    """Factors of least error on a layer's own inputs (rule 1); None if its moments do not determine them.
 
     Args:
         weight: Canonical weight, with its BatchNorm folded in.
         option: Its option.
-        moments: What was measured of the layer; moments of outputs serve the encode fold of one slice.
+        moments: The layer's moments; moments of outputs serve only the encode fold of one slice.
         backend: Where to compute.
-        centred: Whether a bias takes the change of the mean.
-        steps: Iterations of the refinement at most; it needs held-out moments.
+        centred: Whether a bias absorbs the change of the mean.
+        steps: Largest number of refinement iterations; refinement needs held-out moments.
     """
     if moments.inputs is not None:
         problem = of_weight(
@@ -200,12 +200,12 @@ def activation_factors(
 def lost_mean(
     weight: NDArray[Any], factors: Factors, moments: LayerMoments, added: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
-    """(W − Ŵ) E[x], by which a bias keeps the mean of a layer's outputs; shape (f,)."""
+    """(W − Ŵ) E[x], which a bias adds to keep the mean of a layer's outputs; shape (f,)."""
     if moments.inputs is not None:
         return corrected_mean(weight, factors, moments.inputs)
     if moments.outputs is None:
         return np.zeros(prod(weight.shape[:2]))
-    # The factors of outputs project W on the decoder's columns, and so they project its outputs.
+    # Factors fitted to outputs project W, and therefore its outputs, on the decoder's columns.
     mean = moments.outputs.mean - (0.0 if added is None else added.reshape(weight.shape[:2]))
     decoder = factors.decoder.astype(np.float64).reshape(*weight.shape[:2], -1)
     kept = np.matvec(decoder, np.matvec(np.linalg.pinv(decoder), mean))
@@ -213,7 +213,7 @@ def lost_mean(
 
 
 def _error(weight: NDArray[Any], stored: Factors, moments: LayerMoments, *, centred: bool) -> float | None:
-    """The relative activation error of factors as stored; None where nothing was measured."""
+    """The relative activation error of factors as stored; None without moments."""
     if (inputs := moments.held or moments.inputs) is not None:
         return error(of_weight(weight, inputs, centred=centred, ridge=0.0), compose(exact(stored)))
     outputs = moments.held_outputs or moments.outputs
@@ -221,16 +221,16 @@ def _error(weight: NDArray[Any], stored: Factors, moments: LayerMoments, *, cent
 
 
 def stored_as(factors: Factors, dtype: np.dtype[Any]) -> Factors:
-    """Factors in the dtype in which they are stored."""
+    """Convert factors to the dtype in which they are stored."""
     return Factors(factors.fold, factors.encoder.astype(dtype), factors.decoder.astype(dtype))
 
 
 def exact(factors: Factors) -> Factors:
-    """Factors in float64, to compute with."""
+    """Convert factors to float64 for computing."""
     return stored_as(factors, np.dtype(np.float64))
 
 
 def _certifying(weight: WeightRef) -> int:
-    """Bytes that a certificate takes: the weight, Ŵ and their difference in float64, and Gram matrices."""
+    """Bytes that a certificate takes: the weight, Ŵ and the difference in float64, and Gram matrices."""
     _, f, *rest = weight.shape
     return weight.nbytes + 32 * weight.size + 40 * min(f, prod(rest)) ** 2

@@ -1,4 +1,4 @@
-"""Moments of activations on disk: written once by calibration, read by whatever works on a layer."""
+"""Moments of activations on disk: calibration writes them once, and work items read them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _FIT, _HELD = "fit", "held"
 
 @dataclass(frozen=True, slots=True)
 class LayerMoments:
-    """What was measured of one layer: moments of its inputs, or else of its outputs, or neither.
+    """The moments of one layer: those of its inputs, or of its outputs, or none.
 
     Attributes:
-        inputs: Of its patches, over the samples to fit to: (g, p) and (g, p, p).
-        held: The same over the held-out samples; None where none were held out.
-        outputs: Of its results, behind a folded BatchNorm, over the samples to fit to: (g, f / g) and
+        inputs: Moments of its patches over the samples to fit to: (g, p) and (g, p, p).
+        held: The same over the held-out samples; None without held-out samples.
+        outputs: Moments of its results, after a folded BatchNorm, over the samples to fit to: (g, f / g) and
             (g, f / g, f / g).
         held_outputs: The same over the held-out samples.
-        reason: Why there are none, a sentence; "" where there are.
+        reason: Why the layer has no moments, a sentence; "" if it has some.
     """
 
     inputs: Moments | None = None
@@ -39,8 +39,8 @@ class MomentsRef:
 
     Attributes:
         folder: The folder.
-        number: Tells these moments from others in it.
-        of_outputs: Whether they are of the layer's results rather than of its inputs.
+        number: Number of these moments in the folder.
+        of_outputs: Whether they are moments of the layer's results rather than of its inputs.
     """
 
     folder: Path
@@ -49,22 +49,22 @@ class MomentsRef:
 
     @property
     def has_held(self) -> bool:
-        """Whether there are moments of held-out samples."""
+        """Whether the folder has moments of held-out samples."""
         return self._path(_HELD, "count").exists()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take in memory; 0 where the folder has gone."""
+        """Bytes that they take in memory; 0 if the folder was deleted."""
         paths = (self._path(share, part) for share in (_FIT, _HELD) for part in _PARTS)
         return sum(path.stat().st_size for path in paths if path.exists())
 
     def read(self) -> LayerMoments:
-        """The moments."""
+        """Read the moments."""
         fit, held = self._read(_FIT), self._read(_HELD)
         return LayerMoments(outputs=fit, held_outputs=held) if self.of_outputs else LayerMoments(fit, held)
 
     def write(self, fit: Moments, held: Moments | None) -> None:
-        """Put moments there.
+        """Write moments to the folder.
 
         Raises:
             OSError: The disk is full.

@@ -1,4 +1,4 @@
-"""Work items that tell the errors of all decompositions of one layer."""
+"""Work items that compute the errors of all decompositions of one layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WeightItem:
 
     Attributes:
         weight: The weight.
-        wanted: For every fold the numbers of slices k.
+        wanted: The numbers of slices k for every fold.
     """
 
     weight: WeightRef
@@ -37,7 +37,7 @@ class WeightItem:
         return self.weight.nbytes + 16 * self.weight.size + max(map(self._grams, self.wanted), default=0)
 
     def _grams(self, fold: Fold) -> int:
-        """Those of all k stay, and the largest ones are copied once to be solved."""
+        """Bytes of the Gram matrices of all k, which stay, and of the solver's copy of the largest ones."""
         g, f, c, *kernel = self.weight.shape
         encoder, decoder = fold.kernels(tuple(kernel))
         rows, cols = f * prod(decoder), c * prod(encoder)
@@ -46,7 +46,7 @@ class WeightItem:
 
 
 def singular_values(item: WeightItem, backend: Backend) -> Spectra:
-    """Singular values for every wanted (fold, k); see `linalg.spectra.spectra`."""
+    """Compute the singular values for every wanted (fold, k); see `linalg.spectra.spectra`."""
     return spectra(item.weight.read(), item.wanted, backend, item.weight.dtype)
 
 
@@ -57,8 +57,8 @@ class ActivationItem:
     Attributes:
         weight: Its weight.
         moments: The moments of its inputs or of its outputs.
-        centred: Whether a bias takes the change of the mean.
-        tops: The largest rank that is wanted of each (fold, k).
+        centred: Whether a bias absorbs the change of the mean.
+        tops: The largest wanted rank of each (fold, k).
     """
 
     weight: WeightRef
@@ -68,7 +68,7 @@ class ActivationItem:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, about: several copies of the moments, of the weight and of P C."""
+        """Approximate bytes that it takes: several copies of the moments, of the weight and of P C."""
         if self.moments.of_outputs:
             return self.weight.nbytes + 16 * self.weight.size + 4 * self.moments.nbytes
         g, f, *rest = self.weight.shape
@@ -89,9 +89,9 @@ class ActivationErrors:
     """Errors of a layer's decompositions on its activations.
 
     Attributes:
-        relative: For each (fold, k) the errors at the ranks 0, 1, …, relative to the power of the outputs.
-            Moments of outputs tell those of (encode, 1) alone.
-        power: The power of the outputs, which makes them absolute.
+        relative: The errors at the ranks 0, 1, … for each (fold, k), relative to the power of the outputs.
+            Moments of outputs determine only the errors of (encode, 1).
+        power: The power of the outputs. Times this, the errors are absolute.
     """
 
     relative: Mapping[tuple[Fold, int], NDArray[np.float64]]
@@ -99,7 +99,7 @@ class ActivationErrors:
 
 
 def activation_errors(item: ActivationItem, backend: Backend) -> ActivationErrors:
-    """The errors of the factors that `work.fitting.fitted` makes, without their refinement.
+    """Compute the errors of the factors that `work.fitting.dense` makes (those of `fitted` are refined).
 
     Raises:
         InputError: The moments are not finite.

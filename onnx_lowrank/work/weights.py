@@ -1,4 +1,4 @@
-"""References to weights: a few numbers that travel, from which any process reads the weight."""
+"""References to weights: small values that travel; any process can read the weight from one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from onnx_lowrank.layers.find import Binding, read
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightRef:
-    """A canonical weight with its BatchNorm, wherever its numbers lie.
+    """A canonical weight with its BatchNorm, in a data file or in the model.
 
-    The layout tells how the views of the model (transposed, cut in groups) show the stored bytes. It is part
-    of the reference, because linear algebra sums in the order of the layout: another one gives other bits.
+    The strides describe how the model's views (transposed, split in groups) show the stored bytes. They are
+    part of the reference because linear algebra sums in the order of the layout: another layout gives other
+    bits.
 
     Attributes:
-        source: The data file that holds it; or, where the model does, its bytes, shape (number,).
-        offset: Bytes of the source in front of the first element.
-        dtype: The dtype in which it is stored.
+        source: The data file that holds the weight; or the weight's bytes, shape (n,), if the model does.
+        offset: Bytes of the source before the first element.
+        dtype: The stored dtype.
         shape: Its canonical shape, (g, f / g, c / g, *kernel).
         strides: Bytes from one element to the next along every axis.
-        scale: What the folded BatchNorm multiplies every output feature by, shape (f,); None without.
+        scale: The folded BatchNorm's factors of the output features, shape (f,); None without one.
     """
 
     source: Path | NDArray[np.uint8]
@@ -46,11 +47,11 @@ class WeightRef:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that reading it takes: as it is stored, and in float64 where a BatchNorm scales it."""
+        """Bytes that reading it takes: the stored ones, and those in float64 if a BatchNorm scales it."""
         return self.size * (self.dtype.itemsize + (0 if self.scale is None else 8))
 
     def read(self) -> NDArray[Any]:
-        """The weight: mapped from its file without a copy, or float64 where a BatchNorm scales it.
+        """Read the weight: mapped from its file without a copy, or in float64 if a BatchNorm scales it.
 
         Raises:
             InputError: The data file has changed.
@@ -86,15 +87,15 @@ def reference(model: Model, walk: Walk, binding: Binding) -> WeightRef:
 
 
 def refer(weight: NDArray[Any], scale: NDArray[np.float64] | None = None) -> WeightRef:
-    """Refer to an array: to the file that it is mapped from, or else to its own bytes.
+    """Refer to an array: to its file if it is mapped from one, else to its bytes.
 
     Args:
         weight: A canonical weight that is not empty.
-        scale: What to multiply every output feature by, shape (f,).
+        scale: The factors by which to multiply the output features, shape (f,).
     """
     order = sorted(range(weight.ndim), key=lambda axis: -weight.strides[axis])
     if not weight.transpose(order).flags.c_contiguous:
-        # Only views that leave elements out or show some twice get here, none that lay out a weight.
+        # Only views that omit or repeat elements get here, so the copy never changes a weight's layout.
         order, weight = list(range(weight.ndim)), np.ascontiguousarray(weight)
     mapped = _mapped(weight)
     if mapped is not None and mapped.filename is not None:
@@ -105,7 +106,8 @@ def refer(weight: NDArray[Any], scale: NDArray[np.float64] | None = None) -> Wei
 
 
 def _mapped(array: NDArray[Any]) -> np.memmap[Any, Any] | None:
-    """The mapped file whose memory an array shows; None where it has memory of its own."""
+    """The mapped file that provides an array's memory; None if the array has its own memory."""
+    # Not the first memmap: a view of one is a memmap, too, and copies the offset of its base.
     shown: object = array
     while isinstance(shown, np.ndarray):
         if isinstance(shown, np.memmap) and not isinstance(shown.base, np.ndarray):

@@ -68,4 +68,4 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path):
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "guard it by `if __name__" in done.stderr.splitlines()[-1]
+    assert "guard the call with `if __name__" in done.stderr.splitlines()[-1]
