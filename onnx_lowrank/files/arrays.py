@@ -1,7 +1,7 @@
 """Arrays in files (.npy, .npz, .pb): calibration data, and the inputs to compare models on.
 
-The files are untrusted: nothing is unpickled. Headers are read first and their data only where it is asked
-for, so that names, dtypes, shapes and sizes can be checked before; see `bounded`.
+The files are untrusted: nothing is unpickled. Headers are read first and data only on demand, so that
+callers can check names, dtypes, shapes and sizes before (see `bounded`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import tensors
 
 MAX_BYTES = 2**30
-"""What one sample, or one feed, may take in memory."""
+"""The most bytes that one sample, or one feed, may take in memory."""
 
-_HEADER_BYTES = 2**14  # NumPy refuses longer headers, yet not before it has read all that they announce
+_HEADER_BYTES = 2**14  # NumPy refuses longer headers, but only after it has read them completely
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _DAMAGE = (
     ValueError,
@@ -39,12 +39,12 @@ _DAMAGE = (
     RuntimeError,  # NotImplementedError and RecursionError included
     zipfile.BadZipFile,
     zlib.error,
-    SyntaxError,  # both from NumPy's second look at a header that is no literal
+    SyntaxError,  # this and the next: from NumPy's second parser, for a header that is no literal
     tokenize.TokenError,
 )
 
 Take = Callable[[NDArray[np.intp]], NDArray[Any]]
-"""Reads rows of an array by their numbers, which ascend over all calls."""
+"""Reads rows of an array by their numbers; the numbers must ascend over all calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,11 @@ class InMemory:
 
     @contextmanager
     def reader(self) -> Iterator[Take]:
-        """What gives its rows."""
+        """Open the array; gives a function that reads rows."""
         yield self.array.__getitem__
 
     def read(self) -> NDArray[Any]:
-        """All of it."""
+        """The whole array."""
         return self.array
 
 
@@ -82,7 +82,7 @@ class Stored:
         member: The archive's member; None where the file is the array.
         shape: The array's shape.
         dtype: Its dtype.
-        is_transposed: Whether its elements lie in Fortran order, so that its rows do not lie together.
+        is_transposed: Whether its elements are in Fortran order, so that its rows are not contiguous.
         offset: Number of bytes in front of its first element.
     """
 
@@ -95,19 +95,19 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Number of bytes of its elements."""
         return prod(self.shape) * self.dtype.itemsize
 
     @contextmanager
     def reader(self) -> Iterator[Take]:
-        """Open the file; gives what reads rows, in one pass and only those asked for.
+        """Open the file; gives a function that reads the rows asked for and no others, in one pass.
 
         Raises:
-            InputError: The file cannot be read, here or when rows are taken, or the order is Fortran's.
+            InputError: The file cannot be read, now or when rows are read, or it is in Fortran order.
         """
         if self.is_transposed:
             raise InputError(
-                f"{_label(self.path, self.member)} is in Fortran order, whose samples do not lie together: "
+                f"{_label(self.path, self.member)} is in Fortran order, so its samples are not contiguous: "
                 "save numpy.ascontiguousarray of it."
             )
         with _opened(self.path, self.member) as stream:
@@ -122,7 +122,7 @@ class Stored:
             yield take
 
     def read(self) -> NDArray[Any]:
-        """All of it, in C order.
+        """The whole array, in C order.
 
         Raises:
             InputError: The file cannot be read.
@@ -133,23 +133,24 @@ class Stored:
         return np.ascontiguousarray(out.T) if self.is_transposed else out
 
     def _empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        # A shape with a 0 takes no bytes, and may still be one that no array can have.
+        # Checked even for a shape with a 0: it takes no bytes, but its other sizes may exceed NumPy's limits.
         with _readable(self.path):
             return np.empty(shape, self.dtype)
 
     def _fill(self, stream: IO[bytes], first: int, out: NDArray[Any]) -> None:
-        """Read consecutive rows, from number `first` on, into an array of theirs."""
+        """Read consecutive rows, from number `first` on, into an array."""
         with _readable(self.path):
             data = out.reshape(-1).view(np.uint8).data
             stream.seek(self.offset + first * prod(self.shape[1:]) * self.dtype.itemsize)
             done = 0
             while done < len(data):
-                # In parts: readinto of an archive's member makes a second copy of all that it reads.
+                # In parts: readinto of an archive's member makes a second copy of everything that it reads.
                 part = stream.read(min(len(data) - done, 2**20))
                 if not part:
                     raise EOFError
                 data[done : done + len(part)] = part
                 done += len(part)
+            # NumPy does not check code points; invalid ones would fail only when a string is used.
             if self.dtype.kind == "U" and out.size:
                 codes = out.reshape(-1).view(np.dtype(np.uint32).newbyteorder(self.dtype.byteorder))
                 if codes.max() > sys.maxunicode:
@@ -160,10 +161,10 @@ Column = InMemory | Stored
 
 
 def load(path: Path) -> Stored | dict[str, Stored]:
-    """The array in an .npy file, or those in an .npz archive by name; only headers are read.
+    """The array in an .npy file, or the arrays in an .npz archive by name; only headers are read.
 
     Raises:
-        InputError: The file is neither, is damaged, or holds an array that is not read.
+        InputError: The file is of neither kind, is damaged, or has an array that this module does not read.
     """
     with _opened(path, None) as stream:
         with _readable(path):
@@ -179,10 +180,10 @@ def archive(path: Path, what: str = "") -> dict[str, Stored]:
 
     Args:
         path: The file.
-        what: What to call it in errors, in front of its path.
+        what: Name of the file in errors, in front of its path.
 
     Raises:
-        InputError: The file is no archive, is damaged, or holds an array that is not read.
+        InputError: The file is no archive, is damaged, or has an array that this module does not read.
     """
     label = f"{what} {path}".lstrip()
     with _opened(path, None, label) as stream:
@@ -205,7 +206,7 @@ def _members(stream: IO[bytes], path: Path) -> dict[str, Stored]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    # Python bounds what it decompresses at once of these two only; NumPy writes no others.
+    # Only these two: for others, Python decompresses without a bound. NumPy writes no others.
     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError
     return archive.open(name)
@@ -220,7 +221,7 @@ def _header(stream: IO[bytes], path: Path, member: str | None, size: int) -> Sto
             raise ValueError(version)
         try:
             shape, fortran, dtype = _HEADERS[version](head)
-        except MemoryError as error:  # Python's parser, of nesting; it is in reach of a header's length
+        except MemoryError as error:  # Python's parser raises this for deep nesting, even in a short header
             raise ValueError from error
     if dtype.hasobject:
         raise InputError(f"{label} holds pickled objects, which are not read: save an array of numbers.")
@@ -251,7 +252,7 @@ def _opened(path: Path, member: str | None, label: str = "") -> Iterator[IO[byte
 
 @contextmanager
 def _readable(label: str | Path) -> Iterator[None]:
-    """Turn what goes wrong on reading an .npy or .npz file into the error that says so."""
+    """Turn the errors of reading an .npy or .npz file into an InputError with advice."""
     try:
         yield
     except OSError as error:
@@ -263,7 +264,7 @@ def _readable(label: str | Path) -> Iterator[None]:
 
 
 def tensor(path: Path) -> NDArray[Any]:
-    """The array in a serialized TensorProto.
+    """The array in the file of a serialized TensorProto.
 
     Raises:
         InputError: The file is no TensorProto, or refers to another file.
@@ -284,10 +285,14 @@ def tensor(path: Path) -> NDArray[Any]:
 
 
 def bounded(size: int, what: str) -> None:
-    """Refuse what takes more memory than `MAX_BYTES`.
+    """Refuse samples and feeds of more than `MAX_BYTES`.
+
+    Args:
+        size: Number of bytes in memory.
+        what: Name of the sample or feed in the error.
 
     Raises:
-        InputError: It does.
+        InputError: The size exceeds `MAX_BYTES`.
     """
     if size > MAX_BYTES:
         raise InputError(

@@ -1,9 +1,9 @@
-"""Files that take their targets' places together, or not at all.
+"""Files that replace their targets together, or not at all.
 
-A file is written under a hidden name beside its target and renamed over it. Until then its run holds a
-lock on it, which the system takes back when the run ends, whatever ends it. A hidden file that nobody has
-locked belongs to a dead run, on this machine or on another one that shares the folder, and the next run
-removes it. Where the system or the file system has no such locks, nothing is removed.
+A file is written under a hidden name beside its target and then renamed over the target. Until then, its run
+holds a lock on it. The system releases the lock when the run ends for any reason. So a hidden file without a
+lock belongs to a dead run, on this machine or on another machine that shares the folder, and the next run
+removes it. If the system or the file system has no such locks, nothing is removed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PREFIX, _SUFFIX = ".onnx-lowrank-", ".tmp"
 
 
 def check_writable(target: Path) -> None:
-    """See that a file can be written or replaced.
+    """Check that a file can be written or replaced.
 
     Raises:
-        InputError: It is a folder or a device, its folder is missing, or permissions forbid it.
+        InputError: The target is a folder or a device, its folder is missing, or permissions forbid writing.
     """
     try:
         mode = target.stat().st_mode
@@ -52,10 +52,10 @@ def check_writable(target: Path) -> None:
 
 @contextmanager
 def replacing(*targets: Path) -> Iterator[list[BinaryIO]]:
-    """Open a temporary file beside each target and rename them over the targets when the block ends well.
+    """Open a temporary file beside each target; rename them over the targets if the block succeeds.
 
-    They are renamed in the order given. After any exception, an interrupt included, the temporary
-    files are gone and every target is as it was. A file that is replaced passes its permissions on.
+    They are renamed in the order given. After any exception, an interrupt included, the temporary files are
+    gone and every target is as it was. The new file gets the permissions of the file that it replaces.
 
     Raises:
         InputError: A target is no file that can be written, or the disk is full.
@@ -79,7 +79,7 @@ def replacing(*targets: Path) -> Iterator[list[BinaryIO]]:
 
 
 def permissions(path: Path) -> int | None:
-    """Who may do what with a file; None where there is none."""
+    """The permission bits of a file; None if there is no file."""
     try:
         return path.stat().st_mode & 0o777
     except OSError:
@@ -88,20 +88,20 @@ def permissions(path: Path) -> int | None:
 
 @contextmanager
 def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file under a hidden name, which goes with the block unless it is renamed.
+    """A new file under a hidden name; the end of the block removes it unless it was renamed.
 
     Args:
-        folder: Where it is made.
-        mode: Its permissions; None for those of any new file.
+        folder: The folder of the file.
+        mode: Its permissions; None for the defaults.
     """
     with ExitStack() as cleaning:
         path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         cleaning.callback(path.unlink, missing_ok=True)
-        # Private from the start: whoever opens it before a later chmod could read all that follows.
+        # Private from the start: anyone who opens it before a later chmod could read all later writes.
         first = 0o666 if mode is None else 0o600
         private = partial(os.open, mode=first)
         file = cleaning.enter_context(open(path, "xb", opener=private))
-        # Another run may have taken it for a dead run's and removed it before it was locked.
+        # Before it was locked, another run may have mistaken it for a dead run's file and removed it.
         if _locked(file.fileno(), waiting=True) and not os.fstat(file.fileno()).st_nlink:
             with hidden(folder, mode) as again:
                 yield again
@@ -112,21 +112,22 @@ def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def finish(file: BinaryIO) -> None:
-    """See that all that was written to a file is on the disk, before it is renamed; once is enough."""
+    """Put the whole contents of a file on the disk, before it is renamed; a second call does nothing new."""
     if file.closed:
         return
     file.flush()
+    # Without it, a power failure could leave an empty file under the target's name.
     os.fsync(file.fileno())
-    if sys.platform == "win32":  # It renames no open file.
+    if sys.platform == "win32":  # Windows renames no open file.
         file.close()
 
 
 def sweep(folder: Path, seen: Callable[[Path], object] = lambda path: None) -> None:
-    """Remove the hidden files that dead runs left in a folder, as far as that is allowed.
+    """Remove the hidden files that dead runs left in a folder; files that cannot be removed stay.
 
     Args:
         folder: The folder.
-        seen: Called with every such file before it goes.
+        seen: Called with every such file before it is removed.
     """
     with suppress(OSError):
         for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")):
@@ -138,18 +139,18 @@ def _remove_dead(path: Path, seen: Callable[[Path], object]) -> None:
     if not stat.S_ISREG(path.lstat().st_mode):
         return
     with path.open("rb") as file:
-        # Its owner may rename it meanwhile. Then the lock is on the target, and the hidden name is gone.
+        # If its owner renames it meanwhile, this locks the target, and there is no hidden name to remove.
         if _locked(file.fileno()):
             seen(path)
             path.unlink()
 
 
 def _locked(file: int, *, waiting: bool = False) -> bool:
-    """Lock an open file until it is closed; False where another run holds it or there are no locks.
+    """Lock an open file until it is closed; False if another run holds the lock or there are no locks.
 
     Args:
-        file: Its descriptor.
-        waiting: Wait for whoever holds it.
+        file: The file's descriptor.
+        waiting: Wait until no other run holds the lock.
     """
     if sys.platform == "win32":
         return False
@@ -161,7 +162,7 @@ def _locked(file: int, *, waiting: bool = False) -> bool:
 
 
 def _rename(temporaries: list[Path], targets: tuple[Path, ...]) -> None:
-    """Rename all; the last rename is atomic, and the ones before it are undone if a later one fails."""
+    """Rename all files; if a rename fails, the earlier ones are undone. The last rename is atomic."""
     with ExitStack() as cleaning, ExitStack() as undo:
         for temporary, target in zip(temporaries[:-1], targets[:-1], strict=True):
             backup = cleaning.enter_context(_second_name(target))
@@ -176,7 +177,7 @@ def _rename(temporaries: list[Path], targets: tuple[Path, ...]) -> None:
 
 @contextmanager
 def _second_name(target: Path) -> Iterator[Path | None]:
-    """A hidden name for what a target holds, if there is one; the target itself is never missing."""
+    """A second, hidden name for a target's file, or None if there is no file; the target keeps its name."""
     backup = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
     if not os.path.lexists(target):
         yield None
@@ -184,7 +185,7 @@ def _second_name(target: Path) -> Iterator[Path | None]:
     with ExitStack() as cleaning:
         cleaning.callback(backup.unlink, missing_ok=True)
         with suppress(OSError):
-            # A lock is on the file itself, so that its second name has it from the start.
+            # Locked before it has the second name: the lock belongs to the file, so no run removes that name.
             _locked(cleaning.enter_context(target.open("rb")).fileno())
         try:
             os.link(target, backup, follow_symlinks=False)

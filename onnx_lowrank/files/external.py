@@ -1,4 +1,4 @@
-"""External data: finding a model's files safely, spilling new tensors, and packing all into one file."""
+"""External data: finding a model's files safely, spilling new tensors, and packing them into one file."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _LARGE_INLINE = 1 << 16
 _SPILLED = 1 << 24
 _ROOM = 4  # Factors and activations go to the same folder.
 _DIGITS = 16  # of the digest in the name of a data file
-_STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the old file as a whole, or its offsets
+_STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the whole old file, or its offsets
 
 
 def locate(proto: onnx.ModelProto, model: Path) -> dict[str, Path]:
     """The real file of every external location that a model names.
 
-    A file must lie in the folder of the model, as named or with its symbolic links followed (model
-    hubs keep both as links into one folder).
+    A file must be in the folder of the model, either as named or after its symbolic links are followed
+    (model hubs store both as links into one folder).
 
     Raises:
         InputError: A location is empty, absolute, leaves the folder, or is no file.
@@ -82,9 +82,9 @@ def _real_file(location: str, model: Path, roots: tuple[Path, ...]) -> Path:
 
 
 class Spill:
-    """A temporary data file that takes new tensors as they are made, so that memory need not hold them.
+    """A temporary data file for new tensors, so that memory need not hold them.
 
-    Use it as a context manager around the making and the saving of a model; the file goes with it.
+    Use it as a context manager around the making and the saving of a model; its end deletes the file.
 
     Attributes:
         files: The mapping to merge into the files of the model that uses the tensors.
@@ -94,10 +94,10 @@ class Spill:
         """Open the file.
 
         Args:
-            folder: Where to put it; None for the system's temporary folder.
+            folder: The folder of the file; None for the system's temporary folder.
 
         Raises:
-            InputError: No file can be made there.
+            InputError: The folder takes no file.
         """
         try:
             self._file = tempfile.NamedTemporaryFile(prefix="onnx-lowrank-", suffix=".spill", dir=folder)  # noqa: SIM115
@@ -122,10 +122,10 @@ class Spill:
 
         Args:
             name: The name of the new tensor.
-            array: Any shape, any data type of ONNX but strings.
+            array: Any shape, any data type of ONNX except strings.
 
         Returns:
-            A tensor that refers to it.
+            A tensor that refers to the array in the file.
 
         Raises:
             InputError: The disk is full.
@@ -211,7 +211,7 @@ def relocated(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelPro
     """A copy of a model that refers to its data files by other names.
 
     Args:
-        proto: The model; it stays as it is.
+        proto: The model; it is not changed.
         names: The new name of every external location.
     """
     copy = onnx.ModelProto()
@@ -225,11 +225,11 @@ def relocated(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelPro
 
 
 def whole(proto: onnx.ModelProto, files: Mapping[str, Path], owner: str) -> onnx.ModelProto:
-    """A copy of a model that holds the bytes of its data files, however large these are.
+    """A copy of a model that holds the bytes of its data files in memory, of any size.
 
     Args:
-        proto: The model; it stays as it is.
-        files: Its external files, or those of them that it is to hold.
+        proto: The model; it is not changed.
+        files: Its external files, or a part of them: tensors in other files stay there.
         owner: Its name, for messages.
 
     Raises:
@@ -246,13 +246,13 @@ def whole(proto: onnx.ModelProto, files: Mapping[str, Path], owner: str) -> onnx
 
 
 def aligned(position: int, length: int) -> int:
-    """The next offset from a position on at which a runtime can map `length` bytes."""
+    """The first offset from a position on at which a runtime can map `length` bytes."""
     page = _LARGE_PAGE if length >= _LARGE else _PAGE
     return -(-position // page) * page
 
 
 def append(out: Any, chunks: Iterable[bytes], length: int) -> int:
-    """Write `length` bytes at the next offset at which a runtime can map them; return the offset."""
+    """Write `length` bytes at the next offset at which a runtime can map them; returns the offset."""
     offset = aligned(out.tell(), length)
     out.write(bytes(offset - out.tell()))
     for chunk in chunks:
@@ -261,7 +261,7 @@ def append(out: Any, chunks: Iterable[bytes], length: int) -> int:
 
 
 class _Digested:
-    """A file that is written once, and the digest of its bytes."""
+    """A file that is written from start to end, with the digest of its bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -279,7 +279,7 @@ class _Digested:
 
 
 def data_names(owner: str) -> re.Pattern[str]:
-    """The names that data of a model file may have: of today, and of earlier versions."""
+    """The names of data files of a model file, in this version and in earlier ones."""
     return re.compile(rf"{re.escape(owner)}(\.[0-9a-f]{{{_DIGITS}}})?\.data")
 
 
@@ -295,16 +295,16 @@ def pack(
     """Copy the external data of a model into one file.
 
     Args:
-        proto: The model; it stays as it is.
+        proto: The model; it is not changed.
         files: Its external files.
         owner: Its name, for messages.
         out: The data file to write.
         target: The name of the model file.
-        with_inline: Move large inline tensors there too.
+        with_inline: Move large inline tensors there, too.
 
     Returns:
-        A copy of the model that refers to the new file, and the name by which it does: that of the model
-        file and a digest of the data. Tensors that shared a region share it again.
+        A copy of the model that refers to the new data file, and the name of this file: the name of the
+        model file with a digest of the data. Tensors that shared a region share it again.
     """
     packed = onnx.ModelProto()
     packed.CopyFrom(proto)

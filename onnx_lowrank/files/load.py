@@ -1,4 +1,4 @@
-"""Models: loading with every check, and reading their tensors."""
+"""Loading models with all checks, and reading their tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from onnx_lowrank.files.tensors import (
 )
 
 ModelProto = onnx.ModelProto
-"""The type of a model in memory, for the modules that do not know ONNX."""
+"""The type of a model in memory, for modules that may not import onnx."""
 
 
 _PROTOBUF_LIMIT = 2**31 - 1
@@ -44,15 +44,16 @@ class Model:
     """A model as it was loaded, or as it was rewritten.
 
     Attributes:
-        proto: To be read only; external data is not in it.
-        name: For messages: the path as given, or "model".
+        proto: The proto, read-only by convention, without external data.
+        name: The name in messages: the path as given, or "model".
         files: The real file of every external location.
-        sha256: Digest of the .onnx file's bytes, followed by those of its external data files in the
-            sorted order of their locations. For a model from memory, of its deterministic
-            serialization; where that would exceed protobuf's 2 GB, of the serialized outline without
-            any contents, followed by every tensor's raw_data or, lacking that, its serialization.
-        path: The file which holds it as it is; None for a model from memory or a rewritten one.
-        temporary: The locations among `files` whose tensors are inline in what is loaded and saved.
+        sha256: Digest of the .onnx file's bytes, followed by the bytes of its external data files in the
+            sorted order of their locations. For a model from memory, digest of its deterministic
+            serialization. If this would exceed protobuf's 2 GB, digest of the serialized outline without
+            contents, followed by every tensor's raw_data, or by its serialization if it has no raw_data.
+        path: The file that holds the model as it is; None for a model from memory or a rewritten one.
+        temporary: The locations in `files` that are temporary: their tensors are inline in the loaded file
+            and will be inline in the saved one.
     """
 
     proto: onnx.ModelProto
@@ -64,7 +65,7 @@ class Model:
 
 
 def load(source: str | os.PathLike[str] | onnx.ModelProto, resources: ExitStack | None = None) -> Model:
-    """Load a model and check it; external data is hashed, not kept.
+    """Load a model and check it; external data is hashed, but not kept in memory.
 
     Args:
         source: A path, or a model in memory without external data.
@@ -72,8 +73,8 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto, resources: ExitStack 
             it holds them; by default they stay in the proto.
 
     Raises:
-        InputError: It cannot be read, is no ONNX model, is damaged, or its external data is missing,
-            too short or outside the model's folder.
+        InputError: The source cannot be read, is no ONNX model or is damaged, or its external data is
+            missing, too short or outside the model's folder.
     """
     if isinstance(source, onnx.ModelProto):
         model = Model(source, "model", MappingProxyType({}), "")
@@ -156,7 +157,7 @@ def _check_tensors(model: Model) -> None:
 
 
 def _check_proto(proto: onnx.ModelProto, name: str) -> None:
-    # A file that is cut between two top-level fields, like some text, parses without an error.
+    # Protobuf parses some texts, and files that are cut between two top-level fields, without an error.
     if not proto.ir_version:
         raise InputError(f"{name} has no ir_version, so it is no ONNX model: export it again.")
     if not proto.HasField("graph") or (proto.ir_version >= 3 and not proto.opset_import):
@@ -168,7 +169,7 @@ def _check_proto(proto: onnx.ModelProto, name: str) -> None:
 
 
 def serialized(proto: onnx.ModelProto) -> bytes | None:
-    """The deterministic bytes of a proto, or None where they would exceed protobuf's 2 GB."""
+    """The deterministic bytes of a proto, or None if they would exceed protobuf's 2 GB."""
     try:
         data: bytes = proto.SerializeToString(deterministic=True)
     except (EncodeError, ValueError):
@@ -187,19 +188,19 @@ def _digest_in_memory(proto: onnx.ModelProto) -> str:
 
 
 def array(model: Model, tensor: TensorProto) -> NDArray[Any]:
-    """A tensor's contents, wherever they are; to be read only, mapped without a copy where external.
+    """The contents of an inline or external tensor, read-only; external data is mapped, not copied.
 
     Returns:
-        An array of the tensor's dims, bfloat16 and narrower types as those of ml_dtypes.
+        An array of the tensor's dims; bfloat16 and narrower types have the dtypes of ml_dtypes.
 
     Raises:
-        InputError: Its bytes are not those that its shape takes, or it is of a kind without an array.
+        InputError: The tensor's bytes do not fit its shape, or it is of a kind that has no array.
     """
     return read(tensor, model.files, model.name)
 
 
 def stored_bytes(model: Model) -> int:
-    """Bytes of the file or the serialized proto, and of the regions of external files, each once."""
+    """Number of bytes of the file or the serialized proto, plus the regions of external files, each once."""
     if model.path is None:
         model = inlined(model)
     data = None if model.path is not None else serialized(model.proto)
@@ -207,7 +208,7 @@ def stored_bytes(model: Model) -> int:
         size = model.path.stat().st_size
     elif data is not None:
         size = len(data)
-    else:  # piecewise, to within a few bytes for each tensor
+    else:  # over 2 GB: in parts, exact up to a few bytes per tensor
         size = len(outline(model.proto, 0).SerializeToString())
         size += sum(len(tensor.raw_data or tensor.SerializeToString()) for tensor in tensors(model.proto))
     places = {
@@ -219,12 +220,12 @@ def stored_bytes(model: Model) -> int:
 
 
 def outline(source: Model | onnx.ModelProto, keep: int = 1024) -> onnx.ModelProto:
-    """A light copy for shape inference and for walking: large tensors keep name, dims and type only.
+    """A light copy for shape inference and for walks: large tensors keep only name, dims and type.
 
     Args:
         source: A model; large contents are never read.
-        keep: Contents of up to so many bytes stay, inline, as shape inference reads them; those of
-            external tensors only if `source` is a Model, which knows their files.
+        keep: The most bytes of contents that stay, inline, because shape inference reads them. Contents of
+            external tensors stay only if `source` is a Model, which knows their files.
     """
     light = onnx.ModelProto()
     if isinstance(source, Model):

@@ -1,12 +1,13 @@
-"""Saving a model beside its target, and renaming it over that.
+"""Saving a model beside its target, then renaming it over the target.
 
-External data takes a name of its own that follows from its bytes, so that it changes no file that a model
-reads. It is put there first, and the model file that refers to it last, in one step: whatever ends the run,
-the target is the old model with the old data or the new one with the new data. Then the old data goes:
+The name of the external data contains a digest of its bytes, so writing it changes no file that a model
+reads. The data gets its name first, then the model file that refers to it gets its name, in one step. However
+the run ends, the target is the old model with the old data or the new model with the new data. A data file
+is old, and is removed at the end, under these conditions:
 
-1. It is what the replaced model referred to, or a model that a dead run had not finished, and it has the
-   name of this target's data.
-2. No other model file in the folder has its name in it, and the model that is saved does not read it.
+1. The replaced model referred to it, or an unfinished model of a dead run did. It has a name of this
+   target's data.
+2. No other model file in the folder contains its name, and the saved model does not read it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from onnx_lowrank.files.tensors import is_external, reference, tensors
 
 
 def check_target(model: Model, path: str | os.PathLike[str]) -> None:
-    """Find out early whether `save` can write a model there.
+    """Check early that `save` can write a model to a path.
 
     Raises:
         InputError: The target cannot be written, or is a data file that the model itself reads.
@@ -46,7 +47,7 @@ def check_target(model: Model, path: str | os.PathLike[str]) -> None:
 
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
-    """Write a model beside its target and rename it over that; a failure leaves the target as it was.
+    """Write a model beside its target and rename it over the target; a failure changes nothing.
 
     A model with external data, or one that exceeds protobuf's 2 GB, becomes `path` and
     `path`.DIGEST.data. A target that is a symbolic link is replaced, not followed.
@@ -72,15 +73,15 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
 def _write_both(
     model: Model, target: Path, file: BinaryIO, inline: bool, mode: int | None, undo: ExitStack
 ) -> None:
-    """Write a model to its temporary file, and its data to the place where it is to be.
+    """Write a model to its temporary file, and its data to the final place.
 
     Args:
         model: The model.
-        target: Where the temporary file will be renamed to.
+        target: The final path of the temporary file.
         file: The temporary file.
         inline: Move large inline tensors into the data file, too.
-        mode: Permissions of the data file; None for those of any new file.
-        undo: Takes what has to be done if the model does not get to its target.
+        mode: Permissions of the data file; None for the defaults.
+        undo: Takes the clean-up for the case that the model does not get to its target.
     """
     with hidden(target.parent, mode) as (temporary, data_file):
         packed, name = pack(model.proto, model.files, model.name, data_file, target.name, with_inline=inline)
@@ -89,16 +90,18 @@ def _write_both(
             raise InputError(f"{model.name} has over 2 GB beside its tensors' contents: split the model.")
         file.write(data)
         written = os.fstat(file.fileno())
-        finish(file)  # Before the data has its name, or nobody would know whose it is if the run died.
+        # The model before the data has its name: if the run dies, the model tells whose the data is.
+        finish(file)
         finish(data_file)
         place = target.with_name(name)
-        if not place.exists():
+        if not place.exists():  # data that was there already may belong to another model
             undo.callback(_take_back, place, target, written)
         temporary.replace(place)
 
 
 def _take_back(data: Path, target: Path, written: os.stat_result) -> None:
-    """Remove data whose model file did not get to its target; an interrupt may come right after it did."""
+    """Remove new data if its model file did not get to its target."""
+    # Checked again, as an interrupt may come right after the rename.
     if not (target.exists() and os.path.samestat(target.stat(), written)):
         data.unlink(missing_ok=True)
 
@@ -109,18 +112,18 @@ def _is_read(model: Model, file: Path) -> bool:
 
 
 def _data_permissions(target: Path, old: Iterable[str]) -> int | None:
-    """Permissions of new data: those that the model file and all old data have; None where nothing is old."""
+    """Permissions of new data: those that all old files, model and data, have; None without old files."""
     files = (target, *(target.with_name(name) for name in old))
     modes = [mode for file in files if (mode := permissions(file)) is not None]
     return reduce(and_, modes) if modes else None
 
 
 def _data_of(file: Path, target: str) -> set[str]:
-    """The data files to which a model file refers, among those that have the name of a target's data."""
+    """The names to which a model file refers, limited to names of a target's data."""
     names = data_names(target)
     proto = onnx.ModelProto()
     try:
-        # A link is replaced, but the model behind it stays, and its data with it.
+        # Nothing for a link: saving replaces the link, but the model behind it stays and needs its data.
         if file.is_symlink() or file.stat().st_size >= 2**31 or not _found(names, file):
             return set()
         proto.ParseFromString(file.read_bytes())
@@ -131,7 +134,8 @@ def _data_of(file: Path, target: str) -> set[str]:
 
 
 def _found(names: re.Pattern[str], file: Path) -> set[str]:
-    """All the names of a kind that are in a file, whatever they mean there."""
+    """All matches of a pattern in the bytes of a file."""
+    # An empty file cannot be mapped.
     if not file.stat().st_size:
         return set()
     pattern = re.compile(os.fsencode(names.pattern))
@@ -140,8 +144,8 @@ def _found(names: re.Pattern[str], file: Path) -> set[str]:
 
 
 def _remove(target: Path, names: set[str]) -> None:
-    """Remove data files of a target that no model file in the folder has in it."""
-    with suppress(OSError):  # What cannot be looked through or removed stays.
+    """Remove data files of a target unless a model file in the folder contains their names."""
+    with suppress(OSError):  # if a model cannot be searched, all data stays
         models = {target, *target.parent.glob("*.onnx")} if names else ()
         for name in names.difference(*(_found(data_names(target.name), model) for model in models)):
             target.with_name(name).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The tensors of a model: finding all of them, and where each one's bytes are, without reading these.
+"""The tensors of a model: finding all of them and the places of their bytes, without reading the bytes.
 
-Sizes come from dims and data type, never from the contents: a read of `raw_data` copies it.
+Sizes are computed from dims and data type, never from the contents: each access to `raw_data` copies it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Region:
     length: int
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, in pieces.
+        """The bytes, in chunks.
 
         Raises:
             InputError: The file cannot be read, or has become shorter.
@@ -79,7 +79,7 @@ def tensors(message: Message) -> Iterator[TensorProto]:
 
 @cache
 def tensor_fields(descriptor: Any) -> tuple[str, ...]:
-    """Names of the fields of a message type through which a tensor can be reached."""
+    """Names of the fields of a message type that are tensors or can contain tensors."""
     return tuple(f.name for f in descriptor.fields if f.message_type and _reaches_tensor(f.message_type))
 
 
@@ -102,9 +102,9 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def stored_size(tensor: TensorProto) -> int | None:
-    """Bytes that the tensor's shape takes in `raw_data` or in a file, or None where these cannot hold it.
+    """Number of bytes of a tensor of this shape in `raw_data` or in a file.
 
-    They cannot hold strings; the size of a data type that onnx does not know is unknown.
+    None for strings, which cannot be stored like this, and for data types that onnx does not know.
     """
     if tensor.data_type == TensorProto.STRING:
         return None
@@ -118,15 +118,15 @@ def stored_size(tensor: TensorProto) -> int | None:
 
 
 def check(tensor: TensorProto, files: Mapping[str, Path], owner: str) -> None:
-    """Compare the bytes that a tensor has with those that its shape takes.
+    """Check that a tensor has as many bytes as its shape takes.
 
     Args:
-        tensor: Any tensor of the model; a segment of one is left alone.
+        tensor: Any tensor of the model; segments of tensors are not checked.
         files: The model's external files.
         owner: The model's name, for messages.
 
     Raises:
-        InputError: They differ, a dimension is negative, or the bytes are not where they should be.
+        InputError: The numbers differ, a dimension is negative, or external bytes are missing.
     """
     label = f"{owner}: tensor {tensor.name!r}"
     if len(tensor.dims) > _MAX_RANK:
@@ -147,7 +147,7 @@ def check(tensor: TensorProto, files: Mapping[str, Path], owner: str) -> None:
 
 
 def _contents(tensor: TensorProto) -> tuple[int, int | None, str]:
-    """How many units an inline tensor holds, how many its shape takes (None: unknown), and of what."""
+    """The number of units that an inline tensor holds, the number that it needs (None: unknown), the unit."""
     if tensor.HasField("raw_data"):
         return len(tensor.raw_data), stored_size(tensor), "bytes"
     try:
@@ -169,10 +169,10 @@ def reference(tensor: TensorProto) -> dict[str, str]:
 
 
 def region(tensor: TensorProto, files: Mapping[str, Path], owner: str) -> Region:
-    """Where an external tensor's bytes are.
+    """The place of an external tensor's bytes.
 
     Raises:
-        InputError: The entries are no numbers, disagree with the shape, or point outside the file.
+        InputError: The entries are no numbers, contradict the shape, or point outside the file.
     """
     label = f"{owner}: tensor {tensor.name!r}"
     entries = reference(tensor)
@@ -212,7 +212,7 @@ def read(tensor: TensorProto, files: Mapping[str, Path], owner: str) -> NDArray[
     """The tensor as an array; external bytes are mapped read-only, not copied.
 
     Raises:
-        InputError: It is damaged, or a kind of tensor that has no array (undefined, unknown, a segment).
+        InputError: The tensor is damaged, or of a kind that has no array (undefined, unknown, a segment).
     """
     check(tensor, files, owner)
     try:
@@ -235,6 +235,6 @@ def _mapped(tensor: TensorProto, place: Region) -> NDArray[Any]:
 
 
 def inline(name: str, values: NDArray[Any]) -> TensorProto:
-    """A tensor that carries its own bytes."""
+    """A tensor with its bytes inside the proto."""
     kind = helper.np_dtype_to_tensor_dtype(values.dtype)
     return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=values.tobytes())
