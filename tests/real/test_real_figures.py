@@ -1,4 +1,4 @@
-"""The figures that the README states about real models; `tests/benchmarks` prints them."""
+"""The figures that docs/benchmarks.md states about real models; `tests/benchmarks` prints them."""
 
 import subprocess
 import sys
