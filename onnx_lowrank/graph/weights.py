@@ -36,7 +36,7 @@ COMPUTED = "its operands are computed and none is a constant weight: there is no
 """The reason to skip an operator that has no weight at all."""
 
 ARGUMENT = "an operand comes from the function's caller: if it is a weight, inline the functions first"
-"""The reason to skip an operator in a function whose operand may be a weight."""
+"""The reason to skip an operator in a function if one of its operands may be a weight."""
 
 _LONGEST_CHAIN = 32
 

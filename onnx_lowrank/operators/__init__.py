@@ -1,1 +1,1 @@
-"""The operators whose weights are decomposed."""
+"""The families of operators with weights that are decomposed."""

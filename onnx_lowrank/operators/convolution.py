@@ -80,7 +80,7 @@ class Convolution(Operator):
         return Positions(outputs[0], inputs[2:], outputs[2:])
 
     def folds_batchnorm(self, operand: int, opset: int) -> bool:
-        """A convolution has one bias per output feature, whatever the opset."""
+        """A convolution has one bias per output feature, in every opset."""
         return True
 
     def feature_axis(self, use: Use) -> int | None:
@@ -142,7 +142,7 @@ class Convolution(Operator):
         return "Conv", "Conv"
 
     def _held_by_encoder(self, layer: Layer, nodes: Sequence[NodeProto], fold: Fold) -> tuple[int, ...]:
-        """The spatial axes whose stride, padding and dilation go to the first factor (rule 2)."""
+        """The spatial axes with their stride, padding and dilation in the first factor (rule 2)."""
         axes = fold.encoder_axes(len(layer.kernel))
         return tuple(a for a, n in enumerate(layer.kernel) if n == 1 or a in axes)
 

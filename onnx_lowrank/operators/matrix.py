@@ -184,7 +184,7 @@ class Product(Operator):
         return self.on_right(use.operand) != self.transposes(node, self.activation(use.operand))
 
     def timed(self, layer: Layer, use: Use, node: NodeProto) -> Timed | None:
-        """As many vectors as in the model; None for batches of matrices, whose input shape is unknown."""
+        """As many vectors as in the model; None for batches of matrices, as their input shape is unknown."""
         if use.positions is None or layer.groups > 1:
             return None
         f, c = (layer.c, layer.f) if use.transposed else (layer.f, layer.c)

@@ -169,7 +169,7 @@ class _Round:
                     yield pair
 
     def _only_reader(self, place: Place) -> tuple[Place, int] | None:
-        """Rule 1: the node of the same scope, and its operand, that alone read a node's result."""
+        """Rule 1: the only reader of a node's result, in the same scope, and the operand that reads it."""
         result = self._walk.result(place)
         reads = [] if result is None or self._walk.is_output(result) else self._walk.consumers(result)
         # Reads, not readers: MatMul(y, y) is one node that reads y twice.
