@@ -518,7 +518,10 @@ def test_a_layer_is_timed_with_all_that_takes_time(op, direction, with_):
     assert small.shape == (STEPS, BATCH, INPUTS)
     (dense,) = run(small.dense().proto, small.feed())
     assert dense.shape == (STEPS, DIRECTIONS[direction], BATCH, HIDDEN)
-    for option, chain in small.chains().decomposed([Option(Fold.ENCODE, 1, j) for j in (1, 4)]):
+    options = [Option(Fold.ENCODE, 1, j) for j in (1, 4)]
+    chains = small.chains()
+    assert len({small.key, *map(chains.digest, options)}) == 3
+    for option, chain in chains.decomposed(options):
         assert [n.op_type for n in chain.proto.graph.node] == ["MatMul", op]
         (result,) = run(chain.proto, small.feed())
         assert result.shape == dense.shape, option

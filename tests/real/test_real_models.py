@@ -39,7 +39,7 @@ def test_a_real_model_reaches_its_ratio_and_passes_validation(shared, name, tmp_
 
 @pytest.mark.parametrize("name", ["silero_vad", "silero_vad_half"])
 def test_recurrent_weights_make_smaller_models(shared, name):
-    """The convolutions alone reach no ratio below 0.45."""
+    """The convolutions alone reach no ratio below 0.43."""
     result = onnx_lowrank.compress(shared / "models" / f"{name}.onnx", ratio=0.3)
     assert result.report.reached <= 0.3
     rows = [row for row in result.report.layers if row.op == "LSTM"]
