@@ -116,7 +116,7 @@ def compress(
         include: Globs of layer ids or node names; where there are any, only these are decomposed.
         exclude: Globs of layer ids or node names that are left alone.
         calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder, arrays by name, an
-            iterable of feeds, or an ONNX Runtime CalibrationDataReader; see `calibrate.data.open`.
+            iterable of feeds, or an ONNX Runtime CalibrationDataReader; see `calibrate.data.open_samples`.
         calibration_samples: How many of them to use at most.
         recover: Let recipes that say so recover each layer from the errors of those before it.
         target_error: Instead of a ratio, find the smallest model whose outputs on held-out calibration

@@ -125,7 +125,7 @@ def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: 
     given = None if setting.inputs is None else read_inputs(setting.inputs, wanted)
     samples = None
     if setting.calibration is not None:
-        samples = stack.enter_context(data.open(setting.calibration, wanted, setting.samples))
+        samples = stack.enter_context(data.open_samples(setting.calibration, wanted, setting.samples))
     # The inputs to compare on tell the shapes that nobody stated.
     shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
     shapes = dict(setting.shapes)

@@ -38,7 +38,7 @@ def measured(found: Found, source: Any, **options: Any) -> Iterator[Calibration]
     """Calibration by any data that compress() takes."""
     model = found.model
     with (
-        data.open(source, specs(model.proto)) as samples,
+        data.open_samples(source, specs(model.proto)) as samples,
         statistics.measure(model, found.walk, found.bindings, samples, ENGINE, THREADS, **options) as taken,
     ):
         yield Calibration(samples, ENGINE, taken)

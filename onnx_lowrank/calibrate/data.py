@@ -96,7 +96,7 @@ class Samples:
         self._files.close()
 
 
-def open(source: Source, wanted: tuple[Spec, ...], samples: int | None = None) -> Samples:  # noqa: A001
+def open_samples(source: Source, wanted: tuple[Spec, ...], samples: int | None = None) -> Samples:
     """Open calibration data, and check all that is used of it against the model.
 
     An array whose rank is the input's has samples on its first axis. With one axis more, every sample is

@@ -31,7 +31,7 @@ def ramp(*shape, dtype=np.float32):
 
 
 def draw(source, wanted=X, size=8, samples=None):
-    with data.open(source, wanted, samples) as found:
+    with data.open_samples(source, wanted, samples) as found:
         return list(found.batches(size))
 
 
@@ -105,7 +105,7 @@ class TestTables:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_passes_are_equal_and_independent(self, tmp_path, kind):
-        with data.open(sources(tmp_path, ramp(40, 4))[kind], X) as found:
+        with data.open_samples(sources(tmp_path, ramp(40, 4))[kind], X) as found:
             one, two = found.batches(3), found.batches(3)
             pairs = list(zip(one, two, strict=True))
             again = list(found.batches(3))
@@ -116,13 +116,13 @@ class TestTables:
 
     @pytest.mark.parametrize(("count", "held"), [(1, 0), (4, 0), (5, 1), (9, 1), (10, 2), (100, 20)])
     def test_counts(self, count, held):
-        with data.open(numbered(count), X) as found:
+        with data.open_samples(numbered(count), X) as found:
             assert (found.count, found.held) == (count, held)
             assert found.description == f"array: {count} sample{'s' * (count > 1)}, {held} held out"
 
     def test_description_has_no_folder(self, tmp_path):
         source = sources(tmp_path, numbered(50))["npz"]
-        with data.open(source, X, 40) as found:
+        with data.open_samples(source, X, 40) as found:
             assert found.description == "plain.npz: 40 of 50 samples, 8 held out"
 
     def test_several_inputs_stay_together(self, tmp_path):
@@ -138,7 +138,7 @@ class TestTables:
         np.savez_compressed(tmp_path / "big.npz", x=np.tile(ramp(500, 1), (1, 25_000)))  # 50 MB
         wanted = (spec(shape=(None, 25_000)),)
         small = 0
-        with data.open(tmp_path / "big.npz", wanted) as found:
+        with data.open_samples(tmp_path / "big.npz", wanted) as found:
             tracemalloc.start()
             for batch in found.batches(4):
                 small += len(batch.feed["x"])
@@ -174,7 +174,7 @@ class TestFixedBatch:
         assert found[True] == [g for i, g in enumerate(groups) if i % 5 == 4]
 
     def test_a_warning_names_what_is_left_out(self):
-        with data.open(numbered(43), (spec(shape=(4, 4)),)) as found:
+        with data.open_samples(numbered(43), (spec(shape=(4, 4)),)) as found:
             assert found.count == 40
             assert "The last samples do not fill a batch of 4: 3 left out." in found.warnings
 
@@ -183,14 +183,14 @@ class TestFixedBatch:
         with pytest.raises(
             InputError, match="gives 3 samples, but the model takes 4 at once: give 4 or more"
         ):
-            data.open(numbered(count), (spec(shape=(4, 4)),), samples)
+            data.open_samples(numbered(count), (spec(shape=(4, 4)),), samples)
 
     def test_two_sizes(self):
         wanted = (spec("a", (2, 4)), spec("b", (3, 4)))
         with pytest.raises(
             InputError, match="'b' takes 3 samples at once, but others 2: give every array one"
         ):
-            data.open({"a": numbered(12), "b": numbered(12)}, wanted)
+            data.open_samples({"a": numbered(12), "b": numbered(12)}, wanted)
 
 
 class TestWithoutBatchAxis:
@@ -252,7 +252,7 @@ class TestWithoutBatchAxis:
     def test_mixed_with_a_fixed_batch(self):
         wanted = (spec(shape=(4, 4)), spec("rate", (), "int64"))
         with pytest.raises(InputError, match="'x' takes 4 samples at once, but others 1"):
-            data.open({"x": numbered(8), "rate": np.arange(8)}, wanted)
+            data.open_samples({"x": numbered(8), "rate": np.arange(8)}, wanted)
 
 
 def test_sets(folder, feeds):
@@ -302,11 +302,11 @@ class TestFeeds:
     @pytest.mark.parametrize("kind", FEEDS)
     def test_counts(self, tmp_path, kind):
         fixed = feed_sources(tmp_path / "a", list(numbered(12, 2, 4)))[kind]
-        with data.open(fixed, (spec(shape=(2, 4)),)) as found:
+        with data.open_samples(fixed, (spec(shape=(2, 4)),)) as found:
             assert (found.count, found.held) == (12, 2)
             assert found.description.endswith(": 12 feeds, 2 held out")
         free = feed_sources(tmp_path / "b", list(numbered(12, 3, 4)))[kind]
-        with data.open(free, X) as found:
+        with data.open_samples(free, X) as found:
             assert (found.count, found.held) == (36, 6)
             assert found.description.endswith(": 12 feeds with 36 samples, 6 held out")
 
@@ -350,12 +350,12 @@ class TestFeeds:
                 drawn.append(len(drawn))
                 yield {"x": numbered(4)}
 
-        with data.open(endless(), X, 10) as found:
+        with data.open_samples(endless(), X, 10) as found:
             assert found.count == 10
         assert len(drawn) == 3
 
     def test_a_generator_can_be_read_again(self):
-        with data.open(({"x": ramp(2, 4) + i} for i in range(7)), X) as found:
+        with data.open_samples(({"x": ramp(2, 4) + i} for i in range(7)), X) as found:
             one, two = (np.concatenate([b.feed["x"] for b in found.batches(8)]) for _ in range(2))
         np.testing.assert_array_equal(one, np.concatenate([ramp(2, 4) + i for i in range(7)]), strict=True)
         assert one.tobytes() == two.tobytes()
@@ -389,7 +389,7 @@ class TestFeeds:
 
     def test_the_spooled_file_goes(self, monkeypatch, tmp_path):
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-        found = data.open([{"x": ramp(2, 4)}], X)
+        found = data.open_samples([{"x": ramp(2, 4)}], X)
         found.close()
         assert list(tmp_path.iterdir()) == []
         with pytest.raises(ValueError, match="closed file"):
@@ -399,7 +399,7 @@ class TestFeeds:
         closed = []
         monkeypatch.setattr(data, "Spool", lambda names: _Closing(names, closed))
         with pytest.raises(InputError, match="lacks the input 'x'"):
-            data.open([{"x": ramp(2, 4)}, {}], X)
+            data.open_samples([{"x": ramp(2, 4)}, {}], X)
         assert closed == [True]
 
     def test_a_full_disk(self, monkeypatch):
@@ -408,12 +408,12 @@ class TestFeeds:
         with pytest.raises(
             InputError, match=r"Feed 0 of .* where 1 MiB are free: pass fewer --calibration-s"
         ):
-            data.open([{"x": ramp(2, 4)}], X)
+            data.open_samples([{"x": ramp(2, 4)}], X)
 
     def test_memory_does_not_grow_with_the_feeds(self):
         feeds = ({"x": np.full((10, 25_000), i, np.float32)} for i in range(50))  # 50 MB
         tracemalloc.start()
-        with data.open(feeds, (spec(shape=(None, 25_000)),)) as found:
+        with data.open_samples(feeds, (spec(shape=(None, 25_000)),)) as found:
             total = sum(len(batch.feed["x"]) for batch in found.batches(10))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -439,7 +439,7 @@ class TestDtypes:
         target = np.dtype(getattr(ml_dtypes, wanted, None) or wanted)
         x = np.random.default_rng(0).standard_normal((7, 4)).astype(given)
         wanted_spec = (Spec("x", target, (None, 4)),)
-        with data.open([{"x": x}] if feeds else x, wanted_spec) as found:
+        with data.open_samples([{"x": x}] if feeds else x, wanted_spec) as found:
             batches = list(found.batches(8))
             narrowed = [w for w in found.warnings if "rounded" in w]
         assert {b.feed["x"].dtype for b in batches} == {target}
@@ -472,7 +472,7 @@ class TestDtypes:
     def test_integers_that_do_not_fit(self, wanted, given, value):
         x = np.array([[0], [0], [value]], given)
         with pytest.raises(InputError, match=f"sample 2 of the input 'x' has a value outside {wanted}"):
-            data.open(x, (spec(shape=(None, 1), dtype=wanted),))
+            data.open_samples(x, (spec(shape=(None, 1), dtype=wanted),))
 
     @pytest.mark.parametrize("kind", [*KINDS, *FEEDS])
     @pytest.mark.parametrize("given", ["uint8", "int8", "int64", "bool"])
@@ -484,7 +484,7 @@ class TestDtypes:
             f"'x' is {wanted} in the model, but {given} was given: apply the model's own preprocessing first"
         )
         with pytest.raises(InputError, match=message):
-            data.open(source, (spec(dtype=wanted),))
+            data.open_samples(source, (spec(dtype=wanted),))
 
     @pytest.mark.parametrize(
         ("wanted", "given"),
@@ -500,7 +500,7 @@ class TestDtypes:
         with pytest.raises(
             InputError, match=f"is {wanted} in the model, but {np.dtype(given).name} was given"
         ):
-            data.open(np.ones((2, 4), given), (spec(dtype=wanted),))
+            data.open_samples(np.ones((2, 4), given), (spec(dtype=wanted),))
 
     @pytest.mark.parametrize("kind", ["npz", "npy", "files", "list", "mapping"])
     def test_bfloat16_survives_files(self, tmp_path, kind):
@@ -529,7 +529,7 @@ class TestDtypes:
 
     def test_objects_that_are_no_strings(self):
         with pytest.raises(InputError, match="'x' has an element that is no string"):
-            data.open(np.array([["a", 1]], object), (Spec("x", np.dtype(object), (None, 2)),))
+            data.open_samples(np.array([["a", 1]], object), (Spec("x", np.dtype(object), (None, 2)),))
 
 
 class TestValues:
@@ -542,13 +542,13 @@ class TestValues:
         with pytest.raises(
             InputError, match=rf"sample {sample} of the input 'x' has NaN or Inf \(as float32\)"
         ):
-            data.open(sources(tmp_path, x)[kind], X)
+            data.open_samples(sources(tmp_path, x)[kind], X)
 
     def test_the_number_is_the_sources(self):
         x = np.array(numbered(20))
         x[15] = np.nan
         with pytest.raises(InputError, match="sample 15 of"):
-            data.open(x, X, 4)
+            data.open_samples(x, X, 4)
         x[15], x[16] = 0, np.nan
         assert sum(len(b.feed["x"]) for b in draw(x, samples=4)) == 4
 
@@ -562,36 +562,36 @@ class TestValues:
         with pytest.raises(
             InputError, match=rf"{where}: the input 'x' has NaN or Inf \(as float32\): correct it"
         ):
-            data.open(feed_sources(tmp_path, arrays)[kind], X)
+            data.open_samples(feed_sources(tmp_path, arrays)[kind], X)
 
     def test_overflow_on_rounding(self):
         x = np.zeros((3, 4))
         x[1, 1] = 1e300
         with pytest.raises(InputError, match=r"sample 1 of the input 'x' has NaN or Inf \(as float32\)"):
-            data.open(x, X)
+            data.open_samples(x, X)
 
     @pytest.mark.parametrize("kind", [*KINDS, "files", "list"])
     def test_equal_samples_are_warned_of(self, tmp_path, kind):
         x = np.tile(ramp(1, 4), (40, 1))
         source = {**sources(tmp_path, x), **feed_sources(tmp_path, [x])}[kind]
-        with data.open(source, X) as found:
+        with data.open_samples(source, X) as found:
             assert found.warnings == ("All 40 samples are the same: give different ones.",)
 
     def test_an_input_of_one_value_is_warned_of(self):
         wanted = (spec("a"), spec("b"), spec("mask", dtype="int64"))
         arrays = {"a": ramp(40, 4), "b": np.full((40, 4), 2, np.float32), "mask": np.ones((40, 4), np.int64)}
-        with data.open(arrays, wanted) as found:
+        with data.open_samples(arrays, wanted) as found:
             assert found.warnings == ("The input 'b' is 2 everywhere in all samples: check the data.",)
 
     @pytest.mark.parametrize(("count", "words"), [(1, "1 sample"), (2, "2 samples"), (31, "31 samples")])
     def test_few_samples_are_warned_of(self, count, words):
-        with data.open(ramp(count, 4), X) as found:
+        with data.open_samples(ramp(count, 4), X) as found:
             assert found.warnings == (
                 f"Estimates from {words} are weak: give at least 32, better a few hundred.",
             )
 
     def test_enough_good_samples_have_no_warning(self):
-        with data.open(ramp(32, 4), X) as found:
+        with data.open_samples(ramp(32, 4), X) as found:
             assert found.warnings == ()
 
 
@@ -609,7 +609,7 @@ class TestNamesAndShapes:
         with pytest.raises(
             InputError, match=message.get(wrong, "lacks the input 'b': give an array for each")
         ):
-            data.open(source, wanted)
+            data.open_samples(source, wanted)
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("shape", [(6, 5), (6,), (6, 4, 1), (2, 6, 4, 1), ()])
@@ -617,7 +617,7 @@ class TestNamesAndShapes:
         with pytest.raises(
             InputError, match=r"'x' has the shape .×4 in the model, but .* was given: reshape"
         ):
-            data.open(sources(tmp_path, np.ones(shape, np.float32))[kind], X)
+            data.open_samples(sources(tmp_path, np.ones(shape, np.float32))[kind], X)
 
     @pytest.mark.parametrize("kind", FEEDS)
     @pytest.mark.parametrize("shape", [(6, 5), (6,), (1, 6, 4), ()])
@@ -625,7 +625,7 @@ class TestNamesAndShapes:
         with pytest.raises(
             InputError, match=r"'x' has the shape .×4 in the model, but .* was given: reshape"
         ):
-            data.open(feed_sources(tmp_path, [np.ones(shape, np.float32)])[kind], X)
+            data.open_samples(feed_sources(tmp_path, [np.ones(shape, np.float32)])[kind], X)
 
     @pytest.mark.parametrize("kind", [*KINDS, *FEEDS])
     @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
@@ -633,7 +633,7 @@ class TestNamesAndShapes:
         x = np.ones(shape, np.float32)
         source = {**sources(tmp_path, x), **feed_sources(tmp_path, [x])}[kind]
         with pytest.raises(InputError, match=r"'x' is empty.*: give samples"):
-            data.open(source, (spec(shape=(None, None)),))
+            data.open_samples(source, (spec(shape=(None, None)),))
 
     @pytest.mark.parametrize("kind", ["mapping", "npz", "files", "list", "sets"])
     def test_a_past_of_no_length_is_no_lack_of_samples(self, tmp_path, kind):
@@ -656,15 +656,15 @@ class TestNamesAndShapes:
         arrays = {"x": ramp(0, 4), "past": np.ones((0, 3), np.float32)}
         wanted = (spec(), spec("past", (None, None)))
         with pytest.raises(InputError, match=r"'x' is empty.*: give samples"):
-            data.open(arrays if kind == "mapping" else [arrays], wanted)
+            data.open_samples(arrays if kind == "mapping" else [arrays], wanted)
         with pytest.raises(InputError, match=r"'past' is empty.*: give samples"):
-            data.open(
+            data.open_samples(
                 {**arrays, "x": ramp(5, 4)} if kind == "mapping" else [{**arrays, "x": ramp(5, 4)}], wanted
             )
 
     def test_different_numbers_of_samples(self):
         with pytest.raises(InputError, match="'b' has 5 samples, but 'a' has 6: give as many of each"):
-            data.open({"a": ramp(6, 4), "b": ramp(5, 4)}, (spec("a"), spec("b")))
+            data.open_samples({"a": ramp(6, 4), "b": ramp(5, 4)}, (spec("a"), spec("b")))
 
     @pytest.mark.parametrize("source", [ramp(6, 4), "x.npy"])
     def test_one_array_for_two_inputs(self, tmp_path, source):
@@ -674,21 +674,21 @@ class TestNamesAndShapes:
         with pytest.raises(
             InputError, match="is one array, but the model has the inputs 'a', 'b': name arrays"
         ):
-            data.open(source, (spec("a"), spec("b")))
+            data.open_samples(source, (spec("a"), spec("b")))
 
     def test_no_tensor(self):
         with pytest.raises(InputError, match="'x' of the model is no tensor: leave --calibration out"):
-            data.open(ramp(6, 4), (Spec("x", None, None),))
+            data.open_samples(ramp(6, 4), (Spec("x", None, None),))
 
     def test_no_inputs(self):
         with pytest.raises(InputError, match="has no inputs to calibrate"):
-            data.open({}, ())
+            data.open_samples({}, ())
 
 
 class TestBadSources:
     def test_missing(self, tmp_path):
         with pytest.raises(InputError, match=r"nothing\.npz does not exist: pass"):
-            data.open(tmp_path / "nothing.npz", X)
+            data.open_samples(tmp_path / "nothing.npz", X)
 
     @pytest.mark.parametrize("names", [[], ["readme.txt"], ["sub/x.npz"], ["test_data_set_x/input_0.pb"]])
     def test_folders_with_nothing(self, tmp_path, names):
@@ -696,18 +696,18 @@ class TestBadSources:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(b"1")
         with pytest.raises(InputError, match=r"holds neither test_data_set_\*/input_\*\.pb nor \.npz files"):
-            data.open(tmp_path, X)
+            data.open_samples(tmp_path, X)
 
     def test_folders_with_both(self, tmp_path):
         test_sets(tmp_path, [[ramp(2, 4)]])
         batch_files(tmp_path, [{"x": ramp(2, 4)}])
         with pytest.raises(InputError, match=r"holds both .* give a folder of one of them"):
-            data.open(tmp_path, X)
+            data.open_samples(tmp_path, X)
 
     @pytest.mark.parametrize("source", [3, None, 2.5])
     def test_other_types(self, source):
         with pytest.raises(InputError, match=f"is of the type {type(source).__name__}: pass a path, arrays"):
-            data.open(source, X)
+            data.open_samples(source, X)
 
     @pytest.mark.parametrize(
         ("given", "reader"),
@@ -716,18 +716,18 @@ class TestBadSources:
     def test_feeds_that_are_no_dicts(self, given, reader):
         message = f"Feed 0 of the calibration data is of the type {type(given[0]).__name__}: give a dict"
         with pytest.raises(InputError, match=message):
-            data.open(Reader(given) if reader else given, X)
+            data.open_samples(Reader(given) if reader else given, X)
 
     @pytest.mark.parametrize("source", [[], iter(()), Reader([])])
     def test_no_feeds(self, source):
         with pytest.raises(InputError, match="gives no feeds: a generator must be fresh"):
-            data.open(source, X)
+            data.open_samples(source, X)
 
     @pytest.mark.parametrize("feeds", [False, True])
     def test_ragged_lists(self, feeds):
         arrays = {"x": [[1.0, 2.0], [3.0]]}
         with pytest.raises(InputError, match=r"'x' is no array \(.*\): give one"):
-            data.open([arrays] if feeds else arrays, X)
+            data.open_samples([arrays] if feeds else arrays, X)
 
     @pytest.mark.parametrize(
         "content",
@@ -746,7 +746,7 @@ class TestBadSources:
         with pytest.raises(
             InputError, match=f"{name} is damaged, or neither an .npz archive nor an .npy array"
         ):
-            data.open(tmp_path / name, X)
+            data.open_samples(tmp_path / name, X)
 
     @pytest.mark.parametrize("kind", ["npz", "packed", "npy"])
     @pytest.mark.parametrize("seed", range(40))
@@ -770,7 +770,7 @@ class TestBadSources:
         content[400] ^= 1
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"plain\.npz is damaged"):
-            data.open(path, X)
+            data.open_samples(path, X)
 
     @pytest.mark.parametrize("kind", ["npz", "npy", "files"])
     def test_pickles_are_not_loaded(self, tmp_path, kind):
@@ -779,13 +779,13 @@ class TestBadSources:
         np.save(tmp_path / "x.npy", x)
         source = tmp_path if kind == "files" else tmp_path / f"x.{kind}"
         with pytest.raises(InputError, match="holds pickled objects, which are not read"):
-            data.open(source, X)
+            data.open_samples(source, X)
 
     @pytest.mark.parametrize("kind", ["npz", "npy"])
     def test_fortran_order(self, tmp_path, kind):
         source = sources(tmp_path, np.asfortranarray(ramp(6, 4)))[kind]
         with pytest.raises(InputError, match=r"in Fortran order.* save numpy\.ascontiguousarray"):
-            data.open(source, X)
+            data.open_samples(source, X)
 
     def test_a_header_that_promises_more_than_there_is(self, tmp_path):
         header = io.BytesIO()
@@ -796,7 +796,7 @@ class TestBadSources:
         with pytest.raises(
             InputError, match=r"of the shape \[1099511627776, 4\] does not fit into its 128 bytes"
         ):
-            data.open(tmp_path / "x.npy", X)
+            data.open_samples(tmp_path / "x.npy", X)
 
     @pytest.mark.parametrize("feeds", [False, True])
     def test_large_samples_are_refused(self, tmp_path, monkeypatch, feeds):
@@ -805,7 +805,7 @@ class TestBadSources:
         with pytest.raises(
             InputError, match=r"takes .* GiB, more than .* GiB: give smaller samples, or fewer"
         ):
-            data.open(tmp_path if feeds else tmp_path / "x.npz", (spec(shape=(None, 300)),))
+            data.open_samples(tmp_path if feeds else tmp_path / "x.npz", (spec(shape=(None, 300)),))
 
     def test_an_encrypted_member(self, tmp_path):
         path = sources(tmp_path, ramp(6, 4))["npz"]
@@ -815,14 +815,14 @@ class TestBadSources:
             content[at : at + 2] = struct.pack("<H", 1)
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"plain\.npz is damaged"):
-            data.open(path, X)
+            data.open_samples(path, X)
 
     def test_a_member_that_is_no_array(self, tmp_path):
         path = sources(tmp_path, ramp(6, 4))["npz"]
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("notes.txt", "hello")
         with pytest.raises(InputError, match="is damaged, or neither"):
-            data.open(path, X)
+            data.open_samples(path, X)
 
 
 class TestBadTensors:
@@ -832,7 +832,7 @@ class TestBadTensors:
         path = tmp_path / "test_data_set_0" / "input_0.pb"
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"input_0\.pb is no serialized TensorProto, or is damaged"):
-            data.open(tmp_path, X)
+            data.open_samples(tmp_path, X)
 
     def test_external_data_is_not_followed(self, tmp_path):
         test_sets(tmp_path, [[ramp(2, 4)]])
@@ -840,20 +840,20 @@ class TestBadTensors:
         tensor.external_data.append(onnx.StringStringEntryProto(key="location", value="/etc/passwd"))
         (tmp_path / "test_data_set_0" / "input_0.pb").write_bytes(tensor.SerializeToString())
         with pytest.raises(InputError, match=r"input_0\.pb keeps its data in another file"):
-            data.open(tmp_path, X)
+            data.open_samples(tmp_path, X)
 
     def test_fewer_bytes_than_the_shape_takes(self, tmp_path):
         test_sets(tmp_path, [[ramp(2, 4)]])
         tensor = TensorProto(data_type=1, dims=[2**40, 4], raw_data=b"1234")
         (tmp_path / "test_data_set_0" / "input_0.pb").write_bytes(tensor.SerializeToString())
         with pytest.raises(InputError, match="is no serialized TensorProto, or is damaged"):
-            data.open(tmp_path, X)
+            data.open_samples(tmp_path, X)
 
     @pytest.mark.parametrize(("given", "message"), [(1, "lacks input_1.pb"), (3, "has input_2.pb")])
     def test_number_of_files(self, tmp_path, given, message):
         test_sets(tmp_path, [[ramp(2, 4)] * given])
         with pytest.raises(InputError, match=f"test_data_set_0 {message}, but the model has 2 inputs"):
-            data.open(tmp_path, (spec("a"), spec("b")))
+            data.open_samples(tmp_path, (spec("a"), spec("b")))
 
 
 def test_real_readers_of_onnx_runtime():

@@ -307,7 +307,7 @@ def test_an_output_that_does_not_vary_is_compared_with_its_size():
 def test_outputs_without_a_batch_axis_vary_over_the_batches():
     proto = model("g (float[8] x) => (float[5] y) { y = MatMul (x, w) }", w=(8, 5))
     x = drawn(3, 10, 8).astype(np.float32)
-    with data.open({"x": x}, specs(proto)) as rows:
+    with data.open_samples({"x": x}, specs(proto)) as rows:
         result = measured(proto, rows, (0.1,))
     fit = x[[n for n in range(10) if n % 5 != 4]].astype(float)
     w, noise = weights(proto)["w"], 0.1 * drawn(9, 1, 5, 8)[0].T
@@ -443,7 +443,7 @@ def test_layers_that_cannot_be_overridden_have_reasons():
     body = "g (int64[N] i, float[N,8] x) => (float[N,9] y) { e = Gather (t, i) a = MatMul (x, w) y = Add (e, a) }"
     proto = model(body, t=(40, 9), w=(8, 9))
     feed = {"i": np.arange(10) % 7, "x": drawn(1, 10, 8).astype(np.float32)}
-    with data.open(feed, specs(proto)) as rows:
+    with data.open_samples(feed, specs(proto)) as rows:
         result = measured(proto, rows)
     assert list(result) == ["w"]
     assert result.reasons == {"t": "it is a table, which is too large to be fed"}
@@ -451,7 +451,7 @@ def test_layers_that_cannot_be_overridden_have_reasons():
 
 def test_only_tables():
     proto = model("g (int64[N] i) => (float[N,9] y) { y = Gather (t, i) }", t=(40, 9))
-    with data.open({"i": np.arange(10)}, specs(proto)) as rows:
+    with data.open_samples({"i": np.arange(10)}, specs(proto)) as rows:
         result = measured(proto, rows)
     assert (len(result), list(result.reasons)) == (0, ["t"])
 
@@ -460,7 +460,9 @@ def test_a_layer_that_never_runs_causes_no_error():
     body = "g (float[N,8] x, bool k) => (float[N,6] y) { y = If (k) <then_branch = t () => (float[N,6] o) { o = MatMul (x, w) }, else_branch = e () => (float[N,6] p) { p = MatMul (x, v) }> }"
     proto = model(body)
     constants(proto.graph, *tensors(w=(8, 6), v=(8, 6)))
-    with data.open({"x": drawn(1, 20, 8).astype(np.float32), "k": np.array(True)}, specs(proto)) as rows:
+    with data.open_samples(
+        {"x": drawn(1, 20, 8).astype(np.float32), "k": np.array(True)}, specs(proto)
+    ) as rows:
         result = measured(proto, rows)
     assert (result["w"] > 1e-3).all()
     assert result["v"].tolist() == [0.0, 0.0]
