@@ -108,8 +108,8 @@ def compress(
         ratio: Budget of the output over that of the input, above 0 and at most 1.
         recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
             on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
-        budget: What the ratio counts: "params" (the default), "macs" or "latency", the time that a run takes
-            here.
+        budget: Name of what the ratio counts, a module of `onnx_lowrank.budgets`: "params" (the default),
+            "macs", "latency", the time that a run takes here, or "bytes", the size of the files.
         align: Consider only ranks that are multiples of this, and for convolutions only slices whose channels
             are; "auto" is what the provider computes in. By default any, and "auto" for latency.
         plan: A plan to replay, instead of ratio, recipe, budget and alignment.

@@ -127,6 +127,10 @@ class Budget(ABC):
     def total(self, run: Run) -> Total | None:
         """What both models of a run amount to; None where the report has nothing to say of it."""
 
+    def holds(self, run: Run) -> bool:
+        """Whether a finished model, whose operators were merged, costs no more than its plan has reckoned."""
+        return True
+
     def warnings(self, run: Run, total: Total) -> Iterator[str]:
         """What would surprise the user about the amount, under whatever budget the plan was made."""
         yield from ()

@@ -5,8 +5,8 @@ Rules:
 1. A model weighs its serialized proto and its data file, padding between tensors included. The name of the
    data file is not known before it is written, and counts with the longest that a file can have.
 2. A plan's model is rewritten without numbers: with the nodes, names, tensors and metadata that it will
-   have, and with the longest certificates that there are. So the finished model weighs no more, unless
-   operators are merged whose names grow by more than their weights shrink.
+   have, and with the longest certificates that there are. So the finished model weighs no more. Merged
+   operators may, as what is said of the product has its weight, too: then the model is made without.
 3. An option costs the bytes of its factors, and what its layer, rewritten alone, adds beside them, without
    padding. Within a few bytes that holds for all ranks and all k above 1. The model of the whole plan
    (rule 2) decides, and the constraint is tightened where that exceeds the limit.
@@ -76,8 +76,12 @@ class Bytes(Budget):
             return Total(before, None if run.rewritten is None else stored_bytes(run.rewritten.model))
         if run.rewritten is None or all(choice.option is None for choice in run.plan.choices):
             return Total(before, run.meter.of_model(run.plan.choices))
-        scales = _Scales(run.rewritten.model)
-        return Total(before, scales.dense + scales.padding(scales.skeleton))
+        return Total(before, _Scales(run.rewritten.model).saved)
+
+    def holds(self, run: Run) -> bool:
+        """Whether the files of a finished model weigh no more than its plan has reckoned."""
+        reckoned = self.on(run.found).of_model(run.plan.choices)
+        return run.rewritten is None or _Scales(run.rewritten.model).saved <= reckoned
 
 
 class _Meter(Counted):
@@ -220,6 +224,11 @@ class _Scales:
         if self._spills:
             return self.weigh(self.skeleton) + _NESTED * self._own
         return stored_bytes(replace(self._model, path=None))
+
+    @property
+    def saved(self) -> int:
+        """The bytes that `save` takes at most for the model."""
+        return self.dense + self.padding(self.skeleton)
 
     def weigh(self, skeleton: ModelProto) -> int:
         """The bytes of a skeleton with all contents, but for what these add to the lengths around them."""

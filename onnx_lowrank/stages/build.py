@@ -8,10 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
+from onnx_lowrank.budgets import registry
+from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.outcome import Merge, OutputError
 from onnx_lowrank.core.plan import Plan
+from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.compare import Comparison
 from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model
@@ -56,6 +59,8 @@ def build(
 ) -> Built:
     """Make the factors that a plan names, certify them as stored, and write them into the model.
 
+    Operators are merged where the plan says so, unless the model then costs more than the plan has reckoned.
+
     Args:
         found: The model.
         plan: What to do with its layers.
@@ -66,6 +71,19 @@ def build(
     Raises:
         InputError: The model fails on the calibration inputs, or the disk is full.
     """
+    built = _built(found, plan, calibration, executor, progress)
+    run = Run(found, plan, rewritten=built.rewritten, merged=bool(built.merges))
+    if not built.merges or registry.named(plan.budget).holds(run):
+        return built
+    _log.debug("what was multiplied makes the model dearer: it is made again without")
+    built.resources.close()
+    return _built(found, plans.sealed(replace(plan, merge=False)), calibration, executor, progress)
+
+
+def _built(
+    found: Found, plan: Plan, calibration: Calibration | None, executor: Executor, progress: Progress
+) -> Built:
+    """What `build` makes of a plan, taken by its word."""
     count = sum(choice.option is not None for choice in plan.choices)
     certificates: dict[str, Certificate] = {}
     fits: dict[str, LayerFit] = {}

@@ -17,7 +17,6 @@ from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.outcome import Calibrated, Merge, OutputError, Timing, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
-from onnx_lowrank.files import load as loading
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
@@ -235,20 +234,10 @@ def _row(
 
 def _totals(run: Run) -> Totals:
     """What every budget counts: first what has a formula, then what is measured."""
-    counted, measured = (
-        [
+    ordered = sorted(registry.every(), key=lambda budget: budget.is_measured)
+    return Totals(
+        tuple(
             Figure(budget.figure, budget.total(run), budget.title, budget.show, budget.unknown)
-            for budget in registry.every()
-            if budget.is_measured is is_measured
-        ]
-        for is_measured in (False, True)
+            for budget in ordered
+        )
     )
-    if all(figure.key != "bytes" for figure in counted):
-        counted.append(Figure("bytes", _bytes(run), "file bytes"))
-    return Totals((*counted, *measured))
-
-
-def _bytes(run: Run) -> Total:
-    """The sizes of both models' files."""
-    after = None if run.rewritten is None else loading.stored_bytes(run.rewritten.model)
-    return Total(loading.stored_bytes(run.found.model), after)

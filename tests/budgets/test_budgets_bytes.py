@@ -122,6 +122,19 @@ def test_external_data_counts_with_its_padding(ratio, tmp_path):
     held(path, ratio, tmp_path)
 
 
+@pytest.mark.parametrize(("long", "merges"), [(0, 1), (200, 0)])
+def test_operators_that_are_lighter_apart_stay_apart(long, merges, tmp_path):
+    """What is said of a product has its names in it, and may weigh more than the product saves."""
+    text = "g (float[3, 900] x) => (float[3, 2] y) { h = MatMul (x, w) y = MatMul (h, v) }"
+    proto = named_bodies(model(text, ir=10, w=decaying(1, 900, 3), v=decaying(2, 3, 2)))
+    proto.graph.node[0].name, proto.graph.node[1].name = "h", "y" + long * "y"
+    result = held(proto, 0.85, tmp_path)
+    assert len(result.report.merges) == merges
+    assert result.plan.merge == bool(merges)
+    again = compress(proto, plan=result.plan, device="cpu")
+    assert again.proto == result.proto
+
+
 def test_new_biases_count(tmp_path):
     x = np.random.default_rng(0).standard_normal((64, 1, 8, 8)).astype(np.float32)
     for recipe in ("activation", "output"):
