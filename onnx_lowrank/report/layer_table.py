@@ -11,6 +11,7 @@ from onnx_lowrank.measures import named
 from onnx_lowrank.report import words
 from onnx_lowrank.report.content import Content, LayerRow, Total
 from onnx_lowrank.report.page import Column, Page
+from onnx_lowrank.report.shorten import distinct
 
 _NAME_ROOM = 16
 _COMPACT = frozenset(("operator", "weight"))
@@ -41,7 +42,7 @@ def show(report: Content, page: Page) -> None:
         room = page.room(columns)
         if room >= enough:
             break
-    layer = Column("layer", words.distinct(names, max(room, 5)))
+    layer = Column("layer", distinct(names, max(room, 5)))
     page.table([layer, *columns], ["" if row.option else "dim" for row in report.layers])
     for line in _legend(report, {column.header for column in columns}):
         page.line(line, style="dim")

@@ -12,6 +12,7 @@ from onnx_lowrank.report import layer_table as layers
 from onnx_lowrank.report import words
 from onnx_lowrank.report.content import Content, Total
 from onnx_lowrank.report.page import Column, Page
+from onnx_lowrank.report.shorten import distinct
 
 _CHOSEN = "→ "
 
@@ -171,7 +172,7 @@ def _trials(trials: list[Trial], page: Page) -> None:
         shares = tuple("–" if trial.agreement is None else f"{trial.agreement:.2%}" for trial in trials)
         columns.append(Column("agreement", shares, "right"))
     room = page.room(columns) - len(_CHOSEN)
-    names = words.distinct([_recipe(trial) for trial in trials], max(room, 3))
+    names = distinct([_recipe(trial) for trial in trials], max(room, 3))
     marks = (_CHOSEN if trial.chosen else " " * len(_CHOSEN) for trial in trials)
     recipe = Column("  recipe", tuple(mark + name for mark, name in zip(marks, names, strict=True)))
     page.table([recipe, *columns], ["bold" if trial.chosen else "" for trial in trials])

@@ -1,9 +1,10 @@
-"""Numbers and names as the terminal shows them."""
+"""Numbers and lists of names as the terminal shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from os.path import commonprefix
+
+from onnx_lowrank.report.shorten import middle
 
 _NAMES_SHOWN = 3
 
@@ -45,47 +46,6 @@ def time(nanoseconds: int | None) -> str:
             break
         value, unit = value / 1e3, larger
     return f"{value:.3g} {unit}"
-
-
-def distinct(names: list[str], room: int) -> tuple[str, ...]:
-    """Names that are too long lose the folders and the ending that all of them share, then their middle.
-
-    Where that makes two names one, another part than the middle goes: exporters name nodes by paths that
-    differ in one folder (`/layer1/layer1.0/conv1/Conv`).
-    """
-    if max(map(len, names), default=0) <= room:
-        return tuple(names)
-    different = len(set(names))
-    if different > 1:
-        shared = _shared(names)
-        head = 1 + max(shared.rfind(separator) for separator in "/.:")
-        tail = min(len(_shared([name[::-1] for name in names])), min(map(len, names)) - len(shared))
-        names = [("…" if head else "") + name[head : len(name) - tail] for name in names]
-    best: tuple[str, ...] = ()
-    for end in sorted(range(room), key=lambda end: abs(end - room // 2)):
-        cut = tuple(_cut(name, room, end) for name in names)
-        if len(set(cut)) > len(set(best)):
-            best = cut
-        if len(set(best)) == different:
-            break
-    return best
-
-
-def _shared(names: list[str]) -> str:
-    """What all names begin with."""
-    return commonprefix(names)  # noqa: RUF071 - characters are meant: names are no paths
-
-
-def middle(name: str, room: int) -> str:
-    """A name cut in its middle, as both of its ends tell layers apart."""
-    return _cut(name, room, room // 2)
-
-
-def _cut(name: str, room: int, end: int) -> str:
-    """A name of at most `room` characters, of which `end` are the name's last ones."""
-    if len(name) <= room:
-        return name
-    return f"{name[: room - 1 - end]}…{name[len(name) - end :]}"
 
 
 def some(names: Iterable[str]) -> str:

@@ -181,25 +181,6 @@ def test_long_ids_stay_distinct():
     assert len(set(shown)) == 12
 
 
-@pytest.mark.parametrize("room", range(16, 40))
-def test_names_that_differ_in_one_folder_stay_distinct(room):
-    paths = [f"/layer{i}/layer{i}.{j}/conv{k}/Conv" for i in (1, 2, 3) for j in (0, 1, 2) for k in (1, 2)]
-    names = ["linear.weight", "/conv1/Conv", *paths]
-    shown = words.distinct(names, room)
-    assert len(set(shown)) == len(names)
-    assert max(map(len, shown)) <= room
-    assert shown[:2] == ("linear.weight", "/conv1/Conv")
-
-
-@pytest.mark.parametrize("room", range(3, 12))
-def test_names_that_are_equal_or_cannot_be_told_apart_are_cut_all_the_same(room):
-    assert words.distinct(["abcdefghijkl"] * 2, room)[0] == words.middle("abcdefghijkl", room)
-    names = [f"{i:03}-{'x' * 20}-{j:03}" for i in range(20) for j in range(20)]
-    shown = words.distinct(names, room)
-    assert len(shown) == 400
-    assert max(map(len, shown)) <= room
-
-
 def test_layers_are_shown_by_their_names_and_known_by_their_ids():
     rows = tuple(replace(row(i, kept=i > 0), id=f"onnx::Conv_{i}", name=f"/conv{i}/Conv") for i in range(3))
     validation = Validation(
