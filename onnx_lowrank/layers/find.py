@@ -10,7 +10,7 @@ The rules, in the order of the checks:
 4. All readers of the constant use the same matrix (or its transpose, with k = 1), and a batch of matrices
    meets no vector.
 5. The layer's name is included and not excluded, rank 1 is smaller than the weight, and its numbers are
-   finite.
+   finite and, with a folded BatchNorm, small enough for factors of their dtype.
 
 An operator that fails a rule is Skipped, with a reason that advises the user.
 """
@@ -35,7 +35,7 @@ from onnx_lowrank.files.tensors import is_external
 from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attributes, label
 from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
-from onnx_lowrank.layers.prepare import Preparation, prepare
+from onnx_lowrank.layers.prepare import Preparation, prepare, too_large
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry
 
@@ -237,8 +237,11 @@ def _build(
     if not _has_cheaper(layer):
         return f"it is too small: rank 1 needs as many parameters as its {layer.size}"
     # Last: this reads all numbers of the weight.
-    if not np.isfinite(_canonical(model, walk, first.place, first.operand, first.stored)).all():
+    weight = _canonical(model, walk, first.place, first.operand, first.stored)
+    if not np.isfinite(weight).all():
         return "its weight holds NaN or Inf: repair the export"
+    if (reason := too_large(weight, prepared.batchnorm)) is not None:
+        return reason
     return Binding(layer, first.stored, tuple(cast_of(walk, use.stored) for use in seen))
 
 

@@ -12,10 +12,11 @@ It is folded under these conditions; otherwise it stays as it is:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
+from ml_dtypes import finfo
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.layer import BatchNorm
@@ -26,6 +27,9 @@ from onnx_lowrank.operators import registry
 
 _EPSILON = float(np.float32(1e-5))
 """The default of epsilon: a float32, like every float attribute."""
+
+_LARGEST_NORM = 2.0**511
+"""The square is the largest power of four in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,38 @@ def prepare(walk: Walk, model: Model, place: Place, operand: int, features: int)
         return Preparation()
     tensors = [*_operands(walk, behind, (1, 2, 3, 4)), *_operands(walk, place, (operator.bias,))]
     return Preparation(folded, _freed(walk, tensors, {place, behind}))
+
+
+def too_large(weight: NDArray[Any], batchnorm: BatchNorm | None) -> str | None:
+    """Why a weight's numbers cannot be decomposed, or None where they can.
+
+    Factors are U√Σ and √ΣVᵀ, with numbers of up to √σ_1 ≤ √‖W‖_F, which the weight's dtype has to hold. And
+    float64 has to hold ‖W‖²_F, in which errors are counted.
+
+    Args:
+        weight: Canonical weight, shape (g, f, c, *kernel), finite.
+        batchnorm: The BatchNorm that goes into it.
+    """
+    if batchnorm is None and weight.dtype != np.float64:
+        return None  # Its norm is far below the square of its dtype's largest number.
+    axes = tuple(range(2, weight.ndim))
+    largest = np.maximum(weight.max(axis=axes), -weight.min(axis=axes)).astype(np.float64)
+    with np.errstate(over="ignore"):
+        scaled = largest if batchnorm is None else largest * np.abs(batchnorm.scale.reshape(largest.shape))
+        norm = float(np.max(scaled)) * sqrt(weight.size)
+        bound = min(np.square(_largest_of(weight.dtype)), _LARGEST_NORM)
+    if norm <= bound:
+        return None
+    behind = "" if batchnorm is None else " with the BatchNormalization behind it"
+    return (
+        f"its numbers are too large: they reach {np.max(scaled):.3g}{behind}, beyond what factors of "
+        f"{weight.dtype.name} hold: rescale them"
+    )
+
+
+def _largest_of(dtype: np.dtype[Any]) -> np.float64:
+    # NumPy's finfo knows no bfloat16.
+    return np.float64(finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 def _only_reader(walk: Walk, place: Place) -> Place | None:

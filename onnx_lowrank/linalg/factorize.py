@@ -119,7 +119,7 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
         factors: The factors as stored, in their own dtype.
 
     Returns:
-        The bounds; 0 for a group whose weight and factors are zero.
+        The bounds; 0 for a group whose weight and factors are zero, infinite where factors are not finite.
     """
     exact = Factors(factors.fold, factors.encoder.astype(np.float64), factors.decoder.astype(np.float64))
     original = weight.astype(np.float64)
@@ -176,6 +176,9 @@ def _relative_norms(
     if not np.any(original):
         bound = math.inf if np.any(residual) else 0.0
         return bound, bound
+    # Or the search for a shift that proves a bound never ends.
+    if not math.isfinite(float(np.max(residual)) - float(np.min(residual))):
+        return math.inf, math.inf
     original, unit = _normalized(original)
     residual, residual_unit = _normalized(residual)
     shift = residual_unit - unit

@@ -7,12 +7,21 @@ import re
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from onnx.parser import parse_model
 
 from onnx_lowrank.budgets.params import parameters as cost
 from onnx_lowrank.graph.parameters import parameters
-from rewriting import assert_only_named_changes, assert_same, found, full_rank, model, rewritten, tensors
+from rewriting import (
+    DTYPES,
+    assert_only_named_changes,
+    assert_same,
+    found,
+    full_rank,
+    model,
+    rewritten,
+    tensors,
+)
 
 F = 6
 NORM = {"s": (F,), "b": (F,), "m": (F,), "v": np.linspace(0.5, 2, F).astype(np.float32)}
@@ -129,3 +138,52 @@ def test_a_gemm_that_cannot_broadcast_keeps_it(opset, folded):
         f"g (float[1,8] x) => (float[1,6] y) {{ {nodes} }}", opset=opset, w=(8, F), c=(1, F), **NORM
     )
     assert (found(proto).layer.batchnorm is not None) == folded
+
+
+def with_norm(kind, weight, scale):
+    """A convolution of 4,096 weights of about one size, and a BatchNormalization that scales by another."""
+    dtype, size = DTYPES[kind], 32
+    norm = {"s": np.full(size, scale), "b": np.zeros(size), "m": np.zeros(size), "v": np.ones(size)}
+    proto = parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> g ({kind}[1,32,4,4] x) => ({kind}[] y) '
+        f"{{ h = Conv (x, w) y = BatchNormalization <epsilon = 0.0> (h, s, b, m, v) }}"
+    )
+    arrays = {"w": weight * np.random.default_rng(0).uniform(0.5, 1, (size, size, 2, 2)), **norm}
+    proto.graph.initializer.extend(tensors(**{name: a.astype(dtype) for name, a in arrays.items()}))
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "scale", "is_skipped"),
+    [
+        ("float", 3e38, 1e38, True),
+        ("float", 1e37, 1e34, False),
+        ("bfloat16", 3e38, 1e38, True),
+        ("bfloat16", 1e37, 1e34, False),
+        ("float16", 6e4, 6e4, True),
+        ("float16", 6e3, 6e3, False),
+        ("double", 1e200, 1e200, True),
+        ("double", 1e100, 1e100, True),
+        ("double", 1e75, 1e70, False),
+    ],
+)
+def test_numbers_beyond_what_factors_hold_are_a_reason_to_skip_the_layer(kind, weight, scale, is_skipped):
+    """The factors of a weight W have numbers of up to the square root of its norm."""
+    seen = found(with_norm(kind, weight, scale))
+    assert [s.reason.partition(":")[0] for s in seen.skipped if s.op == "Conv"] == (
+        ["its numbers are too large"] if is_skipped else []
+    )
+    for layer in seen.layers.values():
+        assert layer.batchnorm is not None
+        factors = [numpy_helper.to_array(tensor) for tensor in rewritten(seen).model.proto.graph.initializer]
+        assert all(np.isfinite(array.astype(np.float64)).all() for array in factors)
+
+
+def test_huge_numbers_without_a_batchnorm_are_the_layer_s_own():
+    for kind, weight in (("float", 3.4e38), ("float16", 65504), ("double", 1e150)):
+        inputs = f"{kind}[1,4,6,6] x"
+        proto = model(
+            f"g ({inputs}) => ({kind}[1,6,4,4] y) {{ y = Conv (x, w) }}",
+            w=np.full(KERNEL, weight, DTYPES[kind]),
+        )
+        assert found(proto).layer.batchnorm is None

@@ -349,3 +349,14 @@ def test_a_wrong_product_has_a_large_certificate():
 )
 def test_a_product_that_may_be_zero_has_no_relative_error(first, second, stored, bound):
     assert certify_product(first, second, stored).spectral == (bound,)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_nothing_is_proved_of_factors_that_are_not_finite(value):
+    weight = np.random.default_rng(0).standard_normal((2, 6, 8))
+    factors = factorize(weight, Option(Fold.ENCODE, 1, 3), CPU)
+    factors.encoder[0, 0, 0, 0] = value
+    with np.errstate(invalid="ignore"):
+        found = certify(weight, factors)
+    assert found.spectral[0] == found.frobenius[0] == np.inf
+    assert found.spectral[1] < 1
