@@ -147,9 +147,7 @@ def compress(
         ValidationError: The compressed model does not do what the input model does.
     """
     # Whatever can be wrong is better told before the work than after it.
-    calibrated = calibration is not None
-    arguments.require("calibration", calibration, (object,), "a path, arrays by name, or feeds")
-    arguments.check_calibration(calibration_samples, calibrated=calibrated, recover=recover)
+    calibrated = arguments.is_calibrated(calibration, calibration_samples, recover=recover)
     asked = arguments.request(
         ratio,
         recipe,

@@ -313,20 +313,22 @@ def target(error: float | None, agreement: float | None, *, calibrated: bool) ->
     return Target(error, agreement)
 
 
-def check_calibration(samples: int | None, *, calibrated: bool, recover: bool) -> None:
-    """Check the arguments that mean something beside calibration data only.
+def is_calibrated(source: Source | None, samples: int | None, *, recover: bool) -> bool:
+    """Whether there is calibration data; the arguments that mean something beside it only are checked.
 
     Raises:
         InputError: They are given without, or are wrong.
     """
+    require("calibration", source, (object,), "a path, arrays by name, or feeds")
     require("calibration_samples", samples, (Integral, NoneType), "a whole number")
     _flag("recover", recover)
     if samples is not None and samples < 1:
         raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
-    if not calibrated and samples is not None:
+    if source is None and samples is not None:
         raise InputError("--calibration-samples says how many to use of --calibration: pass that, too.")
-    if not calibrated and not recover:
+    if source is None and not recover:
         raise InputError("--no-recover leaves out what only --calibration makes possible: leave it out.")
+    return source is not None
 
 
 def thread_count(given: int) -> int:

@@ -12,7 +12,7 @@ from onnx_lowrank import request as arguments
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import recipes
-from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_RECIPE, check_calibration, request, target
+from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_RECIPE, is_calibrated, request, target
 from onnx_lowrank.stages.search import AUTO, Target
 
 CALIBRATED = [recipe.name for recipe in recipes.load_all() if recipe.calibrated]
@@ -180,7 +180,7 @@ def test_no_target_is_none():
     [
         ({"samples": 5}, "^--calibration-samples says how many to use of --calibration: pass that, too"),
         ({"samples": 0}, "^--calibration-samples is 0: pass 1 or more"),
-        ({"samples": -3, "calibrated": True}, "^--calibration-samples is -3: pass 1 or more"),
+        ({"samples": -3, "source": X}, "^--calibration-samples is -3: pass 1 or more"),
         ({"recover": False}, "^--no-recover leaves out what only --calibration makes possible"),
         ({"samples": 1.5}, "^calibration_samples is '1.5' of type float: give a whole number"),
         ({"samples": True}, "^calibration_samples is 'True' of type bool: give a whole number"),
@@ -191,12 +191,16 @@ def test_no_target_is_none():
 )
 def test_arguments_that_go_with_calibration(given, words):
     with pytest.raises(InputError, match=words):
-        check_calibration(**{"samples": None, "calibrated": False, "recover": True} | given)
+        is_calibrated(**{"source": None, "samples": None, "recover": True} | given)
 
 
 @pytest.mark.parametrize("samples", [None, 1, np.int64(7)])
 def test_any_number_of_samples_will_do(samples):
-    check_calibration(samples, calibrated=True, recover=True)
+    assert is_calibrated(X, samples, recover=True)
+
+
+def test_without_data_nothing_is_calibrated():
+    assert not is_calibrated(None, None, recover=True)
 
 
 @pytest.mark.parametrize(
