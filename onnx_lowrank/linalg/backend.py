@@ -12,6 +12,7 @@ from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
@@ -114,6 +115,28 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
     flat = xp.reshape(matrices, (-1, rows, cols))
     results = backend.shared(lambda n: function(flat[n, ...]), flat.shape[0])
     return xp.reshape(xp.stack(results), (*stack, *results[0].shape))
+
+
+def solve_triangular(lower: Array, right: Array, *, transposed: bool = False) -> Array:
+    """L⁻¹ B, or L⁻ᵀ B, for every pair of a stack: the array API has no triangular solver.
+
+    Args:
+        lower: Lower triangles L, shape (g, n, n).
+        right: B, shape (g, n, m).
+        transposed: Whether to solve by Lᵀ.
+
+    Returns:
+        Shape (g, n, m), where the arguments lie.
+    """
+    xp = array_api_compat.array_namespace(lower)
+    if array_api_compat.is_cupy_array(lower):
+        from cupyx.scipy.linalg import solve_triangular as solve
+    else:
+        solve, lower, right = scipy.linalg.solve_triangular, np.asarray(lower), np.asarray(right)
+    trans = int(transposed)
+    pairs = zip(lower, right, strict=True)
+    solved = [solve(one, other, trans=trans, lower=True, check_finite=False) for one, other in pairs]
+    return xp.stack([xp.asarray(array) for array in solved])
 
 
 class _BlasLimit:

@@ -18,12 +18,11 @@ from scipy.optimize import OptimizeResult, minimize
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.backend import Backend, solve_triangular
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.quadratic import Quadratic
 from onnx_lowrank.linalg.spectra import diagonal_blocks
 
-_BLOCK = 64  # rows that substitution solves for at a time
 _ROUND = 3  # iterations from one look at the score to the next
 _PATIENCE = 2  # looks in a row without a fall that end the refinement
 _EPSILON = 2.0**-52
@@ -113,7 +112,7 @@ def gains(problem: Problem, encoder: Array) -> Array:
     xp = array_namespace(encoder)
     gram, moments = _normal_equations(problem, encoder, _image(problem, encoder))
     scale, lower = _cholesky(problem, encoder, gram)
-    squares = _substitute(lower, scale * moments) ** 2
+    squares = solve_triangular(lower, scale * moments) ** 2
     return xp.sum(xp.reshape(squares, (gram.shape[0], encoder.shape[2], -1)), axis=(0, 2))
 
 
@@ -129,7 +128,8 @@ def solve(problem: Problem, encoder: Array) -> Solution:
     image = _image(problem, encoder)
     gram, moments = _normal_equations(problem, encoder, image)
     scale, lower = _cholesky(problem, encoder, gram)
-    decoder = scale * _substitute_back(lower, _substitute(lower, scale * moments))
+    halfway = solve_triangular(lower, scale * moments)
+    decoder = scale * solve_triangular(lower, halfway, transposed=True)
     left = xp.permute_dims(xp.reshape(decoder, (g, j, k, taps, f)), (0, 2, 4, 3, 1))
     left = xp.reshape(left, (g, k, f * taps, j))
 
@@ -263,22 +263,3 @@ def _try_cholesky(matrix: Array) -> Array | None:
     except np.linalg.LinAlgError:
         return None
     return lower if bool(xp.all(xp.linalg.diagonal(lower) > 0)) else None
-
-
-def _substitute(lower: Array, right: Array) -> Array:
-    """L⁻¹ B by blocks, as the array API has no triangular solver. Shapes (g, n, n) and (g, n, m)."""
-    xp = array_namespace(lower)
-    n = right.shape[1]
-    solution = xp.zeros_like(right)
-    for start in range(0, n, _BLOCK):
-        rows = slice(start, min(start + _BLOCK, n))
-        known = xp.matmul(lower[:, rows, :start], solution[:, :start, :])
-        solution[:, rows, :] = xp.linalg.solve(lower[:, rows, rows], right[:, rows, :] - known)
-    return solution
-
-
-def _substitute_back(lower: Array, right: Array) -> Array:
-    """L⁻ᵀ B: in reversed order Lᵀ is a lower triangle."""
-    xp = array_namespace(lower)
-    reverse = xp.flip(xp.matrix_transpose(lower), axis=(1, 2))
-    return xp.flip(_substitute(reverse, xp.flip(right, axis=1)), axis=1)

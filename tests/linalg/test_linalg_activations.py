@@ -296,18 +296,6 @@ def test_strict_namespace_gives_the_same(shape, fold, k):
         np.testing.assert_allclose(compose(strict), compose(numpy), atol=1e-6)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_substitution_in_blocks(blocks, extra):
-    n = blocks * 64 + extra
-    rng = np.random.default_rng(44)
-    lower = np.tril(rng.standard_normal((2, n, n)) / n) + np.eye(n)
-    right = rng.standard_normal((2, n, 3))
-    np.testing.assert_allclose(lower @ projection._substitute(lower, right), right, atol=1e-12)
-    back = projection._substitute_back(lower, right)
-    np.testing.assert_allclose(np.swapaxes(lower, 1, 2) @ back, right, atol=1e-12)
-
-
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_moments_give_what_input_moments_give(shape, centred):

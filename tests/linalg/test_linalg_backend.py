@@ -6,13 +6,14 @@ import types
 from dataclasses import replace
 
 import array_api_compat.numpy
+import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.linalg.backend import Backend, of_each, one_blas_thread, resolve
+from onnx_lowrank.linalg.backend import Backend, of_each, one_blas_thread, resolve, solve_triangular
 
 CPU = resolve("cpu")
 
@@ -120,3 +121,25 @@ def test_matrices_of_a_stack_give_the_same_bits_one_by_one(stack, size):
     assert (whole == np.linalg.svdvals(matrices)).all()
     assert (parts == whole).all()
     assert counts == ([int(np.prod(stack))] if size == 300 and np.prod(stack) > 1 else [])
+
+
+def check_triangular(backend):
+    n = 130
+    rng = np.random.default_rng(3)
+    lower = np.tril(rng.standard_normal((2, n, n)) / n) + np.eye(n)
+    right = rng.standard_normal((2, n, 3))
+    for transposed in (False, True):
+        matrices = np.swapaxes(lower, 1, 2) if transposed else lower
+        found = solve_triangular(backend.asarray(lower), backend.asarray(right), transposed=transposed)
+        assert array_api_compat.array_namespace(found) == backend.xp
+        np.testing.assert_allclose(matrices @ backend.to_numpy(found), right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [CPU, Backend("strict", array_api_strict)], ids=["cpu", "strict"])
+def test_triangular_solutions_solve(backend):
+    check_triangular(backend)
+
+
+@pytest.mark.gpu
+def test_triangular_solutions_solve_on_a_gpu(cuda):
+    check_triangular(cuda)
