@@ -98,7 +98,7 @@ def test_a_search_says_what_it_tried(logged, module, parts, count):
         ("budgets.latency.measured", ("the model takes 0.004 ms", "3 kinds")),
         ("budgets.latency.stopwatch", ("0 chains are known",)),
         ("stages.settle", ("a plan of ", "of the time", "median of 1")),
-        ("stages.settle", ("plans that were measured the one at 0.",)),
+        ("stages.settle", ("plans and took the one at 0.",)),
     ],
 )
 def test_a_plan_of_times_says_what_it_measured(logged, module, parts):

@@ -1,4 +1,4 @@
-"""A plan -> the compressed model, and how far its outputs lie from the input model's."""
+"""From a plan to the compressed model, and the errors of its outputs."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Built:
     """A compressed model.
 
     Attributes:
-        plan: What it was made by.
+        plan: The plan that it follows.
         rewritten: The model.
         merges: The adjacent operators that were multiplied.
-        certificates: What was proved of the factors, by layer.
-        fits: How they came about, by layer.
-        resources: What the model keeps on disk; to be closed with it.
+        certificates: The certificates of the factors, by layer.
+        fits: How the factors were made, by layer.
+        resources: The model's files on disk. Close them with the model.
     """
 
     plan: Plan
@@ -63,9 +63,9 @@ def build(
 
     Args:
         found: The model.
-        plan: What to do with its layers.
-        calibration: The inputs to fit to, where the plan asks for that.
-        executor: What computes.
+        plan: The choices for its layers.
+        calibration: The inputs to fit to, if the plan asks for some.
+        executor: Runs the computations.
         progress: Where to show progress.
 
     Raises:
@@ -118,7 +118,7 @@ def _built(
 def assemble(
     found: Found, replacements: Iterable[Replacement], *, merging: bool
 ) -> tuple[Rewritten, tuple[Merge, ...], ExitStack]:
-    """Write replacements into the model, and multiply what is smaller as one where that is wanted.
+    """Write replacements into the model, and on request multiply adjacent operators with a smaller product.
 
     Args:
         found: The model.
@@ -126,7 +126,7 @@ def assemble(
         merging: Whether adjacent linear operators are multiplied.
 
     Returns:
-        The model, what was multiplied, and what the model keeps on disk, to be closed with it.
+        The model, the multiplied operators, and the model's files on disk, to close with the model.
 
     Raises:
         InputError: The disk is full.
@@ -157,7 +157,7 @@ def _fitted(
     calibration: Calibration | None,
     executor: Executor,
 ) -> Iterator[Fitted]:
-    """Make the factors of all layers that a plan rewrites, one by one.
+    """Make the factors of the layers that a plan rewrites, one layer after the other.
 
     Raises:
         InputError: The model fails on the calibration inputs, or the disk is full.
@@ -177,10 +177,10 @@ def _fitted(
 
 
 def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:
-    """Compare both models on the held-out calibration inputs; on all of them where none are held out.
+    """Compare both models on the held-out calibration inputs; on all calibration inputs if none is held out.
 
     Raises:
-        ValidationError: The compressed model gives NaN or Inf where the input model gives none.
+        ValidationError: The compressed model gives NaN or Inf, and the input model does not.
         InputError: The model fails on the calibration inputs.
     """
     comparison = Comparison()

@@ -1,4 +1,4 @@
-"""Does the compressed model do what the input model does: the checker, and both on the same inputs."""
+"""Validation of the compressed model: the ONNX checker, and a run of both models on the same inputs."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _log = logging.getLogger(__name__)
 __all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
 
 Alone = Callable[[str], tuple[ModelProto, ModelProto] | None]
-"""For a layer's id: a model of the layer as it was, and one of its chain, with the same inputs and output;
-None where its chain was multiplied with another, or where it does not run on its own."""
+"""Maps a layer's id to a model of the original layer and a model of its chain, with equal inputs and outputs;
+None if its chain was multiplied with another one, or if the layer does not run alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A comparison that was made before, on more inputs than validation runs.
+    """An earlier comparison, on more inputs than validation runs.
 
     Attributes:
-        outputs: How far the outputs lie apart.
-        feeds: Some of the inputs, by which it is seen what runs.
-        source: What all of the inputs are called.
+        outputs: The errors of the outputs.
+        feeds: Some of the inputs, which show which layers run.
+        source: A description of all of the inputs.
     """
 
     outputs: tuple[OutputError, ...]
@@ -58,27 +58,27 @@ def validate(
     provider: str = "CPUExecutionProvider",
     max_error: float | None = None,
 ) -> Validation:
-    """Run both models on the same inputs and compare what comes out.
+    """Run both models on the same inputs and compare their outputs.
 
-    Where ONNX Runtime does not take the input model, onnx's reference implementation runs both; where that
-    fails, too, each rewritten layer runs alone. The result says so.
+    If ONNX Runtime does not support the input model, onnx's reference implementation runs both models. If
+    that fails, too, each rewritten layer runs alone. The result names what ran.
 
     Args:
         original: The input model.
-        compressed: What became of it.
+        compressed: The compressed model.
         nodes: The rewritten layers' ids, each with the names of the last nodes of its chains.
         alone: Cuts a rewritten layer out of both models.
-        inputs: An .npz file or a mapping of arrays, named like the inputs; None makes some.
-        measured: A comparison to take over instead of making one.
-        input_shapes: Shapes of inputs to make, where the model leaves them free.
+        inputs: An .npz file or a mapping of arrays, by input name; None makes inputs.
+        measured: A comparison to take over; None makes one.
+        input_shapes: Shapes of inputs to make, for dimensions that the model leaves open.
         provider: ONNX Runtime's execution provider.
-        max_error: Bound on the largest relative error over the outputs; each has to be measured.
+        max_error: Bound on the largest relative error over the outputs; each output must have an error.
 
     Raises:
         InputError: ONNX Runtime or the provider is missing, or the inputs do not fit the model.
-        ValidationError: The compressed model is rejected by the checker or by what runs the input model,
-            gives NaN or Inf where that gives none, or is further from it than `max_error` or than
-            anything that was measured tells.
+        ValidationError: The checker, or the engine that runs the input model, rejects the compressed model;
+            or it gives NaN or Inf, and the input model does not; or its error exceeds `max_error` or is
+            unknown, so that the bound cannot be judged.
     """
     engine = runtime(provider)
     notes = list(_check(original, compressed))
@@ -100,7 +100,7 @@ def validate(
         )
         if measured and result.never_ran:
             notes.append(
-                f"Which layers in branches run was looked for on {len(measured.feeds)} of these inputs."
+                f"Whether the layers in branches run was checked on {len(measured.feeds)} of these inputs."
             )
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
@@ -125,9 +125,9 @@ class _Run:
 
 
 def _check(original: Model, compressed: Model) -> tuple[str, ...]:
-    """Run the checker; gives a note where it rejects the input model as well, and raises otherwise.
+    """Run the checker; return a note if it also rejects the input model, else raise.
 
-    What it says of a broken model is what it comes upon first, so that its words need not be the same.
+    The checker names the first fault that it meets, so its messages for the two models may differ.
     """
     complaints = check(compressed)
     if not complaints:
@@ -142,7 +142,7 @@ def _check(original: Model, compressed: Model) -> tuple[str, ...]:
 
 
 def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, notes: list[str]) -> _Run | None:
-    """Run the input model where it can run; None where only its layers can. The notes say why."""
+    """Run the input model; return None if no engine can, with the reasons in the notes."""
     try:
         return _Run(engine, *first_run(engine, model, feeds()))
     except UnsupportedError as error:
@@ -175,7 +175,7 @@ def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
 def _never_ran(
     model: Model, nodes: Mapping[str, tuple[str, ...]], run: _Run, feeds: Iterable[Feed]
 ) -> tuple[str, ...] | None:
-    """The layers of which no node ran; None where the engine does not tell."""
+    """The layers without a node that ran; None if the engine does not report executed nodes."""
     always = {node.name for node in model.proto.graph.node}
     hidden = {layer: names for layer, names in nodes.items() if always.isdisjoint(names)}
     if not hidden:
@@ -195,8 +195,8 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
         pair = alone(layer)
         if pair is None:
             notes.append(
-                f"The layer {layer!r} did not run on its own: it is one with its neighbour, or it reads more "
-                "than one computed tensor."
+                f"The layer {layer!r} did not run alone: it was multiplied with its neighbour, or it reads "
+                "more than one computed tensor."
             )
             continue
         dense, chain = (Model(proto, layer, {}, "") for proto in pair)
@@ -219,9 +219,9 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
 
 
 def _judge(result: Validation, max_error: float | None) -> None:
-    """Hold the outputs of the whole model to a bound; what was not measured does not keep it."""
-    error, told = words.error(result.worst), " ".join(result.notes)
-    _log.debug("compared on %s, %s: worst error %s. %s", result.engine, result.inputs, error, told)
+    """Check the outputs of the whole model against a bound; an output without an error fails."""
+    error, notes = words.error(result.worst), " ".join(result.notes)
+    _log.debug("compared on %s, %s: worst error %s. %s", result.engine, result.inputs, error, notes)
     if max_error is None:
         return
     bound = f"--max-error {max_error:g}"
@@ -232,7 +232,7 @@ def _judge(result: Validation, max_error: float | None) -> None:
             "which the model runs, or leave out --max-error."
         )
     for output in result.outputs:
-        # Texts have no norm; that all of them are equal is as good as an error of 0.
+        # Texts have no norm: if all of them are equal, that counts as an error of 0.
         if output.relative is None and output.agreement != 1:
             raise ValidationError(
                 f"The output {output.name!r} has no relative error ({output.note.rstrip('.')}), so {bound} "

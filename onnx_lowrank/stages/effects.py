@@ -1,12 +1,12 @@
-"""What a few options of every layer do to the model's outputs.
+"""The errors that a few options of every layer cause at the model's outputs.
 
 Rules:
 
-1. The options whose activation errors lie next to `PROBED` are tried, each alone in the model, on some of
-   the calibration inputs (`calibrate.sensitivity`).
-2. Layers that the inputs do not reach have no effect on these outputs, which says nothing of others: they
-   are not tried.
-3. Layers whose effect cannot be measured count as average ones.
+1. The options with activation errors next to `PROBED` are tried, each alone in the model, on some of the
+   calibration inputs (`calibrate.sensitivity`).
+2. Layers that the inputs do not reach are not tried: they have no effect on these inputs, but may have one
+   on others.
+3. Layers without a measured effect count as average ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
 """Relative activation errors near which the effect on the model's outputs is measured."""
 
 Effects = tuple[tuple[float, float], ...]
-"""Pairs of an activation error of one layer and the error at the model's outputs that it causes."""
+"""Pairs: an activation error of one layer, and the error that it causes at the model's outputs."""
 
 
 def effects(
@@ -50,7 +50,7 @@ def effects(
     executor: Executor,
     progress: Progress,
 ) -> list[Effects]:
-    """Measure what some options do to the model's outputs.
+    """Measure the errors that some options cause at the model's outputs.
 
     Args:
         model: The model.
@@ -58,7 +58,7 @@ def effects(
         bindings: Its layers.
         tables: Their candidates, scored by activation errors.
         calibration: The inputs.
-        executor: What makes the factors.
+        executor: Makes the factors.
         progress: Where to show progress.
 
     Returns:
@@ -88,10 +88,12 @@ def effects(
 
 
 def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
-    """The options whose errors are next to `PROBED`, with their errors, ascending."""
+    """The options with errors next to `PROBED`, and these errors, in ascending order."""
+    # Not >= 0: the logarithm of the kept layer's error 0 is infinite.
     known = np.flatnonzero(table.error > 0)
     if not known.size:
         return ()
+    # Logarithms, as the probed errors lie on a scale of factors.
     distance = np.abs(np.log(table.error[known][None] / np.array(PROBED)[:, None]))
     picks = sorted({int(known[n]) for n in distance.argmin(axis=1)}, key=lambda n: float(table.error[n]))
     options = ((table.option(pick), float(table.error[pick])) for pick in picks)
@@ -101,16 +103,16 @@ def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
 def _pairs(
     chosen: Sequence[tuple[Option, float]], caused: Mapping[str, NDArray[np.float64]], layer: str
 ) -> Effects:
-    """The effects of one layer; none where they were not measured, or are all zero."""
+    """The effects of one layer; none if they were not measured or are all zero."""
     if layer not in caused or not caused[layer].any():
         return ()
     return tuple(zip((error for _, error in chosen), caused[layer].tolist(), strict=True))
 
 
 def _assumed(measured: Sequence[Effects]) -> list[Effects]:
-    """The effects with those of an average layer where none were measured (rule 3)."""
+    """The effects, and those of an average layer for every layer without (rule 3)."""
     pairs = [pair for layer in measured for pair in layer]
-    usual = float(np.median([caused / own for own, caused in pairs])) if pairs else 1.0
+    usual = float(np.median([caused / error for error, caused in pairs])) if pairs else 1.0
     _log.debug("measured %d errors at the outputs, %.3g of those at their layers", len(pairs), usual)
     return [layer or ((1.0, usual),) for layer in measured]
 
@@ -123,10 +125,10 @@ def _substitutes(
     statistics: Statistics,
     executor: Executor,
 ) -> Iterator[Substitute]:
-    """A layer's dense weight and bias under some options, without refinement."""
-    own = bias(model, walk, binding)
-    items = (factors_item(model, walk, binding, option, own, statistics) for option in options)
-    added = added_inside(own)
+    """A layer's dense weight and bias under each option, without refinement."""
+    changeable = bias(model, walk, binding)
+    items = (factors_item(model, walk, binding, option, changeable, statistics) for option in options)
+    added = added_inside(changeable)
     for made in executor.map(dense, items):
         shifted = made.lost if made.lost is None or added is None else made.lost + added
         yield Substitute(made.weight, shifted)

@@ -1,4 +1,4 @@
-"""The factors of layers, each on its own: `work.fitting` has the rules by which they are made."""
+"""The factors of layers, each fitted independently of the others by the rules in `work.fitting`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onnx_lowrank.work.fitting import FactorsItem, fitted
 from onnx_lowrank.work.weights import reference
 
 Fitted = tuple[Replacement, LayerFit]
-"""The factors of one layer as the rewriter needs them, and how they came about."""
+"""The factors of one layer as the rewriter needs them, and how they were made."""
 
 
 def fit(
@@ -39,7 +39,7 @@ def fit(
         bindings: The layers.
         options: Their options, by id.
         statistics: The moments to fit to; None to fit to the weights.
-        executor: What computes.
+        executor: Runs the computations.
 
     Raises:
         InputError: The moments are not finite, or a data file has changed.
@@ -47,12 +47,12 @@ def fit(
     biases = [None if statistics is None else bias(model, walk, binding) for binding in bindings]
 
     def items() -> Iterator[FactorsItem]:
-        for binding, own in zip(bindings, biases, strict=True):
-            yield factors_item(model, walk, binding, options[binding.layer.id], own, statistics)
+        for binding, changeable in zip(bindings, biases, strict=True):
+            yield factors_item(model, walk, binding, options[binding.layer.id], changeable, statistics)
 
     made = executor.map(fitted, items())
-    for binding, own, layer in zip(bindings, biases, made, strict=True):
-        shifted = None if own is None or layer.lost is None else own.values + layer.lost
+    for binding, changeable, layer in zip(bindings, biases, made, strict=True):
+        shifted = None if changeable is None or layer.lost is None else changeable.values + layer.lost
         option = options[binding.layer.id]
         yield Replacement(binding, option, layer.factors, layer.certificate, shifted), layer.fit
 
@@ -62,17 +62,17 @@ def factors_item(
     walk: Walk,
     binding: Binding,
     option: Option,
-    own: Bias | None,
+    changeable: Bias | None,
     statistics: Statistics | None,
 ) -> FactorsItem:
-    """What to compute for one layer.
+    """The work item of one layer.
 
     Args:
         model: The model.
         walk: Its walk.
         binding: The layer.
         option: Its option.
-        own: The bias of the layer that can change.
+        changeable: The bias of the layer, if it can change.
         statistics: The moments to fit to; None to fit to the weight.
 
     Raises:
@@ -82,11 +82,13 @@ def factors_item(
     if statistics is None:
         return FactorsItem(weight, option)
     moments = statistics.reference(binding.layer.id)
-    # Only moments of outputs have the bias in them, and its values may be as many as items should not carry.
+    # Only moments of outputs include the bias, and its values may be too many for an item to carry in vain.
     is_inside = moments is not None and moments.of_outputs
-    return FactorsItem(weight, option, moments, own is not None, added_inside(own) if is_inside else None)
+    return FactorsItem(
+        weight, option, moments, changeable is not None, added_inside(changeable) if is_inside else None
+    )
 
 
-def added_inside(own: Bias | None) -> NDArray[np.float64] | None:
-    """What the layer's own node adds to its output features, shape (f,)."""
-    return own.values if own is not None and own.in_node else None
+def added_inside(changeable: Bias | None) -> NDArray[np.float64] | None:
+    """The bias that the layer's node adds to its outputs, shape (f,); None if another node adds it."""
+    return changeable.values if changeable is not None and changeable.in_node else None

@@ -1,4 +1,4 @@
-"""Planning: the candidates of every layer -> one choice for every layer."""
+"""Planning: from the candidates of every layer to one choice for every layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a plan is made for: a ratio, by a recipe.
+    """The purpose of a plan: a ratio to reach by a recipe.
 
     Attributes:
         ratio: The ratio asked for.
@@ -40,7 +40,7 @@ class Goal:
 
 
 def replay(plan: Plan, found: Found, meter: Meter) -> Plan:
-    """Take over a plan that was made before; an edited one in graph order and at its true costs.
+    """Take over an existing plan. An edited plan is put in graph order and gets its true costs.
 
     Args:
         plan: The plan.
@@ -56,15 +56,15 @@ def replay(plan: Plan, found: Found, meter: Meter) -> Plan:
     if meter.budget.is_measured:
         if not plans.is_edited(plan):
             return plan
-        # Nothing tells which of the costs, and of the errors, are still those of the options.
+        # Which costs and errors still belong to their options is unknown.
         ordered = (by_id[layer.id] for layer in found.layers)
         return _edited(
             plan, [replace(choice, error=math.nan if choice.option else 0.0) for choice in ordered]
         )
-    # The costs of layers may be known where that of the model is not.
+    # The total comes first, or a model that cannot be counted is replayed: its layers may still have costs.
     _ = meter.total
     choices = tuple(_repriced(by_id[layer.id], layer, meter) for layer in found.layers)
-    # Other positions (--input-shape) make other costs, under which another plan may be the best.
+    # Another --input-shape changes costs, and then another plan may be the best.
     priced = [choice.cost for choice in plan.choices] == [choice.cost for choice in choices]
     if priced and not plans.is_edited(plan):
         return plan
@@ -72,7 +72,7 @@ def replay(plan: Plan, found: Found, meter: Meter) -> Plan:
 
 
 def _edited(plan: Plan, choices: Sequence[Choice]) -> Plan:
-    """A plan of other choices than it was made with, of which nothing is proven."""
+    """A plan with changed choices, without the solver's proof."""
     reasoned = tuple(
         replace(choice, reason="" if choice.option else "the replayed plan keeps it") for choice in choices
     )
@@ -80,25 +80,25 @@ def _edited(plan: Plan, choices: Sequence[Choice]) -> Plan:
 
 
 def _repriced(choice: Choice, layer: Layer, meter: Meter) -> Choice:
-    """A choice with its true cost; where that is another, the option was edited and its error is unknown."""
+    """A choice with its true cost; if this differs, the option was edited and its error is unknown."""
     true = meter.tariff(layer).cost(choice.option)
     error = 0.0 if choice.option is None else choice.error if choice.cost == true else math.nan
     return replace(choice, cost=true, error=error)
 
 
 def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Grid[Meter]) -> None:
-    """Find out whether a ratio is in reach before any error is computed: that takes costs alone.
+    """Check from costs alone, before any error is computed, that some recipe can reach a ratio.
 
-    Measured costs are not known before they are measured, so nothing is found out of those.
+    A measured budget has no costs yet, so this checks nothing for it.
 
     Args:
         found: The model.
         ratio: The ratio asked for.
-        recipes: The recipes, of which one is enough.
+        recipes: The recipes; one that reaches the ratio is enough.
         grid: The ranks to choose from, and what the ratio counts.
 
     Raises:
-        BudgetError: None of them reaches it; the error is the one that comes closest.
+        BudgetError: No recipe reaches the ratio; the error names the smallest ratio of any.
         InputError: The model cannot be counted.
     """
     meter = grid.costs
@@ -108,7 +108,7 @@ def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Gri
     errors = []
     for recipe in recipes:
         if recipe.price not in (None, meter.budget.name):
-            return  # what such a recipe reaches depends on the errors
+            return  # The ratio that such a recipe reaches depends on the errors.
         goal = Goal(ratio, recipe)
         tables = [unscored(layer, recipe, grid) for layer in found.layers]
         choices = _choices(tables, _within(meter, tables, goal, limit, smallest))
@@ -124,7 +124,7 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
 
     Args:
         found: The model.
-        goal: What the plan is made for.
+        goal: The purpose of the plan.
         scores: The errors of the options of its layers, and their costs.
         progress: Where to show progress.
 
@@ -181,10 +181,10 @@ def _log_plan(
 
 
 def _solved(found: Found, meter: Meter, tables: Sequence[Candidates], goal: Goal) -> Solution:
-    """The best plan whose whole model stays within the ratio.
+    """The best plan that keeps the whole model within the ratio.
 
     Raises:
-        BudgetError: There is none; the error knows the smallest ratio that there is.
+        BudgetError: No plan does; the error has the smallest ratio that one reaches.
     """
     limit = largest_total(goal.ratio, meter.total)
     try:
@@ -192,14 +192,14 @@ def _solved(found: Found, meter: Meter, tables: Sequence[Candidates], goal: Goal
     except BudgetError:
         solution = _within(meter, tables, goal, limit, smallest)
     least = meter.of_model(_choices(tables, solution))
-    # Constraints may be stricter than the whole model's cost, of which they are bounds.
+    # Not an error yet: constraints are upper bounds of the whole model's cost, so they may be too strict.
     if least <= limit:
         return solution
     raise _out_of_reach(found, meter, goal, least)
 
 
 def _out_of_reach(found: Found, meter: Meter, goal: Goal, least: int) -> BudgetError:
-    """What to say where the least total of a recipe is above the ratio."""
+    """The error for a recipe with a least total above the ratio."""
     if not found.bindings:
         return BudgetError(
             f"{found.model.name} has no layer that can be decomposed, so the smallest ratio that can be "
@@ -215,9 +215,9 @@ def _out_of_reach(found: Found, meter: Meter, goal: Goal, least: int) -> BudgetE
 
 
 def largest_total(ratio: float, total: int) -> int:
-    """The largest whole number within a ratio of another: exact, for the ratio as it is written.
+    """The largest whole number that is at most ratio × total, exact for the ratio as it is written.
 
-    0.3 of 10 is 3, although the float next to 0.3 times 10 is less; and no total is too large for it.
+    0.3 × 10 gives 3, although the float of 0.3 lies below 0.3. Totals may have any size.
     """
     return math.floor(Fraction(str(float(ratio))) * total)
 
@@ -226,10 +226,10 @@ _Rule = Callable[[Sequence[Candidates], Limits, Recipe], Solution]
 
 
 def _within(meter: Meter, tables: Sequence[Candidates], goal: Goal, limit: int, rule: _Rule) -> Solution:
-    """What a rule makes of the limit on the whole model.
+    """The solution of a rule under the limit on the whole model.
 
-    Where one constraint does not hold the whole model, others are added one by one: a plan that is best under
-    some of them is best under all if it keeps within all.
+    If a constraint does not keep the whole model within the limit, further ones are added one by one: a plan
+    that is best under some constraints is best under all of them if it satisfies them all.
     """
     bounds = meter.bounds(tables, limit)
     while True:
@@ -252,24 +252,25 @@ def _tightened(
     limits: Limits,
     relaxed: Solution,
 ) -> Solution:
-    """A plan that keeps within a limit by tightening others, where no further constraint does.
+    """A plan within the limit by tighter constraints, for a model that no further constraint keeps within it.
 
     Args:
-        meter: What counts the model.
+        meter: Counts the model.
         tables: The candidates of its layers.
-        goal: What the plan is made for.
+        goal: The purpose of the plan.
         limit: The largest total of the whole model.
-        limits: Constraints that leave it too large.
-        relaxed: The best plan under these; the gap tells how far from it the tightening led.
+        limits: Constraints that leave the model too large.
+        relaxed: The best plan under these; the gap of the result is measured from it.
 
     Raises:
         BudgetError: Not even the smallest plan keeps within the limit.
     """
     solution, less = relaxed, 0
     while (excess := meter.of_model(_choices(tables, solution)) - limit) > 0:
-        less = 2 * less + excess
+        less = 2 * less + excess  # Doubled, so that few rounds are enough.
         tighter = replace(limits, budgets=limits.budgets - less)
         least = smallest(tables, tighter, goal.recipe)
+        # If the smallest plan exceeds the tighter constraints, `solve` fails, but this plan keeps the limit.
         if meter.of_model(_choices(tables, least)) <= limit and tighter.excess(least.picks) > 0:
             solution = least
         else:
@@ -290,7 +291,7 @@ def _choices(tables: Sequence[Candidates], solution: Solution) -> tuple[Choice, 
 def _reasons(
     meter: Meter, tables: Sequence[Candidates], solution: Solution, recipe: Recipe
 ) -> dict[str, str]:
-    """Why the plan keeps the layers that it keeps."""
+    """The reason for every layer that the plan keeps."""
     if not any(solution.picks):
         spared = "the ratio asks for no decomposition"
     elif recipe.aggregate is Aggregate.UNIFORM:

@@ -1,13 +1,13 @@
-"""Closed-form recovery: every layer makes up for what those before it have lost.
+"""Closed-form recovery: every layer compensates for the errors of the compressed layers before it.
 
 Rules:
 
-1. The layers are walked in the order in which they run. Each is fitted to what it gives in the original
-   model, y, on what the compressed layers before it make of its inputs, x̂: E‖y − Ŵ x̂‖². Where a
-   residual connection is added to y, y takes up what the compressed layers have lost of that.
-2. All is judged on held-out inputs. The ridge is the best for them, refinement goes on while their error
-   falls, and where the layer's factors for its own inputs (`factors`) do better, they are taken.
-3. Before a Relu, only what passes it counts: the layer is refitted to what is left of the error there.
+1. The layers are walked in execution order. Each is fitted to its outputs y in the original model, from its
+   inputs x̂ in the compressed model: E‖y − Ŵ x̂‖². If a residual connection is added to y, the error that the
+   compressed layers made in the residual is added to the target, too.
+2. Held-out inputs are the judge. The ridge is the best one for them, refinement continues while their error
+   falls, and the layer's factors for its own inputs (`work.fitting`) are taken if they do better.
+3. Before a Relu, only the error behind it counts: the layer is refitted to lower that error.
    This is the nonlinear asymmetric reconstruction of Zhang, Zou, He, Sun, "Accelerating Very Deep
    Convolutional Networks for Classification and Detection", 2016, by majorization.
 """
@@ -54,22 +54,22 @@ from onnx_lowrank.work.weights import reference
 
 T = TypeVar("T")
 
-_FEW_STEPS = 12  # of refinement, for targets that have changed a little
-_SEEN = 256  # samples, about, that show what is left behind a Relu
-_LANES = 4  # sums of so many parts, whatever the number of cores: the same bits everywhere
-_LANE_BYTES = 2**28  # what the sums of one lane may take; larger ones are not parted
+_FEW_STEPS = 12  # Refinement steps for targets that have changed a little.
+_SEEN = 256  # Approximate number of samples that show the error behind a Relu.
+_LANES = 4  # Not the number of cores, or sums would have other bits on other machines.
+_LANE_BYTES = 2**28  # The most that the sums of one lane may take; larger sums have only one lane.
 
 
 def can_recover(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> bool:
-    """Whether a layer can be recovered: one use in the main graph, moments of its inputs of both shares.
+    """Whether a layer can be recovered: it has one use, in the main graph, and moments of its inputs.
 
-    A bias that cannot change would be fitted by the weight.
+    A layer with a bias that cannot change is not recovered: its weight would be fitted to the bias, too.
 
     Args:
         model: The model.
         walk: Its walk.
         binding: The layer.
-        statistics: What was measured of its layers.
+        statistics: The moments of its layers.
     """
     use = binding.layer.uses[0]
     if len(binding.layer.uses) > 1 or use.scope or not use.is_linear:
@@ -98,7 +98,7 @@ def recover(
         bindings: The layers; each can be recovered.
         options: Their options, by id.
         calibration: The inputs to fit to.
-        executor: What computes; the walk itself is this process'.
+        executor: Certifies the layers; the walk itself runs in this process.
 
     Raises:
         InputError: The model fails on the calibration inputs, or the disk is full.
@@ -124,7 +124,7 @@ def recover(
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """A recovered layer: its factors as stored, its whole bias (f,) where it can change, and its error."""
+    """A recovered layer: its factors as stored, its whole bias (f,) if it can change, and its error."""
 
     factors: Factors
     bias: NDArray[np.float64] | None
@@ -133,7 +133,7 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """Moments of one share of the calibration inputs: of x̂, and of y with them."""
+    """Moments of x̂, and joint moments of y and x̂, over one share of the calibration inputs."""
 
     inputs: Moments
     targets: Targets
@@ -165,7 +165,7 @@ class Recovery:
         self._samples = calibration.samples.count
 
     def run(self, step: Step) -> Recovered:
-        """Fit the layer to what the walk shows, and let the walk go on with it."""
+        """Fit the layer to the inputs and targets of its step, and let the walk continue with the result."""
         shares = self._shares(step.batches())
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         ridge = self._ridge(shares)
@@ -189,31 +189,32 @@ class Recovery:
         return self._bias is not None
 
     def _ridge(self, shares: Mapping[bool, _Share]) -> float:
-        """The ridge that is best for the held-out share."""
+        """The ridge of least error on the held-out share."""
         fitted, held = shares[False], shares[True]
         return best_ridge(
             self._weight, fitted.inputs, fitted.targets, held.inputs, held.targets, centred=self._centred
         )
 
     def _fitted(self, shares: Mapping[bool, _Share], ridge: float, steps: int) -> Factors:
-        """Factors for targets."""
+        """Factors fitted to the targets of one share and judged on the other."""
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         factors = fit(problem, self._weight.shape, self._option, self._threads.backend, judge, steps)
         return stored_as(factors, self._dtype)
 
     def _rectified(self, step: Step, shares: Mapping[bool, _Share], linear: _Map, ridge: float) -> _Map:
-        """Refit a layer before a Relu to what is left of its errors behind that (rule 3).
+        """Refit a layer before a Relu to lower its error behind the Relu (rule 3).
 
-        Where both models are below zero there, nothing is wrong, and the target is what the layer gives;
-        where only the original is, zero is enough. That lowers the error behind the Relu on the inputs that
-        are fitted to, as majorization does; held-out ones show whether it has on others.
+        If both models are below zero there, the error is zero, and the target is the layer's output. If only
+        the original is, the target is zero. By majorization this lowers the error behind the Relu on the
+        inputs of the fit; held-out inputs show whether it does so on others.
         """
         every = ceil(self._samples / _SEEN)
         before = self._behind_relu(step.again(every), shares, linear)
         factors = self._fitted(before.shares, ridge, _FEW_STEPS)
         refitted = _Map(factors, self._shifted(factors, before.shares[False]))
         after = self._behind_relu(step.again(every), shares, refitted)
+        # Not <=: with equal losses the simpler fit stays.
         return refitted if after.loss < before.loss else linear
 
     def _plain(self) -> Factors:
@@ -230,7 +231,7 @@ class Recovery:
         return stored_as(factors, self._dtype)
 
     def _shifted(self, factors: Factors, share: _Share) -> NDArray[np.float64] | None:
-        """The bias by which the mean of what the layer gives is that of its target."""
+        """The bias that gives the layer's outputs the mean of their target."""
         if self._bias is None:
             return None
         matrices = compose(exact(factors)).reshape(*self._weight.shape[:2], -1)
@@ -238,11 +239,11 @@ class Recovery:
         return np.asarray(share.targets.mean.reshape(-1) - given + self._added_behind())
 
     def _added_behind(self) -> NDArray[np.float64] | float:
-        """What a node behind the layer adds, which y does not show."""
+        """The bias that a node behind the layer adds; y does not include it."""
         return 0.0 if self._bias is None or self._bias.in_node else self._bias.values
 
     def _shares(self, sights: Iterator[Sight]) -> dict[bool, _Share]:
-        """The moments of both shares."""
+        """The moments of both shares, by whether they are held out."""
         g, f, *rest = self._weight.shape
         p = prod(rest)
         lanes = _LANES if 8 * g * (p + f) ** 2 <= _LANE_BYTES else 1
@@ -259,7 +260,7 @@ class Recovery:
         return {held: _share(sums, held, p) for held in (False, True)}
 
     def _behind_relu(self, sights: Iterator[Sight], shares: Mapping[bool, _Share], layer: _Map) -> _Behind:
-        """The held-out error of a layer behind the Relu, and the targets that would lower it."""
+        """The held-out error of a layer behind the Relu, and targets that lower it."""
         sums = [{held: _Changes(share) for held, share in shares.items()} for _ in range(_LANES)]
         weight = compose(exact(layer.factors)).reshape(*self._weight.shape[:2], -1).astype(np.float32)
         added, total = (self._grouped(bias) for bias in (self._added_behind(), layer.bias))
@@ -272,7 +273,7 @@ class Recovery:
                     linear = y + (beside[0] - beside[1])
                     wanted, got = wanted + beside[0], given + beside[1]
                 lost = wanted - got
-                # Below zero in the original: nothing to gain below zero, and nothing but zero to reach above.
+                # Not `lost` below zero in the original: there every output up to 0 is as good as another.
                 excess = np.where(wanted > 0, lost, np.minimum(-got, 0))
                 lane[sight.held].add(x, linear, excess - lost, np.maximum(wanted, 0) - np.maximum(got, 0))
 
@@ -281,14 +282,14 @@ class Recovery:
         return _Behind(whole[True].lost, {held: changes.share() for held, changes in whole.items()})
 
     def _grouped(self, values: NDArray[np.float64] | float | None) -> NDArray[np.float32]:
-        """Values per output feature as rows have them: shape (g, f / g)."""
+        """Values of the output features in the shape of a row, (g, f / g)."""
         filled = np.broadcast_to(np.asarray(0.0 if values is None else values), self._binding.layer.f)
         return filled.reshape(self._weight.shape[:2]).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class _Map:
-    """What a recovered layer computes: its factors as stored, and its whole bias (f,) where it can change."""
+    """The map of a recovered layer: its factors as stored, and its whole bias (f,) if it can change."""
 
     factors: Factors
     bias: NDArray[np.float64] | None
@@ -296,17 +297,17 @@ class _Map:
 
 @dataclass(frozen=True, slots=True)
 class _Behind:
-    """What a layer does behind a Relu: its squared error there on held-out inputs, and better targets."""
+    """A layer's squared error behind a Relu on held-out inputs, and targets that lower it."""
 
     loss: float
     shares: dict[bool, _Share]
 
 
 class _Changes:
-    """How targets change: sums over vectors x̂, their targets t, and the changes d of these.
+    """Changes of targets: sums over vectors x̂, their targets t, and the changes d of the targets.
 
-    They may come from a part of the batches: the moments of t are known from all of them, and only those
-    that d changes are taken from the part.
+    The vectors may come from a part of the batches: the moments of t come from all batches, and only the
+    changes by d come from the part.
 
     Attributes:
         lost: Sum of the squared errors behind the Relu.
@@ -335,7 +336,7 @@ class _Changes:
 
     @classmethod
     def merged(cls, parts: Sequence[_Changes]) -> _Changes:
-        """The sums of all parts, in the first."""
+        """The sums of all parts; the first part is changed and holds them."""
         whole = parts[0]
         for part in parts[1:]:
             whole.lost += part.lost
@@ -359,7 +360,7 @@ class _Changes:
 def _rows(
     form: Geometry, sight: Sight
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]]:
-    """Chunks of the vectors x̂ (rows, g, p), y (rows, g, f / g), and what is added to y in both models."""
+    """Chunks of x̂ (rows, g, p), of y (rows, g, f / g), and of the residuals added to y in both models."""
     y = np.concatenate(list(outputs(form, sight.y)))
     beside = None
     if sight.beside is not None:
@@ -380,5 +381,6 @@ def _in_lanes(
     sights: Iterator[Sight], lanes: Sequence[T], add: Callable[[T, Sight], None], threads: Threads
 ) -> None:
     """Add every batch to one of the lanes, in turn; the lanes work in parallel."""
+    # Batch n always goes to lane n modulo the number of lanes, or the bits would depend on the threads.
     while group := list(islice(sights, len(lanes))):
         threads.each(lambda item: add(*item), zip(lanes, group, strict=False))

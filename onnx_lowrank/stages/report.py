@@ -1,4 +1,4 @@
-"""From what the stages found to the report."""
+"""From the results of the stages to the report."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ def assemble(
     meter: Meter | None = None,
     shapes: Shapes = MappingProxyType({}),
 ) -> Report:
-    """Gather what a run has to say.
+    """Gather the results of a run.
 
     Args:
         found: The input model with its layers.
-        plan: What is done with them, in graph order.
+        plan: The choices for its layers, in graph order.
         rewritten: The compressed model; None in a dry run.
-        certificates: Of the rewritten layers, by id.
-        validation: What the comparison gave; None where none was made.
-        given: Whether the inputs to compare on are the user's, from --inputs or for calibration.
-        calibration: What calibration inputs were used for; None where there were none.
+        certificates: The certificates of the rewritten layers, by id.
+        validation: The comparison of both models; None without one.
+        given: Whether the user gave the inputs to compare on, by --inputs or --calibration.
+        calibration: The use of the calibration inputs; None without any.
         trials: The plans that were tried on them.
-        fits: How the factors of the rewritten layers came about, by id.
+        fits: How the factors of the rewritten layers were made, by id.
         target_error: The error that was asked for instead of a ratio.
         target_agreement: The agreement that was asked for instead of a ratio.
-        timing: How long both models take; None where that was not measured.
+        timing: The times of both models; None if they were not measured.
         merges: The adjacent operators that were multiplied.
-        meter: The plan's budget on the model; None where nobody has made it.
+        meter: The plan's budget on the model; None if it was not made.
         shapes: The shapes of inputs for which the layers were found, by name.
     """
     budget = registry.named(plan.budget)
@@ -75,7 +75,7 @@ def assemble(
     targeted = target_error is not None or target_agreement is not None
     warnings = _ratio_warnings(run, budget, reached, targeted)
     advice = _advice(targeted, calibrated=calibration is not None)
-    # Whoever asks for less agreement is not surprised to get less.
+    # Not above the target: a user who asks for less agreement needs no warning about it.
     least = _LOW_AGREEMENT if target_agreement is None else min(_LOW_AGREEMENT, target_agreement)
     more = () if validation is None else _output_warnings(validation, given, advice, least)
     return Report(
@@ -112,7 +112,7 @@ def assemble(
 
 
 def _ratio_warnings(run: Run, budget: Budget, reached: float, targeted: bool) -> Iterator[str]:
-    """What would surprise the user about the size."""
+    """Warnings about a size that may surprise the user."""
     plan = run.plan
     if all(choice.option is None for choice in plan.choices):
         yield "No layer is rewritten, the output is the input model."
@@ -128,7 +128,7 @@ def _ratio_warnings(run: Run, budget: Budget, reached: float, targeted: bool) ->
 def _calibration_warnings(
     plan: Plan, calibration: Calibrated | None, trials: tuple[Trial, ...]
 ) -> Iterator[str]:
-    """What the calibration inputs leave open."""
+    """Warnings about questions that the calibration inputs leave open."""
     if calibration is None:
         return
     yield from calibration.warnings
@@ -137,17 +137,17 @@ def _calibration_warnings(
     if blind:
         yield (
             f"Calibration tells nothing of {len(blind)} of the rewritten layers ({blind[0]!r} first), so no "
-            "figure shows what they lose: give inputs that reach them, or --exclude them."
+            "figure shows their errors: give inputs that reach them, or --exclude them."
         )
     if any(trial.chosen and trial.error == math.inf for trial in trials):
         yield (
-            "No model that was tried can be compared with the original, whose outputs have another shape "
-            "or are all zero: the first recipe was taken, choose one with --pass."
+            "No model that was tried can be compared with the original (their outputs differ in shape, or "
+            "the original's are all zero), so the first recipe was taken: choose one with --pass."
         )
 
 
 def _advice(targeted: bool, calibrated: bool) -> str:
-    """What brings the outputs closer."""
+    """Advice that brings the outputs closer to the original's."""
     if targeted:
         return "set a stricter target or choose another recipe"
     more = "" if calibrated else ", or pass inputs to fit to as --calibration"
@@ -155,9 +155,9 @@ def _advice(targeted: bool, calibrated: bool) -> str:
 
 
 def _output_warnings(validation: Validation, given: bool, advice: str, least: float) -> Iterator[str]:
-    """What would surprise the user about the outputs."""
+    """Warnings about outputs that may surprise the user."""
     large = _large_error(validation, given)
-    # What made-up inputs give is mostly no class at all, so that nothing follows from its agreement.
+    # Not for made inputs: their outputs mostly belong to no class, so their agreement means nothing.
     low = ""
     if given:
         low = _low_agreement(validation.outputs, least) or _low_cosine(validation.outputs)
@@ -170,18 +170,18 @@ def _output_warnings(validation: Validation, given: bool, advice: str, least: fl
 
 
 def _large_error(validation: Validation, given: bool) -> str:
-    """How far the output is off that is furthest off; empty where that is little."""
+    """The error of the worst output; empty if it is small."""
     worst, centred = validation.worst or 0.0, largest_error(validation.outputs) or 0.0
     if worst > _LARGE_ERROR:
         return f"The largest relative error of an output is {worst:.3g}"
-    # What made-up inputs give hardly varies.
+    # Not for made inputs: their outputs hardly vary.
     if given and centred > _LARGE_ERROR:
         return f"The largest error of an output is {centred:.3g} of what varies in it"
     return ""
 
 
 def _low_agreement(outputs: tuple[OutputError, ...], least: float) -> str:
-    """How little the output agrees that agrees least; empty where that is enough."""
+    """The agreement of the output that agrees least; empty if it is high enough."""
     known = [(output.kept, output) for output in outputs if output.kept is not None]
     agreement, worst = min(known, key=itemgetter(0), default=(least, None))
     if worst is None or agreement >= least:
@@ -194,7 +194,7 @@ def _low_agreement(outputs: tuple[OutputError, ...], least: float) -> str:
 
 
 def _low_cosine(outputs: tuple[OutputError, ...]) -> str:
-    """How little is left of the embedding of which least is left; empty where that is enough."""
+    """The cosine similarity of the worst embedding; empty if it is high enough."""
     known = [(output.cosine, output.name) for output in outputs if output.cosine is not None]
     cosine, name = min(known, default=(1.0, ""))
     return (
@@ -233,7 +233,7 @@ def _row(
 
 
 def _totals(run: Run) -> Totals:
-    """What every budget counts: first what has a formula, then what is measured."""
+    """The figures of every budget: first those with a formula, then the measured ones."""
     ordered = sorted(registry.every(), key=lambda budget: budget.is_measured)
     return Totals(
         tuple(

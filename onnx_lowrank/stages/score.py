@@ -1,4 +1,4 @@
-"""The errors of every layer's options, by any recipe's measure; what is dear is computed once."""
+"""The errors of every layer's options under the measure of a recipe; expensive results are computed once."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _Key = tuple[Fold, int]
 
 @dataclass(slots=True)
 class Known:
-    """What has been computed for one layer: all that measures make errors of.
+    """The results known for one layer, from which measures compute errors.
 
     Attributes:
         spectra: Singular values of its weight.
         activation: Relative errors on the calibration inputs.
-        power: The power of its outputs on them, which makes those absolute.
-        computed: The decompositions whose activation errors have been computed; moments of outputs tell those
-            of one alone.
-        effects: What some activation errors cause at the model's outputs; empty until that is measured.
+        power: The power of its outputs on these inputs. Times this, the activation errors are absolute.
+        computed: The decompositions with attempted activation errors. Moments of outputs determine only one
+            of them, so `activation` may hold fewer.
+        effects: The errors at the model's outputs that some activation errors cause; empty until measured.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Known:
     effects: Effects = ()
 
     def evidence(self) -> Evidence:
-        """All of it, for a measure to choose from."""
+        """All results, for a measure to choose from."""
         return Evidence(self.spectra, self.activation, self.power, self.effects)
 
 
@@ -64,7 +64,7 @@ class Scores:
     """The errors of all options of a model's layers, on one grid, and their costs.
 
     Attributes:
-        meter: What the options cost.
+        meter: The costs of the options.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class Scores:
         calibration: Calibration | None = None,
         prices: Callable[[str], Costs] | None = None,
     ) -> None:
-        """Prepare; nothing is computed before it is asked for.
+        """Prepare; results are computed on demand.
 
         Args:
             model: The model.
             walk: Its walk.
             bindings: Its layers, in graph order.
-            grid: The ranks of the options, and what they cost.
-            executor: What computes.
+            grid: The ranks of the options, and their costs.
+            executor: Runs the computations.
             progress: Where to show progress.
-            calibration: The inputs behind the measures that need some.
-            prices: Gives the costs of another budget by its name, for recipes that trade those against error.
+            calibration: The inputs for the measures that need some.
+            prices: Returns the costs of a budget by its name, for recipes that trade these against error.
         """
         self.meter = grid.costs
         self._prices = prices
@@ -106,8 +106,8 @@ class Scores:
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
         """The options that a recipe chooses from, layer by layer in graph order.
 
-        Layers of which calibration tells nothing are scored by their weights: the squared Frobenius norm
-        is the activation error for white inputs.
+        Layers without calibration moments are scored by their weights: the squared Frobenius norm is the
+        activation error for white inputs.
 
         Raises:
             InputError: The model cannot be counted, or it fails on the calibration inputs.
@@ -129,14 +129,14 @@ class Scores:
         )
 
     def _measure(self, recipe: Recipe, tables: Sequence[Errors]) -> None:
-        """Measure what the options cost where there is no formula, once for every recipe."""
+        """Measure the costs of the options once for every recipe, if the budget has no formula for them."""
         if isinstance(self.meter, Gauge) and recipe not in self._timed:
             with self._progress.stage("time layers", 1) as step:
                 self.meter.measure(tables, self._grid, step)
             self._timed.add(recipe)
 
     def _price(self, recipe: Recipe) -> Costs | None:
-        """The costs that a recipe trades against error, where they are not the budget's own."""
+        """The costs that a recipe trades against error; None if these are the budget's own."""
         if recipe.price in (None, self.meter.budget.name):
             return None
         if self._prices is None or recipe.price is None:
@@ -144,12 +144,12 @@ class Scores:
         return self._prices(recipe.price)
 
     def _add_spectra(self, wanted: Sequence[_Wanted]) -> None:
-        """Compute the spectra that are asked for and not known."""
+        """Compute the wanted spectra that are not known yet."""
         missing = [
-            {fold: tuple(k for k in ks if (fold, k) not in known.spectra) for fold, ks in of.items()}
-            for known, of in zip(self._known, wanted, strict=True)
+            {fold: tuple(k for k in ks if (fold, k) not in known.spectra) for fold, ks in folds.items()}
+            for known, folds in zip(self._known, wanted, strict=True)
         ]
-        chosen = [number for number, of in enumerate(missing) if any(of.values())]
+        chosen = [number for number, folds in enumerate(missing) if any(folds.values())]
 
         def items() -> Iterator[WeightItem]:
             for number in chosen:
@@ -164,44 +164,45 @@ class Scores:
             for number, found in zip(chosen, computed, strict=True):
                 self._known[number].spectra.update(found)
                 step()
-        count = sum(len(ks) for of in missing for ks in of.values())
+        count = sum(len(ks) for folds in missing for ks in folds.values())
         _log.debug("computed %d spectra of %d layers in %.2f s", count, len(chosen), monotonic() - begin)
 
     def _add_activation(self, wanted: Sequence[_Wanted]) -> None:
-        """Compute the activation errors that are asked for and not known."""
+        """Compute the wanted activation errors that are not known yet."""
         missing = [
-            [(fold, k) for fold, ks in of.items() for k in ks if (fold, k) not in known.computed]
-            for known, of in zip(self._known, wanted, strict=True)
+            [(fold, k) for fold, ks in folds.items() for k in ks if (fold, k) not in known.computed]
+            for known, folds in zip(self._known, wanted, strict=True)
         ]
         if not any(missing):
             return
         statistics = _calibrated(self._calibration).statistics
         moments = [statistics.reference(layer.id) for layer in self._layers]
         self._add_measured(missing, moments)
-        unmeasured = [keys if of is None else [] for keys, of in zip(missing, moments, strict=True)]
+        unmeasured = [keys if found is None else [] for keys, found in zip(missing, moments, strict=True)]
         self._add_spectra([wanted[n] if keys else {} for n, keys in enumerate(unmeasured)])
         white = measures.named("frobenius")
         for known, keys in zip(self._known, unmeasured, strict=True):
             if keys:
                 known.activation.update(white.errors(known.evidence(), relative=True))
                 known.power = _energy(known.spectra)
+        # Also keys without a result, or moments of outputs would be evaluated again at every call.
         for known, keys in zip(self._known, missing, strict=True):
             known.computed.update(keys)
 
     def _add_measured(self, missing: Sequence[Sequence[_Key]], moments: Sequence[MomentsRef | None]) -> None:
-        """Compute errors of the layers that have moments."""
+        """Compute the errors of the layers that have moments."""
         chosen = [
-            (number, of)
-            for number, (keys, of) in enumerate(zip(missing, moments, strict=True))
-            if keys and of is not None
+            (number, found)
+            for number, (keys, found) in enumerate(zip(missing, moments, strict=True))
+            if keys and found is not None
         ]
 
         def items() -> Iterator[ActivationItem]:
-            for number, of in chosen:
+            for number, measured in chosen:
                 binding = self._bindings[number]
                 tops = {key: max(self._grid.ranks(binding.layer, *key), default=0) for key in missing[number]}
                 centred = bias(self._model, self._walk, binding) is not None
-                yield ActivationItem(reference(self._model, self._walk, binding), of, centred, tops)
+                yield ActivationItem(reference(self._model, self._walk, binding), measured, centred, tops)
 
         if not chosen:
             return
@@ -216,7 +217,7 @@ class Scores:
         _log.debug("computed %d curves of activation errors in %.2f s", count, monotonic() - begin)
 
     def _add_effects(self, recipe: Recipe) -> None:
-        """Measure what a few options of every layer do to the model's outputs, once for all recipes."""
+        """Measure how a few options of every layer change the model's outputs, once for all recipes."""
         if all(known.effects for known in self._known):
             return
         counted = Grid(self.meter.counted, self._grid.block)
@@ -233,12 +234,12 @@ class Scores:
             self._executor,
             self._progress,
         )
-        for known, own in zip(self._known, measured, strict=True):
-            known.effects = own
+        for known, caused in zip(self._known, measured, strict=True):
+            known.effects = caused
 
 
 def _energy(spectra: Mapping[_Key, NDArray[np.float64]]) -> float:
-    """‖W‖²_F, which is the power of the outputs on white inputs, from the spectrum of any fold."""
+    """‖W‖²_F, the power of the outputs on white inputs, from the spectrum of any fold."""
     return next(float(np.sum(values**2)) for (_, k), values in spectra.items() if k == 1)
 
 

@@ -1,7 +1,7 @@
-"""Which recipe, and which ratio: compressed models are made and judged on held-out calibration inputs.
+"""The search for a recipe or a ratio: it makes compressed models and judges them on held-out inputs.
 
-Which rule is best differs by model and by ratio, and held-out inputs show it, without labels. The models
-that lose are deleted as soon as that is known.
+The best recipe differs by model and by ratio. Held-out calibration inputs show the best one without labels.
+A model is deleted as soon as another is known to be better.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from onnx_lowrank.work.executor import Executor
 _log = logging.getLogger(__name__)
 
 AUTO = ("output", "activation", "schatten")
-"""The recipes that `auto` tries; `passes/README.md` says why these."""
+"""The recipes that `auto` tries; `passes/README.md` gives the reasons."""
 
 _PRECISION = 128
-"""The ratio that a search finds is at most 1/128 of itself above one that does not hold."""
+"""A search ends when at most 1/128 of the ratio found lies between it and a ratio that misses the target."""
 
 _RETRIED = 8
-"""All recipes are tried again once the ratio is known to 1/8 of itself: the best may be another there."""
+"""A search tries all recipes again once it knows the ratio to 1/8: another recipe may be best there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the outputs of the compressed model have to hold on held-out calibration inputs.
+    """The quality that the compressed model's outputs must have on held-out calibration inputs.
 
     Attributes:
-        error: The largest error of any output, centred where that tells; None for any.
-        agreement: The least agreement of any output that has one, of nearest neighbours for an embedding;
-            None for any.
+        error: The largest allowed error of an output, centred if the output varies; None for any.
+        agreement: The least allowed agreement of the outputs that have one (of nearest neighbours for an
+            embedding); None for any.
     """
 
     error: float | None = None
     agreement: float | None = None
 
     def holds(self, trial: Trial) -> bool:
-        """Whether a trial meets it; what was not measured does not."""
+        """Whether a trial meets the target; a figure that was not measured does not meet it."""
         if not trial.outputs:
             return False
         error = inf if trial.error is None else trial.error
@@ -67,9 +67,10 @@ class Target:
         return self.agreement is None or agreement >= self.agreement
 
     def loss(self, trial: Trial) -> tuple[float, ...]:
-        """What is better is less: what holds first, then by what the target asks for, by error if by neither.
+        """The loss of a trial; a smaller loss is better.
 
-        Where errors are equal or unknown agreement decides, and the other way round.
+        Trials that meet the target come first. Then the error decides, or the agreement if the target asks
+        only for that; the other figure decides between equal or unknown ones.
         """
         error, disagreement = inf if trial.error is None else trial.error, -(trial.agreement or 0.0)
         by_error = self.error is not None or self.agreement is None
@@ -78,21 +79,21 @@ class Target:
 
 
 _CHOICE = 3
-"""The fewest rows of which each has a nearest neighbour and another row."""
+"""The fewest rows of an embedding among which nearest neighbours can disagree."""
 
 
 def check_target(target: Target, model: str, outputs: Mapping[str, Any], feed: Feed, samples: int) -> None:
-    """Find out whether a model has outputs that a target can be judged by.
+    """Check that a target can be judged by a model's outputs.
 
     Args:
         target: The target.
-        model: What the input model is called.
+        model: The name of the input model.
         outputs: Its outputs.
-        feed: The inputs that gave them, one sample.
-        samples: On how many samples the target is judged.
+        feed: The inputs that gave these outputs, one sample.
+        samples: The number of samples on which the target is judged.
 
     Raises:
-        InputError: It has none.
+        InputError: No output is fit for it.
     """
     whole = Trial("", 1.0, outputs=compare(outputs, outputs, feed))
     missing = []
@@ -120,7 +121,7 @@ class Search:
     """Tries recipes and ratios on one model.
 
     Attributes:
-        trials: All that was tried, in order.
+        trials: All trials, in order.
     """
 
     def __init__(
@@ -140,19 +141,19 @@ class Search:
         self._progress = progress
 
     def best(self, recipes: Sequence[Recipe], ratio: float) -> Built:
-        """The model of least held-out error over several recipes, of which the best is recovered, too.
+        """The model of least held-out error over several recipes; the best one is also tried with recovery.
 
-        Recovery is judged layer by layer, so that only the whole model shows whether it has paid.
+        Recovery is judged layer by layer, so only the whole model shows whether it was worth it.
 
         Raises:
-            BudgetError: None of them reaches the ratio.
-            ValidationError: All that do give NaN or Inf.
+            BudgetError: No recipe reaches the ratio.
+            ValidationError: All models within the ratio give NaN or Inf.
         """
         with self._deleted_on_error():
             return self._chosen(self._best(recipes, ratio, Target()))
 
     def _best(self, recipes: Sequence[Recipe], ratio: float, target: Target) -> _Outcome:
-        """As `best`, for a target: all without recovery, which is quick, then the best of them with it."""
+        """As `best`, for a target: all recipes run without recovery (quick), then the best runs with it."""
         best: _Outcome | None = None
         errors: list[BudgetError | ValidationError] = []
         found: list[tuple[tuple[float, ...], Recipe, Plan]] = []
@@ -161,10 +162,10 @@ class Search:
             if outcome is not None:
                 best = outcome if best is None else _better(best, outcome, target)
                 found.append((target.loss(outcome.trial), recipe, outcome.built.plan))
-        recovering = [of for of in found if of[1].recover]
+        recovering = [trial for trial in found if trial[1].recover]
         if recovering and self._recovers():
-            _, recipe, plan = min(recovering, key=lambda of: of[0])
-            # Measured times would make another plan each time.
+            _, recipe, plan = min(recovering, key=lambda trial: trial[0])
+            # Not planned again: measured times would give another plan, and the comparison would be unfair.
             plan = plans.sealed(replace(plan, recover=True))
             outcome = self._tried(recipe, ratio, errors, plan)
             if outcome is not None:
@@ -174,7 +175,7 @@ class Search:
         return best
 
     def _recovers(self) -> bool:
-        """Whether there is a layer to recover; else recovery would make the same model once more."""
+        """Whether a layer can be recovered; without one, recovery would make the same model again."""
         found, statistics = self._found, self._calibration.statistics
         return any(can_recover(found.model, found.walk, b, statistics) for b in found.bindings)
 
@@ -185,7 +186,7 @@ class Search:
         errors: list[BudgetError | ValidationError],
         plan: Plan | None = None,
     ) -> _Outcome | None:
-        """What a recipe makes, or None: then the trial says why, and the error is among the others."""
+        """The outcome of a recipe; None on failure: a trial then gives the reason, and `errors` the error."""
         try:
             return self._try(recipe, ratio, plan)
         except (BudgetError, ValidationError) as error:
@@ -194,28 +195,29 @@ class Search:
             return None
 
     def smallest(self, recipes: Sequence[Recipe], target: Target) -> Built:
-        """The model of the smallest ratio that holds a target, by bisection: of those that it tries.
+        """The model of the smallest ratio that meets a target, among the ratios that bisection tries.
 
-        Errors need not fall steadily with the ratio, so that a smaller one may hold it, too. The recipe that
-        is best at ratio ½ makes them, until all are tried again close to the end.
+        Errors need not change steadily with the ratio, so a smaller ratio may meet the target, too. The
+        recipe that is best at ratio ½ is used until all recipes are tried again near the end.
 
         Raises:
-            ValidationError: No model holds it, not even that of ratio 1.
+            ValidationError: No model meets the target, not even the one of ratio 1.
         """
         with self._deleted_on_error():
             held = self._bisected(recipes, target) or self._best(recipes, 1.0, target)
             if not target.holds(held.trial):
                 raise ValidationError(
-                    "Not even the model of ratio 1 holds the target: it gives other outputs each time that "
-                    "it runs. Choose the other target, or a ratio."
+                    "Not even the model of ratio 1 meets the target, because its outputs change from run to "
+                    "run: choose the other target, or a ratio."
                 )
             return self._chosen(held)
 
     def _bisected(self, recipes: Sequence[Recipe], target: Target) -> _Outcome | None:
-        """The model of the smallest ratio below 1 that holds a target, or None."""
+        """The model of the smallest ratio below 1 that meets a target, or None."""
         low, high = 0.0, 1.0
         held: _Outcome | None = None
         going, is_retried = recipes, False
+        # Relative to `high`, not to 1: a small ratio is found as exactly as a large one.
         while high - low > high / _PRECISION:
             middle = (low + high) / 2
             if not is_retried and high - low <= high / _RETRIED:
@@ -224,7 +226,7 @@ class Search:
                 outcome = self._best(going, middle, target)
             except BudgetError as error:
                 if len(going) < len(recipes):
-                    going = recipes  # another may reach it
+                    going = recipes  # Another recipe may reach this ratio.
                 else:
                     low = max(middle, min(error.smallest_ratio or 0.0, high))
                 continue
@@ -243,7 +245,7 @@ class Search:
 
     @contextmanager
     def _deleted_on_error(self) -> Iterator[None]:
-        """Delete all models that were made if the search fails."""
+        """If the search fails, delete all models that it made."""
         try:
             yield
         except BaseException:
@@ -283,7 +285,8 @@ class Search:
 
 
 def _better(one: _Outcome, other: _Outcome, target: Target) -> _Outcome:
-    """The outcome of less loss, the first of equals; the other's model is deleted."""
+    """The outcome of smaller loss; the other outcome's model is deleted."""
+    # Not <=, or the first of equals does not stay.
     is_second = target.loss(other.trial) < target.loss(one.trial)
     worse, better = (one, other) if is_second else (other, one)
     worse.built.resources.close()
@@ -291,6 +294,6 @@ def _better(one: _Outcome, other: _Outcome, target: Target) -> _Outcome:
 
 
 def _reach(error: BudgetError | ValidationError) -> float:
-    """The smallest ratio that an error knows of."""
+    """The smallest ratio that an error names; infinity if it names none."""
     smallest = error.smallest_ratio if isinstance(error, BudgetError) else None
     return inf if smallest is None else smallest

@@ -1,18 +1,18 @@
-"""Plans that hold what they promise: under a measured budget a plan is measured before it counts.
+"""Plans that keep their promise: under a measured budget, every plan is measured in the whole model.
 
 Rules:
 
-1. A plan is made from the times of layers alone. Its model, with random factors, is timed against the input
-   model: what it saves does not depend on the factors' numbers. Where it does, and the model fails with
-   those, what was predicted counts. Where adjacent operators can be multiplied it is timed in both ways: the
+1. A plan is made from the times of single layers. Its model, with random factors, is timed against the input
+   model: the saving does not depend on the factors' numbers. If the model fails with random factors, the
+   prediction counts. If adjacent operators can be multiplied, the model is timed with and without that: the
    product has fewer MACs, but its shape may suit the machine less.
-2. Where it saves something else than was predicted, and has kinds of layers of which that is not known, each
-   is measured in the model on its own, and planned with what it saves there. Layers that lose in the model
-   are kept from then on.
-3. As long as the ratio is missed, the next plan is made with what this one saved of what was predicted. A
-   plan that comes again is measured again, and the median counts. Of those that keep within the ratio the one
-   of least objective is taken, after a second look: one measurement may have been lucky.
-4. Where none does, the fastest plan is tried, and some between it and those that were too slow.
+2. If the saving differs from the prediction and some kinds of layers were not yet judged, each kind is
+   measured alone in the model, and its saving there replaces the prediction. Layers that make the model
+   slower are kept from then on.
+3. While the ratio is missed, the next plan uses predictions that are corrected by the measured saving. A plan
+   that comes again is measured again, and the median counts. Among the plans within the ratio, the one of
+   least objective is taken, after a second measurement: the first may have been lucky.
+4. If no plan is within the ratio, the fastest plan is tried, and some between it and those that are too slow.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ _log = logging.getLogger(__name__)
 _ROUNDS = 5
 _REPEATS = 3
 _STEPS = 4
-_NOTHING = 1e-9  # a ratio that no plan reaches
+_NOTHING = 1e-9  # A ratio that no plan reaches.
 
 _NOISE = 0.005
-"""A measured ratio is known to about this."""
+"""Approximate error of a measured ratio."""
 
 _UNUSED = 0.02
-"""What a plan may leave of the ratio; beyond that it gives up accuracy for nothing."""
+"""The largest distance of a plan below the ratio; a smaller plan loses accuracy for nothing."""
 
 _CHANGES = (0.6, 1.3)
-"""What of their predicted saving all layers together may save, once their kinds are known: more than that is
-mostly other work on the machine."""
+"""The share of the predicted saving that is credible once every kind of layer was measured alone: other
+shares mostly come from other work on the machine."""
 
 _MISSED = 0.03
-"""A prediction that is further off is corrected kind by kind."""
+"""A prediction with a larger error is corrected kind by kind."""
 
 
 def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
-    """Make the best plan for a goal; under a measured budget the best of those that were measured.
+    """Make the best plan for a goal; under a measured budget, the best plan that was measured.
 
     Args:
         found: The model.
-        goal: What the plan is made for.
+        goal: The purpose of the plan.
         scores: The errors of the options of its layers, and their costs.
         progress: Where to show progress.
 
@@ -83,7 +83,7 @@ def options(plan: Plan) -> dict[str, Option]:
 
 
 def _options(plan: Plan) -> tuple[Option | None, ...]:
-    """What tells a plan from others of the same layers."""
+    """The key of a plan among all plans for the same layers."""
     return tuple(choice.option for choice in plan.choices)
 
 
@@ -92,8 +92,8 @@ class _Settling:
     """The search for one plan.
 
     Attributes:
-        tried: The plans that were measured, by their options, each with its ratios.
-        judged: The kinds of layers that were measured on their own.
+        tried: The measured plans with their ratios, by their options.
+        judged: The kinds of layers that were measured alone.
     """
 
     found: Found
@@ -105,7 +105,7 @@ class _Settling:
     judged: set[str] = field(default_factory=set)
 
     def run(self) -> Plan:
-        """Go through the rules."""
+        """Apply the rules in order."""
         self._learned()
         best = self._confirmed()
         if best is None:
@@ -121,11 +121,11 @@ class _Settling:
                 min(1.0, fastest),
             )
         reached = median(self.tried[_options(best)][1])
-        _log.debug("of %d plans that were measured the one at %.3f is taken", len(self.tried), reached)
+        _log.debug("measured %d plans and took the one at %.3f", len(self.tried), reached)
         return best
 
     def _confirmed(self) -> Plan | None:
-        """The best plan, of which one that held once is measured again (rule 3)."""
+        """The best plan; a plan that was measured once is measured again first (rule 3)."""
         best = self._best()
         while best is not None and len(self.tried[_options(best)][1]) == 1:
             self._measured(best)
@@ -133,20 +133,21 @@ class _Settling:
         return best
 
     def _best(self) -> Plan | None:
-        """The plan of least objective that keeps within the ratio, by the median of its times (rule 3)."""
+        """The plan of least objective with a median ratio within the goal (rule 3)."""
         limit = self.goal.ratio + _NOISE
         held = [plan for plan, ratios in self.tried.values() if median(ratios) <= limit]
-        # Those without an objective are of rule 4: the last that holds is closest to the ratio.
+        # Plans without an objective come from rule 4: the last of these is the closest to the ratio.
         solved = [plan for plan in held if plan.solver is not None]
         last = held[-1] if held else None
         return min(solved, key=lambda plan: plan.solver.objective if plan.solver else inf, default=last)
 
     def _learned(self) -> None:
-        """Make plans by what those before them saved (rules 2 and 3)."""
+        """Make plans, each with the measured savings of those before it (rules 2 and 3)."""
         for turn in range(_ROUNDS):
             try:
                 plan = self._plan(self.goal.ratio)
             except BudgetError as error:
+                # Not in later turns: there corrected predictions may be wrong, and rule 4 goes on.
                 if turn == 0 and (error.smallest_ratio is None or error.smallest_ratio >= 1):
                     raise
                 return
@@ -158,22 +159,22 @@ class _Settling:
             self._learn(options(plan), reached)
 
     def _bisected(self) -> None:
-        """Look for a plan between the fastest and those that were too slow (rule 4)."""
+        """Search for a plan between the fastest and those that are too slow (rule 4)."""
         aim = low = self._smallest()
         high = max(low, self.goal.ratio)
         for _ in range(_STEPS):
-            # It is optimal for the ratio that it aims at, of which nobody has asked.
+            # Without the solver's proof, which is for the ratio `aim` and not for the one asked for.
             plan = replace(self._plan(aim), solver=None)
             if self._measured(plan) <= self.goal.ratio + _NOISE:
                 low = aim
             else:
                 high = aim
-            if high <= low:  # the fastest plan is too slow, or the only one
+            if high <= low:  # The fastest plan is too slow, or the only one.
                 return
             aim = (low + high) / 2
 
     def _smallest(self) -> float:
-        """The least ratio that is predicted for any plan."""
+        """The least predicted ratio of any plan."""
         try:
             self._plan(_NOTHING)
         except BudgetError as error:
@@ -186,7 +187,7 @@ class _Settling:
         return replace(plan, ratio=self.goal.ratio)
 
     def _measured(self, plan: Plan) -> float:
-        """The ratio that a plan reaches, the median where it was measured before (rule 3)."""
+        """Measure a plan; return the median of all ratios measured for it (rule 3)."""
         with self.progress.stage("time the plan"):
             ratio, merging = self._faster(options(plan))
         plan = plans.sealed(replace(plan, merge=merging))
@@ -194,7 +195,7 @@ class _Settling:
         ratios.append(ratio)
         reached = median(ratios)
         _log.debug(
-            "a plan of %d layers takes %.3f of the time, in the median of %d; operators are multiplied: %s",
+            "a plan of %d layers takes %.3f of the time (median of %d); operators are multiplied: %s",
             len(options(plan)),
             reached,
             len(ratios),
@@ -204,19 +205,19 @@ class _Settling:
         return reached
 
     def _learn(self, chosen: Mapping[str, Option], reached: float) -> None:
-        """Correct what layers are predicted to save (rules 2 and 3)."""
+        """Correct the predicted savings of layers (rules 2 and 3)."""
         predicted = self.meter.predicted(chosen) / self.meter.total
         kinds = self.meter.kinds(chosen)
         if abs(predicted - reached) > _MISSED and not kinds <= self.judged:
             self.judged |= kinds
             _log.debug("predicted %.3f, measured %.3f: kinds of layers are judged alone", predicted, reached)
             with self.progress.stage("time kinds of layers", 1) as step:
-                self.meter.correct(chosen, reached, lambda own: self._faster(own)[0], step)
+                self.meter.correct(chosen, reached, lambda kind: self._faster(kind)[0], step)
         else:
             self.meter.learn(chosen, reached, _CHANGES)
 
     def _faster(self, chosen: Mapping[str, Option]) -> tuple[float, bool]:
-        """The ratio that some layers, rewritten, reach, and whether operators are multiplied for it."""
+        """The ratio of the model with the chosen layers rewritten, and whether operators are multiplied."""
         merged, number = self._ratio(chosen, merging=True)
         if not number:
             return merged, True
@@ -224,7 +225,7 @@ class _Settling:
         return (apart, False) if apart < merged - _NOISE else (merged, True)
 
     def _ratio(self, chosen: Mapping[str, Option], *, merging: bool) -> tuple[float, int]:
-        """The time of the model with some layers rewritten, over its own, and how many pairs are merged."""
+        """The ratio of the model with the chosen layers rewritten, and the number of merged pairs."""
         replacements = (
             placeholder(binding, chosen[binding.layer.id], dtype_of(self.found.walk, binding.stored))
             for binding in self.found.bindings

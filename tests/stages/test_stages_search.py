@@ -239,7 +239,7 @@ def test_a_target_that_only_the_whole_model_holds(monkeypatch):
 
 def test_a_model_that_does_not_even_hold_a_target_uncompressed_is_an_error(monkeypatch):
     world = World(monkeypatch, lambda name, ratio: outputs(0.1))
-    with pytest.raises(ValidationError, match="Not even the model of ratio 1 holds the target"):
+    with pytest.raises(ValidationError, match="Not even the model of ratio 1 meets the target"):
         world.search.smallest(RECIPES, Target(error=0.05))
     assert not world.open
 
