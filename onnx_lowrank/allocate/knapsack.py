@@ -1,12 +1,15 @@
 """The multiple-choice knapsack, to proven optimality: one item per class, least value under a budget.
 
-Three steps. A Lagrangian multiplier gives a bound on the optimum and a first solution; items whose
-reduced cost exceeds the distance between the two cannot be part of a better one and go (D. Pisinger, A
-minimal algorithm for the multiple-choice knapsack problem, 1995). What is left is solved by dynamic
-programming over the classes: a state is a pair (cost, value) of the classes so far; states that another
-state beats, or whose bound from the linear relaxation of the classes to come exceeds the best solution
-known, are dropped, and rounding the states' relaxations to items keeps improving that solution.
-Should its states ever outgrow their limit, branch and cut (HiGHS) goes on with the items that are left.
+The solver has three steps.
+
+1. A Lagrangian multiplier gives a lower bound on the optimum and a first solution. An item with a reduced
+   cost above the distance between the two is in no better solution, and is removed (D. Pisinger, A minimal
+   algorithm for the multiple-choice knapsack problem, 1995).
+2. Dynamic programming over the classes solves the rest. A state is the pair (cost, value) of the choices so
+   far. A state is dropped if another state beats it, or if its bound exceeds the best known solution; the
+   bound adds the linear relaxation of the remaining classes. Rounding these relaxations to items improves
+   the best known solution.
+3. If the states outgrow their limit, branch and cut (HiGHS) continues with the remaining items.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 _ROUNDING = 1 + 1e-12
-"""Bounds are float64 sums of up to thousands of terms: only what exceeds the best by more is dropped."""
+"""Tolerance of comparisons with a bound: bounds are rounded float64 sums of up to thousands of terms."""
 
 _MOST_STATES = 1 << 15
 _SECONDS = 60.0
@@ -51,12 +54,12 @@ def solve_knapsack(
     Args:
         fronts: The classes.
         budget: Largest total cost; at least the sum of the classes' first costs.
-        most_states: How many states the dynamic program may hold. What it drops beyond them shows in
-            the gap.
+        most_states: The largest number of states of the dynamic program. The gap accounts for states that
+            it drops beyond this number.
 
     Returns:
         The index of the item of every class, and the proven relative gap between their value and the
-        optimum: 0 unless `most_states` was too few. Of equally good solutions the cheapest.
+        optimum: 0 unless `most_states` was too small. Among equally good solutions it is the cheapest.
     """
     if sum(int(front.cost[-1]) for front in fronts) <= budget:
         return [front.cost.size - 1 for front in fronts], 0.0
@@ -69,6 +72,7 @@ def solve_knapsack(
         front.value - front.value[pick] + multiplier * (front.cost - front.cost[pick])
         for front, pick in zip(fronts, relaxed, strict=True)
     ]
+    # Not <, or rounding removes the optimal items of a budget that the relaxation meets exactly.
     cores = [np.flatnonzero(costs <= best * _ROUNDING - bound) for costs in reduced]
     # Coarse classes first: the finer the steps that remain, the tighter their linear relaxation.
     order = sorted(range(len(fronts)), key=lambda i: (-int(np.ptp(fronts[i].cost[cores[i]])), i))
@@ -95,14 +99,14 @@ def solve_knapsack(
 def solve_knapsacks(
     costs: Sequence[Ints], values: Sequence[Floats], budgets: Ints, most_states: int = _MOST_STATES
 ) -> tuple[list[int], float]:
-    """The same under several budgets at once, each for its own costs.
+    """Choose one item of every class within several budgets at once, each with its own costs.
 
     Args:
-        costs: What the items of every class cost, shape (budgets, items).
+        costs: The costs of the items of every class, shape (budgets, items).
         values: Their non-negative values, shape (items,).
-        budgets: Largest total costs, shape (budgets,); the items of every class which cost least in
-            all stay within them.
-        most_states: How many partial solutions may be held before branch and cut takes over.
+        budgets: Largest total costs, shape (budgets,). The items with the least summed costs have to stay
+            within them.
+        most_states: The number of partial solutions above which branch and cut takes over.
 
     Returns:
         The index of the item of every class, and the proven relative gap between their value and the
@@ -143,8 +147,8 @@ def _total_value(fronts: Sequence[Front], picks: Sequence[int]) -> float:
 def _relax(fronts: Sequence[Front], budget: int) -> tuple[list[int], float]:
     """Minimize value + multiplier · cost at the multiplier where the budget is met.
 
-    Between a solution within the budget and one beyond it, the multiplier at which both weigh the same
-    either shows a better one, which replaces one of the two, or is the one that is looked for.
+    Start with a solution within the budget and one beyond it. At the multiplier that gives both the same
+    weight, either a third solution weighs less and replaces one of the two, or the multiplier is final.
 
     Returns:
         The solution within the budget, and a multiplier for which it is optimal.
@@ -161,10 +165,11 @@ def _relax(fronts: Sequence[Front], budget: int) -> tuple[list[int], float]:
         multiplier = (value[within] - value[beyond]).sum() / excess
         weight = value + multiplier * (cost - cost[within][owner])
         least = np.minimum.reduceat(weight, starts)
-        # The first, thus the cheapest, of the items that reach the minimum.
+        # Costs ascend, so the first item at the minimum is the cheapest one.
         hits = np.flatnonzero(weight <= least[owner])
         picked = hits[np.unique(owner[hits], return_index=True)[1]]
         total = cost[picked].sum()
+        # No solution lies strictly between the two: without this test a tie would repeat for ever.
         if total <= cost[within].sum() or total >= cost[beyond].sum():
             return [int(i) for i in within - starts], float(multiplier)
         if total <= budget:
@@ -174,7 +179,7 @@ def _relax(fronts: Sequence[Front], budget: int) -> tuple[list[int], float]:
 
 
 def _fill(fronts: Sequence[Front], picks: Sequence[int], spare: int) -> list[int]:
-    """Spend what a solution leaves of the budget: again and again the step that gains most and fits."""
+    """Spend the unused budget of a solution: repeat the step that gains most and fits."""
     filled = list(picks)
 
     def step(i: int) -> tuple[float, int]:
@@ -210,6 +215,7 @@ def _program(fronts: Sequence[Front], budget: int, best: float, most_states: int
         cost = (cost[:, None] + front.cost).ravel()
         value = (value[:, None] + front.value).ravel()
 
+        # costs[0] is the least cost of the classes to come: a state above this has no completion.
         kept = np.flatnonzero(cost <= budget - costs[0])
         left = budget - cost[kept]
         bound = value[kept] + np.interp(left, costs, values)
@@ -220,6 +226,7 @@ def _program(fronts: Sequence[Front], budget: int, best: float, most_states: int
         unbeaten = _unbeaten(cost[kept], value[kept])
         if unbeaten.size > most_states:
             unbeaten = unbeaten[np.argsort(bound[unbeaten], kind="stable")]
+            # Bounds ascend: the first dropped state bounds all dropped states.
             lowest = min(lowest, float(bound[unbeaten[most_states]]))
         kept = kept[unbeaten[:most_states]]
 

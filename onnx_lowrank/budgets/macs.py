@@ -1,6 +1,6 @@
-"""Multiply-accumulates of one run, over all Conv, ConvTranspose, Gemm and MatMul of a model.
+"""Multiply-accumulates of one run, over all operators of a model that multiply by a weight.
 
-Of an If the dearer branch counts, so that a plan is bound on every route through the branches.
+The dearer branch of an If counts, so the bound of a plan holds on every route through the branches.
 """
 
 from __future__ import annotations

@@ -157,15 +157,15 @@ class Spill:
 
 
 def spilled(proto: onnx.ModelProto, resources: ExitStack) -> tuple[onnx.ModelProto, Mapping[str, Path]]:
-    """Put large inline tensors into a temporary file, if they are so many that copies would need memory.
+    """Move large inline tensors into a temporary file, if copies of the model would need much memory.
 
     Args:
-        proto: The model, which is used up: nobody else may have it.
-        resources: Takes the file, which goes with it.
+        proto: The model. It is changed, so the caller hands over the only reference.
+        resources: Removes the file when it closes.
 
     Returns:
-        The model and the file by its location. `whole` gives back the model that it was, byte for byte.
-        Where there is no room for a file the model stays as it is.
+        The model, and the file by its location. `whole` restores the original model byte for byte. Without
+        room for a file the model stays unchanged.
     """
     large = [tensor for tensor in tensors(proto) if _is_large(tensor)]
     size = sum(stored_size(tensor) or 0 for tensor in large)
@@ -183,7 +183,7 @@ def spilled(proto: onnx.ModelProto, resources: ExitStack) -> tuple[onnx.ModelPro
                 spill.take(tensor)
         except InputError:
             return whole(proto, spill.files, "the model"), {}
-        # What was cleared is not free before its proto is.
+        # Protobuf frees the cleared bytes only with the proto that held them, so copy the rest.
         light = onnx.ModelProto()
         light.CopyFrom(proto)
         resources.enter_context(stack.pop_all())

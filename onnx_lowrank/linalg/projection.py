@@ -1,8 +1,8 @@
-"""Variable projection: the encoder of a fold as the only unknown, its decoder solved for by least squares.
+"""Variable projection: the encoder of a fold is the only unknown, least squares give its decoder.
 
-The whole encoder is the map P of patches to (rank, slice, tap), n × p with n = j · k · taps: taps are the
-positions of the decoder's kernel, and P is zero but where the patch's slice and tap agree with the row's;
-there it is the encoder E_i of the slice. P is never built: products with it run over slices and taps.
+P maps patches to (rank, slice, tap). It is n × p with n = j · k · taps; taps are the positions of the
+decoder's kernel. P holds the encoder E_i of a slice where the slice and tap of the patch equal those of the
+row, and zeros elsewhere. P is never built: products with it run over slices and taps.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def refine(problem: Problem, encoder: Array, backend: Backend, score: Score | No
         steps: Iterations at most.
     """
     start = solve(problem, encoder).value
+    # An exact encoder has a gradient of rounding errors only, which L-BFGS would follow.
     if start <= _EPSILON * problem.power:
         return encoder
     shape = encoder.shape
@@ -249,6 +250,7 @@ def _cholesky(problem: Problem, encoder: Array, gram: Array) -> tuple[Array, Arr
     scale = 1 / xp.sqrt(xp.reshape(rows, (g, n, 1)))
     scaled = gram * scale * xp.matrix_transpose(scale)
     identity = xp.eye(n, dtype=gram.dtype)
+    # Not 0: a singular C passes the factorization by luck of rounding, and its solution is noise.
     jitter = 4 * n * _EPSILON
     while (lower := _try_cholesky(scaled + jitter * identity)) is None:
         jitter *= 10

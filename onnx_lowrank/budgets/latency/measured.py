@@ -300,13 +300,13 @@ class Latency(Gauge):
         ratio: Callable[[Mapping[str, Option]], float],
         step: Step,
     ) -> None:
-        """Measure what the options of every kind of layer save in the model (rule 3).
+        """Measure the saving of every kind of layer inside the model (rule 3).
 
         Args:
-            options: The options to judge by, for some of the layers.
-            reached: The ratio of the model in which all of them are rewritten.
-            ratio: Measures the model in which some are (`ratio`).
-            step: Told the share that is done.
+            options: The options of the layers that are rewritten.
+            reached: The measured ratio of the model with all of them.
+            ratio: Measures the ratio of the model with a part of them (`ratio`).
+            step: Receives the share that is done.
         """
         kinds: dict[str, dict[str, Option]] = {}
         for layer, option in options.items():
@@ -314,17 +314,20 @@ class Latency(Gauge):
         ordered = sorted(kinds.values(), key=self._saving, reverse=True)
         savings = [self._saving(own) for own in ordered]
         whole = self._saving(options)
+        # Without a predicted saving the quotient says nothing; the isolated times are the best guess.
         joint = (1 - reached) / whole if whole > 0 else 1.0
         for index, (own, alone) in enumerate(zip(ordered, savings, strict=True)):
             saved = joint * alone
             if alone > _NOISE and index < _JUDGED:
+                # The weight of a measurement against its prior, both with errors of their own: alone² is the
+                # variance of the prior and _NOISE² that of the measurement.
                 belief = alone**2 / (alone**2 + _NOISE**2)
                 saved += belief * (1 - ratio(own) - saved)
             self.learn(own, 1 - saved)
             step((index + 1) / len(ordered))
 
     def _saving(self, options: Mapping[str, Option]) -> float:
-        """What of the model's time some options are predicted to save."""
+        """The share of the model's time that some options are predicted to save."""
         return 1 - self.predicted(options) / self.whole
 
     def kinds(self, options: Mapping[str, Option]) -> set[str]:
@@ -338,7 +341,7 @@ class Latency(Gauge):
     def learn(
         self, options: Mapping[str, Option], ratio: float, limits: tuple[float, float] = _GAINS
     ) -> None:
-        """Predict of layers that they save what they have saved together in one model (rule 3).
+        """Scale the predictions of some layers to their joint saving in one model (rule 3).
 
         Args:
             options: The options of the layers that were rewritten in it.
