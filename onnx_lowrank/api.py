@@ -108,8 +108,8 @@ def compress(
         ratio: Budget of the output over that of the input, above 0 and at most 1.
         recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
             on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
-        budget: Name of what the ratio counts, a module of `onnx_lowrank.budgets`: "params" (the default),
-            "macs", "latency", the time that a run takes here, or "bytes", the size of the files.
+        budget: Name of the budget that the ratio bounds, a module of `onnx_lowrank.budgets`: "params" (the
+            default), "macs", "latency", the time of a run on this machine, or "bytes", the size of the files.
         align: Consider only ranks that are multiples of this, and for convolutions only slices whose channels
             are; "auto" is what the provider computes in. By default any, and "auto" for latency.
         plan: A plan to replay, instead of ratio, recipe, budget and alignment.
@@ -146,7 +146,7 @@ def compress(
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not do what the input model does.
     """
-    # Whatever can be wrong is better told before the work than after it.
+    # All arguments are checked before the work: an error after minutes of it would waste them.
     calibrated = arguments.is_calibrated(calibration, calibration_samples, recover=recover)
     asked = arguments.request(
         ratio,

@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _unwinding_on_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP close what is open, as SIGINT does; on their own they leave temporary files.
 
-    Whoever calls `main` keeps handlers of their own, and only the main thread can have some.
+    A caller of `main` keeps its own handlers, and only the main thread can have handlers.
     """
     is_main = threading.current_thread() is threading.main_thread()
     ours = [number for number in _ENDING if is_main and signal.getsignal(number) is signal.SIG_DFL]

@@ -66,7 +66,7 @@ def print_text(text: str) -> None:
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
     except OSError as error:
-        # What is left in the buffer must not fail once more when the program ends.
+        # The rest of the buffer must not fail again when the program ends.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)

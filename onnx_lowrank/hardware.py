@@ -19,7 +19,7 @@ _BLOCKS = {
     "NvTensorRTRTXExecutionProvider": 4,
 }
 _WIDEST = 16
-"""Of all providers known, and a multiple of the others: what suits where nothing is known."""
+"""The block of an unknown provider: the largest of the known ones, and a multiple of the others."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")

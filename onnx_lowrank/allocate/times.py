@@ -53,7 +53,7 @@ class Times:
     Attributes:
         keep: As it is, all uses together.
         curves: Its decompositions.
-        gain: What of the time that an option saves alone it saves in the model; 1 where that is unknown.
+        gain: The saving of an option inside the model over its isolated saving; 1 if it is unknown.
     """
 
     keep: int

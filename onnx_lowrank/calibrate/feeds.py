@@ -35,7 +35,7 @@ class Feeds:
 
     Attributes:
         load: Gives a feed by its number, as the model takes it.
-        pieces: What is used of them.
+        pieces: The parts of them that are used.
         held: For each sample used, whether it is held out; a feed that cannot be split is one sample.
         extent: How many there are, in words.
         warnings: What the user should know.
@@ -60,7 +60,7 @@ class Feeds:
 
 
 class _Inspection:
-    """What is found out about feeds while they are read for the first time."""
+    """The facts about feeds that their first reading collects."""
 
     def __init__(self, wanted: tuple[Spec, ...]) -> None:
         self.wanted = wanted
@@ -201,7 +201,7 @@ def _samples(feed: Feed, wanted: tuple[Spec, ...]) -> int | None:
 
 
 def _pieces(sizes: Sequence[int | None], most: int | None) -> Iterator[_Piece]:
-    """What is used of feeds of these sizes, and how it is shared.
+    """The parts of feeds of these sizes that are used, and their shares.
 
     Every fifth feed is held out; of fewer feeds than that, every fifth sample, where they can be split.
     """
@@ -222,7 +222,7 @@ def _pieces(sizes: Sequence[int | None], most: int | None) -> Iterator[_Piece]:
 
 
 def _listed(path: Path) -> list[Path]:
-    """What is in a folder, in natural order: 2 before 10."""
+    """The content of a folder, in natural order: 2 before 10."""
     try:
         found = list(path.iterdir())
     except OSError as error:

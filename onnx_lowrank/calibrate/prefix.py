@@ -260,7 +260,7 @@ class Prefix:
     def _beside(
         self, stage: _Stage, shape: tuple[int, ...], number: int
     ) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        """What is added to the layer's result in both models, if it has the result's shape."""
+        """The summand of the layer's result in both models, if it has the result's shape."""
         name = self._segments.beside(stage.index)
         if name is None:
             return None

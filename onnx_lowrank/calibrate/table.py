@@ -29,7 +29,7 @@ class Table:
         where: What to call them in errors.
         columns: The inputs that have samples on their first axis, with their arrays.
         alone: The names of those that are given one sample at a time, without that axis.
-        every: What is given with every sample, as the model takes it.
+        every: The arrays that go with every sample, as the model takes them.
         unit: Number of samples that the model takes at once; None where it takes any number.
         chosen: The numbers of the samples used, ascending.
         held: For each of them, whether it is held out.
@@ -50,7 +50,7 @@ class Table:
     def batches(self, size: int) -> Iterator[Batch]:
         """One pass over the samples in batches of at most `size`, or of `unit`."""
         step = self.unit or size
-        # Of the samples of five batches, one full batch is held out.
+        # One full batch of every five is held out.
         for start, block in self._blocks(HOLD_EVERY * step):
             held = self.held[start : start + HOLD_EVERY * step]
             for share in (False, True):
@@ -195,7 +195,7 @@ def _unit(sampled: list[Spec], every: list[Spec], alone: frozenset[str], where: 
         )
     if sizes:
         return int(sizes[0])
-    # What is given with every sample may have to match the batch on an axis of its own.
+    # An array that goes with every sample can have a batch axis of its own.
     free = any(spec.shape is None or not all(isinstance(n, int) for n in spec.shape) for spec in every)
     return 1 if alone or free else None
 

@@ -14,12 +14,12 @@ def dearest(
 ) -> tuple[int | None, Mapping[str, int]]:
     """The largest count of any route through the branches, and the route itself.
 
-    Of an If the dearer branch counts, the body of a Loop or Scan once, a function once per call: a function
-    that nothing calls does not count.
+    The dearer branch of an If counts, the body of a Loop or Scan counts once, and a function counts once per
+    call. A function without calls does not count.
 
     Args:
         scopes: Every scope of the model, the main graph first, each after the one that holds it.
-        counts: What is counted in every scope, in parts; None for a part that is unknown.
+        counts: The parts of the count of every scope; None for an unknown part.
 
     Returns:
         The count, None where a part of it is unknown, and how often every scope runs on the dearest route

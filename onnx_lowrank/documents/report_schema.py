@@ -81,7 +81,7 @@ class Total(Table, frozen=True):
     Attributes:
         before: In the input model.
         after: In the compressed one.
-        ratio: What is left of it, 1 for all.
+        ratio: The share that is left, 1 for all.
     """
 
     before: int | None
@@ -182,7 +182,7 @@ class Merge(Table, frozen=True):
         first: Name of the node that is gone.
         second: Name of the node that computes both.
         layers: The layers of whose chains they were.
-        elements: Of both weights and of their product.
+        elements: The elements of both weights and of their product.
         saved: Parameters.
         certificate: What rounding has done to the product of the two weights.
     """
@@ -206,8 +206,8 @@ class Output(Table, frozen=True):
         note: What else there is to know.
         centred: ‖y − ŷ‖ / ‖y − ȳ‖, ȳ the mean over the samples.
         is_exact: Whether it holds integers, booleans or texts.
-        cosine: Of rows of norm 1, which have no agreement: the mean cosine to the compressed model's.
-        neighbours: Of rows of norm 1: the share whose nearest other row is the same.
+        cosine: For rows of norm 1, in place of agreement: the mean cosine to the original rows.
+        neighbours: For rows of norm 1: the share that keep their nearest other row.
     """
 
     name: str
@@ -350,7 +350,7 @@ class Report(Table, frozen=True):
 
     Attributes:
         schema: The version of these keys.
-        version: Of this program.
+        version: The version of this program.
         model: The input model.
         recipe: What chose the options.
         ratio: What was to be reached.

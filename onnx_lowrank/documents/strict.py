@@ -27,7 +27,7 @@ _LARGEST = 2**26  # bytes of a file; plans and reports have some hundred a layer
 
 
 class _FaultError(Exception):
-    """What is wrong with a document, a clause."""
+    """A fault of a document, as a clause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Document(Generic[T]):
     Attributes:
         word: What messages call it.
         table: What it holds.
-        error: What is raised where it is wrong.
+        error: The error that is raised if it is wrong.
         advice: What to do then.
         version: The key that holds its version, and the version that is read; None where it has none.
     """

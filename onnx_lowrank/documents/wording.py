@@ -1,4 +1,4 @@
-"""What is wrong with a document, in words: the place, its value, and what is allowed there."""
+"""The faults of a document in words: the place, its value, and the allowed values."""
 
 from __future__ import annotations
 

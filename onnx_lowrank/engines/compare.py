@@ -71,7 +71,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Sums:
-    """What is summed up of one output.
+    """The sums over one output.
 
     Attributes:
         name: The output.

@@ -1,7 +1,7 @@
-"""Outputs whose rows are directions, such as embeddings of sentences or faces: what becomes of their rows.
+"""Compare outputs with rows that are directions, such as embeddings of sentences or faces.
 
-The largest element of such a row stands for no class, so that its place tells nothing. What is used of an
-embedding are cosines and nearest neighbours.
+The largest element of such a row stands for no class, so its place says nothing. Applications use the cosines
+and nearest neighbours of embeddings.
 
 The rule: the rows of an output are an embedding where, in the input model's output,
 

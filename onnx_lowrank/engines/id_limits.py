@@ -16,7 +16,7 @@ _KEEPS_SHAPE = frozenset(("Cast", "DequantizeLinear", "Identity"))
 
 @dataclass(slots=True)
 class _Names:
-    """What is known of the tensors that one scope sees: input ids that reach them, and their dims."""
+    """The tensors that one scope sees: the input ids that reach them, and their dims."""
 
     ids: dict[str, frozenset[str]] = field(default_factory=dict)
     dims: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -52,7 +52,7 @@ def make(
         proto: The model.
         wanted: Its inputs.
         shapes: Shapes that the user gave, by input.
-        seed: Of the random numbers.
+        seed: The seed of the random numbers.
 
     Raises:
         InputError: A given shape does not fit the model, or the inputs are larger than 1 GiB with all sizes.

@@ -156,7 +156,7 @@ class _BlasLimit:
     def release(self) -> None:
         with self._lock:
             self._holders -= 1
-            # Whoever came first knows the original number; whoever leaves first must not restore it.
+            # Only the first holder knows the original number; the first to leave must not restore it.
             if self._holders == 0 and self._limits is not None:
                 self._limits.restore_original_limits()
                 self._limits = None

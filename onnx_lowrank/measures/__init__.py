@@ -42,7 +42,7 @@ class Needs(Flag):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of one layer. A measure finds the fields that it needs filled.
+    """The known facts about one layer. A measure finds the fields that it needs filled.
 
     Attributes:
         spectra: WEIGHTS: singular values; those of k = 1 for every fold that occurs.
@@ -64,7 +64,7 @@ class Function(Protocol):
         """The errors by (fold, k), for all ranks of each.
 
         Args:
-            evidence: What is known of the layer.
+            evidence: The known facts about the layer.
             relative: Divide the errors by the size of the weight or of its outputs.
         """
 

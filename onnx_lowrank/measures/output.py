@@ -30,7 +30,7 @@ def predicted(errors: Floats, points: Sequence[tuple[float, float]]) -> Floats:
     Args:
         errors: Relative squared errors of the layer's options, 0 or more, any shape.
         points: Pairs of such an error, which is positive, and of the output error measured for it, 0 or
-            more, in any order. Of points with the same error the largest output error counts. Without
+            more, in any order. Among points with the same error the largest output error counts. Without
             any, the outputs are taken to have the layer's own errors.
 
     Returns:

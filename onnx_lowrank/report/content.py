@@ -21,7 +21,7 @@ class Total:
 
     @property
     def ratio(self) -> float | None:
-        """What is left of it, 1 for all; None where it is unknown or there was nothing."""
+        """The share that is left, 1 for all; None if it is unknown or the amount was 0."""
         return self.after / self.before if self.before and self.after is not None else None
 
 
@@ -68,7 +68,7 @@ class LayerRow:
         id: Its id.
         name: Its name for readers: the id, or its node's name where the weight's says nothing.
         op: Its operator type.
-        shape: Of the canonical weight: (groups, f / groups, c / groups, *kernel).
+        shape: The shape of the canonical weight: (groups, f / groups, c / groups, *kernel).
         dtype: Name of the stored dtype.
         nodes: Names of the nodes that apply it.
         option: The decomposition; None where the layer is kept.
@@ -102,7 +102,7 @@ class Content:
     """Everything that a run has to say.
 
     Attributes:
-        version: Of this program.
+        version: The version of this program.
         model: The input file's name without folder and suffix.
         sha256: Digest of the input model.
         recipe: Name of the recipe.
@@ -114,7 +114,7 @@ class Content:
         layers: All layers in graph order.
         skipped: What was left alone.
         removed_inputs: Graph inputs that went with their initializers.
-        totals: Of the whole model.
+        totals: The amounts of the whole model.
         validation: The comparison; None where none was made.
         warnings: What the user should know, a sentence each.
         calibration: What calibration inputs were used for; None where there were none.

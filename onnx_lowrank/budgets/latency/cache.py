@@ -2,12 +2,11 @@
 
 Rules:
 
-1. A time is known by digests of all that it depends on: the environment, the layer's model and its chain's
-   model. None of them has a version: where any of these changes, so does its digest.
-2. What is new is written in one transaction, so that processes that write at the same time lose nothing.
-3. Whoever wrote the file, it is data only: its schema has to be the one below, to the letter, before any
-   statement touches its table, so that no view or trigger runs. A file that is damaged, or anything else,
-   counts as empty and is replaced.
+1. The key of a time is the digests of everything that it depends on: the environment, the layer's model and
+   the chain's model. There are no versions: a change changes the digest.
+2. New times are written in one transaction, so processes that write at the same time lose nothing.
+3. The file is untrusted data. Its schema has to equal the one below before any statement touches its table,
+   so no view or trigger runs. A damaged or foreign file counts as empty and is replaced.
 """
 
 from __future__ import annotations

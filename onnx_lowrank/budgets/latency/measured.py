@@ -1,16 +1,16 @@
-"""How long a model and its layers take, and what its layers' options would.
+"""Measured times of a model and its layers, and predicted times of the layers' options.
 
 Rules:
 
-1. The time of a layer is measured alone, in its surroundings (`probe.micro`), and relative to the whole
-   model's in the same turns; layers that are alike are measured once.
-2. An option's time is measured relative to its layer's. First every (fold, k) that does not lose by its MACs
-   alone is measured at one rank; then those which may be best at some time, at more ranks.
-3. What a layer saves in the model need not be what it saves alone (fusions, caches). `learn` takes what
-   was saved in one into account from then on; `correct` measures one for every kind of layer that matters,
-   and believes that the more, the more the kind saves beside what measurements differ by. Of options that
-   were measured together in the model itself, that is predicted.
-4. A use in a body takes its time as often as it ran. Where none ran the layer is kept.
+1. A layer is measured alone, in surroundings like those in the model (`probe.micro`). Its time is relative
+   to that of the whole model in the same turns. Layers that are alike are measured once.
+2. The time of an option is relative to that of its layer. First, every (fold, k) with MACs that permit a
+   gain is measured at one rank. Then those that can be best at some time are measured at more ranks.
+3. The saving of a layer inside the model can differ from its isolated saving (fusions, caches). `learn`
+   scales predictions to the saving of a measured model. `correct` measures one model for every important
+   kind of layer; it trusts a measurement more if the saving is large beside the noise. The prediction for
+   options that were measured together in one model is that measurement.
+4. The time of a use in a body counts as often as the use ran. A layer without any run is kept.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ _EFFICIENCY = 0.5
 
 _BUNCHES = 4  # in which the options of a layer are measured, mostly
 _GAINS = (-1.0, 1.5)
-"""What of its predicted saving a layer may save in the model: beyond that something else was measured."""
+"""Credible ratios of a saving inside the model to the predicted one: others measured something else."""
 
 _NOISE = 0.01
-"""What the ratio of two models' times differs by from one measurement to the next, about."""
+"""Approximate spread of the ratio of two models' times between measurements."""
 
 _JUDGED = 16
-"""So many kinds of layers are measured in the model, those that save most."""
+"""The number of kinds of layers that are measured in the model: those with the largest savings."""
 
 _Key = tuple[Fold, int]
 
@@ -87,9 +87,9 @@ class _Kind:
 
     Attributes:
         micro: One of them, as a model.
-        time: What each takes, in nanoseconds.
-        gain: What of the time that its options save alone they save in the model.
-        looks: The relative times of options at a brief look, which tells which are worth measuring.
+        time: The time of each, in nanoseconds.
+        gain: The saving of an option inside the model over its isolated saving.
+        looks: Relative times of options from a brief measurement, which selects options for a longer one.
         known: The relative times of options, measured.
     """
 
@@ -267,7 +267,7 @@ class Latency(Gauge):
         kind.known |= self.stopwatch.chains(kind.micro, missing, pace)
 
     def tariff(self, layer: Layer) -> Times:
-        """What is known of one layer: over its uses, which may be of several kinds."""
+        """The known times of one layer, over its uses; these can be of several kinds."""
         kinds = {key: self._kinds[key] for key in self._uses[layer.id]}
         shares = {key: runs * kinds[key].time for key, runs in self._uses[layer.id].items()}
         keep = sum(shares.values())
@@ -356,7 +356,7 @@ class Latency(Gauge):
     def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
         """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""
         found: dict[str, LayerTime] = {}
-        # What is measured here, of layers that are alike, too, is no prediction.
+        # Before the measurements below, which would enter the predictions of layers that are alike.
         planned = {layer.id: self.tariff(layer) for layer in self._found.layers}
         for layer in self._found.layers:
             option = options.get(layer.id)
