@@ -343,7 +343,8 @@ def test_a_worker_that_dies_is_an_error_that_says_so():
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
 sys.path[:0] = sys.argv[1:]
 from test_work_executor import CPU, PLENTY, Number, Processes, process, sleep
 if __name__ == "__main__":
@@ -364,7 +365,10 @@ def test_no_worker_outlives_a_process_that_is_killed(tmp_path, name):
         worker = int(parent.stdout.readline())
         time.sleep(0.2)
         parent.send_signal(getattr(signal, name))
-        parent.wait(60)
+        try:
+            parent.wait(60)
+        finally:
+            parent.kill()
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and _is_alive(worker):
             time.sleep(0.05)
