@@ -315,14 +315,10 @@ class _Job:
     ) -> Made:
         if timing is None and self.gauge is not None:
             timing = self.gauge.timing(settling.options(plan), None)
-        resources = resources or ExitStack()
-        model = inlined(self.found.model if built is None else built.rewritten.model)
-        if not model.files:
-            resources.close()
         report = reporting.assemble(
             self.found,
             plan,
-            None if built is None else replace(built.rewritten, model=model),
+            None if built is None else built.rewritten,
             {} if built is None else built.certificates,
             validation,
             self.material.given is not None or calibration is not None,
@@ -336,6 +332,10 @@ class _Job:
             meter=self.grid.costs,
             shapes=self.material.shapes,
         )
+        resources = resources or ExitStack()
+        model = inlined(self.found.model if built is None else built.rewritten.model)
+        if not model.files:
+            resources.close()
         return Made(report, plan, model, resources)
 
     def _timing(self, built: Built) -> Timing | None:

@@ -34,7 +34,7 @@ from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.files.external import aligned, refer
-from onnx_lowrank.files.load import Model, ModelProto, outline, stored_bytes
+from onnx_lowrank.files.load import Model, ModelProto, inlined, outline, stored_bytes
 from onnx_lowrank.files.tensors import inline, is_external, reference, region, stored_size, tensors
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
@@ -206,24 +206,22 @@ class _Scales:
 
     Attributes:
         skeleton: The model without the contents of its tensors.
+        dense: The bytes that `save` takes at most for the model, without padding.
     """
 
     def __init__(self, model: Model) -> None:
         """Weigh all tensors of a model."""
-        self._model = model
+        model = inlined(model)
         self._spills = bool(model.files) or stored_bytes(model) > _PROTOBUF_LIMIT
         self._weights: list[_Weight] = []
         self.skeleton = outline(model.proto, 0)
         for bare, tensor in zip(tensors(self.skeleton), tensors(model.proto), strict=True):
-            self._hang(bare, self._weight(bare, tensor))
+            self._hang(bare, self._weight(bare, tensor, model))
         self._own = len(self._weights)
-
-    @cached_property
-    def dense(self) -> int:
-        """The bytes that `save` takes at most for the model, without padding."""
         if self._spills:
-            return self.weigh(self.skeleton) + _NESTED * self._own
-        return stored_bytes(replace(self._model, path=None))
+            self.dense = self.weigh(self.skeleton) + _NESTED * self._own
+        else:
+            self.dense = stored_bytes(replace(model, path=None))
 
     @property
     def saved(self) -> int:
@@ -264,13 +262,13 @@ class _Scales:
         self._hang(bare, weight if self._spills else _Weight(bare.ByteSize() + size + _NESTED, size))
         return bare
 
-    def _weight(self, bare: Any, tensor: Any) -> _Weight:
+    def _weight(self, bare: Any, tensor: Any, model: Model) -> _Weight:
         """What a tensor of the model takes; `bare` is the same without contents."""
         if is_external(tensor):
-            place = region(tensor, self._model.files, self._model.name)
+            place = region(tensor, model.files, model.name)
             return self._outside(tensor, place.length, place)
         size = stored_size(tensor)
-        if self._spills and not self._model.files and size is not None and size > _INLINE_BYTES:
+        if self._spills and not model.files and size is not None and size > _INLINE_BYTES:
             return self._outside(bare, size, len(self._weights))
         return _Weight(tensor.ByteSize(), tensor.ByteSize() if size is None else size)
 

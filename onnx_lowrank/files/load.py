@@ -201,22 +201,46 @@ def array(model: Model, tensor: TensorProto) -> NDArray[Any]:
 
 def stored_bytes(model: Model) -> int:
     """Number of bytes of the file or the serialized proto, plus the regions of external files, each once."""
-    if model.path is None:
-        model = inlined(model)
-    data = None if model.path is not None else serialized(model.proto)
+    data = None if model.path is not None or model.temporary else serialized(model.proto)
     if model.path is not None:
         size = model.path.stat().st_size
+    elif model.temporary:
+        size = _grown(model.proto, model)
     elif data is not None:
         size = len(data)
     else:  # over 2 GB: in parts, exact up to a few bytes per tensor
         size = len(outline(model.proto, 0).SerializeToString())
         size += sum(len(tensor.raw_data or tensor.SerializeToString()) for tensor in tensors(model.proto))
-    places = {
-        region(tensor, model.files, model.name)
-        for tensor in tensors(model.proto)
-        if is_external(tensor) and reference(tensor).get("location") not in model.temporary
-    }
+    outside = (t for t in tensors(model.proto) if is_external(t) and not _is_temporary(t, model))
+    places = {region(tensor, model.files, model.name) for tensor in outside}
     return size + sum(place.length for place in places)
+
+
+def _is_temporary(tensor: TensorProto, model: Model) -> bool:
+    return reference(tensor).get("location") in model.temporary
+
+
+def _grown(message: Message, model: Model) -> int:
+    """Number of bytes of a serialized message after its temporary tensors are inline; reads no tensor."""
+    if isinstance(message, TensorProto) and is_external(message) and _is_temporary(message, model):
+        bare = TensorProto()
+        bare.CopyFrom(message)
+        bare.ClearField("external_data")
+        bare.ClearField("data_location")
+        return bare.ByteSize() + _framed(region(message, model.files, model.name).length)
+    size = message.ByteSize()
+    for name in () if isinstance(message, TensorProto) else tensor_fields(message.DESCRIPTOR):
+        value = getattr(message, name)
+        if isinstance(value, Message):
+            value = [value] if message.HasField(name) else []
+        # The tag, which may have two bytes, cancels out.
+        size += sum(_framed(_grown(child, model)) - _framed(child.ByteSize()) for child in value)
+    return size
+
+
+def _framed(length: int) -> int:
+    """Number of bytes of a field that holds `length` bytes behind its length and a tag of one byte."""
+    return 1 + max(1, -(-length.bit_length() // 7)) + length
 
 
 def outline(source: Model | onnx.ModelProto, keep: int = 1024) -> onnx.ModelProto:
