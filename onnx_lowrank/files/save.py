@@ -55,8 +55,8 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: The target cannot be written, or is a data file that the model itself reads.
     """
-    check_target(model, path)
     target, model = Path(path), inlined(model)
+    check_target(model, target)
     old = _data_of(target, target.name)
     sweep(target.parent, lambda unfinished: old.update(_data_of(unfinished, target.name)))
     data = serialized(model.proto)

@@ -162,6 +162,13 @@ def test_external_data_stays_external(tmp_path, temporary, all_large):
     assert written[0] == written[1]
 
 
+def test_a_name_may_be_too_long_for_data_that_is_not_written(tmp_path, temporary, all_large):
+    target = tmp_path / ("x" * 250)
+    with ExitStack() as stack:
+        save(load(cnn(), stack), target)
+    assert target.read_bytes() == content(cnn())
+
+
 def test_small_models_need_no_file(temporary, monkeypatch):
     made = []
     monkeypatch.setattr(external, "Spill", lambda: made.append(1))
