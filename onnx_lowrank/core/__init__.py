@@ -1,1 +1,1 @@
-"""The words that all stages share: frozen values, none of them ONNX."""
+"""Frozen dataclasses that all stages share; none of them holds an ONNX object."""

@@ -1,4 +1,4 @@
-"""The factors of a layer, what they are fitted to, and what is proved of them."""
+"""The factors of a layer, the target of their fit, and the proven bounds on their error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = Any
 
 
 class Fit(StrEnum):
-    """What factors are fitted to: the weight itself, or what it makes of calibration inputs."""
+    """The target of the fit of factors: the weight, or its outputs on calibration inputs."""
 
     WEIGHTS = "weights"
     ACTIVATIONS = "activations"
@@ -45,7 +45,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a layer should give, beside the moments of the inputs x that it gets.
+    """Moments of the outputs y that a layer should give, jointly with the inputs x that it gets.
 
     Attributes:
         mean: E[y], shape (g, f / g).
@@ -63,7 +63,7 @@ class Factors:
     """The two arrays that replace one weight.
 
     Attributes:
-        fold: The fold by which they were made.
+        fold: The fold of the weight from which they were made.
         encoder: Shape (groups, k, j, c / (groups · k), *encoder kernel).
         decoder: Shape (groups, f / groups, k, j, *decoder kernel).
     """
@@ -74,7 +74,7 @@ class Factors:
 
     @property
     def size(self) -> int:
-        """Number of parameters of both."""
+        """Number of parameters of both arrays."""
         return int(prod(self.encoder.shape) + prod(self.decoder.shape))
 
 
@@ -82,7 +82,7 @@ class Factors:
 class Certificate:
     """Norms of the residual W − Ŵ relative to W's, for every operator group, rounded outwards.
 
-    W has its BatchNorm folded in and is the map from patch to output (the encode matrix).
+    W is the map from patch to output (the encode matrix), with the BatchNorm folded in.
     """
 
     spectral: tuple[float, ...]
@@ -91,14 +91,15 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class LayerFit:
-    """How the factors of one layer came about.
+    """How the factors of one layer were made.
 
     Attributes:
-        fit: What they were fitted to.
-        recovered: Whether that was what the compressed layers before it give.
-        error: ‖y − ŷ‖² / ‖y‖² of its output y on held-out calibration inputs where there are any, else on
-            those that were fitted to; y less its mean where a bias keeps that. A recovered layer's y makes
-            up for the layers before it, and ŷ is computed behind them. None where it is unknown.
+        fit: The target of the fit.
+        recovered: Whether they were fitted to correct the errors of the compressed layers before this one.
+        error: ‖y − ŷ‖² / ‖y‖² of the layer's output y on the held-out calibration inputs, or on all
+            calibration inputs if none is held out. The mean of y is subtracted if a bias preserves it. For a
+            recovered layer, y is the output that corrects the earlier errors, and ŷ is computed from the
+            outputs of the compressed layers. None if it is unknown.
     """
 
     fit: Fit

@@ -1,4 +1,4 @@
-"""Layers, the nodes that apply them, and what a model holds beside them; none of it ONNX."""
+"""Layers, the nodes that apply them, and the other parts of a model; none of them an ONNX object."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Positions:
     """Where one use of a layer is evaluated.
 
     Attributes:
-        batch: How often the operator is applied beside its spatial positions: the batch size for a
+        batch: How often the operator is applied at each of its spatial positions: the batch size for a
             convolution or a sequence, the number of input rows for Gemm, MatMul and Gather.
-        inputs: Input size of every spatial axis, or the steps of a sequence; empty for matrices.
+        inputs: Input size of every spatial axis, or the number of steps of a sequence; empty for matrices.
         outputs: Output size of the same axes; empty for matrices.
     """
 
@@ -33,8 +33,8 @@ class Evaluations:
     """How often one use of a layer multiplies its weight, or the two factors in place of it.
 
     Attributes:
-        dense: The whole weight.
-        factors: The encoder and the decoder, for every fold that the layer offers.
+        dense: Number of multiplications by the whole weight.
+        factors: Numbers of multiplications by the encoder and by the decoder, for every fold of the layer.
     """
 
     dense: int
@@ -43,11 +43,11 @@ class Evaluations:
 
 @dataclass(frozen=True, slots=True)
 class BatchNorm:
-    """A BatchNormalization behind a layer, which goes into its factors when the layer is rewritten.
+    """A BatchNormalization behind a layer. Rewriting the layer folds it into the factors.
 
     Attributes:
         node: Its index in the scope of the layer's node.
-        scale: What it multiplies every output feature of the weight by, shape (f,).
+        scale: Its factor for every output feature of the weight, shape (f,).
         bias: The bias of the layer with the BatchNorm folded in, shape (f,).
     """
 
@@ -68,13 +68,13 @@ class Use:
         operand: Index of the input that is the weight.
         laid_out: Shape of the weight as the node reads it.
         transposed: The node applies the transpose of the layer's matrix (tied embeddings).
-        rank: Number of axes of the activation that the weight meets; None where it is unknown.
-        pointwise: The node maps every position by itself, and all of them.
+        rank: Number of axes of the activation that is multiplied by the weight; None if it is unknown.
+        pointwise: The node maps every position separately, and skips none.
         inputs_first: The node reads a matrix with its input features first.
-        reads_indices: Its activation holds indices, which have no moments.
-        is_linear: The node gives the product and a bias, so that its result can be measured and replaced.
-        positions: Where it is evaluated; None where a dimension is unknown.
-        evaluations: How often it multiplies; None where a dimension is unknown.
+        reads_indices: The node reads indices, which have no moments.
+        is_linear: The node's result is the product plus a bias, so it can be measured and replaced.
+        positions: Where it is evaluated; None if a dimension is unknown.
+        evaluations: How often it multiplies; None if a dimension is unknown.
     """
 
     scope: str
@@ -97,9 +97,9 @@ class Use:
 class Layer:
     """One constant weight together with all the nodes that apply it.
 
-    The weight's canonical form, on which all mathematics works, is an array of shape
+    All mathematics works on the weight's canonical form, an array of shape
     (groups, f / groups, c / groups, *kernel): output features by input channels, per group of the
-    operator; kernel is () for all operators but convolutions.
+    operator. Only convolutions have a kernel; it is () for the other operators.
 
     Attributes:
         id: Scope path and weight name; unique in a model.
@@ -113,8 +113,8 @@ class Layer:
         slices: The group counts k that its operators allow: divisors of c / groups, ascending.
         uses: The nodes that apply it, in graph order.
         batchnorm: The BatchNorm to fold when the layer is rewritten.
-        freed: Parameters beside the weight that vanish when it is rewritten (BatchNorm, old bias).
-        added: Parameters that a rewrite adds beside the factors (a new bias).
+        freed: Parameters, without the weight's, that rewriting removes (BatchNorm, old bias).
+        added: Parameters, without the factors', that rewriting adds (a new bias).
         whole: The ways in which a chain of one slice can be written.
         sliced: The ways in which a chain of several slices can be written.
     """
@@ -162,15 +162,15 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ScopeWork:
-    """The MACs of one graph or function beside its layers', and where it belongs.
+    """The MACs of the nodes of one graph or function that belong to no layer, and its place in the model.
 
     Attributes:
         path: The scope's path.
         parent: The scope around it; None for the main graph and for functions.
-        branch_of: Index in the parent of the If of which it is a branch; None for other bodies.
-        macs: MACs of its nodes, without those of layers' weights; None where a dimension is unknown.
+        branch_of: If it is a branch of an If, the index of that If in the parent; None for other bodies.
+        macs: MACs of its nodes, without those of layers' weights; None if a dimension is unknown.
         calls: The paths of the functions that its nodes call, one entry per call.
-        unknown: What to call the first of these nodes with an unknown dimension; empty if none has.
+        unknown: Name for messages of the first node with an unknown dimension; empty if no node has one.
     """
 
     path: str
@@ -183,7 +183,7 @@ class ScopeWork:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """An operator that is left alone, and why; the reason says what to do about it."""
+    """An operator that is left alone, and the reason, which also says what the user can do."""
 
     scope: str
     name: str

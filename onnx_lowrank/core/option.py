@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Fold(StrEnum):
-    """How a weight tensor is unfolded into a matrix: which kernel axes stand on the encoder's side.
+    """How a weight tensor is unfolded into a matrix: which kernel axes belong to the encoder.
 
     The order of the members is the order in which ties are broken.
     """
@@ -33,7 +33,7 @@ class Fold(StrEnum):
                 return ()
 
     def kernels(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Split a kernel into the encoder's and the decoder's, each with every axis (1 where absent)."""
+        """Split a kernel into the encoder's and the decoder's; an axis of the other one has size 1."""
         axes = self.encoder_axes(len(kernel))
         encoder = tuple(n if axis in axes else 1 for axis, n in enumerate(kernel))
         decoder = tuple(1 if axis in axes else n for axis, n in enumerate(kernel))
@@ -42,8 +42,8 @@ class Fold(StrEnum):
     def on(self, kernel: tuple[int, ...]) -> Fold:
         """The first fold that splits a kernel as this one does.
 
-        Folds coincide where axes have size 1 (matrices, 1×1 and 5×1 kernels); a kernel without
-        exactly two axes has no rows and cols, there they stand for ENCODE.
+        Folds coincide if axes have size 1 (matrices, 1×1 and 5×1 kernels). ROWS and COLS stand for ENCODE if
+        the kernel does not have exactly two axes.
         """
         if len(kernel) != 2 and self in (Fold.ROWS, Fold.COLS):
             return Fold.ENCODE
@@ -57,10 +57,11 @@ class Fold(StrEnum):
 
 
 class Lowering(StrEnum):
-    """By which operators a chain is written; all compute the same.
+    """The operators of a chain; all compute the same result.
 
-    NATIVE is the layer's own: Conv for convolutions, MatMul for matrices, a batched one for slices. CONV
-    writes the slices of a matrix as a grouped Conv, MATMUL a convolution with a kernel of size 1 as matrices.
+    NATIVE uses the layer's own kind: Conv for convolutions, MatMul for matrices, batched MatMul for slices of
+    matrices. CONV writes the slices of a matrix as a grouped Conv. MATMUL writes a convolution with a kernel
+    of size 1 as MatMuls.
     """
 
     NATIVE = "native"
@@ -78,6 +79,6 @@ class Option:
     lowering: Lowering = Lowering.NATIVE
 
     def __str__(self) -> str:
-        """The option in a few characters: encode k=2 j=16, with the operators if they are not the layer's."""
+        """The option as short text: encode k=2 j=16, with the lowering unless it is native."""
         text = f"{self.fold} k={self.k} j={self.j}"
         return text if self.lowering is Lowering.NATIVE else f"{text} {self.lowering}"

@@ -1,4 +1,4 @@
-"""What came out: errors of outputs, trials, times."""
+"""Results of a run: errors of outputs, trials, times."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class OutputError:
     Elements that are NaN or Inf in the input model's output are left out.
 
     Attributes:
-        name: The output; "layer ID" where layers ran alone; elements of sequences as "name[0]".
-        relative: ‖y − ŷ‖₂ / ‖y‖₂ in float64: 0 where both are zero, Inf where only y is or where the shapes
-            differ. None for strings, and where there is no element to compare.
-        largest: Largest |y − ŷ|. None where the relative error is, and where the shapes differ.
+        name: The output's name; "layer ID" for a layer alone; "name[0]" for an element of a sequence.
+        relative: ‖y − ŷ‖₂ / ‖y‖₂ in float64: 0 if y − ŷ and y are both zero, Inf if only y is zero or if
+            the shapes differ. None for strings, and if there is no element to compare.
+        largest: Largest |y − ŷ|. None if `relative` is None, and if the shapes differ.
         agreement: For floats whose last axis looks like classes (two axes or more, the last of at least
-            two elements, the rows no embedding): share of rows with the same largest element. For integers,
-            booleans and strings: share of equal elements. None elsewhere.
-        note: What else there is to know, a sentence; mostly empty.
-        centred: ‖y − ŷ‖₂ / ‖y − ȳ‖₂, ȳ the mean over the samples: the relative error that a constant offset
-            does not flatter. None for integers, booleans and strings, for one sample, for samples of several
-            shapes, and where y does not vary.
-        is_exact: Whether it holds integers, booleans or strings, of which agreement tells and no norm.
+            two elements, and no embedding): share of rows whose largest element is at the same place. For
+            integers, booleans and strings: share of equal elements. None for other outputs.
+        note: A further sentence for the user; usually empty.
+        centred: ‖y − ŷ‖₂ / ‖y − ȳ‖₂, ȳ the mean over the samples: a constant offset of y does not make this
+            error smaller. None for integers, booleans and strings, for one sample, for samples of several
+            shapes, and if y does not vary.
+        is_exact: Whether the output holds integers, booleans or strings, which agreement judges, not a norm.
         cosine: For an embedding, floats whose rows have norm 1 (see `engines.embedding`): the mean cosine
-            between a row and the compressed model's. None elsewhere.
+            between a row and the compressed model's row. None for other outputs.
         neighbours: For an embedding: share of rows whose nearest other row is the same in both models, among
-            at most 2,048 rows. None elsewhere, and below three rows.
+            at most 2,048 rows. None for other outputs, and for fewer than three rows.
     """
 
     name: str
@@ -45,12 +45,12 @@ class OutputError:
 
     @property
     def kept(self) -> float | None:
-        """The agreement, for an embedding that of nearest neighbours; None where there is neither."""
+        """The agreement, or for an embedding the share of kept neighbours; None if there is neither."""
         return self.neighbours if self.agreement is None else self.agreement
 
 
 def largest_error(outputs: Iterable[OutputError]) -> float | None:
-    """The largest error of an output of floats, centred where that tells; None where there is none."""
+    """The largest error over the float outputs, each centred if that is known; None if no error is known."""
     floats = (output for output in outputs if not output.is_exact)
     errors = (output.relative if output.centred is None else output.centred for output in floats)
     return max((error for error in errors if error is not None), default=None)
@@ -58,15 +58,15 @@ def largest_error(outputs: Iterable[OutputError]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What came out when the compressed model ran on the same inputs as the input model.
+    """The result of running both models on the same inputs.
 
     Attributes:
-        engine: What ran them.
-        inputs: Where the inputs came from, with their dtypes and shapes.
-        outputs: One per output; none where the model ran nowhere.
-        never_ran: The rewritten layers which never ran (an If's other branch); None where unknown.
-        notes: What the user should know: a model that the checker or the runtime does not accept.
-        alone: One per rewritten layer, run alone, where the model ran nowhere.
+        engine: The engine that ran them.
+        inputs: The source of the inputs, with their dtypes and shapes.
+        outputs: One error per output; empty if no engine could run the model.
+        never_ran: The rewritten layers that never ran (an If's other branch); None if that is unknown.
+        notes: Sentences for the user, such as: the checker or the runtime does not accept the model.
+        alone: One error per rewritten layer, run alone, if no engine could run the model.
     """
 
     engine: str
@@ -78,21 +78,21 @@ class Validation:
 
     @property
     def worst(self) -> float | None:
-        """The largest relative error over the outputs; None where none was measured."""
+        """The largest relative error over the outputs; None if no error was measured."""
         return max((output.relative for output in self.outputs if output.relative is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A plan that was tried, and what its model gives on the held-out calibration inputs.
+    """A plan that was tried, and the errors of its model on the held-out calibration inputs.
 
     Attributes:
         recipe: Name of the recipe.
         ratio: The ratio that was asked for.
-        recovered: Whether its layers were recovered from the errors of those before them.
-        outputs: One per output of the model; none where the recipe does not reach the ratio.
-        chosen: Whether its model was taken.
-        note: Why there are no outputs, a sentence.
+        recovered: Whether its layers were fitted to correct the errors of the layers before them.
+        outputs: One error per output of the model; empty if the recipe does not reach the ratio.
+        chosen: Whether its model is the result.
+        note: A sentence that says why `outputs` is empty.
     """
 
     recipe: str
@@ -109,7 +109,7 @@ class Trial:
 
     @property
     def agreement(self) -> float | None:
-        """The least agreement over the outputs, of neighbours for embeddings; None where none has one."""
+        """The smallest `OutputError.kept` over the outputs; None if no output has one."""
         return min((output.kept for output in self.outputs if output.kept is not None), default=None)
 
 
@@ -118,9 +118,9 @@ class LayerTime:
     """How long a rewritten layer takes alone, all uses together, in nanoseconds.
 
     Attributes:
-        before: As it was.
-        predicted: Its chain, as the plan reckoned that it takes in the model; None where a plan was replayed.
-        after: Its chain, measured for its own rank.
+        before: Time of the original layer.
+        predicted: Time of its chain inside the model, as the plan predicted it; None for a replayed plan.
+        after: Time of its chain, measured at the chosen rank.
     """
 
     before: int
@@ -136,14 +136,14 @@ class Timing:
     """How long the whole model takes, in nanoseconds: medians of interleaved runs.
 
     Attributes:
-        engine: What ran it, with how many threads.
-        inputs: On which inputs, with their dtypes and shapes.
-        before: The input model.
-        predicted: The compressed model, as its plan's model with random factors was measured, or as the plan
-            reckoned where that was not; None where a plan was replayed.
-        after: The compressed model; None in a dry run.
-        layers: The rewritten layers, by id; none in a dry run.
-        spread: The longest time of the input model over the shortest, of all medians that were measured.
+        engine: The engine that ran it, and its number of threads.
+        inputs: The source of the inputs, with their dtypes and shapes.
+        before: Time of the input model.
+        predicted: Time of the compressed model: measured with random factors, or predicted by the plan if
+            that model was not measured; None for a replayed plan.
+        after: Time of the compressed model; None in a dry run.
+        layers: Times of the rewritten layers, by id; empty in a dry run.
+        spread: The longest over the shortest of all medians that were measured for the input model.
     """
 
     engine: str
@@ -161,20 +161,20 @@ class Timing:
 
     @property
     def is_steady(self) -> bool:
-        """Whether no other work on the machine has disturbed the times."""
+        """Whether the times vary little, so that no other work on the machine has disturbed them."""
         return self.spread <= _STEADY
 
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What calibration inputs were used for.
+    """The calibration inputs and their use.
 
     Attributes:
-        source: Where they came from, a short phrase.
-        samples: How many were used.
-        held: How many of them were held out.
-        unmeasured: The layers of which they tell nothing, each with the reason, a sentence.
-        warnings: What the user should know about them, sentences.
+        source: Their source, a short phrase.
+        samples: Number of samples that were used.
+        held: Number of these samples that were held out.
+        unmeasured: The layers without moments, each with the reason, a sentence.
+        warnings: Sentences for the user about the inputs.
     """
 
     source: str
@@ -189,13 +189,14 @@ class Merge:
     """Two nodes that became one.
 
     Attributes:
-        first: Name of the node that is gone; a nameless one goes by its output.
-        second: Name of the node behind it, which computes both now.
-        layers: The layers of whose chains either was a part, sorted.
-        elements: Elements of the first one's weight, of the second one's, and of their product, which is
-            evaluated where the second one was.
-        saved: Parameters saved, biases included.
-        certificate: What rounding has done to the product, as it is stored, of the two weights as they were.
+        first: Name of the node that was removed; the name of its output if it has no name.
+        second: Name of the node after it, which now computes both.
+        layers: The layers whose chains contained one of the nodes, sorted.
+        elements: Number of elements of the first weight, of the second weight, and of their product. The
+            product is evaluated at the positions of the second weight.
+        saved: Number of parameters saved, biases included.
+        certificate: Bounds on the error of the stored product, relative to the exact product of the original
+            two weights.
     """
 
     first: str

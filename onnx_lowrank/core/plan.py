@@ -10,7 +10,7 @@ from onnx_lowrank.core.option import Option
 
 
 class Aggregate(StrEnum):
-    """How the errors of all layers become the number that a plan minimizes."""
+    """How the errors of all layers are combined into the number that a plan minimizes."""
 
     MAX = "max"
     SUM = "sum"
@@ -19,14 +19,14 @@ class Aggregate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the plan does with one layer.
+    """The plan's choice for one layer.
 
     Attributes:
         layer: The layer's id.
         option: The decomposition, or None to keep the layer.
         cost: Cost of the layer in the plan's budget.
-        error: Its error in the recipe's measure.
-        reason: Why the layer is kept; "" where it is not.
+        error: Error of the layer in the recipe's measure.
+        reason: Why the layer is kept; "" if it is rewritten.
     """
 
     layer: str
@@ -38,14 +38,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """How good a plan is.
+    """The quality of a plan.
 
     Attributes:
-        aggregate: How the layers' errors became the objective.
-        power: The exponent of an error in a sum.
-        objective: What the recipe minimizes.
-        gap: Proven bound on how far the objective is above the best possible, relative to it; 0 is optimal.
-            None where the recipe follows a rule and minimizes no objective.
+        aggregate: How the layers' errors are combined into the objective.
+        power: The exponent of each error in a sum.
+        objective: Value of the number that the recipe minimizes.
+        gap: Proven bound on (objective − optimum) / objective; 0 is optimal. None if the recipe follows a
+            rule and minimizes no objective.
     """
 
     aggregate: Aggregate
@@ -61,16 +61,16 @@ class Plan:
     Attributes:
         model: SHA-256 of the input model.
         recipe: Name of the recipe that made it.
-        measure: Name of the measure of the errors.
+        measure: Name of the measure in which the errors are given.
         ratio: The ratio asked for.
-        budget: Name of the budget: what the ratio counts.
+        budget: Name of the budget that the ratio bounds.
         choices: One per layer, in graph order.
-        solver: How good it is; None where that is unknown, as of an edited plan.
-        digest: SHA-256 of all the rest, from when it was made. An edited plan does not have its digest,
-            and what was proven of the original is not said of it.
-        factors: What its factors are fitted to.
-        recover: Whether they are fitted to what the compressed layers before them give.
-        merge: Whether adjacent linear operators are multiplied where that makes them smaller.
+        solver: Its quality; None if that is unknown, as for an edited plan.
+        digest: SHA-256 of all other fields, computed when the plan was made. It no longer matches an edited
+            plan, and proofs about the original are then not reported.
+        factors: The target of the fit of its factors.
+        recover: Whether each layer is fitted to correct the errors of the compressed layers before it.
+        merge: Whether adjacent linear operators are multiplied if their product is smaller.
     """
 
     model: str

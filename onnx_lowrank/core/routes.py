@@ -1,4 +1,4 @@
-"""Routes through a model: which of its graphs and functions run, and how often, on the dearest of them."""
+"""Routes through a model: which graphs and functions run on the most expensive route, and how often."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from onnx_lowrank.core.layer import ScopeWork
 def dearest(
     scopes: Sequence[ScopeWork], counts: Mapping[str, Sequence[int | None]]
 ) -> tuple[int | None, Mapping[str, int]]:
-    """The largest count of any route through the branches, and the route itself.
+    """The largest count over all routes through the branches, and the route that has it.
 
-    The dearer branch of an If counts, the body of a Loop or Scan counts once, and a function counts once per
-    call. A function without calls does not count.
+    Of the branches of an If, the one with the larger count counts. The body of a Loop or Scan counts once. A
+    function counts once per call, and not at all without calls.
 
     Args:
-        scopes: Every scope of the model, the main graph first, each after the one that holds it.
+        scopes: Every scope of the model, the main graph first, each after its parent.
         counts: The parts of the count of every scope; None for an unknown part.
 
     Returns:
-        The count, None where a part of it is unknown, and how often every scope runs on the dearest route
-        through the branches; empty where the count is unknown.
+        The count, and how often every scope runs on this route. If a part of the count is unknown: None, and
+        an empty mapping.
     """
     steps = _steps(scopes)
     try:
-        order = list(TopologicalSorter({path: chain(*of) for path, of in steps.items()}).static_order())
-    except CycleError:  # functions that call themselves never end
+        callees = {path: chain(*bodies) for path, bodies in steps.items()}
+        order = list(TopologicalSorter(callees).static_order())
+    except CycleError:  # a function that calls itself never ends
         return None, {}
     totals: dict[str, int | None] = {}
     for path in order:
@@ -45,7 +46,7 @@ def dearest(
 
 
 def running(scopes: Sequence[ScopeWork]) -> set[str]:
-    """The paths of the scopes that some route runs: all but functions that nothing running calls."""
+    """The paths of the scopes that run on some route: all except functions that no such scope calls."""
     steps = _steps(scopes)
     found: set[str] = set()
     pending = [scopes[0].path]
@@ -58,7 +59,7 @@ def running(scopes: Sequence[ScopeWork]) -> set[str]:
 
 
 def _steps(scopes: Sequence[ScopeWork]) -> dict[str, list[list[str]]]:
-    """What every scope runs beside its own nodes: for each step, the bodies of which it takes one."""
+    """The steps in which every scope runs other scopes; a step lists scopes, of which exactly one runs."""
     steps: dict[str, list[list[str]]] = {scope.path: [[path] for path in scope.calls] for scope in scopes}
     branches: dict[tuple[str, int], list[str]] = {}
     for scope in scopes:
