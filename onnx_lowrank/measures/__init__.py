@@ -24,15 +24,15 @@ from onnx_lowrank.errors import InputError
 
 Floats = NDArray[np.float64]
 Errors = Mapping[tuple[Fold, int], Floats]
-"""For (fold, k): the errors at the ranks 0, 1, …; at least up to the largest that is cheaper."""
+"""For (fold, k): the errors at the ranks 0, 1, …, at least up to the largest rank that is cheaper."""
 
 
 class Needs(Flag):
-    """What a measure is computed from.
+    """The evidence that a measure needs.
 
-    WEIGHTS are the singular values of a layer's weight. MOMENTS are those of the calibration inputs that
-    reach the layer, as errors of its activations. OUTPUTS are the model's outputs on those inputs with a few
-    options of the layer in its place.
+    WEIGHTS are the singular values of a layer's weight. MOMENTS are errors of the layer's activations,
+    computed from the moments of its calibration inputs. OUTPUTS are errors of the model's outputs on these
+    inputs, with a few options in place of the layer.
     """
 
     WEIGHTS = auto()
@@ -42,10 +42,10 @@ class Needs(Flag):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The known facts about one layer. A measure finds the fields that it needs filled.
+    """The known facts about one layer. The fields that a measure needs are filled.
 
     Attributes:
-        spectra: WEIGHTS: singular values; those of k = 1 for every fold that occurs.
+        spectra: WEIGHTS: singular values of slices, with k = 1 for every fold that occurs.
         activation: MOMENTS and OUTPUTS: E‖(W − Ŵ) x‖² / E‖W x‖² of all options, with a ridge.
         power: MOMENTS and OUTPUTS: the denominator of `activation`.
         effects: OUTPUTS: pairs of an activation error and the error at the model's outputs that it causes.
@@ -75,9 +75,9 @@ class Measure:
 
     Attributes:
         summary: The formula in one line, for the documentation of recipes.
-        needs: What it is computed from.
-        errors: Computes it.
-        legend: What the report says that the errors are.
+        needs: The evidence that it needs.
+        errors: Computes the errors.
+        legend: Description of the errors for the legend of the report.
     """
 
     summary: str
@@ -87,7 +87,7 @@ class Measure:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it is an error of activations, which needs calibration inputs."""
+        """Whether it needs calibration inputs."""
         return self.needs != Needs.WEIGHTS
 
 
@@ -97,10 +97,10 @@ def names() -> tuple[str, ...]:
 
 
 def named(name: str) -> Measure:
-    """The measure of a name.
+    """Find the measure with this name.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: There is none with this name.
     """
     if name not in _found():
         raise InputError(f"There is no measure {name!r}: choose one of {', '.join(names())}.")
@@ -118,10 +118,10 @@ def _found() -> Mapping[str, Measure]:
 
 
 def of_spectra(formula: Callable[[Floats, Floats], tuple[Floats, np.float64]]) -> Function:
-    """A function of the weight's spectra, by a formula for one fold and one number of slices.
+    """Make a function of the weight's spectra from a formula for one fold and one number of slices.
 
     Args:
-        formula: Gives the errors at the ranks 0, 1, …, full rank − 1 and the norm of the weight, from the
+        formula: Computes the errors at the ranks 0, 1, …, full rank − 1 and the norm of the weight from the
             singular values of the slices, shape (groups, k, full rank), and those of the whole weight.
     """
 

@@ -1,7 +1,7 @@
 """The squared error of a layer's outputs on calibration inputs.
 
-`linalg/activations.py` computes the relative errors. They are part of the evidence, not computed here, since
-every measure that needs moments or outputs starts from them.
+`linalg/activations.py` computes the relative errors. They are part of the evidence because every measure that
+needs moments or outputs starts from them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MEASURE = Measure(
     needs=Needs.MOMENTS,
     errors=_errors,
     legend=(
-        "‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from calibration inputs, with a ridge for what "
-        "they do not show"
+        "‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from calibration inputs, with a ridge for "
+        "directions that they do not show"
     ),
 )

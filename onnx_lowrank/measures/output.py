@@ -1,4 +1,4 @@
-"""What a layer's own error does to the model's outputs, read off a curve through a few measured points."""
+"""The effect of one layer's error on the model's outputs, from a curve through a few measured points."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ import numpy as np
 from onnx_lowrank.measures import Errors, Evidence, Floats, Measure, Needs
 
 _LEAST_SLOPE = 1e-3
-"""Between points that do not rise: keeps the order of options, and hardly changes the numbers."""
+"""Slope between points that do not rise: it keeps the order of options and hardly changes the errors."""
 
 _LAST_SLOPES = (0.5, 8.0)
-"""Beyond the last point: outputs that have lost nearly all still lose more, and points that lie close
-together do not tell how much."""
+"""Least and largest slope beyond the last point: even a large output error still grows, and points that are
+close together determine their slope badly."""
 
 _FLOOR = 1e-12
-"""What stands for an output error of 0, relative to the layer's largest."""
+"""Replaces an output error of 0, which has no logarithm; relative to the layer's largest output error."""
 
 
 def predicted(errors: Floats, points: Sequence[tuple[float, float]]) -> Floats:
-    """Predict the errors at the model's outputs from a layer's own.
+    """Predict the errors at the model's outputs from errors of one layer.
 
-    The curve is linear between the points in logarithms of both errors: squared errors are proportional
-    as long as they are small, and saturate. It rises everywhere, so that larger errors stay larger: its
-    points are raised to the largest before them. Below the first point it is proportional, above the last
-    it goes on as between the last two, with a slope from 0.5 to 8.
+    The curve is linear between the points in the logarithms of both errors: squared errors are proportional
+    while they are small, and saturate. The curve rises everywhere, so that it keeps the order of errors: each
+    point is raised to the largest one before it. Below the first point, output errors are proportional to
+    layer errors. Above the last point, the slope is that between the last two points, at least 0.5 and at
+    most 8.
 
     Args:
         errors: Relative squared errors of the layer's options, 0 or more, any shape.
-        points: Pairs of such an error, which is positive, and of the output error measured for it, 0 or
-            more, in any order. Among points with the same error the largest output error counts. Without
-            any, the outputs are taken to have the layer's own errors.
+        points: Pairs of a layer's error, above 0, and of the output error measured for it, 0 or more, in any
+            order. Of points with the same layer's error, the one with the largest output error counts.
+            Without points, the predicted output errors are the layer's errors.
 
     Returns:
         The output errors, in the shape of `errors`; 0 for 0.
@@ -47,16 +48,16 @@ def predicted(errors: Floats, points: Sequence[tuple[float, float]]) -> Floats:
     part = np.searchsorted(x, at, side="right")
     anchor = np.maximum(part - 1, 0)
     value = y[anchor] + slopes[part] * (at - x[anchor])
-    # Rounding takes no value of a part past the end of it.
+    # Without this, rounding could take a value past the end of its part of the curve.
     return np.asarray(np.exp(np.minimum(value, np.append(y, np.inf)[part])))
 
 
 def _knots(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
     """Logarithms of both errors at the points, each strictly ascending."""
-    own, caused = np.asarray(points, dtype=np.float64).T
-    order = np.lexsort((caused, own))
-    x = np.log(own[order])
-    y = np.log(np.maximum(caused[order], _FLOOR * (caused.max() or 1.0)))
+    layer, output = np.asarray(points, dtype=np.float64).T
+    order = np.lexsort((output, layer))
+    x = np.log(layer[order])
+    y = np.log(np.maximum(output[order], _FLOOR * (output.max() or 1.0)))
     last = np.append(np.diff(x) > 0, True)
     x, y = x[last], np.maximum.accumulate(y)[last]
     rise = _LEAST_SLOPE * x
@@ -64,7 +65,7 @@ def _knots(points: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
 
 
 def _errors(evidence: Evidence, *, relative: bool) -> Errors:
-    """The errors at the model's outputs, which are relative in any case."""
+    """The errors at the model's outputs, which are always relative."""
     return {key: predicted(error, evidence.effects) for key, error in evidence.activation.items()}
 
 
@@ -74,5 +75,5 @@ MEASURE = Measure(
     ),
     needs=Needs.MOMENTS | Needs.OUTPUTS,
     errors=_errors,
-    legend="what the layer alone is predicted to add to the square of the output error, before any recovery",
+    legend="the predicted contribution of this layer to the squared output error, before any recovery",
 )

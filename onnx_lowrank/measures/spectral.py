@@ -8,7 +8,7 @@ from onnx_lowrank.measures import Floats, Measure, Needs, of_spectra
 
 
 def formula(values: Floats, whole: Floats) -> tuple[Floats, np.float64]:
-    """The largest singular value behind every rank, and the largest of the weight."""
+    """The largest singular value beyond every rank, and the largest one of the weight."""
     return values.max(axis=(0, 1)), whole.max()
 
 

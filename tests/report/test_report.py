@@ -375,7 +375,7 @@ def test_the_legend_explains_the_columns_that_are_shown(width, fitted):
         ("activation", "error: activation, ‖y − ŷ‖²/‖y‖² of the layer's output y, predicted from"),
         (
             "output",
-            "error: output, what the layer alone is predicted to add to the square of the output error",
+            "error: output, the predicted contribution of this layer to the squared output error",
         ),
     ],
 )
