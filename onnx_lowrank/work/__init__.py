@@ -1,1 +1,1 @@
-"""Work items: values that describe one computation on one layer and can travel, and their executors."""
+"""Work items, which describe one computation on one layer and can be sent to a process; their executors."""

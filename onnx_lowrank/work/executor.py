@@ -111,7 +111,7 @@ class Threads:
         self._number = number or cores()
         self._budget = budget or free_memory() // _SHARE
         self._pool = ThreadPoolExecutor(self._number, "onnx-lowrank")
-        # Not on a GPU: there the device computes all parts of an item as one stack.
+        # A GPU does not share: it computes all parts of an item as one stack.
         self.backend = backend if backend.name == "cuda" else replace(backend, shared=self._shared)
 
     def __enter__(self) -> Self:
@@ -130,7 +130,7 @@ class Threads:
         return self
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
-        """As `Executor.map`, but the function need not be at the top level of a module."""
+        """Like `Executor.map`, but the function need not be at the top level of a module."""
 
         def submit(item: I) -> Future[R]:
             return self._pool.submit(function, item, self.backend)
@@ -220,7 +220,7 @@ class Processes:
         self.threads.__exit__(kind, error, trace)
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
-        """As `Executor.map`."""
+        """Like `Executor.map`."""
 
         def submit(item: I) -> Future[R]:
             return self._pool.submit(_run, function, item, self._device)
@@ -262,12 +262,12 @@ def _in_order(
             yield pending.popleft()[0].result()
             continue
         running = [future for future, _ in pending if not future.done()]
-        # Not <, or a worker that becomes free waits until the next item is drawn.
+        # With < in place of <=, a worker that becomes free would wait until the next item is drawn.
         if drawn is None and not is_over and len(running) <= workers:
             drawn = next(source, None)
             is_over = drawn is None
             continue  # The draw may have taken long, so the first result may be ready now.
-        # Not the running items alone: a result that waits for its turn takes memory, too.
+        # This counts more than the running items: a result that waits for its turn takes memory, too.
         taken = sum(nbytes for _, nbytes in pending)
         if drawn is not None and (not pending or drawn.nbytes <= budget - taken):
             pending.append((submit(drawn), drawn.nbytes))

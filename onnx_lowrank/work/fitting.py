@@ -41,8 +41,8 @@ class FactorsItem:
         option: Its option.
         moments: Its moments; None to fit the factors to its weight.
         centred: Whether a bias absorbs the change of the mean.
-        added: The bias that its node adds to its outputs, shape (f,), if moments of outputs include it; else
-            None.
+        added: The bias that its node adds to its outputs, shape (f,), if the moments of outputs include it;
+            None otherwise.
     """
 
     weight: WeightRef
@@ -126,11 +126,11 @@ class Dense:
 
 
 def dense(item: FactorsItem, backend: Backend) -> Dense:
-    """Make the product of a layer's factors without refinement: `work.scoring` predicts the error of these.
+    """Make the product of a layer's factors without refinement; `work.scoring` predicts its error.
 
     Raises:
-        InputError: As `fitted`.
-        PlanError: As `fitted`.
+        InputError: As for `fitted`.
+        PlanError: As for `fitted`.
     """
     weight = item.weight.read()
     moments = LayerMoments() if item.moments is None else item.moments.read()
@@ -172,7 +172,7 @@ def activation_factors(
     centred: bool,
     steps: int,
 ) -> Factors | None:
-    """Factors of least error on a layer's own inputs (rule 1); None if its moments do not determine them.
+    """Factors of least error on a layer's inputs (rule 1); None if its moments do not determine them.
 
     Args:
         weight: Canonical weight, with its BatchNorm folded in.
@@ -205,7 +205,7 @@ def lost_mean(
         return corrected_mean(weight, factors, moments.inputs)
     if moments.outputs is None:
         return np.zeros(prod(weight.shape[:2]))
-    # Factors fitted to outputs project W, and therefore its outputs, on the decoder's columns.
+    # Factors fitted to outputs project W, and therefore its outputs, onto the decoder's columns.
     mean = moments.outputs.mean - (0.0 if added is None else added.reshape(weight.shape[:2]))
     decoder = factors.decoder.astype(np.float64).reshape(*weight.shape[:2], -1)
     kept = np.matvec(decoder, np.matvec(np.linalg.pinv(decoder), mean))

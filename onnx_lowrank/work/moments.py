@@ -15,7 +15,7 @@ _FIT, _HELD = "fit", "held"
 
 @dataclass(frozen=True, slots=True)
 class LayerMoments:
-    """The moments of one layer: those of its inputs, or of its outputs, or none.
+    """The moments of one layer's inputs or of its outputs; empty if it has none.
 
     Attributes:
         inputs: Moments of its patches over the samples to fit to: (g, p) and (g, p, p).
@@ -54,7 +54,7 @@ class MomentsRef:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take in memory; 0 if the folder was deleted."""
+        """Bytes that the moments take in memory; 0 if the folder was deleted."""
         paths = (self._path(share, part) for share in (_FIT, _HELD) for part in _PARTS)
         return sum(path.stat().st_size for path in paths if path.exists())
 

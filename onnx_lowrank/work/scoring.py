@@ -33,7 +33,7 @@ class WeightItem:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes: the weight three times, and the Gram matrices of one fold."""
+        """Bytes that the computation takes: the weight three times, and the Gram matrices of one fold."""
         return self.weight.nbytes + 16 * self.weight.size + max(map(self._grams, self.wanted), default=0)
 
     def _grams(self, fold: Fold) -> int:
@@ -68,7 +68,7 @@ class ActivationItem:
 
     @property
     def nbytes(self) -> int:
-        """Approximate bytes that it takes: several copies of the moments, of the weight and of P C."""
+        """Approximate bytes that the computation takes: copies of the moments, of the weight and of P C."""
         if self.moments.of_outputs:
             return self.weight.nbytes + 16 * self.weight.size + 4 * self.moments.nbytes
         g, f, *rest = self.weight.shape
@@ -91,7 +91,7 @@ class ActivationErrors:
     Attributes:
         relative: The errors at the ranks 0, 1, … for each (fold, k), relative to the power of the outputs.
             Moments of outputs determine only the errors of (encode, 1).
-        power: The power of the outputs. Times this, the errors are absolute.
+        power: The power of the outputs. A relative error times this power is the absolute error.
     """
 
     relative: Mapping[tuple[Fold, int], NDArray[np.float64]]
@@ -99,7 +99,7 @@ class ActivationErrors:
 
 
 def activation_errors(item: ActivationItem, backend: Backend) -> ActivationErrors:
-    """Compute the errors of the factors that `work.fitting.dense` makes (those of `fitted` are refined).
+    """Compute the errors of the factors that `work.fitting.dense` makes; `fitted` refines its factors.
 
     Raises:
         InputError: The moments are not finite.
@@ -116,6 +116,6 @@ def activation_errors(item: ActivationItem, backend: Backend) -> ActivationError
     if moments.outputs is None:
         raise RuntimeError(f"the moments {item.moments.number} were not written")
     ridge = shrinkage(moments.outputs)
-    only = output_errors(moments.outputs, weight, centred=item.centred, ridge=ridge)
+    encode_errors = output_errors(moments.outputs, weight, centred=item.centred, ridge=ridge)
     power = float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
-    return ActivationErrors({(Fold.ENCODE, 1): only}, power)
+    return ActivationErrors({(Fold.ENCODE, 1): encode_errors}, power)

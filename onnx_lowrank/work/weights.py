@@ -1,4 +1,4 @@
-"""References to weights: small values that travel; any process can read the weight from one."""
+"""References to weights: small values from which any process can read the weight."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from onnx_lowrank.layers.find import Binding, read
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightRef:
-    """A canonical weight with its BatchNorm, in a data file or in the model.
+    """A reference to a canonical weight, in a data file or in the model, and its BatchNorm.
 
     The strides describe how the model's views (transposed, split in groups) show the stored bytes. They are
     part of the reference because linear algebra sums in the order of the layout: another layout gives other
     bits.
 
     Attributes:
-        source: The data file that holds the weight; or the weight's bytes, shape (n,), if the model does.
+        source: The data file that holds the weight; or the weight's bytes, shape (n,), if the model holds it.
         offset: Bytes of the source before the first element.
         dtype: The stored dtype.
         shape: Its canonical shape, (g, f / g, c / g, *kernel).
@@ -47,11 +47,11 @@ class WeightRef:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that reading it takes: the stored ones, and those in float64 if a BatchNorm scales it."""
+        """Bytes that reading takes: the stored bytes, and a float64 copy if a BatchNorm scales the weight."""
         return self.size * (self.dtype.itemsize + (0 if self.scale is None else 8))
 
     def read(self) -> NDArray[Any]:
-        """Read the weight: mapped from its file without a copy, or in float64 if a BatchNorm scales it.
+        """Read the weight: mapped from its file without a copy, or a float64 copy if a BatchNorm scales it.
 
         Raises:
             InputError: The data file has changed.
@@ -107,12 +107,12 @@ def refer(weight: NDArray[Any], scale: NDArray[np.float64] | None = None) -> Wei
 
 def _mapped(array: NDArray[Any]) -> np.memmap[Any, Any] | None:
     """The mapped file that provides an array's memory; None if the array has its own memory."""
-    # Not the first memmap: a view of one is a memmap, too, and copies the offset of its base.
-    shown: object = array
-    while isinstance(shown, np.ndarray):
-        if isinstance(shown, np.memmap) and not isinstance(shown.base, np.ndarray):
-            return shown
-        shown = shown.base
+    # The first memmap may be a view: a view of a memmap is a memmap, too, and copies the offset of its base.
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        if isinstance(owner, np.memmap) and not isinstance(owner.base, np.ndarray):
+            return owner
+        owner = owner.base
     return None
 
 
