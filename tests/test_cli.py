@@ -183,7 +183,7 @@ WRONG = {
     "recipe with an unknown key": ([*HALF, "--pass", "key.toml"], "unknown key 'colour'"),
     "recipe with a bad value": (
         [*HALF, "--pass", "value.toml"],
-        "power is 0, which has to be a number above 0",
+        "power is 0, but it must be a number above 0",
     ),
     "recipe that is no TOML": ([*HALF, "--pass", "broken.toml"], "is not valid TOML"),
     "recipe that is missing": ([*HALF, "--pass", "no.toml"], "no.toml"),

@@ -1,1 +1,1 @@
-"""Files that users write: plans and recipes, read strictly."""
+"""Files that users write or read: plans, recipes and reports, all read strictly."""

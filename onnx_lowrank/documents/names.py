@@ -1,7 +1,7 @@
-"""The names of measures and budgets that documents may use: the one place where this package lists them.
+"""The names of measures and budgets that documents may use. Only this module of the package lists them.
 
-A field of one of these types is a text to msgspec; `check` looks its name up, and messages list the known
-ones.
+To msgspec, a field of one of these types is any text. `check` looks the name up, and messages list the known
+names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def budgets() -> tuple[str, ...]:
 
 
 def prices() -> tuple[str, ...]:
-    """The names of the budgets that a recipe can take as a price."""
+    """The names of the budgets that a recipe can name as its price."""
     return known_budgets.prices()
 
 
@@ -39,7 +39,7 @@ def check(key: str, name: str, known: Sequence[str]) -> None:
     """Check that a name is known.
 
     Raises:
-        ValueError: It is not; the message says where, and what is known.
+        ValueError: The name is unknown; the message gives the key and the known names.
     """
     if name not in known:
-        raise ValueError(f"{key} is {name!r}, which has to be one of {', '.join(known)}")
+        raise ValueError(f"{key} is {name!r}, but it must be one of {', '.join(known)}")

@@ -1,8 +1,9 @@
 """Plan files: JSON that can be saved, edited and replayed.
 
-To edit a plan, change fold, k and j of a layer; all three null keep it. A lowering of null is the native one,
-and merge tells whether adjacent operators are multiplied. The rest may stay as it is: costs are computed
-anew, times excepted, and the digest tells that what was proven of the plan does not hold any more.
+To edit a plan, change fold, k and j of a layer, or set all three to null to keep the layer. A lowering of
+null is the native one. The key merge says whether adjacent operators are multiplied. The other keys can stay:
+costs are computed again, except times, and the digest shows that proofs about the original plan no longer
+hold.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ VERSION = 4
 
 
 class _Solver(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How good a plan is, as its file says it."""
+    """The quality of a plan, as its file holds it."""
 
     aggregate: Aggregate
     power: float
@@ -39,7 +40,7 @@ class _Solver(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class _Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a plan does with one layer, as its file says it."""
+    """The plan's choice for one layer, as its file holds it."""
 
     id: str
     fold: Fold | None
@@ -54,11 +55,11 @@ class _Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if len({value is None for value in (self.fold, self.k, self.j)}) > 1:
             fold = None if self.fold is None else self.fold.value
             found = f"fold = {shown(fold)}, k = {shown(self.k)} and j = {shown(self.j)}"
-            raise ValueError(f"{found}, which have to be null all together or not at all")
+            raise ValueError(f"{found}, and either all three or none of them must be null")
 
 
 class _Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A plan, as its file says it; the order of the keys is the file's."""
+    """A plan, as its file holds it; the keys have the order of the file."""
 
     version: int
     model: str
@@ -78,7 +79,7 @@ class _Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         names.check("budget", self.budget, names.budgets())
         if self.recover and self.factors is not Fit.ACTIVATIONS:
             raise ValueError(
-                f"recover is true and factors is {self.factors.value!r}, which has to be 'activations' then"
+                f"recover is true and needs factors 'activations', but factors is {self.factors.value!r}"
             )
 
 
@@ -86,7 +87,7 @@ _DOCUMENT = Document("plan", _Plan, PlanError, "correct it or save it anew", ("v
 
 
 def to_json(plan: Plan) -> str:
-    """A plan as JSON, one line per layer; kept layers have null for an option, and so have unknown errors."""
+    """Write a plan as JSON, one line per layer; options of kept layers and unknown errors are null."""
     solver = None if plan.solver is None else _solver_row(plan.solver)
     wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover, plan.merge)
     values = (VERSION, plan.model, *wanted, solver, plan.digest)
@@ -117,12 +118,12 @@ def _finite(value: float) -> float | None:
 
 
 def sealed(plan: Plan) -> Plan:
-    """The plan with the digest of what it is now."""
+    """The plan with the digest of its current content."""
     return replace(plan, digest=_digest(plan))
 
 
 def is_edited(plan: Plan) -> bool:
-    """Whether a plan is another than when it was made."""
+    """Whether a plan has changed since it was made."""
     return plan.digest != _digest(plan)
 
 
@@ -134,7 +135,7 @@ def read(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
     Raises:
-        PlanError: It cannot be read, is no JSON, or a key or value in it is wrong.
+        PlanError: It cannot be read, is not JSON, or has a wrong key or value.
     """
     table = _DOCUMENT.from_json(_DOCUMENT.text(path), path)
     return Plan(
@@ -165,7 +166,7 @@ def _choice(row: _Layer) -> Choice:
 
 
 def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
-    """Check that a plan fits a model: the same file, the same layers, options that they have.
+    """Check that a plan fits a model: the same file, the same layers, and options that these layers have.
 
     Args:
         plan: The plan.
@@ -173,7 +174,7 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
         layers: Its layers.
 
     Raises:
-        PlanError: It does not.
+        PlanError: It does not fit.
     """
     if plan.model != model:
         raise PlanError(
@@ -182,7 +183,7 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
         )
     known = {layer.id: layer for layer in layers}
     named: set[str] = set()
-    advice = "use the same --include and --exclude as when it was made."
+    advice = "use the same --include and --exclude as for making the plan."
     for choice in plan.choices:
         if choice.layer in named:
             raise PlanError(f"The plan names the layer {choice.layer!r} twice: delete one of its lines.")

@@ -1,4 +1,4 @@
-"""Recipes: `passes/*.toml`, each a named, complete description of how to choose and fit factors."""
+"""Recipes, the files `passes/*.toml`. Each is a complete description of how to choose and fit factors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Recipe:
         name: The file's name without its suffix.
         summary: One sentence for `--list-passes`.
         folds: The folds to choose from.
-        groups: The slice counts k to choose from; None stands for all divisors.
+        groups: The numbers of slices k to choose from; None stands for all divisors.
         measure: Name of the measure of an option's error.
         relative: Divide the error by the norm of the layer's weight.
-        aggregate: How the layers' errors become one objective.
-        power: The exponent of an error inside a sum.
-        price: Name of the budget whose cost is traded against error, where it is not the plan's own.
-        factors: What the factors are fitted to.
-        recover: Fit every layer to what the original gives, on what the compressed layers before it make of
-            its inputs.
+        aggregate: How the layers' errors are combined into one objective.
+        power: The exponent of each error in a sum.
+        price: Name of the budget whose cost is traded against error; None for the plan's budget.
+        factors: The target of the fit of the factors.
+        recover: Fit every layer so that it gives the original outputs for the inputs that the compressed
+            layers before it produce.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Recipe:
 
 
 class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A recipe, as its file says it; `passes/README.md` tells what the keys mean."""
+    """A recipe, as its file holds it; `passes/README.md` explains the keys."""
 
     summary: Annotated[str, Meta(pattern=r"\S", description="a sentence")]
     folds: Annotated[tuple[Fold, ...], Meta(min_length=1, description=f"a list of {', '.join(Fold)}")]
@@ -83,11 +83,11 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             names.check("price", self.price, names.prices())
         for key, value in (("power", self.power), ("price", self.price)):
             if value is not UNSET and self.aggregate is not Aggregate.SUM:
-                found = f"{key} is {value!r} and aggregate is {self.aggregate.value!r}"
-                raise ValueError(f"{found}, which has to be 'sum' then")
+                found = f"aggregate is {self.aggregate.value!r}"
+                raise ValueError(f"{key} is {value!r} and needs aggregate 'sum', but {found}")
         if self.recover and self.factors is not Fit.ACTIVATIONS:
             raise ValueError(
-                f"recover is true and factors is {self.factors.value!r}, which has to be 'activations' then"
+                f"recover is true and needs factors 'activations', but factors is {self.factors.value!r}"
             )
 
 
@@ -95,10 +95,10 @@ _DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it")
 
 
 def load(name: str | Path) -> Recipe:
-    """Read a recipe by its name among those that ship, or from anybody's own TOML file.
+    """Read a recipe: one that ships with the package, by its name, or a TOML file, by its path.
 
     Raises:
-        RecipeError: There is none of that name, or a key or value in it is wrong.
+        RecipeError: There is no such recipe, or it has a wrong key or value.
     """
     path = Path(name)
     shipped = _folder() / f"{name}.toml"
@@ -111,15 +111,15 @@ def load(name: str | Path) -> Recipe:
 
 
 def load_all() -> tuple[Recipe, ...]:
-    """All recipes that ship, by name."""
+    """All recipes that ship with the package, sorted by name."""
     return tuple(load(path.stem) for path in _shipped())
 
 
 def parse(text: str, name: str) -> Recipe:
-    """Make a recipe of its TOML text.
+    """Make a recipe from TOML text.
 
     Raises:
-        RecipeError: It is no TOML, a key is unknown or missing, or a value is wrong.
+        RecipeError: It is not TOML, a key is unknown or missing, or a value is wrong.
     """
     return _recipe(_DOCUMENT.from_toml(text, name), name)
 
@@ -141,7 +141,7 @@ def _recipe(table: _Recipe, name: str) -> Recipe:
 
 
 def _folder() -> Path:
-    """The folder of the recipes: in an installed wheel beside the modules, else the checkout's."""
+    """The folder of the recipes: beside the modules in an installed wheel, at the top level of a checkout."""
     installed = Path(str(files("onnx_lowrank") / "passes"))
     return installed if installed.is_dir() else Path(__file__).parents[2] / "passes"
 

@@ -1,4 +1,4 @@
-"""JSON reports, as `--report FILE.json` writes them."""
+"""Reading of the JSON reports that `--report FILE.json` writes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def read(path: str | os.PathLike[str]) -> schema.Report:
     """Read a report.
 
     Raises:
-        ReportError: It cannot be read, is no JSON, or a key or value in it is wrong.
+        ReportError: It cannot be read, is not JSON, or has a wrong key or value.
     """
     return _DOCUMENT.from_json(_DOCUMENT.text(path), path)

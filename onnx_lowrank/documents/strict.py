@@ -1,6 +1,6 @@
-"""Strict reading: a file's text becomes a `msgspec.Struct`, or one sentence says what is wrong with it.
+"""Strict reading: a file's text becomes a `msgspec.Struct`, or an error of one sentence says what is wrong.
 
-Unknown, missing and repeated keys are refused, booleans are no numbers, and numbers are finite.
+Unknown, missing and repeated keys are refused, and so are booleans and infinite values in place of numbers.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from onnx_lowrank.errors import InputError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_LARGEST = 2**26  # bytes of a file; plans and reports have some hundred a layer
+_LARGEST = 2**26  # bytes of a file; plans and reports take a few hundred bytes per layer
 
 
 class _FaultError(Exception):
-    """A fault of a document, as a clause."""
+    """A fault of a document; the message is a clause of the final error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Document(Generic[T]):
     """A kind of document.
 
     Attributes:
-        word: What messages call it.
-        table: What it holds.
+        word: Its name in messages.
+        table: The type of its content.
         error: The error that is raised if it is wrong.
-        advice: What to do then.
-        version: The key that holds its version, and the version that is read; None where it has none.
+        advice: The advice to the user in that error.
+        version: The key that holds its version, and the version that this program reads; None if it has none.
     """
 
     word: str
@@ -52,7 +52,7 @@ class Document(Generic[T]):
         """Read a file.
 
         Raises:
-            InputError: It cannot be read, is no UTF-8 text, or has more than 64 MiB.
+            InputError: It cannot be read, is not UTF-8 text, or has more than 64 MiB.
         """
         try:
             with Path(path).open("rb") as file:
@@ -61,7 +61,7 @@ class Document(Generic[T]):
                 return data.decode("utf-8")
             reason = f"it has more than {_LARGEST >> 20} MiB"
         except UnicodeDecodeError:
-            reason = "it is no UTF-8 text"
+            reason = "it is not UTF-8 text"
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         raise self.error(f"The {self.word} {path} cannot be read ({reason}): check the path.")
@@ -71,23 +71,23 @@ class Document(Generic[T]):
 
         Args:
             text: The text.
-            name: What messages call the document: its name or path.
+            name: The document's name or path, for messages.
 
         Raises:
-            InputError: It is no JSON, or a key or value in it is wrong.
+            InputError: It is not JSON, or has a wrong key or value.
         """
         return self._read(text, name, "JSON", _json)
 
     def from_toml(self, text: str, name: object) -> T:
-        """Read TOML text, as `from_json` does JSON.
+        """Read TOML text, as `from_json` reads JSON text.
 
         Raises:
-            InputError: It is no TOML, or a key or value in it is wrong.
+            InputError: It is not TOML, or has a wrong key or value.
         """
         return self._read(text, name, "TOML", tomllib.loads)
 
     def wrong(self, name: object, fault: object) -> InputError:
-        """The error that tells a fault, a clause."""
+        """Make the error for a fault, which is a clause."""
         return self.error(f"The {self.word} {name} is wrong: {fault}; {self.advice}.")
 
     def _read(self, text: str, name: object, form: str, parse: Callable[[str], object]) -> T:
@@ -110,8 +110,8 @@ class Document(Generic[T]):
         try:
             table = msgspec.convert(value, self.table)
         except msgspec.ValidationError as error:
-            raise _FaultError(wording.told(error, value, self.table)) from error
-        # msgspec takes Infinity and NaN for numbers, and so do TOML and Python's JSON.
+            raise _FaultError(wording.in_words(error, value, self.table)) from error
+        # msgspec accepts Infinity and NaN as numbers, and so do TOML and Python's JSON.
         for place in _not_finite(value, ()):
             raise _FaultError(wording.wrong_value(place, value, self.table))
         return table
@@ -121,7 +121,7 @@ def _json(text: str) -> object:
     value = json.loads(text, object_pairs_hook=_object)
     try:
         json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # An escape can spell half a character, which no file can hold.
+    except UnicodeEncodeError as error:  # An escape can spell half of a surrogate pair, which is not UTF-8.
         half = wording.shown(error.object[error.start : error.end])
         raise _FaultError(f"a text in it has {half}, which is half of a character") from error
     return value
@@ -131,12 +131,12 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise _FaultError(f"the key {wording.shown(twice)} stands twice in one object")
+        raise _FaultError(f"the key {wording.shown(twice)} occurs twice in one object")
     return table
 
 
 def _not_finite(value: object, place: Place) -> Iterator[Place]:
-    """Where there are numbers that are not finite."""
+    """The places of all numbers that are not finite."""
     if isinstance(value, float) and not isfinite(value):
         yield place
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The faults of a document in words: the place, its value, and the allowed values."""
+"""Descriptions of the faults of a document: the place, its value, and the allowed values."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MISSING = re.compile(r"Object missing required field `(?P<key>\w+)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>.*)`", re.DOTALL)
 
 
-def told(error: msgspec.ValidationError, value: object, table: type[msgspec.Struct]) -> str:
-    """Put msgspec's message into words that name the value and what is allowed.
+def in_words(error: msgspec.ValidationError, value: object, table: type[msgspec.Struct]) -> str:
+    """Translate msgspec's message to one that gives the value and the allowed values.
 
     Args:
-        error: What msgspec raised.
+        error: The error that msgspec raised.
         value: The document.
-        table: What it should hold.
+        table: The type that the document should have.
     """
     message = _MESSAGE.fullmatch(str(error))
     reason, path = (message["reason"], message["path"] or "") if message else (str(error), "")
@@ -34,7 +34,7 @@ def told(error: msgspec.ValidationError, value: object, table: type[msgspec.Stru
     for step in _STEP.finditer(path):
         named = int(step["index"]) if step["index"] else step["key"] or _entry(place, value, kind)
         place = (*place, named)
-    if isinstance(error.__cause__, ValueError):  # It comes from a Struct's check of several keys.
+    if isinstance(error.__cause__, ValueError):  # A Struct's check of several keys raised it.
         return f"{_name(place, value)} has {reason}" if place else reason
     if missing := _MISSING.fullmatch(reason):
         return f"{_name(place, value)} lacks the key {missing['key']!r}"
@@ -45,38 +45,40 @@ def told(error: msgspec.ValidationError, value: object, table: type[msgspec.Stru
 
 
 def wrong_value(place: Place, value: object, table: type[msgspec.Struct]) -> str:
-    """Say that a value is not what it has to be."""
+    """Say that a value is not allowed, and which values are."""
     found, allowed = _at(place, value), _allowed(_type(place, inspect.type_info(table)))
     if not place:
-        return f"it has to be {allowed}"
+        return f"it must be {allowed}"
     if isinstance(place[-1], int) or len(place) == 1:
-        return f"{_name(place, value)} is {shown(found)}, which has to be {allowed}"
-    return f"{_name(place[:-1], value)} has {_key(place[-1])} = {shown(found)}, which has to be {allowed}"
+        return f"{_name(place, value)} is {shown(found)}, but it must be {allowed}"
+    return f"{_name(place[:-1], value)} has {_key(place[-1])} = {shown(found)}, but it must be {allowed}"
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: as files spell it, its beginning where it is long."""
+    """A value for messages, spelled as in files; a long value is cut at its end."""
     text = _SPELLED[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _name(place: Place, value: object) -> str:
-    """What to call a place: its keys and indices, and what an item of a list calls itself."""
+    """The name of a place: its keys and indices, and for an item of a list its own id or name."""
     if not place:
         return "it"
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{_key(step)}" for step in place)[1:]
     item = _at(place, value) if isinstance(place[-1], int) else None
-    own = next((item[key] for key in ("id", "name") if key in item), None) if isinstance(item, dict) else None
-    return f"{path} ({shown(own)})" if isinstance(own, str) else path
+    label = None
+    if isinstance(item, dict):
+        label = next((item[key] for key in ("id", "name") if key in item), None)
+    return f"{path} ({shown(label)})" if isinstance(label, str) else path
 
 
 def _key(step: str | int) -> str:
-    """A key as messages show it; one of a mapping can be any text."""
+    """A key for messages; a key of a mapping can be any text, so it is quoted if it is no identifier."""
     return str(step) if str(step).isidentifier() else shown(step)
 
 
 def _at(place: Place, value: Any) -> Any:
-    """The value at a place; None where there is none, as a hostile key can make a message name one."""
+    """The value at a place; None if there is no such place, which a hostile key can make msgspec name."""
     for step in place:
         try:
             value = value[step]
@@ -86,7 +88,7 @@ def _at(place: Place, value: Any) -> Any:
 
 
 def _type(place: Place, kind: inspect.Type) -> inspect.Type:
-    """The type of a place; the nearest that is known where a hostile key makes a message name another."""
+    """The type of a place; of the nearest known place if a hostile key makes msgspec name an unknown one."""
     for step in place:
         for candidate in _alternatives(kind):
             if isinstance(step, str) and isinstance(candidate, inspect.StructType):
@@ -99,7 +101,7 @@ def _type(place: Place, kind: inspect.Type) -> inspect.Type:
 
 
 def _entry(place: Place, value: object, kind: inspect.Type) -> str:
-    """The key of a mapping whose value is wrong; msgspec does not name it."""
+    """The first key of a mapping that has a wrong value; msgspec does not name it."""
     found = _at(place, value)
     for mapping in _alternatives(_type(place, kind)):
         if isinstance(mapping, inspect.DictType) and isinstance(found, dict):
@@ -110,7 +112,7 @@ def _entry(place: Place, value: object, kind: inspect.Type) -> str:
 
 
 def _holds(value: object, kind: inspect.Type) -> bool:
-    """Whether a value is of a type: a Struct, or null."""
+    """Whether a value has a type, which is a Struct or null."""
     if not isinstance(kind, inspect.StructType):
         return value is None
     try:
@@ -121,20 +123,20 @@ def _holds(value: object, kind: inspect.Type) -> bool:
 
 
 def _alternatives(kind: inspect.Type) -> tuple[inspect.Type, ...]:
-    """The types of a union; a type that is none stands alone."""
+    """The types of a union; for any other type, the type alone."""
     if isinstance(kind, inspect.Metadata):
         return _alternatives(kind.type)
     return kind.types if isinstance(kind, inspect.UnionType) else (kind,)
 
 
 def _keys(kind: inspect.Type) -> str:
-    """The keys of an object."""
+    """The keys that an object may have, for messages."""
     structs = (one for one in _alternatives(kind) if isinstance(one, inspect.StructType))
     return ", ".join(field.encode_name for one in structs for field in one.fields)
 
 
 def _allowed(kind: inspect.Type) -> str:
-    """What a type allows; its description where it has one, which a constraint needs."""
+    """The values that a type allows: its description, which every constrained type has, or general words."""
     match kind:
         case inspect.Metadata(extra_json_schema={"description": str(described)}):
             return described

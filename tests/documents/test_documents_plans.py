@@ -161,15 +161,15 @@ MALFORMED = {
     "deep objects": ('{"a":' * 200_000, "not valid JSON (it nests too deep)"),
     "a key twice": (
         table().replace('"ratio": 0.5', '"ratio": 0.5, "ratio": 0.25'),
-        "the key 'ratio' stands twice in one object",
+        "the key 'ratio' occurs twice in one object",
     ),
-    "a key of a layer twice": (layer().replace('"k": 2', '"k": 2, "k": 4'), "the key 'k' stands twice"),
+    "a key of a layer twice": (layer().replace('"k": 2', '"k": 2, "k": 4'), "the key 'k' occurs twice"),
     "a key that looks like a place": (table(**{"x` - at `$.layers[7].id": 1}), "has an unknown key 'x"),
     "a key of another line": (table(**{"x\ny": 1}), "it has an unknown key 'x\\ny', the keys are version, "),
     "another version with other keys": (table(version=5, speed=1), "version is 5, and this program reads"),
-    "a list": ("[]", "it has to be an object with the keys version, model"),
-    "null": ("null", "it has to be an object"),
-    "a number": ("3", "it has to be an object"),
+    "a list": ("[]", "it must be an object with the keys version, model"),
+    "null": ("null", "it must be an object"),
+    "a number": ("3", "it must be an object"),
     "an unknown key": (table(speed=1), "it has an unknown key 'speed'"),
     **{f"no {key}": (json.dumps(without(TABLE, key)), f"it lacks the key {key!r}") for key in TABLE},
     "version 1": (table(version=1), "version is 1, and this program reads version 4"),
@@ -180,37 +180,37 @@ MALFORMED = {
     "recipe list": (table(recipe=[]), "recipe is []"),
     "measure": (
         table(measure="magic"),
-        "measure is 'magic', which has to be one of activation, frobenius",
+        "measure is 'magic', but it must be one of activation, frobenius",
     ),
     "measure list": (table(measure=["spectral"]), "measure is ['spectral']"),
-    "budget": (table(budget="time"), "budget is 'time', which has to be one of params, macs, latency, bytes"),
+    "budget": (table(budget="time"), "budget is 'time', but it must be one of params, macs, latency, bytes"),
     **{
-        f"ratio {value!r}": (table(ratio=value), f"ratio is {shown(value)}, which has to be a number above 0")
+        f"ratio {value!r}": (table(ratio=value), f"ratio is {shown(value)}, but it must be a number above 0")
         for value in (0, -0.5, 1.5, float("inf"), float("nan"), "0.5", None, True, [0.5], 10**400)
     },
-    "factors": (table(factors="biases"), "factors is 'biases', which has to be one of weights, activations"),
-    "factors null": (table(factors=None), "factors is null, which has to be one of"),
+    "factors": (table(factors="biases"), "factors is 'biases', but it must be one of weights, activations"),
+    "factors null": (table(factors=None), "factors is null, but it must be one of"),
     **{
         f"{name} {value!r}": (
             table(**{name: value}),
-            f"{name} is {shown(value)}, which has to be true or false",
+            f"{name} is {shown(value)}, but it must be true or false",
         )
         for name in ("recover", "merge")
         for value in (None, 0, 1, "true", [])
     },
     "recovered weights": (
         table(recover=True),
-        "recover is true and factors is 'weights', which has to be 'activations' then",
+        "recover is true and needs factors 'activations', but factors is 'weights'",
     ),
-    "digest 3": (table(digest=3), "digest is 3, which has to be a text"),
+    "digest 3": (table(digest=3), "digest is 3, but it must be a text"),
     "solver text": (
         table(solver="best"),
-        "solver is 'best', which has to be an object with the keys aggregate, power, objective, gap or null",
+        "solver is 'best', but it must be an object with the keys aggregate, power, objective, gap or null",
     ),
     **{
         f"solver {key} {value!r}": (
             table(solver=TABLE["solver"] | {key: value}),
-            f"solver has {key} = {shown(value)}, which has to be ",
+            f"solver has {key} = {shown(value)}, but it must be ",
         )
         for key, value in [
             ("aggregate", "mean"),
@@ -220,11 +220,11 @@ MALFORMED = {
             ("gap", True),
         ]
     },
-    "layers null": (table(layers=None), "layers is null, which has to be a list"),
-    "layers object": (table(layers={}), "layers is {}, which has to be a list"),
+    "layers null": (table(layers=None), "layers is null, but it must be a list"),
+    "layers object": (table(layers={}), "layers is {}, but it must be a list"),
     "layer text": (
         table(layers=["fc"]),
-        "layers[0] is 'fc', which has to be an object with the keys id, fold",
+        "layers[0] is 'fc', but it must be an object with the keys id, fold",
     ),
     "layer with an unknown key": (
         layer(rank=3),
@@ -237,19 +237,19 @@ MALFORMED = {
         )
         for key in ROW
     },
-    "id 3": (layer(id=3), "layers[0] has id = 3, which has to be a text"),
+    "id 3": (layer(id=3), "layers[0] has id = 3, but it must be a text"),
     "fold": (
         layer(fold="diagonal"),
-        "has fold = 'diagonal', which has to be one of encode, rows, cols, decode or null",
+        "has fold = 'diagonal', but it must be one of encode, rows, cols, decode or null",
     ),
-    "fold 1": (layer(fold=1), "has fold = 1, which has to be one of"),
+    "fold 1": (layer(fold=1), "has fold = 1, but it must be one of"),
     "lowering": (
         layer(lowering="gemm"),
-        "layers[0] ('body/größe\\n') has lowering = 'gemm', which has to be one of native, conv",
+        "layers[0] ('body/größe\\n') has lowering = 'gemm', but it must be one of native, conv",
     ),
     "fold null": (
         layer(fold=None),
-        "has fold = null, k = 2 and j = 2, which have to be null all together",
+        "has fold = null, k = 2 and j = 2, and either all three or none of them must be null",
     ),
     **{
         f"{key} {value!r}": (layer(**{key: value}), f"{key} = {shown(value)}")
@@ -257,12 +257,12 @@ MALFORMED = {
         for value in (None, 1.0, "1", True, [])
     },
     **{
-        f"cost {value!r}": (layer(cost=value), f"cost = {shown(value)}, which has to be a whole number")
+        f"cost {value!r}": (layer(cost=value), f"cost = {shown(value)}, but it must be a whole number")
         for value in (None, 1.5, -1, "1", True, 10**30)
     },
-    "reason 3": (layer(reason=3), "reason = 3, which has to be a text"),
+    "reason 3": (layer(reason=3), "reason = 3, but it must be a text"),
     **{
-        f"error {value!r}": (layer(error=value), f"error = {shown(value)}, which has to be a number or null")
+        f"error {value!r}": (layer(error=value), f"error = {shown(value)}, but it must be a number or null")
         for value in ("0.1", True, [], float("nan"), float("inf"), 10**400)
     },
 }
@@ -284,7 +284,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
     with pytest.raises(PlanError, match="cannot be read \\(Is a directory\\)"):
         plans.read(tmp_path)
     (tmp_path / "latin.json").write_bytes(b'{"version": "\xe9"}')
-    with pytest.raises(PlanError, match="no UTF-8 text"):
+    with pytest.raises(PlanError, match="not UTF-8 text"):
         plans.read(tmp_path / "latin.json")
     with pytest.raises(PlanError, match="cannot be read \\(embedded null byte\\)"):
         plans.read("a\0b")

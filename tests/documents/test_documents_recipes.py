@@ -92,12 +92,12 @@ def test_a_wrong_value_is_told_with_its_key(key, value):
         parse(**{key.split("[")[0]: value})
     message = str(caught.value)
     assert message.startswith(f"The recipe test is wrong: {key} is ")
-    assert message.endswith(f", which has to be {allowed}; correct it.")
+    assert message.endswith(f", but it must be {allowed}; correct it.")
     assert caught.value.exit_code == 2
 
 
 def test_latency_is_no_price_as_there_is_no_formula_of_it():
-    with pytest.raises(RecipeError, match="price is 'latency', which has to be one of params, macs, bytes; "):
+    with pytest.raises(RecipeError, match="price is 'latency', but it must be one of params, macs, bytes; "):
         parse(price='"latency"')
 
 
@@ -106,15 +106,15 @@ def test_latency_is_no_price_as_there_is_no_formula_of_it():
     [
         (
             {"aggregate": '"max"', "power": "2"},
-            "power is 2.0 and aggregate is 'max', which has to be 'sum' then",
+            "power is 2.0 and needs aggregate 'sum', but aggregate is 'max'",
         ),
         (
             {"aggregate": '"uniform"', "price": '"macs"'},
-            "price is 'macs' and aggregate is 'uniform', which has to be 'sum' then",
+            "price is 'macs' and needs aggregate 'sum', but aggregate is 'uniform'",
         ),
         (
             {"recover": "true"},
-            "recover is true and factors is 'weights', which has to be 'activations' then",
+            "recover is true and needs factors 'activations', but factors is 'weights'",
         ),
     ],
 )
@@ -221,13 +221,13 @@ def test_a_wrong_file_is_told_with_its_path(tmp_path):
     path.write_text(text(power="0"), encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         recipes.load(path)
-    assert str(caught.value).startswith(f"The recipe {path} is wrong: power is 0, which has to be ")
+    assert str(caught.value).startswith(f"The recipe {path} is wrong: power is 0, but it must be ")
 
 
 def test_a_binary_file_is_no_recipe(tmp_path):
     path = tmp_path / "binary.toml"
     path.write_bytes(b"\xff\xfe\x00summary")
     with pytest.raises(
-        RecipeError, match=r"binary\.toml cannot be read \(it is no UTF-8 text\): check the path"
+        RecipeError, match=r"binary\.toml cannot be read \(it is not UTF-8 text\): check the path"
     ):
         recipes.load(path)

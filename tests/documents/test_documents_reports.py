@@ -88,27 +88,27 @@ WRONG = {
     "missing key": (lambda table: table["ratio"].pop("asked"), "ratio lacks the key 'asked'"),
     "text for a number": (
         edited("ratio", reached="0.5"),
-        "ratio has reached = '0.5', which has to be a number",
+        "ratio has reached = '0.5', but it must be a number",
     ),
     "boolean for an integer": (
         edited("layers", 1, "params", before=True),
-        "layers[1].params has before = true, which has to be a whole number or null",
+        "layers[1].params has before = true, but it must be a whole number or null",
     ),
     "fold": (
         edited("layers", 2, fold="diagonal"),
-        "layers[2] ('fc') has fold = 'diagonal', which has to be one of encode, rows, cols, decode or null",
+        "layers[2] ('fc') has fold = 'diagonal', but it must be one of encode, rows, cols, decode or null",
     ),
     "infinity": (
         edited("trials", 0, "outputs", 0, relative=float("inf")),
-        "trials[0].outputs[0] ('y') has relative = inf, which has to be a number or null",
+        "trials[0].outputs[0] ('y') has relative = inf, but it must be a number or null",
     ),
     "total": (
         edited("totals", "macs", after=0.5),
-        "totals.macs has after = 0.5, which has to be a whole number or null",
+        "totals.macs has after = 0.5, but it must be a whole number or null",
     ),
     "total that is none": (
         edited("totals", bytes=3),
-        "totals has bytes = 3, which has to be an object with the keys before, after, ratio or null",
+        "totals has bytes = 3, but it must be an object with the keys before, after, ratio or null",
     ),
     "unknown key of a total": (
         edited("totals", "params", used=3),
@@ -116,14 +116,14 @@ WRONG = {
     ),
     "total of a name in two lines": (
         edited("totals", **{"a\nb": 3}),
-        "totals has 'a\\nb' = 3, which has to be an object with the keys before, after, ratio or null",
+        "totals has 'a\\nb' = 3, but it must be an object with the keys before, after, ratio or null",
     ),
     "infinite total": (
         edited("totals", "macs", ratio=float("nan")),
-        "totals.macs has ratio = nan, which has to be a number or null",
+        "totals.macs has ratio = nan, but it must be a number or null",
     ),
-    "list": (edited(layers=None), "layers is null, which has to be a list"),
-    "object": (edited(model=[]), "model is [], which has to be an object with the keys name, sha256"),
+    "list": (edited(layers=None), "layers is null, but it must be a list"),
+    "object": (edited(model=[]), "model is [], but it must be an object with the keys name, sha256"),
 }
 
 

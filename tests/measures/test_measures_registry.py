@@ -109,7 +109,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
         named(name)
     with pytest.raises(
         RecipeError,
-        match=f"measure is {re.escape(repr(name))}, which has to be one of {', '.join(NAMES)}; correct it",
+        match=f"measure is {re.escape(repr(name))}, but it must be one of {', '.join(NAMES)}; correct it",
     ):
         recipe(name)
     with pytest.raises(InputError, match=f"^There is no measure {name!r}: choose"):
