@@ -636,7 +636,7 @@ def test_adjacent_factors_are_multiplied_and_counted(budget):
     assert again.report == report
     text = StringIO()
     report.table(Console(file=text, width=100))
-    assert "Multiplied, as only a bias or nothing stands between them" in text.getvalue()
+    assert "Multiplied, because at most a bias is between them" in text.getvalue()
     assert json.loads(report.to_json())["merges"][0]["layers"]
 
 

@@ -1,7 +1,7 @@
-"""The JSON report: its keys, in their order, and what each holds.
+"""The JSON report: its keys in order, and the meaning of each key.
 
-`as_json` writes these tables and `documents.reports` reads them. A number that is unknown, infinite or not a
-number is null.
+`as_json` writes these tables and `documents.reports` reads them. A value that is unknown, infinite
+or NaN is null.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.core.plan import Aggregate
 
 VERSION = 1
-"""It grows when a key changes its meaning or goes; new keys do not change it, and have a default."""
+"""Increased when a key is removed or changes its meaning. New keys have a default and do not increase it."""
 
 
 class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,11 +33,11 @@ class Model(Table, frozen=True):
 
 
 class Recipe(Table, frozen=True):
-    """What chose the options.
+    """The recipe that chose the options.
 
     Attributes:
         name: Name of the recipe.
-        measure: Name of the error of an option.
+        measure: Name of the measure of an option's error.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Recipe(Table, frozen=True):
 
 
 class Ratio(Table, frozen=True):
-    """What was to be reached.
+    """The ratio asked for and the ratio reached.
 
     Attributes:
-        budget: Name of what the ratio counts.
+        budget: Name of the budget that the ratio bounds.
         asked: The ratio asked for.
-        reached: The ratio of the output.
+        reached: The ratio of the compressed model.
     """
 
     budget: str
@@ -59,14 +59,14 @@ class Ratio(Table, frozen=True):
 
 
 class Solver(Table, frozen=True):
-    """How good the plan is.
+    """The quality of the plan.
 
     Attributes:
-        aggregate: How the layers' errors became the objective.
-        power: The exponent of an error in a sum.
-        objective: What the recipe minimizes.
-        gap: Proven bound on how far the objective is above the best, relative to it; null under uniform and
-            with a price, which follow a rule.
+        aggregate: How the layers' errors are combined into the objective.
+        power: The exponent of each error in a sum.
+        objective: Value of the number that the recipe minimizes.
+        gap: Proven bound on (objective − optimum) / objective; null for recipes that follow a rule: those
+            with the aggregate uniform or with a price.
     """
 
     aggregate: Aggregate
@@ -76,12 +76,12 @@ class Solver(Table, frozen=True):
 
 
 class Total(Table, frozen=True):
-    """An amount in the input model and in the compressed one.
+    """An amount in the input model and in the compressed model.
 
     Attributes:
-        before: In the input model.
-        after: In the compressed one.
-        ratio: The share that is left, 1 for all.
+        before: The amount in the input model.
+        after: The amount in the compressed model.
+        ratio: after / before.
     """
 
     before: int | None
@@ -90,11 +90,11 @@ class Total(Table, frozen=True):
 
 
 class Certificate(Table, frozen=True):
-    """Norms of the residual relative to the weight's, one number per operator group.
+    """Bounds on the norms of the residual relative to the norms of the weight, one per operator group.
 
     Attributes:
-        spectral: Spectral norms.
-        frobenius: Frobenius norms.
+        spectral: Bounds on spectral norms.
+        frobenius: Bounds on Frobenius norms.
     """
 
     spectral: tuple[float | None, ...]
@@ -102,12 +102,12 @@ class Certificate(Table, frozen=True):
 
 
 class Fit(Table, frozen=True):
-    """How the factors of a layer came about.
+    """How the factors of a layer were made.
 
     Attributes:
-        factors: What they were fitted to.
-        recovered: Whether to what the compressed layers before it give.
-        error: Squared, of the layer's outputs, relative.
+        factors: The target of the fit.
+        recovered: Whether they were fitted to correct the errors of the compressed layers before this one.
+        error: Relative squared error of the layer's output on calibration inputs.
     """
 
     factors: Fitted
@@ -116,26 +116,26 @@ class Fit(Table, frozen=True):
 
 
 class Layer(Table, frozen=True):
-    """One layer; fold, k, j, lowering, full_rank, error, certificate and fit are null where it is kept.
+    """One layer; fold, k, j, lowering, full_rank, error, certificate and fit are null if it is kept.
 
     Attributes:
         id: Scope path and weight name.
-        name: The name as the table shows it.
+        name: The name in the table.
         op: Operator type.
         shape: Groups, outputs per group, inputs per group, kernel.
         dtype: Name of the stored dtype.
         nodes: Names of the nodes that apply it.
-        fold: How its weight was unfolded.
-        k: Slices.
+        fold: The unfolding of its weight to a matrix.
+        k: Number of slices.
         j: Rank of every slice.
-        lowering: By which operators its chain is written.
-        full_rank: The rank at which it would be exact.
+        lowering: The operators of its chain.
+        full_rank: The rank at which every slice would be exact.
         params: Its parameters.
         macs: Its multiply-accumulates.
-        error: In the recipe's measure.
-        certificate: Norms of the residual, from the factors as stored.
-        reason: Why it is kept; "" where it is not.
-        fit: How its factors came about.
+        error: Its error in the recipe's measure.
+        certificate: Bounds on the residual of the stored factors.
+        reason: Why it is kept; "" if it is rewritten.
+        fit: How its factors were made.
     """
 
     id: str
@@ -165,7 +165,7 @@ class Skipped(Table, frozen=True):
         name: Its name.
         op: Its operator type.
         weight: Name of its weight.
-        reason: Why, and what to do about it.
+        reason: Why it was left alone, and what the user can do.
     """
 
     scope: str
@@ -176,15 +176,15 @@ class Skipped(Table, frozen=True):
 
 
 class Merge(Table, frozen=True):
-    """Two nodes that became one; the layers are described as before that.
+    """Two nodes that became one. The entries of the layers describe their state before this step.
 
     Attributes:
-        first: Name of the node that is gone.
+        first: Name of the node that was removed.
         second: Name of the node that computes both.
-        layers: The layers of whose chains they were.
-        elements: The elements of both weights and of their product.
-        saved: Parameters.
-        certificate: What rounding has done to the product of the two weights.
+        layers: The layers whose chains contained one of the nodes.
+        elements: Number of elements of the first weight, of the second weight, and of their product.
+        saved: Number of parameters saved.
+        certificate: Bounds on the error of the stored product, relative to the exact product.
     """
 
     first: str
@@ -196,18 +196,18 @@ class Merge(Table, frozen=True):
 
 
 class Output(Table, frozen=True):
-    """How far one output lies from the input model's.
+    """The error of one output, relative to the output of the input model.
 
     Attributes:
-        name: The output; "layer ID" where layers ran alone.
+        name: Name of the output; "layer ID" for a layer that ran alone.
         relative: ‖y − ŷ‖ / ‖y‖.
         largest: Largest |y − ŷ|.
-        agreement: Share of rows with the same largest element, or of equal elements.
-        note: What else there is to know.
+        agreement: Share of rows whose largest element is at the same place, or share of equal elements.
+        note: A further sentence for the user; usually empty.
         centred: ‖y − ŷ‖ / ‖y − ȳ‖, ȳ the mean over the samples.
-        is_exact: Whether it holds integers, booleans or texts.
+        is_exact: Whether the output holds integers, booleans or strings.
         cosine: For rows of norm 1, in place of agreement: the mean cosine to the original rows.
-        neighbours: For rows of norm 1: the share that keep their nearest other row.
+        neighbours: For rows of norm 1: the share of rows that keep their nearest other row.
     """
 
     name: str
@@ -222,16 +222,16 @@ class Output(Table, frozen=True):
 
 
 class Validation(Table, frozen=True):
-    """What the comparison of both models gave.
+    """The comparison of both models.
 
     Attributes:
-        engine: What ran them.
-        inputs: Where the inputs came from.
-        worst: The largest relative error over the outputs; null where none could be measured.
-        outputs: One per output.
-        never_ran: Ids of the rewritten layers which never ran; null where that is unknown.
-        notes: What the user should know.
-        alone: One per rewritten layer, where the model ran nowhere.
+        engine: The engine that ran them.
+        inputs: The source of the inputs.
+        worst: The largest relative error over the outputs; null if no error could be measured.
+        outputs: One error per output.
+        never_ran: Ids of the rewritten layers that never ran; null if that is unknown.
+        notes: Sentences for the user.
+        alone: One error per rewritten layer, run alone, if no engine could run the model.
     """
 
     engine: str
@@ -244,11 +244,11 @@ class Validation(Table, frozen=True):
 
 
 class Target(Table, frozen=True):
-    """What was asked for instead of a ratio; one can be null.
+    """The target that replaced a ratio; one of its bounds can be null.
 
     Attributes:
-        error: The largest error.
-        agreement: The least agreement.
+        error: The largest allowed output error.
+        agreement: The smallest allowed agreement.
     """
 
     error: float | None
@@ -256,11 +256,11 @@ class Target(Table, frozen=True):
 
 
 class Unmeasured(Table, frozen=True):
-    """A layer of which the calibration inputs tell nothing.
+    """A layer that the calibration inputs did not measure.
 
     Attributes:
         layer: Its id.
-        reason: Why.
+        reason: Why they did not.
     """
 
     layer: str
@@ -268,13 +268,13 @@ class Unmeasured(Table, frozen=True):
 
 
 class Calibration(Table, frozen=True):
-    """What calibration inputs were used for.
+    """The calibration inputs and their use.
 
     Attributes:
-        source: Where they came from.
-        samples: How many were used.
-        held: How many of them were held out.
-        unmeasured: The layers of which they tell nothing.
+        source: Their source.
+        samples: Number of samples that were used.
+        held: Number of these samples that were held out.
+        unmeasured: The layers that they did not measure.
     """
 
     source: str
@@ -288,9 +288,9 @@ class LayerTime(Table, frozen=True):
 
     Attributes:
         layer: Its id.
-        before: Alone, outside the model, as it was.
-        predicted: Its chain, with what the layer saves in the model; null where a plan was replayed.
-        after: Its chain, alone.
+        before: Time of the original layer, alone.
+        predicted: Predicted time of its chain inside the model; null for a replayed plan.
+        after: Time of its chain, alone.
     """
 
     layer: str
@@ -303,13 +303,13 @@ class Timing(Table, frozen=True):
     """How long the whole model takes, in nanoseconds of one run.
 
     Attributes:
-        engine: What ran it.
-        inputs: On which inputs.
-        before: The input model.
-        predicted: The compressed model, as planned; null where a plan was replayed.
-        after: The compressed model; null in a dry run.
+        engine: The engine that ran it.
+        inputs: The source of the inputs.
+        before: Time of the input model.
+        predicted: Planned time of the compressed model; null for a replayed plan.
+        after: Time of the compressed model; null in a dry run.
         spread: Longest over shortest median of the input model's time.
-        layers: The rewritten layers.
+        layers: Times of the rewritten layers.
     """
 
     engine: str
@@ -327,12 +327,12 @@ class Trial(Table, frozen=True):
     Attributes:
         recipe: Name of the recipe.
         ratio: The ratio that was asked for.
-        recovered: Whether its layers were recovered.
-        error: The worst over the outputs.
-        agreement: The worst over the outputs, of neighbours where rows have norm 1.
-        chosen: Whether its model was taken.
+        recovered: Whether its layers were fitted to correct the errors of the layers before them.
+        error: The largest output error.
+        agreement: The smallest agreement of an output; the share of kept neighbours for rows of norm 1.
+        chosen: Whether its model is the result.
         note: Why there are no outputs.
-        outputs: As in the validation, on the held-out calibration inputs.
+        outputs: Errors of the outputs on the held-out calibration inputs.
     """
 
     recipe: str
@@ -352,21 +352,21 @@ class Report(Table, frozen=True):
         schema: The version of these keys.
         version: The version of this program.
         model: The input model.
-        recipe: What chose the options.
-        ratio: What was to be reached.
-        solver: How good the plan is; null where an edited plan was replayed.
-        totals: Amounts of the whole model by name: params, macs, bytes; time, in nanoseconds, is null where
-            latency is not the budget.
+        recipe: The recipe that chose the options.
+        ratio: The ratio asked for and the ratio reached.
+        solver: The quality of the plan; null for an edited plan.
+        totals: Amounts of the whole model by name: params, macs, bytes, and time in nanoseconds; the time is
+            null unless the budget is latency.
         layers: All layers, in graph order.
         skipped: The operators that were left alone.
-        removed_inputs: Names of graph inputs that went with their initializers.
-        merges: The operators that were multiplied.
-        validation: The comparison of both models; null where none was made.
-        warnings: What the user should know, sentences.
-        target: What was asked for instead of a ratio; null where a ratio was.
-        calibration: What calibration inputs were used for; null where there were none.
-        timing: How long the model takes; null where nothing was timed.
-        trials: The plans that were tried; none where nothing was compared.
+        removed_inputs: Names of graph inputs that were removed with their initializers.
+        merges: The pairs of operators that were multiplied.
+        validation: The comparison of both models; null if none was made.
+        warnings: Sentences that warn the user.
+        target: The target that replaced a ratio; null if a ratio was given.
+        calibration: The calibration inputs and their use; null if there were none.
+        timing: How long the model takes; null if nothing was timed.
+        trials: The plans that were tried; empty if none were compared.
     """
 
     schema: int

@@ -1,4 +1,4 @@
-"""What was done to a model: as a table in the terminal, and as JSON."""
+"""The report of a run, as a table in the terminal and as JSON."""
 
 from onnx_lowrank.core.plan import Solver
 from onnx_lowrank.report.content import LayerRow, Total, Totals

@@ -1,4 +1,4 @@
-"""The report as JSON; `schema` has its keys."""
+"""The report as JSON; `documents.report_schema` defines its keys."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from onnx_lowrank.report.content import Content, LayerRow, Total
 
 
 def dumps(report: Content) -> str:
-    """The report as JSON text that ends with a newline; the same report gives the same text."""
-    # NumPy's float64 is a float to Python and none to msgspec.
+    """Write the report as JSON text that ends with a newline; equal reports give equal texts."""
+    # Without enc_hook, msgspec rejects NumPy's float64, although it is a subclass of float.
     table = msgspec.to_builtins(as_table(report), enc_hook=float)
     return json.dumps(_finite(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_table(report: Content) -> schema.Report:
-    """The report as the tables of the schema; numbers may be infinite or not a number."""
+    """The report as the tables of the schema; numbers may be infinite or NaN."""
     return schema.Report(
         schema=schema.VERSION,
         version=report.version,
@@ -143,7 +143,7 @@ def _trial(trial: Trial) -> schema.Trial:
 
 
 def _finite(value: Any) -> Any:
-    """The same, with null for the numbers that JSON does not have."""
+    """A copy with None in place of the numbers that JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

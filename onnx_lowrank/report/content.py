@@ -1,4 +1,4 @@
-"""The content of a report: everything that a run has to say, without dates and paths; data alone."""
+"""The content of a report: all results of a run, as data without dates and paths."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnx_lowrank.core.plan import Solver
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """An amount in the input model and in the compressed one; None where it is unknown."""
+    """An amount in the input model and in the compressed model; None if it is unknown."""
 
     before: int | None
     after: int | None
 
     @property
     def ratio(self) -> float | None:
-        """The share that is left, 1 for all; None if it is unknown or the amount was 0."""
+        """The share of the amount that is left; None if it is unknown or the amount was 0."""
         return self.after / self.before if self.before and self.after is not None else None
 
 
@@ -30,11 +30,11 @@ class Figure:
     """One amount of the whole model, not only of its layers.
 
     Attributes:
-        key: What it is called in the JSON report.
-        total: The amount; None where the report has nothing to say of it.
-        title: Its row in the terminal's totals; "" for none.
-        show: Writes an amount; None for all digits.
-        unknown: What to say where the amount is unknown, a sentence; mostly empty.
+        key: Its key in the JSON report.
+        total: The amount; None if the report does not show it.
+        title: Title of its row in the terminal's totals; "" for no row.
+        show: Writes the amount as text; None writes all digits.
+        unknown: A sentence that the report shows if the amount is unknown; usually empty.
     """
 
     key: str
@@ -49,13 +49,13 @@ class Totals:
     """Amounts of the whole model.
 
     Attributes:
-        figures: They, in the order in which they are shown.
+        figures: The amounts, in the order in which they are shown.
     """
 
     figures: tuple[Figure, ...]
 
     def of(self, key: str) -> Total:
-        """The amount of a key; unknown where the report has nothing to say of it."""
+        """The amount of a key; an unknown amount if the report does not show it."""
         known = (figure.total for figure in self.figures if figure.key == key and figure.total is not None)
         return next(known, Total(None, None))
 
@@ -66,19 +66,19 @@ class LayerRow:
 
     Attributes:
         id: Its id.
-        name: Its name for readers: the id, or its node's name where the weight's says nothing.
+        name: Its name for readers: the id, or its node's name if an exporter only numbered the weight.
         op: Its operator type.
         shape: The shape of the canonical weight: (groups, f / groups, c / groups, *kernel).
         dtype: Name of the stored dtype.
         nodes: Names of the nodes that apply it.
-        option: The decomposition; None where the layer is kept.
-        full_rank: The rank at which it would be exact; None where the layer is kept.
-        params: Its parameters, a BatchNorm that is folded in and added biases included.
+        option: The decomposition; None if the layer is kept.
+        full_rank: The rank at which every slice would be exact; None if the layer is kept.
+        params: Its parameters, including those of a folded BatchNorm and of added biases.
         macs: Its multiply-accumulates.
-        error: In the recipe's measure; None where the layer is kept.
-        certificate: Norms of the residual, from the factors as stored.
-        reason: Why it is kept; "" where it is not.
-        fit: How its factors came about; None where that is unknown, or it is kept.
+        error: Its error in the recipe's measure; None if the layer is kept.
+        certificate: Bounds on the residual of the stored factors.
+        reason: Why it is kept; "" if it is rewritten.
+        fit: How its factors were made; None if that is unknown or the layer is kept.
     """
 
     id: str
@@ -99,31 +99,32 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Everything that a run has to say.
+    """All results of a run.
 
     Attributes:
         version: The version of this program.
         model: The input file's name without folder and suffix.
         sha256: Digest of the input model.
         recipe: Name of the recipe.
-        measure: The error of an option.
-        budget: Name of what the ratio counts.
+        measure: Name of the measure of an option's error.
+        budget: Name of the budget that the ratio bounds.
         asked: The ratio asked for.
-        reached: The ratio of the output.
-        solver: How good the plan is; None where an edited plan was replayed.
+        reached: The ratio of the compressed model.
+        solver: The quality of the plan; None for an edited plan.
         layers: All layers in graph order.
-        skipped: What was left alone.
-        removed_inputs: Graph inputs that went with their initializers.
+        skipped: The operators that were left alone.
+        removed_inputs: Graph inputs that were removed with their initializers.
         totals: The amounts of the whole model.
-        validation: The comparison; None where none was made.
-        warnings: What the user should know, a sentence each.
-        calibration: What calibration inputs were used for; None where there were none.
+        validation: The comparison of both models; None if none was made.
+        warnings: Sentences that warn the user.
+        calibration: The calibration inputs and their use; None if there were none.
         trials: The plans that were tried on calibration inputs.
-        target_error: The error that the held-out outputs were to keep to, where that was asked for instead
-            of a ratio.
-        target_agreement: The agreement that they were to keep, likewise.
-        timing: How long both models take; None where nothing was timed.
-        merges: The adjacent operators that were multiplied: what the layers' rows say is of before.
+        target_error: The largest allowed error of the held-out outputs; None if the user gave no such target.
+        target_agreement: The smallest allowed agreement of these outputs; None if the user gave no such
+            target.
+        timing: How long both models take; None if nothing was timed.
+        merges: The pairs of adjacent operators that were multiplied. The rows of the layers describe their
+            state before this step.
     """
 
     version: str

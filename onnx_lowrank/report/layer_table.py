@@ -18,7 +18,7 @@ _COMPACT = frozenset(("operator", "weight"))
 _HELD, _MEASURED = "held-out", "measured"
 _TIME, _PREDICTED = "time alone", "predicted"
 _FITTED = frozenset(("fit", _HELD, _MEASURED))
-# How numbers are written and which columns are left out, the most telling layout first.
+# How each layout writes numbers, and the columns that it omits; the most informative layout comes first.
 _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
     (words.exact, frozenset()),
     (words.short, frozenset()),
@@ -34,11 +34,11 @@ _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
 
 
 def show(report: Content, page: Page) -> None:
-    """Print the table in the most telling layout that leaves enough room for the names, and its legend."""
+    """Print the table and its legend, in the most informative layout that has enough room for the names."""
     names = [row.name for row in report.layers]
     enough = min(_NAME_ROOM, max(map(len, names)))
-    for number, left_out in _LAYOUTS:
-        columns = [column for column in _columns(report, number) if column.header not in left_out]
+    for number, omitted in _LAYOUTS:
+        columns = [column for column in _columns(report, number) if column.header not in omitted]
         room = page.room(columns)
         if room >= enough:
             break
@@ -49,19 +49,19 @@ def show(report: Content, page: Page) -> None:
 
 
 def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
-    """What the columns mean that do not say it themselves."""
+    """Explanations of the columns whose headers do not explain them."""
     yield f"error: {report.measure}, {named(report.measure).legend}."
     if "bound" in shown:
         yield "bound: certified ‖W − Ŵ‖/‖W‖, spectral norm, of the factors as stored."
     if _TIME in shown:
-        yield "time alone: of the layer and of its chain, outside the model, measured as the model is."
+        yield "time alone: times of the layer and of its chain outside the model, measured like the model."
     if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report)):
         yield "fit: recovered factors make up for the errors of the layers before them."
-    for header, which in ((_HELD, "held-out"), (_MEASURED, "the")):
+    for header, samples in ((_HELD, "held-out"), (_MEASURED, "the")):
         if header in shown:
             yield (
-                f"{header}: ‖y − ŷ‖²/‖y‖² of the layer's output y on {which} calibration inputs; about the "
-                "mean where the layer's bias keeps that."
+                f"{header}: ‖y − ŷ‖²/‖y‖² of the layer's output y on {samples} calibration inputs; about the "
+                "mean if the layer's bias keeps the mean."
             )
 
 
@@ -92,12 +92,12 @@ def _columns(report: Content, number: Callable[[int | None], str]) -> list[Colum
 
 
 def _fits(report: Content) -> tuple[LayerFit | None, ...]:
-    """How the factors of every layer came about, where there was more than one way."""
+    """How the factors of every layer were made; None without calibration, where all are made in one way."""
     return tuple(None if report.calibration is None else row.fit for row in report.layers)
 
 
 def _lost(report: Content) -> str:
-    """What to call the error that was measured on calibration inputs."""
+    """Header of the column of errors that were measured on calibration inputs."""
     return _HELD if report.calibration is not None and report.calibration.held else _MEASURED
 
 
@@ -118,7 +118,7 @@ def _change(total: Total, number: Callable[[int | None], str]) -> str:
 
 
 def _bound(row: LayerRow) -> str:
-    """The certified spectral norm of the residual, the worst of the groups; never rounded down."""
+    """The certified spectral norm of the residual, the largest one of all groups; never rounded down."""
     if row.certificate is None:
         return "–"
     worst = max(row.certificate.spectral, default=0.0)

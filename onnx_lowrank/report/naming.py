@@ -3,12 +3,12 @@
 A layer's id ends with the name of its weight. Where an exporter counted weights instead of naming them, the
 report shows the name of the node that applies the weight:
 
-1. The weight's name is the exporter's: a number alone or behind `onnx::Op_`, `_v_`, `val_` or
-   `const_fold_opt__`; or `Const` or `Constant`, in any folder, with or without a number, as an output.
-2. The node's name is not of this kind.
-3. No other layer has the node's name as its own name.
+1. The exporter made the weight's name: a number, alone or after `onnx::Op_`, `_v_`, `val_` or
+   `const_fold_opt__`; or the output of a node `Const` or `Constant`, in any folder, with or without a number.
+2. The exporter did not make the node's name in this way.
+3. The node's name is not the name of another layer.
 
---include and --exclude know a layer by both names; a plan knows it by its id alone.
+--include and --exclude accept both names of a layer. A plan contains only its id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COUNTED = re.compile(
 
 
 def display_names(layers: Iterable[tuple[str, str, str]]) -> tuple[str, ...]:
-    """The name of every layer for readers.
+    """Choose the name of every layer for readers.
 
     Args:
         layers: Each layer's id, the name of its weight, and the name of the first node that applies it.

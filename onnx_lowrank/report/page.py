@@ -1,4 +1,4 @@
-"""What the report is printed on."""
+"""The console that the report is printed on, and the columns of its tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from onnx_lowrank.report import words
 
-_GAP = 1  # blanks between columns
+_GAP = 1  # spaces between columns
 _ASCII = str.maketrans(
     {
         "×": "x",
@@ -34,7 +34,7 @@ _ASCII = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: its header, its cells, and the side on which they stand."""
+    """A column of a table: its header, its cells, and their alignment."""
 
     header: str
     cells: tuple[str, ...]
@@ -47,21 +47,21 @@ class Column:
 
 
 class Page:
-    """A console on which names from a model cannot do harm and every character can be printed."""
+    """A console wrapper that makes names from a model harmless and every character printable."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._unicode = console.encoding.lower().startswith("utf")
 
     def text(self, text: str, style: str = "") -> Text:
-        """Text as it is, without markup; control characters, which names may hold, are shown as '?'."""
+        """Text without interpretation of markup; control characters, which names may contain, become '?'."""
         text = "".join(char if char.isprintable() else "?" for char in text)
         if not self._unicode:
             text = text.translate(_ASCII).encode("ascii", "replace").decode()
         return Text(text, style=style)
 
     def line(self, text: str, style: str = "", indent: int = 0) -> None:
-        """Print text, wrapped and without the blanks with which rich would fill up the lines."""
+        """Print text, wrapped and without the spaces with which rich would pad the lines."""
         for part in self.text(text).wrap(self._console, self._console.width - indent):
             part.rstrip()
             self._console.print(Text(" " * indent + part.plain, style=style))
@@ -84,7 +84,7 @@ class Page:
         self._console.print(table)
 
     def groups(self, title: str, unit: str, items: list[tuple[str, str]]) -> None:
-        """Print names by the reason that they share, most frequent reasons first."""
+        """Print names grouped by reason, the most frequent reason first."""
         if not items:
             return
         reasons: dict[str, list[str]] = {}

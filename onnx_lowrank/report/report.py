@@ -12,7 +12,7 @@ from onnx_lowrank.report.content import Content
 
 @dataclass(frozen=True, slots=True)
 class Report(Content):
-    """Everything that a run has to say, as a table and as JSON."""
+    """All results of a run, as a table and as JSON."""
 
     def table(self, console: Console | None = None) -> None:
         """Print the report, by default on stdout."""

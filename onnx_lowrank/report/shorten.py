@@ -1,4 +1,4 @@
-"""Names of layers in little room, and still distinct."""
+"""Short forms of the names of layers that remain distinct."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Iterator
 from os.path import commonprefix
 
 _FOLDER = re.compile(r"[^/.:…]+")
-_MOST_FOLDERS = 12  # the last ones of a name that are looked at
-_MOST_NAMES = 2000  # for which ways to leave folders out are tried: there are some hundred for each
+_MOST_FOLDERS = 12  # only the last folders of a name are considered
+_MOST_NAMES = 2000  # more names are not shortened by folders: each name has a few hundred forms
 
 
 def middle(name: str, room: int) -> str:
-    """A name cut in its middle, as both of its ends tell layers apart."""
+    """Cut a name in its middle, because both of its ends distinguish layers."""
     return _cut(name, room, room // 2)
 
 
 def distinct(names: list[str], room: int) -> tuple[str, ...]:
-    """Shorten names to `room` characters, and keep them apart.
+    """Shorten names to `room` characters, and keep them distinct.
 
-    1. They lose the folders and the ending that all of them share, then their middle.
-    2. Where that makes two names one, all names lose another part than the middle.
-    3. Where that does not help, as in `/layer.0/attention/self/query/MatMul`, each keeps folders of its own.
+    1. Names lose the folders and the ending that all of them share, then their middle.
+    2. If two names become equal, all names lose another part instead of the middle.
+    3. If this does not help, as for `/layer.0/attention/self/query/MatMul`, each name keeps the folders that
+       distinguish it.
 
-    What no rule keeps apart is cut as by the second.
+    Names that no rule keeps distinct are cut by rule 2.
     """
     if max(map(len, names), default=0) <= room:
         return tuple(names)
@@ -47,19 +48,19 @@ def distinct(names: list[str], room: int) -> tuple[str, ...]:
 
 
 def _shared(names: list[str]) -> str:
-    """What all names begin with."""
-    return commonprefix(names)  # noqa: RUF071 - characters are meant: names are no paths
+    """The longest common beginning of all names."""
+    return commonprefix(names)  # noqa: RUF071 - compares characters, because names are not paths
 
 
 def _cut(name: str, room: int, end: int) -> str:
-    """A name of at most `room` characters, of which `end` are the name's last ones."""
+    """Cut a name to at most `room` characters, the last `end` of which are the end of the name."""
     if len(name) <= room:
         return name
     return f"{name[: room - 1 - end]}…{name[len(name) - end :]}"
 
 
 def _folders(names: list[str], otherwise: tuple[str, ...], room: int) -> tuple[str, ...]:
-    """Shorten names to folders that no other name has together, else to a form that no other name takes."""
+    """Shorten each name to folders that no other name has together, else to a form that is still free."""
     forms = {name: [name] if len(name) <= room else _forms(name, room) for name in names}
     counts = Counter(form for several in forms.values() for form in several)
     shown = {
@@ -74,7 +75,7 @@ def _folders(names: list[str], otherwise: tuple[str, ...], room: int) -> tuple[s
 
 
 def _forms(name: str, room: int) -> list[str]:
-    """The forms of a name in which one or two runs of its folders are left, the longest first."""
+    """The forms of a name that keep one or two runs of its folders, the longest form first."""
     spans = [found.span() for found in _FOLDER.finditer(name)][-_MOST_FOLDERS:]
     runs = [(i, j) for i in range(len(spans)) for j in range(i, min(i + 3, len(spans)))]
     found = {form for run in runs for form in _with_second(name, spans, run, runs) if len(form) <= room}
@@ -84,12 +85,12 @@ def _forms(name: str, room: int) -> list[str]:
 def _with_second(
     name: str, spans: list[tuple[int, int]], first: tuple[int, int], runs: list[tuple[int, int]]
 ) -> Iterator[str]:
-    """A run of folders alone, and with each one behind it that leaves folders out between them."""
+    """Forms with one run of folders, alone and with each later run that is not adjacent to it."""
     start = spans[first[0]][0]
-    # A slash in front of the first folder belongs to it.
+    # A slash before the first folder belongs to it.
     before = name[:start] if len(name[:start]) <= 1 else "…"
-    one = before + name[start : spans[first[1]][1]]
-    yield one + "…" * (first[1] < len(spans) - 1)
+    form = before + name[start : spans[first[1]][1]]
+    yield form + "…" * (first[1] < len(spans) - 1)
     for i, j in runs:
         if i > first[1] + 1:
-            yield f"{one}…{name[spans[i][0] : spans[j][1]]}{'…' * (j < len(spans) - 1)}"
+            yield f"{form}…{name[spans[i][0] : spans[j][1]]}{'…' * (j < len(spans) - 1)}"

@@ -1,4 +1,4 @@
-"""The report in a terminal: one table, the totals, and what else there is to know."""
+"""The report in a terminal: the table of layers, the totals, and the other results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHOSEN = "→ "
 
 
 def show(report: Content, console: Console) -> None:
-    """Print a report, for whatever width the console has."""
+    """Print a report, laid out for the width of the console."""
     page = Page(console)
     page.line(_headline(report), style="bold")
     if report.layers:
@@ -44,12 +44,12 @@ def show(report: Content, console: Console) -> None:
         page.groups("Not calibrated", "layer", unmeasured)
     if report.removed_inputs:
         removed = words.some(report.removed_inputs)
-        page.line(f"Graph inputs removed, which only named weights that are rewritten: {removed}")
+        page.line(f"Graph inputs removed, because they only named rewritten weights: {removed}")
     if report.merges:
         pairs = words.some(f"{merged.first} + {merged.second}" for merged in report.merges)
         saved = sum(merged.saved for merged in report.merges)
         page.line(
-            f"Multiplied, as only a bias or nothing stands between them: {pairs} "
+            f"Multiplied, because at most a bias is between them: {pairs} "
             f"({words.exact(saved)} parameters less)"
         )
     if report.validation is not None:
@@ -64,7 +64,8 @@ def _headline(report: Content) -> str:
 
 
 def _totals(report: Content, page: Page) -> None:
-    shown = [(of, of.total) for of in report.totals.figures if of.title and of.total is not None]
+    figures = report.totals.figures
+    shown = [(figure, figure.total) for figure in figures if figure.title and figure.total is not None]
     names = [figure.title for figure, _ in shown]
     before = [(figure.show or words.exact)(total.before) for figure, total in shown]
     after = [(figure.show or words.exact)(total.after) for figure, total in shown]
@@ -87,7 +88,7 @@ def _totals(report: Content, page: Page) -> None:
 
 
 def _times(report: Content) -> Iterator[tuple[str, Total]]:
-    """The times of both models, measured and predicted, as far as they are known."""
+    """The known times of both models, measured and predicted."""
     timing = report.timing
     if timing is None:
         return
@@ -119,11 +120,11 @@ def _asked(report: Content) -> str:
         wanted.append(f"agreement at least {report.target_agreement:g}")
     if not wanted:
         return f"asked for {report.asked:g}"
-    return f"the smallest tried of held-out {' and '.join(wanted)}"
+    return f"the smallest tried with held-out {' and '.join(wanted)}"
 
 
 def _objective(solver: Solver, measure: str) -> str:
-    """What was minimized, and its value."""
+    """The objective that was minimized, and its value."""
     value = words.number(solver.objective)
     if solver.aggregate is not Aggregate.SUM:
         return f"largest {measure} error {value}"
@@ -132,7 +133,7 @@ def _objective(solver: Solver, measure: str) -> str:
 
 
 def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page) -> None:
-    """Where the inputs came from, and what the models that were tried give on them."""
+    """Print the source of the inputs, and the errors of the models that were tried."""
     page.line(f"Calibration on {calibration.source}")
     if not trials:
         page.blank()
@@ -149,7 +150,7 @@ def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page)
         )
     if any(output.neighbours is not None for trial in trials for output in trial.outputs):
         page.line(
-            "agreement: of an embedding, the share of its rows that keep their nearest neighbour.",
+            "agreement: for an embedding, the share of rows that keep their nearest neighbour.",
             style="dim",
         )
     for trial in ordered:
@@ -163,7 +164,7 @@ def _recipe(trial: Trial) -> str:
 
 
 def _trials(trials: list[Trial], page: Page) -> None:
-    """Print the table of what was tried."""
+    """Print the table of the plans that were tried."""
     columns = [Column("ratio", tuple(f"{trial.ratio:.4g}" for trial in trials), "right")]
     if any(trial.error is not None for trial in trials):
         errors = tuple(words.error(trial.error) for trial in trials)
@@ -190,13 +191,13 @@ def _validation(validation: Validation, names: Mapping[str, str], page: Page) ->
         silent = words.some(names.get(layer, layer) for layer in validation.never_ran)
         page.line(f"never ran: {silent}", style="yellow", indent=2)
     elif validation.never_ran is None:
-        page.line("which layers in branches ran is unknown", style="dim", indent=2)
+        page.line("unknown which layers in branches ran", style="dim", indent=2)
     for note in validation.notes:
         page.line(note, style="yellow", indent=2)
 
 
 def _differences(output: OutputError) -> str:
-    """How far the output of the compressed model lies from the input model's."""
+    """The errors of an output of the compressed model, as one line."""
     parts = []
     if output.relative is not None:
         centred = "" if output.centred is None else f" ({words.number(output.centred)} about the mean)"

@@ -10,22 +10,22 @@ _NAMES_SHOWN = 3
 
 
 def error(value: float | None) -> str:
-    """A number that may be unknown."""
+    """A number, or a dash if it is unknown."""
     return "–" if value is None else number(value)
 
 
 def number(value: float) -> str:
-    """Three digits, or two with an exponent."""
+    """A number to three digits, or to two with an exponent."""
     return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e3 else f"{value:.1e}"
 
 
 def exact(value: int | None) -> str:
-    """All digits."""
+    """A whole number with all its digits."""
     return "unknown" if value is None else f"{value:,}"
 
 
 def short(value: int | None) -> str:
-    """Three digits: 36.9k, 2.36M."""
+    """A whole number to three digits: 36.9k, 2.36M."""
     if value is None:
         return "?"
     size, unit = float(value), ""
@@ -49,7 +49,7 @@ def time(nanoseconds: int | None) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     listed = list(names)
     more = len(listed) - _NAMES_SHOWN
     shown = ", ".join(middle(name, 40) for name in listed[:_NAMES_SHOWN])
@@ -57,7 +57,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share to three digits or so; what there is at all is never shown as nothing."""
+    """A share to about three digits; a share above 0 is never shown as 0."""
     if value is None:
         return "–"
     if 0 < value < 1e-4:

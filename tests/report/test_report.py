@@ -419,7 +419,7 @@ def test_terminal_compares_what_was_tried():
 
 
 def test_the_agreement_of_an_embedding_is_explained():
-    told = "agreement: of an embedding, the share of its rows that keep their nearest neighbour."
+    told = "agreement: for an embedding, the share of rows that keep their nearest neighbour."
     assert told not in flat(printed(calibrated()))
     tried = (Trial("svd", 0.5, False, (OutputError("y", 0.1, 1.0, None, cosine=0.99, neighbours=0.8125),)),)
     text = flat(printed(calibrated(trials=tried)))
@@ -462,9 +462,13 @@ def test_terminal_groups_the_layers_that_were_not_calibrated():
     ("error", "agreement", "words"),
     [
         (None, None, "asked for 0.5"),
-        (0.05, None, "the smallest tried of held-out output error at most 0.05"),
-        (None, 0.99, "the smallest tried of held-out agreement at least 0.99"),
-        (0.05, 0.99, "the smallest tried of held-out output error at most 0.05 and agreement at least 0.99"),
+        (0.05, None, "the smallest tried with held-out output error at most 0.05"),
+        (None, 0.99, "the smallest tried with held-out agreement at least 0.99"),
+        (
+            0.05,
+            0.99,
+            "the smallest tried with held-out output error at most 0.05 and agreement at least 0.99",
+        ),
     ],
 )
 def test_the_ratio_is_told_by_what_was_asked_for(error, agreement, words):
@@ -572,7 +576,7 @@ def test_the_table_shows_measured_and_predicted_times():
     assert "time: medians of interleaved runs on ONNX Runtime X, 2 threads;" in text
     assert "inputs x float32 1×3." in text
     assert "Ratio of latency: 0.5500, asked for 0.5" in text
-    assert "time alone: of the layer" in text
+    assert "time alone: times of the layer" in text
 
 
 @pytest.mark.parametrize(
