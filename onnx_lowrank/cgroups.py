@@ -1,8 +1,9 @@
-"""The CPU time and the memory that Linux control groups leave to this process; containers are limited so.
+"""The CPU time and the memory that Linux control groups, such as those of containers, leave to this process.
 
-Kernel documentation, admin-guide/cgroup-v1 and admin-guide/cgroup-v2. A limit of a group holds for all groups
-below it, so every group from the process' own up to the root is asked. Inside a container the path of the
-own group may be the host's, which is not mounted: then the mounted root is the container's own group.
+Source: kernel documentation, admin-guide/cgroup-v1 and admin-guide/cgroup-v2. A limit of a group holds for
+all groups below it, so this module reads the limits of the process's group and of all groups above it. Inside
+a container, the path of the process's group may be a path on the host, which is not mounted. Then the mounted
+root is the group of the container.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path, PurePosixPath
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNTS = Path("/sys/fs/cgroup")
-_MOUNTS_OF_V2 = (".", "unified")  # "unified" where version 1 has the other mounts
+_MOUNTS_OF_V2 = (".", "unified")  # "unified" if version 1 has the other mounts
 
 
 def cpus() -> float:
-    """CPU cores whose whole time the quotas allow, a fraction perhaps; infinite without a quota."""
+    """CPU time that the quotas allow, in cores, possibly a fraction; infinite without a quota."""
     quotas = [_first_two(folder / "cpu.max") for folder in _folders("")]
     quotas += [
         (_number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us"))
@@ -28,9 +29,10 @@ def cpus() -> float:
 
 
 def free_memory() -> float:
-    """Bytes that this process may take beside those taken; infinite without a limit.
+    """Bytes of memory that this process may still take; infinite without a limit.
 
-    Files that were read and lie in memory still count as taken, but give way: they are left out.
+    The kernel counts cached files as taken memory, but frees them when memory is needed. So this function
+    does not count them.
     """
     rooms = [_room(folder, "memory.max", "memory.current", "inactive_file") for folder in _folders("")]
     rooms += [
@@ -52,14 +54,14 @@ def _room(folder: Path, limit: str, usage: str, cached: str) -> float:
 
 
 def _folders(controller: str) -> Iterator[Path]:
-    """The folders of the own group and of all above it; "" is version 2, one for all controllers."""
+    """The folders of the process's group and of all groups above it; "" is version 2's only hierarchy."""
     for line in _text(_MEMBERSHIP).splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controller not in controllers.split(","):
             continue
         group = PurePosixPath(path)
-        # A group outside the namespace shows as "/../group".
+        # A group outside the namespace appears as "/../group".
         groups = [PurePosixPath("/")] if ".." in group.parts else [group, *group.parents]
         for mount in (controller,) if controller else _MOUNTS_OF_V2:
             yield from (_MOUNTS / mount / one.relative_to("/") for one in groups if one.is_absolute())
@@ -72,7 +74,7 @@ def _first_two(path: Path) -> tuple[int | None, int | None]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is none: "max", or the -1 of a quota."""
+    """The number in a file; None if it holds no limit: "max", or -1 for a quota."""
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None
 

@@ -1,4 +1,4 @@
-"""What computes: the processors of this machine, and the blocks of channels in which providers compute."""
+"""The processors and memory of this machine, and the blocks of channels in which providers compute."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from onnx_lowrank import cgroups
 
 _CPU = "CPUExecutionProvider"
 _BLOCKS = {
-    "CUDAExecutionProvider": 8,  # tensor cores: halves by eights, TF32 by fours
-    "TensorrtExecutionProvider": 4,  # int8: channels of a group by fours
+    "CUDAExecutionProvider": 8,  # tensor cores compute 8 channels at a time in float16, 4 in TF32
+    "TensorrtExecutionProvider": 4,  # int8 kernels compute 4 channels of a group at a time
     "NvTensorRTRTXExecutionProvider": 4,
 }
 _WIDEST = 16
@@ -31,9 +31,9 @@ _PATIENCE = 10.0  # seconds
 
 
 def block(provider: str) -> int:
-    """How many channels a provider computes at a time: ranks that are multiples of it fill its kernels.
+    """The number of channels that a provider computes at a time; its multiples, as ranks, fill the kernels.
 
-    ONNX Runtime's CPU provider blocks channels by 16 with AVX-512 and on ARM, by 8 on other x86.
+    ONNX Runtime's CPU provider computes 16 channels at a time with AVX-512 and on ARM, and 8 on other x86.
 
     Args:
         provider: Name of an ONNX Runtime execution provider.
@@ -42,19 +42,19 @@ def block(provider: str) -> int:
 
 
 def processor(provider: str) -> str:
-    """What a provider computes on: the CPU with the number of its cores, and GPUs if it is for those."""
+    """The hardware of a provider: the CPU with its number of cores, and for GPU providers the GPUs."""
     return _cpu() if provider == _CPU else f"{_gpus()} {_cpu()}".strip()
 
 
 def cores() -> int:
-    """CPU cores that this process may use: by its affinity, and by the CPU time of its control groups."""
+    """Number of CPU cores that this process may use, by its affinity and by its control groups' CPU time."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroups.cpus()
     return usable if quota >= usable else max(1, ceil(quota))
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still take, about; all of the machine's where nobody tells."""
+    """Approximate bytes of memory that this process may still take; the machine's total if unknown."""
     free = re.search(r"^MemAvailable:\s*(\d+) kB$", _text(_MEMINFO), re.MULTILINE)
     if free:
         known = int(free[1]) << 10
@@ -66,7 +66,7 @@ def free_memory() -> int:
 
 
 def cache_bytes() -> int:
-    """Size of the largest cache of this machine, shared ones included; a usual one where unknown."""
+    """Bytes of the largest cache of this machine, including shared ones; a usual size if it is unknown."""
     sizes = []
     for path in _CACHES.glob("index*/size"):
         try:
@@ -84,7 +84,7 @@ def _cpu() -> str:
 
 
 def _gpus() -> str:
-    """The GPUs that NVIDIA's driver lists; empty without it."""
+    """The GPUs that NVIDIA's driver lists; empty without the driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
@@ -97,13 +97,13 @@ def _gpus() -> str:
 
 
 def _cpu_block() -> int:
-    """16 where nobody tells the instruction set: that is a multiple of 8."""
+    """The block of the CPU provider; 16 if the instruction set is unknown, since 16 is a multiple of 8."""
     flags = re.search(r"^flags\s*:(.*)$", _text(_CPUINFO), re.MULTILINE)
     return 8 if flags and "avx512f" not in flags[1].split() else _WIDEST
 
 
 def _text(path: Path) -> str:
-    """What a file of the kernel tells; nothing where there is none."""
+    """The text of a file of the kernel; empty if there is no such file."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
