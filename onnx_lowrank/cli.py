@@ -39,13 +39,13 @@ _AUTO = (
     "Tries several recipes and keeps the best on held-out calibration inputs "
     "(the default with --calibration)."
 )
-_ALIKE = 0.8  # of one, as difflib measures it: --ratoi for --ratio, not --clean for --plan
+_ALIKE = 0.8  # difflib's similarity, at most 1: --ratoi suggests --ratio, but --clean does not suggest --plan
 _EPILOG = """\b
 Exit codes:
   0    done
   1    internal error
   2    wrong command or input
-  3    the ratio cannot be reached; the message says which can
+  3    the ratio cannot be reached; the message names one that can
   4    validation failed; nothing is written
   130  interrupted
   129  hung up
@@ -54,7 +54,7 @@ Exit codes:
 
 
 class _Terminated(BaseException):
-    """The program was asked to end, which no handler of errors may catch; its argument is the signal."""
+    """A signal asked the program to end. No handler of errors may catch this; its argument is the signal."""
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -63,22 +63,22 @@ def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> fl
     try:
         number = float(value)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no number, write it like 0.5") from None
+        raise click.BadParameter(f"{value!r} is not a number: write it like 0.5") from None
     exact = Decimal(value)
     if exact.is_finite() and (not isfinite(number) or bool(number) != bool(exact)):
-        raise click.BadParameter(f"{value!r} is too large or too close to 0, write it like 0.5")
+        raise click.BadParameter(f"{value!r} is too large or too close to 0: write it like 0.5")
     return number
 
 
 def _count(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     if value is not None and not _WHOLE.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is no whole number, write it like 500")
+        raise click.BadParameter(f"{value!r} is not a whole number: write it like 500")
     return None if value is None else int(value)
 
 
 def _alignment(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
     if value is not None and value != ALIGN_AUTO and not _WHOLE.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is neither {ALIGN_AUTO} nor a whole number, write it like 8")
+        raise click.BadParameter(f"{value!r} is neither {ALIGN_AUTO} nor a whole number: write it like 8")
     return value if value is None or value == ALIGN_AUTO else int(value)
 
 
@@ -93,15 +93,15 @@ def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -
 
 
 def _given_path(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
-    # As a Path, an empty text would be the current folder.
+    # Path("") would be the current folder.
     if value == "":
-        raise click.BadParameter("the path is empty, name a file or leave the option out")
+        raise click.BadParameter("the path is empty: name a file or leave the option out")
     return None if value is None else Path(value)
 
 
 def _report_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     if value is not None and str(value) != "-" and value.suffix != ".json":
-        raise click.BadParameter(f"{str(value)!r} is neither a .json file nor - for stdout, the only formats")
+        raise click.BadParameter(f"{str(value)!r} is neither a .json file nor -, which is stdout")
     return value
 
 
@@ -119,7 +119,7 @@ def _printing(text: Callable[[click.Context], str]) -> Callable[[click.Context, 
 def _passes(ctx: click.Context) -> str:
     formatter = ctx.make_formatter()
     if not sys.stdout.isatty():
-        formatter.width = sys.maxsize  # one line each, for grep and the like
+        formatter.width = sys.maxsize  # one line per recipe, so that grep finds whole entries
     default = {DEFAULT_RECIPE: " (the default)"}
     listed = [(recipe.name, recipe.summary + default.get(recipe.name, "")) for recipe in recipes.load_all()]
     formatter.write_dl([(AUTO_RECIPE, _AUTO), *listed])
@@ -142,8 +142,8 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     "--pass",
     "recipe",
     metavar="NAME|FILE",
-    help="A recipe that --list-passes lists, or a TOML file; "
-    f"by default {DEFAULT_RECIPE}, with --calibration {AUTO_RECIPE}.",
+    help="A recipe from --list-passes, or a TOML file; "
+    f"by default {DEFAULT_RECIPE}, or {AUTO_RECIPE} with --calibration.",
 )
 @click.option(
     "--list-passes",
@@ -156,52 +156,57 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--budget",
     metavar="|".join(budgets.names()),
-    help=f"What the ratio counts, by default {DEFAULT_BUDGET}.",
+    help=f"The quantity that the ratio bounds, by default {DEFAULT_BUDGET}.",
 )
 @click.option(
     "--align",
     callback=_alignment,
     metavar="auto|N",
-    help="Choose ranks in multiples of N, for kernels that compute in blocks; auto: as the provider does.",
+    help="Choose only ranks that are multiples of N, for kernels that compute in blocks; "
+    "auto takes the block of the provider.",
 )
 @click.option(
     "--calibration",
     type=click.Path(),
     callback=_given_path,
     metavar="DATA",
-    help="Inputs to fit to, no labels: .npz, .npy, or a folder of .npz or of ONNX test data.",
+    help="Inputs to fit to, without labels: .npz, .npy, or a folder of .npz or of ONNX test data.",
 )
-@click.option("--calibration-samples", callback=_count, metavar="N", help="How many of them to use at most.")
+@click.option(
+    "--calibration-samples", callback=_count, metavar="N", help="Use at most N calibration samples."
+)
 @click.option(
     "--no-recover",
     "recover",
     is_flag=True,
     callback=lambda ctx, param, value: not value,
-    help="Fit every layer on its own, not to make up for those before it.",
+    help="Fit every layer on its own; do not correct errors of the layers before it.",
 )
 @click.option(
     "--target-error",
     callback=_number,
     metavar="NUMBER",
-    help="Instead of --ratio: the smallest model of this output error on held-out calibration inputs.",
+    help="Instead of --ratio: find the smallest model whose output error on held-out calibration "
+    "inputs is at most this.",
 )
 @click.option(
     "--target-agreement",
     callback=_number,
     metavar="NUMBER",
-    help="Instead of --ratio: the smallest model that agrees so often, 0.99 for 99 %.",
+    help="Instead of --ratio: find the smallest model that agrees with IN.onnx on this share of held-out "
+    "calibration inputs; 0.99 is 99 %.",
 )
 @click.option(
     "--plan",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Replay a saved plan, instead of --ratio, --pass, --budget and --align.",
+    help="Replay a saved plan instead of --ratio, --pass, --budget and --align.",
 )
 @click.option(
     "--save-plan",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Write the plan, to edit it; - is stdout.",
+    help="Write the plan, to edit or replay it; - is stdout.",
 )
 @click.option(
     "--include", multiple=True, metavar="GLOB", help="Decompose only these layers or nodes. Repeatable."
@@ -212,17 +217,18 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     type=click.Path(),
     callback=_given_path,
     metavar="FILE.npz",
-    help="Inputs on which to compare the models; by default of --calibration, or else made from the graph.",
+    help="Inputs on which to compare the models; by default those of --calibration, "
+    "else inputs made from the graph.",
 )
 @click.option(
     "--input-shape",
     multiple=True,
     callback=_shapes,
     metavar="NAME=1,3,224,224",
-    help="Shape of an input that the model leaves open. Repeatable.",
+    help="Shape of an input whose dimensions the model leaves open. Repeatable.",
 )
 @click.option(
-    "--max-error", callback=_number, metavar="NUMBER", help="Largest relative error of an output to accept."
+    "--max-error", callback=_number, metavar="NUMBER", help="Largest accepted relative error of an output."
 )
 @click.option(
     "--report",
@@ -231,7 +237,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     metavar="FILE.json",
     help="Write the report as JSON; - is stdout.",
 )
-@click.option("--dry-run", is_flag=True, help="Only make the plan; OUT.onnx is not written.")
+@click.option("--dry-run", is_flag=True, help="Only make the plan; do not write OUT.onnx.")
 @click.option(
     "--device",
     metavar="auto|cpu|cuda",
@@ -244,33 +250,33 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     default="CPUExecutionProvider",
     show_default=True,
     metavar="EP",
-    help="ONNX Runtime's execution provider, to calibrate, to compare and to time.",
+    help="ONNX Runtime's execution provider for calibration, validation and timing.",
 )
 @click.option(
     "--time",
     is_flag=True,
-    help="Time both models and report it; --budget latency does so in any case.",
+    help="Time both models and report the times; --budget latency always does.",
 )
 @click.option(
     "--threads",
     callback=_count,
     default="0",
     metavar="N",
-    help="Threads that compute an operator when times are measured, by default as the runtime decides.",
+    help="Threads per operator while times are measured; by default the runtime chooses.",
 )
 @click.option(
     "--no-cache",
     "cache",
     is_flag=True,
     callback=lambda ctx, param, value: not value,
-    help="Measure the times of layers anew, and do not keep them.",
+    help="Neither read nor write the cache of measured times.",
 )
 @click.option(
     "--workers",
     callback=_count,
     default="0",
     metavar="N",
-    help="Processes that compute what the layers need, by default the threads of one.",
+    help="Compute layers in N processes; by default in threads of one process.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option(
@@ -280,7 +286,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     is_eager=True,
     expose_value=False,
     callback=_verbose,
-    help="Say what every stage decides and why; -vv says more, with times and modules.",
+    help="Show the decisions of every stage with their reasons; -vv shows more, with times and modules.",
 )
 @click.option(
     "--version",
@@ -306,7 +312,7 @@ def command(
     """Make IN.onnx smaller by low-rank decomposition and write it to OUT.onnx."""
     if ctx.args:
         raise click.UsageError(
-            f"{ctx.args[0]!r} is one argument too many: name IN.onnx and OUT.onnx, the rest are options."
+            f"{ctx.args[0]!r} is one argument too many: name IN.onnx and OUT.onnx, all others are options."
         )
     if out is None and not dry_run:
         raise click.UsageError("OUT.onnx is missing: name the file to write, or pass --dry-run.")
@@ -336,16 +342,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 @contextmanager
 def _unwinding_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP close what is open, as SIGINT does; on their own they leave temporary files.
+    """Let SIGTERM and SIGHUP raise an exception, as SIGINT does: by default they leave temporary files.
 
-    A caller of `main` keeps its own handlers, and only the main thread can have handlers.
+    Handlers that the caller of `main` has set stay. Only the main thread can set handlers.
     """
     is_main = threading.current_thread() is threading.main_thread()
     ours = [number for number in _ENDING if is_main and signal.getsignal(number) is signal.SIG_DFL]
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        for own in ours:
-            signal.signal(own, signal.SIG_IGN)  # A second one must not cut the clean-up short.
+        for handled in ours:
+            signal.signal(handled, signal.SIG_IGN)  # A second signal must not interrupt the clean-up.
         raise _Terminated(number)
 
     for number in ours:
@@ -379,7 +385,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _sentence(error: click.ClickException) -> str:
-    """What the parser has to say, as one sentence that tells what to do."""
+    """The parser's message as one sentence that says what to do."""
     message = " ".join(error.message.split()).rstrip(".")
     match error:
         case click.NoSuchOption():

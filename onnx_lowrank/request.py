@@ -1,4 +1,4 @@
-"""What compress() is asked for: its arguments checked, one against the other."""
+"""Check the arguments of compress(), alone and in combination."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from onnx_lowrank.stages.search import AUTO, Target
 _log = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "schatten"
-"""The recipe that is used where nothing is known but the model; `passes/README.md` says why."""
+"""The default recipe without calibration data; `passes/README.md` gives the reason."""
 
 DEFAULT_BUDGET = "params"
 
 AUTO_RECIPE = "auto"
-"""Stands for several recipes, of which held-out calibration inputs choose one."""
+"""Stands for several recipes; held-out calibration inputs choose one of them."""
 
 ALIGN_AUTO = "auto"
 """Stands for the blocks in which the execution provider computes."""
@@ -48,15 +48,15 @@ _MOST_WORKERS = 64
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to make.
+    """The compressed model that the user asks for.
 
     Attributes:
-        budget: What the ratio counts.
-        block: What ranks are multiples of.
-        recipes: The recipes to choose from; none where a plan is replayed.
-        ratio: The ratio to reach; None where a target or a plan says it.
-        target: What the outputs have to hold instead.
-        plan: The plan to replay instead.
+        budget: The budget that the ratio bounds.
+        block: Ranks are multiples of this number.
+        recipes: The recipes to choose from; empty if a plan is replayed.
+        ratio: The ratio to reach; None if a target or a plan replaces it.
+        target: The bounds on the outputs that replace a ratio; None without them.
+        plan: The plan to replay; None without one.
     """
 
     budget: Budget
@@ -68,14 +68,14 @@ class Request:
 
     @property
     def fits_activations(self) -> bool:
-        """Whether anything has to be known of the activations."""
+        """Whether scores or factors need statistics of activations."""
         if self.plan is not None:
             return self.plan.factors is Fit.ACTIVATIONS
         return any(recipe.calibrated for recipe in self.recipes)
 
     @property
     def is_search(self) -> bool:
-        """Whether models have to be made and judged to know the plan."""
+        """Whether the plan is found by making models and comparing them."""
         return self.target is not None or len(self.recipes) > 1
 
 
@@ -85,22 +85,22 @@ Inputs = str | Path | Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """On which data, with which tools and within which bounds it is made.
+    """The data, the tools and the bounds of a run.
 
     Attributes:
-        calibration: The inputs to fit to; None without.
-        samples: The most of them to use; None for all.
-        inputs: The inputs to compare on; None where the user gives none.
-        shapes: Shapes of inputs, by name, which the model leaves open.
-        include: Globs of the layers and nodes to decompose; all where there are none.
+        calibration: The inputs to fit to; None without calibration.
+        samples: Largest number of these inputs to use; None for all.
+        inputs: The inputs to compare the models on; None if the user gives none.
+        shapes: Shapes of inputs whose dimensions the model leaves open, by name.
+        include: Globs of the layers and nodes to decompose; empty for all.
         exclude: Globs of the layers and nodes to leave alone.
-        max_error: The largest relative error of an output to accept; None for any.
+        max_error: The largest accepted relative error of an output; None for any.
         backend: Where the linear algebra runs.
         provider: ONNX Runtime's execution provider.
-        time: Whether the finished model is timed against the input model, whatever the budget.
-        threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
-        cache: Whether times may be read from disk and written there.
-        workers: How many processes compute what the layers need; 0 leaves it to threads.
+        time: Whether the finished model is timed against the input model under every budget.
+        threads: Number of threads per operator while times are measured; 0 leaves it to the runtime.
+        cache: Whether measured times may be read from disk and written there.
+        workers: Number of processes that compute work items; 0 uses threads of this process.
         dry_run: Whether only the plan is made.
     """
 
@@ -132,38 +132,38 @@ def request(
     calibrated: bool,
     recover: bool,
 ) -> Request:
-    """Check what is asked for.
+    """Check the arguments that determine the compressed model.
 
     Args:
         ratio: As in `compress`.
         recipe: As in `compress`.
         budget: As in `compress`.
         plan: As in `compress`.
-        target: What the outputs have to hold, if anything.
+        target: The bounds on the outputs that replace a ratio; None without them.
         align: As in `compress`.
         provider: As in `compress`.
         calibrated: Whether there is calibration data.
         recover: As in `compress`.
 
     Raises:
-        InputError: An argument is wrong, or does not go with another.
+        InputError: An argument is wrong, or cannot be combined with another one.
     """
     require("ratio", ratio, (Real, NoneType), "a number such as 0.5")
     require("recipe", recipe, (str, os.PathLike, Recipe, NoneType), "a name, a path or a Recipe")
     require("plan", plan, (str, os.PathLike, Plan, NoneType), "a path or a Plan")
-    if sum(what is not None for what in (ratio, plan, target)) != 1:
+    if sum(goal is not None for goal in (ratio, plan, target)) != 1:
         raise InputError(
-            "Give either a ratio, such as --ratio 0.5, or a plan to replay with --plan FILE, or, with "
-            "--calibration, --target-error or --target-agreement."
+            "Give exactly one of these: a ratio, such as --ratio 0.5; a plan to replay, with --plan FILE; "
+            "or a target, with --calibration and --target-error or --target-agreement."
         )
     if plan is not None:
-        if any(what is not None for what in (recipe, budget, align)):
+        if any(argument is not None for argument in (recipe, budget, align)):
             raise InputError(
                 "A plan has its own recipe, budget and ranks: leave out --pass, --budget and --align."
             )
         return _replayed(plan, calibrated=calibrated, recover=recover)
     if ratio is not None and not 0 < ratio <= 1:
-        raise InputError(f"The ratio is {ratio}, and has to be above 0 and at most 1: 0.5 keeps half.")
+        raise InputError(f"The ratio is {ratio}, but it must be above 0 and at most 1: 0.5 keeps half.")
     counted = registry.named(DEFAULT_BUDGET if budget is None else budget)
     if align is None and counted.is_aligned:
         align = ALIGN_AUTO
@@ -197,18 +197,18 @@ def setting(
     workers: int,
     dry_run: bool,
 ) -> Setting:
-    """Check with which data and tools it is to be made; see `compress` for the arguments.
+    """Check the arguments for the data, the tools and the bounds of a run; they are those of `compress`.
 
     Raises:
-        InputError: An argument is wrong, or the device or the execution provider is not there.
+        InputError: An argument is wrong, or the device or the execution provider is not available.
     """
     require("max_error", max_error, (Real, NoneType), "a number")
     if max_error is not None and not max_error >= 0:
-        raise InputError(f"The largest error to accept is {max_error}, and has to be 0 or more.")
+        raise InputError(f"The largest accepted error is {max_error}, but it must be 0 or more.")
     require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
     if _flag("time", time) and dry_run and not asked.budget.is_measured:
         raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
-    made = Setting(
+    checked = Setting(
         calibration=calibration,
         samples=samples,
         inputs=inputs,
@@ -225,8 +225,8 @@ def setting(
         dry_run=dry_run,
     )
     if calibration is not None or asked.budget.is_measured or not dry_run:
-        runtime(provider)
-    return made
+        runtime(provider)  # Raises an error if the provider is not available.
+    return checked
 
 
 def _replayed(
@@ -236,7 +236,7 @@ def _replayed(
     recover: bool,
 ) -> Request:
     known = plan if isinstance(plan, Plan) else plans.read(plan)
-    measures.named(known.measure)  # A Plan made in Python was never read, so nothing has checked the name.
+    measures.named(known.measure)  # Reading checks the name, but a Plan made in Python was never read.
     _log.debug("replays a plan of recipe %r for ratio %g of %s", known.recipe, known.ratio, known.budget)
     if known.factors is Fit.ACTIVATIONS and not calibrated:
         raise InputError("The plan's factors are fitted to calibration inputs: pass them with --calibration.")
@@ -246,7 +246,7 @@ def _replayed(
 
 
 def _block(align: int | str | None, provider: str) -> int:
-    """What ranks are multiples of."""
+    """The number that divides all ranks."""
     if align is None:
         return 1
     if align == ALIGN_AUTO:
@@ -254,14 +254,14 @@ def _block(align: int | str | None, provider: str) -> int:
     wrong = isinstance(align, bool) or not isinstance(align, Integral)
     if wrong or not 1 <= int(align) <= _LARGEST_BLOCK:
         raise InputError(
-            f"The alignment is {str(align)[:60]!r}, and has to be {ALIGN_AUTO!r} or a whole number from 1 to "
-            f"{_LARGEST_BLOCK}."
+            f"The alignment is {str(align)[:60]!r}, but it must be {ALIGN_AUTO!r} or a whole number from 1 "
+            f"to {_LARGEST_BLOCK}."
         )
     return int(align)
 
 
 def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: bool) -> tuple[Recipe, ...]:
-    """The recipes to choose from, without recovery where that is not wanted."""
+    """The recipes to choose from, with recovery turned off if the user does so."""
     if recipe is None:
         recipe = AUTO_RECIPE if calibrated else DEFAULT_RECIPE
     if recipe == AUTO_RECIPE:
@@ -277,7 +277,7 @@ def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: b
         if one.calibrated and not calibrated:
             raise InputError(
                 f"The recipe {one.name!r} needs calibration inputs: pass some with --calibration, or choose "
-                "a recipe of weights alone (--list-passes)."
+                "a recipe that needs none (--list-passes)."
             )
         _log.debug(
             "recipe %r: folds %s, slices %s, %s errors, aggregate %s, factors fitted to %s",
@@ -292,10 +292,10 @@ def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: b
 
 
 def target(error: float | None, agreement: float | None, *, calibrated: bool) -> Target | None:
-    """Check what the outputs have to hold.
+    """Check the bounds on the outputs that replace a ratio.
 
     Raises:
-        InputError: A number is wrong, or there is no calibration data to judge by.
+        InputError: A number is wrong, or there is no calibration data to measure the outputs on.
     """
     require("target_error", error, (Real, NoneType), "a number")
     require("target_agreement", agreement, (Real, NoneType), "a number")
@@ -304,20 +304,20 @@ def target(error: float | None, agreement: float | None, *, calibrated: bool) ->
     if not calibrated:
         raise InputError("A target is judged on held-out calibration inputs: pass some with --calibration.")
     if error is not None and not error >= 0:
-        raise InputError(f"The target error is {error}, and has to be 0 or more: 0.05 allows five per cent.")
+        raise InputError(f"The target error is {error}, but it must be 0 or more: 0.05 allows five per cent.")
     if agreement is not None and not 0 < agreement <= 1:
         raise InputError(
-            f"The target agreement is {agreement}, and has to be above 0 and at most 1: 0.99 asks for 99 per "
-            "cent."
+            f"The target agreement is {agreement}, but it must be above 0 and at most 1: 0.99 asks for 99 "
+            "per cent."
         )
     return Target(error, agreement)
 
 
 def is_calibrated(source: Source | None, samples: int | None, *, recover: bool) -> bool:
-    """Whether there is calibration data; the arguments that mean something beside it only are checked.
+    """Whether there is calibration data; also checks the arguments that need calibration data.
 
     Raises:
-        InputError: They are given without, or are wrong.
+        InputError: One of them is wrong, or is given without calibration data.
     """
     require("calibration", source, (object,), "a path, arrays by name, or feeds")
     require("calibration_samples", samples, (Integral, NoneType), "a whole number")
@@ -325,9 +325,9 @@ def is_calibrated(source: Source | None, samples: int | None, *, recover: bool) 
     if samples is not None and samples < 1:
         raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
     if source is None and samples is not None:
-        raise InputError("--calibration-samples says how many to use of --calibration: pass that, too.")
+        raise InputError("--calibration-samples limits what --calibration reads: pass --calibration, too.")
     if source is None and not recover:
-        raise InputError("--no-recover leaves out what only --calibration makes possible: leave it out.")
+        raise InputError("--no-recover turns off a step that only runs with --calibration: leave it out.")
     return source is not None
 
 
@@ -335,11 +335,11 @@ def thread_count(given: int) -> int:
     """Check a number of threads.
 
     Raises:
-        InputError: It is wrong.
+        InputError: The number is wrong.
     """
     require("threads", given, (Integral,), "a whole number")
     if not 0 <= given <= _MOST_THREADS:
-        raise InputError(f"--threads is {given}: pass 1 to {_MOST_THREADS}, or 0 for what the runtime takes.")
+        raise InputError(f"--threads is {given}: pass 1 to {_MOST_THREADS}, or 0 to let the runtime choose.")
     return int(given)
 
 
@@ -353,7 +353,7 @@ def worker_count(given: int) -> int:
     """Check a number of worker processes.
 
     Raises:
-        InputError: It is wrong.
+        InputError: The number is wrong.
     """
     require("workers", given, (Integral,), "a whole number")
     if not 0 <= given <= _MOST_WORKERS:
@@ -364,7 +364,11 @@ def worker_count(given: int) -> int:
 
 
 def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
-    """Say what is wrong with an argument of the API, which nothing has parsed."""
+    """Check the type of an argument, which may come from Python unparsed.
+
+    Raises:
+        InputError: It has another type, or is an empty text.
+    """
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
     if isinstance(value, str) and not value:
@@ -375,23 +379,23 @@ def _shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Check the shapes of inputs.
 
     Raises:
-        InputError: One is wrong.
+        InputError: A shape is wrong.
     """
     require("input_shape", given, (Mapping,), "a mapping of input names to shapes")
     for name, shape in given.items():
         require(f"The shape of input {name!r}", shape, (Sequence,), "positive whole numbers")
         if not all(isinstance(n, Integral) and 0 < n <= _LARGEST_SIZE for n in shape):
             raise InputError(
-                f"The shape of input {name!r} is {shape}, and has to be of positive whole numbers."
+                f"The shape of input {name!r} is {shape}, but it must hold positive whole numbers only."
             )
     return {name: tuple(map(int, shape)) for name, shape in given.items()}
 
 
 def _patterns(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    """Check globs; one alone may stand for a sequence of one.
+    """Check globs; a single text stands for a sequence of one glob.
 
     Raises:
-        InputError: They are no texts.
+        InputError: A glob is not a text.
     """
     if isinstance(given, str):
         return (given,)

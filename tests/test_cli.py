@@ -92,17 +92,17 @@ WRONG = {
     "no alignment": ([*HALF, "--align", "7.5"], "--align: '7.5' is neither auto nor a whole number"),
     "alignment of nothing": (
         [*HALF, "--align", "0"],
-        "The alignment is '0', and has to be 'auto'",
+        "The alignment is '0', but it must be 'auto'",
     ),
     **{
-        f"threads {value!r}": ([*HALF, "--threads", value], f"--threads: {value!r} is no whole number")
+        f"threads {value!r}": ([*HALF, "--threads", value], f"--threads: {value!r} is not a whole number")
         for value in ("many", "1.5", "", " 2", "9" * 30)
     },
     **{
         f"{value} threads": ([*HALF, "--threads", value], f"--threads is {value}: pass 1 to 1024, or 0")
         for value in ("-1", "1025")
     },
-    "workers 'some'": ([*HALF, "--workers", "some"], "--workers: 'some' is no whole number"),
+    "workers 'some'": ([*HALF, "--workers", "some"], "--workers: 'some' is not a whole number"),
     "65 workers": ([*HALF, "--workers", "65"], "--workers is 65: pass 1 to 64, or 0"),
     "times of free dimensions": ([*HALF, "--budget", "latency"], "Times are those of one shape"),
     "unknown budget": (
@@ -151,15 +151,18 @@ WRONG = {
     "report is a folder": ([*HALF, "--report", "sub.json"], "sub.json is a folder"),
     "report as HTML": (
         [*HALF, "--report", "r.html"],
-        "--report: 'r.html' is neither a .json file nor - for stdout",
+        "--report: 'r.html' is neither a .json file nor -, which is stdout",
     ),
     "report without suffix": ([*HALF, "--report", "report"], "--report: 'report' is neither a .json file"),
-    "no ratio": (["in.onnx", "out.onnx"], "either a ratio, such as --ratio 0.5, or a plan"),
-    "ratio and plan": ([*HALF, "--plan", "p.json"], "either a ratio, such as --ratio 0.5, or a plan"),
+    "no ratio": (["in.onnx", "out.onnx"], "exactly one of these: a ratio, such as --ratio 0.5; a plan"),
+    "ratio and plan": (
+        [*HALF, "--plan", "p.json"],
+        "exactly one of these: a ratio, such as --ratio 0.5; a plan",
+    ),
     **{
         f"ratio {value}": (
             ["in.onnx", "out.onnx", "--ratio", value],
-            f"The ratio is {float(value)}, and has to be",
+            f"The ratio is {float(value)}, but it must be",
         )
         for value in ("0", "1.5", "-1", "nan", "inf", "-inf")
     },
@@ -172,13 +175,13 @@ WRONG = {
     },
     "ratio half": (
         ["in.onnx", "out.onnx", "--ratio", "half"],
-        "--ratio: 'half' is no number, write it like 0.5",
+        "--ratio: 'half' is not a number: write it like 0.5",
     ),
-    "ratio empty": (["in.onnx", "out.onnx", "--ratio", ""], "--ratio: '' is no number"),
-    "ratio in percent": (["in.onnx", "out.onnx", "--ratio", "50%"], "--ratio: '50%' is no number"),
-    "max-error nan": ([*HALF, "--max-error", "nan"], "largest error to accept is nan"),
-    "max-error negative": ([*HALF, "--max-error", "-1"], "largest error to accept is -1.0"),
-    "max-error text": ([*HALF, "--max-error", "small"], "--max-error: 'small' is no number"),
+    "ratio empty": (["in.onnx", "out.onnx", "--ratio", ""], "--ratio: '' is not a number"),
+    "ratio in percent": (["in.onnx", "out.onnx", "--ratio", "50%"], "--ratio: '50%' is not a number"),
+    "max-error nan": ([*HALF, "--max-error", "nan"], "largest accepted error is nan"),
+    "max-error negative": ([*HALF, "--max-error", "-1"], "largest accepted error is -1.0"),
+    "max-error text": ([*HALF, "--max-error", "small"], "--max-error: 'small' is not a number"),
     "unknown recipe": ([*HALF, "--pass", "magic"], "no recipe 'magic': name a .toml file or one of "),
     "recipe with an unknown key": ([*HALF, "--pass", "key.toml"], "unknown key 'colour'"),
     "recipe with a bad value": (
@@ -233,7 +236,7 @@ WRONG = {
     **{
         f"calibration samples {value!r}": (
             [*CALIBRATED, "--calibration-samples", value],
-            f"--calibration-samples: {value!r} is no whole number, write it like 500",
+            f"--calibration-samples: {value!r} is not a whole number: write it like 500",
         )
         for value in ("many", "1.5", "1e3", "", " 5", "0x10", "٣", "9" * 5000)
     },
@@ -251,11 +254,11 @@ WRONG = {
     **{
         f"{option} of an empty path": (
             ["no.onnx", "out.onnx", "--ratio", "0.5", option, ""],
-            f"{option}: the path is empty, name a file or leave the option out",
+            f"{option}: the path is empty: name a file or leave the option out",
         )
         for option in ("--calibration", "--inputs")
     },
-    "calibration samples alone": ([*HALF, "--calibration-samples", "5"], "of --calibration"),
+    "calibration samples alone": ([*HALF, "--calibration-samples", "5"], "limits what --calibration reads"),
     "no recovery alone": ([*HALF, "--no-recover"], "--calibration"),
     "auto alone": ([*HALF, "--pass", "auto"], "--pass auto chooses by held-out calibration inputs"),
     **{
@@ -271,32 +274,32 @@ WRONG = {
         for target in ("--target-error", "--target-agreement")
     },
     **{
-        f"{target} with a ratio": ([*CALIBRATED, target, "0.9"], "Give either a ratio")
+        f"{target} with a ratio": ([*CALIBRATED, target, "0.9"], "Give exactly one of these: a ratio")
         for target in ("--target-error", "--target-agreement")
     },
     **{
         f"{target} with a plan": (
             ["in.onnx", "out.onnx", "--plan", "p.json", "--calibration", "cal.npz", target, "0.9"],
-            "Give either a ratio",
+            "Give exactly one of these: a ratio",
         )
         for target in ("--target-error", "--target-agreement")
     },
     **{
         f"target agreement {value}": (
             ["in.onnx", "out.onnx", "--calibration", "cal.npz", "--target-agreement", value],
-            f"The target agreement is {float(value)}, and has to be above 0 and at most 1",
+            f"The target agreement is {float(value)}, but it must be above 0 and at most 1",
         )
         for value in ("0", "1.01", "-1", "nan", "inf")
     },
     **{
         f"target error {value}": (
             ["in.onnx", "out.onnx", "--calibration", "cal.npz", "--target-error", value],
-            f"The target error is {float(value)}, and has to be 0 or more",
+            f"The target error is {float(value)}, but it must be 0 or more",
         )
         for value in ("-1", "nan", "-inf")
     },
     **{
-        f"{target} text": (["in.onnx", "out.onnx", target, "5%"], f"{target}: '5%' is no number")
+        f"{target} text": (["in.onnx", "out.onnx", target, "5%"], f"{target}: '5%' is not a number")
         for target in ("--target-error", "--target-agreement")
     },
     "missing calibration": ([*HALF, "--calibration", "no.npz"], "no.npz does not exist"),

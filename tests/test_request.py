@@ -105,7 +105,9 @@ def test_an_unknown_recipe_is_told():
     ],
 )
 def test_exactly_one_of_ratio_plan_and_target(given):
-    with pytest.raises(InputError, match=r"^Give either a ratio, such as --ratio 0\.5, or a plan"):
+    with pytest.raises(
+        InputError, match=r"^Give exactly one of these: a ratio, such as --ratio 0\.5; a plan"
+    ):
         asked(**{"ratio": None, **given}, calibrated=True)
 
 
@@ -147,19 +149,19 @@ def test_a_plan_has_its_own_recipe_budget_and_ranks(given):
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.0001, float("nan"), float("inf")])
 def test_a_ratio_is_above_0_and_at_most_1(ratio):
-    with pytest.raises(InputError, match=f"^The ratio is {ratio}, and has to be above 0"):
+    with pytest.raises(InputError, match=f"^The ratio is {ratio}, but it must be above 0"):
         asked(ratio=ratio)
 
 
 @pytest.mark.parametrize("error", [-0.1, float("nan"), float("-inf")])
 def test_a_target_error_is_not_negative(error):
-    with pytest.raises(InputError, match=f"^The target error is {error}, and has to be 0 or more"):
+    with pytest.raises(InputError, match=f"^The target error is {error}, but it must be 0 or more"):
         target(error, None, calibrated=True)
 
 
 @pytest.mark.parametrize("agreement", [0, -0.1, 1.01, float("nan"), float("inf")])
 def test_a_target_agreement_is_a_share(agreement):
-    with pytest.raises(InputError, match=f"^The target agreement is {agreement}, and has to be above 0"):
+    with pytest.raises(InputError, match=f"^The target agreement is {agreement}, but it must be above 0"):
         target(None, agreement, calibrated=True)
 
 
@@ -178,10 +180,10 @@ def test_no_target_is_none():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"samples": 5}, "^--calibration-samples says how many to use of --calibration: pass that, too"),
+        ({"samples": 5}, "^--calibration-samples limits what --calibration reads: pass --calibration, too"),
         ({"samples": 0}, "^--calibration-samples is 0: pass 1 or more"),
         ({"samples": -3, "source": X}, "^--calibration-samples is -3: pass 1 or more"),
-        ({"recover": False}, "^--no-recover leaves out what only --calibration makes possible"),
+        ({"recover": False}, "^--no-recover turns off a step that only runs with --calibration"),
         ({"samples": 1.5}, "^calibration_samples is '1.5' of type float: give a whole number"),
         ({"samples": True}, "^calibration_samples is 'True' of type bool: give a whole number"),
         ({"samples": "7"}, "^calibration_samples is '7' of type str: give a whole number"),
@@ -271,7 +273,7 @@ def test_auto_follows_the_provider(provider):
 
 @pytest.mark.parametrize("align", [0, -8, 1025, 2.0, "8", "Auto", "", True, float("nan"), [8]])
 def test_what_is_no_alignment_is_told(align):
-    with pytest.raises(InputError, match=r"^The alignment is .* has to be 'auto' or a whole number from 1"):
+    with pytest.raises(InputError, match=r"^The alignment is .* must be 'auto' or a whole number from 1"):
         asked(align=align)
 
 
@@ -294,9 +296,7 @@ def test_a_number_of_threads_or_workers_is_taken_as_it_is(number, most):
 
 @pytest.mark.parametrize("given", [-1, 1025, 10**30])
 def test_a_number_of_threads_that_is_wrong_is_told(given):
-    with pytest.raises(
-        InputError, match=rf"^--threads is {given}: pass 1 to 1024, or 0 for what the runtime"
-    ):
+    with pytest.raises(InputError, match=rf"^--threads is {given}: pass 1 to 1024, or 0 to let the runtime"):
         arguments.thread_count(given)
 
 

@@ -250,9 +250,9 @@ def test_one_glob_may_be_a_plain_string(names):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, InputError, "Give either a ratio"),
-        ({"ratio": 0.5, "plan": "p.json"}, InputError, "Give either a ratio"),
-        ({"ratio": 0}, InputError, "The ratio is 0, and has to be"),
+        ({}, InputError, "Give exactly one of these: a ratio"),
+        ({"ratio": 0.5, "plan": "p.json"}, InputError, "Give exactly one of these: a ratio"),
+        ({"ratio": 0}, InputError, "The ratio is 0, but it must be"),
         ({"ratio": float("nan")}, InputError, "The ratio is nan"),
         ({"ratio": 1.01}, InputError, "The ratio is 1.01"),
         (
@@ -269,7 +269,7 @@ def test_one_glob_may_be_a_plain_string(names):
         ({"ratio": 0.5, "recipe": "magic"}, RecipeError, "no recipe 'magic'"),
         ({"ratio": 0.5, "device": "tpu"}, InputError, "no device 'tpu'"),
         ({"ratio": 0.5, "provider": "Magic"}, InputError, "'Magic'"),
-        ({"ratio": 0.5, "max_error": -1}, InputError, "largest error to accept is -1"),
+        ({"ratio": 0.5, "max_error": -1}, InputError, "largest accepted error is -1"),
         ({"ratio": 0.5, "max_error": 1e-9}, ValidationError, "relative error of 'y'"),
         ({"ratio": 0.5, "include": "conv9"}, InputError, "is named 'conv9'"),
         ({"ratio": 0.5, "inputs": {"z": INPUT}}, InputError, "no input 'z'"),
