@@ -26,12 +26,12 @@ from onnx_lowrank.report.report import Report
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came out.
+    """The result of `compress`.
 
     Attributes:
-        report: Everything there is to say about it.
+        report: The report of the run.
         plan: One choice for every layer.
-        model: The compressed model; the input model where it was a dry run.
+        model: The compressed model; the input model after a dry run.
     """
 
     report: Report
@@ -45,7 +45,7 @@ class Result:
         return self.model.proto
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the compressed model; over 2 GB or with external data it becomes two files.
+        """Write the compressed model: two files if it exceeds 2 GB or has external data, else one.
 
         Raises:
             InputError: The target cannot be written.
@@ -62,7 +62,7 @@ class Result:
             file.write(plans.to_json(self.plan).encode())
 
     def close(self) -> None:
-        """Delete what a big model keeps on disk; after it, the model cannot be saved any more."""
+        """Delete the files of a big model on disk; the model cannot be saved after that."""
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -105,48 +105,51 @@ def compress(
 
     Args:
         model: A path or a model in memory; it is not changed.
-        ratio: Budget of the output over that of the input, above 0 and at most 1.
+        ratio: Largest cost of the compressed model over that of the input model, in the budget; above 0, at
+            most 1.
         recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
             on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
         budget: Name of the budget that the ratio bounds, a module of `onnx_lowrank.budgets`: "params" (the
-            default), "macs", "latency", the time of a run on this machine, or "bytes", the size of the files.
-        align: Consider only ranks that are multiples of this, and for convolutions only slices whose channels
-            are; "auto" is what the provider computes in. By default any, and "auto" for latency.
+            default), "macs", "latency" (time of a run on this machine) or "bytes" (size of the files).
+        align: Consider only ranks that are multiples of this number. For convolutions, the number of channels
+            of a slice must be a multiple of it, too. "auto" is the block of the provider. The default is 1,
+            or "auto" for the budget "latency".
         plan: A plan to replay, instead of ratio, recipe, budget and alignment.
-        include: Globs of layer ids or node names; where there are any, only these are decomposed.
-        exclude: Globs of layer ids or node names that are left alone.
+        include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
+        exclude: Globs of layer ids or node names; these layers are left alone.
         calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder, arrays by name, an
             iterable of feeds, or an ONNX Runtime CalibrationDataReader; see `calibrate.data.open_samples`.
-        calibration_samples: How many of them to use at most.
-        recover: Let recipes that say so recover each layer from the errors of those before it.
+        calibration_samples: Largest number of calibration samples to use.
+        recover: If the recipe asks for it, fit each layer so that it corrects the errors of the layers before
+            it.
         target_error: Instead of a ratio, find the smallest model whose outputs on held-out calibration
-            inputs have at most this error, relative to what varies in them (`OutputError.centred`).
-        target_agreement: The same for the share of outputs that agree (rows of an embedding: that keep their
-            nearest neighbour), above 0 and at most 1.
+            inputs have at most this error, relative to their variation (`OutputError.centred`).
+        target_agreement: Instead of a ratio, find the smallest model with at least this share of outputs that
+            agree (of an embedding: rows that keep their nearest neighbour), above 0 and at most 1.
         inputs: An .npz file, or arrays by input name, on which the models are compared; by default
-            held-out calibration inputs, or inputs that are made from the graph.
-        input_shape: Shapes by input name, where the model leaves dimensions open.
+            held-out calibration inputs, or without calibration, inputs made from the graph.
+        input_shape: Shapes by input name, for inputs whose dimensions the model leaves open.
         max_error: Bound on the largest relative error over the outputs.
         device: Where the linear algebra runs: "auto", "cpu" or "cuda".
-        provider: ONNX Runtime's execution provider, for calibration, for the comparison and for times.
-        time: Time the finished model against the input model; a latency budget does so in any case.
-        threads: How many threads compute one operator when times are measured; 0 leaves it to the runtime.
+        provider: ONNX Runtime's execution provider for calibration, validation and timing.
+        time: Time the finished model against the input model; the budget "latency" always does.
+        threads: Number of threads per operator while times are measured; 0 leaves it to the runtime.
         cache: Whether times of layers may be read from the user's cache folder and written there.
-        workers: How many processes compute what the layers need; 0 computes it in the threads of this one.
-            With some, guard a script that calls this by `if __name__ == "__main__":`.
+        workers: Number of processes that compute the work of the layers; 0 uses threads of this process. With
+            processes, a script must guard its call of this function by `if __name__ == "__main__":`.
         dry_run: Make the plan and the report only; the model stays as it is.
-        progress: Where to show progress; by default nowhere.
+        progress: Where to show progress; None shows none.
 
     Returns:
-        The compressed model with its report and plan. Where the model has external data, close the
+        The compressed model with its report and plan. If the model has external data, close the
         result, or use it in a `with` block.
 
     Raises:
         InputError: An argument, the calibration data or the model is wrong.
         BudgetError: The ratio cannot be reached.
-        ValidationError: The compressed model does not do what the input model does.
+        ValidationError: The compressed model does not behave like the input model.
     """
-    # All arguments are checked before the work: an error after minutes of it would waste them.
+    # All arguments are checked before the work begins: a late error would waste minutes of work.
     calibrated = arguments.is_calibrated(calibration, calibration_samples, recover=recover)
     asked = arguments.request(
         ratio,

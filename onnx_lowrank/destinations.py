@@ -1,4 +1,4 @@
-"""Where results go: the model, the plan and the report, into files or to stdout."""
+"""Writing of the model, the plan and the report to files or to stdout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STDOUT = Path("-")
 
 
 def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report: Path | None) -> None:
-    """Say before the work begins what would keep its results from being written.
+    """Check before the work begins that its results can be written.
 
     Raises:
         InputError: A target is the input model or another target, or cannot be written.
@@ -36,8 +36,8 @@ def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report
 def write(result: Result, out: Path | None, save_plan: Path | None, report: Path | None) -> None:
     """Write the model, the plan and the report, each atomically; a plan or report named - goes to stdout.
 
-    What can fail at least cost comes first: stdout, then the small files, which take their places only
-    after the model has.
+    Cheap failures come first: stdout is written first, then the small files. These replace their targets only
+    after the model has been written.
 
     Raises:
         InputError: One of them cannot be written.
@@ -55,31 +55,31 @@ def write(result: Result, out: Path | None, save_plan: Path | None, report: Path
 
 
 def print_text(text: str) -> None:
-    """Write text to stdout as UTF-8 and see that it arrives; a reader who stops early is no error.
+    """Write text to stdout as UTF-8 and flush it; a reader that closes the pipe early is not an error.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The text cannot be written.
     """
     if sys.stdout is None:
-        raise InputError("The standard output is closed: send it somewhere.")
+        raise InputError("The standard output is closed: redirect it to a file or a program.")
     try:
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
     except OSError as error:
-        # The rest of the buffer must not fail again when the program ends.
+        # Python flushes the rest of the buffer when the program ends, and this must not fail again.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
         if not isinstance(error, BrokenPipeError):
             reason = error.strerror or error
             raise InputError(
-                f"The standard output cannot be written ({reason}): make room or send it elsewhere."
+                f"The standard output cannot be written ({reason}): make room or redirect it."
             ) from error
 
 
 @contextmanager
 def _written(texts: dict[Path, str]) -> Iterator[None]:
-    """Texts that lie beside their targets during the block, and take their places if it ends well."""
+    """Write texts beside their targets, and replace the targets when the block ends without an error."""
     if not texts:
         yield
         return

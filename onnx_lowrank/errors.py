@@ -4,10 +4,10 @@
 class LowRankError(Exception):
     """Base of every error that this package raises on purpose.
 
-    The message is one sentence: what is wrong, with its value, and what to do about it.
+    The message is one sentence that says what is wrong, with its value, and what to do.
 
     Attributes:
-        exit_code: What the command exits with when this error ends it.
+        exit_code: The exit code of the command if this error ends it.
     """
 
     exit_code = 1
@@ -20,7 +20,7 @@ class InputError(LowRankError):
 
 
 class RecipeError(InputError):
-    """A recipe is unknown, or a key or a value in it is wrong."""
+    """A recipe is unknown, or has a wrong key or value."""
 
 
 class PlanError(InputError):
@@ -35,8 +35,7 @@ class BudgetError(LowRankError):
     """The budget cannot be met.
 
     Attributes:
-        smallest_ratio: The smallest ratio that can be reached, or None where there is nothing to
-            decompose.
+        smallest_ratio: The smallest ratio that can be reached; None if it is unknown.
     """
 
     exit_code = 3
@@ -47,6 +46,6 @@ class BudgetError(LowRankError):
 
 
 class ValidationError(LowRankError):
-    """The compressed model does not do what the input model does; nothing was written."""
+    """The compressed model does not behave like the input model; nothing was written."""
 
     exit_code = 4

@@ -1,8 +1,8 @@
-"""What the package logs, through the standard library, and how the command shows it.
+"""The records that the package logs through the standard library, and their display by the command.
 
-Every module has a logger of its own name, so all of them are below `onnx_lowrank`. At DEBUG there is a record
-for each decision, with its reason; at DETAIL one for each layer or option that was considered. As a library
-the package shows none of them: it adds a handler that does nothing.
+Every module has a logger with its own name, so all loggers are below `onnx_lowrank`. DEBUG has a record for
+each decision, with its reason. DETAIL has a record for each layer or option that was considered. As a library
+the package shows no records: it adds a handler that does nothing.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from rich.text import Text
 ROOT = logging.getLogger("onnx_lowrank")
 
 DETAIL = 5
-"""The level of records that are too many to read where one only wants to know what was decided."""
+"""The level of records that are too numerous for a reader who only wants the decisions."""
 
 _SHOWN = 3
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which names from a model may hold, in one line."""
+    """Text in one line, without the control characters that names from a model may contain."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = len(names) - _SHOWN
     return ", ".join(map(repr, names[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 class _Lines(logging.Handler):
-    """Prints records on a console, a line each, above whatever progress it shows."""
+    """Prints each record as a line on a console, above the progress that the console shows."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def shown(console: Console, verbosity: int) -> Iterator[None]:
     """Show records on a console during the block.
 
     Args:
-        console: Where to.
+        console: The console.
         verbosity: 0 for none, 1 for decisions, 2 or more for details, with times and the modules' names.
     """
     if verbosity <= 0:

@@ -1,4 +1,4 @@
-"""What the user sees while stages work."""
+"""The display of progress while stages work."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 _PER_SECOND = 2
-_FIRST, _EVERY = 10.0, 30.0  # seconds until a long stage tells how far it is, and between such lines
+_FIRST, _EVERY = 10.0, 30.0  # seconds until a long stage prints its progress, and between later lines
 
 
 class Step(Protocol):
-    """Reports how far a stage is; threads may call it."""
+    """Reports the progress of a stage; threads may call it."""
 
     def __call__(self, done: float | None = None) -> None:
-        """One more of the stage's steps is done, or else the share `done` of it, from 0 to 1."""
+        """Report that one more step is done, or that the share `done` of the stage is, from 0 to 1."""
         ...
 
 
 class Progress(Protocol):
-    """Shows which stage works and how far it is; stages follow each other and do not nest."""
+    """Shows the current stage and its progress; stages follow each other and do not nest."""
 
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Step]:
         """Show a stage for as long as the context is open.
 
         Args:
-            name: What it does.
-            total: How many steps it has, 1 where it reports shares; None where that is unknown.
+            name: The name to show.
+            total: Number of its steps; 1 if it reports shares; None if the number is unknown.
         """
         ...
 
@@ -62,11 +62,11 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Shows the stages of another, each with what it is done for.
+    """Shows stages with a label after their names.
 
     Attributes:
-        progress: The other.
-        label: What for.
+        progress: The progress that shows them.
+        label: The purpose of the stages.
     """
 
     progress: Progress
@@ -79,13 +79,13 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Terminal:
-    """A bar with the time left for the stage at work.
+    """Shows the current stage as a bar with the time left.
 
-    Where nobody watches (a pipe, a file) it is a line for each stage, and for long ones more of them.
+    If the console is not a terminal (a pipe, a file), each stage prints a line, and long stages print more.
 
     Attributes:
-        console: Where to; it should stand on stderr.
-        clock: Seconds since any moment.
+        console: The console to show it on; it should write to stderr.
+        clock: Seconds since any fixed moment.
     """
 
     console: Console
@@ -94,8 +94,8 @@ class Terminal:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Step]:
         """Show a stage for as long as the context is open."""
-        # Seldom drawn, as models are timed meanwhile. One average over the whole stage: steps may be further
-        # apart than any shorter window.
+        # Drawn seldom, because drawing disturbs the times of models. The speed is averaged over the whole
+        # stage, because steps may be further apart than any shorter window.
         bars = Bars(
             *_columns(total),
             console=self.console,
@@ -121,7 +121,7 @@ class Terminal:
                 bars.update(task, total=1, completed=1)
 
     def _logged(self, task: Task, step: Step) -> Step:
-        """A step that prints a line now and then; the stage's own line is printed at once."""
+        """Print the stage's first line, and return a step that prints its progress from time to time."""
         counted = f"{task.description} ({task.total:g})" if _is_counted(task.total) else task.description
         self._print(counted)
         due = self.clock() + _FIRST
@@ -144,7 +144,7 @@ class Terminal:
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """The time left, called that beside the time elapsed."""
+    """The time left, with a word that distinguishes it from the time elapsed."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.finished else super().render(task).append(" left")
@@ -159,7 +159,7 @@ def _columns(total: int | None) -> list[ProgressColumn]:
 
 
 def _state(task: Task) -> str:
-    """How far a stage of known total is, and how long it still takes."""
+    """The progress of a stage with a known total, and the time left."""
     counted = f"{int(task.completed)}/{task.total:g}"
     state = counted if _is_counted(task.total) else f"{task.percentage:.0f} %"
     left = task.time_remaining
@@ -167,7 +167,7 @@ def _state(task: Task) -> str:
 
 
 def _is_counted(total: float | None) -> bool:
-    """Whether a stage of this total tells a count, and not a share."""
+    """Whether a stage with this total reports a count instead of a share."""
     return total is not None and total != 1
 
 

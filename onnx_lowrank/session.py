@@ -1,4 +1,4 @@
-"""The loops that go round: calibrate, search, settle, build, validate, time, put back."""
+"""The order of the stages: calibrate, search, settle, build, validate, time; repeated for slow models."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a session makes.
+    """The result of a session.
 
     Attributes:
-        report: Everything there is to say about it.
+        report: All results.
         plan: One choice for every layer.
-        model: The compressed model; the input model where it was a dry run.
-        resources: What the model keeps on disk; to be closed with it.
+        model: The compressed model; the input model after a dry run.
+        resources: The model's files on disk. Close them with the model.
     """
 
     report: Report
@@ -71,18 +71,18 @@ class Made:
 def run(
     model: str | os.PathLike[str] | ModelProto, asked: Request, setting: Setting, progress: Progress
 ) -> Made:
-    """Make what is asked for.
+    """Make the compressed model, its plan and its report.
 
     Args:
         model: A path or a model in memory; it is not changed.
-        asked: What to make.
-        setting: On which data, with which tools and within which bounds.
+        asked: The checked request.
+        setting: The data, the tools and the bounds of the run.
         progress: Where to show progress.
 
     Raises:
         InputError: The model, or the data, is wrong.
         BudgetError: The ratio cannot be reached.
-        ValidationError: The compressed model does not do what the input model does.
+        ValidationError: The compressed model does not behave like the input model.
     """
     executing = executor(setting.workers, setting.backend)
     with one_blas_thread(), executing as running, ExitStack() as stack:
@@ -107,8 +107,8 @@ class _Material:
     Attributes:
         found: The model with its layers.
         samples: The calibration data.
-        given: The inputs to compare on that the user gave.
-        shown: Inputs of the user's, from wherever there are any; else empty.
+        given: The user's inputs to compare the models on; None without them.
+        shown: One feed of the user: `given`, or else a calibration sample; empty without both.
         shapes: The shapes of inputs for which the layers were found, by name.
     """
 
@@ -126,11 +126,11 @@ def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: 
     samples = None
     if setting.calibration is not None:
         samples = stack.enter_context(data.open_samples(setting.calibration, wanted, setting.samples))
-    # The inputs to compare on tell the shapes that nobody stated.
+    # Shapes that the user did not state follow from the user's inputs.
     shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
     shapes = dict(setting.shapes)
     if any(array.size for array in shown.values()):
-        # Not those with elements alone: a decoder's past has none at its first call.
+        # Arrays without elements count, too: at its first call, the past of a decoder has none.
         shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
     found = find_layers(model, shapes, setting.include, setting.exclude)
     _log_found(found)
@@ -151,16 +151,16 @@ def _log_found(found: Found) -> None:
 
 
 def _stopwatch(model: Model, asked: Request, setting: Setting) -> Stopwatch | None:
-    """What measures times; None where nobody asks for them."""
+    """The stopwatch that measures times; None if no times are needed."""
     if not (asked.budget.is_measured or setting.time):
         return None
-    # Others share the cache, and activations need room in it, too.
+    # Only half of the cache counts: other processes and activations need room in it, too.
     warm = stored_bytes(model) <= cache_bytes() / 2
     return Stopwatch(runtime(setting.provider), setting.threads, warm=warm, caching=setting.cache)
 
 
 def _clocked(material: _Material, tools: Tools, grid: Grid[Meter]) -> Whole | None:
-    """The input model, to time the finished one against, where the budget itself does not measure."""
+    """Start timing the input model, to compare the finished one; None if not needed or if the budget does."""
     if tools.stopwatch is None or isinstance(grid.costs, Gauge):
         return None
     with tools.progress.stage("time the model"):
@@ -169,7 +169,7 @@ def _clocked(material: _Material, tools: Tools, grid: Grid[Meter]) -> Whole | No
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A request on a model whose layers are found."""
+    """A request for a model with known layers."""
 
     material: _Material
     asked: Request
@@ -181,7 +181,7 @@ class _Job:
 
     @property
     def gauge(self) -> Gauge | None:
-        """The budget on the model, where it measures."""
+        """The budget on the model if it measures times, else None."""
         return self.grid.costs if isinstance(self.grid.costs, Gauge) else None
 
     @property
@@ -190,7 +190,7 @@ class _Job:
         return self.material.found
 
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
-        """Measure what the request needs to know of the activations."""
+        """Measure the statistics of activations that the request needs."""
         feed = next(_held_out(samples, 1))
         engine, outputs = calibrating_engine(self.found.model, feed, self.setting.provider)
         if self.asked.target is not None and outputs is not None:
@@ -217,7 +217,7 @@ class _Job:
         return Calibration(samples, engine, stack.enter_context(moments))
 
     def run(self, calibration: Calibration | None) -> Made:
-        """Make the plan, and the model where it is wanted; a slower one is made anew without what loses.
+        """Make the plan and, except in a dry run, the model; a slower model is made again with fewer layers.
 
         Raises:
             BudgetError: The ratio cannot be reached.
@@ -250,45 +250,45 @@ class _Job:
                         built.plan, calibration, trials, built, validation, timing, stack.pop_all()
                     )
                 slower.append(timing.ratio or 1.0)
-                _log.debug("the model takes %.3f of the time: what loses in it is put back", slower[-1])
+                _log.debug("the model takes %.3f of the time: layers that lose time are put back", slower[-1])
                 if len(slower) < _CHANCES:
                     self._put_back(self.gauge, built, calibration, slower[-1])
         raise BudgetError(
             f"The compressed model takes {min(slower):.3f} of the time of {self.found.model.name}, although "
-            "its plan was faster when it was measured, so nothing is written: try again when no other work "
+            "its plan was measured to be faster, so nothing is written: try again when no other work "
             "disturbs the times.",
             1.0,
         )
 
     def _is_refused(self, built: Built, timing: Timing) -> bool:
-        """Whether a model is slower, and nobody wants it: who replays a plan does so wherever that is."""
-        is_own = self.asked.plan is None and bool(settling.options(built.plan))
-        return is_own and timing.ratio is not None and timing.ratio > _REFUSED
+        """Whether a model is refused because it is slower; a replayed plan is never refused."""
+        can_refuse = self.asked.plan is None and bool(settling.options(built.plan))
+        return can_refuse and timing.ratio is not None and timing.ratio > _REFUSED
 
     def _put_back(self, gauge: Gauge, built: Built, calibration: Calibration | None, reached: float) -> None:
-        """Measure each kind of layer with the factors that it has: the next plan keeps those that lose."""
-        plan = replace(built.plan, recover=False)  # which changes factors, not times
+        """Time each kind of layer with its final factors: the next plan keeps the layers that lose time."""
+        plan = replace(built.plan, recover=False)  # Recovery changes factors, but not times.
 
-        def ratio(own: Mapping[str, Option]) -> float:
-            choices = tuple(c if c.layer in own else replace(c, option=None) for c in plan.choices)
+        def ratio(rewritten: Mapping[str, Option]) -> float:
+            choices = tuple(c if c.layer in rewritten else replace(c, option=None) for c in plan.choices)
             part = build(self.found, replace(plan, choices=choices), calibration, self.executor, Silent())
             with part.resources:
                 try:
                     return gauge.ratio(part.rewritten.model)
                 except (UnsupportedError, RejectedError):
-                    return gauge.predicted(own) / gauge.total
+                    return gauge.predicted(rewritten) / gauge.total
 
         with self.progress.stage("time kinds of layers", 1) as step:
             gauge.correct(settling.options(plan), reached, ratio, step)
 
     def _made(self, scores: Scores, calibration: Calibration | None) -> tuple[Built, tuple[Trial, ...]]:
-        """The best model that is found, and what was tried where held-out inputs tell which that is."""
+        """The best model, and the trials if held-out inputs chose it."""
         if calibration is not None and self.asked.plan is None:
             return self._searched(scores, calibration)
         return build(self.found, self._plan(scores), calibration, self.executor, self.progress), ()
 
     def _searched(self, scores: Scores, calibration: Calibration) -> tuple[Built, tuple[Trial, ...]]:
-        """The best model that held-out inputs show, and what was tried."""
+        """The best model on held-out inputs, and the trials."""
         recipes = self.asked.recipes
         search = Search(self.found, scores, calibration, self.executor, self.progress)
         if self.asked.ratio is not None:
@@ -339,7 +339,7 @@ class _Job:
         return Made(report, plan, model, resources)
 
     def _timing(self, built: Built) -> Timing | None:
-        """How long both models take, the median of several where it seems to be slower; None if not asked."""
+        """The times of both models, a median of several if the new one seems slower; None if not needed."""
         if self.gauge is None and self.clocked is None:
             return None
         model, chosen = built.rewritten.model, settling.options(built.plan)
@@ -350,7 +350,7 @@ class _Job:
             if not self._is_refused(built, timing):
                 return timing
             again = [self.gauge.timing(chosen, model) for _ in range(_CHANCES - 1)]
-        return sorted([timing, *again], key=lambda of: of.ratio or 0)[len(again) // 2]
+        return sorted([timing, *again], key=lambda measured: measured.ratio or 0)[len(again) // 2]
 
     def _validated(
         self, built: Built, calibration: Calibration | None, trials: tuple[Trial, ...]
@@ -395,18 +395,18 @@ class _Job:
 
 
 _REFUSED = 1.02
-"""A model that takes more than this of the input model's time is slower, and not by noise alone."""
+"""A model that takes more than this share of the input model's time is slower; noise alone is smaller."""
 
 _CHANCES = 3
-"""How often a model is timed that seems to be slower, as other work on the machine may have made it so (the
-median counts), and how many models are made at most."""
+"""How often a seemingly slower model is timed, since other work on the machine may have disturbed the first
+time (the median counts); and the largest number of models that are made."""
 
 _SHOWN = 16
-"""Calibration samples that show which layers run."""
+"""Number of calibration samples that show which layers run."""
 
 
 def _held_out(samples: Samples, number: int) -> Iterator[Feed]:
-    """So many calibration inputs, one by one, held-out ones where there are any."""
+    """The first calibration inputs, one by one; only held-out ones if there are any."""
     return islice((batch.feed for batch in samples.batches(1) if batch.held or not samples.held), number)
 
 
