@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from math import fsum
 
 import numpy as np
+import scipy  # imports its parts on first use; they take as long as a small model does
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -251,11 +250,14 @@ def _branch_and_cut(
         The item of every class, empty where it found none, and a lower bound on the optimum.
     """
     cost, one_each = np.concatenate(costs, axis=1), _one_each(values)
-    result = milp(
+    result = scipy.optimize.milp(
         np.concatenate(values) / scale,
         integrality=np.ones(cost.shape[1], dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost, -np.inf, budgets)],
+        bounds=scipy.optimize.Bounds(0, 1),
+        constraints=[
+            scipy.optimize.LinearConstraint(one_each, 1, 1),
+            scipy.optimize.LinearConstraint(cost, -np.inf, budgets),
+        ],
         options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
     )
     bound = result.mip_dual_bound
@@ -276,7 +278,7 @@ def _relax_all(costs: Sequence[Ints], values: Sequence[Floats], budgets: Ints) -
     cheapest = [int(np.argmin(cost.sum(axis=0))) for cost in costs]
     units = np.maximum(budgets, 1).astype(np.float64)
     unit = _value(values, cheapest)  # positive, or the best items would have fit
-    result = linprog(  # type: ignore[call-overload]  # the stubs do not know sparse A_eq
+    result = scipy.optimize.linprog(  # type: ignore[call-overload]  # the stubs do not know sparse A_eq
         np.concatenate(values) / unit,
         A_ub=np.concatenate(costs, axis=1) / units[:, None],
         b_ub=budgets / units,
@@ -355,11 +357,11 @@ def _value(values: Sequence[Floats], picks: Sequence[int]) -> float:
     return fsum(value[pick] for value, pick in zip(values, picks, strict=True))
 
 
-def _one_each(values: Sequence[Floats]) -> csr_array:
+def _one_each(values: Sequence[Floats]) -> scipy.sparse.csr_array:
     """One row per class that counts its items."""
     count = sum(value.size for value in values)
     owner = np.repeat(np.arange(len(values)), [value.size for value in values])
-    return csr_array((np.ones(count), (owner, np.arange(count))), shape=(len(values), count))
+    return scipy.sparse.csr_array((np.ones(count), (owner, np.arange(count))), shape=(len(values), count))
 
 
 def _by_class(values: Sequence[Floats], items: Floats) -> list[Floats]:

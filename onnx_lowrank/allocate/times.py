@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from onnx_lowrank.allocate.cost import Ints
 from onnx_lowrank.core.option import Fold, Lowering, Option
@@ -42,7 +42,7 @@ class Curve:
         known = np.array(sorted(self.ratios))
         # Not minimum, which hands NaN on.
         ratios = np.fmin([self.ratios[rank] for rank in known], SANE[1])
-        rising = isotonic_regression(ratios).x
+        rising = scipy.optimize.isotonic_regression(ratios).x
         return np.asarray(np.interp(ranks, known, rising, left=1.0, right=1.0))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
-import scipy.linalg
+import scipy
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from math import inf, prod
 
 import numpy as np
+import scipy
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
-from scipy.optimize import OptimizeResult, minimize
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.core.option import Fold
@@ -166,7 +166,7 @@ def refine(problem: Problem, encoder: Array, backend: Backend, score: Score | No
         return found.value / start, backend.to_numpy(found.gradient()).reshape(-1) / start
 
     kept = _Lowest(encoder, score, backend)
-    result = minimize(
+    result = scipy.optimize.minimize(
         objective,
         backend.to_numpy(encoder).reshape(-1),
         jac=True,
@@ -188,7 +188,7 @@ class _Lowest:
         self._iterations = 0
         self._misses = 0
 
-    def look(self, intermediate_result: OptimizeResult) -> None:
+    def look(self, intermediate_result: scipy.optimize.OptimizeResult) -> None:
         """SciPy's callback: ends the minimization where the score no longer falls."""
         self._iterations += 1
         if self._score is None or self._iterations % _ROUND:

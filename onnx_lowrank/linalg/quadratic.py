@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Moments, Targets
