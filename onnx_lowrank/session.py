@@ -12,7 +12,7 @@ from itertools import islice
 
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry
-from onnx_lowrank.budgets.budget import Gauge, Meter, Tools
+from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
 from onnx_lowrank.budgets.latency import whole
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
 from onnx_lowrank.budgets.latency.whole import Whole
@@ -45,7 +45,7 @@ from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.check import Measured, validate
 from onnx_lowrank.stages.plan import Goal
 from onnx_lowrank.stages.score import Scores
-from onnx_lowrank.stages.search import Search, Target, check_target
+from onnx_lowrank.stages.search import ANY, Search, check_target
 from onnx_lowrank.work.executor import Executor, executor
 
 _log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def run(
         tools = Tools(stopwatch, material.shown, material.shapes, progress)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
-            planner.check_reach(found, asked.ratio or 1.0, asked.recipes, grid)
+            planner.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
         job = _Job(material, asked, setting, running, progress, grid, _clocked(material, tools, grid))
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
@@ -294,12 +294,12 @@ class _Job:
         if self.asked.ratio is not None:
             built = search.best(recipes, self.asked.ratio)
         else:
-            built = search.smallest(recipes, self.asked.target or Target())
+            built = search.smallest(recipes, self.asked.target or ANY)
         return built, tuple(search.trials)
 
     def _plan(self, scores: Scores) -> Plan:
         if self.asked.plan is not None:
-            return planner.replay(self.asked.plan, self.found, self.grid.costs)
+            return planner.replay(self.asked.plan, self.found.model, self.found.layers, self.grid.costs)
         goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0])
         return settling.make(self.found, goal, scores, self.progress)
 
@@ -315,22 +315,23 @@ class _Job:
     ) -> Made:
         if timing is None and self.gauge is not None:
             timing = self.gauge.timing(settling.options(plan), None)
-        report = reporting.assemble(
+        run = Run(
             self.found,
             plan,
+            self.grid.costs,
             None if built is None else built.rewritten,
-            {} if built is None else built.certificates,
-            validation,
-            self.material.given is not None or calibration is not None,
+            built is not None and bool(built.merges),
+            self.material.shapes,
+            timing,
+        )
+        report = reporting.assemble(
+            run,
+            built,
+            validation=validation,
+            given=self.material.given is not None or calibration is not None,
             calibration=None if calibration is None else _summary(calibration),
             trials=trials,
-            fits={} if built is None else built.fits,
-            target_error=self.asked.target.error if self.asked.target else None,
-            target_agreement=self.asked.target.agreement if self.asked.target else None,
-            timing=timing,
-            merges=() if built is None else built.merges,
-            meter=self.grid.costs,
-            shapes=self.material.shapes,
+            target=self.asked.target or ANY,
         )
         resources = resources or ExitStack()
         model = inlined(self.found.model if built is None else built.rewritten.model)
@@ -374,7 +375,7 @@ class _Job:
         known = None
         if self.material.given is None and calibration is not None:
             chosen = next((trial.outputs for trial in trials if trial.chosen), None)
-            outputs = chosen or judge(self.found, built, calibration)
+            outputs = chosen or judge(self.found.model, built, calibration)
             samples = calibration.samples
             source = (
                 f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"

@@ -176,7 +176,7 @@ def _fitted(
         yield from recover(model, walk, walked, options, calibration, executor)
 
 
-def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:
+def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:
     """Compare both models on the held-out calibration inputs; on all calibration inputs if none is held out.
 
     Raises:
@@ -185,7 +185,7 @@ def judge(found: Found, built: Built, calibration: Calibration) -> tuple[OutputE
     """
     comparison = Comparison()
     samples, engine = calibration.samples, calibration.engine
-    with engine.open(found.model) as original, engine.open(built.rewritten.model) as compressed:
+    with engine.open(model) as original, engine.open(built.rewritten.model) as compressed:
         for batch in samples.batches(calibration.statistics.batch):
             if batch.held or not samples.held:
                 comparison.add(original(batch.feed), compressed(batch.feed), batch.feed)

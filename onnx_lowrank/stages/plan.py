@@ -18,7 +18,7 @@ from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.logs import DETAIL, some
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.score import Scores
@@ -39,31 +39,32 @@ class Goal:
     recipe: Recipe
 
 
-def replay(plan: Plan, found: Found, meter: Meter) -> Plan:
+def replay(plan: Plan, model: Model, layers: Sequence[Layer], meter: Meter) -> Plan:
     """Take over an existing plan. An edited plan is put in graph order and gets its true costs.
 
     Args:
         plan: The plan.
-        found: The model.
+        model: The model.
+        layers: Its layers, in graph order.
         meter: The plan's budget on the model.
 
     Raises:
         PlanError: It does not fit the model.
         InputError: The model cannot be counted.
     """
-    plans.check(plan, found.model.sha256, found.layers)
+    plans.check(plan, model.sha256, layers)
     by_id = {choice.layer: choice for choice in plan.choices}
     if meter.budget.is_measured:
         if not plans.is_edited(plan):
             return plan
         # Which costs and errors still belong to their options is unknown.
-        ordered = (by_id[layer.id] for layer in found.layers)
+        ordered = (by_id[layer.id] for layer in layers)
         return _edited(
             plan, [replace(choice, error=math.nan if choice.option else 0.0) for choice in ordered]
         )
     # The total comes first, or a model that cannot be counted is replayed: its layers may still have costs.
     _ = meter.total
-    choices = tuple(_repriced(by_id[layer.id], layer, meter) for layer in found.layers)
+    choices = tuple(_repriced(by_id[layer.id], layer, meter) for layer in layers)
     # Another --input-shape changes costs, and then another plan may be the best.
     priced = [choice.cost for choice in plan.choices] == [choice.cost for choice in choices]
     if priced and not plans.is_edited(plan):
@@ -86,13 +87,16 @@ def _repriced(choice: Choice, layer: Layer, meter: Meter) -> Choice:
     return replace(choice, cost=true, error=error)
 
 
-def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Grid[Meter]) -> None:
+def check_reach(
+    model: Model, layers: Sequence[Layer], ratio: float, recipes: Sequence[Recipe], grid: Grid[Meter]
+) -> None:
     """Check from costs alone, before any error is computed, that some recipe can reach a ratio.
 
     A measured budget has no costs yet, so this checks nothing for it.
 
     Args:
-        found: The model.
+        model: The model.
+        layers: Its layers, in graph order.
         ratio: The ratio asked for.
         recipes: The recipes; one that reaches the ratio is enough.
         grid: The ranks to choose from, and what the ratio counts.
@@ -110,20 +114,20 @@ def check_reach(found: Found, ratio: float, recipes: Sequence[Recipe], grid: Gri
         if recipe.price not in (None, meter.budget.name):
             return  # The ratio that such a recipe reaches depends on the errors.
         goal = Goal(ratio, recipe)
-        tables = [unscored(layer, recipe, grid) for layer in found.layers]
+        tables = [unscored(layer, recipe, grid) for layer in layers]
         choices = _choices(tables, _within(meter, tables, goal, limit, smallest))
         least = meter.of_model(choices)
-        if least <= limit and (found.bindings or ratio == 1):
+        if least <= limit and (layers or ratio == 1):
             return
-        errors.append(_out_of_reach(found, meter, goal, least))
+        errors.append(_out_of_reach(model, meter, tables, goal, least))
     raise min(errors, key=lambda error: error.smallest_ratio or 1.0)
 
 
-def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
+def make(model: Model, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     """Make the best plan for a goal.
 
     Args:
-        found: The model.
+        model: The model.
         goal: The purpose of the plan.
         scores: The errors of the options of its layers, and their costs.
         progress: Where to show progress.
@@ -135,12 +139,12 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     tables = scores.candidates(goal.recipe)
     meter = scores.meter
     with progress.stage("plan"):
-        solution = _solved(found, meter, tables, goal)
+        solution = _solved(model, meter, tables, goal)
     recipe = goal.recipe
     reasons = _reasons(meter, tables, solution, recipe)
     _log_plan(goal, meter, tables, solution, reasons)
     plan = Plan(
-        model=found.model.sha256,
+        model=model.sha256,
         recipe=recipe.name,
         measure=recipe.measure,
         ratio=goal.ratio,
@@ -180,7 +184,7 @@ def _log_plan(
         _log.log(DETAIL, "%r of %d options: %s, cost %d", choice.layer, count, chosen, choice.cost)
 
 
-def _solved(found: Found, meter: Meter, tables: Sequence[Candidates], goal: Goal) -> Solution:
+def _solved(model: Model, meter: Meter, tables: Sequence[Candidates], goal: Goal) -> Solution:
     """The best plan that keeps the whole model within the ratio.
 
     Raises:
@@ -195,20 +199,22 @@ def _solved(found: Found, meter: Meter, tables: Sequence[Candidates], goal: Goal
     # Not an error yet: constraints are upper bounds of the whole model's cost, so they may be too strict.
     if least <= limit:
         return solution
-    raise _out_of_reach(found, meter, goal, least)
+    raise _out_of_reach(model, meter, tables, goal, least)
 
 
-def _out_of_reach(found: Found, meter: Meter, goal: Goal, least: int) -> BudgetError:
+def _out_of_reach(
+    model: Model, meter: Meter, tables: Sequence[Candidates], goal: Goal, least: int
+) -> BudgetError:
     """The error for a recipe with a least total above the ratio."""
-    if not found.bindings:
+    if not tables:
         return BudgetError(
-            f"{found.model.name} has no layer that can be decomposed, so the smallest ratio that can be "
+            f"{model.name} has no layer that can be decomposed, so the smallest ratio that can be "
             "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
             1.0,
         )
     shown = math.ceil(least / meter.total * 1000) / 1000
     return BudgetError(
-        f"The ratio {goal.ratio:g} of {meter.budget.name} cannot be reached for {found.model.name}: the "
+        f"The ratio {goal.ratio:g} of {meter.budget.name} cannot be reached for {model.name}: the "
         f"smallest with recipe {goal.recipe.name!r} is {shown:g}.",
         shown,
     )

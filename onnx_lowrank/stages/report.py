@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
-from types import MappingProxyType
 
 from onnx_lowrank.budgets import registry
-from onnx_lowrank.budgets.budget import Budget, Meter, Run, Shapes
+from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.core.outcome import Calibrated, Merge, OutputError, Timing, Trial, Validation, largest_error
+from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
-from onnx_lowrank.layers.found import Found
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import percent
-from onnx_lowrank.rewrite.replace import Rewritten
+from onnx_lowrank.stages.build import Built
+from onnx_lowrank.stages.search import ANY, Target
 
 _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
@@ -31,53 +30,29 @@ _SLACK = 0.05
 
 
 def assemble(
-    found: Found,
-    plan: Plan,
-    rewritten: Rewritten | None = None,
-    certificates: Mapping[str, Certificate] = MappingProxyType({}),
+    run: Run,
+    built: Built | None = None,
+    *,
     validation: Validation | None = None,
     given: bool = False,
-    *,
     calibration: Calibrated | None = None,
     trials: tuple[Trial, ...] = (),
-    fits: Mapping[str, LayerFit] = MappingProxyType({}),
-    target_error: float | None = None,
-    target_agreement: float | None = None,
-    timing: Timing | None = None,
-    merges: tuple[Merge, ...] = (),
-    meter: Meter | None = None,
-    shapes: Shapes = MappingProxyType({}),
+    target: Target = ANY,
 ) -> Report:
     """Gather the results of a run.
 
     Args:
-        found: The input model with its layers.
-        plan: The choices for its layers, in graph order.
-        rewritten: The compressed model; None in a dry run.
-        certificates: The certificates of the rewritten layers, by id.
+        run: The input model, its plan, and the compressed model.
+        built: The factors of the compressed model; None in a dry run.
         validation: The comparison of both models; None without one.
         given: Whether the user gave the inputs to compare on, by --inputs or --calibration.
         calibration: The use of the calibration inputs; None without any.
         trials: The plans that were tried on them.
-        fits: How the factors of the rewritten layers were made, by id.
-        target_error: The error that was asked for instead of a ratio.
-        target_agreement: The agreement that was asked for instead of a ratio.
-        timing: The times of both models; None if they were not measured.
-        merges: The adjacent operators that were multiplied.
-        meter: The plan's budget on the model; None if it was not made.
-        shapes: The shapes of inputs for which the layers were found, by name.
+        target: The quality that was asked for instead of a ratio.
     """
-    budget = registry.named(plan.budget)
-    run = Run(found, plan, meter, rewritten, bool(merges), shapes, timing)
+    found, plan = run.found, run.plan
     totals = _totals(run)
-    counted = totals.of(budget.figure)
-    reached = 1.0 if counted.ratio is None else counted.ratio
-    targeted = target_error is not None or target_agreement is not None
-    warnings = _ratio_warnings(run, budget, reached, targeted)
-    advice = _advice(targeted, calibrated=calibration is not None)
-    # Not above the target: a user who asks for less agreement needs no warning about it.
-    least = _LOW_AGREEMENT if target_agreement is None else min(_LOW_AGREEMENT, target_agreement)
-    more = () if validation is None else _output_warnings(validation, given, advice, least)
+    reached = totals.of(registry.named(plan.budget).figure).ratio
     return Report(
         version=version("onnx-lowrank"),
         model=Path(found.model.name).stem,
@@ -86,43 +61,46 @@ def assemble(
         measure=plan.measure,
         budget=plan.budget,
         asked=plan.ratio,
-        reached=reached,
+        reached=1.0 if reached is None else reached,
         solver=plan.solver,
-        layers=tuple(
-            _row(layer, name, choice, certificates.get(layer.id), fits.get(layer.id))
-            for layer, name, choice in zip(found.layers, _names(found), plan.choices, strict=True)
-        ),
+        layers=_rows(run, built),
         skipped=found.skipped,
-        removed_inputs=() if rewritten is None else rewritten.removed_inputs,
+        removed_inputs=() if built is None else built.rewritten.removed_inputs,
         totals=totals,
         validation=validation,
         warnings=(
-            *warnings,
-            *(line for one in registry.every() for line in one.warnings(run, totals.of(one.figure))),
-            *more,
+            *_ratio_warnings(run, 1.0 if reached is None else reached, targeted=target != ANY),
+            *_budget_warnings(run, totals),
+            *_output_warnings(validation, given, target, calibrated=calibration is not None),
             *_calibration_warnings(plan, calibration, trials),
         ),
         calibration=calibration,
         trials=trials,
-        target_error=target_error,
-        target_agreement=target_agreement,
-        timing=timing,
-        merges=merges,
+        target_error=target.error,
+        target_agreement=target.agreement,
+        timing=run.timing,
+        merges=() if built is None else built.merges,
     )
 
 
-def _ratio_warnings(run: Run, budget: Budget, reached: float, targeted: bool) -> Iterator[str]:
+def _ratio_warnings(run: Run, reached: float, *, targeted: bool) -> Iterator[str]:
     """Warnings about a size that may surprise the user."""
     plan = run.plan
     if all(choice.option is None for choice in plan.choices):
         yield "No layer is rewritten, the output is the input model."
-    elif reached > plan.ratio * (1 + budget.tolerance):
+    elif reached > plan.ratio * (1 + registry.named(plan.budget).tolerance):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
     elif reached < plan.ratio - _SLACK and not targeted and not run.merged:
         yield (
             f"The ratio is {reached:.4g} where {plan.ratio:g} was asked for, as the options are coarse: "
             "another recipe may come closer."
         )
+
+
+def _budget_warnings(run: Run, totals: Totals) -> Iterator[str]:
+    """Warnings of every budget, also of those that the ratio does not bound."""
+    for budget in registry.every():
+        yield from budget.warnings(run, totals.of(budget.figure))
 
 
 def _calibration_warnings(
@@ -146,7 +124,7 @@ def _calibration_warnings(
         )
 
 
-def _advice(targeted: bool, calibrated: bool) -> str:
+def _advice(*, targeted: bool, calibrated: bool) -> str:
     """Advice that brings the outputs closer to the original's."""
     if targeted:
         return "set a stricter target or choose another recipe"
@@ -154,8 +132,15 @@ def _advice(targeted: bool, calibrated: bool) -> str:
     return f"choose a larger ratio or another recipe{more}"
 
 
-def _output_warnings(validation: Validation, given: bool, advice: str, least: float) -> Iterator[str]:
+def _output_warnings(
+    validation: Validation | None, given: bool, target: Target, *, calibrated: bool
+) -> Iterator[str]:
     """Warnings about outputs that may surprise the user."""
+    if validation is None:
+        return
+    advice = _advice(targeted=target != ANY, calibrated=calibrated)
+    # Not above the target: a user who asks for less agreement needs no warning about it.
+    least = min(_LOW_AGREEMENT, _LOW_AGREEMENT if target.agreement is None else target.agreement)
     large = _large_error(validation, given)
     # Not for made inputs: their outputs mostly belong to no class, so their agreement means nothing.
     low = ""
@@ -202,11 +187,17 @@ def _low_cosine(outputs: tuple[OutputError, ...]) -> str:
     )
 
 
-def _names(found: Found) -> tuple[str, ...]:
-    """The names under which the layers are shown."""
-    return display_names(
-        (binding.layer.id, binding.stored.source.name, binding.layer.uses[0].name)
-        for binding in found.bindings
+def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
+    """One row for every layer, in graph order."""
+    bindings = run.found.bindings
+    names = display_names(
+        (binding.layer.id, binding.stored.source.name, binding.layer.uses[0].name) for binding in bindings
+    )
+    certificates = {} if built is None else built.certificates
+    fits = {} if built is None else built.fits
+    return tuple(
+        _row(binding.layer, name, choice, certificates.get(choice.layer), fits.get(choice.layer))
+        for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
 
 

@@ -78,6 +78,10 @@ class Target:
         return (0.0 if self.holds(trial) else 1.0, *order)
 
 
+ANY = Target()
+"""No target: every model is good enough."""
+
+
 _CHOICE = 3
 """The fewest rows of an embedding among which nearest neighbours can disagree."""
 
@@ -261,7 +265,7 @@ class Search:
         self._made.append(built.resources)
         try:
             with progress.stage("compare"):
-                outputs = judge(self._found, built, self._calibration)
+                outputs = judge(self._found.model, built, self._calibration)
         except ValidationError:
             built.resources.close()
             raise

@@ -73,7 +73,7 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         InputError: The model cannot be counted.
     """
     if not isinstance(scores.meter, Gauge) or goal.ratio == 1:
-        return planner.make(found, goal, scores, progress)
+        return planner.make(found.model, goal, scores, progress)
     return _Settling(found, goal, scores, scores.meter, progress).run()
 
 
@@ -183,7 +183,7 @@ class _Settling:
 
     def _plan(self, ratio: float) -> Plan:
         """The plan for a predicted ratio."""
-        plan = planner.make(self.found, replace(self.goal, ratio=ratio), self.scores, self.progress)
+        plan = planner.make(self.found.model, replace(self.goal, ratio=ratio), self.scores, self.progress)
         return replace(plan, ratio=self.goal.ratio)
 
     def _measured(self, plan: Plan) -> float:

@@ -398,7 +398,7 @@ def test_a_replayed_plan_of_times_keeps_them_unless_it_was_edited(edited):
         option = Option(Fold.DECODE, 2, 2)
         plan = replace(plan, choices=(replace(plan.choices[0], option=option), *plan.choices[1:]))
     tools = Tools(Recorded(runtime("CPUExecutionProvider")), shapes=shape)
-    replayed = planner.replay(plan, found, registry.named("latency").on(found, tools))
+    replayed = planner.replay(plan, found.model, found.layers, registry.named("latency").on(found, tools))
     if not edited:
         assert replayed == plan
         return

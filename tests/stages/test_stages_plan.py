@@ -60,7 +60,7 @@ def scores(seen, budget="macs"):
 
 
 def planned(seen, ratio, recipe, budget="macs"):
-    return make(seen, Goal(ratio, recipe), scores(seen, budget), Silent())
+    return make(seen.model, Goal(ratio, recipe), scores(seen, budget), Silent())
 
 
 def all_plans(seen, recipe):
@@ -194,9 +194,9 @@ def test_what_is_in_reach_is_known_before_any_error_is(recipe, budget):
     with pytest.raises(BudgetError) as caught:
         planned(seen, 1e-9, recipe, budget)
     with pytest.raises(BudgetError) as early:
-        check_reach(seen, 1e-9, [recipe], grid(seen, budget))
+        check_reach(seen.model, seen.layers, 1e-9, [recipe], grid(seen, budget))
     assert (str(early.value), early.value.smallest_ratio) == (str(caught.value), caught.value.smallest_ratio)
-    check_reach(seen, early.value.smallest_ratio, [recipe], grid(seen, budget))
+    check_reach(seen.model, seen.layers, early.value.smallest_ratio, [recipe], grid(seen, budget))
     planned(seen, early.value.smallest_ratio, recipe, budget)
 
 
@@ -205,14 +205,14 @@ def test_one_recipe_that_reaches_the_ratio_is_enough():
     near = recipes.load("schatten")
     far = replace(near, groups=(8,))
     with pytest.raises(BudgetError):
-        check_reach(seen, 0.3, [far], grid(seen, "params"))
-    check_reach(seen, 0.3, [far, near], grid(seen, "params"))
+        check_reach(seen.model, seen.layers, 0.3, [far], grid(seen, "params"))
+    check_reach(seen.model, seen.layers, 0.3, [far, near], grid(seen, "params"))
 
 
 def test_a_recipe_with_a_price_of_its_own_is_not_refused_early():
     priced = replace(recipes.load("schatten"), price="macs")
     seen = found(branching())
-    check_reach(seen, 1e-9, [priced], grid(seen, "params"))
+    check_reach(seen.model, seen.layers, 1e-9, [priced], grid(seen, "params"))
 
 
 # --- counts beyond what the allocation computes with ------------------------------------------------
@@ -229,7 +229,11 @@ def many(rows):
 def test_macs_beyond_the_largest_are_refused_with_the_layer(rows):
     seen = many(rows)
     assert model_macs(seen) == 2 * 64 * 64 * rows
-    for ask in (lambda: check_reach(seen, 0.5, RECIPES, grid(seen)), lambda: planned(seen, 0.5, RECIPES[0])):
+    asks = (
+        lambda: check_reach(seen.model, seen.layers, 0.5, RECIPES, grid(seen)),
+        lambda: planned(seen, 0.5, RECIPES[0]),
+    )
+    for ask in asks:
         with pytest.raises(
             InputError, match=r"^The MACs of .*'w'.* --input-shape, or choose --budget params\."
         ):

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 
 from onnx_lowrank import compress
+from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Validation
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.report.content import Total
 from onnx_lowrank.stages import report as reporting
+from onnx_lowrank.stages.search import Target
 from tiny import CNN, built, cnn, weights
 
 RATIO = "choose a larger ratio or another recipe"
@@ -33,11 +35,11 @@ def planned():
 def warned(planned):
     def warned(*outputs, given=True, calibrated=True, **targets):
         report = reporting.assemble(
-            *planned,
+            Run(*planned),
             validation=Validation("engine", "inputs", outputs, ()),
             given=given,
             calibration=Calibrated("source", 100, 20) if calibrated else None,
-            **targets,
+            target=Target(**targets),
         )
         return report.warnings
 
@@ -100,12 +102,12 @@ def test_agreement_on_inputs_made_from_the_graph_says_nothing(warned, relative, 
 @pytest.mark.parametrize(
     ("agreement", "targets", "warns"),
     [
-        (0.8, {"target_agreement": 0.8}, False),
-        (0.7, {"target_agreement": 0.8}, True),
-        (0.91, {"target_agreement": 0.99}, False),
-        (0.8, {"target_agreement": 0.99}, True),
-        (0.8, {"target_error": 0.3}, True),
-        (0.9, {"target_error": 0.3}, False),
+        (0.8, {"agreement": 0.8}, False),
+        (0.7, {"agreement": 0.8}, True),
+        (0.91, {"agreement": 0.99}, False),
+        (0.8, {"agreement": 0.99}, True),
+        (0.8, {"error": 0.3}, True),
+        (0.9, {"error": 0.3}, False),
     ],
 )
 def test_a_target_is_no_ratio_to_enlarge_and_what_was_asked_for_no_surprise(
@@ -150,8 +152,8 @@ def test_rows_of_an_embedding_that_turn_away_are_a_warning(warned, outputs, told
 
 
 def test_a_target_says_how_few_neighbours_are_no_surprise(warned):
-    assert warned(embedding(0.8), target_agreement=0.8) == ()
-    assert warned(embedding(0.79), target_agreement=0.8) == (f"Only 79.0% {NEIGHBOURS}: {TARGET}.",)
+    assert warned(embedding(0.8), agreement=0.8) == ()
+    assert warned(embedding(0.79), agreement=0.8) == (f"Only 79.0% {NEIGHBOURS}: {TARGET}.",)
 
 
 # --- names ----------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def timing(after, before=1000, predicted=None):
 def test_times_that_vary_are_a_warning(planned, spread, shown):
     found, plan = planned
     unsteady = replace(timing(900), spread=spread)
-    report = reporting.assemble(found, replace(plan, budget="latency", ratio=1.0), timing=unsteady)
+    report = reporting.assemble(Run(found, replace(plan, budget="latency", ratio=1.0), timing=unsteady))
     told = [warning for warning in report.warnings if "disturbs the times" in warning]
     assert bool(told) == shown
 
@@ -197,7 +199,7 @@ def test_times_that_vary_are_a_warning(planned, spread, shown):
 @pytest.mark.parametrize("budget", ["params", "macs"])
 def test_a_slower_model_is_a_warning_where_time_is_not_the_budget(planned, budget, after, shown):
     found, plan = planned
-    report = reporting.assemble(found, replace(plan, budget=budget, ratio=1.0), timing=timing(after))
+    report = reporting.assemble(Run(found, replace(plan, budget=budget, ratio=1.0), timing=timing(after)))
     slower = [warning for warning in report.warnings if "as long" in warning]
     told = (
         f"The compressed model takes {shown} times as long as the input model on ONNX Runtime X, 1 thread: "
@@ -219,7 +221,7 @@ def test_a_slower_model_is_a_warning_where_time_is_not_the_budget(planned, budge
 )
 def test_where_it_is_the_budget_times_are_totals(planned, given, after, reached):
     found, plan = planned
-    report = reporting.assemble(found, replace(plan, budget="latency", ratio=reached), timing=given)
+    report = reporting.assemble(Run(found, replace(plan, budget="latency", ratio=reached), timing=given))
     assert (report.totals.of("time").before, report.totals.of("time").after) == (1000, after)
     assert report.reached == reached
     assert report.timing == given
@@ -238,6 +240,6 @@ def test_where_it_is_the_budget_times_are_totals(planned, given, after, reached)
 )
 def test_a_time_may_miss_its_ratio_by_what_measurements_differ(planned, after, told):
     found, plan = planned
-    report = reporting.assemble(found, replace(plan, budget="latency", ratio=0.6), timing=timing(after))
+    report = reporting.assemble(Run(found, replace(plan, budget="latency", ratio=0.6), timing=timing(after)))
     assert len(report.warnings) == bool(told)
     assert all(warning.startswith(told) for warning in report.warnings)
