@@ -1,1 +1,1 @@
-"""Choosing one option for every layer: pure numbers, no ONNX, no device arrays."""
+"""Choose one option for every layer, from numbers alone: no ONNX, no device arrays."""

@@ -1,4 +1,4 @@
-"""What the options of a layer cost, in the unit of any budget: exact integers.
+"""The costs of a layer's options, in the unit of any budget: exact integers.
 
 Most costs grow linearly with the rank: cost(fold, k, j) = j · slope + constant.
 """
@@ -25,7 +25,7 @@ class Line:
     """The cost of one (fold, k) of a layer as a function of the rank: j · slope + constant.
 
     Attributes:
-        keep: The cost of the layer as it is.
+        keep: The cost of the kept layer.
         slope: The cost of one more rank.
         constant: The cost that does not depend on the rank.
     """
@@ -36,30 +36,30 @@ class Line:
 
 
 class Tariff(Protocol):
-    """What one layer costs, kept or decomposed."""
+    """The costs of one layer, kept or decomposed."""
 
     @property
     def keep(self) -> int:
-        """The cost of the layer as it is."""
+        """The cost of the kept layer."""
 
     def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
-        """The costs of a decomposition at some ranks, ascending."""
+        """The costs of a decomposition at these ranks, ascending."""
 
     def cost(self, option: Option | None) -> int:
-        """The cost of an option, or of the layer as it is."""
+        """The cost of an option; None is the kept layer."""
 
     def is_cheaper(self, costs: Ints) -> NDArray[np.bool_]:
-        """Which of some costs are worth a decomposition: they are below the layer's own."""
+        """Whether each of these costs is enough below that of the kept layer to be worth a decomposition."""
 
     def lowering(self, fold: Fold, k: int) -> Lowering:
         """The operators of the chains that have these costs."""
 
 
 class Costs(Protocol):
-    """What the options of all layers of a model cost."""
+    """The costs of the options of all layers of a model."""
 
     def line(self, layer: Layer, fold: Fold, k: int) -> Line | None:
-        """The line by which the ranks of a decomposition are chosen; None where none is worth a look."""
+        """The line that selects the ranks of a decomposition; None if none should be considered."""
 
     def tariff(self, layer: Layer) -> Tariff:
         """The costs of a layer's options."""
@@ -118,12 +118,12 @@ def factor_sizes(layer: Layer, fold: Fold, k: int) -> tuple[int, int]:
 
 
 def allowed(layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
-    """The folds and slice counts which a recipe asks for and a layer offers.
+    """The folds and slice counts that a recipe allows and a layer offers.
 
-    A fold of the recipe stands for the one with which it coincides on the layer's kernel (`Fold.on`).
-    Where the layer's operators allow none of them, its first fold takes their place.
+    A fold of the recipe stands for the fold with which it coincides on the layer's kernel (`Fold.on`). If the
+    layer offers none of the recipe's folds, its first fold is used instead.
     """
-    asked = {fold.on(layer.kernel) for fold in recipe.folds}
-    folds = [fold for fold in layer.folds if fold.on(layer.kernel) in asked] or layer.folds[:1]
+    wanted = {fold.on(layer.kernel) for fold in recipe.folds}
+    folds = [fold for fold in layer.folds if fold.on(layer.kernel) in wanted] or layer.folds[:1]
     ks = tuple(k for k in layer.slices if recipe.groups is None or k in recipe.groups)
     return {fold: ks for fold in folds if ks}

@@ -1,4 +1,4 @@
-"""The ranks that a plan may choose from: cheaper than the layer, in the blocks that a target computes in."""
+"""The ranks for a plan to choose from: cheaper than the layer, in multiples of the target's block."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ C = TypeVar("C", bound=Costs, covariant=True)
 class Grid(Generic[C]):
     """The costs of a model's options, and the block of channels to which ranks are aligned.
 
-    Kernels that compute in blocks pad what does not fill one, or fall back to slower ones. ONNX Runtime's
-    blocked convolutions need it of the channels of every group: of a sliced convolution those are the
-    c / k that the encoder reads and the rank j.
+    Kernels that compute in blocks pad channels to a full block, or fall back to slower kernels. ONNX
+    Runtime's blocked convolutions need full blocks in every group: in a sliced convolution, these are the
+    c / k channels that the encoder reads, and the rank j.
 
     Attributes:
-        costs: What options cost.
-        block: Ranks are multiples of it, and so are the channels of a sliced convolution's groups.
+        costs: The costs of options.
+        block: The ranks, and the channels of a sliced convolution's groups, are multiples of it.
     """
 
     costs: C
@@ -38,7 +38,7 @@ class Grid(Generic[C]):
             k: A number of slices that it offers.
 
         Raises:
-            InputError: A dimension is unknown on which the costs depend.
+            InputError: The costs depend on an unknown dimension.
         """
         line = self.costs.line(layer, fold, k)
         fits = k == 1 or not layer.kernel or layer.shape[2] // k % self.block == 0
@@ -53,11 +53,12 @@ class Grid(Generic[C]):
     def wanted_spectra(self, layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
         """The folds, and for each the slice counts, whose spectra `candidates` needs.
 
-        Those with an option that is cheaper than the layer, and k = 1 of the same fold, whose largest
-        singular value is the norm of the spectral measures. Empty where the layer can only be kept.
+        These are the slice counts with an option that is cheaper than the layer, and k = 1 of the same fold,
+        because its largest singular value is the norm in the spectral measures. Empty if the layer can only
+        be kept.
 
         Raises:
-            InputError: A dimension is unknown on which the costs depend.
+            InputError: The costs depend on an unknown dimension.
         """
         wanted = {}
         for fold, ks in allowed(layer, recipe).items():

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack, to proven optimality: one item per class, least value under a budget.
+"""The multiple-choice knapsack with proof of optimality: one item per class, least value under a budget.
 
 The solver has three steps.
 
@@ -91,7 +91,7 @@ def solve_knapsack(
     )
     if cut:
         items = [int(core[item]) for core, item in zip(cores, cut, strict=True)]
-        picks = min(items, picks, key=lambda some: _total_value(fronts, some))
+        picks = min(items, picks, key=lambda choice: _total_value(fronts, choice))
     return picks, max(0.0, 1 - lowest / _total_value(fronts, picks))
 
 
@@ -103,8 +103,8 @@ def solve_knapsacks(
     Args:
         costs: The costs of the items of every class, shape (budgets, items).
         values: Their non-negative values, shape (items,).
-        budgets: Largest total costs, shape (budgets,). The items with the least summed costs have to stay
-            within them.
+        budgets: Largest total costs, shape (budgets,). They have to permit the items with the least costs,
+            summed over the budgets.
         most_states: The number of partial solutions above which branch and cut takes over.
 
     Returns:
@@ -130,7 +130,7 @@ def solve_knapsacks(
         found, lowest = _branch_and_cut(core, value, budgets, best, bound)
     if found:
         items = [int(part[item]) for part, item in zip(cores, found, strict=True)]
-        picks = min(items, picks, key=lambda some: _value(values, some))
+        picks = min(items, picks, key=lambda choice: _value(values, choice))
     best = _value(values, picks)
     return picks, 0.0 if lowest * _ROUNDING >= best else 1 - lowest / best
 
@@ -204,8 +204,8 @@ def _program(fronts: Sequence[Front], budget: int, best: float, most_states: int
         most_states: How many states are carried from one class to the next.
 
     Returns:
-        The items of the best solution found, empty where it found none, and a lower bound on the value
-        of every solution that it did not look at (infinite where it looked at all).
+        The items of the best solution found, empty if it found none, and a lower bound on the value of every
+        solution that it did not examine (infinite if it examined all).
     """
     lowest = float("inf")
     cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
@@ -237,17 +237,17 @@ def _program(fronts: Sequence[Front], budget: int, best: float, most_states: int
 def _branch_and_cut(
     costs: Sequence[Ints], values: Sequence[Floats], budgets: Ints, scale: float, lowest: float
 ) -> tuple[list[int], float]:
-    """HiGHS on one binary variable per item; the objective is scaled, since its gaps are absolute, too.
+    """HiGHS on one binary variable per item; the objective is scaled, because HiGHS also has absolute gaps.
 
     Args:
-        costs: What the items of every class cost, shape (budgets, items).
-        values: Their values.
+        costs: The costs of the items of every class, shape (budgets, items).
+        values: The values of the items.
         budgets: Largest total costs.
-        scale: About the optimum, positive.
+        scale: A positive number of the size of the optimum.
         lowest: A lower bound on the optimum.
 
     Returns:
-        The item of every class, empty where it found none, and a lower bound on the optimum.
+        The item of every class, empty if it found none, and a lower bound on the optimum.
     """
     cost, one_each = np.concatenate(costs, axis=1), _one_each(values)
     result = scipy.optimize.milp(
@@ -265,7 +265,7 @@ def _branch_and_cut(
     if result.x is None:
         return [], lowest
     picks = [int(np.argmax(part)) for part in _by_class(values, result.x)]
-    # In integers: HiGHS tolerates small violations.
+    # Checked in integers, because HiGHS tolerates small violations.
     return picks if (_spare(costs, picks, budgets) >= 0).all() else [], lowest
 
 
@@ -299,7 +299,7 @@ def _relax_all(costs: Sequence[Ints], values: Sequence[Floats], budgets: Ints) -
 def _fill_all(
     costs: Sequence[Ints], values: Sequence[Floats], picks: Sequence[int], spare: Ints
 ) -> list[int]:
-    """As `_fill`, under several budgets."""
+    """Like `_fill`, under several budgets."""
     filled = list(picks)
 
     def step(i: int) -> tuple[float, int]:
@@ -323,7 +323,7 @@ def _enumerate(
     slack: float,
     most_states: int,
 ) -> list[int] | None:
-    """Look at all solutions within the budgets whose weights sum up to at most `slack`.
+    """Examine all solutions within the budgets whose weights sum up to at most `slack`.
 
     Returns:
         The best of them, the cheapest of equals; empty if there is none, None if there are too many.
@@ -369,7 +369,7 @@ def _by_class(values: Sequence[Floats], items: Floats) -> list[Floats]:
 
 
 def _trace(trail: Sequence[tuple[Indices, Indices]], state: int) -> list[int]:
-    """The items on the way to a state behind the last class."""
+    """The items on the way to a state after the last class."""
     items = []
     for parent, item in reversed(trail):
         items.append(int(item[state]))
@@ -378,7 +378,7 @@ def _trace(trail: Sequence[tuple[Indices, Indices]], state: int) -> list[int]:
 
 
 def _unbeaten(cost: Ints, value: Floats) -> Indices:
-    """Indices of the states than which none is as cheap and as good, by ascending cost."""
+    """Indices of the states that no other state equals or beats in both cost and value, by ascending cost."""
     order = np.lexsort((value, cost))
     least = np.minimum.accumulate(value[order])
     first = np.ones(order.size, dtype=bool)
@@ -387,10 +387,10 @@ def _unbeaten(cost: Ints, value: Floats) -> Indices:
 
 
 def _relaxations(fronts: Sequence[Front]) -> list[tuple[Ints, Floats]]:
-    """For every class, the least value of all classes behind it as a function of their budget.
+    """For every class, the least value of all later classes as a function of their budget.
 
-    The linear relaxation: a piecewise linear, convex function, given by its corners, each of which is
-    a choice of whole items.
+    The value is that of the linear relaxation: a convex, piecewise linear function, given by its corners.
+    Each corner is a choice of whole items.
     """
     first, last = 0, 0.0
     gain, step = np.zeros(0), np.zeros(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a plan must keep within: one constraint on its costs, or several at once."""
+"""The limits of a plan: one constraint on its costs, or several at once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from onnx_lowrank.core.plan import Choice
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Constraints on a plan; each bounds what its candidates cost.
+    """Constraints on a plan; each bounds the total cost of its candidates.
 
     Attributes:
         budgets: Largest total cost, shape (constraints,).
-        costs: For every layer what its candidates cost, shape (constraints, candidates).
-        alike: Every constraint orders each layer's candidates, those included that `candidates` drops,
-            as their cost does, or not at all. Only then the solver's proofs hold.
+        costs: For every layer, the costs of its candidates, shape (constraints, candidates).
+        alike: Whether every constraint orders each layer's options, with those that `candidates` drops, as
+            their cost does, or gives all of them one cost. The solver's proofs hold only then.
     """
 
     budgets: Ints
@@ -34,30 +34,30 @@ class Limits:
         return cls(np.array([budget], dtype=np.int64), tuple(table.cost[None, :] for table in tables))
 
     def spare(self, picks: Sequence[int]) -> Ints:
-        """What candidates leave of each budget; negative where they exceed it."""
+        """The part of each budget that candidates leave; negative if they exceed it."""
         spent = (costs[:, pick] for costs, pick in zip(self.costs, picks, strict=True))
         left: Ints = self.budgets - sum(spent, np.zeros_like(self.budgets))
         return left
 
     def excess(self, picks: Sequence[int]) -> int:
-        """By how much candidates exceed a budget, the worst of them; at most 0 where they fit."""
+        """The largest excess of candidates over a budget; at most 0 if they fit."""
         return -int(self.spare(picks).min())
 
 
 class Bounds(Protocol):
-    """How the limit on a whole model binds the choices for its layers."""
+    """The constraints that the limit on a whole model sets for its layers; more can be added."""
 
     @property
     def limits(self) -> Limits:
-        """The constraints of now."""
+        """The current constraints."""
 
     def further(self, choices: Sequence[Choice]) -> Self | None:
-        """With one more constraint, which a plan breaks that costs too much; None where there is no more."""
+        """Add the constraint that a too expensive plan breaks; None if there is none to add."""
 
 
 @dataclass(frozen=True, slots=True)
 class Single:
-    """The bounds of a budget in which the cost of a model is that of its layers and something fixed.
+    """The bounds of a budget in which a model costs the sum of its layers and a fixed amount.
 
     Attributes:
         limits: One constraint.

@@ -33,9 +33,9 @@ class Candidates:
         full: Full rank of (fold, k); 0 for keep.
         cost: Costs in the budget's unit; every option is cheaper than keep.
         error: Errors in the recipe's measure, rounded to 9 significant digits; 0 for keep.
-        price: The costs that the recipe trades against error, where they are not the budget's own.
-        block: What the ranks are multiples of.
-        tariff: What the costs were taken from; None where chains are written natively.
+        price: The costs that the recipe trades against error, if they are not those of the budget.
+        block: The ranks are multiples of it.
+        tariff: The source of the costs; None if all chains use the native operators.
     """
 
     layer: str
@@ -62,22 +62,22 @@ def candidates(
 ) -> Candidates:
     """All options of a layer that are cheaper than keeping it and that no other option beats.
 
-    One option beats another when its price and its error are no larger. Ties go to the lower cost,
-    then fold order, k, j. Recipes that aggregate uniformly look at all ranks: nothing is beaten there.
+    One option beats another if neither its price nor its error is larger. Ties go to the lower cost, then
+    fold order, k, j. Recipes that aggregate uniformly consider all ranks, so no option is dropped.
 
     Args:
         layer: The layer.
-        errors: Their errors; a (fold, k) without errors is not considered.
+        errors: The errors of its options; a (fold, k) without errors is not considered.
         recipe: Which options to consider.
         grid: The ranks and their costs.
-        price: The costs that the recipe trades against error, where they are others.
+        price: The costs that the recipe trades against error, if they are not those of the grid.
 
     Raises:
-        InputError: A dimension is unknown on which the costs or the prices depend.
+        InputError: The costs or the prices depend on an unknown dimension.
     """
     tariff = grid.costs.tariff(layer)
     tariffs = (tariff, tariff if price is None else price.tariff(layer))
-    rows = [np.array([[-1], [0], [0], [0], *([one.keep] for one in tariffs)])]
+    rows = [np.array([[-1], [0], [0], [0], *([costs.keep] for costs in tariffs)])]
     columns = [np.zeros(1)]
     for fold, ks in allowed(layer, recipe).items():
         for k in ks:
@@ -89,15 +89,15 @@ def candidates(
         front = _pareto(table, error)
         table, error = table[:, front], error[front]
     folds, k_, j, full, costs, prices = table
-    own = None if price is None else prices
-    return Candidates(layer.id, folds, k_, j, full, costs, error, own, grid.block, tariff)
+    traded = None if price is None else prices
+    return Candidates(layer.id, folds, k_, j, full, costs, error, traded, grid.block, tariff)
 
 
 def unscored(layer: Layer, recipe: Recipe, grid: Grid[Costs]) -> Candidates:
-    """As `candidates`, where no error is known: what tells how cheap a layer can become.
+    """The candidates of a layer without known errors, which show how cheap the layer can become.
 
     Raises:
-        InputError: As `candidates`.
+        InputError: The costs depend on an unknown dimension.
     """
     wanted = grid.wanted_spectra(layer, recipe)
     sizes = {(fold, k): layer.full_rank(fold, k) for fold, ks in wanted.items() for k in ks}
@@ -111,7 +111,7 @@ def _ranks(layer: Layer, fold: Fold, k: int, grid: Grid[Costs], tariff: Tariff) 
 
 
 def _options(layer: Layer, fold: Fold, k: int, j: Ints, tariffs: tuple[Tariff, Tariff]) -> Ints:
-    """Rows fold, k, j, full, cost, price of the options with ranks j; cost and price by these tariffs."""
+    """Rows fold, k, j, full, cost, price of the options with ranks j; the tariffs give cost and price."""
     rows: Ints = np.empty((6, j.size), dtype=np.int64)
     rows[0], rows[1], rows[2], rows[3] = _FOLDS.index(fold), k, j, layer.full_rank(fold, k)
     for row, tariff in enumerate(tariffs, start=4):
@@ -120,7 +120,7 @@ def _options(layer: Layer, fold: Fold, k: int, j: Ints, tariffs: tuple[Tariff, T
 
 
 def _rounded(values: Floats) -> Floats:
-    """Round to significant digits, so that the last bits of a spectrum decide nothing."""
+    """Round to significant digits, so the last bits of a spectrum do not affect the choice."""
     positive = values > 0
     exponent = np.floor(np.log10(values, where=positive, out=np.zeros_like(values))).astype(int)
     scale = _POWERS[np.clip(_DIGITS - 1 - exponent, -_LARGEST, _LARGEST) + _LARGEST]
@@ -128,7 +128,7 @@ def _rounded(values: Floats) -> Floats:
 
 
 def _pareto(table: Ints, error: Floats) -> NDArray[np.intp]:
-    """Indices of keep (0) and of the options that no other beats, by ascending price."""
+    """Indices of keep (0) and of the options that no other option beats, by ascending price."""
     fold, k, j, _, costs, prices = table[:, 1:]
     order = np.lexsort((j, k, fold, costs, error[1:], prices)) + 1
     best = np.minimum.accumulate(error[order])

@@ -1,4 +1,4 @@
-"""The plan: one of its candidates for every layer, chosen to a proven optimum under the budget."""
+"""The plan: one candidate for every layer, chosen to a proven optimum under the budget."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Solution:
     Attributes:
         picks: Index into each layer's candidates.
         cost: Their total cost.
-        objective: What the recipe minimizes: the largest error (max), the sum of the errors to the
-            recipe's power (sum); under uniform, the largest error, which follows from the rank.
-        gap: Proven upper bound on (objective − optimum) / objective; 0 is a proven optimum, 1 says nothing.
-            None under uniform and with a price, which follow a rule and minimize no objective.
+        objective: The value that the recipe minimizes: the largest error (max), or the sum of the errors to
+            the recipe's power (sum). Under uniform, the largest error, which follows from the rank.
+        gap: Proven upper bound on (objective − optimum) / objective: 0 is a proven optimum, 1 proves nothing.
+            None under uniform and with a price, because these follow a rule and minimize no objective.
     """
 
     picks: tuple[int, ...]
@@ -42,12 +42,12 @@ class Solution:
 
 
 def smallest(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solution:
-    """The plan of a recipe which exceeds its limits least, or stays farthest below them.
+    """The plan of a recipe that exceeds the limits least, or stays farthest below them.
 
     Args:
         tables: The candidates of every layer, in graph order.
-        limits: What to stay within.
-        recipe: Which plans there are.
+        limits: The constraints on the plan.
+        recipe: The rule that defines the possible plans.
     """
     gap: float | None = None
     if recipe.aggregate is Aggregate.UNIFORM:
@@ -60,27 +60,27 @@ def smallest(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> So
 
 
 def solve(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solution:
-    """Choose the candidates which minimize a recipe's objective within its limits.
+    """Choose the candidates that minimize a recipe's objective within the limits.
 
-    - max: the least largest error, proven. Then the same for the other layers, with this one settled,
-      and so on until every layer is. While no two layers tie at the error at which one is settled, the
-      sorted errors are the lexicographic minimum. Layers that tie go below it in the order of their
-      next step's cost: under one budget as many as possible at the first such error; nothing is proven
-      of what comes after a tie.
-    - sum: the least sum of errors to the recipe's power, a multiple-choice knapsack, to the gap that
+    - max: minimize the largest error, with proof. The layer with this error is settled; then the same is done
+      for the remaining layers until every layer is settled. If no two layers tie at an error at which one is
+      settled, the sorted errors are the lexicographic minimum. Layers that tie go below the error in the
+      order of their next step's cost. Under one budget, as many as possible do so at the first tie; after a
+      tie, nothing is proven.
+    - sum: minimize the sum of errors to the recipe's power, a multiple-choice knapsack, up to the gap that
       the solution states.
-    - sum with a price: the least sum of errors to the power plus λ · price at the smallest λ whose
-      costs fit (Idelbayev and Carreira-Perpiñán, Low-rank compression of neural nets: learning
-      the rank of each layer, CVPR 2020).
-    - uniform: the largest ρ at which all layers at rank max(1, ⌊ρ · full rank⌋), in whole blocks, fit; a
-      layer that is no cheaper at this rank is kept, and of several (fold, k) a layer takes the cheapest.
+    - sum with a price: minimize the sum of errors to the power plus λ · price, for the smallest λ whose costs
+      fit (Idelbayev and Carreira-Perpiñán, Low-rank compression of neural nets: learning the rank of each
+      layer, CVPR 2020).
+    - uniform: the largest ρ at which all layers fit at rank max(1, ⌊ρ · full rank⌋), in whole blocks. A layer
+      that is no cheaper at this rank is kept. A layer with several (fold, k) takes the cheapest.
 
-    Equal objectives go to the lower cost (sum: under one budget), then to the order of the candidates.
+    Equal objectives go to the lower cost (sum: only under one budget), then to the order of the candidates.
 
     Args:
         tables: The candidates of every layer, in graph order.
-        limits: What to stay within.
-        recipe: What to minimize.
+        limits: The constraints on the plan.
+        recipe: The objective to minimize.
 
     Raises:
         BudgetError: Even the smallest plan exceeds the limits.
@@ -131,8 +131,8 @@ def _prices(table: Candidates) -> Ints:
 def _front(table: Candidates) -> list[int]:
     """Candidates by ascending price and strictly descending error.
 
-    The options already are; keep, without error, goes behind those that are cheaper unless the last of
-    them has no error either.
+    The options already have this order. Keep, which has no error, goes after the options that are cheaper,
+    unless the last of them has no error either.
     """
     prices = _prices(table)
     options = [int(n) for n in np.flatnonzero(prices < prices[0])]
@@ -142,10 +142,10 @@ def _front(table: Candidates) -> list[int]:
 def _minimize_largest(tables: Sequence[Candidates], limits: Limits) -> list[int]:
     """Walk down the finite set of errors from the cheapest plan.
 
-    A layer's cheapest candidate below an error does not depend on the other layers, and no cost falls on
-    the way down. So the largest error is least where the first layer at it can go no further within
-    the limits; this layer is settled, and the walk goes on with the others. Layers that tie go in the
-    order of the cost of their next step: under one budget, as many of them as possible go below.
+    A layer's cheapest candidate below an error does not depend on the other layers, and costs never fall on
+    the way down. So the largest error is minimal when the first layer with this error cannot go further
+    within the limits. This layer is settled, and the walk continues with the others. Layers that tie go in
+    the order of their next step's cost: under one budget, as many of them as possible go below.
     """
     fronts = [_front(table) for table in tables]
     spare = limits.spare([front[0] for front in fronts])
@@ -178,7 +178,7 @@ def _minimize_sum(tables: Sequence[Candidates], limits: Limits, power: float) ->
     if limits.budgets.size > 1:
         picks, gap = solve_knapsacks(costs, values, limits.budgets)
     else:
-        # Where a route passes a layer by, all of its candidates cost nothing there: the best remains.
+        # A layer that the only route does not run costs nothing there: only its best candidate remains.
         fronts = [
             front[-1:] if np.ptp(cost) == 0 else front for front, cost in zip(fronts, costs, strict=True)
         ]
@@ -193,7 +193,7 @@ def _minimize_sum(tables: Sequence[Candidates], limits: Limits, power: float) ->
 def _priced_path(
     tables: Sequence[Candidates], limits: Limits, power: float
 ) -> Iterator[tuple[int, list[int]]]:
-    """The picks that minimize Σ error^power + λ · price, for λ from 0 to infinity, behind their excess.
+    """The excess and the picks of each minimizer of Σ error^power + λ · price, for λ from 0 to infinity.
 
     The minimizers change only at the slopes of the layers' lower convex hulls.
     """
@@ -218,7 +218,7 @@ def _priced_path(
 
 
 def _uniform(tables: Sequence[Candidates], limits: Limits) -> list[int]:
-    """The costs grow with ρ, and they change only at ratios of a rank to its full rank."""
+    """Search for the largest ρ that fits; costs grow with ρ, and only at ratios of a rank to full rank."""
     ratios = np.unique(np.concatenate([[0.0], *(ratio for table in tables for ratio in _ratios(table))]))
 
     def picks(ratio: float) -> list[int]:
@@ -228,7 +228,7 @@ def _uniform(tables: Sequence[Candidates], limits: Limits) -> list[int]:
 
 
 def _ratios(table: Candidates) -> tuple[Floats, Floats]:
-    """The relative ranks at which options (keep excluded) begin and end to be the layer's."""
+    """For each option, without keep: the interval of ρ in which the layer has its rank."""
     begin = np.where(table.j[1:] == table.block, 0, table.j[1:] / table.full[1:])
     return begin, (table.j[1:] + table.block) / table.full[1:]
 
@@ -236,5 +236,5 @@ def _ratios(table: Candidates) -> tuple[Floats, Floats]:
 def _at_ratio(table: Candidates, ratio: float) -> int:
     begin, end = _ratios(table)
     options = np.flatnonzero((begin <= ratio) & (ratio < end)) + 1
-    # Candidates come in the order of ties, of which argmin takes the first.
+    # Candidates come in the order that breaks ties, and argmin takes the first.
     return int(options[np.argmin(table.cost[options])]) if options.size else 0

@@ -1,8 +1,8 @@
-"""Budgets: what the ratio counts.
+"""Budgets: the quantities that a ratio can count.
 
-Every module of this package, and every package in it, that defines `BUDGET` is one budget, found without an
-entry anywhere else. Help and messages list budgets by their `order`, then by name. This module knows the
-names alone; `registry` gives the budgets.
+Each module or package in this package that defines `BUDGET` is one budget; it needs no entry anywhere else.
+Help and messages list budgets by their `order`, then by name. This module gives only the names; `registry`
+gives the budgets.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def names() -> tuple[str, ...]:
 
 
 def prices() -> tuple[str, ...]:
-    """The names of the budgets that a recipe can trade against error: those that have a formula."""
+    """The names of the budgets that a recipe can trade against error: those with a formula."""
     return tuple(name for name, budget in found().items() if not budget.is_measured)
 
 
 @cache
 def found() -> Mapping[str, Any]:
-    """The budgets by name, from the modules of this package, which are imported when this is asked."""
+    """The budgets by name; the first call imports the modules of this package."""
     stems = (module.name for module in pkgutil.iter_modules(__path__))
     modules = (importlib.import_module(f"{__name__}.{stem}") for stem in stems)
     budgets = [module.BUDGET for module in modules if hasattr(module, "BUDGET")]

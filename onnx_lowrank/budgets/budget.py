@@ -1,8 +1,8 @@
-"""What a budget is: what it counts of a layer, of a plan and of a finished model, and how it says so.
+"""The interface of a budget: the cost of a layer, of a plan and of a finished model, and its text in reports.
 
-A `Budget` knows no model. Its `Meter` counts on one: it gives the allocation the costs of all options, and
-binds the solver. A `Gauge` is a meter without a formula: it measures options before a plan is made, and whole
-models while the plan is settled (`stages.settle`).
+A `Budget` does not depend on a model. Its `Meter` counts on one model: it gives the allocation the costs of
+all options, and the solver its constraints. A `Gauge` is a meter without a formula: it measures options
+before a plan is made, and whole models while the plan is settled (`stages.settle`).
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of inputs, by name."""
+"""The shapes of a model's inputs, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What a measured budget measures with.
+    """The means by which a measured budget measures.
 
     Attributes:
-        stopwatch: Times models; None where no budget asks for it.
-        feed: The user's inputs to run the model on; empty where there are none.
+        stopwatch: Times models; None if no budget needs it.
+        feed: The user's inputs to run the model on; empty if the user gave none.
         shapes: The shapes of inputs for which the layers were found, by name.
         progress: Where to show progress.
     """
@@ -55,16 +55,16 @@ class Tools:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run has come to.
+    """The result of a run.
 
     Attributes:
         found: The input model with its layers.
-        plan: What is done with them.
-        meter: The plan's budget on the model; None where nobody has made it.
+        plan: The option of every layer.
+        meter: The plan's budget on the model; None if it was not needed.
         rewritten: The compressed model; None in a dry run.
-        merged: Whether adjacent operators of it were multiplied.
+        merged: Whether adjacent operators of the compressed model were multiplied into one.
         shapes: The shapes of inputs for which the layers were found, by name.
-        timing: How long both models take; None where that is unknown.
+        timing: The times of both models; None if they are unknown.
     """
 
     found: Found
@@ -77,18 +77,18 @@ class Run:
 
 
 class Budget(ABC):
-    """One thing that a ratio can count.
+    """One quantity that a ratio can count.
 
     Attributes:
-        name: What `--budget`, plans and recipes call it.
+        name: Its name in `--budget`, plans and recipes.
         order: Its place among the budgets in help and messages.
-        figure: Key of what it counts in the JSON report's totals.
-        title: The row of that in the terminal's totals; "" where the times are shown in its place.
-        unknown: What the report says where the amount is unknown, a sentence.
-        is_measured: Whether it measures and has no formula: then plans are settled, and a finished model has
-            to hold. Only others can be prices.
-        tolerance: What share of the ratio a model may exceed it by before the report warns.
-        is_aligned: Whether ranks are those of the provider's blocks unless the user says something else.
+        figure: The key of its amount in the totals of the JSON report.
+        title: The title of its row in the totals in the terminal; "" if the times are shown there instead.
+        unknown: The sentence of the report for an unknown amount.
+        is_measured: Whether it measures because it has no formula. Then plans are settled, and the finished
+            model has to keep the ratio. Only budgets with a formula can be prices.
+        tolerance: The share of the ratio by which a model may exceed it before the report warns.
+        is_aligned: Whether ranks are multiples of the provider's block unless the user says otherwise.
     """
 
     name: ClassVar[str]
@@ -101,43 +101,43 @@ class Budget(ABC):
     is_aligned: ClassVar[bool] = False
 
     def show(self, amount: int | None) -> str:
-        """Write an amount, None where it is unknown."""
+        """Write an amount; None is an unknown one."""
         return exact(amount)
 
-    def check(self, found: Found) -> None:  # noqa: B027 - most count any model
-        """Find out, before any work, whether a model can be counted.
+    def check(self, found: Found) -> None:  # noqa: B027 - most budgets accept any model
+        """Check, before any work, that the cost of a model can be counted.
 
         Raises:
-            InputError: It cannot.
+            InputError: It cannot be counted.
         """
 
     @abstractmethod
     def on(self, found: Found, tools: Tools | None = None) -> Meter:
-        """What counts on a model.
+        """The meter of this budget for a model.
 
         Args:
             found: The model.
-            tools: What a measured budget measures with.
+            tools: The means by which a measured budget measures.
 
         Raises:
-            InputError: A measured budget cannot run it.
+            InputError: A measured budget cannot run the model.
         """
 
     @abstractmethod
     def total(self, run: Run) -> Total | None:
-        """What both models of a run amount to; None where the report has nothing to say of it."""
+        """The amounts of both models of a run; None if the report does not show them."""
 
     def holds(self, run: Run) -> bool:
-        """Whether a finished model, whose operators were merged, costs no more than its plan has reckoned."""
+        """Whether a finished model with merged operators costs no more than its plan predicted."""
         return True
 
     def warnings(self, run: Run, total: Total) -> Iterator[str]:
-        """What would surprise the user about the amount, under whatever budget the plan was made."""
+        """Warnings about an unexpected amount, whichever budget the plan was made with."""
         yield from ()
 
 
 class Meter(ABC):
-    """A budget on one model: the `allocate.cost.Costs` of its layers, and the cost of the whole.
+    """A budget on one model: the `allocate.cost.Costs` of its layers, and the cost of the whole model.
 
     Attributes:
         budget: The budget.
@@ -148,7 +148,7 @@ class Meter(ABC):
     @property
     @abstractmethod
     def total(self) -> int:
-        """The cost of the model as it is.
+        """The cost of the unchanged model.
 
         Raises:
             InputError: It cannot be counted.
@@ -156,7 +156,7 @@ class Meter(ABC):
 
     @property
     def counted(self) -> Costs:
-        """The costs that tell which options are worth a look before anything is measured."""
+        """The costs that select options to consider before anything is measured."""
         return self
 
     @abstractmethod
@@ -172,24 +172,24 @@ class Meter(ABC):
         """The cost of the model under a plan."""
 
     def bounds(self, tables: Sequence[Candidates], limit: int) -> Bounds:
-        """What binds the solver where the whole model may cost at most `limit`."""
+        """The constraints of the solver if the whole model may cost at most `limit`."""
         kept = sum(int(table.cost[0]) for table in tables)
         return Single(Limits.single(tables, limit - (self.total - kept)))
 
     def alone(self, table: Candidates) -> str:
-        """Why a layer has no option, a phrase for the report."""
+        """The reason why a layer has no option, a phrase for the report."""
         return "no option of the recipe is cheaper"
 
 
 class Counted(Meter):
-    """A meter with a formula, linear in the rank."""
+    """A meter with a formula that is linear in the rank."""
 
     @abstractmethod
     def of_layer(self, layer: Layer, option: Option | None) -> int:
         """The cost of a layer, kept (None) or decomposed.
 
         Raises:
-            InputError: A dimension is unknown on which it depends.
+            InputError: The cost depends on an unknown dimension.
         """
 
     def line(self, layer: Layer, fold: Fold, k: int) -> Line | None:
@@ -202,56 +202,56 @@ class Counted(Meter):
 
 
 class Gauge(Meter):
-    """A meter that measures: options alone, and whole models, of which it learns.
+    """A meter that measures: options in isolation, and whole models, by which it corrects its predictions.
 
     Attributes:
-        place: What measures, with its setting, a short phrase.
+        place: The runtime that measures, with its setting, a short phrase.
     """
 
     @property
     @abstractmethod
     def place(self) -> str:
-        """What measures, with its setting, a short phrase."""
+        """The runtime that measures, with its setting, a short phrase."""
 
     @abstractmethod
     def measure(self, errors: Sequence[Errors], grid: Grid[Costs], step: Step) -> None:
-        """Measure what is worth it of the options of all layers, but for what is known.
+        """Measure the promising options of all layers that have not been measured yet.
 
         Args:
-            errors: For each layer the errors of its options, by which those worth measuring are chosen.
+            errors: For each layer the errors of its options, which select the promising ones.
             grid: The ranks to choose from.
-            step: Told the share that is done.
+            step: Receives the share that is done.
         """
 
     @abstractmethod
     def predicted(self, options: Mapping[str, Option]) -> int:
-        """The cost of the model with some layers rewritten, as far as is known."""
+        """The predicted cost of the model with these layers rewritten."""
 
     @abstractmethod
     def ratio(self, model: Model) -> float:
-        """The cost of another model with the same inputs over this one's.
+        """The cost of another model with the same inputs, divided by the cost of this one.
 
         Raises:
-            UnsupportedError: The runtime does not accept it.
-            RejectedError: It fails on the inputs.
+            UnsupportedError: The runtime does not accept the other model.
+            RejectedError: The other model fails on the inputs.
         """
 
     @abstractmethod
     def kinds(self, options: Mapping[str, Option]) -> Set[str]:
-        """The kinds of some layers: those of one kind are alike."""
+        """The kinds of these layers; layers of one kind are alike."""
 
     @abstractmethod
     def remember(self, options: Mapping[str, Option], ratio: float) -> None:
-        """Keep the ratio that a model with some layers rewritten was measured at, for predictions of it."""
+        """Keep the measured ratio of a model with these layers rewritten, as its prediction."""
 
     @abstractmethod
     def learn(self, options: Mapping[str, Option], ratio: float, limits: tuple[float, float] = ...) -> None:
-        """Predict of layers that they save what they have saved together in one model.
+        """Scale the predictions for some layers to their joint saving in one measured model.
 
         Args:
-            options: The options of the layers that were rewritten in it.
-            ratio: Its cost over this model's.
-            limits: The least and the largest share of what was predicted to believe.
+            options: The options of the layers that are rewritten in the measured model.
+            ratio: The cost of the measured model over the cost of this one.
+            limits: The smallest and the largest credible ratio of the measured saving to the predicted one.
         """
 
     @abstractmethod
@@ -262,28 +262,28 @@ class Gauge(Meter):
         ratio: Callable[[Mapping[str, Option]], float],
         step: Step,
     ) -> None:
-        """Measure what the options of every kind of layer save in the model.
+        """Measure the saving of every kind of layer inside the model, and correct the predictions by it.
 
         Args:
-            options: The options to judge by, for some of the layers.
-            reached: The ratio of the model in which all of them are rewritten.
-            ratio: Measures the model in which some are (`ratio`).
-            step: Told the share that is done.
+            options: The options of the layers that are rewritten.
+            reached: The measured ratio of the model with all of them.
+            ratio: Measures the ratio of the model with a part of them.
+            step: Receives the share that is done.
         """
 
     @abstractmethod
     def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
-        """All that is known of the times of a compressed model.
+        """The times of a compressed model, predicted, and measured if the model is given.
 
         Args:
             options: The options of its layers.
-            model: The model; None where it was not made.
+            model: The model; None if it was not made.
 
         Raises:
-            UnsupportedError: The runtime does not accept it.
-            RejectedError: It fails on the inputs.
+            UnsupportedError: The runtime does not accept the model.
+            RejectedError: The model fails on the inputs.
         """
 
     @abstractmethod
     def keep(self) -> None:
-        """Keep what was measured for later runs, unless other work has disturbed it."""
+        """Keep the measurements for later runs, unless other work disturbed them."""

@@ -1,16 +1,17 @@
-"""Bytes: what a model's files weigh as `save` writes them.
+"""Bytes: the size of a model's files as `save` writes them.
 
 Rules:
 
-1. A model weighs its serialized proto and its data file, padding between tensors included. The name of the
-   data file is not known before it is written, and counts with the longest that a file can have.
-2. A plan's model is rewritten without numbers: with the nodes, names, tensors and metadata that it will
-   have, and with the longest certificates that there are. So the finished model weighs no more. Merged
-   operators may, as what is said of the product has its weight, too: then the model is made without.
-3. An option costs the bytes of its factors, and what its layer, rewritten alone, adds beside them, without
-   padding. Within a few bytes that holds for all ranks and all k above 1. The model of the whole plan
-   (rule 2) decides, and the constraint is tightened where that exceeds the limit.
-4. A layer as it is costs the bytes of all tensors that go with it, in their own dtypes.
+1. The size of a model is that of its serialized proto and of its data file, with the padding between tensors.
+   The name of the data file is unknown before it is written, so it counts as the longest possible name.
+2. The model of a plan is rewritten without numbers: with the nodes, names, tensors and metadata that it will
+   have, and with the longest possible certificates. So the finished model is no larger. A model with
+   merged operators can be larger, because the metadata of the products count, too: then it is made again
+   without merging.
+3. An option costs the bytes of its factors, and the bytes that rewriting its layer alone adds beside them,
+   without padding. These extra bytes are the same, within a few, for all ranks and for all k above 1. The
+   model of the whole plan (rule 2) decides: if it exceeds the limit, the constraint is tightened.
+4. A kept layer costs the bytes of all tensors that rewriting it would remove, in their own dtypes.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ from onnx_lowrank.rewrite.notes import METADATA, stamp
 from onnx_lowrank.rewrite.replace import Replacement, rewrite
 
 _LONGEST_NAME = "x" * 255
-"""File systems take no longer name for a data file, nor for the file of a recipe."""
+"""The longest name that file systems allow, for the data file and for the file of a recipe."""
 
 _LARGEST_OFFSET = 10**15 - 1
 
 _LONGEST_NUMBER = 2.2250738585072014e-308
-"""No other positive float has more digits in JSON."""
+"""A positive float with the most digits in JSON."""
 
 _NESTED = 16
-"""What the lengths of a tensor and of the messages around it may grow by with its contents."""
+"""The most bytes by which the contents of a tensor lengthen the length fields around it."""
 
 _PROTOBUF_LIMIT, _INLINE_BYTES = 2**31 - 1, 1024
 
@@ -66,11 +67,11 @@ class Bytes(Budget):
     title = "file bytes"
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
-        """What weighs a model."""
+        """The meter of a model's bytes."""
         return _Meter(found)
 
     def total(self, run: Run) -> Total:
-        """The sizes of both models; where the ratio counts them, the second is the most that saving takes."""
+        """The sizes of both models; if the ratio counts bytes, the second is an upper bound."""
         before = stored_bytes(run.found.model)
         if run.meter is None or run.meter.budget is not self:
             return Total(before, None if run.rewritten is None else stored_bytes(run.rewritten.model))
@@ -79,9 +80,9 @@ class Bytes(Budget):
         return Total(before, _Scales(run.rewritten.model).saved)
 
     def holds(self, run: Run) -> bool:
-        """Whether the files of a finished model weigh no more than its plan has reckoned."""
-        reckoned = self.on(run.found).of_model(run.plan.choices)
-        return run.rewritten is None or _Scales(run.rewritten.model).saved <= reckoned
+        """Whether the files of a finished model are no larger than its plan predicted."""
+        predicted = self.on(run.found).of_model(run.plan.choices)
+        return run.rewritten is None or _Scales(run.rewritten.model).saved <= predicted
 
 
 class _Meter(Counted):
@@ -96,7 +97,7 @@ class _Meter(Counted):
 
     @cached_property
     def total(self) -> int:
-        """The bytes of the model as it was read."""
+        """The bytes of the input model."""
         return stored_bytes(self._found.model)
 
     @cached_property
@@ -113,7 +114,7 @@ class _Meter(Counted):
 
     @cached_property
     def _shared(self) -> int:
-        """What the metadata of the model grow by, beside what every rewritten layer adds."""
+        """The bytes that the metadata of the model add, beside those of every rewritten layer."""
         model = ModelProto()
         model.metadata_props.add(key=f"{METADATA}.run", value=json.dumps(self._run))
         model.metadata_props.add(key=f"{METADATA}.layers")
@@ -126,7 +127,7 @@ class _Meter(Counted):
         return _factor_bytes(layer, option) + self._added(layer, option)
 
     def of_model(self, choices: Sequence[Choice]) -> int:
-        """The bytes that the model of a plan takes at most (rule 2); those of the input where it is that."""
+        """An upper bound on the bytes of the model of a plan (rule 2); exact if the plan changes no layer."""
         chosen = [(layer, option) for layer, option in self._found.options(choices) if option is not None]
         if not chosen:
             return self.total
@@ -135,16 +136,16 @@ class _Meter(Counted):
         return self._scales.dense + self._grown(rewritten) + self._scales.padding(rewritten)
 
     def bounds(self, tables: Sequence[Candidates], limit: int) -> Single:
-        """One constraint; a model that is rewritten at all has metadata, and another file around its data."""
+        """One constraint; it accounts for the metadata and the other data file of every rewritten model."""
         room = limit - self.total + sum(int(table.cost[0]) for table in tables)
         if limit < self.total:
             room -= self._scales.dense - self.total + self._shared + _NESTED
         return Single(Limits.single(tables, room))
 
     def _freed(self, layer: Layer) -> tuple[int, bool]:
-        """The bytes of the tensors that go with a layer, and whether a new bias for the old one adds some.
+        """The bytes of the tensors that rewriting a layer removes, and whether a new bias adds bytes.
 
-        Calibration decides whether there is a new one, whatever the option.
+        Calibration, not the option, decides whether the layer gets a new bias.
         """
         if layer.id not in self._known:
             option = Option(layer.folds[0], 1, 1)
@@ -155,10 +156,10 @@ class _Meter(Counted):
         return self._known[layer.id]
 
     def _added(self, layer: Layer, option: Option) -> int:
-        """What an option adds beside its factors."""
+        """The bytes that an option adds beside its factors."""
         key = layer.id, option.fold, option.k > 1, option.lowering
         if key not in self._beside:
-            # The numbers that are written into names and shapes are the longest of all options.
+            # This option has the most digits of all in its names and shapes.
             k = max(layer.slices) if option.k > 1 else 1
             longest = replace(option, k=k, j=layer.full_rank(option.fold, 1))
             freed, new_bias = self._freed(layer)
@@ -167,9 +168,9 @@ class _Meter(Counted):
         return self._beside[key]
 
     def _replacement(self, layer: Layer, option: Option, new_bias: bool) -> Replacement:
-        """A layer's replacement without numbers, with a new bias if that is wanted and possible."""
+        """A layer's replacement without numbers, with a new bias if it is wanted and possible."""
         binding = self._bindings[layer.id]
-        # Zeros for the bias of a BatchNorm, too: its own may not be finite in the stored dtype.
+        # A BatchNorm's bias is replaced by zeros, too: its own may not be finite in the stored dtype.
         if new_bias or layer.batchnorm is not None:
             new_bias = bias(self._found.model, self._found.walk, binding) is not None
         return _placeholder(binding, option, new_bias)
@@ -182,18 +183,18 @@ class _Meter(Counted):
         return made.model.proto
 
     def _grown(self, skeleton: ModelProto) -> int:
-        """The bytes that a rewritten model has more than the model, without padding."""
+        """The bytes by which a rewritten model exceeds the input model, without padding."""
         return self._scales.weigh(skeleton) - self._unchanged
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """What a tensor takes.
+    """The bytes of a tensor.
 
     Attributes:
-        message: Bytes of its message, with its contents or with its reference to them.
-        contents: Bytes of its contents, wherever they are.
-        place: Where they are in a data file; None where they are in the message.
+        message: The bytes of its message, with its contents or with its reference to them.
+        contents: The bytes of its contents, wherever they are.
+        place: The place of the contents in a data file; None if they are in the message.
     """
 
     message: int
@@ -202,40 +203,40 @@ class _Weight:
 
 
 class _Scales:
-    """Weighs a model by its skeleton, in which tensors refer to their weights.
+    """Computes the bytes of a model from its skeleton, whose tensors refer to a list of `_Weight`.
 
     Attributes:
         skeleton: The model without the contents of its tensors.
-        dense: The bytes that `save` takes at most for the model, without padding.
+        dense: The most bytes that `save` writes for the model, without padding.
     """
 
     def __init__(self, model: Model) -> None:
-        """Weigh all tensors of a model."""
+        """Compute the bytes of all tensors of a model."""
         model = inlined(model)
         self._spills = bool(model.files) or stored_bytes(model) > _PROTOBUF_LIMIT
         self._weights: list[_Weight] = []
         self.skeleton = outline(model.proto, 0)
         for bare, tensor in zip(tensors(self.skeleton), tensors(model.proto), strict=True):
             self._hang(bare, self._weight(bare, tensor, model))
-        self._own = len(self._weights)
+        self._original = len(self._weights)
         if self._spills:
-            self.dense = self.weigh(self.skeleton) + _NESTED * self._own
+            self.dense = self.weigh(self.skeleton) + _NESTED * self._original
         else:
             self.dense = stored_bytes(replace(model, path=None))
 
     @property
     def saved(self) -> int:
-        """The bytes that `save` takes at most for the model."""
+        """The most bytes that `save` writes for the model."""
         return self.dense + self.padding(self.skeleton)
 
     def weigh(self, skeleton: ModelProto) -> int:
-        """The bytes of a skeleton with all contents, but for what these add to the lengths around them."""
+        """The bytes of a skeleton with all contents, without the longer length fields around them."""
         hung = [(tensor, self._weights[index]) for tensor, index in self._hung(skeleton)]
         messages = sum(weight.message - tensor.ByteSize() for tensor, weight in hung)
         return int(skeleton.ByteSize() + messages) + sum(size for _, size in self._outsiders(skeleton))
 
     def padding(self, skeleton: ModelProto) -> int:
-        """The bytes between the tensors of its data file."""
+        """The bytes between the tensors of the data file."""
         end = contents = 0
         for _, size in self._outsiders(skeleton):
             end = aligned(end, size) + size
@@ -243,16 +244,18 @@ class _Scales:
         return end - contents
 
     def _outsiders(self, skeleton: ModelProto) -> Iterable[tuple[Hashable, int]]:
-        """The places in its data file and their sizes, in the order in which they are written."""
+        """The places in the data file and their sizes, in the order in which they are written."""
         weights = (self._weights[index] for _, index in self._hung(skeleton))
         return {weight.place: weight.contents for weight in weights if weight.place is not None}.items()
 
     def contents(self, skeleton: ModelProto) -> int:
-        """The bytes of the contents that a skeleton has of the model's own tensors."""
-        return sum(self._weights[index].contents for _, index in self._hung(skeleton) if index < self._own)
+        """The bytes of the contents of those tensors of a skeleton that come from the input model."""
+        return sum(
+            self._weights[index].contents for _, index in self._hung(skeleton) if index < self._original
+        )
 
     def store(self, name: str, values: NDArray[Any]) -> Any:
-        """A new tensor, of which only the shape and the weight are kept."""
+        """Make a new tensor; only its shape and its bytes are kept."""
         bare = inline(name, np.empty(0, values.dtype))
         bare.ClearField("raw_data")
         del bare.dims[:]
@@ -263,7 +266,7 @@ class _Scales:
         return bare
 
     def _weight(self, bare: Any, tensor: Any, model: Model) -> _Weight:
-        """What a tensor of the model takes; `bare` is the same without contents."""
+        """The bytes of a tensor of the model; `bare` is the same tensor without contents."""
         if is_external(tensor):
             place = region(tensor, model.files, model.name)
             return self._outside(tensor, place.length, place)
@@ -273,7 +276,7 @@ class _Scales:
         return _Weight(tensor.ByteSize(), tensor.ByteSize() if size is None else size)
 
     def _outside(self, tensor: Any, size: int, place: Hashable) -> _Weight:
-        """What a tensor takes whose contents are in a data file."""
+        """The bytes of a tensor with contents in a data file."""
         copy = type(tensor)()
         copy.CopyFrom(tensor)
         refer(copy, _LONGEST_NAME, _LARGEST_OFFSET, size)
@@ -284,7 +287,7 @@ class _Scales:
         self._weights.append(weight)
 
     def _hung(self, skeleton: ModelProto) -> Iterator[tuple[Any, int]]:
-        """The tensors of a skeleton that have weights, and which."""
+        """The tensors of a skeleton that refer to a `_Weight`, each with its index."""
         for tensor in tensors(skeleton):
             if is_external(tensor):
                 yield tensor, int(reference(tensor)["offset"])

@@ -1,6 +1,6 @@
 """Multiply-accumulates of one run, over all operators of a model that multiply by a weight.
 
-The dearer branch of an If counts, so the bound of a plan holds on every route through the branches.
+An If counts as its more expensive branch, so the bound of a plan holds on every route through the branches.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from onnx_lowrank.report.content import Total
 _MOST_ROUTES = 64
 
 _LARGEST = 2**60
-"""More than a run takes on any machine, and far enough from what the solver's 64-bit integers hold."""
+"""More than any machine can compute, and well below the limit of the solver's 64-bit integers."""
 
 
 def macs(layer: Layer, option: Option | None = None) -> int | None:
     """Multiply-accumulates of all uses of a layer; None where a dimension is unknown.
 
-    Each factor is weighed by the number of positions at which it is evaluated, which differ between
-    the two where a stride stands in one of them. Biases count nothing.
+    Each factor counts once for each position at which it is evaluated; the two factors have different
+    numbers of positions if one of them has a stride. Biases do not count.
 
     Args:
         layer: The layer.
-        option: Its decomposition, or None for the layer as it is.
+        option: Its decomposition, or None for the kept layer.
     """
     counts = [use_macs(layer, use, option) for use in layer.uses]
     known = [count for count in counts if count is not None]
@@ -59,19 +59,19 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
 
 
 def known_macs(layer: Layer, option: Option | None = None) -> int:
-    """Multiply-accumulates of a layer, where all dimensions have to be known.
+    """Multiply-accumulates of a layer whose dimensions must all be known.
 
     Raises:
-        InputError: One is not, or the layer as it is has more than the solver computes with.
+        InputError: A dimension is unknown, or the kept layer exceeds the solver's largest count.
     """
     count = macs(layer, option)
     if count is None:
         raise InputError(
-            f"The MACs of layer {layer.id!r} are unknown because a shape there is: pass the dimensions that "
-            "the model's inputs leave open as --input-shape NAME=1,3,224,224, or leave the layer out "
-            "with --exclude."
+            f"The MACs of layer {layer.id!r} are unknown because some of its shapes are unknown: pass the "
+            "dimensions that the model's inputs leave open as --input-shape NAME=1,3,224,224, or leave the "
+            "layer out with --exclude."
         )
-    # Options that cost more than their layer are never weighed, however much that is.
+    # No limit for options: one that costs more than its layer is never chosen.
     if option is None and count > _LARGEST:
         raise _too_many(f"The MACs of layer {layer.id!r} are {count:,}")
     return count
@@ -85,18 +85,18 @@ def _too_many(what: str) -> InputError:
 
 
 def model_macs(found: Found, choices: Sequence[Choice] = ()) -> int | None:
-    """Multiply-accumulates of a model under a plan, by default as it is; None where one is unknown."""
+    """Multiply-accumulates of a model under a plan, by default unchanged; None if a dimension is unknown."""
     return dearest_macs(found.work, found.options(choices))[0]
 
 
 def dearest_macs(
     scopes: Sequence[ScopeWork], layers: Iterable[tuple[Layer, Option | None]]
 ) -> tuple[int | None, Mapping[str, int]]:
-    """The multiply-accumulates of a whole model, and the route on which they are spent.
+    """The multiply-accumulates of a whole model on its most expensive route, and that route.
 
     Args:
-        scopes: Every scope of the model, the main graph first, each after the one that holds it.
-        layers: Every layer with its decomposition, or None where it is kept.
+        scopes: Every scope of the model, the main graph first, each after its parent.
+        layers: Every layer with its decomposition, or None if it is kept.
 
     Returns:
         As `core.routes.dearest`.
@@ -115,14 +115,14 @@ class Macs(Budget):
     order = 1
     figure = "macs"
     title = "MACs"
-    unknown = "MACs need the shapes that the model leaves open: --input-shape NAME=1,3,224,224."
+    unknown = "MACs need the shapes that the model leaves open: pass --input-shape NAME=1,3,224,224."
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
-        """What counts the multiply-accumulates of a model."""
+        """The meter of a model's multiply-accumulates."""
         return _Meter(found)
 
     def total(self, run: Run) -> Total:
-        """The multiply-accumulates of both models; those of merged operators are counted anew."""
+        """The multiply-accumulates of both models; a model with merged operators is counted anew."""
         if run.merged and run.rewritten is not None:
             after = model_macs(find_layers(run.rewritten.model, run.shapes, (), ()))
         else:
@@ -130,11 +130,11 @@ class Macs(Budget):
         return Total(model_macs(run.found), after)
 
     def warnings(self, run: Run, total: Total) -> Iterator[str]:
-        """That the compressed model has more of them."""
+        """A warning if the compressed model has more multiply-accumulates."""
         if total.before is not None and total.after is not None and total.after > total.before:
             yield (
-                f"The MACs rise from {total.before:,} to {total.after:,}: the budget {self.name} keeps them "
-                "down."
+                f"The MACs rise from {total.before:,} to {total.after:,}: choose --budget {self.name} to "
+                "keep them down."
             )
 
 
@@ -147,7 +147,7 @@ class _Meter(Counted):
 
     @cached_property
     def total(self) -> int:
-        """The multiply-accumulates of the model as it is."""
+        """The multiply-accumulates of the input model."""
         return self.of_model(())
 
     def of_layer(self, layer: Layer, option: Option | None) -> int:
@@ -158,7 +158,7 @@ class _Meter(Counted):
         """The multiply-accumulates of the model under a plan.
 
         Raises:
-            InputError: They are unknown, or more than the solver computes with.
+            InputError: They are unknown, or exceed the solver's largest count.
         """
         count = model_macs(self._found, choices)
         if count is None:
@@ -168,21 +168,21 @@ class _Meter(Counted):
         return count
 
     def _most(self) -> str:
-        """The layer that has most of the multiply-accumulates, a phrase; empty where there is no layer."""
+        """The layer with the most multiply-accumulates, a phrase; empty if there is no layer."""
         counts = [(macs(layer) or 0, layer.id) for layer in self._found.layers]
-        return f", most of any layer in {max(counts, key=itemgetter(0))[1]!r}" if counts else ""
+        return f" (layer {max(counts, key=itemgetter(0))[1]!r} has the most)" if counts else ""
 
     def bounds(self, tables: Sequence[Candidates], limit: int) -> _Routes:
-        """One constraint for the dearest route of the model as it is; further ones for others."""
+        """One constraint, for the most expensive route of the input model; `further` adds routes."""
         _, route = dearest_macs(self._found.work, self._found.options())
         return _Routes(self._found, tuple(tables), limit, (route,))
 
     def _unknown(self) -> str:
-        """Why the multiply-accumulates are unknown, and what to do about it."""
+        """Why the multiply-accumulates are unknown, and how the user can change that."""
         found = self._found
         if found.open_inputs:
             return (
-                f"dimensions of its inputs {', '.join(found.open_inputs)} are: pass them as "
+                f"its inputs {', '.join(found.open_inputs)} have open dimensions: pass them as "
                 "--input-shape NAME=1,3,224,224, or choose --budget params."
             )
         for scope in found.work:
@@ -201,8 +201,8 @@ class _Meter(Counted):
 class _Routes:
     """Bounds on some of the routes through a model's branches.
 
-    A plan that is best under some of them is best under all if it keeps within all, so that routes are added
-    one by one.
+    A plan that is optimal under some of the bounds and keeps within all of them is optimal under all of them.
+    So routes are added one by one.
 
     Attributes:
         found: The model.
@@ -222,7 +222,7 @@ class _Routes:
         return route_limits(self.found.layers, self.tables, self.found.work, self.routes, self.limit)
 
     def further(self, choices: Sequence[Choice]) -> Self | None:
-        """With the route on which a plan is dearest; None where that is known, or there are too many."""
+        """Add the most expensive route of a plan; None if it is bounded, or if there are too many routes."""
         route = dearest_macs(self.found.work, self.found.options(choices))[1]
         if route in self.routes or len(self.routes) == _MOST_ROUTES:
             return None
@@ -236,7 +236,7 @@ def route_limits(
     routes: Sequence[Mapping[str, int]],
     limit: int,
 ) -> Limits:
-    """Hold a whole model's MACs below a limit, on each of some routes through its branches.
+    """Limit the MACs of a whole model on each of the given routes through its branches.
 
     Args:
         layers: The layers.
@@ -274,13 +274,16 @@ def _macs(layer: Layer, table: Candidates, runs: Mapping[str, int]) -> Ints:
 
 
 def _alike(layer: Layer, routes: Sequence[Mapping[str, int]]) -> bool:
-    """Whether the routes weigh a layer's two factors alike: run all uses as often, or uses of one kind."""
+    """Whether all routes weigh a layer's two factors alike.
+
+    They do if each route runs all uses equally often, or if all uses that run have one kind.
+    """
     same = all(len({runs[use.scope] for use in layer.uses}) == 1 for runs in routes)
     return same or len({_kind(use) for use in layer.uses if _kind(use) != ()}) <= 1
 
 
 def _kind(use: Use) -> tuple[int, ...] | None:
-    """Uses of one kind have MACs in one proportion to each other, whatever the option; () where none runs."""
+    """The kind of a use: uses of one kind have MACs in a fixed proportion for all options; () if none run."""
     if use.evaluations is None:
         return None
     counts = (use.evaluations.dense, *(n for pair in use.evaluations.factors.values() for n in pair))

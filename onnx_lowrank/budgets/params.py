@@ -16,11 +16,11 @@ from onnx_lowrank.report.content import Total
 
 
 def parameters(layer: Layer, option: Option | None = None) -> int:
-    """Parameters of a layer: its weight, and what stands and falls with it (BatchNorm, biases).
+    """Parameters of a layer: its weight, and the tensors that are replaced with it (BatchNorm, biases).
 
     Args:
         layer: The layer.
-        option: Its decomposition, or None for the layer as it is.
+        option: Its decomposition, or None for the kept layer.
     """
     if option is None:
         return layer.size + layer.freed
@@ -37,12 +37,12 @@ class Params(Budget):
     title = "parameters"
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
-        """What counts the parameters of a model."""
+        """The meter of a model's parameters."""
         return _Meter(found)
 
     def total(self, run: Run) -> Total:
         """The parameters of both models."""
-        # A rewrite can free more than a plan counts on: what only rewritten layers share.
+        # A rewrite can remove more than its plan predicts: tensors that only rewritten layers share.
         after = (
             _Meter(run.found).of_model(run.plan.choices)
             if run.rewritten is None
@@ -60,7 +60,7 @@ class _Meter(Counted):
 
     @cached_property
     def total(self) -> int:
-        """The parameters of the model as it is."""
+        """The parameters of the input model."""
         return model_parameters(self._found.model)
 
     def of_layer(self, layer: Layer, option: Option | None) -> int:

@@ -1,4 +1,4 @@
-"""The budgets that there are."""
+"""All budgets, and the lookup of one by its name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from onnx_lowrank.errors import InputError
 
 
 def every() -> tuple[Budget, ...]:
-    """All budgets, in the order of their names."""
+    """All budgets, in the order of `budgets.names`."""
     return tuple(budgets.found().values())
 
 
 def named(name: str) -> Budget:
-    """The budget of a name.
+    """The budget with this name.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: No budget has this name.
     """
     if name not in budgets.names():
         raise InputError(f"There is no budget {name!r}: choose one of {', '.join(budgets.names())}.")

@@ -1,1 +1,1 @@
-"""Activation statistics of a model on calibration data, and what is fitted to them."""
+"""Calibration data, the statistics of a model's activations on it, and the effects of layers' errors."""

@@ -1,4 +1,4 @@
-"""What there is to calibrate with: inputs, what runs them, and what was measured on them."""
+"""The calibration inputs of a run, with the engine that runs them and the statistics measured on them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onnx_lowrank.engines.running import Engine
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Calibration inputs at work.
+    """Calibration inputs in use.
 
     Attributes:
         samples: The inputs.
-        engine: What runs the model on them.
+        engine: The engine that runs the model on them.
         statistics: The moments of every layer.
     """
 

@@ -1,4 +1,4 @@
-"""Whether calibration data is what a model takes: names, dtypes, shapes and values."""
+"""Check that calibration data fits a model: names, dtypes, shapes and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_names(given: Iterable[str], wanted: tuple[Spec, ...], where: str) -> N
     """Compare names with the model's inputs.
 
     Raises:
-        InputError: One is unknown, or an input is missing.
+        InputError: A name is unknown, or an input is missing.
     """
     names = [spec.name for spec in wanted]
     given = list(given)
@@ -34,10 +34,11 @@ def check_names(given: Iterable[str], wanted: tuple[Spec, ...], where: str) -> N
 
 
 def check_dtype(spec: Spec, given: np.dtype[Any], where: str) -> None:
-    """Compare a dtype with an input's: what can be cast without harm will be.
+    """Check that arrays of a dtype can be cast to the dtype of an input.
 
     Raises:
-        InputError: Neither equal, nor floats for floats, integers or booleans for integers, or strings.
+        InputError: The dtypes differ, and they are not floats for floats, integers or booleans for integers,
+            or strings for strings.
     """
     wanted = np.dtype(spec.dtype)
     if wanted == given or same_bits(wanted, given):
@@ -57,22 +58,22 @@ def check_dtype(spec: Spec, given: np.dtype[Any], where: str) -> None:
 
 
 def check_shape(spec: Spec, shape: tuple[int, ...], where: str) -> None:
-    """Compare the shape of a whole feed's array with an input's.
+    """Check that the array of a whole feed has a shape that its input takes.
 
     Raises:
-        InputError: It does not fit.
+        InputError: The shape does not fit.
     """
     if not fits(shape, spec):
         raise shape_error(spec, shape, where)
 
 
 def check_samples(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """See that there are samples, on the first axes.
+    """Check that every input has samples on its first axis.
 
-    Another axis may have no length, as a decoder's past has at its first call, if not in all inputs.
+    Another axis may have length 0, like the past of a decoder at its first call, but not in all inputs.
 
     Raises:
-        InputError: An input has no samples, or all have no elements.
+        InputError: An input has no samples, or no input has elements.
     """
     is_empty = all(0 in shape for shape in shapes.values())
     for name, shape in shapes.items():
@@ -88,7 +89,7 @@ def fits(shape: tuple[int, ...], spec: Spec) -> bool:
 
 
 def shape_error(spec: Spec, shape: tuple[int, ...], where: str) -> InputError:
-    """The error for a shape that an input does not take."""
+    """The error for a shape that does not fit an input."""
     return InputError(
         f"{where}: the input {spec.name!r} has the shape {shape_text(spec.shape or ())} in the model, "
         f"but {shape_text(shape)} was given: reshape it, samples on its first axis."
@@ -98,16 +99,16 @@ def shape_error(spec: Spec, shape: tuple[int, ...], where: str) -> InputError:
 def cast(
     spec: Spec, values: NDArray[Any], where: str, numbers: Sequence[int] | NDArray[np.intp] | None = None
 ) -> NDArray[Any]:
-    """An array as the model takes it, native and in C order; `check_dtype` has accepted its dtype.
+    """Cast an array to the input's dtype, in native byte order and C order.
 
     Args:
         spec: The input.
-        values: The array.
-        where: What to call its origin in errors.
-        numbers: The numbers of the samples on its first axis; None where it is one thing.
+        values: The array; `check_dtype` has accepted its dtype.
+        where: The name of its origin in errors.
+        numbers: The numbers of the samples on its first axis; None if the array is not split into samples.
 
     Raises:
-        InputError: A value is NaN or Inf, or lies outside the input's integer type.
+        InputError: A value is NaN or Inf, or outside the range of the input's integer type.
     """
     wanted = np.dtype(spec.dtype)
     if same_bits(wanted, values.dtype):
@@ -120,7 +121,7 @@ def cast(
         bad = np.zeros(values.shape, bool)
         if values.size and (int(values.min()) < info.min or int(values.max()) > info.max):
             bad = (values < info.min) | (values > info.max)
-    with np.errstate(over="ignore"):  # what overflows is looked for below
+    with np.errstate(over="ignore"):  # the check below finds overflow
         result = np.asarray(values, wanted, order="C")
     if _is_float(wanted) or wanted.kind == "c":
         bad = ~np.isfinite(result)
@@ -143,10 +144,10 @@ def _value_error(
 
 
 def fitted(feed: Mapping[str, NDArray[Any]], wanted: tuple[Spec, ...], where: str) -> dict[str, NDArray[Any]]:
-    """A whole feed as the model takes it, its inputs in the model's order.
+    """Cast a whole feed to the model's dtypes, with the inputs in the model's order.
 
     Raises:
-        InputError: A name, dtype, shape or value is not what the model takes.
+        InputError: A name, dtype, shape or value does not fit the model.
     """
     check_names(feed, wanted, where)
     for spec in wanted:
@@ -157,7 +158,7 @@ def fitted(feed: Mapping[str, NDArray[Any]], wanted: tuple[Spec, ...], where: st
 
 
 def narrowed(spec: Spec, given: np.dtype[Any]) -> str | None:
-    """The warning for an array that loses digits; None where it does not."""
+    """The warning for an array that loses digits in the cast; None if it loses none."""
     wanted = np.dtype(spec.dtype)
     if not (_is_float(wanted) and given.kind == "f" and given.itemsize > wanted.itemsize):
         return None
@@ -169,7 +170,7 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
 
 
 class Variation:
-    """What inputs have in common over all samples: data that does not vary says little."""
+    """Tells whether inputs vary over the samples: statistics of constant data are of little use."""
 
     def __init__(self) -> None:
         self._first: dict[str, NDArray[Any]] = {}
@@ -177,7 +178,7 @@ class Variation:
         self._uneven: set[str] = set()
 
     def see(self, name: str, samples: NDArray[Any]) -> None:
-        """Take note of samples of an input, on the first axis."""
+        """Record samples of an input, on the first axis."""
         if len(samples) == 0:
             return
         first = self._first.setdefault(name, samples[0].copy())
@@ -187,7 +188,7 @@ class Variation:
             self._uneven.add(name)
 
     def warnings(self, count: int) -> list[str]:
-        """Sentences on what `count` samples lack."""
+        """Warnings if the `count` samples, or the elements of an input, are all the same."""
         if count > 1 and self._first and not self._varies:
             return [f"All {count} samples are the same: give different ones."]
         return [

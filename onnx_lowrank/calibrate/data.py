@@ -1,7 +1,7 @@
-"""Calibration data as people have it, streamed: memory does not grow with the number of samples.
+"""Calibration data in the usual formats, streamed: memory does not grow with the number of samples.
 
 Data is either a table (arrays with samples on their first axis, from which batches of any size are cut)
-or a list of feeds (the files of a folder, or what an iterable gives), which the model takes as they are.
+or a list of feeds (the files of a folder, or the items of an iterable), which go to the model unchanged.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from onnx_lowrank.files.arrays import Column, InMemory
 FEW = 32
 """With fewer samples than this, a warning says that estimates are weak."""
 
-_OWN = "The calibration data"
+_WHERE = "The calibration data"
 
 
 @runtime_checkable
 class FeedReader(Protocol):
-    """What gives one feed after the other, as ONNX Runtime's CalibrationDataReader does."""
+    """Gives one feed after the other, like ONNX Runtime's CalibrationDataReader."""
 
     def get_next(self) -> Mapping[str, ArrayLike] | None:
-        """The next feed; None behind the last."""
+        """The next feed; None after the last one."""
 
 
 Source = str | Path | Mapping[str, ArrayLike] | FeedReader | NDArray[Any] | Iterable[Mapping[str, ArrayLike]]
@@ -42,13 +42,13 @@ Source = str | Path | Mapping[str, ArrayLike] | FeedReader | NDArray[Any] | Iter
 
 
 class Samples:
-    """Checked calibration data, to be read as often as needed; a context manager, or call `close`.
+    """Checked calibration data that can be read repeatedly; a context manager, or call `close`.
 
     Attributes:
-        count: Number of samples used; a feed that cannot be split is one.
-        held: How many of them are held out, every fifth; 0 where there are fewer than five.
-        description: Where they came from, a short phrase.
-        warnings: What the user should know about them, sentences.
+        count: Number of samples used; a feed that cannot be split is one sample.
+        held: Number of held-out samples: every fifth, so 0 of fewer than five.
+        description: Their origin, a short phrase.
+        warnings: Warnings about them, sentences.
     """
 
     def __init__(self, data: Table | Feeds, name: str, files: ExitStack) -> None:
@@ -56,7 +56,7 @@ class Samples:
 
         Args:
             data: The checked data.
-            name: What it goes by.
+            name: The name of its origin.
             files: Closed with the samples.
         """
         self._data = data
@@ -80,11 +80,11 @@ class Samples:
         Memory holds 5 · `size` samples of a table, or one feed.
 
         Args:
-            size: The most samples in a batch, at least 1. A batch size that the model fixes goes before it,
-                and a feed that cannot be split is given whole.
+            size: The most samples in a batch, at least 1. A batch size that the model fixes overrides it, and
+                a feed that cannot be split is given whole.
 
         Returns:
-            Batches, each of which lies wholly in the fit share or wholly in the held-out share.
+            Batches; each has samples of only one share, those to fit to or the held-out ones.
 
         Raises:
             InputError: A file can no longer be read.
@@ -92,27 +92,28 @@ class Samples:
         return self._data.batches(size)
 
     def close(self) -> None:
-        """Delete what was spooled."""
+        """Delete the spooled feeds."""
         self._files.close()
 
 
 def open_samples(source: Source, wanted: tuple[Spec, ...], samples: int | None = None) -> Samples:
-    """Open calibration data, and check all that is used of it against the model.
+    """Open calibration data, and check all samples that are used against the model.
 
-    An array whose rank is the input's has samples on its first axis. With one axis more, every sample is
-    given alone, without the first axis (models without a batch axis). A scalar, or an array that fits an
-    input whose first axis the model fixes, is given with every sample where other arrays have more.
+    An array with the rank of its input has samples on its first axis. If it has one more axis, its samples go
+    to the model one by one, without that axis (for models without a batch axis). An array goes to the model
+    whole, with every sample, if it is a scalar, or if the model fixes the first axis of its input and other
+    arrays have more samples.
 
     Args:
         source: An .npz file (arrays named like the inputs) or an .npy file (models of one input); a folder
-            of ONNX's test_data_set_*/input_*.pb, or of .npz files that are one feed each; arrays by name, or
-            one array; an iterable of feeds, or a reader with `get_next`, which are spooled to disk.
+            of ONNX's test_data_set_*/input_*.pb, or of .npz files with one feed each; arrays by name, or one
+            array; an iterable of feeds, or a reader with `get_next`, whose feeds are spooled to disk.
         wanted: The model's inputs.
         samples: The most samples to use, at least 1: evenly spaced over arrays and files, the first ones of
             an iterable.
 
     Raises:
-        InputError: There is no such file, or something in the data is not what the model takes.
+        InputError: The file does not exist, or the data does not fit the model.
     """
     if not wanted:
         raise InputError("The model has no inputs to calibrate: leave --calibration out.")
@@ -127,29 +128,29 @@ def open_samples(source: Source, wanted: tuple[Spec, ...], samples: int | None =
 def _opened(
     source: Source, wanted: tuple[Spec, ...], most: int | None, files: ExitStack
 ) -> tuple[str, Table | Feeds]:
-    """What a source goes by, and its data."""
+    """The name of a source, and its data."""
     if isinstance(source, str | Path):
         path = Path(source)
         return path.resolve().name, folder(path, wanted, most) if path.is_dir() else _file(path, wanted, most)
     if isinstance(source, Mapping):
-        columns = {name: InMemory(as_array(a, f"{_OWN} for {name!r}")) for name, a in source.items()}
-        return "arrays", table(columns, wanted, most, _OWN)
+        columns = {name: InMemory(as_array(a, f"{_WHERE} for {name!r}")) for name, a in source.items()}
+        return "arrays", table(columns, wanted, most, _WHERE)
     if hasattr(source, "__array__"):
-        return "array", table(_only(InMemory(as_array(source, _OWN)), wanted, _OWN), wanted, most, _OWN)
+        return "array", table(_only(InMemory(as_array(source, _WHERE)), wanted, _WHERE), wanted, most, _WHERE)
     if isinstance(source, FeedReader):
         given: Iterable[Any] = _each(source)
     elif isinstance(source, Iterable):
         given = source
     else:
         kind = type(source).__name__
-        raise InputError(f"{_OWN} is of the type {kind}: pass a path, arrays by name, or feeds.")
+        raise InputError(f"{_WHERE} is of the type {kind}: pass a path, arrays by name, or feeds.")
     spool = files.enter_context(Spool(spec.name for spec in wanted))
     return "feeds", drawn(given, wanted, most, spool)
 
 
 def _file(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Table:
     if not path.is_file():
-        raise InputError(f"{_OWN} {path} does not exist: pass an .npz or .npy file, or a folder.")
+        raise InputError(f"{_WHERE} {path} does not exist: pass an .npz or .npy file, or a folder.")
     found = arrays.load(path)
     columns = found if isinstance(found, dict) else _only(found, wanted, str(path))
     return table(columns, wanted, most, str(path))

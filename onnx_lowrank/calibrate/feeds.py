@@ -1,4 +1,4 @@
-"""Calibration data in feeds, which are given to the model as they are: files, or drawn from an iterable."""
+"""Calibration data in feeds, which go to the model unchanged: files, or the items of an iterable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from onnx_lowrank.files import arrays
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A feed, or some samples of it (`rows`; None for all of it)."""
+    """A feed, or the samples `rows` of it; None for the whole feed."""
 
     feed: int
     rows: NDArray[np.intp] | None
@@ -34,11 +34,11 @@ class Feeds:
     """Feeds that have been checked against the model.
 
     Attributes:
-        load: Gives a feed by its number, as the model takes it.
-        pieces: The parts of them that are used.
+        load: Gives a feed by its number, in the model's dtypes.
+        pieces: The parts of the feeds that are used.
         held: For each sample used, whether it is held out; a feed that cannot be split is one sample.
-        extent: How many there are, in words.
-        warnings: What the user should know.
+        extent: The number of feeds and samples, in words.
+        warnings: Warnings about the data, sentences.
     """
 
     load: Callable[[int], Feed]
@@ -48,7 +48,7 @@ class Feeds:
     warnings: tuple[str, ...]
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """One pass over the feeds; those that can be split give batches of at most `size` samples."""
+        """One pass over the feeds; a feed that can be split gives batches of at most `size` samples."""
         for piece in self.pieces:
             feed = self.load(piece.feed)
             if piece.rows is None:
@@ -60,7 +60,7 @@ class Feeds:
 
 
 class _Inspection:
-    """The facts about feeds that their first reading collects."""
+    """Collects facts about feeds while they are read for the first time."""
 
     def __init__(self, wanted: tuple[Spec, ...]) -> None:
         self.wanted = wanted
@@ -74,7 +74,7 @@ class _Inspection:
         return sum(size or 1 for size in self.sizes)
 
     def see(self, given: Mapping[str, NDArray[Any]], where: str, most: int | None = None) -> Feed:
-        """Check a feed; gives it as the model takes it, cut to `most` samples if it can be split."""
+        """Check a feed and cast it to the model's dtypes; cut it to `most` samples if it can be split."""
         feed: Feed = checks.fitted(given, self.wanted, where)
         size = _samples(feed, self.wanted)
         if size is not None and most is not None and most < size:
@@ -90,7 +90,7 @@ class _Inspection:
         return feed
 
     def feeds(self, load: Callable[[int], Feed], most: int | None) -> Feeds:
-        """The inspected feeds, without more than `most` samples of them."""
+        """The inspected feeds, with at most `most` samples."""
         pieces = tuple(_pieces(self.sizes, most))
         held = [(piece.held, 1 if piece.rows is None else len(piece.rows)) for piece in pieces]
         number = len({piece.feed for piece in pieces})
@@ -114,7 +114,7 @@ def folder(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Feeds:
         most: The most samples to use, evenly spaced over the files; None for all.
 
     Raises:
-        InputError: There are none, or one is not what the model takes.
+        InputError: The folder has no feeds, or one does not fit the model.
     """
     sets = [p for p in _listed(path) if p.is_dir() and re.fullmatch(r"test_data_set_\d+", p.name)]
     archives = [p for p in _listed(path) if p.is_file() and p.suffix == ".npz"]
@@ -143,13 +143,13 @@ def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spo
     """Draw feeds and spool them.
 
     Args:
-        source: Gives mappings of names to arrays; only as many are drawn as are used.
+        source: Gives mappings of names to arrays; feeds beyond those that are used are not drawn.
         wanted: The model's inputs.
         most: The most samples to use, the first ones; None for all.
-        spool: Takes the feeds.
+        spool: Stores the feeds.
 
     Raises:
-        InputError: There are none, one is not what the model takes, or the disk is full.
+        InputError: There are no feeds, one does not fit the model, or the disk is full.
     """
     inspection = _Inspection(wanted)
     for number, given in enumerate(source):
@@ -170,10 +170,10 @@ def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spo
 
 
 def as_array(value: Any, what: str) -> NDArray[Any]:
-    """Anything array-like as an array.
+    """Convert an array-like value to an array.
 
     Raises:
-        InputError: It is none.
+        InputError: The value is not array-like.
     """
     try:
         return np.asarray(value)
@@ -186,10 +186,10 @@ def _label(number: int) -> str:
 
 
 def _samples(feed: Feed, wanted: tuple[Spec, ...]) -> int | None:
-    """Number of samples of a feed; None where it cannot be split.
+    """Number of samples of a feed; None if the feed cannot be split.
 
-    It can where every input but scalars has a free first axis, of one size, which is not its only axis
-    (the only axis of a waveform is time).
+    A feed can be split if the first axes of all inputs, except scalars, are free and have one size, and if an
+    input has further axes (the only axis of a waveform is time).
     """
     arrays = [(spec, feed[spec.name].shape) for spec in wanted if feed[spec.name].ndim]
     sizes = {shape[0] for _, shape in arrays}
@@ -201,9 +201,9 @@ def _samples(feed: Feed, wanted: tuple[Spec, ...]) -> int | None:
 
 
 def _pieces(sizes: Sequence[int | None], most: int | None) -> Iterator[_Piece]:
-    """The parts of feeds of these sizes that are used, and their shares.
+    """The used parts of feeds of these sizes, each in one share.
 
-    Every fifth feed is held out; of fewer feeds than that, every fifth sample, where they can be split.
+    Every fifth feed is held out. With fewer than five feeds, every fifth sample is held out.
     """
     ends = np.cumsum([size or 1 for size in sizes])
     chosen = spaced(int(ends[-1]), most)
@@ -213,10 +213,10 @@ def _pieces(sizes: Sequence[int | None], most: int | None) -> Iterator[_Piece]:
         held_out(len(chosen)) if len(used) < HOLD_EVERY else held_out(len(used))[np.searchsorted(used, owner)]
     )
     for feed in used:
-        own = np.flatnonzero(owner == feed)
+        members = np.flatnonzero(owner == feed)
         size = sizes[feed]
         for share in (False, True):
-            rows = chosen[own[by_sample[own] == share]] - (ends[feed] - (size or 1))
+            rows = chosen[members[by_sample[members] == share]] - (ends[feed] - (size or 1))
             if len(rows):
                 yield _Piece(int(feed), None if size is None else rows, share)
 
@@ -237,7 +237,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _read_test_set(path: Path, wanted: tuple[Spec, ...]) -> dict[str, NDArray[Any]]:
-    """The tensors input_0.pb, input_1.pb, ... of a test data set: the inputs in their order."""
+    """The tensors input_0.pb, input_1.pb, ... of a test data set: the model's inputs in their order."""
     found = {p.name for p in _listed(path) if re.fullmatch(r"input_[0-9]+\.pb", p.name)}
     needed = [f"input_{place}.pb" for place in range(len(wanted))]
     if found != set(needed):

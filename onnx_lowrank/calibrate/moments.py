@@ -16,17 +16,17 @@ from onnx_lowrank.operators.geometry import CHUNK
 class Accumulator:
     """Moments of a stream of vectors, with float64 accumulators.
 
-    Chunks of rows are centred on the mean so far, multiplied in their own dtype (float32 has half the
-    price of float64; on real activations it costs some 1e-6 of the product of two standard deviations),
-    and merged by the vector form of the pairwise update of Chan, Golub, LeVeque, "Algorithms for
-    Computing the Sample Variance", 1983.
+    Chunks of rows are centred on the mean so far and multiplied in their own dtype. float32 takes half the
+    time of float64; its error, on real activations, is about 1e-6 of the product of two standard deviations.
+    The vector form of the pairwise update of Chan, Golub, LeVeque, "Algorithms for Computing the Sample
+    Variance", 1983, merges the chunks.
     """
 
     def __init__(self, name: str, groups: int, size: int) -> None:
         """Start without vectors.
 
         Args:
-            name: What the vectors belong to, for messages.
+            name: The origin of the vectors, for messages.
             groups: Number of groups, g.
             size: Length of a vector, n.
         """
@@ -44,11 +44,11 @@ class Accumulator:
             rows: Array of float32 or float64, shape (number, g, n); it is not changed.
 
         Raises:
-            InputError: They hold NaN or Inf, or numbers whose squares overflow.
+            InputError: The vectors hold NaN, Inf or numbers whose squares overflow.
         """
         if not len(rows):
             return
-        # Few rows are cheaper to copy than to merge, which goes through all n² moments.
+        # A merge updates all n² moments, so few rows are copied and merged later with others.
         if len(rows) < self._merged_at():
             self._waiting.append(rows.copy(order="K"))
             self._waiting_rows += len(rows)
@@ -58,7 +58,7 @@ class Accumulator:
         self._merge(rows)
 
     def moments(self) -> Moments | None:
-        """The moments of all vectors so far, biased (divided by their number); None where there are none."""
+        """The moments of all vectors so far, biased (divided by their number); None without vectors."""
         if self._waiting:
             self._merge(self._taken())
         if not self._count:
@@ -90,7 +90,7 @@ class Accumulator:
                 second += self._count * count / total * np.multiply.outer(shift[group], shift[group])
         if not np.isfinite(self._second.diagonal(axis1=1, axis2=2)).all():
             raise InputError(
-                f"On the calibration inputs the activations of {self._name} hold NaN, Inf or numbers whose "
+                f"On the calibration inputs, the activations of {self._name} hold NaN, Inf or numbers whose "
                 "squares overflow: leave out the inputs that lead to them, or exclude the layer."
             )
         self._mean += shift * (count / total)
@@ -98,7 +98,7 @@ class Accumulator:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """The moments of all vectors of several streams, by the same update, in the order given."""
+    """The moments of the vectors of several streams, merged by the same update, in the given order."""
     count, mean, second = parts[0].count, parts[0].mean, parts[0].second
     for part in parts[1:]:
         total = count + part.count
@@ -111,7 +111,7 @@ def merged(parts: Sequence[Moments]) -> Moments:
 
 
 def split(joint: Moments, inputs: int) -> tuple[Moments, Targets]:
-    """Part the moments of vectors (x, y) into those of x and what y should be.
+    """Split the moments of vectors (x, y) into those of the inputs x and those of the targets y.
 
     Args:
         joint: Moments of the concatenated vectors.

@@ -1,8 +1,8 @@
-"""The walk from layer to layer: what each one reads in the compressed prefix and in the original model.
+"""The walk from layer to layer: the inputs of each layer in the compressed prefix and in the original model.
 
-The tensors that cross a cut are kept on disk, for every batch, so that each layer costs one run of
-its segment in either model, whatever stands before it, and memory holds one batch at a time. A tensor
-that does not depend on a substituted layer is the same in both, and is computed and kept once.
+A cut lies before every layer. The tensors that cross a cut are kept on disk, for every batch. So each layer
+needs only one run of its own segment in each model, and memory holds one batch at a time. A tensor that does
+not depend on a substituted layer is the same in both models, and is computed and kept once.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What a layer meets in one batch.
+    """The tensors around a layer in one batch.
 
     Attributes:
-        x: The activation that it reads in the original model, as its node reads it; None unless asked for.
-        x_hat: The same in the compressed prefix.
-        y: What it gives in the original model, behind a folded BatchNorm.
-        beside: The tensor that an Add puts beside y, in the original model and in the compressed prefix, both
-            in y's shape; None where there is none.
+        x: The layer's input in the original model, as its node reads it; None unless requested.
+        x_hat: The layer's input in the compressed prefix.
+        y: The layer's output in the original model, after a folded BatchNorm.
+        beside: The tensor that an Add adds to y, in the original model and in the compressed prefix, both of
+            y's shape; None if there is none.
         held: Whether the batch is held out.
     """
 
@@ -58,7 +58,7 @@ class Step:
 
     Attributes:
         binding: The layer.
-        rectified: Whether nothing but a Relu reads what the layer gives, with what is added to it.
+        rectified: Whether only a Relu reads the layer's output, or its sum with `Sight.beside`.
     """
 
     def __init__(
@@ -77,15 +77,15 @@ class Step:
         self._substitute: Substitute | None = None
 
     def batches(self, *, original: bool = False) -> Iterator[Sight]:
-        """What the layer meets, batch by batch; `again` gives it once more.
+        """The tensors around the layer, batch by batch, once; `again` repeats them.
 
         Args:
-            original: Give x, too.
+            original: Whether to include x.
 
         Raises:
-            InputError: The disk does not hold the activations.
-            UnsupportedError: The engine does not run a part of the model on its own.
-            RejectedError: It fails on a batch.
+            InputError: The disk has no room for the activations.
+            UnsupportedError: The engine does not run a segment of the model.
+            RejectedError: The engine fails on a batch.
         """
         if self._started is not None:
             raise RuntimeError(f"the batches of {self.binding.layer.id} have been handed out")
@@ -93,22 +93,21 @@ class Step:
         return self._started
 
     def again(self, every: int = 1) -> Iterator[Sight]:
-        """What `batches` has given, without x: of each share, one batch of so many."""
+        """Repeat `batches` without x: every n-th batch of each share, n = `every`."""
         return self._again(every)
 
     def substitute(self, weight: NDArray[Any], bias: NDArray[Any] | None = None) -> None:
-        """Have the layer compute something else in the compressed prefix, from here on.
+        """Replace the layer's map in the compressed prefix from here on.
 
         Args:
-            weight: Its canonical weight, shape (groups, f / groups, c / groups, *kernel), with a folded
+            weight: The new canonical weight, shape (groups, f / groups, c / groups, *kernel), with a folded
                 BatchNorm in it.
-            bias: What it adds to its output features, shape (f,), with a folded BatchNorm in it; None
-                for what it adds anyway.
+            bias: The new bias, shape (f,), with a folded BatchNorm in it; None keeps the layer's own bias.
         """
         self._substitute = Substitute(weight, bias)
 
     def finish(self) -> Substitute | None:
-        """Run the batches that have not been asked for; returns what the layer computes from here on."""
+        """Run the remaining batches; returns the layer's substitute, or None if it keeps its map."""
         for _ in self.batches() if self._started is None else self._started:
             pass
         return self._substitute
@@ -116,13 +115,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """Where the walk stands.
+    """The position of the walk.
 
     Attributes:
-        index: The layer.
-        before: What depends on a substituted layer at the cut before the previous layer.
+        index: The index of the layer.
+        before: The tensors at the cut before the previous layer that depend on a substituted layer.
         changed: The same at the cut before this layer.
-        substitute: What the previous layer computes in the compressed prefix, unless it is as it was.
+        substitute: The substitute of the previous layer in the compressed prefix; None if it keeps its map.
     """
 
     index: int
@@ -132,10 +131,10 @@ class _Stage:
 
 
 _TARGET = ""
-"""Stands for a layer's result in the original model; no tensor has this name."""
+"""The name under which a layer's output in the original model is kept; no tensor has this name."""
 
 _Key = tuple[str, bool]
-"""A tensor's name, and whether it is that of the compressed prefix rather than the original model's."""
+"""A tensor's name, and whether it belongs to the compressed prefix, not to the original model."""
 
 
 class Prefix:
@@ -152,10 +151,10 @@ class Prefix:
         Args:
             model: The model.
             walk: Its walk.
-            bindings: The layers to stop at. Those with several uses and those outside the main graph
-                are passed over.
-            batches: The calibration inputs, at least one batch; they are gone through once.
-            engine: What runs the segments.
+            bindings: The layers to stop at. The walk skips layers with several uses and layers outside the
+                main graph.
+            batches: The calibration inputs, at least one batch; they are read once.
+            engine: Runs the segments.
         """
         self._segments = Segments(model, walk, bindings)
         self._batches = batches
@@ -176,12 +175,12 @@ class Prefix:
         self._folder.cleanup()
 
     def steps(self) -> Iterator[Step]:
-        """The layers, one after the other; each is finished before the next one comes.
+        """The layers, one after the other; each is finished before the next one starts.
 
         Raises:
-            InputError: There are no batches, or the disk does not hold the activations.
-            UnsupportedError: The engine does not run a part of the model on its own, or what crosses a cut
-                is no tensor of numbers.
+            InputError: There are no batches, or the disk has no room for the activations.
+            UnsupportedError: The engine does not run a segment of the model, or a value that crosses a cut is
+                no tensor of numbers.
             RejectedError: The engine fails on a batch.
         """
         if not self._segments.bindings:
@@ -203,7 +202,7 @@ class Prefix:
             self._clear(stage)
 
     def _start(self) -> None:
-        """Go through the data once, and keep what crosses the first cut."""
+        """Read the data once, and keep the tensors that cross the first cut."""
         segments, shelf = self._segments, self._shelf
         segment = segments.segment(0, segments.made(0), {})
         with self._opened(segment) as run:
@@ -211,13 +210,14 @@ class Prefix:
                 made = run({name: batch.feed[name] for name in segment.inputs})
                 self._keep(number, {name: made.get(name, batch.feed.get(name)) for name in segments.cut(0)})
                 self._held.append(batch.held)
-                # How much is still to come is unknown, and what crosses later cuts needs room as well.
+                # The number of batches is unknown, and the tensors of later cuts need room, too: ask for as
+                # much again.
                 shelf.require(shelf.used)
         if not self._held:
             raise InputError("There are no calibration inputs: give at least one.")
 
     def _sights(self, stage: _Stage, original: bool) -> Iterator[Sight]:
-        """One pass: the original model is run past the layer, the compressed prefix up to it."""
+        """One pass: it runs the original model past the layer, and the compressed prefix up to it."""
         segments, shelf, index = self._segments, self._shelf, stage.index
         x, y = segments.entering(index), segments.leaving(index)
         ahead = segments.segment(index + 1, (y, *segments.made(index + 1)), self._kinds)
@@ -241,7 +241,7 @@ class Prefix:
                 yield sight
 
     def _again(self, stage: _Stage, every: int) -> Iterator[Sight]:
-        """What `_sights` has shown, from the shelf: of each share, one batch of so many."""
+        """Repeat `_sights` from the shelf: every n-th batch of each share, n = `every`."""
         name, shelf = self._segments.entering(stage.index), self._shelf
         shares = [
             [number for number, held in enumerate(self._held) if held is share] for share in (False, True)
@@ -252,7 +252,7 @@ class Prefix:
             yield Sight(None, x_hat, y, self._beside(stage, y.shape, number), held)
 
     def _clear(self, stage: _Stage) -> None:
-        """Drop what no later step reads."""
+        """Delete the tensors that no later step reads."""
         for number in range(len(self._held)):
             for key in (*self._dead(stage), (_TARGET, False)):
                 self._shelf.drop(key, number)
@@ -260,7 +260,7 @@ class Prefix:
     def _beside(
         self, stage: _Stage, shape: tuple[int, ...], number: int
     ) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        """The summand of the layer's result in both models, if it has the result's shape."""
+        """The tensor that is added to the layer's output, in both models, if it has the output's shape."""
         name = self._segments.beside(stage.index)
         if name is None:
             return None
@@ -270,11 +270,11 @@ class Prefix:
         )
 
     def _dead(self, stage: _Stage) -> set[_Key]:
-        """What no later step reads of what is on the shelf in a step."""
+        """The tensors on the shelf that no later step reads."""
         cut, index = self._segments.cut, stage.index
         ahead, here = set(cut(index + 1)), set(cut(index))
         previous = set(cut(index - 1)) if index else set()
-        # The next step runs the compressed prefix from here, on what is the same in both models, too.
+        # The next step also runs the compressed prefix from this cut, and reads its unchanged tensors.
         kept = ahead | (here - stage.changed)
         dead = {(name, False) for name in (here | (previous - stage.before)) - kept}
         return dead | {(name, True) for name in stage.before - stage.changed}
@@ -282,13 +282,13 @@ class Prefix:
     def _keep(self, number: int, values: Mapping[str, Any], changed: bool = False) -> None:
         for name, value in values.items():
             if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind == "O":
-                raise UnsupportedError(f"the value {name!r}, which layers share, is no tensor of numbers")
+                raise UnsupportedError(f"the value {name!r} between two layers is no tensor of numbers")
             self._kinds[name] = np_dtype_to_tensor_dtype(value.dtype)
             self._shelf.put((name, changed), number, np.asarray(value, order="C"))
 
     @contextmanager
     def _opened(self, segment: Segment) -> Iterator[Callable[[Feed], dict[str, Any]]]:
-        """Load a segment; one of which nothing is wanted is not loaded, and gives nothing."""
+        """Load a segment; a segment without outputs is not loaded, and gives nothing."""
         if not segment.outputs:
             yield lambda feed: {}
             return
@@ -300,7 +300,7 @@ class _Shelf:
     """Arrays on disk, a file for each tensor and batch.
 
     Attributes:
-        used: Bytes of all files on it.
+        used: The bytes of all its files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -335,22 +335,22 @@ class _Shelf:
         path.unlink()
 
     def require(self, further: int) -> None:
-        """See that the disk has room.
+        """Check that the disk has room.
 
         Args:
-            further: Bytes.
+            further: The bytes still to write.
 
         Raises:
-            InputError: It has not.
+            InputError: The disk has less room.
         """
         free = shutil.disk_usage(self._folder).free
         if further > free:
             raise InputError(
-                f"The activations between two layers take {further / _GIB:.1f} GiB more and "
-                f"{self._folder.parent} has {free / _GIB:.1f} GiB free: make room there, or use fewer "
+                f"The activations between two layers take {further / _GIB:.1f} GiB more, but "
+                f"{self._folder.parent} has only {free / _GIB:.1f} GiB free: make room there, or use fewer "
                 "inputs with --calibration-samples."
             )
 
     def _path(self, key: _Key, batch: int) -> Path:
-        # Names of tensors are no names of files.
+        # The name of a tensor may not be a valid file name.
         return self._folder / f"{self._numbers.setdefault(key, len(self._numbers))}-{batch}.npy"

@@ -1,12 +1,12 @@
-"""How much every layer's error matters: what it does, alone, at the model's outputs.
+"""The effect of every layer's error on the model's outputs, one layer at a time.
 
-Every layer in turn computes a substitute in place of its own map, on a few of the calibration inputs,
-and the outputs are compared with those of the model as it is:
+Each layer in turn is replaced by substitutes, on a few of the calibration inputs. The model's outputs are
+compared with those of the unchanged model:
 
     error = mean over the float outputs of Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖²,
 
-ȳ the mean output over the samples. An output that does not vary is compared with Σ ‖y‖². Left out are
-outputs that are not float, that are zero throughout, or whose shape a substitute changes.
+with the mean output ȳ over the samples. For an output that does not vary, the denominator is Σ ‖y‖². Outputs
+that are not float, that are all zero, or whose shape a substitute changes are left out.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from onnx_lowrank.probe.override import Overridable
 from onnx_lowrank.probe.segments import Substitute
 
 LOST = 1e6
-"""The error of an output that becomes NaN or infinite, and the largest one."""
+"""The largest error; an output with NaN or Inf has this one."""
 
 MEMORY = 2**28
 """Bytes of inputs and outputs that are kept."""
 
 _GROUP = 4
-"""Layers that are overridden in one session: the fewer, the faster it runs, the more often one is opened."""
+"""Layers that are overridden in one session. Fewer make it faster, but need more sessions."""
 
 _BATCH = 16
 _FEWEST, _MOST = 8, 128
 _PASSES = 5
-"""What all trials cost together, about, in evaluations of all calibration samples."""
+"""The approximate cost of all trials together, in runs of all calibration samples."""
 
 
 class Sensitivities(Mapping[str, NDArray[np.float64]]):
-    """The output errors of every measured layer's substitutes, in their order, by the layer's id.
+    """For each measured layer, by id: the output errors of its substitutes, in their order.
 
     Attributes:
-        reasons: Why the other layers were not measured, a sentence each.
+        reasons: For each other layer, the reason why it was not measured, a sentence.
     """
 
     def __init__(self, outcomes: Mapping[str, NDArray[np.float64] | str]) -> None:
-        """Part errors from reasons."""
+        """Separate errors from reasons."""
         self.reasons = {layer: found for layer, found in outcomes.items() if isinstance(found, str)}
         self._errors = {layer: found for layer, found in outcomes.items() if not isinstance(found, str)}
 
@@ -78,25 +78,25 @@ def measure(
     trials: int = 5,
     step: Callable[[float], None] | None = None,
 ) -> Sensitivities:
-    """Measure what substitutes of every layer do to the model's outputs.
+    """Measure the effect of every layer's substitutes on the model's outputs.
 
     Args:
         model: The model.
         walk: Its walk.
         bindings: The layers.
-        substitutes: Gives the substitutes of a layer; they are taken one by one, and not kept.
-        samples: The calibration inputs. Those to fit to are used, `probe` says how many.
-        engine: What runs the model.
-        trials: How many substitutes a layer has, about.
-        step: Told the share of the work that is done, after every layer.
+        substitutes: Gives the substitutes of a layer; they are used one by one, and not kept.
+        samples: The calibration inputs. Only samples to fit to are used; `probe` gives their number.
+        engine: Runs the model.
+        trials: The approximate number of substitutes of a layer.
+        step: Receives the share of the work that is done, after every layer.
 
     Returns:
-        The errors; layers that cannot be overridden, and all of them where the model has no output to
-        compare or does not run, are among the reasons.
+        The errors, and reasons for the layers that cannot be overridden. If the model does not run, or has no
+        output to compare, all layers have reasons.
 
     Raises:
-        InputError: A data file has changed, or a substitute has a bias where its layer has none that could
-            be changed.
+        InputError: A data file has changed, or a substitute has a bias but its layer has no bias that can be
+            changed.
     """
     outcomes: dict[str, NDArray[np.float64] | str] = {}
     try:
@@ -124,7 +124,7 @@ def measure(
 
 
 def probe(samples: int, layers: int, trials: int) -> int:
-    """How many samples to run every trial on: all trials cost 5 evaluations of all samples, about.
+    """The number of samples for each trial, so that all trials together cost about 5 runs of all samples.
 
     Args:
         samples: Number of calibration samples.
@@ -138,12 +138,12 @@ def probe(samples: int, layers: int, trials: int) -> int:
 
 
 def _chosen(run: Run, samples: Samples, wanted: int) -> list[Feed]:
-    """About so many samples, fewer where they take too much memory: batches evenly spaced over the data."""
+    """Batches with about `wanted` samples, evenly spaced over the data; fewer if memory is short."""
     first = next(iter(samples.batches(1))).feed
     taken = max(_bytes(first) + _bytes(run(first)), 1)
     size = max(1, min(wanted, _BATCH, MEMORY // taken))
     held = [batch.held for batch in samples.batches(size)]
-    in_batch = samples.count / len(held)  # more than `size` where the model fixes it
+    in_batch = samples.count / len(held)  # more than `size` if the model fixes the batch size
     number = max(1, min(round(wanted / in_batch), MEMORY // (size * taken)))
     places = set(spaced(held.count(False), number).tolist())
     fit = (batch.feed for batch in samples.batches(size) if not batch.held)
@@ -156,12 +156,12 @@ def _bytes(arrays: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """What the model itself gives for one output.
+    """One output of the unchanged model.
 
     Attributes:
-        name: The output.
+        name: The name of the output.
         values: Its values in every batch.
-        power: Σ ‖y − ȳ‖², or Σ ‖y‖² where that vanishes.
+        power: Σ ‖y − ȳ‖², or Σ ‖y‖² if that is zero.
     """
 
     name: str
@@ -170,7 +170,7 @@ class _Output:
 
 
 class _Trial:
-    """The model's own outputs, to which those with substitutes are compared."""
+    """The outputs of the unchanged model, with which those of the model with substitutes are compared."""
 
     def __init__(self, run: Run, feeds: Sequence[Feed]) -> None:
         self._run = run
@@ -180,26 +180,26 @@ class _Trial:
         self._outputs = [output for output in outputs if output is not None]
 
     def errors(self, fed: Iterable[Feed]) -> NDArray[np.float64] | str:
-        """The output error of every substitute, given what to feed for it; or why there are none."""
+        """The output error of every substitute, given the feed that overrides the layer; or a reason."""
         if not self._outputs:
             return "the model has no output of floats that differ from zero"
-        table = np.array([self._row(own) for own in fed]).reshape(-1, len(self._outputs))
+        table = np.array([self._row(override) for override in fed]).reshape(-1, len(self._outputs))
         same = ~np.isnan(table).any(axis=0)
         if not same.any():
             return "its substitutes change the shapes of the model's outputs"
         return np.asarray(table[:, same].mean(axis=1))
 
-    def _row(self, own: Feed) -> NDArray[np.float64]:
-        """The error of every output; NaN where its shape changes."""
+    def _row(self, override: Feed) -> NDArray[np.float64]:
+        """The error of every output; NaN if its shape changes."""
         residuals = np.zeros(len(self._outputs))
         for batch, feed in enumerate(self._feeds):
-            given = self._run({**feed, **own})
+            given = self._run({**feed, **override})
             residuals += [_residual(output.values[batch], given[output.name]) for output in self._outputs]
         with np.errstate(over="ignore"):
             return np.minimum(residuals / [output.power for output in self._outputs], LOST)
 
     def _output(self, name: str, values: Sequence[Any]) -> _Output | None:
-        """One output, or None where it cannot be compared."""
+        """One output, or None if it cannot be compared."""
         if not all(isinstance(v, np.ndarray) and v.dtype.name in FLOATS.values() for v in values):
             return None
         spread = Spread()
@@ -214,7 +214,7 @@ def _energy(values: NDArray[Any]) -> float:
 
 
 def _residual(wanted: NDArray[Any], given: Any) -> float:
-    """‖y − ŷ‖² where y is finite: infinite where ŷ is not, NaN where its shape is another."""
+    """‖y − ŷ‖² over the finite elements of y; infinite if ŷ is not finite there, NaN if the shapes differ."""
     if given.shape != wanted.shape:
         return np.nan
     finite = np.isfinite(wanted)

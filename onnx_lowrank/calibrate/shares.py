@@ -1,4 +1,4 @@
-"""Which samples are used, which of them are held out, and what a batch of them is."""
+"""The samples that are used, the share of them that is held out, and batches of one share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.engines.engine import Feed
 
 HOLD_EVERY = 5
-"""One sample of so many is held out, the last: interleaved, so that both shares see all of sorted data."""
+"""The last of every 5 samples is held out: interleaved, so both shares cover data that is sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Batch:
 
     Attributes:
         feed: An array for each of the model's inputs.
-        held: Whether all its samples are held out; else all of them are to be fitted to.
+        held: Whether all its samples are held out; otherwise, all of them are to be fitted to.
     """
 
     feed: Feed
@@ -27,13 +27,13 @@ class Batch:
 
 
 def spaced(total: int, most: int | None) -> NDArray[np.intp]:
-    """At most `most` of the numbers below `total`, evenly spaced and ascending; None for all of them."""
+    """At most `most` numbers below `total`, evenly spaced and ascending; all of them for None."""
     number = total if most is None else min(total, most)
     return np.arange(number, dtype=np.intp) * total // max(number, 1)
 
 
 def held_out(number: int) -> NDArray[np.bool_]:
-    """For each of so many samples or feeds, whether it is held out; with fewer than `HOLD_EVERY` none is."""
+    """For each sample or feed, whether it is held out; with fewer than `HOLD_EVERY` none is."""
     return np.equal(np.arange(number) % HOLD_EVERY, HOLD_EVERY - 1)
 
 

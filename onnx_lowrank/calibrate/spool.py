@@ -1,4 +1,4 @@
-"""Feeds spooled to disk, for those that can be drawn only once."""
+"""Feeds on disk, because an iterable gives them only once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPARE_BYTES = 2**26
 
 
 class Spool:
-    """Feeds in a temporary file, so that memory need not hold them; it goes with `close`."""
+    """Feeds in a temporary file instead of memory; `close` deletes the file."""
 
     def __init__(self, names: Iterable[str]) -> None:
         """Open the file in the system's temporary folder.
@@ -38,16 +38,16 @@ class Spool:
         self.close()
 
     def append(self, feed: Mapping[str, NDArray[Any]], where: str) -> None:
-        """Write one feed behind the others.
+        """Append one feed.
 
         Args:
             feed: An array for every name.
-            where: What to call it in errors.
+            where: The name of the feed in errors.
 
         Raises:
             InputError: The disk has no room for it.
         """
-        # Strings are objects to ONNX Runtime, and objects would be pickled.
+        # Strings arrive as objects, which NumPy would pickle.
         arrays = [a.astype(str) if a.dtype.kind == "O" else a for a in map(feed.__getitem__, self._names)]
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
@@ -63,7 +63,7 @@ class Spool:
             raise InputError(full) from error
 
     def read(self, number: int) -> dict[str, NDArray[Any]]:
-        """The feed of this number."""
+        """The feed with this number."""
         self._file.seek(self._offsets[number])
         return {name: np.lib.format.read_array(self._file, allow_pickle=False) for name in self._names}
 

@@ -1,8 +1,8 @@
-"""Moments of what every layer of a model reads: streamed, centred, in one or a few passes over the data.
+"""Moments of every layer's inputs: streamed, centred, in one or a few passes over the data.
 
-For every layer the moments of its input patches are taken, of the samples to fit to and of the held-out
-ones apart. Where these do not fit into memory, and of tables, whose inputs are indices, the moments of
-the results stand in. Finished moments lie on disk, so that memory holds those under way only.
+Each layer gets the moments of its input patches, separately for the samples to fit to and for the held-out
+ones. If the moments do not fit into memory, or if the layer is a table with indices as inputs, it gets the
+moments of its outputs instead. Finished moments are on disk, so memory holds only unfinished ones.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 
 MEMORY = 2**30
-"""Bytes that the moments under way take at most, all layers together."""
+"""The most bytes of unfinished moments, over all layers."""
 
 _UNMEASURED = 32
-"""Samples to run at a time where nothing is measured."""
+"""Samples to run at a time if nothing is measured."""
 
 _TAPPED = 2**28
-"""Bytes that the tapped tensors of one batch take, about."""
+"""The approximate bytes of the tapped tensors of one batch."""
 
-_GROWTH, _SHARE = 32, 4  # a first convolution makes 64 channels of 3; all of a batch may take 4 times _TAPPED
+_GROWTH, _SHARE = 32, 4  # a first convolution makes 64 channels of 3; a batch may take 4 times _TAPPED
 
 
 class Samples(Protocol):
-    """Calibration inputs that can be gone through again and again."""
+    """Calibration inputs that can be read repeatedly."""
 
     @property
     def count(self) -> int:
         """Number of samples."""
 
     def batches(self, size: int) -> Iterable[Batch]:
-        """The samples, in batches of at most `size` where the model lets them be cut."""
+        """The samples, in batches of at most `size` if the model allows that."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What to measure once, for all layers that read the same in the same way.
+    """One measurement, for all layers that read the same tensors in the same way.
 
     Attributes:
-        sights: For each use, the tap and how to cut it.
-        of_outputs: Whether results are measured rather than inputs.
-        shape: Groups and length of the vectors.
+        sights: For each use, the tap and the geometry that cuts it into vectors.
+        of_outputs: Whether it measures outputs, not inputs.
+        shape: Number of groups, and length of the vectors.
     """
 
     sights: tuple[tuple[Tap, Geometry], ...]
@@ -71,13 +71,13 @@ class _Job:
 
 
 class Statistics(Mapping[str, LayerMoments]):
-    """The moments of all layers by id, on disk; each is read when it is asked for.
+    """The moments of all layers by id, on disk; each access reads them.
 
     Use it as a context manager: it keeps a temporary folder.
 
     Attributes:
-        reasons: Why the layers without moments have none.
-        batch: How many samples were run at a time.
+        reasons: For each layer without moments, the reason.
+        batch: The number of samples that were run at a time.
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
@@ -97,7 +97,7 @@ class Statistics(Mapping[str, LayerMoments]):
         self.close()
 
     def close(self) -> None:
-        """Delete what lies on disk."""
+        """Delete the moments on disk."""
         self._folder.cleanup()
 
     def __iter__(self) -> Iterator[str]:
@@ -113,16 +113,16 @@ class Statistics(Mapping[str, LayerMoments]):
         return self._references[layer].read()
 
     def reference(self, layer: str) -> MomentsRef | None:
-        """Where the moments of one layer are; None where there are none."""
+        """The place of the moments of one layer on disk; None if it has none."""
         return self._references.get(layer)
 
     def has_inputs(self, layer: str) -> bool:
-        """Whether there are moments of a layer's inputs, of both shares."""
+        """Whether a layer has moments of its inputs, for both shares."""
         known = self._references.get(layer)
         return known is not None and not known.of_outputs and known.has_held
 
     def store(self, layers: Iterable[str], fit: Moments, held: Moments | None, *, of_outputs: bool) -> None:
-        """Put moments on disk that several layers may share.
+        """Write moments, which several layers may share, to disk.
 
         Raises:
             InputError: The disk is full.
@@ -150,19 +150,19 @@ def measure(
     memory: int = MEMORY,
     step: Callable[[float], None] | None = None,
 ) -> Statistics:
-    """Take the moments of what every layer reads, or else of what it gives.
+    """Measure the moments of every layer's inputs, or those of its outputs.
 
-    The same activations give the same bits, whatever the number of threads: every sum is one task's.
+    The same activations give the same bits with any number of threads, because one task computes each sum.
 
     Args:
         model: The model.
         walk: Its walk.
         bindings: Its layers.
         samples: The calibration inputs.
-        engine: What runs the model.
-        threads: What adds the moments up.
-        memory: Bytes for the moments under way; layers that do not fit together take several passes.
-        step: Told the share of the work that is done, after every batch.
+        engine: Runs the model.
+        threads: Sum the moments.
+        memory: Bytes for unfinished moments; layers that do not fit together take several passes.
+        step: Receives the share of the work that is done, after every batch.
 
     Raises:
         InputError: The model fails on the inputs, the activations hold NaN or Inf, or the disk is full.
@@ -201,7 +201,7 @@ class _Measurement:
         self._sizes: list[int] = []
 
     def run(self, bindings: Sequence[Binding], memory: int) -> None:
-        """Measure all layers, those that read the same tensors once."""
+        """Measure all layers; layers that read the same tensors are measured once."""
         for binding in bindings:
             choice = _of_outputs(binding.layer, memory)
             if isinstance(choice, str):
@@ -226,7 +226,7 @@ class _Measurement:
         )
 
     def _jobs(self, instrumented: Instrumented, bindings: Mapping[str, Binding]) -> dict[_Job, list[str]]:
-        """What there is to measure, each with the layers that it serves."""
+        """The measurements, each with its layers."""
         jobs: dict[_Job, list[str]] = {}
         for layer, taps in (*instrumented.inputs.items(), *instrumented.outputs.items()):
             binding, of_outputs = bindings[layer], self._of_outputs[layer]
@@ -236,9 +236,9 @@ class _Measurement:
         return jobs
 
     def _measure(self, bindings: Sequence[Binding], number: int, passes: int) -> None:
-        """Measure layers in one pass; if their taps do not run, those that stand in no body.
+        """Measure layers in one pass; if their taps do not run, only layers outside bodies.
 
-        A Loop cannot stack what differs in shape from iteration to iteration.
+        A Loop cannot stack tensors whose shapes differ between iterations.
         """
         try:
             self._pass(bindings, number, passes)
@@ -253,10 +253,10 @@ class _Measurement:
                 self._measure(outside, number, passes)
 
     def _check_data(self) -> None:
-        """Find out whether the model itself fails on the calibration inputs.
+        """Check that the model itself, without taps, runs on the calibration inputs.
 
         Raises:
-            InputError: It does.
+            InputError: It fails on them.
         """
         try:
             with self._engine.open(self._model) as run:
@@ -270,7 +270,7 @@ class _Measurement:
             ) from error
 
     def _pass(self, bindings: Sequence[Binding], number: int, passes: int) -> None:
-        """Run all batches, and put the moments on disk."""
+        """Run all batches, and write the moments to disk."""
         instrumented = self._instrumented(bindings)
         jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
         tasks = [_Task(job, layers) for job, layers in jobs.items()]
@@ -287,10 +287,10 @@ class _Measurement:
         self._step((number + 1) / passes)
 
     def _batch_size(self, run: Run) -> int:
-        """Samples whose tapped tensors take about `_TAPPED` bytes, judged by the first one.
+        """The number of samples whose tapped tensors take about `_TAPPED` bytes, judged by the first sample.
 
-        Few taps say little of what else the model computes: its largest tensors are taken for at most
-        `_GROWTH` times its inputs.
+        The model computes other tensors, too, and a few taps say little about their sizes: they are assumed
+        to take at most `_GROWTH` times the bytes of the inputs.
         """
         first = next(iter(self._samples.batches(1)))
         taken = sum(value.nbytes for value in run(first.feed).values() if isinstance(value, np.ndarray))
@@ -299,7 +299,7 @@ class _Measurement:
 
 
 class _Task:
-    """A job under way."""
+    """A job in progress."""
 
     def __init__(self, job: _Job, layers: Sequence[str]) -> None:
         self._job = job
@@ -307,7 +307,7 @@ class _Task:
         self._shares: dict[bool, Accumulator] = {}
 
     def add(self, found: Mapping[str, Any], held: bool) -> None:
-        """Add what the taps show in one batch."""
+        """Add the tapped tensors of one batch."""
         if held not in self._shares:
             self._shares[held] = Accumulator(f"layer {self._layers[0]!r}", *self._job.shape)
         cut = outputs if self._job.of_outputs else patches
@@ -316,40 +316,40 @@ class _Task:
                 self._shares[held].add(rows)
 
     def finish(self, statistics: Statistics) -> None:
-        """Put the moments on disk and forget them."""
+        """Write the moments to disk and free their memory."""
         fit, held = (self._shares.pop(h).moments() if h in self._shares else None for h in (False, True))
         if fit is None:
-            reason = "it does not run on the calibration inputs: give some that reach it"
+            reason = "it does not run on the calibration inputs: give inputs that reach it"
             statistics.reasons.update(dict.fromkeys(self._layers, reason))
         else:
             statistics.store(self._layers, fit, held, of_outputs=self._job.of_outputs)
 
 
 def _add(tasks: Sequence[_Task], found: Mapping[str, Any], held: bool, threads: Threads) -> None:
-    """Add a batch to all tasks, in parallel; its tensors are free when this returns."""
+    """Add a batch to all tasks, in parallel; no task holds its tensors when this returns."""
     threads.each(lambda task: task.add(found, held), tasks)
 
 
 def _silent(share: float) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""
 
 
 def _shape(layer: Layer, *, of_outputs: bool) -> tuple[int, int]:
-    """Groups, and length of the vectors of which the moments are taken."""
+    """Number of groups, and length of the measured vectors."""
     return layer.groups, (layer.f // layer.groups if of_outputs else layer.size // layer.f)
 
 
 def _bytes(shape: tuple[int, int]) -> int:
-    """What the moments of one job take while they are under way: two shares, what waits, and a merge."""
+    """Bytes of one job's unfinished moments: two shares with their waiting rows, and a merge."""
     groups, size = shape
-    own = 8 * groups * size**2
-    return 2 * (own + min(2 * own, CHUNK)) + 2 * own // groups
+    second = 8 * groups * size**2
+    return 2 * (second + min(2 * second, CHUNK)) + 2 * second // groups
 
 
 def _of_outputs(layer: Layer, memory: int) -> bool | str:
-    """Whether the outputs are to be measured rather than the inputs, or why neither can be."""
+    """Whether to measure the outputs instead of the inputs; or the reason why neither is possible."""
     if any(use.transposed for use in layer.uses):
-        return "it is applied as it is and transposed, which read different spaces: give each its own weight"
+        return "it is applied both plain and transposed, to different inputs: give each use its own weight"
     is_linear = all(use.is_linear for use in layer.uses)
     reads_indices = any(use.reads_indices for use in layer.uses)
     kinds = (True,) if reads_indices else (False, True) if is_linear else (False,)
@@ -363,7 +363,7 @@ def _of_outputs(layer: Layer, memory: int) -> bool | str:
 
 
 def _grouped(jobs: Iterable[_Job], memory: int) -> Iterator[list[_Job]]:
-    """Jobs in their order, as many together as fit into memory."""
+    """Jobs in their order, in groups that fit into memory together."""
     group: list[_Job] = []
     for job in jobs:
         if group and sum(_bytes(other.shape) for other in (*group, job)) > memory:

@@ -26,15 +26,15 @@ class Table:
     """Arrays that have been checked against the model.
 
     Attributes:
-        where: What to call them in errors.
+        where: The name of their origin in errors.
         columns: The inputs that have samples on their first axis, with their arrays.
-        alone: The names of those that are given one sample at a time, without that axis.
-        every: The arrays that go with every sample, as the model takes them.
-        unit: Number of samples that the model takes at once; None where it takes any number.
+        alone: The names of those that go to the model one sample at a time, without that axis.
+        every: The arrays that go with every sample, in the model's dtypes.
+        unit: Number of samples that the model takes at once; None if it takes any number.
         chosen: The numbers of the samples used, ascending.
         held: For each of them, whether it is held out.
-        extent: How many there are, in words.
-        warnings: What the user should know.
+        extent: The number of samples, in words.
+        warnings: Warnings about the data, sentences.
     """
 
     where: str
@@ -50,16 +50,16 @@ class Table:
     def batches(self, size: int) -> Iterator[Batch]:
         """One pass over the samples in batches of at most `size`, or of `unit`."""
         step = self.unit or size
-        # One full batch of every five is held out.
+        # Five batches at a time, of which one is held out.
         for start, block in self._blocks(HOLD_EVERY * step):
             held = self.held[start : start + HOLD_EVERY * step]
             for share in (False, True):
-                own = np.flatnonzero(held == share)
-                for first in range(0, len(own), step):
-                    yield Batch(self._feed(block, own[first : first + step]), share)
+                rows = np.flatnonzero(held == share)
+                for first in range(0, len(rows), step):
+                    yield Batch(self._feed(block, rows[first : first + step]), share)
 
     def _blocks(self, length: int) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        """The used samples of all columns, as the model takes them, so many at a time, with their place."""
+        """Blocks of `length` used samples of all columns, in the model's dtypes, each with its start."""
         with ExitStack() as readers:
             takes = [(spec, readers.enter_context(column.reader())) for spec, column in self.columns]
             for start in range(0, len(self.chosen), length):
@@ -80,7 +80,7 @@ class Table:
         return {**self.every, **sampled}
 
     def _variation(self) -> list[str]:
-        """Read all samples once, which checks their values; gives warnings on what they have in common."""
+        """Read all samples once, which checks their values; returns warnings if they do not vary."""
         variation = checks.Variation()
         for _, block in self._blocks(max(1, _CHECKED_BYTES // max(_row_bytes(self.columns), 1))):
             for name, values in block.items():
@@ -89,16 +89,16 @@ class Table:
 
 
 def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | None, where: str) -> Table:
-    """Check arrays against the model, the values of those samples that are used included.
+    """Check arrays, with the values of the used samples, against the model.
 
     Args:
         columns: The arrays by name.
         wanted: The model's inputs.
         most: The most samples to use, evenly spaced; None for all.
-        where: What to call the arrays in errors.
+        where: The name of the arrays' origin in errors.
 
     Raises:
-        InputError: Something in them is not what the model takes.
+        InputError: An array does not fit the model.
     """
     _check(columns, wanted, where)
     shapes = {name: column.shape for name, column in columns.items()}
@@ -128,7 +128,7 @@ def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | N
 
 
 def _check(columns: Mapping[str, Column], wanted: tuple[Spec, ...], where: str) -> None:
-    """Compare names and dtypes with the model's, and see that there are samples."""
+    """Compare names and dtypes with the model's, and check that there are samples."""
     checks.check_names(columns, wanted, where)
     for spec in wanted:
         checks.check_dtype(spec, columns[spec.name].dtype, where)
@@ -136,7 +136,7 @@ def _check(columns: Mapping[str, Column], wanted: tuple[Spec, ...], where: str) 
 
 
 def _filling(chosen: NDArray[np.intp], unit: int, where: str) -> tuple[NDArray[np.intp], int]:
-    """The samples that fill batches of `unit`, and how many are left."""
+    """The samples that fill batches of `unit`, and the number of samples left over."""
     left = len(chosen) % unit
     if left == len(chosen):
         raise InputError(
@@ -148,7 +148,7 @@ def _filling(chosen: NDArray[np.intp], unit: int, where: str) -> tuple[NDArray[n
 def _roles(
     shapes: Mapping[str, tuple[int, ...]], wanted: tuple[Spec, ...], where: str
 ) -> tuple[int, frozenset[str], frozenset[str]]:
-    """Number of samples, the inputs given one at a time, and those given with every sample."""
+    """Number of samples, the inputs given one sample at a time, and those given with every sample."""
     counts: dict[str, int] = {}
     alone, whole = set(), set()
     for spec in wanted:
@@ -162,15 +162,15 @@ def _roles(
             whole.add(spec.name)
         if shape:
             counts[spec.name] = shape[0]
-    own = {name: number for name, number in counts.items() if name not in whole}
-    total = max((own or counts).values(), default=1)
+    sampled = {name: number for name, number in counts.items() if name not in whole}
+    total = max((sampled or counts).values(), default=1)
     every = {name for name in whole if alone or counts.get(name) != total}
     for name, number in counts.items():
         if name not in every and number != total:
-            most = next(other for other, n in (own or counts).items() if n == total)
+            most = next(other for other, n in (sampled or counts).items() if n == total)
             raise InputError(
                 f"{where}: the input {name!r} has {number} samples, but {most!r} has {total}: "
-                "give as many of each, on the first axis."
+                "give the same number of each, on the first axis."
             )
     return total, frozenset(alone), frozenset(every)
 
@@ -181,7 +181,7 @@ def _any_number(spec: Spec) -> Spec:
 
 
 def _unit(sampled: list[Spec], every: list[Spec], alone: frozenset[str], where: str) -> int | None:
-    """Number of samples that the model takes at once; None where it takes any number."""
+    """Number of samples that the model takes at once; None if it takes any number."""
     fixed = {
         spec.shape[0]: spec.name
         for spec in sampled
@@ -191,11 +191,11 @@ def _unit(sampled: list[Spec], every: list[Spec], alone: frozenset[str], where: 
     if len(sizes) > 1:
         raise InputError(
             f"{where}: the input {fixed[sizes[-1]]!r} takes {sizes[-1]} samples at once, "
-            f"but others {sizes[0]}: give every array one axis more, with a whole feed in each place."
+            f"but others take {sizes[0]}: give every array one more axis in front, which counts whole feeds."
         )
     if sizes:
         return int(sizes[0])
-    # An array that goes with every sample can have a batch axis of its own.
+    # An array that goes with every sample can have its own batch axis.
     free = any(spec.shape is None or not all(isinstance(n, int) for n in spec.shape) for spec in every)
     return 1 if alone or free else None
 
@@ -206,5 +206,5 @@ def _row_bytes(columns: tuple[tuple[Spec, Column], ...]) -> int:
 
 
 def _bytes(spec: Spec, shape: tuple[int, ...], column: Column) -> int:
-    """Bytes of an array as stored or as the model takes it, whichever is more."""
+    """Bytes of an array in its stored dtype or in the model's, whichever is more."""
     return prod(shape) * max(column.dtype.itemsize, np.dtype(spec.dtype).itemsize)

@@ -1,1 +1,1 @@
-"""Running a model: ONNX Runtime, the reference implementation, and inputs."""
+"""Engines that run a model (ONNX Runtime, onnx's reference implementation), their inputs and outputs."""

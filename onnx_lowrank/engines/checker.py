@@ -15,7 +15,7 @@ from onnx_lowrank.files.load import Model
 
 
 def check(model: Model) -> tuple[str, ...]:
-    """What onnx's checker with full shape inference has against a model; () if nothing."""
+    """The complaints of onnx's checker, with full shape inference, about a model; () if there are none."""
     with _source(model) as source:
         try:
             onnx.checker.check_model(source.model, full_check=True)
@@ -27,10 +27,10 @@ def check(model: Model) -> tuple[str, ...]:
 
 @contextmanager
 def _source(model: Model) -> Iterator[Source]:
-    """The model as the checker loads it.
+    """The model in a form that the checker can load.
 
-    It takes data from the model's own folder only, and neither through symbolic nor through hard links. But
-    it never reads the data, so that empty files of the same sizes do.
+    The checker accepts data files only in the model's folder, and neither symbolic nor hard links. But it
+    never reads the data, so empty files of the same sizes serve as well.
     """
     if model.path is not None or not model.files:
         with materialized(model) as source:

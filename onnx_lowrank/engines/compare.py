@@ -1,4 +1,4 @@
-"""How far the outputs of two models lie apart."""
+"""The differences between the outputs of two models."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def compare(
 ) -> tuple[OutputError, ...]:
     """Compare the outputs of the input model with the compressed model's, on one feed.
 
-    Sequences and maps are compared element by element; an optional that is empty in both is left out.
+    Sequences and maps are compared element by element. An optional that is empty in both models is left out.
 
     Args:
         wanted: The input model's outputs by name.
-        got: The compressed model's.
-        feed: The inputs of both, which tell where samples are.
+        got: The compressed model's outputs by name.
+        feed: The inputs of both models; their lengths tell which axes of the outputs count samples.
 
     Raises:
-        ValidationError: An output has NaN or Inf where the input model's has none.
+        ValidationError: The compressed model gives NaN or Inf where the input model does not.
     """
     comparison = Comparison()
     comparison.add(wanted, got, feed)
@@ -39,7 +39,7 @@ def compare(
 
 
 class Comparison:
-    """How far the outputs of two models lie apart over many feeds."""
+    """The differences between the outputs of two models over many feeds."""
 
     def __init__(self) -> None:
         self._sums: dict[str, _Sums] = {}
@@ -50,22 +50,22 @@ class Comparison:
         """Add the outputs on one feed; see `compare`.
 
         Raises:
-            ValidationError: An output has NaN or Inf where the input model's has none.
+            ValidationError: The compressed model gives NaN or Inf where the input model does not.
         """
         for name, value in wanted.items():
             ours, theirs = dict(_leaves(name, value)), dict(_leaves(name, got.get(name)))
             for leaf in ours:
                 if leaf in theirs:
                     y = ours[leaf]
-                    self._of(leaf).add(y, theirs[leaf], batched=is_batched(feed, y))
+                    self._sums_of(leaf).add(y, theirs[leaf], batched=is_batched(feed, y))
             if ours.keys() != theirs.keys():
-                self._of(name).fault = f"It has {len(theirs)} elements, the input model's {len(ours)}."
+                self._sums_of(name).fault = f"It has {len(theirs)} elements, the input model's {len(ours)}."
 
     def errors(self) -> tuple[OutputError, ...]:
-        """One per output."""
+        """One error per output."""
         return tuple(sums.error() for sums in self._sums.values())
 
-    def _of(self, name: str) -> _Sums:
+    def _sums_of(self, name: str) -> _Sums:
         return self._sums.setdefault(name, _Sums(name))
 
 
@@ -74,19 +74,19 @@ class _Sums:
     """The sums over one output.
 
     Attributes:
-        name: The output.
-        size: Its elements.
-        compared: Those that were compared.
-        norm: ‖y‖².
-        residual: ‖y − ŷ‖².
+        name: The name of the output.
+        size: Its number of elements.
+        compared: The number of compared elements.
+        norm: ‖y‖.
+        residual: ‖y − ŷ‖.
         largest: Largest |y − ŷ|.
-        rows: Rows, or elements, of which it is known whether they agree.
-        agreeing: How many of them do.
-        fault: Why the outputs cannot be compared at all; "" where they can.
+        rows: The number of rows, or of elements, that were checked for agreement.
+        agreeing: The number of them that agree.
+        fault: The reason why the outputs cannot be compared at all; "" if they can.
         is_text: Whether it holds texts.
         is_exact: Whether it holds texts, integers or booleans.
-        spread: How much it varies.
-        embedding: What becomes of its rows where these are directions.
+        spread: Its variation over the samples.
+        embedding: The comparison of its rows as directions.
     """
 
     name: str
@@ -163,7 +163,7 @@ class _Sums:
         )
 
     def _centred(self) -> float | None:
-        """‖y − ŷ‖ / ‖y − ȳ‖, or None where that tells nothing."""
+        """‖y − ŷ‖ / ‖y − ȳ‖, or None for exact types and for outputs that do not vary."""
         power = None if self.is_exact else self.spread.power()
         return None if power is None else self.residual / sqrt(power)
 
@@ -185,12 +185,12 @@ def _wide(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _has_classes(y: NDArray[Any]) -> bool:
-    """Whether the elements of a row may stand for classes, going by the shape."""
+    """Whether, judged by the shape, the elements of a row may stand for classes."""
     return y.ndim >= 2 and y.shape[-1] >= 2 and y.size > 0 and y.dtype.kind != "c"
 
 
 def _top1(y: NDArray[Any], z: NDArray[Any]) -> NDArray[np.bool_]:
-    """For every row, whether its largest element is at the same place."""
+    """For every finite row, whether both models have its largest element at the same place."""
     rows = np.isfinite(y).all(-1)
     same: NDArray[np.bool_] = y.argmax(-1)[rows] == z.argmax(-1)[rows]
     return same

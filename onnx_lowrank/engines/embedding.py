@@ -5,12 +5,12 @@ and nearest neighbours of embeddings.
 
 The rule: the rows of an output are an embedding where, in the input model's output,
 
-1. every row that was seen has norm 1, within 1e-3, and
-2. not all of them are probabilities (no element below 0, sum 1): a classifier that is sure gives such rows of
-   norm 1.
+1. every row has norm 1, within 1e-3, and
+2. not all rows are probabilities (no element below 0, sum 1): a classifier that is certain gives rows of
+   probabilities with norm 1.
 
-Logits have another norm in every row, which grows with certainty. An embedding that is not normalized cannot
-be told from logits by its numbers; so it keeps the agreement of its largest elements.
+The norms of logits differ from row to row and grow with certainty. The numbers of an embedding that is not
+normalized look like logits, so such an output is compared by its largest elements.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_NORM = 1e-3  # how far from 1 a norm may be: float16 and bfloat16 round, too
-_SUM = 1e-2  # how far from 1 a sum of rounded probabilities may be
-_TIED = 1e-6  # cosines that differ by less are equal: float32 rounds, and equal inputs give equal rows
+_NORM = 1e-3  # tolerance of a norm of 1, for the rounding of float16 and bfloat16
+_SUM = 1e-2  # tolerance of a sum of 1, for rounded probabilities
+_TIED = 1e-6  # cosines that differ by less are ties: float32 rounds, and equal inputs give equal rows
 _LARGEST_ROWS = 2048
 _LARGEST_ELEMENTS = 2**23  # of the rows that are kept: 64 MiB for each model
 _BLOCK = 256
@@ -31,10 +31,11 @@ Rows = NDArray[np.float64]
 
 
 class Embedding:
-    """Compares the rows of one output, and finds out on the way whether they are directions at all.
+    """Compares the rows of one output, and checks at the same time whether they are directions.
 
-    Cosines are of all rows. Neighbours are sought among every s-th row, s the smallest power of 2 that
-    leaves no more than 2,048 rows (fewer of more than 4,096 elements); however the rows come in batches.
+    The mean cosine covers all rows. Nearest neighbours are searched among every s-th row only, where s is the
+    smallest power of 2 that leaves at most 2,048 rows (fewer if a row has more than 4,096 elements). The
+    split of the rows into batches does not change the result.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Embedding:
         self._kept: list[tuple[Rows, Rows]] = []
 
     def add(self, y: NDArray[Any], z: NDArray[Any]) -> None:
-        """Add rows of the last axis; those that are not finite in the input model's output are left out.
+        """Add the rows along the last axis; rows that are not finite in the input model are left out.
 
         Args:
             y: The input model's output, float64, of two axes or more.
@@ -68,12 +69,12 @@ class Embedding:
         first = -self._count % self._stride
         self._count += len(y)
         if first < len(y):
-            # Copied, as a view of few rows would hold all of them.
+            # Copied: a view of a few rows would keep all rows in memory.
             self._kept.append((y[first :: self._stride].copy(), z[first :: self._stride].copy()))
         self._thin(min(_LARGEST_ROWS, max(1, _LARGEST_ELEMENTS // width)))
 
     def _thin(self, most: int) -> None:
-        """Keep every second row until there are no more than so many."""
+        """Drop every second row until at most `most` rows are left."""
         while -(-self._count // self._stride) > most:
             y, z = self._joined()
             self._kept = [(y[::2].copy(), z[::2].copy())]
@@ -85,19 +86,19 @@ class Embedding:
 
     @property
     def is_one(self) -> bool:
-        """Whether all rows so far are directions, and there are some."""
+        """Whether there are rows, and all of them so far are directions."""
         return self._is_unit and not self._is_shares and self._count > 0
 
     @property
     def cosine(self) -> float | None:
-        """The mean cosine between a row and the compressed model's; None where rows are no directions."""
+        """The mean cosine between the rows of both models; None if rows are no directions."""
         return self._cosines / self._count if self.is_one else None
 
     @property
     def neighbours(self) -> float | None:
         """The share of rows whose nearest other row, by cosine, is the same in both models.
 
-        None where rows are no directions, and below three rows, which leave no choice.
+        None if rows are no directions, or if there are fewer than three, which leave no choice.
         """
         if not self.is_one:
             return None
@@ -116,6 +117,6 @@ class Embedding:
 
 
 def _directions(rows: Rows) -> Rows:
-    """Rows of norm 1; zeros where a row is zero."""
+    """The rows, scaled to norm 1; a zero row stays zero."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.where(norms > 0, norms, 1))

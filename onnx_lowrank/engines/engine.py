@@ -1,4 +1,4 @@
-"""What an engine is: it opens models and runs them."""
+"""The interface of engines: an engine opens models and runs them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Feed = Mapping[str, NDArray[Any]]
 
 
 Run = Callable[[Feed], dict[str, Any]]
-"""Runs a model that is open: inputs by name in, outputs by name out."""
+"""Runs an open model: takes inputs by name, and gives outputs by name."""
 
 
 class UnsupportedError(Exception):
-    """An engine cannot run the model at all, whatever its inputs; the message is one line."""
+    """An engine cannot run the model on any inputs; the message is one line."""
 
 
 class RejectedError(Exception):
@@ -38,12 +38,12 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model as a runtime loads it.
+    """A model in a form that a runtime can load.
 
     Attributes:
-        model: Its file, or its bytes.
-        folder: The folder to which the locations in its bytes are relative; "" where there is no data.
-        locations: These locations.
+        model: The path of its file, or its bytes.
+        folder: The folder to which the locations in its bytes are relative; "" if there are no data files.
+        locations: The locations of its data files.
     """
 
     model: bytes | str
@@ -52,7 +52,7 @@ class Source:
 
 
 def one_line(error: object, source: Source | None = None) -> str:
-    """An engine's message in one line, without its decoration and without names of files."""
+    """An engine's message in one line, without codes, source locations and file names."""
     text = str(error) or type(error).__name__
     if source is not None and isinstance(source.model, str):
         text = text.replace(source.model, "the model")
@@ -70,13 +70,13 @@ def one_line(error: object, source: Source | None = None) -> str:
 
 @contextmanager
 def materialized(model: Model, *, is_deployed: bool = False) -> Iterator[Source]:
-    """A model as a runtime loads it: its file, or its bytes with the data files where they are.
+    """A model in a form that a runtime can load: its file, or its bytes with the data files where they are.
 
-    Only where that cannot be it becomes a temporary file with all its data.
+    If neither is possible, it is written to a temporary file with all its data.
 
     Args:
         model: The model.
-        is_deployed: Whether tensors have to be inline that are so in what is deployed.
+        is_deployed: Whether to load it as it is deployed: tensors that `save` would write inline are inline.
     """
     if model.path is not None and (is_deployed or not model.temporary):
         yield Source(str(model.path))
@@ -88,12 +88,12 @@ def materialized(model: Model, *, is_deployed: bool = False) -> Iterator[Source]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
-        _log.debug("wrote %r with its data to %s, from where it is loaded", model.name, folder)
+        _log.debug("wrote %r with its data to %s to load it from there", model.name, folder)
         yield Source(str(path))
 
 
 def _in_memory(model: Model) -> Source | None:
-    """The bytes of a model; None where they exceed protobuf's 2 GB or no folder holds all data files."""
+    """The bytes of a model; None if they exceed protobuf's 2 GB, or if no folder contains all data files."""
     if not model.files:
         data = serialized(model.proto)
         return None if data is None else Source(data)
@@ -101,6 +101,6 @@ def _in_memory(model: Model) -> Source | None:
         folder = os.path.commonpath([file.parent for file in model.files.values()])
         names = {name: file.relative_to(folder).as_posix() for name, file in model.files.items()}
         data = serialized(relocated(model.proto, names))
-    except ValueError:  # They are on several drives, or their names are no Unicode.
+    except ValueError:  # The files are on several drives, or their names are not valid Unicode.
         return None
     return None if data is None else Source(data, folder, tuple(names.values()))

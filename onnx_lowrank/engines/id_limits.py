@@ -1,4 +1,4 @@
-"""How large an id may be: the size of the embedding table that an integer input looks up."""
+"""The limits of ids: the sizes of the embedding tables in which integer inputs select entries."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
 
-# Operators that hand on ids of their first input, changed in type or shape only.
+# Operators that hand on the ids of their first input and change only its type or shape.
 _HANDS_ON = frozenset(("Cast", "Concat", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Slice"))
 _HANDS_ON |= frozenset(("Split", "Squeeze", "Transpose", "Unsqueeze"))
-# Operators whose output has the shape of their first input, so that a table stays as long as it is.
+# Operators whose output has the shape of their first input, so the length of a table stays the same.
 _KEEPS_SHAPE = frozenset(("Cast", "DequantizeLinear", "Identity"))
 
 
 @dataclass(slots=True)
 class _Names:
-    """The tensors that one scope sees: the input ids that reach them, and their dims."""
+    """The tensors visible in one scope: the graph inputs whose ids reach them, and their dims."""
 
     ids: dict[str, frozenset[str]] = field(default_factory=dict)
     dims: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class _Walk:
             self.look_up(node, names)
 
     def look_up(self, node: NodeProto, names: _Names) -> None:
-        """Note the limit that a Gather sets to the inputs that reach its indices."""
+        """Record the limit that a Gather sets for the inputs whose ids reach its indices."""
         table, indices = names.dims.get(node.input[0]), names.ids.get(node.input[1], frozenset())
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
         if table and -len(table) <= axis < len(table):
@@ -81,7 +81,7 @@ class _Walk:
 def id_limits(proto: ModelProto) -> dict[str, int]:
     """For each graph input whose values select entries of a constant by Gather: the number of entries.
 
-    Where an input selects from several constants, the smallest counts.
+    If an input selects from several constants, the smallest number counts.
     """
     names = _Names(ids={value.name: frozenset((value.name,)) for value in proto.graph.input})
     walk = _Walk(proto.functions)

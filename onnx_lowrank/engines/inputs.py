@@ -1,4 +1,4 @@
-"""Inputs to run a model on: read from a file, or made from the graph's own types and shapes."""
+"""A model's inputs: their types and shapes in the graph, and arrays for them from a file or a mapping."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _FEW = 3
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a model says of one input.
+    """One input as the model declares it.
 
     Attributes:
-        name: The input.
-        dtype: Its element type; None where it is no tensor.
-        shape: Sizes; a name or None where a dimension is free. None where not even the rank is known.
+        name: The name of the input.
+        dtype: Its element type; None if it is no tensor.
+        shape: A size for each dimension; a name or None for a free one. None if even the rank is unknown.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Spec:
 
 
 def specs(proto: ModelProto) -> tuple[Spec, ...]:
-    """The inputs that a caller must give: initializers that are inputs too have a value already."""
+    """The inputs that a caller must give: all but those with an initializer, which have a value."""
     given = {tensor.name for tensor in proto.graph.initializer}
     given |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
     return tuple(_spec(value) for value in proto.graph.input if value.name not in given)
@@ -46,8 +46,8 @@ def read(source: str | Path | Mapping[str, Any], wanted: tuple[Spec, ...]) -> Fe
     """Inputs from an .npz file or a mapping, each checked against the model.
 
     Raises:
-        InputError: The file is no .npz, a name, dtype or shape is not what the model takes, or the arrays in
-            the file are larger than 1 GiB.
+        InputError: The file is no .npz, a name, dtype or shape does not fit the model, or the arrays in the
+            file are larger than 1 GiB.
     """
     if isinstance(source, Mapping):
         given = {name: _array_of(name, array) for name, array in source.items()}
@@ -61,7 +61,7 @@ def read(source: str | Path | Mapping[str, Any], wanted: tuple[Spec, ...]) -> Fe
 
 
 def describe(feed: Feed) -> str:
-    """Names, dtypes and shapes of inputs; of more than three alike in a row, the first and the last name."""
+    """Names, dtypes and shapes of inputs; a run of more than three alike shows its first and last name."""
     parts = []
     for (dtype, shape), group in groupby(feed.items(), lambda item: (item[1].dtype.name, item[1].shape)):
         names = [name for name, _ in group]
@@ -77,12 +77,12 @@ def _spec(value: ValueInfoProto) -> Spec:
     if value.type.WhichOneof("value") != "tensor_type":
         return Spec(value.name, None, None)
     tensor = value.type.tensor_type
-    # An unknown element type is as good as none: the runtime will say what it makes of it.
+    # An unknown element type counts as none: the runtime will report the error.
     known = tensor.elem_type and tensor.elem_type in TensorProto.DataType.values()
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if known else None
     if not tensor.HasField("shape"):
         return Spec(value.name, dtype, None)
-    # Exporters write 0 and -1, too, where a size is free.
+    # Some exporters write 0 or -1 for a free size.
     shape = tuple(d.dim_value if d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim)
     return Spec(value.name, dtype, shape)
 
@@ -95,7 +95,7 @@ def _array_of(name: str, value: Any) -> NDArray[Any]:
 
 
 def _check(given: Mapping[str, NDArray[Any] | Stored], wanted: tuple[Spec, ...]) -> None:
-    """Compare names, dtypes and shapes with the model's inputs; data in a file is not read for it."""
+    """Compare names, dtypes and shapes with the model's inputs, without reading data from a file."""
     names = [spec.name for spec in wanted]
     for name in given:
         if name not in names:
@@ -123,7 +123,7 @@ def _check_one(spec: Spec, array: NDArray[Any] | Stored) -> None:
 
 
 def _as_input(spec: Spec, array: NDArray[Any]) -> NDArray[Any]:
-    """An array that was checked, in the input's own dtype."""
+    """Convert a checked array to the input's dtype."""
     dtype = np.dtype(spec.dtype)
     if _is_text(dtype, array.dtype):
         return array.astype(object)
@@ -135,19 +135,19 @@ def _is_text(wanted: np.dtype[Any], given: np.dtype[Any]) -> bool:
 
 
 def same_bits(wanted: np.dtype[Any], given: np.dtype[Any]) -> bool:
-    """Whether one dtype is the other without its name: .npy files keep the bits of bfloat16, not its name."""
+    """Whether two dtypes have the same bits: .npy files keep the bits of bfloat16, but not its name."""
     return (
         given.kind == "V" and given.names is None and wanted.kind == "V" and wanted.itemsize == given.itemsize
     )
 
 
 def fits(shape: tuple[int, ...], wanted: tuple[int | str | None, ...]) -> bool:
-    """Whether a shape is one that an input takes."""
+    """Whether a shape fits the shape of an input, whose free dimensions take any size."""
     return len(shape) == len(wanted) and all(
         not isinstance(size, int) or size == n for n, size in zip(shape, wanted, strict=True)
     )
 
 
 def shape_text(shape: tuple[int | str | None, ...]) -> str:
-    """A shape as messages show it."""
+    """Format a shape for messages."""
     return "×".join("?" if size is None else str(size) for size in shape) or "of a scalar"

@@ -1,4 +1,4 @@
-"""Inputs made from the graph's own types and shapes."""
+"""Make inputs from the types and shapes in the graph."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from onnx_lowrank.graph.dimensions import Dimension, parse, solve
 _PAST = re.compile(r"past[._]?(key|value|kv|state|[0-9])")
 _SAMPLE_RATES = ("sr", "sample_rate", "sampling_rate")
 
-# Sizes to try for free dimensions: (batch, height and width, any other axis). Models restrict them in ways
-# that only a run shows (strides, position tables, heads), so the usual sizes come first, odd ones last.
+# Sizes to try for free dimensions: (batch, height and width, any other axis). Strides, position tables and
+# heads restrict them in ways that only a run shows. So usual sizes come first, and odd ones last.
 _ATTEMPTS = (
     (4, 224, 64),
     (1, 224, 64),
@@ -35,18 +35,18 @@ _ATTEMPTS = (
     (1, 8, 4),
     (1, 1, 1),
 )
-# A decoder's first call has no past; one that cannot be called first has some.
+# The first call of a decoder has an empty past; some decoders only run with a past.
 _PASTS = (0, 8)
 
 
 def make(
     proto: ModelProto, wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]], seed: int = 0
 ) -> Iterator[Feed]:
-    """Inputs made from the types and shapes of the graph, with other sizes of its free dimensions each time.
+    """Make inputs from the types and shapes of the graph; each feed tries other sizes of free dimensions.
 
-    Floats are standard normal, ids lie inside their embedding table, masks are ones, positions ascend. The
+    Floats are standard normal, ids are inside their embedding table, masks are ones, positions ascend. The
     past of a decoder (inputs such as past_key_values.0.key) is empty first; masks and positions fit it.
-    Sizes with which the inputs are larger than 1 GiB are left out.
+    Sizes that make the inputs larger than 1 GiB are left out.
 
     Args:
         proto: The model.
@@ -55,8 +55,8 @@ def make(
         seed: The seed of the random numbers.
 
     Raises:
-        InputError: A given shape does not fit the model, or the inputs are larger than 1 GiB with all sizes.
-        UnsupportedError: An input is no tensor, so that it cannot be made.
+        InputError: A given shape does not fit the model, or all sizes make the inputs larger than 1 GiB.
+        UnsupportedError: An input is no tensor, so it cannot be made.
     """
     _check(wanted, shapes)
     limits, chooser = id_limits(proto), _Chooser(wanted, shapes)
@@ -77,13 +77,13 @@ def make(
     if len(refused) == len(seen):
         size, largest = min(refused)
         raise InputError(
-            f"The inputs to make have {min(size, 2**80) / 2**30:.1f} GiB, more than 1 GiB ({largest}): "
+            f"The inputs to make take {min(size, 2**80) / 2**30:.1f} GiB, more than 1 GiB ({largest}): "
             "give smaller ones with --input-shape or --inputs."
         )
 
 
 def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """See that there is an array for every input, of the shape that the user gave."""
+    """Check that the user's shapes fit the model, and that every input can be made."""
     by_name = {spec.name: spec for spec in wanted}
     for name, shape in shapes.items():
         if name not in by_name:
@@ -98,7 +98,7 @@ def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> N
             )
     for spec in wanted:
         if spec.dtype is None:
-            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so that it cannot be made")
+            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so it cannot be made")
         if spec.shape is None and spec.name not in shapes:
             raise InputError(
                 f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
@@ -106,7 +106,7 @@ def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def _sizes() -> Iterator[dict[str, int]]:
-    """Sizes to try, by what they count."""
+    """Sizes to try, by the kind of dimension."""
     for channels in (3, 1):
         for batch, spatial, length in _ATTEMPTS:
             for past in _PASTS:
@@ -120,7 +120,7 @@ def _sizes() -> Iterator[dict[str, int]]:
 
 
 class _Chooser:
-    """Chooses sizes: dimensions of one name get one size, and sums and products that of their parts."""
+    """Chooses sizes: dimensions with one name get one size; sums and products follow from their parts."""
 
     def __init__(self, wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._wanted = wanted
@@ -148,8 +148,8 @@ class _Chooser:
         ]
 
     def choose(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes of all inputs, of these sizes where neither the model nor the user states them."""
-        # The user's shapes go before the size of the past, and what follows from both before other sizes.
+        """The shapes of all inputs; `sizes` fill the dimensions that neither the model nor the user gives."""
+        # The user's shapes override the size of the past; sizes that follow from both override the others.
         known = dict.fromkeys(self._pasts, sizes["past"]) | solve(self._given, {})
         known = solve(self._given, known)
         return {
@@ -165,7 +165,7 @@ class _Chooser:
     def _size(
         self, spec: Spec, axis: int, text: str | None, sizes: Mapping[str, int], known: dict[str, int]
     ) -> int:
-        """The size of a free dimension; the sizes of its names become known with it."""
+        """The size of a free dimension; records the sizes of its names in `known`."""
         if text is None:
             return self._guess(spec, axis, "", sizes)
         dimension = self._dimensions[text]
@@ -180,23 +180,23 @@ class _Chooser:
 
 
 def _sum(text: str, pasts: Collection[str]) -> Dimension | None:
-    """What the name total_X stands for where past_X is the length of a past; None for other names."""
+    """The sum that the name total_X stands for if past_X is the length of a past; None for other names."""
     part = text.removeprefix("total_")
     return parse(f"past_{part} + {part}") if part != text and f"past_{part}" in pasts else None
 
 
 def _kind(spec: Spec, axis: int, name: str, *, alone: bool) -> str:
-    """What a free axis of an input most likely counts.
+    """The most likely kind of a free axis of an input.
 
     Args:
         spec: The input.
         axis: The axis.
-        name: The dimension's name, or that of a part of it; "" where it has none.
+        name: The name of the dimension, or of a part of it; "" if it has none.
         alone: Whether the model has no other input.
     """
     shape = spec.shape or ()
     if _is_past(spec) and axis > 0:
-        # (batch, heads, past, features), sometimes behind an axis for keys and values.
+        # (batch, heads, past, features), sometimes after an axis for keys and values.
         is_past = name.startswith("past") or (not name and axis == len(shape) - 2)
         return "past" if is_past else "batch" if name.startswith("batch") else "length"
     if len(shape) >= 4 and axis > 0:
@@ -210,9 +210,9 @@ def _kind(spec: Spec, axis: int, name: str, *, alone: bool) -> str:
 
 
 def _is_past(spec: Spec) -> bool:
-    """Whether an input is what a decoder kept of its calls before, as past_key_values.0.key is."""
+    """Whether an input is the state that a decoder kept from earlier calls, like past_key_values.0.key."""
     name, rank = spec.name.lower(), len(spec.shape or ())
-    # Not past_values of rank 3: these are the series from which a model forecasts.
+    # Not past_values of rank 3: those are time series to forecast from.
     return (rank >= 4 and _PAST.match(name) is not None) or (rank == 3 and name.startswith("past_key"))
 
 
@@ -225,7 +225,7 @@ def _is_integer(dtype: np.dtype[Any]) -> bool:
 
 
 def _past_length(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Number of positions that a decoder has seen before; None for a model without a past."""
+    """Number of positions in the past of a decoder; None for a model without a past."""
     for spec in wanted:
         if _is_past(spec):
             names = [str(size or "") for size in spec.shape or ()]
@@ -235,7 +235,7 @@ def _past_length(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]
 
 
 def _size(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
-    """Bytes of all inputs, and the largest of these."""
+    """Bytes of all inputs, and the name of the largest input."""
     sizes = {spec.name: prod(chosen[spec.name]) * np.dtype(spec.dtype).itemsize for spec in wanted}
     return sum(sizes.values()), max(sizes, key=sizes.__getitem__, default="")
 
@@ -243,12 +243,12 @@ def _size(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> tu
 def _array(
     spec: Spec, shape: tuple[int, ...], limits: Mapping[str, int], past: int | None, rng: np.random.Generator
 ) -> NDArray[Any]:
-    """One input: values of its type that the graph most likely accepts."""
+    """One input, with values that the graph most likely accepts."""
     dtype, name = np.dtype(spec.dtype), spec.name.lower()
     if dtype.kind == "O":
         return np.full(shape, "text", dtype=object)
     if "mask" in name or dtype == np.bool_:
-        # Merged decoders compute without their past where it is empty, if they are told so.
+        # use_cache_branch tells a merged decoder whether it has a past.
         return np.full(shape, name != "use_cache_branch" or past != 0, dtype)
     if np.issubdtype(dtype, np.complexfloating):
         return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype)
@@ -260,7 +260,7 @@ def _array(
 def _integers(
     spec: Spec, shape: tuple[int, ...], limit: int | None, past: int, rng: np.random.Generator
 ) -> NDArray[Any]:
-    """One input of integers, below the limit where there is one."""
+    """One input of integers, below the limit if there is one."""
     name = spec.name.lower()
     if _is_position(spec):
         positions = past + (np.arange(shape[-1]) if shape else np.array(0))

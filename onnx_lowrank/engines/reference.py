@@ -1,4 +1,4 @@
-"""onnx's reference implementation: slow, and it knows every type."""
+"""onnx's reference implementation: slow, but it supports every type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onnx_lowrank.files.load import Model
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """onnx's reference implementation: slow, and it knows every type."""
+    """onnx's reference implementation: slow, but it supports every type."""
 
     name: str = "onnx ReferenceEvaluator"
 
@@ -27,7 +27,7 @@ class Reference:
         """Load a model.
 
         Raises:
-            UnsupportedError: The reference implementation does not know an operator of the model.
+            UnsupportedError: The reference implementation lacks an operator of the model.
         """
         proto = whole(model.proto, model.files, model.name) if model.files else model.proto
         try:
@@ -37,7 +37,7 @@ class Reference:
 
         def run(feed: Feed) -> dict[str, Any]:
             try:
-                # Overflow and NaN are looked for in the outputs.
+                # The caller looks for overflow and NaN in the outputs.
                 with np.errstate(all="ignore"), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     return dict(zip(evaluator.output_names, evaluator.run(None, dict(feed)), strict=True))

@@ -1,4 +1,4 @@
-"""Which engine runs a model, and on which inputs."""
+"""Find an engine that runs a model, and inputs that the model accepts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Engine = Runtime | Reference
 
 
 def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed, dict[str, Any]]:
-    """Run a model on the first inputs that it accepts; gives these inputs and its outputs.
+    """Run a model on the first inputs that it accepts; returns these inputs and the outputs.
 
     Raises:
         UnsupportedError: The engine does not accept the model.
-        RejectedError: It fails on all inputs; the message is the first failure's.
+        RejectedError: The model fails on all inputs; the message is that of the first failure.
     """
     failure: RejectedError | None = None
     with engine.open(model) as run:
@@ -35,15 +35,15 @@ def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed
 
 
 def calibrating_engine(model: Model, feed: Feed, provider: str) -> tuple[Engine, dict[str, Any] | None]:
-    """What runs a model on calibration inputs, and its outputs on one of them; None where it fails on that.
+    """The engine that runs a model on calibration inputs, and the outputs on one; None if that run fails.
 
     Args:
         model: The input model.
-        feed: One of the inputs.
+        feed: One of the calibration inputs.
         provider: ONNX Runtime's execution provider.
 
     Raises:
-        InputError: ONNX Runtime has no such provider, or nothing runs the model.
+        InputError: ONNX Runtime has no such provider, or no engine runs the model.
     """
     engine = runtime(provider)
     try:
@@ -52,7 +52,7 @@ def calibrating_engine(model: Model, feed: Feed, provider: str) -> tuple[Engine,
         return engine, None
     except UnsupportedError as error:
         reason = error
-    _log.debug("%s runs the calibration inputs: %s cannot, as %s", Reference().name, engine.name, reason)
+    _log.debug("%s runs the calibration inputs, because %s cannot: %s", Reference().name, engine.name, reason)
     try:
         return Reference(), first_run(Reference(), model, (feed,))[1]
     except (UnsupportedError, RejectedError) as error:

@@ -32,7 +32,7 @@ _INLINED = "_inlfunc_"
 
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-"""The option that tells where the data of a model lies that is loaded from its bytes."""
+"""The session option for the folder of the data files, for a model that is loaded from its bytes."""
 
 
 _NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "int4", "int2")
@@ -43,15 +43,16 @@ class Executed:
     """How often the nodes of a model ran.
 
     Attributes:
-        runs: By the name under which the runtime ran them.
+        runs: The number of runs, by the name under which the runtime ran the node.
     """
 
     runs: Mapping[str, int]
 
     def count(self, node: str) -> int:
-        """How often the nodes of a name ran.
+        """How often the nodes with this name ran.
 
-        The runtime writes a function's nodes into its caller, under names that begin with the function's.
+        The runtime inlines functions. It gives their nodes names that begin with a prefix and end with the
+        original name.
         """
         inlined = (
             n for name, n in self.runs.items() if name.startswith(_INLINED) and name.endswith(f"_{node}")
@@ -83,9 +84,9 @@ class Runtime:
 
     @contextmanager
     def ready(self, model: Model, feed: Feed, threads: int) -> Iterator[Callable[[], object]]:
-        """Load a model as it is deployed, to be run again and again on the same inputs, for its time.
+        """Load a model as it is deployed, to time repeated runs on the same inputs.
 
-        Inputs and outputs stay on the GPU where that computes.
+        Inputs and outputs stay on the GPU if the provider computes there.
 
         Args:
             model: The model.
@@ -104,7 +105,7 @@ class Runtime:
                 run = self._run(session, source)
                 yield lambda: run(feed)
                 return
-            with _telling(source):
+            with _translating_errors(source):
                 binding = session.io_binding()
                 for name, array in feed.items():
                     binding.bind_ortvalue_input(name, self.module.OrtValue.ortvalue_from_numpy(array, "cuda"))
@@ -112,17 +113,17 @@ class Runtime:
                     binding.bind_output(output.name, "cuda")
 
             def run_bound() -> None:
-                with _telling(source):
+                with _translating_errors(source):
                     session.run_with_iobinding(binding)
 
             yield run_bound
 
     def executed(self, model: Model, feeds: Iterable[Feed]) -> Executed:
-        """Tell how often nodes run on these inputs, those in bodies and functions included.
+        """Count the runs of all nodes on these inputs, with those in bodies and functions.
 
         Raises:
             UnsupportedError: The runtime does not accept the model.
-            RejectedError: It fails on the inputs.
+            RejectedError: The model fails on the inputs.
         """
         options = self._options()
         # Optimizations fuse nodes and rename them.
@@ -141,12 +142,12 @@ class Runtime:
 
     def _options(self, *, is_deployed: bool = False) -> Any:
         options = self.module.SessionOptions()
-        options.log_severity_level = 4  # What fails is raised, too; nothing is logged twice.
-        # Idle threads that spin take the cores from whatever runs beside them, a second session or BLAS. By
-        # default they do, and it makes runs faster: when timed they spin, but not from one run to the next.
+        options.log_severity_level = 4  # Failures are raised, so logging them would repeat them.
+        # By default, idle threads spin. That makes runs faster, but takes cores from a second session or from
+        # BLAS. A timed session spins like a deployed one, but stops between two runs.
         spinning = "session.force_spinning_stop" if is_deployed else "session.intra_op.allow_spinning"
         options.add_session_config_entry(spinning, "1" if is_deployed else "0")
-        # Patterns save time where one model runs often; they hold all tensors of a run a second time.
+        # Memory patterns save time if a model runs often, but hold all tensors of a run a second time.
         options.enable_mem_pattern = is_deployed
         return options
 
@@ -175,20 +176,20 @@ class Runtime:
         names = [output.name for output in session.get_outputs()]
 
         def run(feed: Feed) -> dict[str, Any]:
-            with _telling(source):
+            with _translating_errors(source):
                 return dict(zip(names, session.run(names, dict(feed)), strict=True))
 
         return run
 
 
 @contextmanager
-def _telling(source: Source) -> Iterator[None]:
-    """Raise what the runtime raises when it runs a model as UnsupportedError or RejectedError."""
+def _translating_errors(source: Source) -> Iterator[None]:
+    """Turn the runtime's exceptions into UnsupportedError or RejectedError."""
     try:
         yield
     except Exception as error:
         message = one_line(error, source)
-        # Some kernels find out only when they run that they lack a type.
+        # Some kernels report an unsupported type only when they run.
         unsupported = re.search(r"not (yet )?support|not implemented", message, re.IGNORECASE)
         raise (UnsupportedError if unsupported else RejectedError)(message) from error
 
@@ -200,7 +201,7 @@ def runtime(provider: str) -> Runtime:
         InputError: ONNX Runtime is not installed, or it has no such provider.
     """
     try:
-        # It comes with an extra, so not every installation has it.
+        # An optional dependency: it comes with an extra.
         import onnxruntime
     except ImportError as error:
         raise InputError(

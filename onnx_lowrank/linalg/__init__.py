@@ -1,1 +1,1 @@
-"""Folds, spectra and factors: arrays in, arrays out; the same code on NumPy and CuPy."""
+"""Folds, spectra and factors of arrays; the same code runs on NumPy and on CuPy."""

@@ -1,4 +1,4 @@
-"""Factors of least error on a layer's activations, and the errors of all ranks at once."""
+"""Factors with a small error on a layer's activations, and the errors of all ranks at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def errors(
 ) -> NDArray[np.float64]:
     """The relative error of the factors of `fit` without refinement, for every rank at once.
 
-    The encoder of rank j is the first j rows of that of rank `top`, so one Cholesky factorization
+    The encoder of rank j is the first j rows of the encoder of rank `top`, so one Cholesky factorization
     serves all ranks.
 
     Args:
@@ -55,20 +55,21 @@ def fit(
     held: Quadratic | None = None,
     steps: int = 0,
 ) -> Factors:
-    """Factors of one option with a small error: the encoder, then the decoder by least squares.
+    """Factors of one option with a small error: the encoder first, then the decoder by least squares.
 
-    The encoder of slice i is Uᵀ M_i: M_i its matrix in the quadratic's minimizer, U the top eigenvectors
-    of M_i K_i M_iᵀ, K_i the moments of the encoder's inputs. That is optimal for the encode fold of one
-    slice, and at full rank. Elsewhere it can be refined, with the decoder solved for in every step.
+    The encoder of slice i is Uᵀ M_i. M_i is the slice's matrix in the quadratic's minimizer, U holds the top
+    eigenvectors of M_i K_i M_iᵀ, and K_i are the moments of the encoder's inputs. That is optimal for the
+    encode fold with one slice, and at full rank. Other options can be refined; every step of the refinement
+    solves for the decoder.
 
     Args:
         quadratic: The error to minimize.
         shape: Shape of the canonical weight, (g, f, c, *kernel).
         option: Fold, number of slices (divides c) and rank (between 1 and the full rank).
         backend: Where to compute.
-        held: The error on held-out inputs: the refinement ends when it no longer falls, and the factors
-            of its least value on the way are given. None gives the last.
-        steps: Iterations of the refinement at most.
+        held: The error on held-out inputs. The refinement ends when this error no longer falls, and the
+            factors with its least value are returned. Without it, the last factors are returned.
+        steps: The most iterations of the refinement.
 
     Returns:
         Float64 NumPy arrays; every slice balanced as U√Σ and √ΣVᵀ of its product.
@@ -89,16 +90,17 @@ def fit(
 def output_errors(
     outputs: Moments, weight: NDArray[Any], *, centred: bool, ridge: float
 ) -> NDArray[np.float64]:
-    """As `errors`, for the encode fold of one slice, from the moments of a layer's outputs alone.
+    """The relative errors of `output_fit` for every rank, from the moments of a layer's outputs alone.
 
-    The error of projecting the outputs on their top eigenvectors; it needs f² numbers, where `errors`
-    needs the p² of the inputs.
+    It is the error of projecting the outputs on their top eigenvectors. The moments of the outputs have only
+    f² numbers; those of the inputs, which `errors` needs, have p².
 
     Args:
         outputs: Moments of the outputs W x, without bias.
         weight: Canonical weight W, shape (g, f, c, *kernel).
-        centred: Whether a bias takes the change of the mean.
-        ridge: What ‖W − Ŵ‖²_F counts beside E‖(W − Ŵ) x‖²; relative to both at Ŵ = 0, per operator group.
+        centred: Whether a bias takes up the change of the mean.
+        ridge: The weight of ‖W − Ŵ‖²_F beside E‖(W − Ŵ) x‖², each divided by its value at Ŵ = 0; per operator
+            group.
 
     Returns:
         e / e(0) at the ranks 0 … min(f, c · prod(kernel)).
@@ -117,14 +119,14 @@ def output_errors(
 def output_fit(
     outputs: Moments, weight: NDArray[Any], j: int, backend: Backend, *, centred: bool, ridge: float
 ) -> Factors:
-    """The factors of `output_errors`: D = U, the top eigenvectors of the outputs' moments, and E = UᵀW.
+    """Factors in the encode fold with one slice: D = U, the top eigenvectors of output moments, and E = UᵀW.
 
     Args:
         outputs: Moments of the outputs W x, without bias.
         weight: Canonical weight W, shape (g, f, c, *kernel).
         j: The rank, between 1 and min(f, c · prod(kernel)).
         backend: Where to compute.
-        centred: Whether a bias takes the change of the mean.
+        centred: Whether a bias takes up the change of the mean.
         ridge: As in `output_errors`.
 
     Returns:
@@ -141,12 +143,12 @@ def output_fit(
 
 
 def output_error(outputs: Moments, factors: Factors, *, centred: bool) -> float:
-    """What the factors of `output_fit` lose of a layer's outputs: ‖y − P y‖² / ‖y‖², P on their decoder.
+    """The relative error of the factors of `output_fit`: ‖y − P y‖² / ‖y‖², P projects on their decoder.
 
     Args:
         outputs: Moments of the outputs y, on any inputs.
-        factors: Its factors, in any dtype.
-        centred: Whether a bias takes the change of the mean.
+        factors: The factors, in any dtype.
+        centred: Whether a bias takes up the change of the mean.
     """
     decoder = factors.decoder.astype(np.float64)
     q, r = np.linalg.qr(decoder.reshape(*decoder.shape[:2], -1))
@@ -158,7 +160,7 @@ def output_error(outputs: Moments, factors: Factors, *, centred: bool) -> float:
 
 
 def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> NDArray[np.float64]:
-    """(W − Ŵ) E[x]: what a bias must add so that the mean of the outputs stays; shape (g · f,).
+    """(W − Ŵ) E[x]: the correction of the bias that keeps the mean of the outputs; shape (g · f,).
 
     Args:
         weight: Canonical weight W, shape (g, f, c, *kernel).
@@ -172,7 +174,7 @@ def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> N
 
 
 def _on_device(quadratic: Quadratic, backend: Backend) -> AbstractContextManager[object]:
-    """`Backend.alone` for a quadratic whose minimizer the host has found before."""
+    """Take `Backend.alone` after the host has computed the quadratic's minimizer."""
     _ = quadratic.optimum
     return backend.alone()
 
@@ -185,14 +187,14 @@ def _held_error(
     backend: Backend,
     encoder: Array,
 ) -> float:
-    """The error on held-out inputs of an encoder with the decoder that is fitted to it."""
+    """The error of an encoder, with the decoder that is fitted to it, on held-out inputs."""
     xp = array_namespace(encoder)
     product = xp.matmul(projection.solve(problem, encoder).left, encoder)
     return error(held, backend.to_numpy(unfold(product, fold, shape)))
 
 
 def _product_svd(left: Array, right: Array) -> tuple[Array, Array, Array]:
-    """U, σ and Vᵀ of left · right, from the small factors of both: no product of full size."""
+    """U, σ and Vᵀ of left · right, from QR factorizations of both, without the full product."""
     xp = array_namespace(left)
     q_left, r_left = xp.linalg.qr(left)
     q_right, r_right = xp.linalg.qr(xp.matrix_transpose(right))
@@ -213,8 +215,8 @@ def _output_moments(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Moments of the outputs with the ridge, (g, f, f), and the weight as matrices, (g, f, p)."""
     matrices = matrices_of(weight)
-    own = matrices @ np.swapaxes(matrices, 1, 2)
+    gram = matrices @ np.swapaxes(matrices, 1, 2)
     second = about(outputs.mean, outputs.mean, outputs.second, centred)
-    size = np.trace(own, axis1=1, axis2=2)
+    size = np.trace(gram, axis1=1, axis2=2)
     level = ridges(np.trace(second, axis1=1, axis2=2) / np.where(size > 0, size, 1.0), ridge)
-    return second + level[:, None, None] * own, matrices
+    return second + level[:, None, None] * gram, matrices

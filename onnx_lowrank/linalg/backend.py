@@ -1,4 +1,4 @@
-"""Where the linear algebra runs; the only module that imports CuPy."""
+"""The device of the linear algebra; only this module imports CuPy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from onnx_lowrank.errors import InputError
 _log = logging.getLogger(__name__)
 
 _LARGE = 256
-"""Rows and columns of matrices from which on a thread for each pays."""
+"""The least number of rows and columns for which a thread per matrix is worthwhile."""
 
 
 Shared = Callable[[Callable[[int], Array], int], list[Array]]
-"""Applies a function to the numbers 0 … n − 1 in the thread that calls and in those that are idle."""
+"""Applies a function to the numbers 0 … n − 1, in the calling thread and in idle threads."""
 
 _DEVICE = RLock()
 
@@ -38,7 +38,7 @@ class Backend:
     Attributes:
         name: "cpu" or "cuda".
         xp: Its array API namespace: array-api-compat's NumPy or CuPy.
-        shared: Has idle threads help with the parts of one task; None where there are none.
+        shared: Runs the parts of one task in idle threads, too; None if there are no other threads.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Backend:
     shared: Shared | None = field(default=None, compare=False, repr=False)
 
     def alone(self) -> AbstractContextManager[object]:
-        """Holds a GPU for one thread, whose memory is for one layer; the host's part runs outside."""
+        """Reserve a GPU for one thread, because its memory holds one layer; no-op on the CPU."""
         return _DEVICE if self.name == "cuda" else nullcontext()
 
     def asarray(self, array: NDArray[Any]) -> Array:
@@ -54,7 +54,7 @@ class Backend:
         return self.xp.asarray(array.astype(np.float64, copy=False))
 
     def to_numpy(self, array: Array) -> NDArray[Any]:
-        """Bring an array of the device to NumPy, without changing its dtype."""
+        """Copy an array from the device to NumPy, without changing its dtype."""
         return np.asarray(array.get() if self.name == "cuda" else array)
 
 
@@ -62,10 +62,10 @@ def resolve(device: str) -> Backend:
     """The backend that `--device` asks for.
 
     Args:
-        device: "cpu", "cuda", or "auto": CUDA where CuPy and a device are there, else the CPU.
+        device: "cpu", "cuda", or "auto": CUDA if CuPy and a device are available, otherwise the CPU.
 
     Raises:
-        InputError: The device is unknown, or CUDA is asked for where CuPy or a device is missing.
+        InputError: The name is unknown, or it is "cuda" and CuPy or a device is missing.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"There is no device {device!r}: choose auto, cpu or cuda.")
@@ -86,7 +86,7 @@ def resolve(device: str) -> Backend:
 
 
 def _missing_cuda() -> str | None:
-    """What keeps CUDA from being used, or None."""
+    """The reason why CUDA cannot be used, or None."""
     try:
         import cupy
     except ImportError:
@@ -99,14 +99,14 @@ def _missing_cuda() -> str | None:
 
 
 def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backend) -> Array:
-    """Apply a function of stacked matrices to a stack; large ones one by one, where idle threads help.
+    """Apply a function of stacked matrices to a stack; large matrices one by one, shared among idle threads.
 
-    A layer that takes longest runs alone in the end, so that its slices share the cores then.
+    The layer that takes longest runs last and alone, so its slices can share the cores.
 
     Args:
-        function: Treats every matrix on its own; gives one array for each.
+        function: Maps every matrix of a stack to one array, independently of the others.
         matrices: Shape (..., rows, cols).
-        backend: Where they lie, and who helps.
+        backend: The device of the matrices, with the idle threads.
     """
     *stack, rows, cols = matrices.shape
     if backend.shared is None or prod(stack) < 2 or min(rows, cols) < _LARGE:
@@ -118,15 +118,15 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
 
 
 def solve_triangular(lower: Array, right: Array, *, transposed: bool = False) -> Array:
-    """L⁻¹ B, or L⁻ᵀ B, for every pair of a stack: the array API has no triangular solver.
+    """L⁻¹ B, or L⁻ᵀ B, for every pair of a stack; the array API has no triangular solver.
 
     Args:
         lower: Lower triangles L, shape (g, n, n).
         right: B, shape (g, n, m).
-        transposed: Whether to solve by Lᵀ.
+        transposed: Whether to solve with Lᵀ.
 
     Returns:
-        Shape (g, n, m), where the arguments lie.
+        Shape (g, n, m), on the device of the arguments.
     """
     xp = array_api_compat.array_namespace(lower)
     if array_api_compat.is_cupy_array(lower):
@@ -140,7 +140,7 @@ def solve_triangular(lower: Array, right: Array, *, transposed: bool = False) ->
 
 
 class _BlasLimit:
-    """The limit of BLAS to one thread, which belongs to the process, and how many hold it."""
+    """The process-wide limit of BLAS to one thread, with the number of its holders."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -156,7 +156,7 @@ class _BlasLimit:
     def release(self) -> None:
         with self._lock:
             self._holders -= 1
-            # Only the first holder knows the original number; the first to leave must not restore it.
+            # The limits know the original number of threads; only the last holder may restore it.
             if self._holders == 0 and self._limits is not None:
                 self._limits.restore_original_limits()
                 self._limits = None
@@ -167,10 +167,10 @@ _BLAS_LIMIT = _BlasLimit()
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Have BLAS use one thread in the whole process, for the same bits whatever the number of cores.
+    """Limit BLAS to one thread in the whole process, so the number of cores does not change any bits.
 
-    BLAS libraries split sums by their own thread count. Blocks may overlap in any order, in several
-    threads: the limit holds from the first beginning to the last end.
+    BLAS libraries split sums by their number of threads. These contexts may overlap in any order, in several
+    threads: the limit holds from the first entry to the last exit.
     """
     _BLAS_LIMIT.acquire()
     try:

@@ -1,4 +1,4 @@
-"""The factors of one layer, and the certificate of what they lost."""
+"""The factors of one layer, and the certificate of their error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.folding import compose, fold, split
 
 _UNIT = 2.0**-53  # unit roundoff u of float64
-_SAFE_EXPONENT = 100  # of two, for the largest entry: sums of 2^40 squares stay between 2^-1022 and 2^1024
+_SAFE_EXPONENT = 100  # largest entries of 2^±100 are safe: sums of 2^40 squares stay in range
 
 
 def factorize(
@@ -32,8 +32,8 @@ def factorize(
         weight: Canonical weight, shape (g, f, c, *kernel), any real dtype, finite.
         option: Fold, number of slices and rank.
         backend: Where to compute.
-        stored: The dtype whose digits the weight has, where that is not the array's own (a float32
-            weight with its BatchNorm folded in, as float64).
+        stored: The dtype whose precision the weight has, if it is not that of the array (a float32 weight
+            with its BatchNorm folded in, as float64).
 
     Returns:
         Float64 NumPy arrays.
@@ -71,8 +71,8 @@ def _lapack_svd(matrices: Array, j: int) -> tuple[Array, Array, Array]:
 def _gram_svd(matrices: Array, j: int) -> tuple[Array, Array, Array]:
     """U, σ and Vᵀ of the j largest singular values, from the eigenvectors of the smaller Gram matrix.
 
-    Only the orthonormal U comes from the Gram matrix; the matrices themselves are projected on it, so
-    that U · σVᵀ = U Uᵀ M loses no digits to the squared condition number.
+    Only the orthonormal U comes from the Gram matrix, and the matrix M itself is projected on it. So
+    U · σVᵀ = U Uᵀ M loses no digits to the squared condition number.
     """
     xp = array_namespace(matrices)
     rows, cols = matrices.shape[-2:]
@@ -97,10 +97,10 @@ def balance(u: Array, sigma: Array, vt: Array) -> tuple[Array, Array]:
 
 
 def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
-    """Upper bounds, tight to about 1e-9, on the norms of W − Ŵ relative to W's, per operator group.
+    """Upper bounds, tight to about 1e-9, on the norms of W − Ŵ relative to those of W, per operator group.
 
-    The matrix is the encode fold's, f × (c · kernel), whatever the fold of the factors. Nothing is
-    estimated: every rounding error of this computation is bounded and added, short of underflow. With
+    The matrix is that of the encode fold, f × (c · kernel), for factors in any fold. Nothing is estimated:
+    every rounding error of this computation, except underflow, is bounded and added. With
     u = 2⁻⁵³ and γ_n = nu / (1 − nu), for any order of summation, with or without fused multiply-add
     (N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., chapters 3 and 10):
 
@@ -110,7 +110,7 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
     - Largest σ² of A (n × m, n ≤ m) from above: the computed Gram G errs by at most γ_m ‖A‖²_F. If the
       Cholesky factorization of tI − G runs to its end, then λ_max(G) ≤ t + γ_{n+1} / (1 − γ_{n+1}) ·
       trace(tI − G) (theorem 10.3 and eq. 10.7; S. Rump, Verification of positive definiteness, 2006).
-      So the eigenvalue solver is not trusted: t comes from it, and Cholesky proves it.
+      So the eigenvalue solver need not be trusted: it gives t, and Cholesky proves the bound.
     - Largest σ of W from below: ‖Wᵀx‖ / ‖x‖ for the x of one inverse iteration; any x is a valid bound.
 
     Args:
@@ -119,7 +119,7 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
         factors: The factors as stored, in their own dtype.
 
     Returns:
-        The bounds; 0 for a group whose weight and factors are zero, infinite where factors are not finite.
+        The bounds; 0 for a group whose weight and factors are zero, infinite for factors that are not finite.
     """
     exact = Factors(factors.fold, factors.encoder.astype(np.float64), factors.decoder.astype(np.float64))
     original = weight.astype(np.float64)
@@ -139,10 +139,10 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
 
 
 def certify_product(first: NDArray[Any], second: NDArray[Any], stored: NDArray[Any]) -> Certificate:
-    """Upper bounds on the norms of B · A − P relative to those of B · A, of a product P as it is stored.
+    """Upper bounds on the norms of B · A − P relative to those of B · A, for the product P as it is stored.
 
-    The product is computed in float64. Its rounding error is bounded as in `certify`, and taken off the
-    norms of B · A, which are known up to that only.
+    The product is computed in float64. Its rounding error is bounded as in `certify`. The norms of the
+    computed product, less this error, are lower bounds on the norms of B · A.
 
     Args:
         first: A, shape (m, n), float64.
@@ -150,7 +150,7 @@ def certify_product(first: NDArray[Any], second: NDArray[Any], stored: NDArray[A
         stored: P in the dtype in which it is stored, shape (f, n).
 
     Returns:
-        The bounds, of one group; infinite where the product may be zero.
+        The bounds, for one group; infinite if the product may be zero.
     """
     exact = second @ first
     error = _gamma(first.shape[0] + 8) * _frobenius(first).above * _frobenius(second).above
@@ -176,7 +176,7 @@ def _relative_norms(
     if not np.any(original):
         bound = math.inf if np.any(residual) else 0.0
         return bound, bound
-    # Or the search for a shift that proves a bound never ends.
+    # Otherwise, the search for a shift that proves a bound never ends.
     if not math.isfinite(float(np.max(residual)) - float(np.min(residual))):
         return math.inf, math.inf
     original, unit = _normalized(original)
@@ -191,9 +191,9 @@ def _relative_norms(
 
 
 def _normalized(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
-    """A matrix over a power of two that keeps its squares away from under- and overflow, and the exponent.
+    """A matrix divided by a power of two so that its squares do not under- or overflow, and the exponent.
 
-    That is exact. Almost all matrices are far from both and stay as they are, without a copy.
+    The division is exact. Almost all matrices are safe, and are returned without a copy.
     """
     exponent = math.frexp(max(float(np.max(matrix)), -float(np.min(matrix))))[1]
     if abs(exponent) <= _SAFE_EXPONENT:
@@ -217,7 +217,7 @@ def _gamma(n: int) -> float:
 
 
 class _Bounds(NamedTuple):
-    """What a number is at least and at most."""
+    """A lower and an upper bound on a number."""
 
     below: float
     above: float
@@ -242,7 +242,7 @@ def _spectral_above(matrix: NDArray[np.float64], frobenius: float) -> float:
     n, m = wide.shape
     gram = wide @ wide.T
     top = float(np.linalg.eigvalsh(gram)[-1])
-    margin = 2 * n * _gamma(n + 1)  # as much as rounding can cost Cholesky
+    margin = 2 * n * _gamma(n + 1)  # rounding can make Cholesky fail for a smaller one
     while not _is_positive_definite(top * (1 + margin) * np.eye(n) - gram):
         margin *= 2
     shift = top * (1 + margin)
@@ -264,7 +264,7 @@ def _spectral_below(matrix: NDArray[np.float64], frobenius: float) -> float:
     n, m = wide.shape
     gram = wide @ wide.T
     shift = float(np.linalg.eigvalsh(gram)[-1]) * (1 + 2 * n * _gamma(n + 1))
-    start = np.random.default_rng(0).standard_normal(n)  # fixed, and not orthogonal to anything in practice
+    start = np.random.default_rng(0).standard_normal(n)  # fixed; in practice not orthogonal to the top one
     x = np.linalg.solve(shift * np.eye(n) - gram, start)
     x /= np.max(np.abs(x))
     length = float(np.linalg.norm(x)) * (1 + _gamma(n + 4))

@@ -1,4 +1,4 @@
-"""How a weight becomes matrices and back: the one definition of a slice, for spectra and factors alike.
+"""Convert weights to matrices and back; this defines a slice, for spectra and factors alike.
 
 A canonical weight has shape (g, f, c, *kernel): groups of the operator, output features and input
 channels per group, spatial kernel. All functions keep the dtype and the namespace of their arrays.
@@ -74,7 +74,7 @@ def split(left: Array, right: Array, fold: Fold, shape: tuple[int, ...]) -> Fact
 
 
 def compose(factors: Factors) -> Array:
-    """The canonical weight, of shape (g, f, c, *kernel), that factors stand for."""
+    """The canonical weight, of shape (g, f, c, *kernel), that is the product of the factors."""
     xp = array_namespace(factors.encoder, factors.decoder)
     g, k, j, width, *encoder_kernel = factors.encoder.shape
     _, f, _, _, *decoder_kernel = factors.decoder.shape

@@ -1,4 +1,4 @@
-"""Variable projection: the encoder of a fold is the only unknown, least squares give its decoder.
+"""Variable projection: the encoder is the only unknown, because least squares give its decoder.
 
 P maps patches to (rank, slice, tap). It is n × p with n = j · k · taps; taps are the positions of the
 decoder's kernel. P holds the encoder E_i of a slice where the slice and tap of the patch equal those of the
@@ -23,12 +23,12 @@ from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.quadratic import Quadratic
 from onnx_lowrank.linalg.spectra import diagonal_blocks
 
-_ROUND = 3  # iterations from one look at the score to the next
-_PATIENCE = 2  # looks in a row without a fall that end the refinement
+_ROUND = 3  # iterations between two evaluations of the score
+_PATIENCE = 2  # the refinement ends after so many evaluations in a row without a lower score
 _EPSILON = 2.0**-52
 
 Score = Callable[[Array], float]
-"""What an encoder is judged by beside the error that is minimized."""
+"""Gives the score of an encoder, which decides when the minimization of the error ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,11 @@ def encoder(problem: Problem, j: int) -> Array:
 
 
 def gains(problem: Problem, encoder: Array) -> Array:
-    """By how much every rank lowers e beside the ranks before it: shape (j,).
+    """The amounts by which each further rank lowers e: shape (j,).
 
-    With G = L Lᵀ the best decoder explains ‖L⁻¹ P Xᵀ‖² in all. The rows of P begin with the rank, so the
-    leading blocks of L are the factors of the smaller encoders, and row by row the squares are the gains.
+    With G = L Lᵀ, the best decoder lowers e by ‖L⁻¹ P Xᵀ‖² in total. The rank is the slowest index of the
+    rows of P, so the leading blocks of L are the factors of the smaller encoders. So the squares, summed over
+    the rows of one rank, are its gain.
     """
     xp = array_namespace(encoder)
     gram, moments = _normal_equations(problem, encoder, _image(problem, encoder))
@@ -117,10 +118,10 @@ def gains(problem: Problem, encoder: Array) -> Array:
 
 
 def solve(problem: Problem, encoder: Array) -> Solution:
-    """The decoder D = X Pᵀ G⁻¹ of an encoder, of shape (g, k, j, q).
+    """The best decoder D = X Pᵀ G⁻¹ of an encoder of shape (g, k, j, q).
 
-    e's gradient there is the one at a fixed decoder: by P it is −2 Dᵀ(X − D P C), by the encoder the
-    sum of its blocks over the taps.
+    The gradient of e is the one at a fixed decoder, because D minimizes e. By P it is −2 Dᵀ(X − D P C); by
+    the encoder it is the sum of its blocks over the taps.
     """
     xp = array_namespace(encoder)
     g, k, taps, q, _ = problem.second.shape
@@ -142,21 +143,21 @@ def solve(problem: Problem, encoder: Array) -> Solution:
 
 
 def refine(problem: Problem, encoder: Array, backend: Backend, score: Score | None, steps: int) -> Array:
-    """The encoder after L-BFGS iterations on e, the decoder solved for in every evaluation.
+    """The encoder after L-BFGS iterations on e; every evaluation solves for the decoder.
 
     G. Golub and V. Pereyra, The differentiation of pseudo-inverses and nonlinear least squares problems
     whose variables separate, 1973.
 
     Args:
         problem: The error to minimize.
-        encoder: Where to begin, shape (g, k, j, q).
+        encoder: The first iterate, shape (g, k, j, q).
         backend: Where to compute.
-        score: Ends the iterations when it no longer falls; the encoder of least score is given. None
-            gives the last.
-        steps: Iterations at most.
+        score: The iterations end when it no longer falls, and the encoder with the least score is returned.
+            Without it, the last encoder is returned.
+        steps: The most iterations.
     """
     start = solve(problem, encoder).value
-    # An exact encoder has a gradient of rounding errors only, which L-BFGS would follow.
+    # The gradient of an exact encoder is only rounding errors, which L-BFGS would follow.
     if start <= _EPSILON * problem.power:
         return encoder
     shape = encoder.shape
@@ -178,7 +179,7 @@ def refine(problem: Problem, encoder: Array, backend: Backend, score: Score | No
 
 
 class _Lowest:
-    """The iterate of least score, looked for every few iterations; without a score the last iterate."""
+    """Keeps the iterate with the least score, evaluated every few iterations; without a score, the last."""
 
     def __init__(self, encoder: Array, score: Score | None, backend: Backend) -> None:
         self._encoder = encoder
@@ -189,7 +190,7 @@ class _Lowest:
         self._misses = 0
 
     def look(self, intermediate_result: scipy.optimize.OptimizeResult) -> None:
-        """SciPy's callback: ends the minimization where the score no longer falls."""
+        """SciPy's callback: ends the minimization when the score no longer falls."""
         self._iterations += 1
         if self._score is None or self._iterations % _ROUND:
             return
@@ -236,9 +237,9 @@ def _normal_equations(problem: Problem, encoder: Array, image: Array) -> tuple[A
 def _cholesky(problem: Problem, encoder: Array, gram: Array) -> tuple[Array, Array]:
     """Scale s and L with L Lᵀ = s G sᵀ + εI, shapes (g, n, 1) and (g, n, n).
 
-    The scale is that of rows of length 1 and patches of mean power 1. Then rounding errors of G are of the
-    size of the unit roundoff even where C is singular and G all rounding; ε begins there and grows until
-    the factorization runs. It is a ridge on C of that size, far below any that is asked for.
+    The scale makes rows have length 1 and patches have mean power 1. So the rounding errors of G have the
+    size of the unit roundoff, even if C is singular and G is only rounding errors. ε starts at that size and
+    grows until the factorization succeeds. It acts as a ridge on C, far below any requested ridge.
     """
     xp = array_namespace(gram)
     g, k, taps, _, p = problem.second.shape
@@ -250,7 +251,7 @@ def _cholesky(problem: Problem, encoder: Array, gram: Array) -> tuple[Array, Arr
     scale = 1 / xp.sqrt(xp.reshape(rows, (g, n, 1)))
     scaled = gram * scale * xp.matrix_transpose(scale)
     identity = xp.eye(n, dtype=gram.dtype)
-    # Not 0: a singular C passes the factorization by luck of rounding, and its solution is noise.
+    # Not 0: by chance of rounding, the factorization may succeed for a singular C, and its solution is noise.
     jitter = 4 * n * _EPSILON
     while (lower := _try_cholesky(scaled + jitter * identity)) is None:
         jitter *= 10
@@ -258,7 +259,7 @@ def _cholesky(problem: Problem, encoder: Array, gram: Array) -> tuple[Array, Arr
 
 
 def _try_cholesky(matrix: Array) -> Array | None:
-    """L, or None where the matrix is not positive definite; CuPy does not raise then."""
+    """L, or None if the matrix is not positive definite, for which CuPy raises no error."""
     xp = array_namespace(matrix)
     try:
         lower = xp.linalg.cholesky(matrix)

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
 
-_DEAD = 1e-9  # what inputs that are always zero weigh, relative to the mean over the operator groups
+_DEAD = 1e-9  # the ridge of inputs that are always zero, relative to the mean over the operator groups
 _RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _DEFINITE = 1e-6  # keeps inputs that never vary from making the moments singular
 
 INPUT_RIDGE = 0.1
-"""Measured on several models: that much pull towards the weights never costs much, and keeps inputs that are
-mostly alike (padding) from deciding alone."""
+"""The least ridge. On several models it never cost much, and it kept inputs that are mostly alike (padding)
+from deciding alone."""
 
 Weights = NDArray[np.float64]
 """A canonical weight (g, f, c, *kernel) or its matrices (g, f, p), p = c · prod(kernel)."""
@@ -29,7 +29,7 @@ Weights = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Quadratic:
-    """e(Ŵ) = Σ_g a − 2⟨Ŵ, X⟩ + ⟨Ŵ C, Ŵ⟩: the expected squared error of a layer's outputs, and a ridge.
+    """e(Ŵ) = Σ_g a − 2⟨Ŵ, X⟩ + ⟨Ŵ C, Ŵ⟩: the expected squared error of a layer's outputs, plus a ridge.
 
     g operator groups have f output features each; patches have p = c · prod(kernel) elements in the
     order (c, *kernel) of the canonical weight.
@@ -38,7 +38,7 @@ class Quadratic:
         second: C, second moments of the patches, shape (g, p, p); symmetric, positive semidefinite.
         cross: X, moments of outputs with patches, shape (g, f, p).
         power: a, shape (g,); e(Ŵ) is relative to its sum, the error of Ŵ = 0.
-        known: A minimizer X C⁻¹, where one is known without solving for it; shape (g, f, p).
+        known: A minimizer X C⁻¹, if one is known without solving for it; shape (g, f, p).
 
     Raises:
         InputError: The moments are not finite.
@@ -58,7 +58,7 @@ class Quadratic:
 
     @cached_property
     def optimum(self) -> NDArray[np.float64]:
-        """The weight X C⁻¹ of least error, shape (g, f, p)."""
+        """The weight X C⁻¹ with the least error, shape (g, f, p)."""
         if self.known is not None:
             return self.known
         return np.stack([_regression(*group) for group in zip(self.second, self.cross, strict=True)])
@@ -70,9 +70,9 @@ def of_weight(weight: NDArray[Any], inputs: Moments, *, centred: bool, ridge: fl
     Args:
         weight: Canonical weight W, shape (g, f, c, *kernel), any real dtype.
         inputs: Moments of the patches x.
-        centred: Whether a bias takes the change of the mean, so that only the deviations from it count.
-        ridge: λ relative to the mean of the diagonal of C, per operator group. Inputs that are zero
-            throughout count as white, so that the error is the weight's own.
+        centred: Whether a bias takes up the change of the mean, so only deviations from the mean count.
+        ridge: λ relative to the mean of the diagonal of C, per operator group. Inputs that are all zero
+            count as white noise, so the error is that of the weight itself.
     """
     matrices = matrices_of(weight)
     second = about(inputs.mean, inputs.mean, inputs.second, centred)
@@ -84,13 +84,13 @@ def of_weight(weight: NDArray[Any], inputs: Moments, *, centred: bool, ridge: fl
 def of_targets(
     weight: NDArray[Any], inputs: Moments, targets: Targets, *, centred: bool, ridge: float
 ) -> Quadratic:
-    """The error E‖y − Ŵ x‖² + λ ‖W − Ŵ‖² of a weight that gets inputs x and should give y.
+    """The error E‖y − Ŵ x‖² + λ ‖W − Ŵ‖² of a weight with inputs x and target outputs y.
 
     Args:
-        weight: Canonical weight W towards which the ridge draws, shape (g, f, c, *kernel).
+        weight: Canonical weight W towards which the ridge pulls, shape (g, f, c, *kernel).
         inputs: Moments of the patches x.
-        targets: Moments of the outputs y, and theirs with x.
-        centred: Whether a bias takes the means of both.
+        targets: Moments of the targets y, and cross moments of y with x.
+        centred: Whether a bias takes up the means of both.
         ridge: λ, as in `of_weight`.
     """
     matrices = matrices_of(weight)
@@ -102,7 +102,7 @@ def of_targets(
 
 
 def error(quadratic: Quadratic, weight: Weights) -> float:
-    """e(Ŵ) relative to e(0), at least 0; where e(0) is zero, 0 for a weight without error, else Inf."""
+    """e(Ŵ) / e(0), at least 0; if e(0) is zero, 0 for a weight without error, and otherwise Inf."""
     matrices = weight.reshape(quadratic.cross.shape)
     total = float(np.sum(quadratic.power))
     gain = 2 * quadratic.cross - matrices @ quadratic.second
@@ -124,16 +124,17 @@ def best_ridge(
 ) -> float:
     """The ridge of `of_targets` whose minimizer has the least error E‖y − Ŵ x‖² on held-out moments.
 
-    With C = V Λ Vᵀ the minimizers are W + (X − W C) V (Λ + λ)⁻¹ Vᵀ, so one eigendecomposition serves all.
+    With C = V Λ Vᵀ, the minimizers are W + (X − W C) V (Λ + λ)⁻¹ Vᵀ, so one eigendecomposition serves all
+    ridges.
 
     Args:
         weight: Canonical weight W, shape (g, f, c, *kernel).
         inputs: Moments of the patches to fit on.
         targets: Moments of the outputs to fit on.
-        held_inputs: The held-out patches'.
-        held_targets: The held-out outputs'.
-        centred: Whether a bias takes the means.
-        grid: The ridges to try; of equally good ones the largest is taken, which is nearest to W.
+        held_inputs: Moments of the held-out patches.
+        held_targets: Moments of the held-out outputs.
+        centred: Whether a bias takes up the means.
+        grid: The ridges to try; ties go to the largest one, which stays nearest to W.
     """
     matrices = matrices_of(weight)
     second = about(inputs.mean, inputs.mean, inputs.second, centred)
@@ -152,7 +153,7 @@ def best_ridge(
 
 
 def shrinkage(moments: Moments, least: float = 0.0) -> float:
-    """How much ridge the second moments need for the number of vectors that they come from.
+    """The ridge that second moments need, given the number of vectors that they come from.
 
     The oracle approximating shrinkage ρ of Chen, Wiesel, Eldar, Hero, "Shrinkage Algorithms for MMSE
     Covariance Estimation", 2010, eq. 23, as a ridge ρ / (1 − ρ) relative to the mean variance; the largest
@@ -176,7 +177,7 @@ def matrices_of(weight: NDArray[Any]) -> NDArray[np.float64]:
 def about(
     left: NDArray[np.float64], right: NDArray[np.float64], moments: NDArray[np.float64], centred: bool
 ) -> NDArray[np.float64]:
-    """A copy of centred moments, or the same about zero: E[y xᵀ] = E[(y − E y)(x − E x)ᵀ] + E y E xᵀ."""
+    """A copy of centred moments, or the moments about zero: E[y xᵀ] = E[(y − E y)(x − E x)ᵀ] + E y E xᵀ."""
     return moments.copy() if centred else moments + left[:, :, None] * right[:, None, :]
 
 
@@ -187,7 +188,7 @@ def _power(targets: Targets, centred: bool) -> NDArray[np.float64]:
 def ridges(power: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
     """λ of every group, shape (g,), from the mean power of an element of its inputs.
 
-    Positive where that is zero: next to nothing beside other groups, 1 where all are.
+    A group with power zero gets a tiny λ relative to the other groups, or 1 if all groups have power zero.
     """
     mean = float(np.mean(power))
     return np.where(power > 0, ridge * power, _DEAD * mean if mean > 0 else 1.0)
@@ -205,7 +206,7 @@ def _add_to_diagonal(second: NDArray[np.float64], level: NDArray[np.float64]) ->
 
 
 def _regression(second: NDArray[np.float64], cross: NDArray[np.float64]) -> NDArray[np.float64]:
-    """X C⁺ of one group; where C is singular to working precision, of least norm."""
+    """X C⁺ of one group; if C is singular to working precision, the solution of least norm."""
     try:
         lower = np.linalg.cholesky(second)
     except np.linalg.LinAlgError:

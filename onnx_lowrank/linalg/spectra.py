@@ -25,22 +25,22 @@ def spectra(
 ) -> Spectra:
     """Singular values of the slices of one weight, for many folds and numbers of slices at once.
 
-    Singular values are the square roots of the eigenvalues of a Gram matrix of the smaller side, and
-    the Gram matrices nest. For slices at least as wide as they are high, the row Gram M Mᵀ of a coarse
-    slice is the sum of those of the finer slices in it; for narrower ones, the column Gram Mᵀ M of a
-    fine slice is a diagonal block of that of the coarser slice around it. So one product per chain of
-    divisors serves every k of it.
+    Singular values are the square roots of the eigenvalues of the Gram matrix of the smaller side, and
+    these Gram matrices nest. If a slice is at least as wide as high, its row Gram matrix M Mᵀ is the sum of
+    the row Gram matrices of the finer slices in it. Otherwise, the column Gram matrix Mᵀ M of a fine slice
+    is a diagonal block of that of the coarser slice around it. So one product serves a whole chain of
+    divisors k.
 
-    Squaring costs digits: a value σ comes with an absolute error of about ε σ_1² / σ (ε = 2.2e-16,
-    σ_1 of its slice), so values below about 1e-8 σ_1 are noise, exact zeros of rank-deficient slices
-    among them. Weights of at most float32 have no such digits to lose; float64 weights take the SVD.
+    Squaring costs digits: a value σ has an absolute error of about ε σ_1² / σ, with ε = 2.2e-16 and the
+    largest value σ_1 of its slice. So values below about 1e-8 σ_1 are noise, also those that are exactly
+    zero. Weights of at most float32 have no such digits to lose; float64 weights use the SVD.
 
     Args:
         weight: Canonical weight, shape (g, f, c, *kernel), any real dtype, finite.
         wanted: For every fold the numbers of slices k; each divides c.
         backend: Where to compute.
-        stored: The dtype whose digits the weight has, where that is not the array's own (a float32
-            weight with its BatchNorm folded in, as float64).
+        stored: The dtype whose precision the weight has, if it is not that of the array (a float32 weight
+            with its BatchNorm folded in, as float64).
 
     Returns:
         For every wanted (fold, k) the singular values, descending, of shape (g, k, min(rows, cols)).
@@ -115,7 +115,7 @@ def diagonal_blocks(gram: Array, count: int) -> Array:
 
 def _singular_values(gram: Array, backend: Backend) -> Array:
     xp = array_namespace(gram)
-    # A 1×1 matrix is its eigenvalue; there can be thousands of them, each dearer to call LAPACK for.
+    # A 1×1 matrix is its own eigenvalue; there can be thousands, and a call of LAPACK for each is slow.
     ascending = gram[..., 0] if gram.shape[-1] == 1 else of_each(xp.linalg.eigvalsh, gram, backend)
     descending = xp.flip(ascending, axis=-1)
     return xp.sqrt(xp.maximum(descending, xp.zeros_like(descending)))

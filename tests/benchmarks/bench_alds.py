@@ -1,7 +1,7 @@
-"""ALDS on ResNet-20: our score against the reference code's, and the known global optima.
+"""ALDS on ResNet-20: this package's score against the reference code's score and the known global optima.
 
-Score: largest error over layers, max_i σ_{i,j+1} / σ_1, encode fold, all k. Size: share of the 268,336
-weights of the 19 convolutions and the classifier that is left.
+Score: the largest error over layers, max_i σ_{i,j+1} / σ_1, for the encode fold and all k. Size: the
+remaining share of the 268,336 weights of the 19 convolutions and the classifier.
 
     python tests/benchmarks/bench_alds.py [MODEL.onnx]
 """

@@ -1,15 +1,15 @@
-"""What calibration is worth: scores, seconds and peak memory over models, recipes and ratios.
+"""The benefit of calibration: scores, seconds and peak memory over models, recipes and ratios.
 
     python tests/benchmarks/bench_calibrated.py [--models …] [--recipes …] [--ratios …] [--samples N]
 
-Every cell is one run of the command in a process of its own, so that its seconds and its memory are what a
-user meets, validation included. The calibration inputs are those of `scores.calibration`, without labels;
-recipes of weights alone get none. Models from ../shared take part where that folder is, of the zoo, whose
-weights are random, BERT at a quarter of its width.
+Every cell is one run of the command in its own process, so its seconds and its memory are those of a user's
+run, with validation. The calibration inputs are those of `scores.calibration`, without labels; recipes that
+use only weights get none. Models from ../shared take part if that folder exists. The zoo, whose weights are
+random, contributes BERT at a quarter of its width.
 
-The cells go into a JSON file one by one, each with the environment it was measured in: package versions, CPU
-and the digest of the program. A run that was cut off goes on where it was when it is started again, and
-cells of another environment are measured anew.
+The cells go into a JSON file one by one, each with its environment: package versions, CPU and the digest of
+the program. An interrupted run continues when it is started again. Cells from another environment are
+measured again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Seconds and peak memory of the whole command, validation included.
+"""Seconds and peak memory of the whole command, with validation.
 
-`python tests/benchmarks/bench_end_to_end.py [--all]`: ResNet-20 from ../shared and our digits model; with
---all the full-size builders of models/zoo.py too.
+`python tests/benchmarks/bench_end_to_end.py [--all]`: ResNet-20 from ../shared and the digits model of this
+repository; with --all, the full-size builders of models/zoo.py, too.
 """
 
 from __future__ import annotations

@@ -1,24 +1,26 @@
-"""A witness for refactorings: does the command still do what it did at another revision, to the byte?
+"""Check of refactorings: the command gives the same results as at another revision, to the byte.
 
     python tests/benchmarks/bench_identity.py --against REV [--only GLOB] [--quick] [--jobs N] [--json FILE]
 
 REV is checked out into a temporary worktree, and both trees run the command over the same cases: models,
-recipes, budgets, with calibration and without, plans replayed, and commands that fail. Compared are the exit
-codes, what is printed, every file that is written (models and their external data by their bytes), and of
-plans and reports every field. It says one line a case, and exits with 1 where any differs.
+recipes, budgets, with calibration and without, replayed plans, and commands that fail. The script compares
+the exit codes, the printed text, every written file (models and their external data by their bytes), and
+every field of plans and reports. It prints one line for each case, and exits with 1 if any case differs.
 
-Every command is `python -m onnx_lowrank` in a process of its own, with one BLAS thread. No name inside the
-package is used here: modules may move between the two revisions. Only times are not measured, since clocks do
-not repeat themselves: the `Recorded` stopwatch of each tree's own tests/timing.py stands in, by whatever
-module the package's own is used. So `--budget latency` takes part, and no key of a report has to be ignored.
+Every command is `python -m onnx_lowrank` in its own process, with one BLAS thread. This script uses no name
+inside the package, because modules may move between the two revisions. Clocks do not repeat, so no times are
+measured: each tree's `Recorded` stopwatch from tests/timing.py replaces the stopwatch of the package in every
+module that uses it. So `--budget latency` takes part, and every key of a report is compared.
 
-Models, inputs and recipes' names come from the working tree, so both sides get the same. Models of ../shared
-take part where that folder is: beside the checkout, or beside the main checkout of a worktree, or --shared.
+Models, inputs and the names of recipes come from the working tree, so they are the same on both sides. Models
+of ../shared take part if that folder exists: beside the checkout, beside the main checkout of a worktree, or
+at the path given by --shared.
 
-What REV did is kept in the user's cache folder, by revision, command, inputs, packages and processor, and so
-is what the working tree did where that is a commit without changes: going from commit to commit costs one
-side.
-A difference that a change is meant to make is named, and everything else stays strict:
+The results of REV are kept in the user's cache folder, by revision, command, inputs, packages and processor.
+So are the results of the working tree, if it is a commit without changes: a step from commit to commit runs
+only one side.
+
+Name a difference that a change is meant to make; everything else stays strict:
 
     --allow "*latency*:report.warnings*" --allow "errors/no-input:stderr*"
 """

@@ -1,13 +1,13 @@
-"""How much faster models become: `python tests/benchmarks/bench_latency.py [--models …] [--ratios …]`.
+"""Speed-up of compressed models: `python tests/benchmarks/bench_latency.py [--models …] [--ratios …]`.
 
-Every row is one run of the command with --budget latency (or macs), and then a measurement of its own: both
-models in turns, in three processes that have nothing else to do, with the runtime's own options but for the
-number of threads; the median of the three counts, as sessions of the same model differ by several percent.
-Of two runs of a model in each turn the second is timed. Only the ratio of the two times is compared with
-anything. Beside it stand what the command predicted and how long it took. ResNet-20, which is calibrated, has
-its top-1 on 761 images, too.
+Every row is one run of the command with --budget latency (or macs), and then a separate measurement: three
+processes, which do nothing else, time both models in turns, with the default options of the runtime except
+for the number of threads. The median of the three counts, because sessions of the same model differ by
+several percent. Each turn runs a model twice and times the second run. Only the ratio of the two times is
+meaningful. The row also gives the prediction of the command and its duration. ResNet-20, which is calibrated,
+also has its top-1 accuracy on 761 images.
 
-Results go into a JSON file row by row, with the machine they were measured on.
+Results go into a JSON file row by row, each with its machine.
 """
 
 from __future__ import annotations

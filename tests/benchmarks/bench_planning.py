@@ -1,6 +1,6 @@
-"""Times the planning of ResNet-50, VGG-16 and ViT-B: candidates and solution, for all recipes that ship.
+"""Times of planning ResNet-50, VGG-16 and ViT-B: candidates and solution, for all built-in recipes.
 
-The models are those of `models/zoo.py`, with their layers and their spectra; these are not in the times.
+The models are those of `models/zoo.py`. The times do not include finding layers and computing spectra.
 
     python tests/benchmarks/bench_planning.py [--recipe NAME] [--ratio 0.5] [--model resnet50]
 """

@@ -1,7 +1,7 @@
 """Scores of recipes over models and ratios: `python tests/benchmarks/bench_recipes.py [options]`.
 
-Without options: every recipe that ships, on every model, at the ratios of the table in passes/README.md.
-With --search, a grid of rules beside the recipes: the measurement that chose the default.
+Without options: every built-in recipe, on every model, at the ratios of the table in passes/README.md.
+With --search: also a grid of rules that are no recipes; this measurement decided the default.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Time of all spectra of `models/zoo.py`'s ResNet-50 against one values-only float32 LAPACK SVD per layer.
 
-Run `python tests/benchmarks/bench_spectra.py [repeats]`. The three jobs are interleaved, so that other
-load on the machine meets them alike, and all run as work items of the same threads. The ratios are medians
-over the repeats.
+Run `python tests/benchmarks/bench_spectra.py [repeats]`. The three jobs are interleaved, so other load on the
+machine affects all of them alike, and all run as work items of the same threads. The ratios are medians over
+the repeats.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How good a model still is: accuracy or agreement on the real models beside the checkout, and on ours."""
+"""Quality of a compressed model: accuracy or agreement, for real models beside the checkout and our own."""
 
 from __future__ import annotations
 

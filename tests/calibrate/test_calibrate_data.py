@@ -188,7 +188,7 @@ class TestFixedBatch:
     def test_two_sizes(self):
         wanted = (spec("a", (2, 4)), spec("b", (3, 4)))
         with pytest.raises(
-            InputError, match="'b' takes 3 samples at once, but others 2: give every array one"
+            InputError, match="'b' takes 3 samples at once, but others take 2: give every array"
         ):
             data.open_samples({"a": numbered(12), "b": numbered(12)}, wanted)
 
@@ -251,7 +251,7 @@ class TestWithoutBatchAxis:
 
     def test_mixed_with_a_fixed_batch(self):
         wanted = (spec(shape=(4, 4)), spec("rate", (), "int64"))
-        with pytest.raises(InputError, match="'x' takes 4 samples at once, but others 1"):
+        with pytest.raises(InputError, match="'x' takes 4 samples at once, but others take 1"):
             data.open_samples({"x": numbered(8), "rate": np.arange(8)}, wanted)
 
 
@@ -663,7 +663,9 @@ class TestNamesAndShapes:
             )
 
     def test_different_numbers_of_samples(self):
-        with pytest.raises(InputError, match="'b' has 5 samples, but 'a' has 6: give as many of each"):
+        with pytest.raises(
+            InputError, match="'b' has 5 samples, but 'a' has 6: give the same number of each"
+        ):
             data.open_samples({"a": ramp(6, 4), "b": ramp(5, 4)}, (spec("a"), spec("b")))
 
     @pytest.mark.parametrize("source", [ramp(6, 4), "x.npy"])

@@ -153,7 +153,7 @@ def test_a_function_that_nothing_calls_does_not_stop_a_plan():
 @pytest.mark.parametrize(
     ("proto", "words"),
     [
-        (model("g (float[N,8] x) => (float[N,8] y) { y = MatMul (x, w) }", w=(8, 8)), "its inputs x are"),
+        (model("g (float[N,8] x) => (float[N,8] y) { y = MatMul (x, w) }", w=(8, 8)), "its inputs x have"),
         (calling(1), r"the shapes at node 'c' in local:F do not follow"),
         (
             model(

@@ -1,3 +1,3 @@
-"""Latency: the time of a run, of layers and of whole models, measured where they will run."""
+"""Latency: the times of layers and of whole models, measured on the machine that will run them."""
 
 from onnx_lowrank.budgets.latency.budget import BUDGET as BUDGET

@@ -1,4 +1,4 @@
-"""The budget latency: what it needs, what the report says of it."""
+"""The budget latency: its requirements, and its text in the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LatencyBudget(Budget):
     order = 2
     figure = "time"
     is_measured = True
-    tolerance = 0.03  # what one measurement of a time may differ from another
+    tolerance = 0.03  # the usual difference between two measurements of one time
     is_aligned = True
 
     def show(self, amount: int | None) -> str:
@@ -32,15 +32,16 @@ class LatencyBudget(Budget):
         return time(amount)
 
     def check(self, found: Found) -> None:
-        """Find out whether times can be measured: where all shapes are known.
+        """Check that times can be measured, which needs all shapes.
 
         Raises:
             InputError: Dimensions of inputs are open.
         """
         if found.open_inputs and model_macs(found) is None:
             raise InputError(
-                f"Times are those of one shape, and dimensions of the inputs {', '.join(found.open_inputs)} "
-                "are open: pass them as --input-shape NAME=1,3,224,224, or choose --budget params."
+                "Times can be measured for one shape only, and the inputs "
+                f"{', '.join(found.open_inputs)} have open dimensions: pass them as "
+                "--input-shape NAME=1,3,224,224, or choose --budget params."
             )
 
     def on(self, found: Found, tools: Tools | None = None) -> Latency:
@@ -60,27 +61,27 @@ class LatencyBudget(Budget):
             raise unmeasurable(stopwatch, error, "choose --budget macs") from error
 
     def total(self, run: Run) -> Total | None:
-        """The times of both models, measured, or predicted in a dry run; None where nothing was timed."""
+        """The times of both models, measured, or predicted in a dry run; None if nothing was timed."""
         timing = run.timing
         if timing is None:
             return None
         return Total(timing.before, timing.predicted if timing.after is None else timing.after)
 
     def warnings(self, run: Run, total: Total) -> Iterator[str]:
-        """What would surprise the user about the speed."""
+        """Warnings about disturbed times and about a compressed model that is slower."""
         timing, is_counted = run.timing, run.plan.budget == self.name
         if timing is None or timing.ratio is None:
             return
         if not timing.is_steady:
             again = "plan" if is_counted else "time it"
             yield (
-                f"The input model took {timing.spread:.1f} times as long at one time as at another: other "
-                f"work on this machine disturbs the times, so {again} again when it is idle."
+                f"The times of the input model differ by a factor of {timing.spread:.1f}: other work on this "
+                f"machine disturbs the times, so {again} again when it is idle."
             )
-        # The input model itself is not slower than it is, whatever two measurements of it say.
+        # An unchanged model is not slower than itself, even if two measurements of it differ.
         if timing.ratio > _WARNED and any(choice.option for choice in run.plan.choices):
             advice = (
-                "its plan was made where it is faster"
+                "its plan comes from a machine or a setting where it is faster"
                 if is_counted
                 else f"--budget {self.name} makes models that are faster"
             )

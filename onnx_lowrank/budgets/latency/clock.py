@@ -1,4 +1,4 @@
-"""Timing that holds on a machine with other work on it: interleaved, paired, repeated until it is steady."""
+"""Timing that is valid on a busy machine: interleaved, paired, and repeated until the medians are steady."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 Clock = Callable[[], int]
-"""Nanoseconds since some moment."""
+"""Nanoseconds since a fixed moment."""
 
 _WARM_UP = 2
 _LEAST, _MOST = 7, 10_000
-_SELDOM = 5  # rounds are looked at when they have grown by a fifth, as that disturbs the caches
+_SELDOM = 5  # the spread is computed once the rounds have grown by a fifth, as it disturbs the caches
 _NOTCH = 1.57
 """Half width of a 95 % interval for a median over IQR / √n (McGill, Tukey and Larsen 1978)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long to repeat a measurement.
+    """The duration of a measurement.
 
     Attributes:
-        seconds: After so long it ends, but not before some rounds.
-        spread: It ends when every median is known to this share of itself.
+        seconds: It ends after this time, but not before a least number of rounds.
+        spread: It ends when the relative uncertainty of every median is at most this.
     """
 
     seconds: float
@@ -36,17 +36,17 @@ class Pace:
 def interleaved(
     runs: Sequence[Callable[[], Any]], pace: Pace, clock: Clock = perf_counter_ns, *, warm: bool = False
 ) -> list[int]:
-    """Times of several things that can be run, in nanoseconds.
+    """The times of several functions, in nanoseconds.
 
-    They run in turns, so that what else the machine does meets all of them alike. Each is compared with the
-    first in every turn: the result is the median of these ratios times the first's own median.
+    They run in turns, so other work on the machine affects all of them alike. Every turn compares each
+    function with the first one: the result is the median of these ratios, times the first one's median.
 
     Args:
-        runs: What to time; the first is the reference.
+        runs: The functions; the first is the reference.
         pace: When to stop.
-        clock: Tells the time.
-        warm: Time the second of two runs in each turn, which finds in the caches what the first has left
-            there; else what the others have left.
+        clock: Gives the time.
+        warm: Whether to run each function twice in a turn and to time the second run. That run finds its own
+            data in the caches; a single run finds the data of the other functions.
     """
     for _ in range(_WARM_UP):
         for run in runs:
@@ -63,9 +63,9 @@ def interleaved(
                 break
             look += 1 + look // _SELDOM
     times = np.array(rounds, float)
-    own = np.median(times[:, 0])
+    reference = np.median(times[:, 0])
     ratios = np.median(times / times[:, :1], axis=0)
-    return [max(1, int(own * ratio)) for ratio in ratios]
+    return [max(1, int(reference * ratio)) for ratio in ratios]
 
 
 def _timed(run: Callable[[], Any], clock: Clock, warm: bool) -> int:
@@ -77,7 +77,7 @@ def _timed(run: Callable[[], Any], clock: Clock, warm: bool) -> int:
 
 
 def _spread(times: NDArray[np.float64]) -> float:
-    """How well the medians of the ratios, and the first's own, are known."""
+    """The relative uncertainty of the medians: those of the ratios, and that of the reference itself."""
     ratios = times / times[:, :1]
     ratios[:, 0] = times[:, 0]
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75), axis=0)

@@ -60,17 +60,17 @@ _LAYERS = Pace(seconds=4.0, spread=0.02)
 _FIRST_LOOK = Pace(seconds=0.0)
 _CHAINS = Pace(seconds=2.0, spread=0.02)
 _BUDGET = 240.0
-"""Seconds in which the chains of all layers are measured, or about that: each has some rounds at least."""
+"""Approximate seconds to measure the chains of all layers; each chain gets a least number of rounds."""
 
 _LEAST_OPTIONS, _BUILT = 8, 2 * 2**30
-"""How many options of a layer are measured at a time: so many, or more that make 2 GiB of models."""
+"""The options of a layer that are measured at a time: this number, or as many as make 2 GiB of models."""
 
 _EFFICIENCY = 0.5
-"""One chain may compute its MACs in half the time of another."""
+"""A chain may need only this share of the time of another chain with the same MACs."""
 
-_BUNCHES = 4  # in which the options of a layer are measured, mostly
+_BUNCHES = 4  # the usual number of bunches in which the options of a layer are measured
 _GAINS = (-1.0, 1.5)
-"""Credible ratios of a saving inside the model to the predicted one: others measured something else."""
+"""Credible ratios of a saving inside the model to the predicted one; others are measurement errors."""
 
 _NOISE = 0.01
 """Approximate spread of the ratio of two models' times between measurements."""
@@ -104,7 +104,7 @@ class Latency(Gauge):
     """The times of one model.
 
     Attributes:
-        whole: What the model takes, in nanoseconds.
+        whole: The time of the model, in nanoseconds.
     """
 
     def __init__(self, budget: Budget, found: Found, feed: Feed, stopwatch: Stopwatch) -> None:
@@ -114,11 +114,11 @@ class Latency(Gauge):
             budget: The budget of latency.
             found: The model.
             feed: The inputs on which it is timed.
-            stopwatch: What measures.
+            stopwatch: Measures the times.
 
         Raises:
             UnsupportedError: The runtime does not accept the model.
-            RejectedError: It fails on the inputs.
+            RejectedError: The model fails on the inputs.
         """
         self.budget = budget
         self.stopwatch = stopwatch
@@ -126,7 +126,7 @@ class Latency(Gauge):
         self._feed = feed
         ran = self._ran()
         cut = {binding.layer.id: self._cut(binding, ran) for binding in found.bindings}
-        parts = {part.key: part for of in cut.values() for part, _ in of}
+        parts = {part.key: part for uses in cut.values() for part, _ in uses}
         try:
             self.whole, shares = self._shares(parts)
         except (UnsupportedError, RejectedError):
@@ -139,13 +139,14 @@ class Latency(Gauge):
             for (key, part), share in zip(parts.items(), shares, strict=True)
         }
         _log.debug("the model takes %.3f ms, and has %d kinds of layers", self.whole / 1e6, len(parts))
-        # A layer of which one use cannot be timed alone cannot be traded against others.
+        # A layer is kept if one of its uses cannot be timed in isolation.
         self._uses = {
-            layer: _added(of) if all(part.key in parts for part, _ in of) else {} for layer, of in cut.items()
+            layer: _added(uses) if all(part.key in parts for part, _ in uses) else {}
+            for layer, uses in cut.items()
         }
 
     def _cut(self, binding: Binding, ran: Executed) -> list[tuple[Micro, int]]:
-        """The uses of a layer that run, as models of their own, and how often; none if one cannot be cut."""
+        """The uses of a layer that run, as micro models, and how often; none if one cannot be cut."""
         found: list[tuple[Micro, int]] = []
         for index, use in enumerate(binding.layer.uses):
             is_known = use.scope and self._found.walk.node(Place(use.scope, use.node)).name
@@ -162,13 +163,13 @@ class Latency(Gauge):
         return self.stopwatch.shares((self._found.model, self._feed), tuple(parts.values()), _LAYERS)
 
     def _ran(self) -> Executed:
-        """How often the nodes in bodies run; nothing where no layer lives in one."""
+        """How often the nodes in bodies run; empty if no layer is in a body."""
         hidden = any(use.scope for layer in self._found.layers for use in layer.uses)
         return self.stopwatch.engine.executed(self._found.model, [self._feed]) if hidden else Executed({})
 
     @property
     def total(self) -> int:
-        """What the model takes, in nanoseconds."""
+        """The time of the model, in nanoseconds."""
         return self.whole
 
     @property
@@ -178,73 +179,73 @@ class Latency(Gauge):
 
     @property
     def counted(self) -> Costs:
-        """The MACs: what saves none is not measured."""
+        """The MACs: an option that does not lower them is not measured."""
         return Linear(known_macs)
 
     def line(self, layer: Layer, fold: Fold, k: int) -> Line | None:
-        """The MACs of a decomposition; None where they are unknown."""
+        """The MACs of a decomposition; None if they are unknown."""
         return None if macs(layer) is None else Linear(known_macs).line(layer, fold, k)
 
     def of_model(self, choices: Sequence[Choice]) -> int:
-        """What the model takes under a plan, as its own costs tell."""
+        """The time of the model under a plan, from the costs that the plan states."""
         kept = {layer.id: self.tariff(layer).keep for layer in self._found.layers}
         return self.whole - sum(kept[choice.layer] - choice.cost for choice in choices)
 
     def alone(self, table: Candidates) -> str:
-        """Why a layer has no option."""
+        """The reason why a layer has no option."""
         if table.cost[0] == 0:
             return "it did not run when the model was timed, or cannot be timed on its own"
         return "no option of the recipe, at ranks in multiples of --align, is clearly faster"
 
     def ratio(self, model: Model) -> float:
-        """The time of another model with the same inputs over this one's, in turns.
+        """The time of another model with the same inputs over the time of this one, measured in turns.
 
         Raises:
-            UnsupportedError: The runtime does not accept it.
-            RejectedError: It fails on the inputs.
+            UnsupportedError: The runtime does not accept the other model.
+            RejectedError: The other model fails on the inputs.
         """
         before, after = self.pair(model)
         return after / before
 
     def pair(self, model: Model) -> tuple[int, int]:
-        """The times of this model and of another with the same inputs, in turns, in nanoseconds."""
+        """The times of this model and of another with the same inputs, measured in turns, in nanoseconds."""
         pairs = Whole(self._found.model, self._feed, self.stopwatch).pairs(model)
         for before, _ in pairs:
             self._range = min(self._range[0], before), max(self._range[1], before)
         return middle(pairs)
 
     def measure(self, errors: Sequence[Errors], grid: Grid[Costs], step: Step) -> None:
-        """Measure what is worth it of the options of all layers, but for what is known.
+        """Measure the promising options of all layers that have not been measured yet (rule 2).
 
         Args:
-            errors: For each layer the errors of its options, by which those worth measuring are chosen.
+            errors: For each layer the errors of its options, which select the promising ones.
             grid: The ranks to choose from.
-            step: Told the share that is done.
+            step: Receives the share that is done.
         """
         wanted: dict[str, list[tuple[Layer, Errors]]] = {}
         for layer, table in zip(self._found.layers, errors, strict=True):
             for key in self._uses[layer.id]:
                 wanted.setdefault(key, []).append((layer, table))
-        # The layers that take longest have the largest share of the work, too.
+        # Progress counts a layer by its time, because a slow layer takes longer to measure.
         total = sum(self._kinds[key].time for key in wanted) or 1
         done = 0
         try:
-            for key, of in wanted.items():
+            for key, layers in wanted.items():
                 kind = self._kinds[key]
                 seconds = _BUDGET * kind.time / total / _BUNCHES
-                self._measure(kind, of, grid, replace(_CHAINS, seconds=min(seconds, _CHAINS.seconds)))
+                self._measure(kind, layers, grid, replace(_CHAINS, seconds=min(seconds, _CHAINS.seconds)))
                 done += kind.time
                 step(done / total)
-        finally:  # what was measured stays known, even where the user does not wait for all
+        finally:  # keep what was measured, even if the user interrupts the rest
             self.stopwatch.cache.save()
 
     def _measure(
         self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid[Costs], pace: Pace
     ) -> None:
-        """Measure what is worth it of the options of layers that are alike (rule 2)."""
+        """Measure the promising options of layers that are alike (rule 2)."""
         for layer, errors in layers:
-            ranks = {key: own for key in errors if (own := grid.ranks(layer, *key))}
-            work = {key: _work(layer, Option(*key, middle_rank(own))) for key, own in ranks.items()}
+            ranks = {key: js for key in errors if (js := grid.ranks(layer, *key))}
+            work = {key: _work(layer, Option(*key, middle_rank(js))) for key, js in ranks.items()}
             most = max(_LEAST_OPTIONS, _BUILT // kind.micro.bytes)
             promising = by_promise(worth_measuring(errors, ranks, work, _EFFICIENCY), errors, ranks, work)
             first = [
@@ -267,7 +268,7 @@ class Latency(Gauge):
         kind.known |= self.stopwatch.chains(kind.micro, missing, pace)
 
     def tariff(self, layer: Layer) -> Times:
-        """The known times of one layer, over its uses; these can be of several kinds."""
+        """The known times of one layer, summed over its uses, which can be of several kinds."""
         kinds = {key: self._kinds[key] for key in self._uses[layer.id]}
         shares = {key: runs * kinds[key].time for key, runs in self._uses[layer.id].items()}
         keep = sum(shares.values())
@@ -285,7 +286,7 @@ class Latency(Gauge):
         return Times(keep, curves, gain)
 
     def predicted(self, options: Mapping[str, Option]) -> int:
-        """What the model takes with some layers rewritten, in nanoseconds, as far as is known."""
+        """The predicted time of the model with these layers rewritten, in nanoseconds."""
         saved = 0
         for layer in self._found.layers:
             if layer.id in options:
@@ -312,30 +313,30 @@ class Latency(Gauge):
         for layer, option in options.items():
             kinds.setdefault("/".join(sorted(self._uses[layer])), {})[layer] = option
         ordered = sorted(kinds.values(), key=self._saving, reverse=True)
-        savings = [self._saving(own) for own in ordered]
+        savings = [self._saving(alike) for alike in ordered]
         whole = self._saving(options)
         # Without a predicted saving the quotient says nothing; the isolated times are the best guess.
         joint = (1 - reached) / whole if whole > 0 else 1.0
-        for index, (own, alone) in enumerate(zip(ordered, savings, strict=True)):
+        for index, (alike, alone) in enumerate(zip(ordered, savings, strict=True)):
             saved = joint * alone
             if alone > _NOISE and index < _JUDGED:
                 # The weight of a measurement against its prior, both with errors of their own: alone² is the
                 # variance of the prior and _NOISE² that of the measurement.
                 belief = alone**2 / (alone**2 + _NOISE**2)
-                saved += belief * (1 - ratio(own) - saved)
-            self.learn(own, 1 - saved)
+                saved += belief * (1 - ratio(alike) - saved)
+            self.learn(alike, 1 - saved)
             step((index + 1) / len(ordered))
 
     def _saving(self, options: Mapping[str, Option]) -> float:
-        """The share of the model's time that some options are predicted to save."""
+        """The predicted saving of these options, as a share of the model's time."""
         return 1 - self.predicted(options) / self.whole
 
     def kinds(self, options: Mapping[str, Option]) -> set[str]:
-        """The kinds of some layers: those of one kind are alike."""
+        """The kinds of these layers; layers of one kind are alike."""
         return {key for layer in options for key in self._uses[layer]}
 
     def remember(self, options: Mapping[str, Option], ratio: float) -> None:
-        """Keep the ratio that a model with some layers rewritten was measured at, for predictions of it."""
+        """Keep the measured ratio of a model with these layers rewritten, as its prediction."""
         self._reached[frozenset(options.items())] = ratio
 
     def learn(
@@ -344,9 +345,9 @@ class Latency(Gauge):
         """Scale the predictions of some layers to their joint saving in one model (rule 3).
 
         Args:
-            options: The options of the layers that were rewritten in it.
-            ratio: Its time over this model's.
-            limits: The least and the largest share of what was predicted to believe.
+            options: The options of the layers that are rewritten in the measured model.
+            ratio: The time of the measured model over the time of this one.
+            limits: The smallest and the largest credible ratio of the measured saving to the predicted one.
         """
         alone = self._saving(options)
         share = float(np.clip((1 - ratio) / alone, *limits)) if alone > 0 else 1.0
@@ -354,9 +355,9 @@ class Latency(Gauge):
             self._kinds[key].gain = float(np.clip(self._kinds[key].gain * share, *_GAINS))
 
     def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
-        """The times of rewritten layers: as they were, as predicted, and measured at their own ranks."""
+        """The times of rewritten layers: before, predicted, and measured at the chosen ranks."""
         found: dict[str, LayerTime] = {}
-        # Before the measurements below, which would enter the predictions of layers that are alike.
+        # Taken before the measurements below, which would change the predictions of layers that are alike.
         planned = {layer.id: self.tariff(layer) for layer in self._found.layers}
         for layer in self._found.layers:
             option = options.get(layer.id)
@@ -373,22 +374,22 @@ class Latency(Gauge):
         return found
 
     def _known(self, options: Mapping[str, Option]) -> bool:
-        """Whether the times of all options were measured, or of some of the same fold and slices."""
+        """Whether every option, or another rank with the same fold and slices, was measured."""
         times = {layer.id: self.tariff(layer).curves for layer in self._found.layers}
         return all((option.fold, option.k) in times[layer] for layer, option in options.items())
 
     def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
-        """All that is known of the times of a compressed model.
+        """The times of a compressed model, predicted, and measured if the model is given.
 
         Args:
             options: The options of its layers.
-            model: The model; None where it was not made.
+            model: The model; None if it was not made.
 
         Raises:
-            UnsupportedError: The runtime does not accept it.
-            RejectedError: It fails on the inputs.
+            UnsupportedError: The runtime does not accept the model.
+            RejectedError: The model fails on the inputs.
         """
-        if model is None and not self._known(options):  # a plan that is replayed
+        if model is None and not self._known(options):  # of a replayed plan
             self.layers(options)
         reached = self._reached.get(frozenset(options.items()))
         if reached is not None:
@@ -399,7 +400,7 @@ class Latency(Gauge):
             return timing
         before, after = self.pair(model)
         layers = self.layers(options)
-        # Both were measured anew, on a machine that may have become slower; the prediction is of their ratio.
+        # Both models were measured again, and the machine may have become slower: predict by the ratio.
         known = layers.keys() == options.keys() and all(
             time.predicted is not None for time in layers.values()
         )
@@ -410,14 +411,14 @@ class Latency(Gauge):
         return timing
 
     def keep(self) -> None:
-        """Keep what was measured for later runs, unless other work has disturbed it."""
+        """Keep the measurements for later runs, unless other work disturbed them."""
         spread = self._range[1] / self._range[0]
         is_steady = Timing("", "", self.whole, None, spread=spread).is_steady
         (self.stopwatch.cache.save if is_steady else self.stopwatch.cache.discard)()
 
 
 def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:
-    """How often each kind of micro model runs, by its key."""
+    """The number of runs of each kind of micro model, by its key."""
     found: Counter[str] = Counter()
     for part, runs in uses:
         found[part.key] += runs
@@ -425,5 +426,5 @@ def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:
 
 
 def _work(layer: Layer, option: Option) -> float:
-    """The MACs of an option over those of its layer."""
+    """The MACs of an option over the MACs of its layer."""
     return (macs(layer, option) or 0) / (macs(layer) or 1)

@@ -27,20 +27,20 @@ Timed = tuple[Model, Feed]
 """A model and the inputs on which it is timed."""
 
 _TOGETHER = 2**29
-"""Bytes of the models that are in memory at the same time, unless one alone has more."""
+"""The most bytes of models that are in memory at the same time, unless one model alone is larger."""
 
 _MOST = 16
-"""Models that run in turns: each makes a round longer, and a pause between two of its runs."""
+"""The most models that run in turns: each one lengthens a round and the pause between two runs of a model."""
 
 
 class Stopwatch:
-    """Times models as they are deployed; what is known of chains is not measured again.
+    """Times models as they are deployed; known times of chains are not measured again.
 
     Attributes:
-        engine: What runs the models.
-        threads: How many threads compute one operator; 0 leaves it to the runtime.
-        warm: Whether models find their weights in the processor's caches when they run again and again.
-        cache: The times that are known.
+        engine: The runtime that runs the models.
+        threads: The number of threads for one operator; 0 leaves it to the runtime.
+        warm: Whether every run finds the weights of its model in the processor's caches.
+        cache: The known times.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Stopwatch:
         caching: bool = True,
         clock: Clock = perf_counter_ns,
     ) -> None:
-        """Prepare; nothing is measured before it is asked for.
+        """Prepare; nothing is measured yet.
 
         Args:
-            engine: What runs the models.
-            threads: How many threads compute one operator; 0 leaves it to the runtime.
-            warm: Whether models find their weights in the processor's caches when they run again and again.
-            caching: Whether times may be read from disk and written there.
-            clock: Tells the time.
+            engine: The runtime that runs the models.
+            threads: The number of threads for one operator; 0 leaves it to the runtime.
+            warm: Whether every run finds the weights of its model in the processor's caches.
+            caching: Whether times are read from disk and written there.
+            clock: Gives the time.
         """
         self.engine = engine
         self.threads = threads
@@ -69,16 +69,16 @@ class Stopwatch:
 
     @property
     def name(self) -> str:
-        """What measures, with its setting, a short phrase."""
+        """The runtime that measures, with its setting, a short phrase."""
         threads = {0: "all threads", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
         return f"{self.engine.name}, {threads}"
 
     def times(self, models: Sequence[Timed], pace: Pace) -> list[int]:
-        """Times of models in nanoseconds; they run in turns.
+        """The times of models that run in turns, in nanoseconds.
 
         Raises:
-            UnsupportedError: The runtime does not accept one.
-            RejectedError: It fails on the inputs of one.
+            UnsupportedError: The runtime does not accept one of the models.
+            RejectedError: One of the models fails on its inputs.
         """
         with ExitStack() as stack:
             runs = [
@@ -87,18 +87,18 @@ class Stopwatch:
             return interleaved(runs, pace, self._clock, warm=self.warm)
 
     def shares(self, whole: Timed, layers: Sequence[Micro], pace: Pace) -> tuple[int, list[float]]:
-        """The time of a model in nanoseconds, and those of layers over it.
+        """The time of a model in nanoseconds, and the times of layers as shares of it.
 
         Raises:
-            UnsupportedError: The runtime does not accept the model, or a layer alone.
-            RejectedError: It fails on the inputs.
+            UnsupportedError: The runtime does not accept the model, or a layer in isolation.
+            RejectedError: The model or a layer fails on its inputs.
         """
-        own, ratios = [], []
-        for some in [*_bunches(layers, lambda layer: layer.bytes)] or [[]]:
-            first, *others = self.times([whole, *((layer.dense(), layer.feed()) for layer in some)], pace)
-            own.append(first)
-            ratios += [other / first for other in others]
-        return sorted(own)[len(own) // 2], ratios
+        totals, shares = [], []
+        for bunch in [*_bunches(layers, lambda layer: layer.bytes)] or [[]]:
+            total, *parts = self.times([whole, *((layer.dense(), layer.feed()) for layer in bunch)], pace)
+            totals.append(total)
+            shares += [part / total for part in parts]
+        return sorted(totals)[len(totals) // 2], shares
 
     def accepts(self, layer: Micro) -> bool:
         """Whether the runtime runs a layer on its own."""
@@ -109,20 +109,20 @@ class Stopwatch:
         return True
 
     def chains(self, layer: Micro, options: Iterable[Option], pace: Pace) -> dict[Option, float]:
-        """The times of a layer's chains over its own; a chain that the runtime refuses is not among them."""
+        """The times of a layer's chains over the layer's time; without chains that the runtime refuses."""
         wanted = list(options)
         if not wanted:
             return {}
         made = layer.chains()
-        # A brief look is not taken for more than that.
+        # The times of a brief look have keys of their own, so they never pass for full measurements.
         suffix = "" if pace.seconds else " at a look"
         keys = {option: made.digest(option) + suffix for option in wanted}
         known = {option: self.cache.get(layer.key, key) for option, key in keys.items()}
         missing = [option for option, ratio in known.items() if ratio is None]
         found = len(known) - len(missing)
         _log.debug("layer %.12s: %d chains are known, %d are measured", layer.key, found, len(missing))
-        for some in _bunches(made.decomposed(missing), lambda chain: stored_bytes(chain[1])):
-            for option, ratio in self._measured(layer, some, pace):
+        for bunch in _bunches(made.decomposed(missing), lambda chain: stored_bytes(chain[1])):
+            for option, ratio in self._measured(layer, bunch, pace):
                 known[option] = ratio
                 _log.log(DETAIL, "layer %.12s: %s takes %.3f of its time", layer.key, option, ratio)
                 self.cache.put(layer.key, keys[option], ratio)
@@ -133,17 +133,19 @@ class Stopwatch:
     ) -> Iterator[tuple[Option, float]]:
         feed = layer.feed()
         try:
-            own, *others = self.times([(layer.dense(), feed), *((model, feed) for _, model in chains)], pace)
+            dense, *others = self.times(
+                [(layer.dense(), feed), *((model, feed) for _, model in chains)], pace
+            )
         except (UnsupportedError, RejectedError):
             if len(chains) > 1:
                 for chain in chains:
                     yield from self._measured(layer, [chain], pace)
             return
-        yield from zip((option for option, _ in chains), (other / own for other in others), strict=True)
+        yield from zip((option for option, _ in chains), (other / dense for other in others), strict=True)
 
 
 def _bunches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items in their order, in bunches that fit into memory together."""
+    """Split items, in their order, into bunches that fit into memory together."""
     bunch: list[T] = []
     room = _TOGETHER
     for item in items:
@@ -157,7 +159,7 @@ def _bunches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
 
 
 def _environment(engine: Runtime, threads: int, warm: bool) -> dict[str, str]:
-    """All that times depend on, beside the models."""
+    """Everything that times depend on, beside the models."""
     return {
         "runtime": engine.module.__version__,
         "provider": engine.provider,

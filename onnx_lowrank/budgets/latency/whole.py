@@ -1,4 +1,4 @@
-"""The input model as a whole, timed in turns with models that were made of it."""
+"""The input model as a whole, timed in turns with models made from it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 
 _PACE = Pace(seconds=6.0, spread=0.005)
 _SESSIONS = 3
-"""How often models that run from the caches are loaded and timed: times differ from session to session."""
+"""The number of sessions in which warm models are timed: times differ from session to session."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of inputs, by name."""
+"""The shapes of a model's inputs, by name."""
 
 Pair = tuple[int, int]
 """The times of the input model and of another, in nanoseconds."""
@@ -31,12 +31,12 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A model, and inputs on which it runs.
+    """A model with inputs on which it runs.
 
     Attributes:
         model: The model.
         feed: The inputs.
-        stopwatch: What measures.
+        stopwatch: Measures the times.
     """
 
     model: Model
@@ -48,7 +48,7 @@ class Whole:
 
         Raises:
             UnsupportedError: The runtime does not accept the other model.
-            RejectedError: It fails on the inputs.
+            RejectedError: The other model fails on the inputs.
         """
         both = [(self.model, self.feed), (other, self.feed)]
         sessions = _SESSIONS if self.stopwatch.warm else 1
@@ -59,7 +59,7 @@ class Whole:
         return pairs
 
     def timing(self, other: Model) -> Timing:
-        """Measure how long this model and another take, for the report; errors as `pairs`."""
+        """Measure the times of this model and of another, for the report; raises the errors of `pairs`."""
         pairs = self.pairs(other)
         (before, after), times = middle(pairs), [before for before, _ in pairs]
         spread = max(times) / min(times)
@@ -72,17 +72,17 @@ def middle(pairs: Sequence[Pair]) -> Pair:
 
 
 def runnable(model: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Feed:
-    """Inputs on which a model runs, of the shapes that were asked for.
+    """Inputs of the requested shapes on which a model runs.
 
     Args:
         model: The model.
-        shown: Inputs of the user's, which are taken if they fit; empty where there are none.
-        shapes: The shapes of inputs that were asked for, by name.
-        stopwatch: What measures.
+        shown: The user's inputs, which are used if they fit; empty if there are none.
+        shapes: The requested shapes of inputs, by name.
+        stopwatch: Its engine runs the model.
 
     Raises:
         UnsupportedError: The runtime does not accept the model.
-        RejectedError: It fails on all inputs.
+        RejectedError: The model fails on all inputs.
     """
     fits = shown and all(shapes.get(name, array.shape) == array.shape for name, array in shown.items())
     feeds = [shown] if fits else make(model.proto, specs(model.proto), shapes)
@@ -102,7 +102,7 @@ def start(model: Model, shown: Feed, shapes: Shapes, stopwatch: Stopwatch) -> Wh
 
 
 def unmeasurable(stopwatch: Stopwatch, error: Exception, advice: str) -> InputError:
-    """The error to raise where a model cannot be timed because it does not run."""
+    """The error for a model that cannot be timed because it does not run."""
     return InputError(
         f"To measure times the model has to run, and {stopwatch.engine.name} cannot run it ({error}): "
         f"{advice}, or choose another --provider."

@@ -165,7 +165,7 @@ def test_what_becomes_of_times_is_logged(tmp_path, caplog):
         "PATH is replaced: file is not a database",
         "wrote 1 times to PATH",
         "1 times are known in this environment, from PATH",
-        "the times were disturbed, so 1 are taken out of PATH again",
+        "the times were disturbed, so 1 are deleted from PATH",
     ]
 
 
