@@ -141,7 +141,7 @@ class _Sums:
     def error(self) -> OutputError:
         if self.fault:
             return OutputError(self.name, float("inf"), None, None, self.fault)
-        agreement = self.agreeing / self.rows if self.rows and not self.embedding.is_one else None
+        agreement = self.agreeing / self.rows if self.rows and not self.embedding.is_embedding else None
         if self.is_text:
             note = "It holds texts." if self.size else _EMPTY
             return OutputError(self.name, None, None, agreement, note, is_exact=True)

@@ -85,14 +85,14 @@ class Embedding:
         return np.concatenate(ours), np.concatenate(theirs)
 
     @property
-    def is_one(self) -> bool:
+    def is_embedding(self) -> bool:
         """Whether there are rows, and all of them so far are directions."""
         return self._is_unit and not self._is_shares and self._count > 0
 
     @property
     def cosine(self) -> float | None:
         """The mean cosine between the rows of both models; None if rows are no directions."""
-        return self._cosines / self._count if self.is_one else None
+        return self._cosines / self._count if self.is_embedding else None
 
     @property
     def neighbours(self) -> float | None:
@@ -100,7 +100,7 @@ class Embedding:
 
         None if rows are no directions, or if there are fewer than three, which leave no choice.
         """
-        if not self.is_one:
+        if not self.is_embedding:
             return None
         y, z = self._joined()
         if len(y) < 3:

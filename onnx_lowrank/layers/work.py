@@ -51,5 +51,5 @@ def _node_macs(walk: Walk, shapes: Shapes, place: Place, *, is_layer: bool) -> i
         return 0
     # Two at least: the families index both operands, even of a node that lacks one.
     inputs = [shape_of(walk, shapes, walk.operand(place, index)) for index in range(max(2, len(node.input)))]
-    count = operator.macs_beside if is_layer else operator.macs
+    count = operator.macs_beside if is_layer else operator.macs_undecomposed
     return count(node, inputs, shape_of(walk, shapes, walk.result(place)))

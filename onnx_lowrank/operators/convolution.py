@@ -217,7 +217,9 @@ class Conv(Convolution):
         between = (outputs[a] if a in strided else inputs[a] for a in range(len(inputs)))
         return positions.batch * prod(between), positions.batch * prod(outputs)
 
-    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
         """Outputs times the weight's elements per output."""
         weight, outputs = known(inputs[1]), known(leaving)
         if outputs is None or not weight or not known(inputs[0]):
@@ -251,7 +253,9 @@ class ConvTranspose(Convolution):
         between = (outputs[a] if a in spread else inputs[a] for a in range(len(inputs)))
         return positions.batch * prod(inputs), positions.batch * prod(between)
 
-    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
         """Inputs times the weight's elements per input."""
         image, weight = known(inputs[0]), known(inputs[1])
         if known(leaving) is None or not image or not weight:

@@ -161,7 +161,9 @@ class Einsum(Operator):
         """Once per vector."""
         return positions.batch, positions.batch
 
-    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
         """The product of the sizes of all letters; 0 for sums over one operand alone."""
         found = equation(node, 1)
         if isinstance(found, str):

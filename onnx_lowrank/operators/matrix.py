@@ -91,7 +91,9 @@ class Product(Operator):
         """Once per vector."""
         return positions.batch, positions.batch
 
-    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
         """Outputs times the length of the vectors."""
         left, right, outputs = known(inputs[0]), known(inputs[1]), known(leaving)
         if outputs is None or not left or not right:

@@ -196,7 +196,9 @@ class Operator(ABC):
     ) -> tuple[int, int]:
         """The numbers of products with the encoder and with the decoder."""
 
-    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
         """Multiply-accumulates of a node that is no layer; None if a dimension is unknown."""
         return 0
 

@@ -85,7 +85,9 @@ class Recurrent(Operator):
         evaluations = self.dense_evaluations(node, positions)
         return evaluations, evaluations
 
-    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
         """The MACs of both weights, in every step."""
         return self._macs(node, inputs, (1, _R))
 

@@ -70,7 +70,9 @@ class Table(Product):
         """One factor is looked up, the other multiplied."""
         return (positions.batch, 0) if transposed else (0, positions.batch)
 
-    def macs(self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None) -> int | None:
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
         """Looking rows up counts nothing."""
         return 0
 

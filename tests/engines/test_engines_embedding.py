@@ -60,16 +60,16 @@ def test_a_row_that_becomes_zero_has_no_direction():
 
 
 @pytest.mark.parametrize(
-    ("norm", "is_one"), [(1.0, True), (1.0009, True), (0.9991, True), (1.0011, False), (0.9989, False)]
+    ("norm", "is_embedding"), [(1.0, True), (1.0009, True), (0.9991, True), (1.0011, False), (0.9989, False)]
 )
-def test_one_row_of_another_norm_makes_them_classes(norm, is_one):
+def test_one_row_of_another_norm_makes_them_classes(norm, is_embedding):
     y, z = drawn(4, 50, 6)
     y[49] *= norm
     error = compared(y, z)
     assert (error.agreement is None, error.cosine is None, error.neighbours is None) == (
-        is_one,
-        not is_one,
-        not is_one,
+        is_embedding,
+        not is_embedding,
+        not is_embedding,
     )
 
 
