@@ -33,7 +33,7 @@ _LARGEST = 2**60
 
 
 def macs(layer: Layer, option: Option | None = None) -> int | None:
-    """Multiply-accumulates of all uses of a layer; None where a dimension is unknown.
+    """Multiply-accumulates of all uses of a layer; None if a dimension is unknown.
 
     Each factor counts once for each position at which it is evaluated; the two factors have different
     numbers of positions if one of them has a stride. Biases do not count.
@@ -48,7 +48,7 @@ def macs(layer: Layer, option: Option | None = None) -> int | None:
 
 
 def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None:
-    """Multiply-accumulates of one use of a layer; None where a dimension is unknown."""
+    """Multiply-accumulates of one use of a layer; None if a dimension is unknown."""
     if use.evaluations is None:
         return None
     if option is None:
@@ -122,7 +122,7 @@ class Macs(Budget):
         return _Meter(found)
 
     def total(self, run: Run) -> Total:
-        """The multiply-accumulates of both models; a model with merged operators is counted anew."""
+        """The multiply-accumulates of both models; a model with merged operators is counted again."""
         if run.merged and run.rewritten is not None:
             after = model_macs(find_layers(run.rewritten.model, run.shapes, (), ()))
         else:

@@ -51,7 +51,7 @@ class Embedding:
 
         Args:
             y: The input model's output, float64, of two axes or more.
-            z: The compressed model's, finite where `y` is.
+            z: The compressed model's output, finite where `y` is.
         """
         if not self._is_unit:
             return

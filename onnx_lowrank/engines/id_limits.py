@@ -64,7 +64,7 @@ class _Walk:
                 self.limits[name] = max(1, min(table[axis], self.limits.get(name, table[axis])))
 
     def call(self, function: FunctionProto, node: NodeProto, names: _Names) -> None:
-        """Walk a function's body with the caller's tensors behind its parameters."""
+        """Walk a function's body with the caller's tensors bound to its parameters."""
         inner = _Names()
         for parameter, argument in zip(function.input, node.input, strict=False):
             if argument in names.ids:

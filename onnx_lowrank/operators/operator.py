@@ -205,7 +205,7 @@ class Operator(ABC):
     def macs_beside(
         self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
     ) -> int | None:
-        """Multiply-accumulates of a layer's node beside those of the layer's weight; None as in `macs_undecomposed`."""
+        """Multiply-accumulates of a layer's node beside its weight's; None as in `macs_undecomposed`."""
         return 0
 
     # --- the bias ---------------------------------------------------------------------------------
