@@ -1,7 +1,8 @@
 """The effect of every layer's error on the model's outputs, one layer at a time.
 
-Each layer in turn is replaced by substitutes, on a few of the calibration inputs. The model's outputs are
-compared with those of the unchanged model:
+Each layer in turn is replaced by substitutes, on a few of the calibration inputs. Only the part of the model
+that a few layers can change runs for each (`calibrate.tails`). The model's outputs are compared with those of
+the unchanged model:
 
     error = mean over the float outputs of Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖²,
 
@@ -11,7 +12,7 @@ that are not float, that are all zero, or whose shape a substitute changes are l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.shares import spaced
 from onnx_lowrank.calibrate.statistics import Samples
+from onnx_lowrank.calibrate.tails import Tails
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.engines.spread import Spread, is_batched
@@ -105,13 +107,18 @@ def measure(
     except (UnsupportedError, RejectedError) as error:
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
-    for start in range(0, len(bindings), _GROUP):
-        overridable = Overridable(model, walk, bindings[start : start + _GROUP])
+    groups = [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
+    tails = Tails(model, walk, groups, feeds, engine, MEMORY)
+    compared: frozenset[str] = frozenset()
+    for number, group in enumerate(groups):
+        overridable = Overridable(model, walk, group)
         outcomes.update(overridable.reasons)
-        opened = [b for b in bindings[start : start + _GROUP] if b.layer.id in overridable.inputs]
+        opened = [b for b in group if b.layer.id in overridable.inputs]
+        tail, given = tails.tail(number, overridable.model) if compared else (overridable.model, feeds)
         try:
-            with engine.open(overridable.model) as run:
-                trial = _Trial(run, feeds)
+            with engine.open(tail) as run:
+                trial = _Trial(run, given, compared)
+                compared = trial.compared
                 for binding in opened:
                     fed = (overridable.feeds(binding, substitute) for substitute in substitutes(binding))
                     outcomes[binding.layer.id] = trial.errors(fed)
@@ -170,14 +177,27 @@ class _Output:
 
 
 class _Trial:
-    """The outputs of the unchanged model, with which those of the model with substitutes are compared."""
+    """The outputs of the unchanged model, with which those of the model with substitutes are compared.
 
-    def __init__(self, run: Run, feeds: Sequence[Feed]) -> None:
+    Attributes:
+        compared: The outputs of the whole model that are compared.
+    """
+
+    def __init__(self, run: Run, feeds: Sequence[Feed], compared: Set[str]) -> None:
+        """Run the unchanged model, or the tail of one.
+
+        Args:
+            run: Runs it.
+            feeds: Its inputs.
+            compared: The outputs of the whole model that are compared. Those that the tail does not return
+                have no error.
+        """
         self._run = run
         self._feeds = feeds
         given = [run(feed) for feed in feeds]
         outputs = (self._output(name, [values[name] for values in given]) for name in given[0])
         self._outputs = [output for output in outputs if output is not None]
+        self.compared = frozenset(compared).union(output.name for output in self._outputs)
 
     def errors(self, fed: Iterable[Feed]) -> NDArray[np.float64] | str:
         """The output error of every substitute, given the feed that overrides the layer; or a reason."""
@@ -187,7 +207,8 @@ class _Trial:
         same = ~np.isnan(table).any(axis=0)
         if not same.any():
             return "its substitutes change the shapes of the model's outputs"
-        return np.asarray(table[:, same].mean(axis=1))
+        absent = len(self.compared) - len(self._outputs)
+        return np.asarray(table[:, same].sum(axis=1) / (np.count_nonzero(same) + absent))
 
     def _row(self, override: Feed) -> NDArray[np.float64]:
         """The error of every output; NaN if its shape changes."""
