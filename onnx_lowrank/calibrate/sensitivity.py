@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,9 @@ _GROUP = 4
 
 _BATCH = 16
 _FEWEST, _MOST = 8, 128
-_PASSES = 5
-"""The approximate cost of all trials together, in runs of all calibration samples."""
+_FEWEST_SEQUENCES = 2
+_PASSES = 2
+"""The most that all trials together cost, in runs of all calibration samples."""
 
 
 class Sensitivities(Mapping[str, NDArray[np.float64]]):
@@ -103,7 +105,7 @@ def measure(
     outcomes: dict[str, NDArray[np.float64] | str] = {}
     try:
         with engine.open(model) as run:
-            feeds = _chosen(run, samples, probe(samples.count, len(bindings), trials))
+            feeds = _chosen(run, samples, partial(probe, samples.count, len(bindings), trials))
     except (UnsupportedError, RejectedError) as error:
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
@@ -130,31 +132,49 @@ def measure(
     return Sensitivities(outcomes)
 
 
-def probe(samples: int, layers: int, trials: int) -> int:
-    """The number of samples for each trial, so that all trials together cost about 5 runs of all samples.
+def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
+    """The number of samples for each trial, so that all trials together cost at most 2 runs of all samples.
 
     Args:
         samples: Number of calibration samples.
         layers: Number of layers.
         trials: Number of substitutes for each layer.
+        rows: The least number of vectors that an output has for each sample, as for each token of a text.
 
     Returns:
-        5 · samples / (layers · trials), but at least 8 and at most 128.
+        2 · samples / (layers · trials), but at most 128, and enough for 8 vectors of every output, and for 2
+        samples.
     """
-    return min(max(_PASSES * samples // max(layers * trials, 1), _FEWEST), _MOST)
+    fewest = max(-(-_FEWEST // max(rows, 1)), _FEWEST_SEQUENCES)
+    return min(max(_PASSES * samples // max(layers * trials, 1), fewest), _MOST)
 
 
-def _chosen(run: Run, samples: Samples, wanted: int) -> list[Feed]:
-    """Batches with about `wanted` samples, evenly spaced over the data; fewer if memory is short."""
+def _chosen(run: Run, samples: Samples, number: Callable[[int], int]) -> list[Feed]:
+    """Batches evenly spaced over the data; fewer if memory is short.
+
+    Args:
+        run: Runs the model.
+        samples: The data.
+        number: Gives the number of wanted samples for the rows of a sample's outputs.
+    """
     first = next(iter(samples.batches(1))).feed
-    taken = max(_bytes(first) + _bytes(run(first)), 1)
+    given = run(first)
+    taken = max(_bytes(first) + _bytes(given), 1)
+    wanted = number(_rows(given))
     size = max(1, min(wanted, _BATCH, MEMORY // taken))
     held = [batch.held for batch in samples.batches(size)]
     in_batch = samples.count / len(held)  # more than `size` if the model fixes the batch size
-    number = max(1, min(round(wanted / in_batch), MEMORY // (size * taken)))
-    places = set(spaced(held.count(False), number).tolist())
+    most = max(1, min(round(wanted / in_batch), MEMORY // (size * taken)))
+    places = set(spaced(held.count(False), most).tolist())
     fit = (batch.feed for batch in samples.batches(size) if not batch.held)
     return [feed for place, feed in enumerate(fit) if place in places]
+
+
+def _rows(outputs: Mapping[str, Any]) -> int:
+    """The least number of vectors in an output of floats; 1 for outputs that are not stacks of vectors."""
+    arrays = (value for value in outputs.values() if isinstance(value, np.ndarray))
+    floats = (array for array in arrays if array.dtype.name in FLOATS.values() and array.size)
+    return min((array.size // array.shape[-1] if array.ndim > 1 else 1 for array in floats), default=1)
 
 
 def _bytes(arrays: Mapping[str, Any]) -> int:

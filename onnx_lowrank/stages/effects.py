@@ -35,7 +35,7 @@ from onnx_lowrank.work.fitting import DenseItem, dense
 
 _log = logging.getLogger(__name__)
 
-PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
+PROBED = (0.02, 0.1, 0.4)
 """Relative activation errors near which the effect on the model's outputs is measured."""
 
 Effects = tuple[tuple[float, float], ...]
@@ -89,6 +89,7 @@ def effects(
             substitutes,
             calibration.samples,
             calibration.engine,
+            trials=len(PROBED),
             step=step,
         )
     return _assumed([_pairs(chosen[table.layer], caused, table.layer) for table in tables])

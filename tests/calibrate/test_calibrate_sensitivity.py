@@ -327,22 +327,26 @@ def test_outputs_of_other_sizes_in_every_batch_are_compared_with_their_size():
 
 
 @pytest.mark.parametrize(
-    ("count", "layers", "trials", "wanted"),
+    ("count", "layers", "trials", "rows", "wanted"),
     [
-        (2000, 20, 5, 100),
-        (500, 20, 5, 25),
-        (2000, 50, 5, 40),
-        (2000, 5, 5, 128),
-        (100, 20, 5, 8),
-        (1, 1, 1, 8),
-        (10**6, 1000, 5, 128),
-        (640, 5, 5, 128),
-        (1000, 0, 5, 128),
-        (1000, 5, 0, 128),
+        (2000, 20, 3, 1, 66),
+        (500, 20, 3, 1, 16),
+        (2000, 50, 5, 1, 16),
+        (2000, 5, 5, 1, 128),
+        (100, 20, 5, 1, 8),
+        (1, 1, 1, 1, 8),
+        (10**6, 1000, 5, 1, 128),
+        (1600, 5, 5, 1, 128),
+        (1000, 0, 5, 1, 128),
+        (1000, 5, 0, 1, 128),
+        (64, 210, 3, 128, 2),
+        (64, 210, 3, 3, 3),
+        (64, 210, 3, 0, 8),
+        (2000, 20, 3, 128, 66),
     ],
 )
-def test_how_many_samples_are_probed(count, layers, trials, wanted):
-    assert probe(count, layers, trials) == wanted
+def test_how_many_samples_are_probed(count, layers, trials, rows, wanted):
+    assert probe(count, layers, trials, rows) == wanted
 
 
 @pytest.mark.parametrize("count", [8, 9, 40, 100, 333, 1000])
@@ -377,8 +381,8 @@ def test_held_out_samples_are_not_used():
 @pytest.mark.parametrize(("unit", "batches"), [(64, 2), (128, 1), (1, 128), (16, 8), (640, 1)])
 def test_models_that_fix_the_batch(unit, batches):
     engine = Recorder()
-    measured(model(TWO, **WEIGHTS), samples(640, unit=unit), (0.1,), engine=engine, trials=12)
-    assert probe(640, 2, 12) == 128
+    measured(model(TWO, **WEIGHTS), samples(640, unit=unit), (0.1,), engine=engine, trials=5)
+    assert probe(640, 2, 5) == 128
     assert sum(len(feed) > 1 for feed in engine.feeds) == 2 * batches
 
 

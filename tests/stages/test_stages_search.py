@@ -43,6 +43,7 @@ class World:
         monkeypatch.setattr(module.settling, "make", self.make)
         monkeypatch.setattr(module, "build", self.build)
         monkeypatch.setattr(module, "judge", self.judge)
+        monkeypatch.setattr(module, "_content", lambda plan: plan)
         self.search = Search(SimpleNamespace(model=None), None, None, None, Silent())
 
     def make(self, found, goal, scores, progress):
