@@ -202,6 +202,42 @@ def test_many_layers(number):
     np.testing.assert_allclose(told, np.arange(1, number + 1) / number)
 
 
+def deep(number: int) -> ModelProto:
+    """Layers in a row, with a further output behind the first one."""
+    nodes = [f"x{n + 1} = MatMul (x{n}, w{n})" for n in range(number)]
+    nodes.insert(1, "e = Relu (x1)")
+    text = f"g (float[N,6] x0) => (float[N,6] e, float[N,6] x{number}) {{ {' '.join(nodes)} }}"
+    return model(text, **{f"w{n}": (6, 6) for n in range(number)})
+
+
+def test_only_the_rest_of_the_model_runs_for_a_late_layer():
+    engine = Recorder()
+    rows = Rows(drawn(1, 8, 6).astype(np.float32), name="x0")
+    measured(deep(10), rows, (0.5,), engine=engine)
+    inputs = [sorted(name for name in feed if name.startswith("x")) for feed in engine.feeds if len(feed) > 1]
+    assert inputs == [["x0"]] * 4 + [["x4"]] * 4 + [["x8"]] * 2
+
+
+def test_without_memory_for_what_enters_the_rest_the_whole_model_runs(monkeypatch):
+    rows = Rows(drawn(1, 8, 6).astype(np.float32), name="x0")
+    rows = Rows(rows.x[:1], name="x0")
+    monkeypatch.setattr(sensitivity, "MEMORY", 40)  # what enters two tails takes 48 bytes
+    engine = Recorder()
+    assert len(measured(deep(10), rows, (0.5,), engine=engine)) == 10
+    assert all("x0" in feed for feed in engine.feeds)
+
+
+def test_outputs_before_the_layer_have_no_error():
+    """The mean goes over both outputs, though a late layer changes only one."""
+    rows = Rows(drawn(1, 8, 6).astype(np.float32), name="x0")
+    result = measured(deep(6), rows, (0.5,))
+    proto = deep(6)
+    matrices = weights(proto)
+    noisy = matrices | {"w5": matrices["w5"] + 0.5 * drawn(9, 1, 6, 6)[0].T}
+    y, changed = (np.linalg.multi_dot([rows.x.astype(float), *m.values()]) for m in (matrices, noisy))
+    np.testing.assert_allclose(result["w5"], [relative(y, changed) / 2], rtol=1e-4)
+
+
 def test_the_same_data_gives_the_same_bits():
     proto = model(TWO, **WEIGHTS)
     one, other = (measured(proto, samples(40)) for _ in range(2))
