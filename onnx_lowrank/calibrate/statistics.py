@@ -8,6 +8,7 @@ moments of its outputs instead. Finished moments are on disk, so memory holds on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from onnx_lowrank.calibrate.moments import Accumulator
+from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.engines.engine import RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
@@ -29,6 +31,7 @@ from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.find import Binding, geometry
 from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
+from onnx_lowrank.probe.suffix import Cuts
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 
@@ -199,6 +202,7 @@ class _Measurement:
         self._step = step or _silent
         self._of_outputs: dict[str, bool] = {}
         self._sizes: list[int] = []
+        self._relay: Relay | None = None
 
     def run(self, bindings: Sequence[Binding], memory: int) -> None:
         """Measure all layers; layers that read the same tensors are measured once."""
@@ -212,9 +216,16 @@ class _Measurement:
         instrumented = self._instrumented(chosen.values())
         self._statistics.reasons.update(instrumented.reasons)
         jobs = self._jobs(instrumented, chosen)
-        groups = list(_grouped(jobs, memory))
-        for number, group in enumerate(groups):
-            self._measure([chosen[layer] for job in group for layer in jobs[job]], number, len(groups))
+        position = Cuts(self._model, self._walk).position
+        order = sorted(jobs, key=lambda job: min(position(chosen[layer]) for layer in jobs[job]))
+        groups = [
+            [chosen[layer] for job in group for layer in jobs[job]] for group in _grouped(order, memory)
+        ]
+        with ExitStack() as stack:
+            if len(groups) > 1:
+                self._relay = stack.enter_context(Relay(self._model, self._walk, groups))
+            for number, group in enumerate(groups):
+                self._measure(group, number, len(groups))
 
     def _instrumented(self, bindings: Iterable[Binding]) -> Instrumented:
         bindings = tuple(bindings)
@@ -243,6 +254,10 @@ class _Measurement:
         try:
             self._pass(bindings, number, passes)
         except (UnsupportedError, RejectedError) as error:
+            if self._relay is not None:
+                self._relay = None  # the whole model may run where its parts do not
+                self._measure(bindings, number, passes)
+                return
             self._check_data()
             outside = [b for b in bindings if not any(use.scope for use in b.layer.uses)]
             inside = [b for b in bindings if b not in outside]
@@ -274,13 +289,19 @@ class _Measurement:
         instrumented = self._instrumented(bindings)
         jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
         tasks = [_Task(job, layers) for job, layers in jobs.items()]
-        with self._engine.open(instrumented.model) as run:
-            size = self._batch_size(run)
+        relay, model = self._relay, instrumented.model
+        part = (
+            model if relay is None else relay.part(number, model, [t.name for j in jobs for t, _ in j.sights])
+        )
+        with nullcontext(_nothing) if part is None else self._engine.open(part) as run:
+            # Parts of a model exchange batches, so the first pass decides for all.
+            size = self._sizes[0] if relay is not None and number else self._batch_size(run)
             self._sizes.append(size)
             self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
             for done, batch in enumerate(self._samples.batches(size), 1):
-                _add(tasks, run(batch.feed), batch.held, self._threads)
+                found = run(batch.feed) if relay is None else relay.run(run, done, batch.feed)
+                _add(tasks, found, batch.held, self._threads)
                 self._step((number + done / (max(done, expected) + 1)) / passes)
         for task in tasks:
             task.finish(self._statistics)
@@ -328,6 +349,11 @@ class _Task:
 def _add(tasks: Sequence[_Task], found: Mapping[str, Any], held: bool, threads: Threads) -> None:
     """Add a batch to all tasks, in parallel; no task holds its tensors when this returns."""
     threads.each(lambda task: task.add(found, held), tasks)
+
+
+def _nothing(feed: Feed) -> dict[str, Any]:
+    """Run no model."""
+    return {}
 
 
 def _silent(share: float) -> None:

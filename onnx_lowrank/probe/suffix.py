@@ -54,11 +54,15 @@ class Cuts:
 
     def before(self, bindings: Sequence[Binding]) -> Cut:
         """The cut before some layers (rule 1)."""
-        first = min(self._place(use.scope, use.node) for binding in bindings for use in binding.layer.uses)
+        first = min(map(self.position, bindings))
         read = set().union(*self._reads[first:])
         made = [name for node in self._nodes[:first] for name in node.output if name]
         crossing = (name for name in made if name in read and name not in self._constants)
         return Cut(tuple(crossing), frozenset(made))
+
+    def position(self, binding: Binding) -> int:
+        """The index of the first node of the main graph that uses a layer, or holds a use."""
+        return min(self._place(use.scope, use.node) for use in binding.layer.uses)
 
     def returning(self, names: Iterable[str]) -> Model:
         """A copy of the model that also returns some of its tensors."""
@@ -78,23 +82,33 @@ class Cuts:
         return node
 
 
-def behind(model: Model, cut: Cut, kinds: Mapping[str, int]) -> Model | None:
+START = Cut((), frozenset())
+"""The cut before all nodes."""
+
+
+def behind(
+    model: Model, cut: Cut, kinds: Mapping[str, int], wanted: Collection[str] | None = None
+) -> Model | None:
     """The suffix of a model behind a cut.
 
     Args:
         model: The model in which the cut was found, or a copy with the same names before the cut.
         cut: The cut.
         kinds: The element types of the tensors that cross it.
+        wanted: Tensors that the suffix returns, none of which crosses the cut; by default, the outputs of the
+            model that are made behind it.
 
     Returns:
         The suffix. Its inputs are the inputs of the model and the tensors at the cut that it needs. None if
         no output of the model is made behind the cut.
     """
     source = model.proto.graph
-    outputs = [output for output in source.output if output.name not in cut.before]
-    if not outputs:
+    known = {output.name: output for output in source.output}
+    names = [n for n in known if n not in cut.before] if wanted is None else wanted
+    if not names:
         return None
-    nodes, needed = _kept(source, cut, {output.name for output in outputs})
+    outputs = [known.get(name) or ValueInfoProto(name=name) for name in names]
+    nodes, needed = _kept(source, cut, names)
     # Optional inputs stay, even if no output needs them: a caller may feed them.
     needed.update(value.name for value in source.input if value.name in {t.name for t in source.initializer})
     graph = GraphProto(name=source.name)
