@@ -24,6 +24,8 @@ from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
@@ -273,13 +275,17 @@ class _Measurement:
         Raises:
             InputError: It fails on them.
         """
+        feed: Feed = {}
         try:
             with self._engine.open(self._model) as run:
                 for batch in self._samples.batches(1):
-                    run(batch.feed)
+                    feed = batch.feed
+                    run(feed)
         except UnsupportedError:
             return
         except RejectedError as error:
+            if (reason := unmasked(specs(self._model.proto), feed)) is not None:
+                raise InputError(f"The calibration inputs do not fit each other: {reason}.") from error
             raise InputError(
                 f"The model fails on the calibration inputs ({error}): give inputs that it takes."
             ) from error
