@@ -80,6 +80,10 @@ class Relay:
         self._fed = tuple(name for name in inputs if name not in cut.crossing)
         return part
 
+    def fed(self, feed: Feed) -> dict[str, Any]:
+        """Those inputs of the model that the part takes."""
+        return {name: feed[name] for name in self._fed}
+
     def run(self, run: Run, batch: int, feed: Feed) -> dict[str, Any]:
         """Run the part on one batch, and keep what the next pass needs.
 
@@ -96,7 +100,7 @@ class Relay:
             InputError: The disk is full.
         """
         taken = {name: self._shelf.get((name, False), batch) for name in self._taken}
-        given = {name: taken[name] for name in self._read} | {name: feed[name] for name in self._fed}
+        given = {name: taken[name] for name in self._read} | self.fed(feed)
         found = run(given)
         for name in self._new:
             value = found[name]

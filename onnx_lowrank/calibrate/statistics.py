@@ -7,6 +7,7 @@ moments of its outputs instead. Finished moments are on disk, so memory holds on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 from onnx_lowrank.probe.suffix import Cuts
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
+
+_log = logging.getLogger(__name__)
 
 MEMORY = 2**30
 """The most bytes of unfinished moments, over all layers."""
@@ -257,7 +260,8 @@ class _Measurement:
             self._pass(bindings, number, passes)
         except (UnsupportedError, RejectedError) as error:
             if self._relay is not None:
-                self._relay = None  # the whole model may run where its parts do not
+                _log.debug("parts of the model do not run (%s): every pass runs the whole model", error)
+                self._relay = None
                 self._measure(bindings, number, passes)
                 return
             self._check_data()
@@ -301,7 +305,7 @@ class _Measurement:
         )
         with nullcontext(_nothing) if part is None else self._engine.open(part) as run:
             # Parts of a model exchange batches, so the first pass decides for all.
-            size = self._sizes[0] if relay is not None and number else self._batch_size(run)
+            size = self._sizes[0] if relay is not None and number else self._batch_size(run, relay)
             self._sizes.append(size)
             self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
@@ -313,14 +317,15 @@ class _Measurement:
             task.finish(self._statistics)
         self._step((number + 1) / passes)
 
-    def _batch_size(self, run: Run) -> int:
+    def _batch_size(self, run: Run, relay: Relay | None) -> int:
         """The number of samples whose tapped tensors take about `_TAPPED` bytes, judged by the first sample.
 
         The model computes other tensors, too, and a few taps say little about their sizes: they are assumed
         to take at most `_GROWTH` times the bytes of the inputs.
         """
         first = next(iter(self._samples.batches(1)))
-        taken = sum(value.nbytes for value in run(first.feed).values() if isinstance(value, np.ndarray))
+        found = run(first.feed if relay is None else relay.fed(first.feed))
+        taken = sum(value.nbytes for value in found.values() if isinstance(value, np.ndarray))
         given = sum(value.nbytes for value in first.feed.values())
         return max(1, _TAPPED // max(1, taken, given * _GROWTH // _SHARE))
 

@@ -212,6 +212,22 @@ def chain(count):
     return proto, names
 
 
+def test_passes_share_one_run_of_a_model_with_late_inputs(monkeypatch):
+    """A part gets only the inputs that it takes, and the activations are those of the whole model."""
+    body = "g (float[N,6] x, float[N,6] z) => (float[N,6] y) { a = MatMul (x, w0) r = Relu (a) "
+    body += "b = MatMul (r, w1) s = Add (b, z) t = Add (s, r) c = MatMul (t, w2) y = MatMul (c, w3) }"
+    proto = model(body, **{f"w{n}": draw(RNG, (6, 6)) / 2 for n in range(4)})
+    arrays = {"x": draw(RNG, (40, 6)), "z": draw(RNG, (40, 6))}
+    passes: list[int] = []
+    part = module.Relay.part
+    monkeypatch.setattr(module.Relay, "part", lambda self, n, *a: passes.append(n) or part(self, n, *a))
+    result = measured(proto, Samples(**arrays), memory=module._bytes((1, 6)))
+    assert passes == [0, 1, 2, 3]
+    whole = measured(proto, Samples(**arrays))
+    for name, found_ in result.items():
+        np.testing.assert_allclose(found_.inputs.second, whole[name].inputs.second, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(("together", "passes"), [(1, 5), (2, 3), (4, 2), (5, 1)])
 def test_groups_that_fit_into_memory(together, passes):
     proto, names = chain(5)
