@@ -25,9 +25,10 @@ from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import read as read_inputs
 from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.pasts import uneven
 from onnx_lowrank.engines.running import calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime, runtime
-from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.errors import BudgetError, InputError
 from onnx_lowrank.files.load import Model, ModelProto, inlined, load, stored_bytes
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.hardware import cache_bytes
@@ -128,6 +129,8 @@ def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: 
         samples = stack.enter_context(data.open_samples(setting.calibration, wanted, setting.samples))
     # Shapes that the user did not state follow from the user's inputs.
     shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
+    if (reason := uneven(wanted, shown)) is not None:
+        raise InputError(f"The inputs do not fit each other: {reason}: give all of them the same length.")
     shapes = dict(setting.shapes)
     if any(array.size for array in shown.values()):
         # Arrays without elements count, too: at its first call, the past of a decoder has none.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnx_lowrank.calibrate.data import Samples
+from onnx_lowrank.calibrate.originals import Originals
 from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.engines.running import Engine
 
@@ -17,8 +18,10 @@ class Calibration:
         samples: The inputs.
         engine: The engine that runs the model on them.
         statistics: The moments of every layer.
+        originals: The input model's outputs on the batches of `statistics.batch` samples.
     """
 
     samples: Samples
     engine: Engine
     statistics: Statistics
+    originals: Originals = field(default_factory=Originals)

@@ -7,7 +7,6 @@ not depend on a substituted layer is the same in both models, and is computed an
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from onnx.helper import np_dtype_to_tensor_dtype
 
 from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.calibrate.shelf import Key, Shelf
 from onnx_lowrank.engines.engine import Feed, UnsupportedError
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
@@ -29,8 +29,6 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.probe.segments import Segment, Segments, Substitute
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +131,6 @@ class _Stage:
 _TARGET = ""
 """The name under which a layer's output in the original model is kept; no tensor has this name."""
 
-_Key = tuple[str, bool]
-"""A tensor's name, and whether it belongs to the compressed prefix, not to the original model."""
-
 
 class Prefix:
     """Walks the layers of a model in the order of their nodes, in one pass over the data for each.
@@ -165,7 +160,7 @@ class Prefix:
     def __enter__(self) -> Self:
         """Make the folder."""
         self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
-        self._shelf = _Shelf(Path(self._folder.name))
+        self._shelf = Shelf(Path(self._folder.name))
         return self
 
     def __exit__(
@@ -269,7 +264,7 @@ class Prefix:
             (whole, self._shelf.get((name, name in stage.changed), number)) if whole.shape == shape else None
         )
 
-    def _dead(self, stage: _Stage) -> set[_Key]:
+    def _dead(self, stage: _Stage) -> set[Key]:
         """The tensors on the shelf that no later step reads."""
         cut, index = self._segments.cut, stage.index
         ahead, here = set(cut(index + 1)), set(cut(index))
@@ -294,63 +289,3 @@ class Prefix:
             return
         with self._engine.open(segment.model) as run:
             yield run
-
-
-class _Shelf:
-    """Arrays on disk, a file for each tensor and batch.
-
-    Attributes:
-        used: The bytes of all its files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.used = 0
-        self._folder = folder
-        self._numbers: dict[_Key, int] = {}
-
-    def put(self, key: _Key, batch: int, value: NDArray[Any]) -> None:
-        """Write an array.
-
-        Raises:
-            InputError: The disk is full.
-        """
-        try:
-            np.save(self._path(key, batch), value, allow_pickle=False)
-        except OSError as error:
-            raise InputError(
-                f"{self._folder.parent} cannot be written ({error.strerror}): make room there, or use fewer "
-                "inputs with --calibration-samples."
-            ) from error
-        self.used += self._path(key, batch).stat().st_size
-
-    def get(self, key: _Key, batch: int) -> NDArray[Any]:
-        """Read an array."""
-        array: NDArray[Any] = np.load(self._path(key, batch), allow_pickle=False)
-        return array
-
-    def drop(self, key: _Key, batch: int) -> None:
-        """Delete an array."""
-        path = self._path(key, batch)
-        self.used -= path.stat().st_size
-        path.unlink()
-
-    def require(self, further: int) -> None:
-        """Check that the disk has room.
-
-        Args:
-            further: The bytes still to write.
-
-        Raises:
-            InputError: The disk has less room.
-        """
-        free = shutil.disk_usage(self._folder).free
-        if further > free:
-            raise InputError(
-                f"The activations between two layers take {further / _GIB:.1f} GiB more, but "
-                f"{self._folder.parent} has only {free / _GIB:.1f} GiB free: make room there, or use fewer "
-                "inputs with --calibration-samples."
-            )
-
-    def _path(self, key: _Key, batch: int) -> Path:
-        # The name of a tensor may not be a valid file name.
-        return self._folder / f"{self._numbers.setdefault(key, len(self._numbers))}-{batch}.npy"

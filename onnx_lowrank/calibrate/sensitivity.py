@@ -1,7 +1,8 @@
 """The effect of every layer's error on the model's outputs, one layer at a time.
 
-Each layer in turn is replaced by substitutes, on a few of the calibration inputs. The model's outputs are
-compared with those of the unchanged model:
+Each layer in turn is replaced by substitutes, on a few of the calibration inputs. Only the part of the model
+that a few layers can change runs for each (`calibrate.tails`). The model's outputs are compared with those of
+the unchanged model:
 
     error = mean over the float outputs of Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖²,
 
@@ -11,8 +12,9 @@ that are not float, that are all zero, or whose shape a substitute changes are l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.shares import spaced
 from onnx_lowrank.calibrate.statistics import Samples
+from onnx_lowrank.calibrate.tails import Tails
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.engines.spread import Spread, is_batched
@@ -41,8 +44,9 @@ _GROUP = 4
 
 _BATCH = 16
 _FEWEST, _MOST = 8, 128
-_PASSES = 5
-"""The approximate cost of all trials together, in runs of all calibration samples."""
+_FEWEST_SEQUENCES = 2
+_PASSES = 2
+"""The most that all trials together cost, in runs of all calibration samples."""
 
 
 class Sensitivities(Mapping[str, NDArray[np.float64]]):
@@ -101,17 +105,22 @@ def measure(
     outcomes: dict[str, NDArray[np.float64] | str] = {}
     try:
         with engine.open(model) as run:
-            feeds = _chosen(run, samples, probe(samples.count, len(bindings), trials))
+            feeds = _chosen(run, samples, partial(probe, samples.count, len(bindings), trials))
     except (UnsupportedError, RejectedError) as error:
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
-    for start in range(0, len(bindings), _GROUP):
-        overridable = Overridable(model, walk, bindings[start : start + _GROUP])
+    groups = [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
+    tails = Tails(model, walk, groups, feeds, engine, MEMORY)
+    compared: frozenset[str] = frozenset()
+    for number, group in enumerate(groups):
+        overridable = Overridable(model, walk, group)
         outcomes.update(overridable.reasons)
-        opened = [b for b in bindings[start : start + _GROUP] if b.layer.id in overridable.inputs]
+        opened = [b for b in group if b.layer.id in overridable.inputs]
+        tail, given = tails.tail(number, overridable.model) if compared else (overridable.model, feeds)
         try:
-            with engine.open(overridable.model) as run:
-                trial = _Trial(run, feeds)
+            with engine.open(tail) as run:
+                trial = _Trial(run, given, compared)
+                compared = trial.compared
                 for binding in opened:
                     fed = (overridable.feeds(binding, substitute) for substitute in substitutes(binding))
                     outcomes[binding.layer.id] = trial.errors(fed)
@@ -123,31 +132,49 @@ def measure(
     return Sensitivities(outcomes)
 
 
-def probe(samples: int, layers: int, trials: int) -> int:
-    """The number of samples for each trial, so that all trials together cost about 5 runs of all samples.
+def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
+    """The number of samples for each trial, so that all trials together cost at most 2 runs of all samples.
 
     Args:
         samples: Number of calibration samples.
         layers: Number of layers.
         trials: Number of substitutes for each layer.
+        rows: The least number of vectors that an output has for each sample, as for each token of a text.
 
     Returns:
-        5 · samples / (layers · trials), but at least 8 and at most 128.
+        2 · samples / (layers · trials), but at most 128, and enough for 8 vectors of every output, and for 2
+        samples.
     """
-    return min(max(_PASSES * samples // max(layers * trials, 1), _FEWEST), _MOST)
+    fewest = max(-(-_FEWEST // max(rows, 1)), _FEWEST_SEQUENCES)
+    return min(max(_PASSES * samples // max(layers * trials, 1), fewest), _MOST)
 
 
-def _chosen(run: Run, samples: Samples, wanted: int) -> list[Feed]:
-    """Batches with about `wanted` samples, evenly spaced over the data; fewer if memory is short."""
+def _chosen(run: Run, samples: Samples, number: Callable[[int], int]) -> list[Feed]:
+    """Batches evenly spaced over the data; fewer if memory is short.
+
+    Args:
+        run: Runs the model.
+        samples: The data.
+        number: Gives the number of wanted samples for the rows of a sample's outputs.
+    """
     first = next(iter(samples.batches(1))).feed
-    taken = max(_bytes(first) + _bytes(run(first)), 1)
+    given = run(first)
+    taken = max(_bytes(first) + _bytes(given), 1)
+    wanted = number(_rows(given))
     size = max(1, min(wanted, _BATCH, MEMORY // taken))
     held = [batch.held for batch in samples.batches(size)]
     in_batch = samples.count / len(held)  # more than `size` if the model fixes the batch size
-    number = max(1, min(round(wanted / in_batch), MEMORY // (size * taken)))
-    places = set(spaced(held.count(False), number).tolist())
+    most = max(1, min(round(wanted / in_batch), MEMORY // (size * taken)))
+    places = set(spaced(held.count(False), most).tolist())
     fit = (batch.feed for batch in samples.batches(size) if not batch.held)
     return [feed for place, feed in enumerate(fit) if place in places]
+
+
+def _rows(outputs: Mapping[str, Any]) -> int:
+    """The least number of vectors in an output of floats; 1 for outputs that are not stacks of vectors."""
+    arrays = (value for value in outputs.values() if isinstance(value, np.ndarray))
+    floats = (array for array in arrays if array.dtype.name in FLOATS.values() and array.size)
+    return min((array.size // array.shape[-1] if array.ndim > 1 else 1 for array in floats), default=1)
 
 
 def _bytes(arrays: Mapping[str, Any]) -> int:
@@ -170,14 +197,27 @@ class _Output:
 
 
 class _Trial:
-    """The outputs of the unchanged model, with which those of the model with substitutes are compared."""
+    """The outputs of the unchanged model, with which those of the model with substitutes are compared.
 
-    def __init__(self, run: Run, feeds: Sequence[Feed]) -> None:
+    Attributes:
+        compared: The outputs of the whole model that are compared.
+    """
+
+    def __init__(self, run: Run, feeds: Sequence[Feed], compared: Set[str]) -> None:
+        """Run the unchanged model, or the tail of one.
+
+        Args:
+            run: Runs it.
+            feeds: Its inputs.
+            compared: The outputs of the whole model that are compared. Those that the tail does not return
+                have no error.
+        """
         self._run = run
         self._feeds = feeds
         given = [run(feed) for feed in feeds]
         outputs = (self._output(name, [values[name] for values in given]) for name in given[0])
         self._outputs = [output for output in outputs if output is not None]
+        self.compared = frozenset(compared).union(output.name for output in self._outputs)
 
     def errors(self, fed: Iterable[Feed]) -> NDArray[np.float64] | str:
         """The output error of every substitute, given the feed that overrides the layer; or a reason."""
@@ -187,7 +227,8 @@ class _Trial:
         same = ~np.isnan(table).any(axis=0)
         if not same.any():
             return "its substitutes change the shapes of the model's outputs"
-        return np.asarray(table[:, same].mean(axis=1))
+        absent = len(self.compared) - len(self._outputs)
+        return np.asarray(table[:, same].sum(axis=1) / (np.count_nonzero(same) + absent))
 
     def _row(self, override: Feed) -> NDArray[np.float64]:
         """The error of every output; NaN if its shape changes."""

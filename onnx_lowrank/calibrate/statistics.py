@@ -7,7 +7,9 @@ moments of its outputs instead. Finished moments are on disk, so memory holds on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,10 +20,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from onnx_lowrank.calibrate.moments import Accumulator
+from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.engines.engine import RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
@@ -29,8 +34,11 @@ from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.find import Binding, geometry
 from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
+from onnx_lowrank.probe.suffix import Cuts
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
+
+_log = logging.getLogger(__name__)
 
 MEMORY = 2**30
 """The most bytes of unfinished moments, over all layers."""
@@ -199,6 +207,7 @@ class _Measurement:
         self._step = step or _silent
         self._of_outputs: dict[str, bool] = {}
         self._sizes: list[int] = []
+        self._relay: Relay | None = None
 
     def run(self, bindings: Sequence[Binding], memory: int) -> None:
         """Measure all layers; layers that read the same tensors are measured once."""
@@ -212,9 +221,16 @@ class _Measurement:
         instrumented = self._instrumented(chosen.values())
         self._statistics.reasons.update(instrumented.reasons)
         jobs = self._jobs(instrumented, chosen)
-        groups = list(_grouped(jobs, memory))
-        for number, group in enumerate(groups):
-            self._measure([chosen[layer] for job in group for layer in jobs[job]], number, len(groups))
+        position = Cuts(self._model, self._walk).position
+        order = sorted(jobs, key=lambda job: min(position(chosen[layer]) for layer in jobs[job]))
+        groups = [
+            [chosen[layer] for job in group for layer in jobs[job]] for group in _grouped(order, memory)
+        ]
+        with ExitStack() as stack:
+            if len(groups) > 1:
+                self._relay = stack.enter_context(Relay(self._model, self._walk, groups))
+            for number, group in enumerate(groups):
+                self._measure(group, number, len(groups))
 
     def _instrumented(self, bindings: Iterable[Binding]) -> Instrumented:
         bindings = tuple(bindings)
@@ -243,6 +259,11 @@ class _Measurement:
         try:
             self._pass(bindings, number, passes)
         except (UnsupportedError, RejectedError) as error:
+            if self._relay is not None:
+                _log.debug("parts of the model do not run (%s): every pass runs the whole model", error)
+                self._relay = None
+                self._measure(bindings, number, passes)
+                return
             self._check_data()
             outside = [b for b in bindings if not any(use.scope for use in b.layer.uses)]
             inside = [b for b in bindings if b not in outside]
@@ -258,13 +279,17 @@ class _Measurement:
         Raises:
             InputError: It fails on them.
         """
+        feed: Feed = {}
         try:
             with self._engine.open(self._model) as run:
                 for batch in self._samples.batches(1):
-                    run(batch.feed)
+                    feed = batch.feed
+                    run(feed)
         except UnsupportedError:
             return
         except RejectedError as error:
+            if (reason := unmasked(specs(self._model.proto), feed)) is not None:
+                raise InputError(f"The calibration inputs do not fit each other: {reason}.") from error
             raise InputError(
                 f"The model fails on the calibration inputs ({error}): give inputs that it takes."
             ) from error
@@ -274,26 +299,33 @@ class _Measurement:
         instrumented = self._instrumented(bindings)
         jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
         tasks = [_Task(job, layers) for job, layers in jobs.items()]
-        with self._engine.open(instrumented.model) as run:
-            size = self._batch_size(run)
+        relay, model = self._relay, instrumented.model
+        part = (
+            model if relay is None else relay.part(number, model, [t.name for j in jobs for t, _ in j.sights])
+        )
+        with nullcontext(_nothing) if part is None else self._engine.open(part) as run:
+            # Parts of a model exchange batches, so the first pass decides for all.
+            size = self._sizes[0] if relay is not None and number else self._batch_size(run, relay)
             self._sizes.append(size)
             self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
             for done, batch in enumerate(self._samples.batches(size), 1):
-                _add(tasks, run(batch.feed), batch.held, self._threads)
+                found = run(batch.feed) if relay is None else relay.run(run, done, batch.feed)
+                _add(tasks, found, batch.held, self._threads)
                 self._step((number + done / (max(done, expected) + 1)) / passes)
         for task in tasks:
             task.finish(self._statistics)
         self._step((number + 1) / passes)
 
-    def _batch_size(self, run: Run) -> int:
+    def _batch_size(self, run: Run, relay: Relay | None) -> int:
         """The number of samples whose tapped tensors take about `_TAPPED` bytes, judged by the first sample.
 
         The model computes other tensors, too, and a few taps say little about their sizes: they are assumed
         to take at most `_GROWTH` times the bytes of the inputs.
         """
         first = next(iter(self._samples.batches(1)))
-        taken = sum(value.nbytes for value in run(first.feed).values() if isinstance(value, np.ndarray))
+        found = run(first.feed if relay is None else relay.fed(first.feed))
+        taken = sum(value.nbytes for value in found.values() if isinstance(value, np.ndarray))
         given = sum(value.nbytes for value in first.feed.values())
         return max(1, _TAPPED // max(1, taken, given * _GROWTH // _SHARE))
 
@@ -328,6 +360,11 @@ class _Task:
 def _add(tasks: Sequence[_Task], found: Mapping[str, Any], held: bool, threads: Threads) -> None:
     """Add a batch to all tasks, in parallel; no task holds its tensors when this returns."""
     threads.each(lambda task: task.add(found, held), tasks)
+
+
+def _nothing(feed: Feed) -> dict[str, Any]:
+    """Run no model."""
+    return {}
 
 
 def _silent(share: float) -> None:

@@ -195,10 +195,10 @@ def _kind(spec: Spec, axis: int, name: str, *, alone: bool) -> str:
         alone: Whether the model has no other input.
     """
     shape = spec.shape or ()
-    if _is_past(spec) and axis > 0:
+    if is_past(spec) and axis > 0:
         # (batch, heads, past, features), sometimes after an axis for keys and values.
-        is_past = name.startswith("past") or (not name and axis == len(shape) - 2)
-        return "past" if is_past else "batch" if name.startswith("batch") else "length"
+        counts = name.startswith("past") or (not name and axis == len(shape) - 2)
+        return "past" if counts else "batch" if name.startswith("batch") else "length"
     if len(shape) >= 4 and axis > 0:
         last = shape[-1] in (1, 3, 4)
         return "channels" if axis == (len(shape) - 1 if last else 1) else "spatial"
@@ -209,7 +209,7 @@ def _kind(spec: Spec, axis: int, name: str, *, alone: bool) -> str:
     return "batch" if state else "length"
 
 
-def _is_past(spec: Spec) -> bool:
+def is_past(spec: Spec) -> bool:
     """Whether an input is the state that a decoder kept from earlier calls, like past_key_values.0.key."""
     name, rank = spec.name.lower(), len(spec.shape or ())
     # Not past_values of rank 3: those are time series to forecast from.
@@ -227,11 +227,15 @@ def _is_integer(dtype: np.dtype[Any]) -> bool:
 def _past_length(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> int | None:
     """Number of positions in the past of a decoder; None for a model without a past."""
     for spec in wanted:
-        if _is_past(spec):
-            names = [str(size or "") for size in spec.shape or ()]
-            axis = next((axis for axis, name in enumerate(names) if name.startswith("past")), -2)
-            return chosen[spec.name][axis]
+        if is_past(spec):
+            return chosen[spec.name][past_axis(spec)]
     return None
+
+
+def past_axis(spec: Spec) -> int:
+    """The axis of a past that counts its positions."""
+    names = [str(size or "") for size in spec.shape or ()]
+    return next((axis for axis, name in enumerate(names) if name.startswith("past")), -2)
 
 
 def _size(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -85,6 +86,38 @@ def fit(
             encoder = projection.refine(problem, encoder, backend, score, steps)
         svd = _product_svd(projection.solve(problem, encoder).left, encoder)
         return _factors(svd, option.fold, shape, backend)
+
+
+def products(
+    quadratic: Quadratic, shape: tuple[int, ...], options: Sequence[Option], backend: Backend
+) -> Iterator[NDArray[np.float64]]:
+    """The products of the factors of `fit` without refinement, for several options of one layer.
+
+    Options with the same fold and number of slices share the encoder of the largest rank, whose first rows
+    are the smaller encoders.
+
+    Args:
+        quadratic: The error to minimize.
+        shape: Shape of the canonical weight, (g, f, c, *kernel).
+        options: The options, with ranks below full rank.
+        backend: Where to compute.
+
+    Yields:
+        The products in the order of the options, each of the weight's shape.
+    """
+    with _on_device(quadratic, backend):
+        known: dict[tuple[Fold, int], tuple[projection.Problem, Array]] = {}
+        for option in options:
+            key = option.fold, option.k
+            if key not in known:
+                problem = projection.folded(quadratic, shape, *key, backend)
+                top = max(other.j for other in options if (other.fold, other.k) == key)
+                known[key] = problem, projection.encoder(problem, top)
+            problem, encoder = known[key]
+            encoder = encoder[..., : option.j, :]
+            xp = array_namespace(encoder)
+            product = xp.matmul(projection.solve(problem, encoder).left, encoder)
+            yield backend.to_numpy(unfold(product, option.fold, shape))
 
 
 def output_errors(

@@ -141,13 +141,22 @@ def best_ridge(
     residual = about(targets.mean, inputs.mean, targets.cross, centred) - matrices @ second
     held = of_targets(weight, held_inputs, held_targets, centred=centred, ridge=0.0)
     values, vectors = np.linalg.eigh(second)
-    values = np.maximum(values, 0.0)[:, None, :]
+    values = np.maximum(values, 0.0)
     rotated = residual @ vectors
-    back = np.swapaxes(vectors, 1, 2)
+    # The change from W is R D Vᵀ with R = `rotated`, D = (Λ + λ)⁻¹. So the held-out error is a quadratic in
+    # the diagonal of D: e(W) − 2 dᵀa + dᵀB d.
+    linear = np.sum(rotated * ((held.cross - matrices @ held.second) @ vectors), axis=1)
+    transposed = np.swapaxes(vectors, 1, 2)
+    square = (np.swapaxes(rotated, 1, 2) @ rotated) * (transposed @ held.second @ vectors)
+    total = float(np.sum(held.power))
+    start = error(held, matrices)
 
     def held_error(ridge: float) -> float:
-        level = ridges(_input_power(second), ridge)[:, None, None]
-        return error(held, matrices + (rotated / (values + level)) @ back)
+        if total <= 0:
+            return start
+        inverse = 1 / (values + ridges(_input_power(second), ridge)[:, None])
+        change = np.einsum("gp,gp->", inverse, np.matvec(square, inverse) - 2 * linear)
+        return max(start + float(change) / total, 0.0)
 
     return min(sorted(grid, reverse=True), key=held_error)
 

@@ -31,11 +31,12 @@ from onnx_lowrank.layers.find import Binding
 from onnx_lowrank.operators import registry
 
 # fmt: off
-_RANDOM = frozenset({
+RANDOM = frozenset({
     "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
     "RandomUniformLike",
 })
 # fmt: on
+"""Operators that may give something else in every copy of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +355,7 @@ def _folded(steps: Sequence[_Step], stored: Set[str], layers: Set[int]) -> list[
     for index, step in enumerate(steps):
         node = step.node
         # Bodies and operators of other domains may be random, so they do not count as constant.
-        is_plain = node.domain in ("", "ai.onnx") and node.op_type not in _RANDOM
+        is_plain = node.domain in ("", "ai.onnx") and node.op_type not in RANDOM
         has_body = any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute)
         if is_plain and not has_body and index not in layers and step.reads <= constants:
             constants.update(node.output)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.metadata import version
+from typing import Any
 
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Run
@@ -16,6 +18,8 @@ from onnx_lowrank.core.outcome import Merge, OutputError
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.compare import Comparison
+from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.engine import Run as Running
 from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
@@ -184,9 +188,18 @@ def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputE
         InputError: The model fails on the calibration inputs.
     """
     comparison = Comparison()
-    samples, engine = calibration.samples, calibration.engine
-    with engine.open(model) as original, engine.open(built.rewritten.model) as compressed:
-        for batch in samples.batches(calibration.statistics.batch):
+    samples, engine, originals = calibration.samples, calibration.engine, calibration.originals
+    with ExitStack() as stack:
+        # Not opened before a batch needs it: an earlier comparison may have computed all outputs.
+        original = cache(lambda: stack.enter_context(engine.open(model)))
+        compressed = stack.enter_context(engine.open(built.rewritten.model))
+        for number, batch in enumerate(samples.batches(calibration.statistics.batch)):
             if batch.held or not samples.held:
-                comparison.add(original(batch.feed), compressed(batch.feed), batch.feed)
+                feed = batch.feed
+                wanted = originals.outputs(number, partial(_run, original, feed))
+                comparison.add(wanted, compressed(feed), feed)
     return comparison.errors()
+
+
+def _run(opened: Callable[[], Running], feed: Feed) -> Mapping[str, Any]:
+    return opened()(feed)

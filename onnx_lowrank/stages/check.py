@@ -15,6 +15,7 @@ from onnx_lowrank.engines.compare import compare
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import describe, read, specs
 from onnx_lowrank.engines.made import make
+from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run
 from onnx_lowrank.engines.runtime import Runtime, runtime
@@ -149,6 +150,9 @@ def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, not
         notes.append(f"{engine.name} cannot run the input model: {error}.")
     except RejectedError as error:
         if given:
+            wanted = specs(model.proto)
+            if (reason := next(filter(None, (unmasked(wanted, feed) for feed in feeds())), None)) is not None:
+                raise InputError(f"The given inputs do not fit each other: {reason}.") from error
             raise InputError(f"The input model fails on the given inputs ({error}): check them.") from error
         notes.append(
             f"The input model fails on inputs made from its graph ({error}): pass --inputs or --input-shape."

@@ -12,7 +12,8 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +31,11 @@ from onnx_lowrank.probe.segments import Substitute
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.fit import added_inside, factors_item
 from onnx_lowrank.work.executor import Executor
-from onnx_lowrank.work.fitting import dense
+from onnx_lowrank.work.fitting import DenseItem, dense
 
 _log = logging.getLogger(__name__)
 
-PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
+PROBED = (0.02, 0.1, 0.4)
 """Relative activation errors near which the effect on the model's outputs is measured."""
 
 Effects = tuple[tuple[float, float], ...]
@@ -70,18 +71,25 @@ def effects(
     unseen = calibration.statistics.reasons
     chosen = {table.layer: () if table.layer in unseen else _probes(table) for table in tables}
 
-    def substitutes(binding: Binding) -> Iterator[Substitute]:
-        options = [option for option, _ in chosen[binding.layer.id]]
-        return _substitutes(model, walk, binding, options, calibration.statistics, executor)
+    measured = [binding for binding in bindings if chosen[binding.layer.id]]
+    fed = [b for b in measured if not any(use.reads_indices for use in b.layer.uses)]  # no tables: too large
+    options = [[option for option, _ in chosen[binding.layer.id]] for binding in fed]
+    with (
+        progress.stage("outputs", 1) as step,
+        closing(_substitutes(model, walk, fed, options, calibration.statistics, executor)) as made,
+    ):
+        # Layers that cannot be overridden are passed over, and their substitutes with them.
+        def substitutes(binding: Binding) -> list[Substitute]:
+            return next(found for layer, found in made if layer == binding.layer.id)
 
-    with progress.stage("outputs", 1) as step:
         caused = sensitivity.measure(
             model,
             walk,
-            [binding for binding in bindings if chosen[binding.layer.id]],
+            measured,
             substitutes,
             calibration.samples,
             calibration.engine,
+            trials=len(PROBED),
             step=step,
         )
     return _assumed([_pairs(chosen[table.layer], caused, table.layer) for table in tables])
@@ -120,15 +128,28 @@ def _assumed(measured: Sequence[Effects]) -> list[Effects]:
 def _substitutes(
     model: Model,
     walk: Walk,
-    binding: Binding,
-    options: Sequence[Option],
+    bindings: Sequence[Binding],
+    options: Sequence[Sequence[Option]],
     statistics: Statistics,
     executor: Executor,
-) -> Iterator[Substitute]:
-    """A layer's dense weight and bias under each option, without refinement."""
-    changeable = bias(model, walk, binding)
-    items = (factors_item(model, walk, binding, option, changeable, statistics) for option in options)
-    added = added_inside(changeable)
-    for made in executor.map(dense, items):
-        shifted = made.lost if made.lost is None or added is None else made.lost + added
-        yield Substitute(made.weight, shifted)
+) -> Generator[tuple[str, list[Substitute]]]:
+    """Each layer's dense weights and biases under its options, without refinement.
+
+    The executor makes those of the next layers while a layer is measured.
+    """
+    biases = [bias(model, walk, binding) for binding in bindings]
+
+    def items() -> Iterator[DenseItem]:
+        for binding, tried, changeable in zip(bindings, options, biases, strict=True):
+            item = factors_item(model, walk, binding, tried[0], changeable, statistics)
+            yield DenseItem(item.weight, tuple(tried), item.moments, item.centred, item.added)
+
+    for binding, changeable, made in zip(bindings, biases, executor.map(dense, items()), strict=True):
+        added = added_inside(changeable)
+        yield (
+            binding.layer.id,
+            [
+                Substitute(one.weight, one.lost if one.lost is None or added is None else one.lost + added)
+                for one in made
+            ],
+        )

@@ -32,6 +32,9 @@ from onnx_lowrank.work.weights import reference
 
 _log = logging.getLogger(__name__)
 
+_SPREAD = 2
+"""The least ratio of two slice counts with activation errors. Curves take time, and neighbours are alike."""
+
 _Wanted = Mapping[Fold, Sequence[int]]
 _Key = tuple[Fold, int]
 
@@ -170,7 +173,7 @@ class Scores:
     def _add_activation(self, wanted: Sequence[_Wanted]) -> None:
         """Compute the wanted activation errors that are not known yet."""
         missing = [
-            [(fold, k) for fold, ks in folds.items() for k in ks if (fold, k) not in known.computed]
+            [(fold, k) for fold, ks in folds.items() for k in _spread(ks) if (fold, k) not in known.computed]
             for known, folds in zip(self._known, wanted, strict=True)
         ]
         if not any(missing):
@@ -236,6 +239,19 @@ class Scores:
         )
         for known, caused in zip(self._known, measured, strict=True):
             known.effects = caused
+
+
+def _spread(slices: Sequence[int]) -> list[int]:
+    """The slice counts that are at least twice the one before: those between are hardly ever much better.
+
+    Args:
+        slices: Slice counts, ascending.
+    """
+    kept: list[int] = []
+    for k in slices:
+        if not kept or k >= _SPREAD * kept[-1]:
+            kept.append(k)
+    return kept
 
 
 def _energy(spectra: Mapping[_Key, NDArray[np.float64]]) -> float:

@@ -7,7 +7,7 @@ A model is deleted as soon as another is known to be better.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import inf
@@ -138,6 +138,7 @@ class Search:
     ) -> None:
         self.trials: list[Trial] = []
         self._made: list[ExitStack] = []
+        self._judged: dict[Hashable, Trial] = {}
         self._found = found
         self._scores = scores
         self._calibration = calibration
@@ -159,6 +160,7 @@ class Search:
     def _best(self, recipes: Sequence[Recipe], ratio: float, target: Target) -> _Outcome:
         """As `best`, for a target: all recipes run without recovery (quick), then the best runs with it."""
         best: _Outcome | None = None
+        self._judged.clear()  # the models of an earlier ratio may be deleted
         errors: list[BudgetError | ValidationError] = []
         found: list[tuple[tuple[float, ...], Recipe, Plan]] = []
         for recipe in recipes:
@@ -167,8 +169,9 @@ class Search:
                 best = outcome if best is None else _better(best, outcome, target)
                 found.append((target.loss(outcome.trial), recipe, outcome.built.plan))
         recovering = [trial for trial in found if trial[1].recover]
-        if recovering and self._recovers():
-            _, recipe, plan = min(recovering, key=lambda trial: trial[0])
+        leading = min(recovering, key=lambda trial: trial[0], default=None)
+        if leading is not None and self._recovers(leading[2]):
+            _, recipe, plan = leading
             # Not planned again: measured times would give another plan, and the comparison would be unfair.
             plan = plans.sealed(replace(plan, recover=True))
             outcome = self._tried(recipe, ratio, errors, plan)
@@ -178,10 +181,12 @@ class Search:
             raise min(errors, key=_reach)
         return best
 
-    def _recovers(self) -> bool:
-        """Whether a layer can be recovered; without one, recovery would make the same model again."""
+    def _recovers(self, plan: Plan) -> bool:
+        """Whether recovery fits a layer of a plan anew; without one, it would make the same model again."""
         found, statistics = self._found, self._calibration.statistics
-        return any(can_recover(found.model, found.walk, b, statistics) for b in found.bindings)
+        chosen = {choice.layer for choice in plan.choices if choice.option is not None}
+        rewritten = [binding for binding in found.bindings if binding.layer.id in chosen]
+        return any(can_recover(found.model, found.walk, b, statistics) for b in rewritten)
 
     def _tried(
         self,
@@ -257,10 +262,15 @@ class Search:
                 resources.close()
             raise
 
-    def _try(self, recipe: Recipe, ratio: float, plan: Plan | None = None) -> _Outcome:
+    def _try(self, recipe: Recipe, ratio: float, plan: Plan | None = None) -> _Outcome | None:
+        """The outcome of a recipe; None if an earlier recipe made the same model: a trial then says so."""
         progress = Labelled(self._progress, f"{recipe.name} at {ratio:.3g}")
         goal = Goal(ratio, recipe)
         plan = plan or settling.make(self._found, goal, self._scores, progress)
+        if (twin := self._judged.get(_content(plan))) is not None:
+            _log.debug("recipe %r at ratio %g: the model of recipe %r again", recipe.name, ratio, twin.recipe)
+            self.trials.append(replace(twin, recipe=recipe.name, ratio=ratio))
+            return None
         built = build(self._found, plan, self._calibration, self._executor, progress)
         self._made.append(built.resources)
         try:
@@ -279,6 +289,7 @@ class Search:
             words.percent(trial.agreement),
         )
         self.trials.append(trial)
+        self._judged[_content(plan)] = trial
         return _Outcome(built, trial)
 
     def _chosen(self, outcome: _Outcome) -> Built:
@@ -295,6 +306,12 @@ def _better(one: _Outcome, other: _Outcome, target: Target) -> _Outcome:
     worse, better = (one, other) if is_second else (other, one)
     worse.built.resources.close()
     return better
+
+
+def _content(plan: Plan) -> Hashable:
+    """What a model depends on, of its plan."""
+    options = tuple((choice.layer, choice.option) for choice in plan.choices)
+    return options, plan.factors, plan.recover, plan.merge
 
 
 def _reach(error: BudgetError | ValidationError) -> float:

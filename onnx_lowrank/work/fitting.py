@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit
+from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit, products
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
@@ -113,31 +113,75 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """The map that a layer computes under an option, without rounding.
+class DenseItem:
+    """Asks for the maps that one layer computes under several options.
 
     Attributes:
-        weight: The product of its factors, in its canonical shape.
+        weight: Its weight.
+        options: The options.
+        moments: Its moments.
+        centred: As in `FactorsItem`.
+        added: As in `FactorsItem`.
+    """
+
+    weight: WeightRef
+    options: tuple[Option, ...]
+    moments: MomentsRef | None
+    centred: bool = False
+    added: NDArray[np.float64] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Approximate bytes that the fit of one option takes, and all results."""
+        items = (FactorsItem(self.weight, option, self.moments) for option in self.options)
+        results = len(self.options) * self.weight.size * self.weight.dtype.itemsize
+        return max((item.nbytes for item in items), default=0) + results
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """The map that a layer computes under an option, without refinement.
+
+    Attributes:
+        weight: The product of its factors, in the weight's dtype and canonical shape.
         lost: As in `FittedLayer`.
     """
 
-    weight: NDArray[np.float64]
+    weight: NDArray[Any]
     lost: NDArray[np.float64] | None
 
 
-def dense(item: FactorsItem, backend: Backend) -> Dense:
-    """Make the product of a layer's factors without refinement; `work.scoring` predicts its error.
+def dense(item: DenseItem, backend: Backend) -> list[Dense]:
+    """Make the products of a layer's factors without refinement; `work.scoring` predicts their errors.
 
     Raises:
         InputError: As for `fitted`.
         PlanError: As for `fitted`.
     """
-    weight = item.weight.read()
+    weight, dtype = item.weight.read(), item.weight.dtype
     moments = LayerMoments() if item.moments is None else item.moments.read()
-    factors = activation_factors(
-        weight, item.option, moments, backend, centred=item.centred, steps=0
-    ) or factorize(weight, item.option, backend, item.weight.dtype)
-    return Dense(compose(factors), lost_mean(weight, factors, moments, item.added) if item.centred else None)
+    if moments.inputs is None:
+        return [_dense_alone(item, weight, option, moments, backend) for option in item.options]
+    mean, ridge = moments.inputs.mean, shrinkage(moments.inputs, INPUT_RIDGE)
+    problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
+    found = []
+    for product in products(problem, weight.shape, item.options, backend):
+        change = (weight - product).reshape(*weight.shape[:2], -1)
+        lost = np.matvec(change, mean).reshape(-1) if item.centred else None
+        with np.errstate(over="ignore"):  # a value beyond the range of the dtype becomes infinite
+            found.append(Dense(product.astype(dtype), lost))
+    return found
+
+
+def _dense_alone(
+    item: DenseItem, weight: NDArray[Any], option: Option, moments: LayerMoments, backend: Backend
+) -> Dense:
+    """The product under one option, from moments of outputs or from the weight alone."""
+    factors = activation_factors(weight, option, moments, backend, centred=item.centred, steps=0)
+    factors = factors or factorize(weight, option, backend, item.weight.dtype)
+    lost = lost_mean(weight, factors, moments, item.added) if item.centred else None
+    with np.errstate(over="ignore"):
+        return Dense(compose(factors).astype(item.weight.dtype), lost)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

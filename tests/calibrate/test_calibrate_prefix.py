@@ -12,7 +12,7 @@ import pytest
 import zoo
 from onnx import ModelProto, numpy_helper
 
-from onnx_lowrank.calibrate import prefix
+from onnx_lowrank.calibrate import shelf
 from onnx_lowrank.calibrate.prefix import Prefix
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
@@ -368,7 +368,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.mark.parametrize(("free", "steps"), [(0, 0), (5_000, 0), (6_000, 1), (14_000, 1), (22000, 3)])
 def test_too_little_room_is_an_error_that_says_what_to_do(free, steps, monkeypatch):
     # The inputs take 1,856 bytes a batch, and what crosses the next two cuts 7,168 more.
-    monkeypatch.setattr(prefix.shutil, "disk_usage", lambda path: Usage(0, 0, free))
+    monkeypatch.setattr(shelf.shutil, "disk_usage", lambda path: Usage(0, 0, free))
     proto = built("residual")
     seen, begun, failure = found(proto), 0, ""
     with Prefix(seen.model, seen.walk, seen.bindings, batches(proto), ENGINE) as walk:
@@ -385,7 +385,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prefix.np, "save", full)
+    monkeypatch.setattr(shelf.np, "save", full)
     proto = built("residual")
     seen = found(proto)
     with (

@@ -202,6 +202,42 @@ def test_many_layers(number):
     np.testing.assert_allclose(told, np.arange(1, number + 1) / number)
 
 
+def deep(number: int) -> ModelProto:
+    """Layers in a row, with a further output behind the first one."""
+    nodes = [f"x{n + 1} = MatMul (x{n}, w{n})" for n in range(number)]
+    nodes.insert(1, "e = Relu (x1)")
+    text = f"g (float[N,6] x0) => (float[N,6] e, float[N,6] x{number}) {{ {' '.join(nodes)} }}"
+    return model(text, **{f"w{n}": (6, 6) for n in range(number)})
+
+
+def test_only_the_rest_of_the_model_runs_for_a_late_layer():
+    engine = Recorder()
+    rows = Rows(drawn(1, 8, 6).astype(np.float32), name="x0")
+    measured(deep(10), rows, (0.5,), engine=engine)
+    inputs = [sorted(name for name in feed if name.startswith("x")) for feed in engine.feeds if len(feed) > 1]
+    assert inputs == [["x0"]] * 4 + [["x4"]] * 4 + [["x8"]] * 2
+
+
+def test_without_memory_for_what_enters_the_rest_the_whole_model_runs(monkeypatch):
+    rows = Rows(drawn(1, 8, 6).astype(np.float32), name="x0")
+    rows = Rows(rows.x[:1], name="x0")
+    monkeypatch.setattr(sensitivity, "MEMORY", 40)  # what enters two tails takes 48 bytes
+    engine = Recorder()
+    assert len(measured(deep(10), rows, (0.5,), engine=engine)) == 10
+    assert all("x0" in feed for feed in engine.feeds)
+
+
+def test_outputs_before_the_layer_have_no_error():
+    """The mean goes over both outputs, though a late layer changes only one."""
+    rows = Rows(drawn(1, 8, 6).astype(np.float32), name="x0")
+    result = measured(deep(6), rows, (0.5,))
+    proto = deep(6)
+    matrices = weights(proto)
+    noisy = matrices | {"w5": matrices["w5"] + 0.5 * drawn(9, 1, 6, 6)[0].T}
+    y, changed = (np.linalg.multi_dot([rows.x.astype(float), *m.values()]) for m in (matrices, noisy))
+    np.testing.assert_allclose(result["w5"], [relative(y, changed) / 2], rtol=1e-4)
+
+
 def test_the_same_data_gives_the_same_bits():
     proto = model(TWO, **WEIGHTS)
     one, other = (measured(proto, samples(40)) for _ in range(2))
@@ -327,22 +363,26 @@ def test_outputs_of_other_sizes_in_every_batch_are_compared_with_their_size():
 
 
 @pytest.mark.parametrize(
-    ("count", "layers", "trials", "wanted"),
+    ("count", "layers", "trials", "rows", "wanted"),
     [
-        (2000, 20, 5, 100),
-        (500, 20, 5, 25),
-        (2000, 50, 5, 40),
-        (2000, 5, 5, 128),
-        (100, 20, 5, 8),
-        (1, 1, 1, 8),
-        (10**6, 1000, 5, 128),
-        (640, 5, 5, 128),
-        (1000, 0, 5, 128),
-        (1000, 5, 0, 128),
+        (2000, 20, 3, 1, 66),
+        (500, 20, 3, 1, 16),
+        (2000, 50, 5, 1, 16),
+        (2000, 5, 5, 1, 128),
+        (100, 20, 5, 1, 8),
+        (1, 1, 1, 1, 8),
+        (10**6, 1000, 5, 1, 128),
+        (1600, 5, 5, 1, 128),
+        (1000, 0, 5, 1, 128),
+        (1000, 5, 0, 1, 128),
+        (64, 210, 3, 128, 2),
+        (64, 210, 3, 3, 3),
+        (64, 210, 3, 0, 8),
+        (2000, 20, 3, 128, 66),
     ],
 )
-def test_how_many_samples_are_probed(count, layers, trials, wanted):
-    assert probe(count, layers, trials) == wanted
+def test_how_many_samples_are_probed(count, layers, trials, rows, wanted):
+    assert probe(count, layers, trials, rows) == wanted
 
 
 @pytest.mark.parametrize("count", [8, 9, 40, 100, 333, 1000])
@@ -377,8 +417,8 @@ def test_held_out_samples_are_not_used():
 @pytest.mark.parametrize(("unit", "batches"), [(64, 2), (128, 1), (1, 128), (16, 8), (640, 1)])
 def test_models_that_fix_the_batch(unit, batches):
     engine = Recorder()
-    measured(model(TWO, **WEIGHTS), samples(640, unit=unit), (0.1,), engine=engine, trials=12)
-    assert probe(640, 2, 12) == 128
+    measured(model(TWO, **WEIGHTS), samples(640, unit=unit), (0.1,), engine=engine, trials=5)
+    assert probe(640, 2, 5) == 128
     assert sum(len(feed) > 1 for feed in engine.feeds) == 2 * batches
 
 

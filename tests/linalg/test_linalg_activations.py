@@ -9,7 +9,7 @@ from linalg_reference import CASES, SHAPES, matrix_shape, planted
 from onnx_lowrank.core.factors import Factors, Moments
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.linalg import projection
-from onnx_lowrank.linalg.activations import corrected_mean, errors, fit, output_errors, output_fit
+from onnx_lowrank.linalg.activations import corrected_mean, errors, fit, output_errors, output_fit, products
 from onnx_lowrank.linalg.backend import Backend, resolve
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
@@ -79,6 +79,18 @@ def test_errors_are_those_of_the_factors_at_every_rank(shape, fold, k, make):
         factors = fit(quadratic, shape, Option(fold, k, j), CPU)
         assert factors.encoder.shape[1:3] == factors.decoder.shape[2:4] == (k, j)
         assert error(quadratic, compose(factors)) == pytest.approx(found[j], abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_the_factors(shape):
+    quadratic = aware(shape, 4)[1]
+    tried = [Option(f, k, full_rank(shape, f, k) - 1) for other, f, k in CASES if other == shape]
+    options = [Option(o.fold, o.k, j) for o in tried for j in {1, o.j} if j >= 1]
+    made = list(products(quadratic, shape, options, CPU))
+    assert len(made) == len(options)
+    for option, product in zip(options, made, strict=True):
+        wanted = compose(fit(quadratic, shape, option, CPU))
+        np.testing.assert_allclose(product, wanted, atol=1e-7 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

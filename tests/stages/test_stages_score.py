@@ -143,8 +143,9 @@ def test_a_measure_of_activations_without_inputs_is_a_fault_of_the_caller():
 def test_output_errors_follow_the_effects_that_were_measured(calibration, monkeypatch):
     effects = {"conv1": 5.0, "conv2": 0.5}
 
-    def measure(model, walk, bindings, substitutes, samples, engine, step):
+    def measure(model, walk, bindings, substitutes, samples, engine, *, trials, step):
         """Every layer's own error times a factor; the last layer was not measured."""
+        assert trials == len(probing.PROBED)
         measured = {}
         for binding in bindings:
             number = len(list(substitutes(binding)))

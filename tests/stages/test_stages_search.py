@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ class World:
         monkeypatch.setattr(module.settling, "make", self.make)
         monkeypatch.setattr(module, "build", self.build)
         monkeypatch.setattr(module, "judge", self.judge)
-        self.search = Search(None, None, None, None, Silent())
+        monkeypatch.setattr(module, "_content", lambda plan: plan)
+        self.search = Search(SimpleNamespace(model=None), None, None, None, Silent())
 
     def make(self, found, goal, scores, progress):
         result = self.outcome(goal.recipe.name, goal.ratio)
@@ -371,3 +373,24 @@ def test_another_recipe_may_reach_what_the_best_at_one_half_does_not(monkeypatch
     world = World(monkeypatch, outcome)
     name, ratio = world.search.smallest(RECIPES[:2], Target(error=0.5)).plan
     assert (name, ratio) == ("b", pytest.approx(0.05, rel=1 / 100))
+
+
+# --- recipes that choose the same -----------------------------------------------------------------
+
+
+def test_recipes_with_the_same_plan_make_one_model(monkeypatch):
+    world = World(monkeypatch, lambda name, ratio: outputs(0.1))
+    monkeypatch.setattr(module, "_content", lambda plan: plan[1])
+    world.search.best(RECIPES, 0.5)
+    assert world.built == [(NAMES[0], 0.5)]
+    assert [trial.recipe for trial in world.search.trials] == list(NAMES)
+    assert len({trial.outputs for trial in world.search.trials}) == 1
+    assert world.chosen == (NAMES[0], 0.5)
+
+
+def test_a_model_of_an_earlier_ratio_is_made_again(monkeypatch):
+    """The model of the earlier ratio may be deleted."""
+    world = World(monkeypatch, lambda name, ratio: outputs(0.1 if ratio >= 0.3 else 0.9))
+    monkeypatch.setattr(module, "_content", lambda plan: "the same")
+    world.search.smallest(RECIPES[:1], Target(error=0.5))
+    assert len(world.built) == len(world.search.trials)

@@ -16,7 +16,7 @@ from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 from onnx_lowrank.linalg.factorize import certify
 from onnx_lowrank.work.executor import Processes, Threads
-from onnx_lowrank.work.fitting import CertificateItem, FactorsItem, certificate, dense, fitted
+from onnx_lowrank.work.fitting import CertificateItem, DenseItem, FactorsItem, certificate, dense, fitted
 from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
 from onnx_lowrank.work.weights import refer
@@ -63,8 +63,8 @@ def every_item(folder):
     for option in OPTIONS:
         yield fitted, FactorsItem(scaled, option)
         yield fitted, FactorsItem(weight, option, inputs, centred=True)
-        yield dense, FactorsItem(weight, option, inputs, centred=True)
-        yield dense, FactorsItem(weight, option, outputs, centred=True, added=np.ones(12))
+    yield dense, DenseItem(weight, tuple(OPTIONS), inputs, centred=True)
+    yield dense, DenseItem(weight, tuple(OPTIONS), outputs, centred=True, added=np.ones(12))
     yield fitted, FactorsItem(weight, OPTIONS[0], outputs, centred=True, added=np.arange(12.0))
     factors = fitted(FactorsItem(weight, OPTIONS[1]), CPU).factors
     yield certificate, CertificateItem(weight, factors)
@@ -76,6 +76,8 @@ def bits(value):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, dict):
         return {key: bits(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [bits(part) for part in value]
     if is_dataclass(value):
         return {field.name: bits(getattr(value, field.name)) for field in fields(value)}
     return value

@@ -1,0 +1,112 @@
+"""Several passes over the data that together run the model once.
+
+Each pass needs the activations of some layers. It starts at the cut before the first of them, from tensors
+that the pass before it left on disk, and ends with the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from onnx.helper import np_dtype_to_tensor_dtype
+
+from onnx_lowrank.calibrate.shelf import Shelf
+from onnx_lowrank.engines.engine import Feed, Run, UnsupportedError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.walk import Walk
+from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.probe.suffix import START, Cuts, behind
+
+
+class Relay:
+    """The parts of a model for consecutive passes; a context manager that keeps a temporary folder."""
+
+    def __init__(self, model: Model, walk: Walk, groups: Sequence[Sequence[Binding]]) -> None:
+        """Find the cuts.
+
+        Args:
+            model: The model.
+            walk: Its walk.
+            groups: The layers of every pass, sorted by `Cuts.position`.
+        """
+        cuts = Cuts(model, walk)
+        self._cuts = [START, *(cuts.before(group) for group in groups[1:])]
+        self._kinds: dict[str, int] = {}
+        self._kept: set[tuple[str, int]] = set()
+        self._taken: tuple[str, ...] = ()
+        self._read: tuple[str, ...] = ()
+        self._fed: tuple[str, ...] = ()
+        self._new: tuple[str, ...] = ()
+
+    def __enter__(self) -> Self:
+        """Make the folder."""
+        self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
+        self._shelf = Shelf(Path(self._folder.name))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Delete the folder."""
+        self._folder.cleanup()
+
+    def part(self, number: int, copy: Model, wanted: Sequence[str]) -> Model | None:
+        """The part of the model for one pass; call it for one pass after the other.
+
+        Args:
+            number: The number of the pass.
+            copy: The model, with further outputs.
+            wanted: The outputs that the pass needs.
+
+        Returns:
+            The part; None if the pass before left all that this one needs.
+        """
+        cut = self._cuts[number]
+        for name, batch in [key for key in self._kept if key[0] not in cut.crossing]:
+            self._shelf.drop((name, False), batch)
+            self._kept.remove((name, batch))
+        following = self._cuts[number + 1].crossing if number + 1 < len(self._cuts) else ()
+        self._new = tuple(name for name in following if name not in cut.crossing)
+        needed = (name for name in wanted if name not in cut.crossing)
+        part = behind(copy, cut, self._kinds, tuple(dict.fromkeys((*needed, *self._new))))
+        inputs = [] if part is None else [value.name for value in part.proto.graph.input]
+        self._taken = cut.crossing  # also those that only the caller wants
+        self._read = tuple(name for name in inputs if name in cut.crossing)
+        self._fed = tuple(name for name in inputs if name not in cut.crossing)
+        return part
+
+    def fed(self, feed: Feed) -> dict[str, Any]:
+        """Those inputs of the model that the part takes."""
+        return {name: feed[name] for name in self._fed}
+
+    def run(self, run: Run, batch: int, feed: Feed) -> dict[str, Any]:
+        """Run the part on one batch, and keep what the next pass needs.
+
+        Args:
+            run: Runs the part.
+            batch: The number of the batch.
+            feed: The inputs of the model.
+
+        Returns:
+            The outputs of the part, and the tensors that it takes from the pass before.
+
+        Raises:
+            UnsupportedError: A value between two passes is no tensor of numbers.
+            InputError: The disk is full.
+        """
+        taken = {name: self._shelf.get((name, False), batch) for name in self._taken}
+        given = {name: taken[name] for name in self._read} | self.fed(feed)
+        found = run(given)
+        for name in self._new:
+            value = found[name]
+            if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind == "O":
+                raise UnsupportedError(f"the value {name!r} between two passes is no tensor of numbers")
+            self._kinds[name] = np_dtype_to_tensor_dtype(value.dtype)
+            self._shelf.put((name, False), batch, np.asarray(value, order="C"))
+            self._kept.add((name, batch))
+        return taken | found

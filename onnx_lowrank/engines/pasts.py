@@ -1,0 +1,48 @@
+"""The past of a decoder in given inputs: whether its length fits the other inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.inputs import Spec
+from onnx_lowrank.engines.made import is_past, past_axis
+
+_READ = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+def uneven(wanted: Sequence[Spec], feed: Feed) -> str | None:
+    """The reason why the parts of a past do not fit each other; None if they do, or if there is no past."""
+    seen: dict[str, tuple[str, int]] = {}
+    for spec, length in _lengths(wanted, feed):
+        name = (spec.shape or ())[past_axis(spec)]
+        if isinstance(name, str):
+            first, other = seen.setdefault(name, (spec.name, length))
+            if other != length:
+                return f"the past {first!r} has {other} positions, but {spec.name!r} has {length}"
+    return None
+
+
+def unmasked(wanted: Sequence[Spec], feed: Feed) -> str | None:
+    """The reason why an attention mask does not fit the past; None if it does, or if there is no past.
+
+    A model may read its mask in another way. So this explains a failure, and is none by itself.
+    """
+    if (reason := uneven(wanted, feed)) is not None:
+        return reason
+    lengths = {length for _, length in _lengths(wanted, feed)}
+    read = next((feed[name] for name in _READ if name in feed), None)
+    mask = next((name for name in _MASKS if name in feed), None)
+    if len(lengths) != 1 or read is None or mask is None or read.ndim < 2 or feed[mask].ndim != 2:
+        return None
+    past, new, total = *lengths, read.shape[1], feed[mask].shape[1]
+    if total == past + new:
+        return None
+    return f"the past has {past} positions and the input {new}, so {mask!r} needs {past + new}, not {total}"
+
+
+def _lengths(wanted: Sequence[Spec], feed: Feed) -> list[tuple[Spec, int]]:
+    """The past inputs with their lengths."""
+    pasts = (spec for spec in wanted if is_past(spec) and spec.name in feed)
+    return [(spec, feed[spec.name].shape[past_axis(spec)]) for spec in pasts]
