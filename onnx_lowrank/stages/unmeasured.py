@@ -6,9 +6,10 @@ An error that was not measured has no unit in common with one that was. Rules:
 2. Without calibration, heads are kept. A head gives a score to every row of a table: it is the transpose of
    the table, or has an output for each of the table's rows. The relative error of a weight counts it like any
    other layer, but its error is the error of the output, and no later layer has a share in that.
-3. Without calibration, a table keeps at least half of its rank. Its relative error weighs all rows alike, but
-   few rows are read often: on MiniLM, half of the rank loses 0.19 of the squared norm of all rows, and 0.42
-   of that of the rows in a text. Below, the error says nothing.
+3. Without calibration, the largest table keeps at least half of its rank. Its relative error weighs all rows
+   alike, but few rows are read often: on MiniLM, half of the rank loses 0.19 of the squared norm of all rows,
+   and 0.42 of that of the rows in a text. With less, the error says nothing. Smaller tables, such as those of
+   positions, are mostly read evenly.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from onnx_lowrank.core.layer import Layer
 _ADVICE = "give some with --calibration"
 
 LEAST_SHARE = 0.5
-"""The least share of its rank that a table keeps without calibration (rule 3)."""
+"""The least share of its rank that the largest table keeps without calibration (rule 3)."""
 
 
 def heads(layers: Sequence[Layer]) -> dict[str, str]:
     """The layers that are kept without calibration, by id, each with the reason (rule 2)."""
-    tables = [layer for layer in layers if layer.uses[0].reads_indices]
-    # Other tables, such as those of positions, can have as many rows as a hidden layer has outputs.
-    words = max((layer.c for layer in tables), default=0)
+    # Not any table: one of positions can have as many rows as a hidden layer has outputs.
+    words = _words(layers)
     reasons = {}
     for layer in layers:
         if any(use.transposed for use in layer.uses) and is_table(layer):
@@ -49,16 +49,22 @@ def is_table(layer: Layer) -> bool:
     return any(use.reads_indices for use in layer.uses)
 
 
+def _words(layers: Sequence[Layer]) -> int:
+    """The number of rows of the largest table; 0 without tables."""
+    return max((layer.c for layer in layers if layer.uses[0].reads_indices), default=0)
+
+
 def without_calibration(layers: Sequence[Layer], tables: Sequence[Candidates]) -> list[Candidates]:
     """The candidates that rules 2 and 3 leave."""
-    reasons = heads(layers)
+    reasons, words = heads(layers), _words(layers)
     left = []
     for layer, table in zip(layers, tables, strict=True):
         if layer.id in reasons:
             left.append(kept(table, reasons[layer.id]))
         else:
             enough = table.j >= LEAST_SHARE * table.full
-            left.append(table.where(enough) if is_table(layer) else table)
+            is_largest = is_table(layer) and layer.c == words
+            left.append(table.where(enough) if is_largest else table)
     return left
 
 
