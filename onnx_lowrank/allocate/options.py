@@ -51,12 +51,11 @@ class Candidates:
     tariff: Tariff | None = None
     reason: str = ""
 
-    def where(self, allowed: NDArray[np.bool_]) -> Candidates:
-        """The candidates at the allowed indices; keep stays."""
-        picked = allowed | (np.arange(allowed.size) == 0)
+    def only_keep(self, reason: str) -> Candidates:
+        """The same layer with no choice but to keep it, for a reason, a phrase."""
         names = ("fold", "k", "j", "full", "cost", "error")
-        price = None if self.price is None else self.price[picked]
-        return replace(self, price=price, **{name: getattr(self, name)[picked] for name in names})
+        price = None if self.price is None else self.price[:1]
+        return replace(self, price=price, reason=reason, **{name: getattr(self, name)[:1] for name in names})
 
     def option(self, index: int) -> Option | None:
         """The option at an index, or None for keep."""

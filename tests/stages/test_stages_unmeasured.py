@@ -45,17 +45,6 @@ def test_heads_are_kept_without_calibration(name, tied):
     assert all(table.cost.size > 1 and not table.reason for table in tables.values() if table is not head)
 
 
-@pytest.mark.parametrize("name", DATA_FREE)
-def test_the_largest_table_keeps_half_of_its_rank_without_calibration(name):
-    proto = model(
-        "g (int64[N] i, int64[N] j) => (float[] y) { a = Gather (t, i) b = Gather (u, j) y = Add (a, b) }",
-        t=(60, 12), u=(40, 12),
-    )  # fmt: skip
-    tables = candidates(seen(proto), recipes.load(name))
-    assert tables["t"].j[1:].min() == 6
-    assert tables["u"].j[1:].min() == 1
-
-
 def test_a_layer_as_wide_as_the_table_of_positions_is_no_head():
     proto = model(
         """g (int64[N,5] i, int64[N,5] j) => (float[] y) {
