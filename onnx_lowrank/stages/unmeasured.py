@@ -5,7 +5,9 @@ An error that was not measured has no unit in common with one that was. Rules:
 1. With a calibrated measure, a layer is kept if nothing was measured of it (`stages.score`).
 2. Without calibration, heads are kept. A head gives a score to every row of a table: it is the transpose of
    the table, or has an output for each of the table's rows. The relative error of a weight counts it like any
-   other layer, but its error is the error of the output, and no later layer has a share in that.
+   other layer, but its error is the error of the output, and no later layer has a share in that. SmolLM2's
+   perplexity is 25 on 12 windows of 128 tokens. At the ratio 0.95 it is 23,799 if the tied table alone goes
+   to rank 434 of 576, and 1,383 if other layers are compressed in its place.
 
 Tables that are no heads stay among the choices. On MiniLM without calibration, at the ratios 0.8 and 0.6, the
 cosine with the original is 0.84 and 0.56. It is 0.51 at 0.8 if the table is kept, 0.81, 0.67 and 0.54 if its
