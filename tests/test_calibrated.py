@@ -508,7 +508,7 @@ BRANCHES = """g (bool k, float[N,8] x) => (float[] y) { h = MatMul (x, w0) y = I
 
 
 @pytest.mark.parametrize("recipe", [*CALIBRATED, "auto"])
-def test_layers_that_fall_back_are_told_with_the_reason(recipe):
+def test_layers_that_were_not_measured_are_kept_and_told_with_the_reason(recipe):
     proto = model(BRANCHES, w0=(8, 8), w1=(8, 8), w2=(8, 8))
     data = {"k": np.array(True), "x": np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)}
     plan = compress(proto, 0.7, recipe=recipe, calibration=data, input_shape={"x": (1, 8)}).report
@@ -516,8 +516,13 @@ def test_layers_that_fall_back_are_told_with_the_reason(recipe):
     assert layer.endswith("w2")
     assert reason == "it does not run on the calibration inputs: give inputs that reach it"
     for row in plan.layers:
-        if row.option and plan.recipe != "schatten":
-            assert row.fit.fit is (Fit.WEIGHTS if row.id == layer else Fit.ACTIVATIONS)
+        if plan.recipe == "schatten":
+            continue
+        if row.id == layer:
+            assert row.option is None
+            assert row.reason == f"its effect is unknown: {reason}"
+        elif row.option:
+            assert row.fit.fit is Fit.ACTIVATIONS
     rows = json.loads(plan.to_json())
     assert layer in json.dumps(rows["calibration"])
 
@@ -610,6 +615,7 @@ def test_a_calibrated_run_of_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", ["output", "auto"])
 def test_a_branch_that_never_runs_is_not_taken_for_free(recipe):
+    """A calibrated measure keeps it; if weights decide, both branches are cut, and a warning tells of it."""
     text = """
     <ir_version: 8, opset_import: ["": 17]>
     branches (float[N,24] x, bool flag) => (float[N,24] y) {
@@ -626,5 +632,11 @@ def test_a_branch_that_never_runs_is_not_taken_for_free(recipe):
     feeds = [{"x": rng.standard_normal((4, 24), np.float32), "flag": np.array(True)} for _ in range(40)]
     result = compress(proto, 0.6, recipe=recipe, calibration=feeds)
     ranks = {choice.layer: choice.option.j if choice.option else 24 for choice in result.plan.choices}
-    assert max(ranks.values()) < 24, "both are cut, as if both mattered"
-    assert any("Calibration tells nothing of 1 of the rewritten layers" in w for w in result.report.warnings)
+    told = [w for w in result.report.warnings if "Calibration tells nothing" in w]
+    if recipe == "output":
+        assert ranks == {"w": 2, "v0": 24}
+        assert not told
+    else:
+        assert result.report.recipe == "schatten"
+        assert max(ranks.values()) < 24, "both are cut, as if both mattered"
+        assert "nothing of 1 of the rewritten layers" in told[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ class Candidates:
         price: The costs that the recipe trades against error, if they are not those of the budget.
         block: The ranks are multiples of it.
         tariff: The source of the costs; None if all chains use the native operators.
+        reason: Why there is no choice but to keep the layer, if neither costs nor ranks are the reason.
     """
 
     layer: str
@@ -48,6 +49,13 @@ class Candidates:
     price: Ints | None = None
     block: int = 1
     tariff: Tariff | None = None
+    reason: str = ""
+
+    def only_keep(self, reason: str) -> Candidates:
+        """The same layer with no choice but to keep it, for a reason, a phrase."""
+        names = ("fold", "k", "j", "full", "cost", "error")
+        price = None if self.price is None else self.price[:1]
+        return replace(self, price=price, reason=reason, **{name: getattr(self, name)[:1] for name in names})
 
     def option(self, index: int) -> Option | None:
         """The option at an index, or None for keep."""

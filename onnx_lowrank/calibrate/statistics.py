@@ -2,7 +2,10 @@
 
 Each layer gets the moments of its input patches, separately for the samples to fit to and for the held-out
 ones. If the moments do not fit into memory, or if the layer is a table with indices as inputs, it gets the
-moments of its outputs instead. Finished moments are on disk, so memory holds only unfinished ones.
+moments of its outputs instead. A table has far more rows than features, so these are small; they are the
+moments of one-hot inputs, which are diagonal and hold the frequencies of the rows, seen through the table.
+A weight that some uses apply transposed (a tied embedding) is measured twice, where both kinds of uses have
+the same features (`linalg.tied`). Finished moments are on disk, so memory holds only unfinished ones.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +23,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from onnx_lowrank.calibrate.moments import Accumulator
+from onnx_lowrank.calibrate.parts import Part, split, whole
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.core.factors import Moments
@@ -32,6 +36,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.find import Binding, geometry
+from onnx_lowrank.linalg.quadratic import INPUT_RIDGE
 from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 from onnx_lowrank.probe.suffix import Cuts
@@ -124,6 +129,18 @@ class Statistics(Mapping[str, LayerMoments]):
         """The place of the moments of one layer on disk; None if it has none."""
         return self._references.get(layer)
 
+    def join(self, parts: Sequence[Part]) -> None:
+        """Give every layer the moments of its parts, and tables their least ridge."""
+        for part in parts:
+            known, reason = self._references.pop(part.id, None), self.reasons.pop(part.id, "")
+            own = self._references.pop(part.layer, None) if part.id != part.layer else None
+            if known is None or part.layer in self.reasons:
+                self.reasons.setdefault(part.layer, reason)
+                continue
+            if any(use.reads_indices for use in part.binding.layer.uses):
+                known = replace(known, least=INPUT_RIDGE)
+            self._references[part.layer] = known if own is None else replace(own, transposed=known)
+
     def has_inputs(self, layer: str) -> bool:
         """Whether a layer has moments of its inputs, for both shares."""
         known = self._references.get(layer)
@@ -211,13 +228,14 @@ class _Measurement:
 
     def run(self, bindings: Sequence[Binding], memory: int) -> None:
         """Measure all layers; layers that read the same tensors are measured once."""
-        for binding in bindings:
-            choice = _of_outputs(binding.layer, memory)
+        parts = [part for binding in bindings for part in split(binding)]
+        for part in parts:
+            choice = _of_outputs(part, memory)
             if isinstance(choice, str):
-                self._statistics.reasons[binding.layer.id] = choice
+                self._statistics.reasons[part.id] = choice
             else:
-                self._of_outputs[binding.layer.id] = choice
-        chosen = {b.layer.id: b for b in bindings if b.layer.id in self._of_outputs}
+                self._of_outputs[part.id] = choice
+        chosen = {part.id: part.binding for part in parts if part.id in self._of_outputs}
         instrumented = self._instrumented(chosen.values())
         self._statistics.reasons.update(instrumented.reasons)
         jobs = self._jobs(instrumented, chosen)
@@ -231,6 +249,7 @@ class _Measurement:
                 self._relay = stack.enter_context(Relay(self._model, self._walk, groups))
             for number, group in enumerate(groups):
                 self._measure(group, number, len(groups))
+        self._statistics.join(parts)
 
     def _instrumented(self, bindings: Iterable[Binding]) -> Instrumented:
         bindings = tuple(bindings)
@@ -341,7 +360,7 @@ class _Task:
     def add(self, found: Mapping[str, Any], held: bool) -> None:
         """Add the tapped tensors of one batch."""
         if held not in self._shares:
-            self._shares[held] = Accumulator(f"layer {self._layers[0]!r}", *self._job.shape)
+            self._shares[held] = Accumulator(f"layer {whole(self._layers[0])!r}", *self._job.shape)
         cut = outputs if self._job.of_outputs else patches
         for tap, form in self._job.sights:
             for rows in cut(form, found[tap.name], tap.depth):
@@ -383,20 +402,21 @@ def _bytes(shape: tuple[int, int]) -> int:
     return 2 * (second + min(2 * second, CHUNK)) + 2 * second // groups
 
 
-def _of_outputs(layer: Layer, memory: int) -> bool | str:
+def _of_outputs(part: Part, memory: int) -> bool | str:
     """Whether to measure the outputs instead of the inputs; or the reason why neither is possible."""
-    if any(use.transposed for use in layer.uses):
-        return "it is applied both plain and transposed, to different inputs: give each use its own weight"
+    layer = part.binding.layer
+    if part.reason:
+        return part.reason
     is_linear = all(use.is_linear for use in layer.uses)
     reads_indices = any(use.reads_indices for use in layer.uses)
     kinds = (True,) if reads_indices else (False, True) if is_linear else (False,)
+    if part.of_outputs is not None:
+        kinds = (part.of_outputs,)
     for of_outputs in kinds:
         if _bytes(_shape(layer, of_outputs=of_outputs)) <= memory:
             return of_outputs
     _, size = _shape(layer, of_outputs=True)
-    return (
-        f"the moments of its {size} features do not fit into {memory / 2**30:g} GiB: its weight alone decides"
-    )
+    return f"the moments of its {size} features do not fit into {memory / 2**30:g} GiB"
 
 
 def _grouped(jobs: Iterable[_Job], memory: int) -> Iterator[list[_Job]]:

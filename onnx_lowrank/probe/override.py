@@ -5,7 +5,8 @@ Rules:
 1. The stored weight of a layer becomes an optional input of the main graph: an initializer that is an
    input, too. The stored value is the default. All uses of the layer read it through their old views.
 2. A weight in a Constant node, or in a body of If, Loop or Scan, moves into the main graph, because bodies
-   can read its names. Functions cannot, and tables are too large to feed: these layers are left out.
+   can read its names. Functions cannot, so these layers are left out; so are weights above `LARGEST` bytes,
+   because a trial holds a whole weight.
 3. A bias that a rewrite can change (`layers.bias`) becomes an optional input as well. The defaults include
    a BatchNorm that is folded into a layer, and an Identity replaces its node.
 4. No other initializer is an input, so a runtime can treat it as constant.
@@ -37,6 +38,10 @@ from onnx_lowrank.probe.segments import Substitute
 
 _FIRST_IR = 4
 """From this IR version on, an initializer need not be an input; without an input, it is a constant."""
+
+
+LARGEST = 2**30
+"""The most bytes of a weight that is fed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +209,11 @@ def _copy(source: ModelProto) -> ModelProto:
 
 def _closed(walk: Walk, binding: Binding) -> str | None:
     """The reason why a layer cannot be overridden (rule 2), or None."""
-    if any(use.reads_indices for use in binding.layer.uses):
-        return "it is a table, which is too large to be fed"
+    size = binding.layer.size * dtype_of(walk, binding.stored).itemsize
+    if size > LARGEST:
+        return (
+            f"its weight of {size / 2**30:.1f} GiB is too large to be fed: at most {LARGEST / 2**30:g} GiB is"
+        )
     path: str | None = binding.stored.source.scope
     while path:
         scope = walk.scopes[path]

@@ -16,11 +16,14 @@ from onnx_lowrank.report.shorten import distinct
 
 _CHOSEN = "→ "
 
+WORTHLESS = 0.5
+"""A relative error above this is closer to noise (1) than to the original: the report says so first."""
+
 
 def show(report: Content, console: Console) -> None:
     """Print a report, laid out for the width of the console."""
     page = Page(console)
-    page.line(_headline(report), style="bold")
+    _headlines(report, page)
     if report.layers:
         page.blank()
         layers.show(report, page)
@@ -58,9 +61,15 @@ def show(report: Content, console: Console) -> None:
         page.line(f"Warning: {warning}", style="yellow")
 
 
-def _headline(report: Content) -> str:
+def _headlines(report: Content, page: Page) -> None:
+    """Print the first lines: a model that hardly gives the original's outputs is told before all else."""
+    worst = 0.0 if report.validation is None else report.validation.worst or 0.0
+    if worst > WORTHLESS:
+        advice = "raise the ratio" if report.calibration is not None else "give --calibration"
+        page.line(f"Likely worthless: relative output error {words.number(worst)}; {advice}.", "bold red")
     rewritten = sum(row.option is not None for row in report.layers)
-    return f"{report.model}: {rewritten} of {len(report.layers)} layers rewritten with recipe {report.recipe}"
+    count = f"{rewritten} of {len(report.layers)} layers rewritten"
+    page.line(f"{report.model}: {count} with recipe {report.recipe}", "bold")
 
 
 def _totals(report: Content, page: Page) -> None:

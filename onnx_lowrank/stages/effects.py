@@ -4,9 +4,10 @@ Rules:
 
 1. The options with activation errors next to `PROBED` are tried, each alone in the model, on some of the
    calibration inputs (`calibrate.sensitivity`).
-2. Layers that the inputs do not reach are not tried: they have no effect on these inputs, but may have one
-   on others.
-3. Layers without a measured effect count as average ones.
+2. Layers that the inputs do not reach are not tried.
+3. Layers with an effect of zero on these inputs count as average ones: they may have one on others.
+4. The effect of a layer that was not tried is unknown, and no other layer's effect says anything about it. If
+   nothing can be tried at all, the errors of the layers' outputs stand for the effects of all of them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def effects(
     calibration: Calibration,
     executor: Executor,
     progress: Progress,
-) -> list[Effects]:
+) -> Sequence[Effects | str]:
     """Measure the errors that some options cause at the model's outputs.
 
     Args:
@@ -63,7 +64,7 @@ def effects(
         progress: Where to show progress.
 
     Returns:
-        The effects of every layer's options, at least one pair for each layer.
+        For every layer the effects of its options, at least one pair; or why they are unknown, a sentence.
 
     Raises:
         InputError: A data file has changed.
@@ -92,7 +93,12 @@ def effects(
             trials=len(PROBED),
             step=step,
         )
-    return _assumed([_pairs(chosen[table.layer], caused, table.layer) for table in tables])
+    if not caused:
+        return _assumed([()] * len(tables))
+    known = [_pairs(chosen[table.layer], caused, table.layer) for table in tables]
+    # A layer that has no options is kept anyway.
+    reasons = (unseen.get(table.layer) or caused.reasons.get(table.layer, "") for table in tables)
+    return [reason or pairs for pairs, reason in zip(_assumed(known), reasons, strict=True)]
 
 
 def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
@@ -21,6 +22,7 @@ from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.logs import DETAIL, some
 from onnx_lowrank.progress import Progress
+from onnx_lowrank.stages import unmeasured
 from onnx_lowrank.stages.score import Scores
 
 _log = logging.getLogger(__name__)
@@ -114,13 +116,21 @@ def check_reach(
         if recipe.price not in (None, meter.budget.name):
             return  # The ratio that such a recipe reaches depends on the errors.
         goal = Goal(ratio, recipe)
-        tables = [unscored(layer, recipe, grid) for layer in layers]
+        tables = _unscored(layers, recipe, grid)
         choices = _choices(tables, _within(meter, tables, goal, limit, smallest))
         least = meter.of_model(choices)
         if least <= limit and (layers or ratio == 1):
             return
         errors.append(_out_of_reach(model, meter, tables, goal, least))
     raise min(errors, key=lambda error: error.smallest_ratio or 1.0)
+
+
+def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> list[Candidates]:
+    """The candidates of the layers without errors, as far as they are known before calibration."""
+    tables = [unscored(layer, recipe, grid) for layer in layers]
+    if measures.named(recipe.measure).calibrated:
+        return tables
+    return unmeasured.without_calibration(layers, tables)
 
 
 def make(model: Model, goal: Goal, scores: Scores, progress: Progress) -> Plan:
@@ -213,9 +223,13 @@ def _out_of_reach(
             1.0,
         )
     shown = math.ceil(least / meter.total * 1000) / 1000
+    kept = [table for table in tables if table.reason]
+    why = f" The layer {kept[0].layer!r} is kept: {kept[0].reason}." if kept else ""
+    if len(kept) > 1:
+        why = f" {len(kept)} layers are kept ({kept[0].layer!r} first): {kept[0].reason}."
     return BudgetError(
         f"The ratio {goal.ratio:g} of {meter.budget.name} cannot be reached for {model.name}: the "
-        f"smallest with recipe {goal.recipe.name!r} is {shown:g}.",
+        f"smallest with recipe {goal.recipe.name!r} is {shown:g}.{why}",
         shown,
     )
 
@@ -305,7 +319,7 @@ def _reasons(
     else:
         spared = "the other layers reach the ratio at less error"
     return {
-        table.layer: spared if table.cost.size > 1 else meter.alone(table)
+        table.layer: spared if table.cost.size > 1 else table.reason or meter.alone(table)
         for table, pick in zip(tables, solution.picks, strict=True)
         if pick == 0
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 import numpy as np
@@ -22,9 +22,10 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.find import Binding
-from onnx_lowrank.measures import Errors, Evidence, Needs
+from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.effects import Effects, effects
+from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
@@ -50,6 +51,7 @@ class Known:
         computed: The decompositions with attempted activation errors. Moments of outputs determine only one
             of them, so `activation` may hold fewer.
         effects: The errors at the model's outputs that some activation errors cause; empty until measured.
+        unknown: Why these errors could not be measured, a sentence; "" if they were.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Known:
     power: float = 1.0
     computed: set[_Key] = field(default_factory=set)
     effects: Effects = ()
+    unknown: str = ""
 
     def evidence(self) -> Evidence:
         """All results, for a measure to choose from."""
@@ -105,12 +108,13 @@ class Scores:
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
         self._timed = set[Recipe]()
+        self._probed = False
 
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
         """The options that a recipe chooses from, layer by layer in graph order.
 
-        Layers without calibration moments are scored by their weights: the squared Frobenius norm is the
-        activation error for white inputs.
+        A calibrated measure keeps the layers of which nothing was measured, and any other measure keeps heads
+        (`stages.unmeasured`): their errors have no unit in common with those of the others.
 
         Raises:
             InputError: The model cannot be counted, or it fails on the calibration inputs.
@@ -124,12 +128,27 @@ class Scores:
         if Needs.OUTPUTS in measure.needs:
             self._add_effects(recipe)
         tables = [measure.errors(known.evidence(), relative=recipe.relative) for known in self._known]
+        unknown = self._unknown(measure)
+        tables = [{} if reason else table for table, reason in zip(tables, unknown, strict=True)]
         self._measure(recipe, tables)
         price = self._price(recipe)
-        return tuple(
-            candidates(layer, table, recipe, self._grid, price)
-            for layer, table in zip(self._layers, tables, strict=True)
+        found = [
+            replace(candidates(layer, table, recipe, self._grid, price), reason=reason)
+            for layer, table, reason in zip(self._layers, tables, unknown, strict=True)
+        ]
+        return tuple(found if measure.calibrated else without_calibration(self._layers, found))
+
+    def _unknown(self, measure: Measure) -> list[str]:
+        """For every layer, why its errors under a measure are unknown, a phrase; "" if they are known."""
+        if not measure.calibrated:
+            return [""] * len(self._layers)
+        reasons = _calibrated(self._calibration).statistics.reasons
+        probed = Needs.OUTPUTS in measure.needs
+        found = (
+            reasons.get(layer.id) or (known.unknown if probed else "")
+            for layer, known in zip(self._layers, self._known, strict=True)
         )
+        return [reason and f"its effect is unknown: {reason}" for reason in found]
 
     def _measure(self, recipe: Recipe, tables: Sequence[Errors]) -> None:
         """Measure the costs of the options once for every recipe, if the budget has no formula for them."""
@@ -179,15 +198,7 @@ class Scores:
         if not any(missing):
             return
         statistics = _calibrated(self._calibration).statistics
-        moments = [statistics.reference(layer.id) for layer in self._layers]
-        self._add_measured(missing, moments)
-        unmeasured = [keys if found is None else [] for keys, found in zip(missing, moments, strict=True)]
-        self._add_spectra([wanted[n] if keys else {} for n, keys in enumerate(unmeasured)])
-        white = measures.named("frobenius")
-        for known, keys in zip(self._known, unmeasured, strict=True):
-            if keys:
-                known.activation.update(white.errors(known.evidence(), relative=True))
-                known.power = _energy(known.spectra)
+        self._add_measured(missing, [statistics.reference(layer.id) for layer in self._layers])
         # Also keys without a result, or moments of outputs would be evaluated again at every call.
         for known, keys in zip(self._known, missing, strict=True):
             known.computed.update(keys)
@@ -221,8 +232,9 @@ class Scores:
 
     def _add_effects(self, recipe: Recipe) -> None:
         """Measure how a few options of every layer change the model's outputs, once for all recipes."""
-        if all(known.effects for known in self._known):
+        if self._probed:
             return
+        self._probed = True
         counted = Grid(self.meter.counted, self._grid.block)
         tables = [
             candidates(layer, known.activation, recipe, counted)
@@ -238,7 +250,7 @@ class Scores:
             self._progress,
         )
         for known, caused in zip(self._known, measured, strict=True):
-            known.effects = caused
+            known.effects, known.unknown = ((), caused) if isinstance(caused, str) else (caused, "")
 
 
 def _spread(slices: Sequence[int]) -> list[int]:
@@ -252,11 +264,6 @@ def _spread(slices: Sequence[int]) -> list[int]:
         if not kept or k >= _SPREAD * kept[-1]:
             kept.append(k)
     return kept
-
-
-def _energy(spectra: Mapping[_Key, NDArray[np.float64]]) -> float:
-    """‖W‖²_F, the power of the outputs on white inputs, from the spectrum of any fold."""
-    return next(float(np.sum(values**2)) for (_, k), values in spectra.items() if k == 1)
 
 
 def _calibrated(calibration: Calibration | None) -> Calibration:

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit
 from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.linalg import tied
 from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit, products
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
-from onnx_lowrank.work.moments import LayerMoments, MomentsRef
+from onnx_lowrank.work.moments import LayerMoments, MomentsRef, tied_problem
 from onnx_lowrank.work.weights import WeightRef
 
 STEPS = 30
@@ -57,7 +58,7 @@ class FactorsItem:
         taken = self.weight.nbytes
         if self.moments is None:
             taken += 24 * self.weight.size + self._grams()
-        elif self.moments.of_outputs:
+        elif self.moments.of_outputs or self.moments.transposed is not None:
             taken += 24 * self.weight.size + 4 * self.moments.nbytes
         else:
             g, f, *rest = self.weight.shape
@@ -226,6 +227,8 @@ def activation_factors(
         centred: Whether a bias absorbs the change of the mean.
         steps: Largest number of refinement iterations; refinement needs held-out moments.
     """
+    if moments.transposed is not None:
+        return tied.fit(tied_problem(weight, moments, ridged=True), option.j)
     if moments.inputs is not None:
         problem = of_weight(
             weight, moments.inputs, centred=centred, ridge=shrinkage(moments.inputs, INPUT_RIDGE)
@@ -236,7 +239,7 @@ def activation_factors(
         return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0)
     kernel = weight.shape[3:]
     if moments.outputs is not None and option.fold.on(kernel) is Fold.ENCODE and option.k == 1:
-        ridge = shrinkage(moments.outputs)
+        ridge = shrinkage(moments.outputs, moments.least)
         return output_fit(moments.outputs, weight, option.j, backend, centred=centred, ridge=ridge)
     return None
 
@@ -257,7 +260,12 @@ def lost_mean(
 
 
 def _error(weight: NDArray[Any], stored: Factors, moments: LayerMoments, *, centred: bool) -> float | None:
-    """The relative activation error of factors as stored; None without moments."""
+    """The relative activation error of factors as stored; None without moments.
+
+    A tied layer has the sum of the errors of both uses.
+    """
+    if moments.transposed is not None:
+        return tied.error(tied_problem(weight, moments, ridged=False), compose(exact(stored)))
     if (inputs := moments.held or moments.inputs) is not None:
         return error(of_weight(weight, inputs, centred=centred, ridge=0.0), compose(exact(stored)))
     outputs = moments.held_outputs or moments.outputs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Moments
+from onnx_lowrank.linalg.tied import Tied, tied
 
 _PARTS = ("count", "mean", "second")
 _FIT, _HELD = "fit", "held"
@@ -23,6 +26,9 @@ class LayerMoments:
         outputs: Moments of its results, after a folded BatchNorm, over the samples to fit to: (g, f / g) and
             (g, f / g, f / g).
         held_outputs: The same over the held-out samples.
+        transposed: The moments of the uses that apply the transpose, if some do (`linalg.tied`). They show
+            the same features as the layer's own moments: results if those are inputs, and otherwise inputs.
+        least: The least ridge that moments of outputs need (`linalg.quadratic.shrinkage`).
         reason: Why the layer has no moments, a sentence; "" if it has some.
     """
 
@@ -30,6 +36,8 @@ class LayerMoments:
     held: Moments | None = None
     outputs: Moments | None = None
     held_outputs: Moments | None = None
+    transposed: LayerMoments | None = None
+    least: float = 0.0
     reason: str = ""
 
 
@@ -41,11 +49,15 @@ class MomentsRef:
         folder: The folder.
         number: Number of these moments in the folder.
         of_outputs: Whether they are moments of the layer's results rather than of its inputs.
+        transposed: The moments of the uses that apply the transpose, if some do.
+        least: The least ridge that moments of outputs need.
     """
 
     folder: Path
     number: int
     of_outputs: bool
+    transposed: MomentsRef | None = None
+    least: float = 0.0
 
     @property
     def has_held(self) -> bool:
@@ -56,12 +68,15 @@ class MomentsRef:
     def nbytes(self) -> int:
         """Bytes that the moments take in memory; 0 if the folder was deleted."""
         paths = (self._path(share, part) for share in (_FIT, _HELD) for part in _PARTS)
-        return sum(path.stat().st_size for path in paths if path.exists())
+        own = sum(path.stat().st_size for path in paths if path.exists())
+        return own + (0 if self.transposed is None else self.transposed.nbytes)
 
     def read(self) -> LayerMoments:
         """Read the moments."""
         fit, held = self._read(_FIT), self._read(_HELD)
-        return LayerMoments(outputs=fit, held_outputs=held) if self.of_outputs else LayerMoments(fit, held)
+        own = LayerMoments(outputs=fit, held_outputs=held) if self.of_outputs else LayerMoments(fit, held)
+        transposed = None if self.transposed is None else self.transposed.read()
+        return replace(own, transposed=transposed, least=self.least)
 
     def write(self, fit: Moments, held: Moments | None) -> None:
         """Write moments to the folder.
@@ -82,3 +97,23 @@ class MomentsRef:
 
     def _path(self, share: str, part: str) -> Path:
         return self.folder / f"{self.number}.{share}.{part}.npy"
+
+
+def tied_problem(weight: NDArray[Any], moments: LayerMoments, *, ridged: bool) -> Tied:
+    """The errors of both uses of a tied layer, on the samples to fit to or on the held-out ones.
+
+    Args:
+        weight: Its canonical weight, shape (1, f, c).
+        moments: Its moments, with those of the transposed uses.
+        ridged: Whether to take the samples to fit to, with a ridge; otherwise held-out ones if there are any.
+    """
+    flipped = moments.outputs is None
+    forward, back = moments, moments.transposed or LayerMoments()
+    if flipped:
+        forward, back = back, forward
+    given, read = forward.outputs, back.inputs
+    if not ridged and forward.held_outputs is not None and back.held is not None:
+        given, read = forward.held_outputs, back.held
+    if given is None or read is None:
+        raise RuntimeError("a tied layer needs the moments of the features of both uses")
+    return tied(weight, given, read, flipped=flipped, ridged=ridged)

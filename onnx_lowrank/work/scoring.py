@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Spectra
 from onnx_lowrank.core.option import Fold
+from onnx_lowrank.linalg import tied
 from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, of_weight, shrinkage
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.work.moments import MomentsRef
+from onnx_lowrank.work.moments import MomentsRef, tied_problem
 from onnx_lowrank.work.weights import WeightRef
 
 
@@ -69,7 +70,7 @@ class ActivationItem:
     @property
     def nbytes(self) -> int:
         """Approximate bytes that the computation takes: copies of the moments, of the weight and of P C."""
-        if self.moments.of_outputs:
+        if self.moments.of_outputs or self.moments.transposed is not None:
             return self.weight.nbytes + 16 * self.weight.size + 4 * self.moments.nbytes
         g, f, *rest = self.weight.shape
         p = prod(rest)
@@ -90,7 +91,7 @@ class ActivationErrors:
 
     Attributes:
         relative: The errors at the ranks 0, 1, … for each (fold, k), relative to the power of the outputs.
-            Moments of outputs determine only the errors of (encode, 1).
+            Moments of outputs, and those of a tied layer, determine only the errors of (encode, 1).
         power: The power of the outputs. A relative error times this power is the absolute error.
     """
 
@@ -105,6 +106,9 @@ def activation_errors(item: ActivationItem, backend: Backend) -> ActivationError
         InputError: The moments are not finite.
     """
     weight, moments = item.weight.read(), item.moments.read()
+    if moments.transposed is not None:
+        both = tied_problem(weight, moments, ridged=True)
+        return ActivationErrors({(Fold.ENCODE, 1): tied.errors(both)}, both.power)
     if moments.inputs is not None:
         ridge = shrinkage(moments.inputs, INPUT_RIDGE)
         problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
@@ -115,7 +119,7 @@ def activation_errors(item: ActivationItem, backend: Backend) -> ActivationError
         return ActivationErrors(table, float(np.sum(problem.power)))
     if moments.outputs is None:
         raise RuntimeError(f"the moments {item.moments.number} were not written")
-    ridge = shrinkage(moments.outputs)
+    ridge = shrinkage(moments.outputs, moments.least)
     encode_errors = output_errors(moments.outputs, weight, centred=item.centred, ridge=ridge)
     power = float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
     return ActivationErrors({(Fold.ENCODE, 1): encode_errors}, power)

@@ -316,13 +316,42 @@ def test_moments_give_the_power_of_the_outputs():
     )
 
 
-def test_a_transposed_use_is_listed():
+LOOKED_UP = ("e = Gather (w, i)", "t = Transpose <perm = [1,0]> (w) y = MatMul (x, t)")
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["the table first", "the head first"])
+def test_a_tied_table_is_measured_by_the_features_of_both_uses(first):
+    nodes = " ".join(LOOKED_UP if first == 0 else reversed(LOOKED_UP))
+    table = draw(RNG, (9, 6))
+    proto = model(f"g (int64[N] i, float[N,6] x) => (float[] e, float[] y) {{ {nodes} }}", w=table)
+    indices, x = np.random.default_rng(24).integers(0, 9, 20), draw(RNG, (20, 6))
+    (result,) = measured(proto, Samples(i=indices, x=x)).values()
+    rows, read = (result, result.transposed) if first == 0 else (result.transposed, result)
+    assert rows.inputs is read.outputs is None
+    assert_moments(rows.outputs, rows_of(table[shares(indices)[0]]))
+    assert_moments(rows.held_outputs, rows_of(table[shares(indices)[1]]))
+    assert_moments(read.inputs, rows_of(shares(x)[0]))
+    assert_moments(read.held, rows_of(shares(x)[1]))
+
+
+def test_one_part_without_moments_leaves_a_tied_table_without_any():
     proto = model(
-        "g (int64[N] i, float[N,6] x) => (float[] e, float[] y)"
+        "g (int64[N] i, float[N,K,6] x) => (float[] e, float[] y)"
         "{ e = Gather (w, i) t = Transpose <perm = [1,0]> (w) y = MatMul (x, t) }",
         w=(9, 6),
     )
-    (result,) = measured(proto, Samples(i=np.arange(8), x=draw(RNG, (8, 6)))).values()
+    (result,) = measured(proto, Samples(i=np.arange(8), x=np.empty((8, 0, 6), np.float32))).values()
+    assert "does not run" in result.reason
+    assert result.outputs is result.transposed is None
+
+
+def test_matrices_that_are_applied_transposed_without_a_table_are_listed():
+    proto = model(
+        "g (float[N,6] x, float[N,9] z) => (float[] e, float[] y)"
+        "{ e = MatMul (x, w) t = Transpose <perm = [1,0]> (w) y = MatMul (z, t) }",
+        w=(6, 9),
+    )
+    (result,) = measured(proto, Samples(x=draw(RNG, (8, 6)), z=draw(RNG, (8, 9)))).values()
     assert "transposed" in result.reason
 
 

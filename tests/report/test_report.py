@@ -656,3 +656,19 @@ def test_a_total_has_its_key(key, total):
 @pytest.mark.parametrize("figures", [(), (Figure("time", None),)])
 def test_a_total_that_is_unknown_has_no_ratio(figures):
     assert Totals(figures).of("time").ratio is None
+
+
+@pytest.mark.parametrize(("relative", "told"), [(0.5, False), (0.51, True), (1.12, True)])
+@pytest.mark.parametrize("data", [False, True])
+def test_outputs_that_are_mostly_noise_are_told_first_in_one_line(relative, told, data):
+    outputs = (OutputError("y", relative, 0.1, None),)
+    shown = report(validation=Validation("engine", "made", outputs, ()))
+    if data:
+        shown = replace(shown, calibration=Calibrated("x: 9 samples, 1 held out", 9, 1, ()))
+    first, second, *_ = printed(shown, width=80).splitlines()
+    if not told:
+        assert first.startswith("net: ")
+        return
+    advice = "raise the ratio" if data else "give --calibration"
+    assert first == f"Likely worthless: relative output error {relative:.3g}; {advice}."
+    assert second.startswith("net: ")

@@ -179,7 +179,7 @@ def test_a_table_is_fitted_to_the_rows_that_are_read():
     x = np.random.default_rng(1).integers(0, 4, (50, 5))
     built = both_fits(proto, x, Option(layer.folds[0], 1, 4))
     lost = [np.abs(run(b.rewritten.model.proto, x=x) - run(proto, x=x)).max() for b in built]
-    assert lost[1] < 0.02 < 0.5 < lost[0], "four rows are read, which rank 4 holds"
+    assert lost[1] < 0.05 < 0.5 < lost[0], "four rows are read, which rank 4 holds but for the floor"
 
 
 @pytest.mark.parametrize("name", ["conv", "batchnorm", "gemm", "matmul-add"])
