@@ -84,6 +84,36 @@ def make(
 
 def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that the user's shapes fit the model, and that every input can be made."""
+    check_shapes(wanted, shapes)
+    for spec in wanted:
+        if spec.dtype is None:
+            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so it cannot be made")
+        if spec.shape is None and spec.name not in shapes:
+            raise InputError(
+                f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
+            )
+
+
+def first_call(
+    wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]], length: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of all inputs for one sample; the past of a decoder is empty, as at its first call.
+
+    Args:
+        wanted: The model's inputs, all of them tensors.
+        shapes: Known shapes, by input.
+        length: The length of free axes that do not follow from the known shapes.
+    """
+    sizes = {"batch": 1, "channels": 1, "spatial": length, "length": length, "past": 0}
+    return _Chooser(wanted, shapes).choose(sizes)
+
+
+def check_shapes(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the user's shapes fit the model.
+
+    Raises:
+        InputError: The model has no such input, or a shape does not fit.
+    """
     by_name = {spec.name: spec for spec in wanted}
     for name, shape in shapes.items():
         if name not in by_name:
@@ -95,13 +125,6 @@ def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> N
             raise InputError(
                 f"The input {name!r} has the shape {shape_text(free)} in the model, "
                 f"which --input-shape {shape_text(shape)} does not fit: pass sizes for '?' and names only."
-            )
-    for spec in wanted:
-        if spec.dtype is None:
-            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so it cannot be made")
-        if spec.shape is None and spec.name not in shapes:
-            raise InputError(
-                f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
             )
 
 
@@ -195,28 +218,29 @@ def _kind(spec: Spec, axis: int, name: str, *, alone: bool) -> str:
         alone: Whether the model has no other input.
     """
     shape = spec.shape or ()
-    if _is_past(spec) and axis > 0:
+    if is_past(spec) and axis > 0:
         # (batch, heads, past, features), sometimes after an axis for keys and values.
-        is_past = name.startswith("past") or (not name and axis == len(shape) - 2)
-        return "past" if is_past else "batch" if name.startswith("batch") else "length"
+        is_length = name.startswith("past") or (not name and axis == len(shape) - 2)
+        return "past" if is_length else "batch" if name.startswith("batch") else "length"
     if len(shape) >= 4 and axis > 0:
         last = shape[-1] in (1, 3, 4)
         return "channels" if axis == (len(shape) - 1 if last else 1) else "spatial"
     if axis == 0:
-        return "length" if len(shape) == 1 and (alone or _is_position(spec)) else "batch"
+        return "length" if len(shape) == 1 and (alone or is_position(spec)) else "batch"
     # (layers, batch, features): the state of a recurrent network.
     state = len(shape) == 3 and axis == 1 and isinstance(shape[0], int) and shape[0] > 1
     return "batch" if state else "length"
 
 
-def _is_past(spec: Spec) -> bool:
+def is_past(spec: Spec) -> bool:
     """Whether an input is the state that a decoder kept from earlier calls, like past_key_values.0.key."""
     name, rank = spec.name.lower(), len(spec.shape or ())
     # Not past_values of rank 3: those are time series to forecast from.
     return (rank >= 4 and _PAST.match(name) is not None) or (rank == 3 and name.startswith("past_key"))
 
 
-def _is_position(spec: Spec) -> bool:
+def is_position(spec: Spec) -> bool:
+    """Whether an input is the positions of tokens, like position_ids."""
     return "position" in spec.name.lower() and _is_integer(np.dtype(spec.dtype))
 
 
@@ -227,7 +251,7 @@ def _is_integer(dtype: np.dtype[Any]) -> bool:
 def _past_length(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> int | None:
     """Number of positions in the past of a decoder; None for a model without a past."""
     for spec in wanted:
-        if _is_past(spec):
+        if is_past(spec):
             names = [str(size or "") for size in spec.shape or ()]
             axis = next((axis for axis, name in enumerate(names) if name.startswith("past")), -2)
             return chosen[spec.name][axis]
@@ -262,7 +286,7 @@ def _integers(
 ) -> NDArray[Any]:
     """One input of integers, below the limit if there is one."""
     name = spec.name.lower()
-    if _is_position(spec):
+    if is_position(spec):
         positions = past + (np.arange(shape[-1]) if shape else np.array(0))
         return np.broadcast_to(positions % limit if limit else positions, shape)
     if "token_type" in name:
