@@ -123,7 +123,8 @@ class _Material:
 def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack) -> _Material:
     model = load(source, stack)
     wanted = specs(model.proto)
-    need = Need(wanted, id_limits(model.proto), setting.shapes, setting.samples, setting.options)
+    limits = {} if setting.options.tokenizer is None else id_limits(model.proto)
+    need = Need(wanted, limits, setting.shapes, setting.samples, setting.options)
     given = None if setting.inputs is None else data.read_feed(setting.inputs, need)
     samples = None
     if setting.calibration is not None:

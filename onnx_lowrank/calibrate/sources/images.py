@@ -40,7 +40,7 @@ def _claim(path: Path) -> Claim:
 
 
 def _check(path: Path, options: Options) -> None:
-    library("PIL.Image", "images", path)
+    library("PIL.Image", "Pillow", "images", path)
 
 
 def _read(path: Path, need: Need, files: ExitStack) -> Table:

@@ -62,8 +62,8 @@ def load(path: Path, height: int, width: int, *, grey: bool) -> tuple[NDArray[np
     Raises:
         InputError: The file is no image, is damaged, is too large, or has no channels of 8 bits.
     """
-    pillow = library("PIL.Image", "images", path)
-    turned = library("PIL.ImageOps", "images", path).exif_transpose
+    pillow = library("PIL.Image", "Pillow", "images", path)
+    turned = library("PIL.ImageOps", "Pillow", "images", path).exif_transpose
     with _readable(path, pillow), path.open("rb") as file, pillow.open(file, formats=_FORMATS) as opened:
         if path.stat().st_size > _FILE_BYTES:
             raise InputError(f"{path} has more than {_FILE_BYTES // 2**20} MiB: pass a smaller image.")

@@ -43,7 +43,7 @@ def check(given: Sequence[object], options: Options) -> None:
     """Check before a model is loaded that the options fit the sources.
 
     Args:
-        given: The user's sources; those that are no paths need no options.
+        given: The user's sources; None, arrays and feeds need no options.
         options: The user's options.
 
     Raises:
@@ -53,12 +53,17 @@ def check(given: Sequence[object], options: Options) -> None:
     kinds = [kind_of(path) for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
         kind.check(path, options)
+    if not all(path.exists() for path in paths):
+        return  # Reading tells that a path is missing.
     used = {name for kind in kinds for name in kind.options}
     for name in options.given:
         if name not in used:
             owner = next(kind for kind in _every() if name in kind.options)
-            what = " and ".join(map(str, paths)) if paths else "the data"
-            raise InputError(f"--{name} is for {owner.what}, but {what} is none: leave --{name} out.")
+            if all(source is None for source in given):
+                what = "neither --calibration nor --inputs is given"
+            else:
+                what = f"{' and '.join(map(str, paths)) or 'the data'} is of another kind"
+            raise InputError(f"--{name} is for {owner.what}, but {what}: leave --{name} out.")
 
 
 def is_plain(path: Path) -> bool:

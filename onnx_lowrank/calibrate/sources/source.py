@@ -86,11 +86,12 @@ class Kind:
     check: Callable[[Path, Options], None] = _nothing
 
 
-def library(name: str, extra: str, path: Path) -> ModuleType:
+def library(module: str, name: str, extra: str, path: Path) -> ModuleType:
     """Import an optional library.
 
     Args:
-        name: The module to import.
+        module: The module to import.
+        name: The name of the library.
         extra: The extra of this package that installs it.
         path: The source that needs it.
 
@@ -98,9 +99,8 @@ def library(name: str, extra: str, path: Path) -> ModuleType:
         InputError: It is not installed.
     """
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f"{path} needs the library {name.partition('.')[0]}, which is not installed: "
-            f'pip install "onnx-lowrank[{extra}]".'
+            f'{path} needs the library {name}, which is not installed: pip install "onnx-lowrank[{extra}]".'
         ) from error

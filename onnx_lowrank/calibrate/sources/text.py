@@ -47,7 +47,7 @@ def _check(path: Path, options: Options) -> None:
         raise InputError(
             f"{path} is a text, so its tokenizer is needed, too: pass the model's --tokenizer tokenizer.json."
         )
-    library("tokenizers", "text", path)
+    library("tokenizers", "tokenizers", "text", path)
 
 
 def _read(path: Path, need: Need, files: ExitStack) -> Table:

@@ -66,7 +66,7 @@ def tokenizer(path: Path, text: Path) -> Tokenizer:
     Raises:
         InputError: The library is not installed, or the file is no tokenizer.
     """
-    made = library("tokenizers", "text", text).Tokenizer
+    made = library("tokenizers", "tokenizers", "text", text).Tokenizer
     try:
         size = path.stat().st_size
         if not path.is_file() or size > _TOKENIZER_BYTES:
