@@ -226,7 +226,7 @@ class TestRefused:
 
     def test_too_many_files(self, photos, monkeypatch):
         monkeypatch.setattr(pictures, "_MOST_FILES", 0)
-        with pytest.raises(InputError, match="holds more than 0 files: pass a folder of fewer"):
+        with pytest.raises(InputError, match="holds more than 0 files and folders: pass a"):
             read(photos, HWC)
 
     def test_sixteen_bits(self, photos):

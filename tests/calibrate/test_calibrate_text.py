@@ -89,6 +89,18 @@ class TestWindows:
         assert found.shape == (10, 16)
         assert sum(read) < 10 * 16 * 8 * 2
 
+    @pytest.mark.parametrize("length", [100, 10**6, 10**15])
+    def test_no_more_is_read_than_the_bound(self, tmp_path, monkeypatch, length):
+        monkeypatch.setattr(tokens, "_TEXT_BYTES", 50_000)
+        path = tmp_path / "large.txt"
+        path.write_text("word " * 100_000)
+        read = []
+        found = tokens.windows(
+            path, lambda block: read.append(len(block)) or [7] * block.count(" "), length, 10**9
+        )
+        assert len(found) == (7 if length == 100 else 0)
+        assert sum(read) <= 50_000
+
     def test_a_place_inside_a_character_is_moved_behind_it(self, tmp_path):
         path = tmp_path / "umlauts.txt"
         path.write_text("€€€€€ " * 4000, encoding="utf-8")

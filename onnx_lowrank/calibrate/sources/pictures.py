@@ -29,7 +29,7 @@ def listed(path: Path) -> Iterator[Path]:
     Names that start with a dot are left out, and links to folders are not followed.
 
     Raises:
-        InputError: The folder holds more than a million files.
+        InputError: The folder holds more than a million files and folders.
     """
     if path.is_file():
         yield path
@@ -37,9 +37,9 @@ def listed(path: Path) -> Iterator[Path]:
     seen = 0
     for folder, below, names in os.walk(path):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        seen += len(names)
+        seen += len(names) + len(below)
         if seen > _MOST_FILES:
-            raise InputError(f"{path} holds more than {_MOST_FILES:,} files: pass a folder of fewer.")
+            raise InputError(f"{path} holds more than {_MOST_FILES:,} files and folders: pass a smaller one.")
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(folder, name)

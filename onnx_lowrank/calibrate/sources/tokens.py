@@ -124,7 +124,7 @@ def windows(path: Path, encode: Callable[[str], list[int]], length: int, most: i
         ids = _ids(path, encode, 0, total, None)
         number = len(ids) // length
         return ids[: number * length].reshape(number, length)
-    reach = min(length * _MOST_BYTES, total)
+    reach = min(length * _MOST_BYTES, total, _TEXT_BYTES)
     count = max(1, min(most, total // (length * _USUAL_BYTES), _TEXT_BYTES // reach))
     found = []
     for number in spaced(total, count):
