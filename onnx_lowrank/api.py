@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-from numpy.typing import NDArray
+from typing import Self
 
 from onnx_lowrank import request as arguments
 from onnx_lowrank import session
@@ -22,6 +20,7 @@ from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.files.save import save
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.report.report import Report
+from onnx_lowrank.request import Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def compress(
     recover: bool = True,
     target_error: float | None = None,
     target_agreement: float | None = None,
-    inputs: str | Path | Mapping[str, NDArray[Any]] | None = None,
+    inputs: Inputs | None = None,
     input_shape: Mapping[str, Sequence[int]] | None = None,
     max_error: float | None = None,
     device: str = "auto",
@@ -99,6 +98,9 @@ def compress(
     cache: bool = True,
     workers: int = 0,
     dry_run: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Make a model smaller by low-rank decomposition.
@@ -117,8 +119,9 @@ def compress(
         plan: A plan to replay, instead of ratio, recipe, budget and alignment.
         include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
         exclude: Globs of layer ids or node names; these layers are left alone.
-        calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder, arrays by name, an
-            iterable of feeds, or an ONNX Runtime CalibrationDataReader; see `calibrate.data.open_samples`.
+        calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder of feeds or of images, a
+            text, arrays by name, an iterable of feeds, or an ONNX Runtime CalibrationDataReader; see
+            `calibrate.data.open_needed`.
         calibration_samples: Largest number of calibration samples to use.
         recover: If the recipe asks for it, fit each layer so that it corrects the errors of the layers before
             it.
@@ -126,8 +129,9 @@ def compress(
             inputs have at most this error, relative to their variation (`OutputError.centred`).
         target_agreement: Instead of a ratio, find the smallest model with at least this share of outputs that
             agree (of an embedding: rows that keep their nearest neighbour), above 0 and at most 1.
-        inputs: An .npz file, or arrays by input name, on which the models are compared; by default
-            held-out calibration inputs, or without calibration, inputs made from the graph.
+        inputs: An .npz file, a text, a folder of images, or arrays by input name, on which the models are
+            compared; by default held-out calibration inputs, or without calibration, inputs made from the
+            graph.
         input_shape: Shapes by input name, for inputs whose dimensions the model leaves open.
         max_error: Bound on the largest relative error over the outputs.
         device: Where the linear algebra runs: "auto", "cpu" or "cuda".
@@ -138,6 +142,9 @@ def compress(
         workers: Number of processes that compute the work of the layers; 0 uses threads of this process. With
             processes, a script must guard its call of this function by `if __name__ == "__main__":`.
         dry_run: Make the plan and the report only; the model stays as it is.
+        tokenizer: The model's tokenizer.json, if `calibration` or `inputs` is a text.
+        mean: The mean of each channel of images, whose values are scaled to 0..1; by default 0.
+        std: The standard deviation of each channel of images; by default 1.
         progress: Where to show progress; None shows none.
 
     Returns:
@@ -178,6 +185,9 @@ def compress(
         workers=workers,
         cache=cache,
         dry_run=dry_run,
+        tokenizer=tokenizer,
+        mean=mean,
+        std=std,
     )
     made = session.run(model, asked, setting, progress or Silent())
     return Result(made.report, made.plan, made.model, made.resources)

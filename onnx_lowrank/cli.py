@@ -82,6 +82,15 @@ def _alignment(ctx: click.Context, param: click.Parameter, value: str | None) ->
     return value if value is None or value == ALIGN_AUTO else int(value)
 
 
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is no number for each channel: write it like 0.485,0.456,0.406"
+        ) from None
+
+
 def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for value in values:
@@ -170,7 +179,23 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     type=click.Path(),
     callback=_given_path,
     metavar="DATA",
-    help="Inputs to fit to, without labels: .npz, .npy, or a folder of .npz or of ONNX test data.",
+    help="Inputs to fit to, without labels: .npz, .npy, a folder of .npz or of ONNX test data, a text with "
+    "--tokenizer, or a folder of images with --mean and --std.",
+)
+@click.option(
+    "--tokenizer",
+    callback=_given_path,
+    metavar="FILE.json",
+    help="The model's tokenizer.json, for texts.",
+)
+@click.option(
+    "--mean",
+    callback=_numbers,
+    metavar="R,G,B",
+    help="Mean of each channel of images, whose values are 0 to 1.",
+)
+@click.option(
+    "--std", callback=_numbers, metavar="R,G,B", help="Standard deviation of each channel of images."
 )
 @click.option(
     "--calibration-samples", callback=_count, metavar="N", help="Use at most N calibration samples."
@@ -216,9 +241,9 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     "--inputs",
     type=click.Path(),
     callback=_given_path,
-    metavar="FILE.npz",
-    help="Inputs on which to compare the models; by default those of --calibration, "
-    "else inputs made from the graph.",
+    metavar="DATA",
+    help="Inputs on which to compare the models: .npz, a text, or a folder of images; by default "
+    "those of --calibration, else inputs made from the graph.",
 )
 @click.option(
     "--input-shape",

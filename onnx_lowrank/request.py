@@ -17,6 +17,9 @@ from onnx_lowrank import measures
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Budget
 from onnx_lowrank.calibrate.data import Source
+from onnx_lowrank.calibrate.sources.registry import check as check_sources
+from onnx_lowrank.calibrate.sources.registry import options_of
+from onnx_lowrank.calibrate.sources.source import Options
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans, recipes
@@ -80,7 +83,7 @@ class Request:
 
 
 Inputs = str | Path | Mapping[str, NDArray[Any]]
-"""An .npz file, or arrays by input name."""
+"""An .npz file, a text, a folder of images, or arrays by input name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Setting:
         cache: Whether measured times may be read from disk and written there.
         workers: Number of processes that compute work items; 0 uses threads of this process.
         dry_run: Whether only the plan is made.
+        options: What the user gives to read texts and images.
     """
 
     calibration: Source | None
@@ -118,6 +122,7 @@ class Setting:
     cache: bool
     workers: int
     dry_run: bool
+    options: Options
 
 
 def request(
@@ -196,6 +201,9 @@ def setting(
     cache: bool,
     workers: int,
     dry_run: bool,
+    tokenizer: str | os.PathLike[str] | None,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
 ) -> Setting:
     """Check the arguments for the data, the tools and the bounds of a run; they are those of `compress`.
 
@@ -223,7 +231,9 @@ def setting(
         cache=_flag("cache", cache),
         backend=resolve(device),
         dry_run=dry_run,
+        options=options_of(tokenizer, mean, std),
     )
+    check_sources([calibration, inputs], checked.options)
     if calibration is not None or asked.budget.is_measured or not dry_run:
         runtime(provider)  # Raises an error if the provider is not available.
     return checked

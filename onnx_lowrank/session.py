@@ -19,11 +19,12 @@ from onnx_lowrank.budgets.latency.whole import Whole
 from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.data import Samples
+from onnx_lowrank.calibrate.sources.source import Need
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
-from onnx_lowrank.engines.inputs import read as read_inputs
+from onnx_lowrank.engines.id_limits import id_limits
 from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.pasts import uneven
 from onnx_lowrank.engines.running import calibrating_engine
@@ -123,10 +124,12 @@ class _Material:
 def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack) -> _Material:
     model = load(source, stack)
     wanted = specs(model.proto)
-    given = None if setting.inputs is None else read_inputs(setting.inputs, wanted)
+    limits = {} if setting.options.tokenizer is None else id_limits(model.proto)
+    need = Need(wanted, limits, setting.shapes, setting.samples, setting.options)
+    given = None if setting.inputs is None else data.read_feed(setting.inputs, need)
     samples = None
     if setting.calibration is not None:
-        samples = stack.enter_context(data.open_samples(setting.calibration, wanted, setting.samples))
+        samples = stack.enter_context(data.open_needed(setting.calibration, need))
     # Shapes that the user did not state follow from the user's inputs.
     shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
     if (reason := uneven(wanted, shown)) is not None:

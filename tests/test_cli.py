@@ -229,7 +229,11 @@ WRONG = {
     "input shape of another rank": ([*HALF, "--input-shape", "x=1,8"], "the shape 1×8, but the model says"),
     "input shape that contradicts": ([*HALF, "--input-shape", "x=1,9,6,6"], "the shape 1×9×6×6, but"),
     "missing inputs": ([*HALF, "--inputs", "no.npz"], "The inputs no.npz cannot be read"),
-    "inputs that are no archive": ([*HALF, "--inputs", "text.txt"], "text.txt is not an .npz archive"),
+    "inputs that are no archive": ([*HALF, "--inputs", "in.onnx"], "in.onnx is not an .npz archive"),
+    "inputs without a tokenizer": (
+        [*HALF, "--inputs", "text.txt"],
+        "text.txt is a text, so its tokenizer",
+    ),
     "inputs of another name": ([*HALF, "--inputs", "name.npz"], "no input 'z': its inputs are x"),
     "inputs of another shape": ([*HALF, "--inputs", "shape.npz"], "shape N×8×6×6 in the model"),
     "inputs of another dtype": ([*HALF, "--inputs", "dtype.npz"], "is float32 in the model, but float64"),
@@ -304,7 +308,42 @@ WRONG = {
     },
     "missing calibration": ([*HALF, "--calibration", "no.npz"], "no.npz does not exist"),
     "empty calibration folder": ([*HALF, "--calibration", "sub"], "sub"),
-    "calibration that is no archive": ([*HALF, "--calibration", "text.txt"], "text.txt"),
+    "calibration that is no archive": ([*HALF, "--calibration", "in.onnx"], "in.onnx is damaged, or neither"),
+    "a text without a tokenizer": (
+        [*HALF, "--calibration", "text.txt"],
+        "text.txt is a text, so its tokenizer is needed, too: pass the model's --tokenizer tokenizer.json.",
+    ),
+    "a text for floats": (
+        [*HALF, "--calibration", "text.txt", "--tokenizer", "model.json"],
+        "which of the inputs 'x' takes its tokens is not clear",
+    ),
+    "a tokenizer without a text": (
+        [*CALIBRATED, "--tokenizer", "model.json"],
+        "--tokenizer is for texts, but cal.npz is of another kind: leave --tokenizer out.",
+    ),
+    **{
+        f"{option} without data": (
+            [*HALF, option, value],
+            f"{option} is for {what}, but neither --calibration nor --inputs is given: leave {option} out.",
+        )
+        for option, value, what in (
+            ("--tokenizer", "t.json", "texts"),
+            ("--mean", "0.5", "folders of images"),
+            ("--std", "0.5,1", "folders of images"),
+        )
+    },
+    "a mean without images": ([*CALIBRATED, "--mean", "0.5"], "--mean is for folders of images, but cal.npz"),
+    **{
+        f"a mean {value!r}": (
+            [*CALIBRATED, "--mean", value],
+            f"--mean: {value!r} is no number for each channel: write it like 0.485,0.456,0.406.",
+        )
+        for value in ("", "x", "0.5,", "0.5;0.5")
+    },
+    "a mean of nothing": ([*CALIBRATED, "--mean", "nan"], "--mean has the value 'nan': give one number for"),
+    "a std of 0": ([*CALIBRATED, "--std", "1,0,1"], "--std has the value 0: give values above 0"),
+    "images for 8 channels": ([*HALF, "--calibration", "photos"], "N×8×6×6 has no axis of 1 or 3 channels"),
+    "an empty path of a tokenizer": ([*CALIBRATED, "--tokenizer", ""], "--tokenizer: the path is empty"),
     "calibration of another name": ([*HALF, "--calibration", "name.npz"], "'z'"),
     "calibration of another shape": ([*HALF, "--calibration", "shape.npz"], "shape.npz"),
     "calibration with NaN": ([*HALF, "--calibration", "nan.npz"], "NaN"),
@@ -316,6 +355,8 @@ def cluttered(folder):
     """Things that a mistaken command can name."""
     (folder / "sub").mkdir()
     (folder / "sub.json").mkdir()
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.png").touch()
     (folder / "text.txt").write_text("I am no model.\n")
     (folder / "empty.onnx").touch()
     (folder / "link.onnx").symlink_to("in.onnx")

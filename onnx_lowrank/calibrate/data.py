@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import ArrayLike, NDArray
 
-from onnx_lowrank.calibrate.feeds import Feeds, as_array, drawn, folder
+from onnx_lowrank.calibrate.feeds import Feeds, as_array, drawn
 from onnx_lowrank.calibrate.shares import Batch, counted
+from onnx_lowrank.calibrate.sources import registry
+from onnx_lowrank.calibrate.sources.source import Need
 from onnx_lowrank.calibrate.spool import Spool
-from onnx_lowrank.calibrate.table import Table, table
-from onnx_lowrank.engines.inputs import Spec
+from onnx_lowrank.calibrate.table import Table, only, table
+from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.inputs import Spec, read
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files import arrays
-from onnx_lowrank.files.arrays import Column, InMemory
+from onnx_lowrank.files.arrays import InMemory
+
+COMPARED = 16
+"""The most samples of a text or a folder of images on which models are compared."""
 
 FEW = 32
 """With fewer samples than this, a warning says that estimates are weak."""
@@ -91,12 +97,21 @@ class Samples:
         """
         return self._data.batches(size)
 
+    def feed(self) -> Feed:
+        """As many samples as the model takes at once, of both shares."""
+        return self._data.feed()
+
     def close(self) -> None:
         """Delete the spooled feeds."""
         self._files.close()
 
 
 def open_samples(source: Source, wanted: tuple[Spec, ...], samples: int | None = None) -> Samples:
+    """Open calibration data for a model of which only the inputs are known; see `open_needed`."""
+    return open_needed(source, Need(wanted, most=samples))
+
+
+def open_needed(source: Source, need: Need) -> Samples:
     """Open calibration data, and check all samples that are used against the model.
 
     An array with the rank of its input has samples on its first axis. If it has one more axis, its samples go
@@ -105,38 +120,53 @@ def open_samples(source: Source, wanted: tuple[Spec, ...], samples: int | None =
     arrays have more samples.
 
     Args:
-        source: An .npz file (arrays named like the inputs) or an .npy file (models of one input); a folder
-            of ONNX's test_data_set_*/input_*.pb, or of .npz files with one feed each; arrays by name, or one
-            array; an iterable of feeds, or a reader with `get_next`, whose feeds are spooled to disk.
-        wanted: The model's inputs.
-        samples: The most samples to use, at least 1: evenly spaced over arrays and files, the first ones of
-            an iterable.
+        source: A path that a module of `calibrate.sources` reads: an .npz file (arrays named like the inputs)
+            or an .npy file (models of one input); a folder of ONNX's test_data_set_*/input_*.pb, or of .npz
+            files with one feed each; a text; a folder of images. Or arrays by name, or one array; an iterable
+            of feeds, or a reader with `get_next`, whose feeds are spooled to disk.
+        need: What the model needs; `most` samples are evenly spaced over a path or an array, and the first
+            ones of an iterable.
 
     Raises:
         InputError: The file does not exist, or the data does not fit the model.
     """
-    if not wanted:
+    if not need.specs:
         raise InputError("The model has no inputs to calibrate: leave --calibration out.")
-    for spec in wanted:
+    for spec in need.specs:
         if spec.dtype is None:
             raise InputError(f"The input {spec.name!r} of the model is no tensor: leave --calibration out.")
     with ExitStack() as files:
-        name, data = _opened(source, wanted, samples, files)
+        name, data = _opened(source, need, files)
         return Samples(data, name, files.pop_all())
 
 
-def _opened(
-    source: Source, wanted: tuple[Spec, ...], most: int | None, files: ExitStack
-) -> tuple[str, Table | Feeds]:
+def read_feed(source: str | Path | Mapping[str, Any], need: Need) -> Feed:
+    """Read the inputs to compare models on: one feed, of a text or a folder of images at most `COMPARED`.
+
+    Args:
+        source: An .npz file, a text, a folder of images, or arrays by name.
+        need: What the model needs.
+
+    Raises:
+        InputError: The source does not exist, or does not fit the model.
+    """
+    if isinstance(source, Mapping) or registry.is_plain(Path(source)):
+        return read(source, need.specs)
+    with open_needed(source, replace(need, most=COMPARED)) as samples:
+        return samples.feed()
+
+
+def _opened(source: Source, need: Need, files: ExitStack) -> tuple[str, Table | Feeds]:
     """The name of a source, and its data."""
+    wanted, most = need.specs, need.most
     if isinstance(source, str | Path):
         path = Path(source)
-        return path.resolve().name, folder(path, wanted, most) if path.is_dir() else _file(path, wanted, most)
+        return path.resolve().name, registry.kind_of(path).read(path, need, files)
     if isinstance(source, Mapping):
         columns = {name: InMemory(as_array(a, f"{_WHERE} for {name!r}")) for name, a in source.items()}
         return "arrays", table(columns, wanted, most, _WHERE)
     if hasattr(source, "__array__"):
-        return "array", table(_only(InMemory(as_array(source, _WHERE)), wanted, _WHERE), wanted, most, _WHERE)
+        return "array", table(only(InMemory(as_array(source, _WHERE)), wanted, _WHERE), wanted, most, _WHERE)
     if isinstance(source, FeedReader):
         given: Iterable[Any] = _each(source)
     elif isinstance(source, Iterable):
@@ -146,23 +176,6 @@ def _opened(
         raise InputError(f"{_WHERE} is of the type {kind}: pass a path, arrays by name, or feeds.")
     spool = files.enter_context(Spool(spec.name for spec in wanted))
     return "feeds", drawn(given, wanted, most, spool)
-
-
-def _file(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Table:
-    if not path.is_file():
-        raise InputError(f"{_WHERE} {path} does not exist: pass an .npz or .npy file, or a folder.")
-    found = arrays.load(path)
-    columns = found if isinstance(found, dict) else _only(found, wanted, str(path))
-    return table(columns, wanted, most, str(path))
-
-
-def _only(column: Column, wanted: tuple[Spec, ...], where: str) -> dict[str, Column]:
-    if len(wanted) > 1:
-        names = ", ".join(repr(spec.name) for spec in wanted)
-        raise InputError(
-            f"{where} is one array, but the model has the inputs {names}: name arrays in an .npz."
-        )
-    return {wanted[0].name: column}
 
 
 def _each(reader: FeedReader) -> Iterator[Mapping[str, ArrayLike]]:

@@ -58,6 +58,10 @@ class Feeds:
                 rows = piece.rows[first : first + size]
                 yield Batch({name: a[rows] if a.ndim else a for name, a in feed.items()}, piece.held)
 
+    def feed(self) -> Feed:
+        """The first feed, whole."""
+        return self.load(self.pieces[0].feed)
+
 
 class _Inspection:
     """Collects facts about feeds while they are read for the first time."""
@@ -137,6 +141,14 @@ def folder(path: Path, wanted: tuple[Spec, ...], most: int | None) -> Feeds:
     for source in used:
         inspection.see(read(source, wanted), str(source))
     return inspection.feeds(load, most)
+
+
+def holds_feeds(path: Path) -> bool:
+    """Whether a folder has an .npz or .npy file, a .pb file or an ONNX test data set."""
+    return any(
+        p.suffix in (".npz", ".npy") or re.fullmatch(r"input_.*\.pb|test_data_set_\d+", p.name)
+        for p in _listed(path)
+    )
 
 
 def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spool: Spool) -> Feeds:

@@ -58,6 +58,12 @@ class Table:
                 for first in range(0, len(rows), step):
                     yield Batch(self._feed(block, rows[first : first + step]), share)
 
+    def feed(self) -> Feed:
+        """All samples in one feed, or the first `unit` of them."""
+        number = self.unit or len(self.chosen)
+        _, block = next(self._blocks(number))
+        return self._feed(block, np.arange(number))
+
     def _blocks(self, length: int) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
         """Blocks of `length` used samples of all columns, in the model's dtypes, each with its start."""
         with ExitStack() as readers:
@@ -125,6 +131,20 @@ def table(columns: Mapping[str, Column], wanted: tuple[Spec, ...], most: int | N
     )
     dropped = [f"The last samples do not fill a batch of {unit}: {left} left out."] if left else []
     return replace(result, warnings=(*result.warnings, *dropped, *result._variation()))
+
+
+def only(column: Column, wanted: tuple[Spec, ...], where: str) -> dict[str, Column]:
+    """Name the array of a model with one input.
+
+    Raises:
+        InputError: The model has several inputs.
+    """
+    if len(wanted) > 1:
+        names = ", ".join(repr(spec.name) for spec in wanted)
+        raise InputError(
+            f"{where} is one array, but the model has the inputs {names}: name arrays in an .npz."
+        )
+    return {wanted[0].name: column}
 
 
 def _check(columns: Mapping[str, Column], wanted: tuple[Spec, ...], where: str) -> None:

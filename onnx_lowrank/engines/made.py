@@ -84,6 +84,36 @@ def make(
 
 def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that the user's shapes fit the model, and that every input can be made."""
+    check_shapes(wanted, shapes)
+    for spec in wanted:
+        if spec.dtype is None:
+            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so it cannot be made")
+        if spec.shape is None and spec.name not in shapes:
+            raise InputError(
+                f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
+            )
+
+
+def first_call(
+    wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]], length: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of all inputs for one sample; the past of a decoder is empty, as at its first call.
+
+    Args:
+        wanted: The model's inputs, all of them tensors.
+        shapes: Known shapes, by input.
+        length: The length of free axes that do not follow from the known shapes.
+    """
+    sizes = {"batch": 1, "channels": 1, "spatial": length, "length": length, "past": 0}
+    return _Chooser(wanted, shapes).choose(sizes)
+
+
+def check_shapes(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the user's shapes fit the model.
+
+    Raises:
+        InputError: The model has no such input, or a shape does not fit.
+    """
     by_name = {spec.name: spec for spec in wanted}
     for name, shape in shapes.items():
         if name not in by_name:
@@ -95,13 +125,6 @@ def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> N
             raise InputError(
                 f"The input {name!r} has the shape {shape_text(free)} in the model, "
                 f"which --input-shape {shape_text(shape)} does not fit: pass sizes for '?' and names only."
-            )
-    for spec in wanted:
-        if spec.dtype is None:
-            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so it cannot be made")
-        if spec.shape is None and spec.name not in shapes:
-            raise InputError(
-                f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
             )
 
 
@@ -197,13 +220,13 @@ def _kind(spec: Spec, axis: int, name: str, *, alone: bool) -> str:
     shape = spec.shape or ()
     if is_past(spec) and axis > 0:
         # (batch, heads, past, features), sometimes after an axis for keys and values.
-        counts = name.startswith("past") or (not name and axis == len(shape) - 2)
-        return "past" if counts else "batch" if name.startswith("batch") else "length"
+        is_length = name.startswith("past") or (not name and axis == len(shape) - 2)
+        return "past" if is_length else "batch" if name.startswith("batch") else "length"
     if len(shape) >= 4 and axis > 0:
         last = shape[-1] in (1, 3, 4)
         return "channels" if axis == (len(shape) - 1 if last else 1) else "spatial"
     if axis == 0:
-        return "length" if len(shape) == 1 and (alone or _is_position(spec)) else "batch"
+        return "length" if len(shape) == 1 and (alone or is_position(spec)) else "batch"
     # (layers, batch, features): the state of a recurrent network.
     state = len(shape) == 3 and axis == 1 and isinstance(shape[0], int) and shape[0] > 1
     return "batch" if state else "length"
@@ -216,7 +239,8 @@ def is_past(spec: Spec) -> bool:
     return (rank >= 4 and _PAST.match(name) is not None) or (rank == 3 and name.startswith("past_key"))
 
 
-def _is_position(spec: Spec) -> bool:
+def is_position(spec: Spec) -> bool:
+    """Whether an input is the positions of tokens, like position_ids."""
     return "position" in spec.name.lower() and _is_integer(np.dtype(spec.dtype))
 
 
@@ -266,7 +290,7 @@ def _integers(
 ) -> NDArray[Any]:
     """One input of integers, below the limit if there is one."""
     name = spec.name.lower()
-    if _is_position(spec):
+    if is_position(spec):
         positions = past + (np.arange(shape[-1]) if shape else np.array(0))
         return np.broadcast_to(positions % limit if limit else positions, shape)
     if "token_type" in name:

@@ -12,11 +12,11 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -157,7 +157,22 @@ class Stored:
                     raise ValueError
 
 
-Column = InMemory | Stored
+class Column(Protocol):
+    """An array whose rows can be read, a few at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Its dtype."""
+
+    def reader(self) -> AbstractContextManager[Take]:
+        """Open the array; gives a function that reads rows."""
+
+    def read(self) -> NDArray[Any]:
+        """The whole array."""
 
 
 def load(path: Path) -> Stored | dict[str, Stored]:
