@@ -26,11 +26,11 @@ CALIBRATED = (
 )
 TESTED = ("chelsea.png", "coffee.png", "coins.png", "flower.jpg", "moon.png", "retina.jpg")
 SIZE = 224
-CROPS = 50  # of a photograph
+CALIBRATION, TEST = 20, 50  # crops of a photograph
 SURE = 0.3  # a probability
 _BATCH = 20
 ABOUT = """
-EfficientNet-lite0 sees crops of photographs that scikit-image and scikit-learn carry: 50 of each of eleven
+EfficientNet-lite0 sees crops of photographs that scikit-image and scikit-learn carry: 20 of each of eleven
 for calibration, 50 of each of six others for the test. "Agreement" is the share of crops whose most likely
 class is the original's; "agreement, sure" has only the crops whose class the original gives at least 0.3.
 """
@@ -43,7 +43,7 @@ def subjects(real: Path) -> list[Subject]:
             name,
             real / f"{name}.onnx",
             about=ABOUT,
-            calibration=lambda: {"image": crops(CALIBRATED)},
+            calibration=lambda: {"image": crops(CALIBRATED, CALIBRATION)},
             scores=lambda model, file=real / f"{name}.onnx": _scores(model, file),
             shapes={"image": (1, 3, SIZE, SIZE)},
             times={"time": {"image": (1, 3, SIZE, SIZE)}},
@@ -56,10 +56,10 @@ def subjects(real: Path) -> list[Subject]:
 
 
 @cache
-def crops(names: tuple[str, ...]) -> Array:
-    """Square pieces of photographs, half of them mirrored, as the classifier was trained on them."""
+def crops(names: tuple[str, ...], number: int) -> Array:
+    """So many square pieces of every photograph, some mirrored, as the classifier was trained on them."""
     rng = np.random.default_rng(0)
-    return np.stack([piece for name in names for piece in _pieces(_photograph(name), rng)])
+    return np.stack([piece for name in names for piece in _pieces(_photograph(name), number, rng)])
 
 
 def _photograph(name: str) -> Array:
@@ -73,11 +73,11 @@ def _photograph(name: str) -> Array:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def _pieces(photograph: Array, rng: np.random.Generator) -> Iterator[Array]:
+def _pieces(photograph: Array, number: int, rng: np.random.Generator) -> Iterator[Array]:
     from PIL import Image
 
     height, width = photograph.shape[:2]
-    for _ in range(CROPS):
+    for _ in range(number):
         side = int(min(height, width) * rng.uniform(0.5, 1))
         top, left = (int(rng.integers(length - side + 1)) for length in (height, width))
         piece = Image.fromarray(photograph[top : top + side, left : left + side])
@@ -102,6 +102,6 @@ def _original(model: Path) -> Array:
 
 
 def _logits(model: Path) -> Array:
-    session, images = opened(model), crops(TESTED)
+    session, images = opened(model), crops(TESTED, TEST)
     batches = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
     return np.concatenate([session.run(None, {"image": batch})[0] for batch in batches])
