@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ FONTS = {
 OTHER_FONTS = {"font_source_sans_pro": ("SourceSansPro-Light", "SourceSansPro-SemiboldIt")}
 CALIBRATION, TEST = 400, 200  # lines
 _SEEDS = {"calibration": 1, "test": 2, "other": 3}
+_PLAIN = re.compile(r"[A-Za-z0-9,.;:-]+")
 _LONGEST = 24  # characters
 _WIDEST = 10.0  # width over height of a calibration input; the few lines that are wider are left out
 ABOUT = """
@@ -70,15 +72,18 @@ def _lines(part: Part, number: int) -> Iterator[tuple[str, Array]]:
 
 
 def _texts(part: Part) -> list[str]:
-    """The first words of every sentence, as many as fit a line, in the characters of the keyboard."""
+    """The first plain words of every sentence, as many as fit a line.
+
+    Underscores, quotation marks and backticks are left out: the original, too, takes one for another.
+    """
     lines = []
     for sentence in sentences(part):
         line = ""
-        for word in sentence.split():
+        for word in filter(_PLAIN.fullmatch, sentence.split()):
             if len(line) + len(word) >= _LONGEST:
                 break
             line = f"{line} {word}".strip()
-        if line.isascii() and len(line) >= _LONGEST // 2:
+        if len(line) >= _LONGEST // 2:
             lines.append(line)
     return list(dict.fromkeys(lines))
 
