@@ -43,6 +43,7 @@ RATIOS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.2)
 RESULTS = Path(__file__).parent / "results" / "calibrated.json"
 PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy")
 SOURCES = ("onnx_lowrank/**/*.py", "passes/*.toml", "models/digits.onnx", "tests/benchmarks/scores.py")
+ASKED = ("model", "recipe", "ratio", "samples")
 ORIGINAL = "original"
 UNREACHABLE = 3  # the command's exit code
 
@@ -60,42 +61,48 @@ print(json.dumps({"code": code, "seconds": seconds, "cpu_seconds": cpu, "peak_mb
 Cell = dict[str, Any]
 
 
-def environment() -> dict[str, Any]:
+def environment(sources: Sequence[str] = SOURCES, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What a cell's figures depend on beside what was asked for."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in CHECKOUT.glob(pattern)):
+    for path in sorted(path for pattern in sources for path in CHECKOUT.glob(pattern)):
         digest.update(f"{path.relative_to(CHECKOUT).as_posix()}\n".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return {
         "program": digest.hexdigest()[:16],
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in packages},
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
 
 class Results:
-    """The cells measured so far, in a JSON file that is whole at any time."""
+    """The cells measured so far, in a JSON file that is whole at any time.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: The file.
+        asked: Names of the entries that tell what a cell was asked for.
+        here: What the figures of new cells depend on; by default `environment()`.
+    """
+
+    def __init__(self, path: Path, asked: Sequence[str] = ASKED, here: dict[str, Any] | None = None) -> None:
+        self.path, self.asked = path, asked
         stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.environments: dict[str, Any] = stored.get("environments", {})
-        self.cells: dict[str, Cell] = {_key(cell): cell for cell in stored.get("cells", [])}
-        here = environment()
+        self.cells: dict[str, Cell] = {self._key(cell): cell for cell in stored.get("cells", [])}
+        here = here or environment()
         self.here = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:8]
         self.environments[self.here] = here
 
     def known(self, asked: Cell) -> Cell | None:
         """The cell, if it was measured in this environment and did not fail."""
-        cell = self.cells.get(_key(asked))
+        cell = self.cells.get(self._key(asked))
         return cell if cell and cell["environment"] == self.here and "failed" not in cell else None
 
     def add(self, cell: Cell) -> Cell:
         """Put a cell in place of the one that was asked for in the same way, and save all."""
         cell = cell | {"environment": self.here}
-        self.cells[_key(cell)] = cell
+        self.cells[self._key(cell)] = cell
         cells = [self.cells[key] for key in sorted(self.cells)]
         used = {cell["environment"] for cell in cells}
         kept = {name: self.environments[name] for name in sorted(used)}
@@ -106,9 +113,8 @@ class Results:
         partial.replace(self.path)
         return cell
 
-
-def _key(cell: Cell) -> str:
-    return json.dumps([cell[name] for name in ("model", "recipe", "ratio", "samples")])
+    def _key(self, cell: Cell) -> str:
+        return json.dumps([cell[name] for name in self.asked])
 
 
 def measure(asked: Cell, tasks: Sequence[Task], folder: Path) -> Cell:
@@ -132,17 +138,22 @@ def measure(asked: Cell, tasks: Sequence[Task], folder: Path) -> Cell:
         command += ["--calibration", str(calibration_file(asked["model"], folder))]
         if asked["samples"] is not None:
             command += ["--calibration-samples", str(asked["samples"])]
-    launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
-    run = subprocess.run(launch, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    usage = json.loads(run.stdout)
-    code = usage.pop("code")
-    cell = asked | {name: round(value, 2) for name, value in usage.items()}
-    message = run.stderr.strip()
+    usage, code, message = launched(command)
+    cell = asked | usage
     if code == UNREACHABLE and (smallest := re.search(r" is ([0-9.e-]+)\.$", message)):
         return cell | {"smallest": float(smallest[1])}
     if code:
         return cell | {"failed": f"exit code {code}: {message}"}
     return cell | reported(report) | {"scores": scored(str(out), tasks)}
+
+
+def launched(command: Sequence[str]) -> tuple[Cell, int, str]:
+    """Run a command from a bare interpreter: its seconds and peak memory, its exit code, its errors."""
+    launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
+    run = subprocess.run(launch, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    usage = json.loads(run.stdout)
+    code = usage.pop("code")
+    return {name: round(value, 2) for name, value in usage.items()}, code, run.stderr.strip()
 
 
 def is_calibrated(recipe: str) -> bool:

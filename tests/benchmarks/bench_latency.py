@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,17 +114,21 @@ def measured(subject: Subject, budget: str, ratio: float, threads: int, folder: 
     if report["timing"] and report["timing"]["predicted"]:
         row["predicted"] = report["timing"]["predicted"] / report["timing"]["before"]
         row["reported"] = report["totals"]["time"]["ratio"]
-    timing = [sys.executable, __file__, "--time", str(model), str(out), "--threads", str(threads)]
-    shapes = json.dumps(subject.shapes)
-    times = [
-        json.loads(subprocess.run([*timing, "--shapes", shapes], capture_output=True, check=True).stdout)
-        for _ in range(_SESSIONS)
-    ]
-    times.sort(key=lambda found: found["time"])
-    row |= times[_SESSIONS // 2] | {"times": [found["time"] for found in times]}
+    row |= compared(model, out, threads, subject.shapes)
     if subject.name == "resnet20":
         row |= {task.score: task.measure(onnx.load(out)) for task in tasks((subject.name,))}
     return row
+
+
+def compared(model: Path, out: Path, threads: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Time two models in turns, in processes of their own: the median of their ratios, and all of them."""
+    words = [sys.executable, __file__, "--time", str(model), str(out), "--threads", str(threads)]
+    words += ["--shapes", json.dumps(dict(shapes))]
+    times = [
+        json.loads(subprocess.run(words, capture_output=True, check=True).stdout) for _ in range(_SESSIONS)
+    ]
+    times.sort(key=lambda found: found["time"])
+    return times[_SESSIONS // 2] | {"times": [found["time"] for found in times]}
 
 
 def timed(paths: list[str], threads: int, shapes: dict[str, list[int]]) -> dict[str, float]:
