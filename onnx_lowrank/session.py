@@ -20,7 +20,7 @@ from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.calibrate.sources.source import Need
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
@@ -369,7 +369,10 @@ class _Job:
         def new_walk() -> Walk:
             return Walk(rewritten.model.proto)
 
+        # No chain of these reads the layer's own input, so none can be compared alone.
         shared = {layer for merged in built.merges for layer in merged.layers}
+        options = settling.options(built.plan).items()
+        shared |= {layer for layer, option in options if option.lowering is Lowering.NARROW}
 
         def alone(layer: str) -> tuple[ModelProto, ModelProto] | None:
             if layer in shared:

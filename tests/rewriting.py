@@ -22,7 +22,8 @@ from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.scopes import scopes
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.graph.walk import Place, Walk
-from onnx_lowrank.layers.find import Binding, find, read
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import find, read
 from onnx_lowrank.layers.work import work
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.factorize import factorize

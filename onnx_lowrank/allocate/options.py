@@ -101,6 +101,60 @@ def candidates(
     return Candidates(layer.id, folds, k_, j, full, costs, error, traded, grid.block, tariff)
 
 
+def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
+    """The widths to which a layer's input channels can be narrowed, each with the saving of its producers.
+
+    Args:
+        layer: A layer with producers.
+        errors: The errors at the widths 0 … c, in the recipe's measure.
+        grid: The block of which widths are multiples, and the costs.
+
+    Raises:
+        InputError: The costs depend on an unknown dimension.
+    """
+    tariff = _Narrowing(grid.costs.tariff(layer), layer.narrow_fold)
+    widths = np.arange(grid.block, layer.c, grid.block, dtype=np.int64)
+    rows = [np.array([[-1], [0], [0], [0], [tariff.keep], [tariff.keep]])]
+    if widths.size:
+        rows.append(_options(layer, tariff.fold, 1, widths, (tariff, tariff)))
+    table = np.concatenate(rows, axis=1, dtype=np.int64)
+    table[3, 1:] = layer.c
+    error = _rounded(np.concatenate([np.zeros(1), errors[widths]]))
+    front = _pareto(table, error)
+    folds, k, j, full, costs, _ = table[:, front]
+    return Candidates(layer.id, folds, k, j, full, costs, error[front], None, grid.block, tariff)
+
+
+@dataclass(frozen=True, slots=True)
+class _Narrowing:
+    """The costs of a layer with fewer input channels: linear in the width.
+
+    Attributes:
+        layer: The costs of the layer's options.
+        fold: The fold of the narrow options.
+    """
+
+    layer: Tariff
+    fold: Fold
+
+    @property
+    def keep(self) -> int:
+        return self.layer.keep
+
+    def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
+        first, second = (self.cost(Option(fold, k, width, Lowering.NARROW)) for width in (1, 2))
+        return first + (ranks - 1) * (second - first)
+
+    def cost(self, option: Option | None) -> int:
+        return self.layer.cost(option)
+
+    def is_cheaper(self, costs: Ints) -> NDArray[np.bool_]:
+        return costs < self.keep
+
+    def lowering(self, fold: Fold, k: int) -> Lowering:
+        return Lowering.NARROW
+
+
 def unscored(layer: Layer, recipe: Recipe, grid: Grid[Costs]) -> Candidates:
     """The candidates of a layer without known errors, which show how cheap the layer can become.
 

@@ -38,7 +38,7 @@ from onnx_lowrank.files.external import aligned, refer
 from onnx_lowrank.files.load import Model, ModelProto, inlined, outline, stored_bytes
 from onnx_lowrank.files.tensors import inline, is_external, reference, region, stored_size, tensors
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.report.content import Total
 from onnx_lowrank.rewrite.notes import METADATA, stamp

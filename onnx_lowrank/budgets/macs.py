@@ -19,7 +19,7 @@ from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
 from onnx_lowrank.core.layer import Layer, ScopeWork, Use
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import dearest, running
 from onnx_lowrank.errors import InputError
@@ -53,6 +53,13 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
         return None
     if option is None:
         return layer.size * use.evaluations.dense
+    if option.lowering is Lowering.NARROW:
+        counts = {producer.id: macs(producer) for producer in layer.producers}
+        if None in counts.values():
+            return None
+        kept = replace(layer, c=option.j).size * use.evaluations.dense
+        # Every producer has one use, in the scope of this one, so both run equally often.
+        return kept - sum((count or 0) // layer.c * (layer.c - option.j) for count in counts.values())
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     at_encoder, at_decoder = use.evaluations.factors[option.fold]
     return option.j * (encoder * at_encoder + decoder * at_decoder)
@@ -115,6 +122,7 @@ class Macs(Budget):
     order = 1
     figure = "macs"
     title = "MACs"
+    narrows = True
     unknown = "MACs need the shapes that the model leaves open: pass --input-shape NAME=1,3,224,224."
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:

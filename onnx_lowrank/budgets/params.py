@@ -8,7 +8,7 @@ from functools import cached_property
 from onnx_lowrank.allocate.cost import factor_sizes
 from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.graph.parameters import parameters as model_parameters
 from onnx_lowrank.layers.found import Found
@@ -24,6 +24,8 @@ def parameters(layer: Layer, option: Option | None = None) -> int:
     """
     if option is None:
         return layer.size + layer.freed
+    if option.lowering is Lowering.NARROW:
+        return layer.narrowed(option.j, parameters)
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     return option.j * (encoder + decoder) + layer.added
 
@@ -35,6 +37,7 @@ class Params(Budget):
     order = 0
     figure = "params"
     title = "parameters"
+    narrows = True
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's parameters."""

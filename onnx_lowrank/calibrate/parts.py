@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 
 _TRANSPOSED = "\0transposed"
 """What follows the layer's id in the id of its second part."""

@@ -19,7 +19,7 @@ from onnx_lowrank.calibrate.shelf import Shelf
 from onnx_lowrank.engines.engine import Feed, Run, UnsupportedError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.suffix import START, Cuts, behind
 
 

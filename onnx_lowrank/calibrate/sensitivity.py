@@ -29,7 +29,7 @@ from onnx_lowrank.engines.spread import Spread, is_batched
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.graph.weights import FLOATS
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.override import Overridable
 from onnx_lowrank.probe.segments import Substitute
 

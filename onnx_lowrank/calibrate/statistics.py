@@ -35,7 +35,8 @@ from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.find import Binding, geometry
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import geometry
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE
 from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument

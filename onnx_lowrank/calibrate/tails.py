@@ -16,7 +16,7 @@ from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.suffix import Cut, Cuts, behind
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -117,6 +117,8 @@ class Layer:
         added: Parameters, without the factors', that rewriting adds (a new bias).
         whole: The ways in which a chain of one slice can be written.
         sliced: The ways in which a chain of several slices can be written.
+        producers: The layers that compute this layer's input channels, if each of their output features is
+            one channel and nothing else reads it. Channels can then be dropped on both sides.
     """
 
     id: str
@@ -134,6 +136,7 @@ class Layer:
     added: int = 0
     whole: tuple[Lowering, ...] = (Lowering.NATIVE,)
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
+    producers: tuple[Layer, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -144,6 +147,21 @@ class Layer:
     def size(self) -> int:
         """Number of elements of the weight."""
         return prod(self.shape)
+
+    @property
+    def narrow_fold(self) -> Fold:
+        """The fold of an encoder that selects whole input channels."""
+        return Fold.DECODE.on(self.kernel)
+
+    def narrowed(self, channels: int, cost: Callable[[Layer], int]) -> int:
+        """The cost of the layer with fewer input channels, less the saving of its producers.
+
+        Args:
+            channels: Number of input channels that stay.
+            cost: The cost of a kept layer.
+        """
+        saved = sum(cost(layer) - cost(replace(layer, f=channels)) for layer in self.producers)
+        return cost(replace(self, c=channels)) - saved
 
     def lowerings(self, k: int) -> tuple[Lowering, ...]:
         """The ways in which chains of k slices can be written."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite, nan
 from typing import Annotated, Any
@@ -47,7 +47,8 @@ class _Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     k: int | None
     j: int | None
     lowering: Lowering | None
-    cost: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2⁶³ − 1")]
+    # Negative for a narrowed layer whose producers save more than it costs.
+    cost: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="a whole number of at most 64 bits")]
     error: float | None
     reason: str
 
@@ -197,10 +198,41 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
     for layer in layers:
         if layer.id not in named:
             raise PlanError(f"The plan lacks the layer {layer.id!r}: {advice}")
+    _check_kept(plan, known)
+
+
+def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
+    """Check that producers of narrowed layers are not decomposed, too."""
+    options = {choice.layer: choice.option for choice in plan.choices}
+    for layer, option in options.items():
+        if option is None or option.lowering is not Lowering.NARROW:
+            continue
+        for producer in layers[layer].producers:
+            if options[producer.id] is not None:
+                raise PlanError(
+                    f"The plan narrows {layer!r} and decomposes {producer.id!r}, which computes its "
+                    "channels: set fold, k and j of one of the two to null."
+                )
+
+
+def _check_narrow(layer: Layer, option: Option, name: str) -> None:
+    if not layer.producers:
+        raise PlanError(
+            f"{name} has no layer before it whose channels can be dropped: choose another lowering."
+        )
+    if (option.fold, option.k) != (layer.narrow_fold, 1):
+        raise PlanError(f"{name} can be narrowed with fold {layer.narrow_fold} and k = 1 only: set these.")
+    if not 1 <= option.j < layer.c:
+        raise PlanError(
+            f"{name} cannot keep j = {option.j} channels: choose a number between 1 and {layer.c - 1}."
+        )
 
 
 def _check_option(layer: Layer, option: Option) -> None:
     name = f"In the plan, layer {layer.id!r}"
+    if option.lowering is Lowering.NARROW:
+        _check_narrow(layer, option, name)
+        return
     if option.fold not in layer.folds:
         raise PlanError(f"{name} has no fold {option.fold}: choose one of {', '.join(layer.folds)}.")
     if option.k not in layer.slices:

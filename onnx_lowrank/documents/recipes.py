@@ -35,6 +35,7 @@ class Recipe:
         factors: The target of the fit of the factors.
         recover: Fit every layer so that it gives the original outputs for the inputs that the compressed
             layers before it produce.
+        narrow: Drop channels between two layers, too (`Lowering.NARROW`).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Recipe:
     price: str | None = None
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
+    narrow: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -76,6 +78,7 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     price: names.PriceName | UnsetType = UNSET
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         names.check("measure", self.measure, names.measures())
@@ -85,9 +88,14 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if value is not UNSET and self.aggregate is not Aggregate.SUM:
                 found = f"aggregate is {self.aggregate.value!r}"
                 raise ValueError(f"{key} is {value!r} and needs aggregate 'sum', but {found}")
-        if self.recover and self.factors is not Fit.ACTIVATIONS:
+        for key, value in (("recover", self.recover), ("narrow", self.narrow)):
+            if value and self.factors is not Fit.ACTIVATIONS:
+                raise ValueError(
+                    f"{key} is true and needs factors 'activations', but factors is {self.factors.value!r}"
+                )
+        if self.narrow and (self.aggregate is Aggregate.UNIFORM or self.price is not UNSET):
             raise ValueError(
-                f"recover is true and needs factors 'activations', but factors is {self.factors.value!r}"
+                "narrow is true, but a recipe with a price or a uniform rank cannot drop channels"
             )
 
 
@@ -137,6 +145,7 @@ def _recipe(table: _Recipe, name: str) -> Recipe:
         price=None if table.price is UNSET else table.price,
         factors=table.factors,
         recover=table.recover,
+        narrow=table.narrow,
     )
 
 

@@ -24,7 +24,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import is_external
 from onnx_lowrank.graph.walk import Place, Walk, is_op
 from onnx_lowrank.graph.weights import Source, constant, readers, resolve
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.operator import Operator
 

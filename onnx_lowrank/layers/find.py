@@ -35,24 +35,10 @@ from onnx_lowrank.files.tensors import is_external
 from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attributes, label
 from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.prepare import Preparation, prepare, too_large
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """A layer, and the place of its numbers in the model.
-
-    Attributes:
-        layer: The layer.
-        stored: The weight as the first use reads it.
-        casts: For each use, the element type to which the stored weight is cast, or None.
-    """
-
-    layer: Layer
-    stored: Stored
-    casts: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

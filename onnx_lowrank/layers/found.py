@@ -13,7 +13,9 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk
-from onnx_lowrank.layers.find import Binding, find, matches, unselected
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import find, matches, unselected
+from onnx_lowrank.layers.hidden import hidden_channels
 from onnx_lowrank.layers.work import work
 
 
@@ -82,7 +84,7 @@ def find_layers(
     places = {Place(use.scope, use.node) for binding in bindings for use in binding.layer.uses}
     scopes = work(walk, inferred, places)
     ran = running(scopes)
-    bindings = tuple(_idle(binding, ran) for binding in bindings)
+    bindings = _paired(model, walk, tuple(_idle(binding, ran) for binding in bindings))
     spared = frozenset(
         (operator.scope, operator.name)
         for operator in skipped
@@ -96,6 +98,20 @@ def find_layers(
                 "--ratio 1 --dry-run --report - lists their names."
             )
     return found
+
+
+def _paired(model: Model, walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Binding, ...]:
+    """The layers; those with hidden channels before them know their producers."""
+    hidden = hidden_channels(model, walk, bindings)
+
+    def paired(binding: Binding) -> Binding:
+        between = hidden.get(binding.layer.id)
+        if between is None:
+            return binding
+        producers = tuple(producer.layer for producer in between.producers)
+        return replace(binding, layer=replace(binding.layer, producers=producers), hidden=between)
+
+    return tuple(map(paired, bindings))
 
 
 def _idle(binding: Binding, running: Container[str]) -> Binding:

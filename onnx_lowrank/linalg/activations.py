@@ -12,8 +12,8 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array, Factors, Moments
-from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.linalg import projection
+from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.linalg import projection, selection
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import balance
 from onnx_lowrank.linalg.folding import compose, split, unfold
@@ -61,7 +61,7 @@ def fit(
     The encoder of slice i is Uᵀ M_i. M_i is the slice's matrix in the quadratic's minimizer, U holds the top
     eigenvectors of M_i K_i M_iᵀ, and K_i are the moments of the encoder's inputs. That is optimal for the
     encode fold with one slice, and at full rank. Other options can be refined; every step of the refinement
-    solves for the decoder.
+    solves for the decoder. A narrow option selects channels instead (`linalg.selection`).
 
     Args:
         quadratic: The error to minimize.
@@ -75,6 +75,8 @@ def fit(
     Returns:
         Float64 NumPy arrays; every slice balanced as U√Σ and √ΣVᵀ of its product.
     """
+    if option.lowering is Lowering.NARROW:
+        return selection.fit(quadratic, shape, option.j)
     with _on_device(quadratic, backend):
         problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
         if option.j == min(problem.optimum.shape[-2:]):

@@ -17,7 +17,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.graph.weights import constant
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
 
 

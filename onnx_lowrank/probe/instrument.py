@@ -26,7 +26,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.scopes import Scope, scopes
 from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
 
 

@@ -38,7 +38,8 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.graph.walk import Place, Walk
-from onnx_lowrank.layers.find import Binding, find
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import find
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.operator import Operator, Timed
 from onnx_lowrank.rewrite.replace import Replacement, rewrite

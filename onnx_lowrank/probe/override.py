@@ -32,7 +32,8 @@ from onnx_lowrank.graph.scopes import Scope, scopes
 from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import Source, dtype_of, viewed
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding, read
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import read
 from onnx_lowrank.operators import registry
 from onnx_lowrank.probe.segments import Substitute
 

@@ -27,7 +27,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline, is_external, reference, tensors
 from onnx_lowrank.graph.walk import Walk, is_op
 from onnx_lowrank.graph.weights import dtype_of, viewed
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
 
 # fmt: off

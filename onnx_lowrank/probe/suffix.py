@@ -18,7 +18,7 @@ from onnx.helper import make_tensor_value_info
 
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.segments import RANDOM
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterator
 from decimal import ROUND_CEILING, Context
 
 from onnx_lowrank.core.factors import LayerFit
+from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import LayerTime
 from onnx_lowrank.measures import named
 from onnx_lowrank.report import words
@@ -109,6 +110,8 @@ def _shape(row: LayerRow) -> str:
 def _option(row: LayerRow) -> tuple[str, str, str]:
     if row.option is None:
         return "keep", "–", "–"
+    if row.option.lowering is Lowering.NARROW:
+        return row.option.lowering.value, "–", f"{row.option.j} of {row.full_rank}"
     return row.option.fold.value, str(row.option.k), f"{row.option.j} of {row.full_rank}"
 
 

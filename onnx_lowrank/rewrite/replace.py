@@ -24,18 +24,20 @@ from onnx import NodeProto
 
 from onnx_lowrank.core.factors import Certificate, Factors
 from onnx_lowrank.core.layer import Layer, Use
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.graph.weights import dtype_of
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.linalg.selection import selected
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.operator import Operands, Site
 from onnx_lowrank.rewrite.edits import Edits, Store
+from onnx_lowrank.rewrite.narrow import narrow, narrow_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,10 @@ class _Writer:
         binding, layer = replacement.binding, replacement.binding.layer
         nodes = [self._walk.node(Place(use.scope, use.node)) for use in layer.uses]
         operator = registry.family(nodes[0])
+        self.proofs[layer.id] = replacement.option, replacement.certificate
+        if replacement.option.lowering is Lowering.NARROW:
+            self.chains[layer.id] = (self._narrow(replacement, nodes[0]),)
+            return
         arrays = operator.layout(layer, nodes, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
         encoder, decoder = (
@@ -123,10 +129,28 @@ class _Writer:
             for role, array in zip(("encoder", "decoder"), arrays, strict=True)
         )
         new_bias = self._new_bias(replacement, nodes[0])
-        self.proofs[layer.id] = replacement.option, replacement.certificate
         self.chains[layer.id] = tuple(
             self._chain(replacement, nodes, index, encoder, decoder, new_bias) for index in range(len(nodes))
         )
+
+    def _narrow(self, replacement: Replacement, node: NodeProto) -> tuple[str, ...]:
+        """Plan a narrower weight for a layer's node, and narrower producers; returns the node's name."""
+        binding, layer = replacement.binding, replacement.binding.layer
+        (use,) = layer.uses
+        if binding.hidden is None:
+            raise InputError(f"The layer {layer.id!r} has no producers to narrow: choose another option.")
+        narrow(self._model, self._walk, self.edits, binding.hidden, selected(replacement.factors))
+        weight = narrow_weight(self._walk, binding, replacement.factors.decoder)
+        source = binding.stored.source
+        stored = self.edits.keep(source, f"{source.name}_narrow", np.ascontiguousarray(weight))
+        new_bias = self._new_bias(replacement, node)
+        fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
+        fragment.copy("narrow", node, {use.operand: stored})
+        if new_bias:
+            registry.family(node).set_bias(fragment.nodes[-1], new_bias)
+        self._splice(fragment.nodes, use, node, layer)
+        self._release(layer, use)
+        return (fragment.nodes[-1].name,)
 
     def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
         """Store a layer's new bias in the dtype of its computation; returns the bias's name for the chain.

@@ -24,7 +24,7 @@ from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.rewrite.merge import merge

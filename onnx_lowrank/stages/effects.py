@@ -27,7 +27,7 @@ from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.segments import Substitute
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.fit import added_inside, factors_item

@@ -13,7 +13,7 @@ from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import Bias, bias
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.fitting import FactorsItem, fitted

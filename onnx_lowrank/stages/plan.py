@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+
+import numpy as np
 
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
+from onnx_lowrank.allocate.pairs import Classes, pairs_of
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer
@@ -116,21 +119,13 @@ def check_reach(
         if recipe.price not in (None, meter.budget.name):
             return  # The ratio that such a recipe reaches depends on the errors.
         goal = Goal(ratio, recipe)
-        tables = _unscored(layers, recipe, grid)
-        choices = _choices(tables, _within(meter, tables, goal, limit, smallest))
+        classes = _unscored(layers, recipe, grid)
+        choices = classes.choices(_within(meter, classes, goal, limit, smallest).picks)
         least = meter.of_model(choices)
         if least <= limit and (layers or ratio == 1):
             return
-        errors.append(_out_of_reach(model, meter, tables, goal, least))
+        errors.append(_out_of_reach(model, meter, classes, goal, least))
     raise min(errors, key=lambda error: error.smallest_ratio or 1.0)
-
-
-def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> list[Candidates]:
-    """The candidates of the layers without errors, as far as they are known before calibration."""
-    tables = [unscored(layer, recipe, grid) for layer in layers]
-    if measures.named(recipe.measure).calibrated:
-        return tables
-    return unmeasured.without_calibration(layers, tables)
 
 
 def make(model: Model, goal: Goal, scores: Scores, progress: Progress) -> Plan:
@@ -146,22 +141,20 @@ def make(model: Model, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         BudgetError: The ratio cannot be reached.
         InputError: The model cannot be counted.
     """
-    tables = scores.candidates(goal.recipe)
-    meter = scores.meter
+    recipe, meter = goal.recipe, scores.meter
+    layers = scores.candidates(recipe)
+    classes = Classes(layers, scores.pairs(recipe), recipe)
     with progress.stage("plan"):
-        solution = _solved(model, meter, tables, goal)
-    recipe = goal.recipe
-    reasons = _reasons(meter, tables, solution, recipe)
-    _log_plan(goal, meter, tables, solution, reasons)
+        solution = _solved(model, meter, classes, goal)
+    choices = _reasoned(meter, layers, classes.choices(solution.picks), recipe)
+    _log_plan(goal, meter, layers, choices, solution)
     plan = Plan(
         model=model.sha256,
         recipe=recipe.name,
         measure=recipe.measure,
         ratio=goal.ratio,
         budget=meter.budget.name,
-        choices=tuple(
-            replace(choice, reason=reasons.get(choice.layer, "")) for choice in _choices(tables, solution)
-        ),
+        choices=choices,
         solver=Solver(recipe.aggregate, recipe.power, solution.objective, solution.gap),
         factors=recipe.factors,
         recover=recipe.recover,
@@ -169,15 +162,29 @@ def make(model: Model, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     return plans.sealed(plan)
 
 
+def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> Classes:
+    """The classes of a recipe without errors, as far as they are known before calibration."""
+    tables = [unscored(layer, recipe, grid) for layer in layers]
+    if not measures.named(recipe.measure).calibrated:
+        tables = unmeasured.without_calibration(layers, tables)
+    narrows = recipe.narrow and grid.costs.budget.narrows
+    errors = {layer.id: np.ones(layer.c + 1) for layer in layers if narrows and layer.producers}
+    return Classes(tuple(tables), pairs_of(layers, errors, grid), recipe)
+
+
 def _log_plan(
-    goal: Goal, meter: Meter, tables: Sequence[Candidates], solution: Solution, reasons: Mapping[str, str]
+    goal: Goal,
+    meter: Meter,
+    tables: Sequence[Candidates],
+    choices: Sequence[Choice],
+    solution: Solution,
 ) -> None:
     if not _log.isEnabledFor(logging.DEBUG):
         return
     _log.debug(
         "recipe %r rewrites %d of %d layers for ratio %g of %s: objective %g, gap %s",
         goal.recipe.name,
-        sum(pick > 0 for pick in solution.picks),
+        sum(choice.option is not None for choice in choices),
         len(tables),
         goal.ratio,
         meter.budget.name,
@@ -185,16 +192,17 @@ def _log_plan(
         "unknown" if solution.gap is None else f"{solution.gap:g}",
     )
     kept: dict[str, list[str]] = {}
-    for layer, reason in reasons.items():
-        kept.setdefault(reason, []).append(layer)
+    for choice in choices:
+        if choice.option is None:
+            kept.setdefault(choice.reason, []).append(choice.layer)
     for reason, layers in kept.items():
         _log.debug("kept %d: %s (%s)", len(layers), reason, some(layers))
-    for table, choice in zip(tables, _choices(tables, solution), strict=True):
+    for table, choice in zip(tables, choices, strict=True):
         chosen, count = choice.option or "kept", table.cost.size - 1
         _log.log(DETAIL, "%r of %d options: %s, cost %d", choice.layer, count, chosen, choice.cost)
 
 
-def _solved(model: Model, meter: Meter, tables: Sequence[Candidates], goal: Goal) -> Solution:
+def _solved(model: Model, meter: Meter, classes: Classes, goal: Goal) -> Solution:
     """The best plan that keeps the whole model within the ratio.
 
     Raises:
@@ -202,28 +210,26 @@ def _solved(model: Model, meter: Meter, tables: Sequence[Candidates], goal: Goal
     """
     limit = largest_total(goal.ratio, meter.total)
     try:
-        return _within(meter, tables, goal, limit, solve)
+        return _within(meter, classes, goal, limit, solve)
     except BudgetError:
-        solution = _within(meter, tables, goal, limit, smallest)
-    least = meter.of_model(_choices(tables, solution))
+        solution = _within(meter, classes, goal, limit, smallest)
+    least = meter.of_model(classes.choices(solution.picks))
     # Not an error yet: constraints are upper bounds of the whole model's cost, so they may be too strict.
     if least <= limit:
         return solution
-    raise _out_of_reach(model, meter, tables, goal, least)
+    raise _out_of_reach(model, meter, classes, goal, least)
 
 
-def _out_of_reach(
-    model: Model, meter: Meter, tables: Sequence[Candidates], goal: Goal, least: int
-) -> BudgetError:
+def _out_of_reach(model: Model, meter: Meter, classes: Classes, goal: Goal, least: int) -> BudgetError:
     """The error for a recipe with a least total above the ratio."""
-    if not tables:
+    if not classes.layers:
         return BudgetError(
             f"{model.name} has no layer that can be decomposed, so the smallest ratio that can be "
             "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
             1.0,
         )
     shown = math.ceil(least / meter.total * 1000) / 1000
-    kept = [table for table in tables if table.reason]
+    kept = [table for table in classes.layers if table.reason]
     why = f" The layer {kept[0].layer!r} is kept: {kept[0].reason}." if kept else ""
     if len(kept) > 1:
         why = f" {len(kept)} layers are kept ({kept[0].layer!r} first): {kept[0].reason}."
@@ -245,28 +251,29 @@ def largest_total(ratio: float, total: int) -> int:
 _Rule = Callable[[Sequence[Candidates], Limits, Recipe], Solution]
 
 
-def _within(meter: Meter, tables: Sequence[Candidates], goal: Goal, limit: int, rule: _Rule) -> Solution:
+def _within(meter: Meter, classes: Classes, goal: Goal, limit: int, rule: _Rule) -> Solution:
     """The solution of a rule under the limit on the whole model.
 
     If a constraint does not keep the whole model within the limit, further ones are added one by one: a plan
     that is best under some constraints is best under all of them if it satisfies them all.
     """
-    bounds = meter.bounds(tables, limit)
+    bounds = meter.bounds(classes.layers, limit)
     while True:
-        solution = rule(tables, bounds.limits, goal.recipe)
-        choices = _choices(tables, solution)
+        limits = classes.limits(bounds.limits)
+        solution = rule(classes.tables, limits, goal.recipe)
+        choices = classes.choices(solution.picks)
         if meter.of_model(choices) <= limit:
             return solution
         further = bounds.further(choices)
         if further is None:
             break
         bounds = further
-    return solution if rule is smallest else _tightened(meter, tables, goal, limit, bounds.limits, solution)
+    return solution if rule is smallest else _tightened(meter, classes, goal, limit, limits, solution)
 
 
 def _tightened(
     meter: Meter,
-    tables: Sequence[Candidates],
+    classes: Classes,
     goal: Goal,
     limit: int,
     limits: Limits,
@@ -276,50 +283,44 @@ def _tightened(
 
     Args:
         meter: Counts the model.
-        tables: The candidates of its layers.
+        classes: The candidates of its layers.
         goal: The purpose of the plan.
         limit: The largest total of the whole model.
-        limits: Constraints that leave the model too large.
+        limits: Constraints on the classes that leave the model too large.
         relaxed: The best plan under these; the gap of the result is measured from it.
 
     Raises:
         BudgetError: Not even the smallest plan keeps within the limit.
     """
     solution, less = relaxed, 0
-    while (excess := meter.of_model(_choices(tables, solution)) - limit) > 0:
+    while (excess := meter.of_model(classes.choices(solution.picks)) - limit) > 0:
         less = 2 * less + excess  # Doubled, so that few rounds are enough.
         tighter = replace(limits, budgets=limits.budgets - less)
-        least = smallest(tables, tighter, goal.recipe)
+        least = smallest(classes.tables, tighter, goal.recipe)
         # If the smallest plan exceeds the tighter constraints, `solve` fails, but this plan keeps the limit.
-        if meter.of_model(_choices(tables, least)) <= limit and tighter.excess(least.picks) > 0:
+        if meter.of_model(classes.choices(least.picks)) <= limit and tighter.excess(least.picks) > 0:
             solution = least
         else:
-            solution = solve(tables, tighter, goal.recipe)
+            solution = solve(classes.tables, tighter, goal.recipe)
     if relaxed.gap is None:
         return solution
     bound = relaxed.objective * (1 - relaxed.gap)
     return replace(solution, gap=1 - bound / solution.objective if solution.objective else 0.0)
 
 
-def _choices(tables: Sequence[Candidates], solution: Solution) -> tuple[Choice, ...]:
-    return tuple(
-        Choice(table.layer, table.option(pick), int(table.cost[pick]), float(table.error[pick]))
-        for table, pick in zip(tables, solution.picks, strict=True)
-    )
-
-
-def _reasons(
-    meter: Meter, tables: Sequence[Candidates], solution: Solution, recipe: Recipe
-) -> dict[str, str]:
-    """The reason for every layer that the plan keeps."""
-    if not any(solution.picks):
+def _reasoned(
+    meter: Meter, tables: Sequence[Candidates], choices: Sequence[Choice], recipe: Recipe
+) -> tuple[Choice, ...]:
+    """The choices, with the reason for every layer that the plan keeps."""
+    if all(choice.option is None for choice in choices):
         spared = "the ratio asks for no decomposition"
     elif recipe.aggregate is Aggregate.UNIFORM:
         spared = "at the relative rank of all layers it is no smaller"
     else:
         spared = "the other layers reach the ratio at less error"
-    return {
-        table.layer: spared if table.cost.size > 1 else table.reason or meter.alone(table)
-        for table, pick in zip(tables, solution.picks, strict=True)
-        if pick == 0
-    }
+    return tuple(
+        choice
+        if choice.option is not None or choice.reason
+        else replace(choice, reason=spared if table.cost.size > 1 else table.reason or meter.alone(table))
+        for table, choice in zip(tables, choices, strict=True)
+    )

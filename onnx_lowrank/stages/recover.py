@@ -33,7 +33,8 @@ from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding, geometry
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import geometry
 from onnx_lowrank.linalg.activations import fit
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets

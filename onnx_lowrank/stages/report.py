@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -14,6 +15,7 @@ from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
@@ -195,16 +197,43 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
     )
     certificates = {} if built is None else built.certificates
     fits = {} if built is None else built.fits
+    narrow = _narrow(run)
     return tuple(
-        _row(binding.layer, name, choice, certificates.get(choice.layer), fits.get(choice.layer))
+        _row(
+            binding.layer,
+            name,
+            choice,
+            certificates.get(choice.layer),
+            fits.get(choice.layer),
+            narrow.get(choice.layer),
+        )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
 
 
+def _narrow(run: Run) -> dict[str, Layer]:
+    """The layers that have fewer channels in the compressed model, as they are there, by id."""
+    narrow: dict[str, Layer] = {}
+    for layer, option in run.found.options(run.plan.choices):
+        if option is not None and option.lowering is Lowering.NARROW:
+            narrow[layer.id] = replace(layer, c=option.j)
+            narrow |= {producer.id: replace(producer, f=option.j) for producer in layer.producers}
+    return narrow
+
+
 def _row(
-    layer: Layer, name: str, choice: Choice, certificate: Certificate | None, fit: LayerFit | None
+    layer: Layer,
+    name: str,
+    choice: Choice,
+    certificate: Certificate | None,
+    fit: LayerFit | None,
+    narrow: Layer | None,
 ) -> LayerRow:
     option = choice.option
+    full = None
+    if option is not None:
+        full = layer.c if narrow is not None else layer.full_rank(option.fold, option.k)
+    after = (layer, option) if narrow is None else (narrow, None)
     return LayerRow(
         id=layer.id,
         name=name,
@@ -213,9 +242,9 @@ def _row(
         dtype=layer.dtype,
         nodes=tuple(use.name for use in layer.uses),
         option=option,
-        full_rank=None if option is None else layer.full_rank(option.fold, option.k),
-        params=Total(parameters(layer), parameters(layer, option)),
-        macs=Total(macs(layer), macs(layer, option)),
+        full_rank=full,
+        params=Total(parameters(layer), parameters(*after)),
+        macs=Total(macs(layer), macs(*after)),
         error=None if option is None or math.isnan(choice.error) else choice.error,
         certificate=certificate,
         reason=choice.reason,

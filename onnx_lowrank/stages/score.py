@@ -14,6 +14,7 @@ from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates
+from onnx_lowrank.allocate.pairs import Pair, pairs_of
 from onnx_lowrank.budgets.budget import Gauge, Meter
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.option import Fold
@@ -21,14 +22,21 @@ from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.effects import Effects, effects
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.moments import MomentsRef
-from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
+from onnx_lowrank.work.scoring import (
+    ActivationItem,
+    WeightItem,
+    WidthItem,
+    activation_errors,
+    singular_values,
+    width_errors,
+)
 from onnx_lowrank.work.weights import reference
 
 _log = logging.getLogger(__name__)
@@ -52,6 +60,7 @@ class Known:
             of them, so `activation` may hold fewer.
         effects: The errors at the model's outputs that some activation errors cause; empty until measured.
         unknown: Why these errors could not be measured, a sentence; "" if they were.
+        widths: Relative errors with fewer input channels, at the widths 0 … c; None until computed.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -60,6 +69,7 @@ class Known:
     computed: set[_Key] = field(default_factory=set)
     effects: Effects = ()
     unknown: str = ""
+    widths: NDArray[np.float64] | None = None
 
     def evidence(self) -> Evidence:
         """All results, for a measure to choose from."""
@@ -149,6 +159,51 @@ class Scores:
             for layer, known in zip(self._layers, self._known, strict=True)
         )
         return [reason and f"its effect is unknown: {reason}" for reason in found]
+
+    def pairs(self, recipe: Recipe) -> tuple[Pair, ...]:
+        """The pairs of layers that a recipe may narrow together; call `candidates` before.
+
+        Raises:
+            InputError: The model cannot be counted, or the moments are not finite.
+        """
+        if not (recipe.narrow and self.meter.budget.narrows):
+            return ()
+        self._add_widths()
+        measure = measures.named(recipe.measure)
+        errors = {}
+        for layer, known in zip(self._layers, self._known, strict=True):
+            if known.widths is not None and not known.unknown:
+                key = layer.narrow_fold, 1
+                evidence = Evidence({}, {key: known.widths}, known.power, known.effects)
+                errors[layer.id] = measure.errors(evidence, relative=recipe.relative)[key]
+        return pairs_of(self._layers, errors, self._grid)
+
+    def _add_widths(self) -> None:
+        """Compute the errors of all narrow layers that are not known yet."""
+        statistics = _calibrated(self._calibration).statistics
+        chosen = [
+            (known, binding, found)
+            for known, binding in zip(self._known, self._bindings, strict=True)
+            if binding.layer.producers
+            and known.widths is None
+            and (found := statistics.reference(binding.layer.id)) is not None
+            and not found.of_outputs
+        ]
+
+        def items() -> Iterator[WidthItem]:
+            for _, binding, found in chosen:
+                centred = bias(self._model, self._walk, binding) is not None
+                yield WidthItem(reference(self._model, self._walk, binding), found, centred)
+
+        if not chosen:
+            return
+        begin = monotonic()
+        with self._progress.stage("widths", len(chosen)) as step:
+            computed = self._executor.map(width_errors, items())
+            for (known, _, _), errors in zip(chosen, computed, strict=True):
+                known.widths = errors
+                step()
+        _log.debug("computed the errors of %d narrow layers in %.2f s", len(chosen), monotonic() - begin)
 
     def _measure(self, recipe: Recipe, tables: Sequence[Errors]) -> None:
         """Measure the costs of the options once for every recipe, if the budget has no formula for them."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.find import Binding, read
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import read
 
 
 @dataclass(frozen=True, slots=True, eq=False)

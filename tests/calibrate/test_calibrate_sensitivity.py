@@ -19,7 +19,8 @@ from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import runtime
-from onnx_lowrank.layers.find import Binding, read
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import read
 from onnx_lowrank.probe.segments import Substitute
 from rewriting import Found, constants, found, model, tensors
 

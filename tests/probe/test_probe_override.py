@@ -20,7 +20,8 @@ from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.shapes import infer
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.find import Binding, find, read
+from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.find import find, read
 from onnx_lowrank.probe.override import Overridable
 from onnx_lowrank.probe.segments import Segments, Substitute
 from rewriting import DTYPES, Found, constants, difference, evaluate, feed_of, found, model, run, tensors

@@ -48,7 +48,7 @@ from onnx_lowrank.engines.inputs import describe
 from onnx_lowrank.engines.runtime import Executed
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place
-from onnx_lowrank.layers.find import Binding
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.measures import Errors
 from onnx_lowrank.probe.micro import Micro, micro

@@ -1,0 +1,111 @@
+"""Drops channels between layers: the rows of the producers, and the values of the constants between.
+
+The consumer's own weight is part of its `Replacement`. Rules:
+
+1. Nodes stay as they are; only their constant operands change. A new constant is stored beside the old one.
+2. Shapes that the model states for the activations between no longer hold, so they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.graph.weights import constant, resolve
+from onnx_lowrank.layers.binding import Binding, Hidden
+from onnx_lowrank.operators import registry
+from onnx_lowrank.rewrite.edits import Edits
+
+
+def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, kept: NDArray[np.intp]) -> None:
+    """Plan the edits that drop channels from the producers and from the constants behind them.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        edits: Receives the edits.
+        hidden: The channels between the layers.
+        kept: The channels that stay, ascending.
+
+    Raises:
+        InputError: A data file has changed.
+    """
+    for producer in hidden.producers:
+        use = producer.layer.uses[0]
+        place = Place(use.scope, use.node)
+        axis = varying_axis(walk, producer, 1)
+        _take(model, walk, edits, producer, (place, use.operand, axis), kept)
+    for constant_between in hidden.constants:
+        _take(model, walk, edits, hidden.producers[0], constant_between, kept)
+    edits.scopes[""].forgotten.update(hidden.tensors)
+
+
+def varying_axis(walk: Walk, binding: Binding, canonical: int) -> int:
+    """The axis of a layer's weight, as its node reads it, along which an axis of the canonical form lies.
+
+    Args:
+        walk: The model's walk.
+        binding: A layer of one operator group.
+        canonical: The axis of the canonical form: 1 for output features, 2 for input channels.
+    """
+    layer = binding.layer
+    ones = [1] * (len(layer.shape) - canonical - 1)
+    index = np.broadcast_to(np.arange(layer.shape[canonical]).reshape(-1, *ones), layer.shape)
+    laid_out = _laid_out(walk, binding, index, layer.uses[0].laid_out)
+    steps = (laid_out.take(0, axis) != laid_out.take(-1, axis) for axis in range(laid_out.ndim))
+    return next(axis for axis, step in enumerate(steps) if step.any())
+
+
+def narrow_weight(walk: Walk, binding: Binding, decoder: NDArray[Any]) -> NDArray[Any]:
+    """The weight of a consumer with fewer input channels, as its node reads it.
+
+    Args:
+        walk: The model's walk.
+        binding: The consumer.
+        decoder: Its decoder, shape (1, f, 1, j, *kernel).
+    """
+    layer = binding.layer
+    width = decoder.shape[3]
+    shape = list(layer.uses[0].laid_out)
+    shape[varying_axis(walk, binding, 2)] = width
+    return _laid_out(walk, binding, decoder.reshape(_narrowed_shape(layer, width)), shape)
+
+
+def _narrowed_shape(layer: Layer, width: int) -> tuple[int, ...]:
+    groups, features, _, *kernel = layer.shape
+    return groups, features, width, *kernel
+
+
+def _laid_out(walk: Walk, binding: Binding, canonical: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    use = binding.layer.uses[0]
+    node = walk.node(Place(use.scope, use.node))
+    return registry.family(node).laid_out(node, use.operand, canonical, shape)
+
+
+def _take(
+    model: Model,
+    walk: Walk,
+    edits: Edits,
+    beside: Binding,
+    constant_at: tuple[Place, int, int],
+    kept: NDArray[np.intp],
+) -> None:
+    """Replace a constant operand by its values for the channels that stay."""
+    place, operand, axis = constant_at
+    tensor = walk.operand(place, operand)
+    value = None if tensor is None else constant(walk, model, tensor)
+    if value is None:  # `layers.hidden` could read it, so its file has changed since
+        raise InputError(f"A constant of {walk.node(place).op_type} changed while it was read: run again.")
+    stored = resolve(walk, tensor)
+    source = beside.stored.source if isinstance(stored, str) else stored.source
+    taken = np.ascontiguousarray(value.take(kept, axis))
+    name = edits.keep(source, f"{walk.origin(tensor)[1]}_narrow", taken)
+    edits.scopes[place.scope].repointed[place.node, operand] = name
+    edits.unread(place, operand)
