@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.core.outcome import OutputError, Validation
+from onnx_lowrank.engines.batches import batches
 from onnx_lowrank.engines.checker import check
-from onnx_lowrank.engines.compare import compare
+from onnx_lowrank.engines.compare import Comparison, compare
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import describe, read, specs
 from onnx_lowrank.engines.made import make
@@ -23,6 +24,8 @@ from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.report import words
 
 _log = logging.getLogger(__name__)
+
+_CHECKED_ON = "Whether the layers in branches run was checked on {} of these inputs."
 
 __all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
 
@@ -83,25 +86,25 @@ def validate(
     engine = runtime(provider)
     notes = list(_check(original, compressed))
     wanted = specs(original.proto)
-    given = measured.feeds if measured else None if inputs is None else (read(inputs, wanted),)
-    feeds: _Feeds = (
-        partial(make, original.proto, wanted, input_shapes or {}) if given is None else lambda: given
-    )
+    whole = None if measured or inputs is None else read(inputs, wanted)
+    given = measured.feeds if measured else batches(engine, original, whole, wanted) if whole else None
+    feeds: _Feeds = partial(make, original.proto, wanted, input_shapes or {})
+    if given is not None:
+        feeds = given.__iter__
     run = _run_original(original, engine, feeds, given is not None, notes)
     if run is None:
         result = _layers_alone(tuple(nodes), alone, engine)
     else:
         got = _run_compressed(compressed, run)
+        used = given or (run.feed,)
         result = Validation(
             engine=run.engine.name,
-            inputs=measured.source if measured else _described(run.feed, given is not None),
-            outputs=measured.outputs if measured else compare(run.outputs, got, run.feed),
-            never_ran=_never_ran(compressed, nodes, run, measured.feeds if measured else (run.feed,)),
+            inputs=measured.source if measured else _described(whole or run.feed, given is not None),
+            outputs=measured.outputs if measured else _compared(original, compressed, run, got, used),
+            never_ran=_never_ran(compressed, nodes, run, used),
         )
         if measured and result.never_ran:
-            notes.append(
-                f"Whether the layers in branches run was checked on {len(measured.feeds)} of these inputs."
-            )
+            notes.append(_CHECKED_ON.format(len(measured.feeds)))
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
     return result
@@ -149,7 +152,7 @@ def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, not
         notes.append(f"{engine.name} cannot run the input model: {error}.")
     except RejectedError as error:
         if given:
-            raise InputError(f"The input model fails on the given inputs ({error}): check them.") from error
+            raise _unfit(error) from error
         notes.append(
             f"The input model fails on inputs made from its graph ({error}): pass --inputs or --input-shape."
         )
@@ -166,10 +169,47 @@ def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
     try:
         return first_run(run.engine, model, (run.feed,))[1]
     except (UnsupportedError, RejectedError) as error:
-        raise ValidationError(
-            f"{run.engine.name} runs the input model and rejects the compressed one ({error}), which is "
-            "a fault of this program: please report it with the model."
-        ) from error
+        raise _fault(run.engine, error) from error
+
+
+def _unfit(error: Exception) -> InputError:
+    return InputError(f"The input model fails on the given inputs ({error}): check them.")
+
+
+def _fault(engine: Engine, error: Exception) -> ValidationError:
+    return ValidationError(
+        f"{engine.name} runs the input model and rejects the compressed one ({error}), which is "
+        "a fault of this program: please report it with the model."
+    )
+
+
+def _compared(
+    original: Model, compressed: Model, run: _Run, got: Mapping[str, Any], feeds: tuple[Feed, ...]
+) -> tuple[OutputError, ...]:
+    """Compare the outputs on all feeds; of several feeds, only the outputs on one are in memory.
+
+    Args:
+        original: The input model.
+        compressed: The compressed model.
+        run: The run of the input model on the first feed.
+        got: The outputs of the compressed model on the first feed.
+        feeds: All feeds.
+    """
+    if len(feeds) == 1:
+        return compare(run.outputs, got, run.feed)
+    comparison = Comparison()
+    with run.engine.open(original) as theirs, run.engine.open(compressed) as ours:
+        for feed in feeds:
+            try:
+                wanted = theirs(feed)
+            except (UnsupportedError, RejectedError) as error:
+                raise _unfit(error) from error
+            try:
+                given = ours(feed)
+            except (UnsupportedError, RejectedError) as error:
+                raise _fault(run.engine, error) from error
+            comparison.add(wanted, given, feed)
+    return comparison.errors()
 
 
 def _never_ran(
