@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ class World:
         monkeypatch.setattr(module.settling, "make", self.make)
         monkeypatch.setattr(module, "build", self.build)
         monkeypatch.setattr(module, "judge", self.judge)
-        self.search = Search(None, None, None, None, Silent())
+        self.search = Search(SimpleNamespace(model=None), None, None, None, Silent())
 
     def make(self, found, goal, scores, progress):
         result = self.outcome(goal.recipe.name, goal.ratio)
@@ -57,7 +58,7 @@ class World:
         stack.callback(self.open.discard, plan)
         return Built(plan, None, (), {}, {}, stack)
 
-    def judge(self, found, built, calibration):
+    def judge(self, model, built, calibration):
         result = self.outcome(*built.plan)
         if isinstance(result, Exception):
             raise result
