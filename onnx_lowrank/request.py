@@ -272,7 +272,8 @@ def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: b
             )
         chosen = [recipes.load(name) for name in AUTO]
     else:
-        chosen = [recipe if isinstance(recipe, Recipe) else recipes.load(recipe)]
+        others = (AUTO_RECIPE,) if calibrated else ()
+        chosen = [recipe if isinstance(recipe, Recipe) else recipes.load(recipe, others)]
     for one in chosen:
         if one.calibrated and not calibrated:
             raise InputError(
