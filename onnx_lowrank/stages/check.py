@@ -260,8 +260,8 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
 
 def _judge(result: Validation, max_error: float | None) -> None:
     """Check the outputs of the whole model against a bound; an output without an error fails."""
-    error, notes = words.error(result.worst), " ".join(result.notes)
-    _log.debug("compared on %s, %s: worst error %s. %s", result.engine, result.inputs, error, notes)
+    error, notes = words.error(result.worst), "".join(f"; {note.rstrip('.')}" for note in result.notes)
+    _log.debug("compared on %s, %s: worst error %s%s", result.engine, result.inputs, error, notes)
     if max_error is None:
         return
     bound = f"--max-error {max_error:g}"
