@@ -117,6 +117,14 @@ WRONG = {
         [*HALF, "--time", "--dry-run"],
         "--time times the finished model, and --dry-run makes none: leave one of them out.",
     ),
+    **{
+        f"{' '.join(options)} without times": ([*HALF, *options], message)
+        for options, message in (
+            (("--threads", "2"), "--threads would do nothing, as nothing is timed: pass --time or --budget"),
+            (("--no-cache",), "--no-cache would do nothing, as nothing is timed: pass --time or --budget"),
+            (("--no-cache", "--threads", "2"), "--threads and --no-cache would do nothing"),
+        )
+    },
     "unknown option": ([*HALF, "--fast"], "no option --fast"),
     "misspelt option": ([*HALF, "--reprot"], "no option --reprot: did you mean --report?"),
     "option without value": (["in.onnx", "out.onnx", "--ratio"], "'--ratio' requires an argument"),
