@@ -216,6 +216,8 @@ def setting(
     require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
     if _flag("time", time) and dry_run and not asked.budget.is_measured:
         raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
+    if not (time or asked.budget.is_measured):
+        _refuse_clock(threads, cache=_flag("cache", cache))
     checked = Setting(
         calibration=calibration,
         samples=samples,
@@ -282,7 +284,8 @@ def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: b
             )
         chosen = [recipes.load(name) for name in AUTO]
     else:
-        chosen = [recipe if isinstance(recipe, Recipe) else recipes.load(recipe)]
+        others = (AUTO_RECIPE,) if calibrated else ()
+        chosen = [recipe if isinstance(recipe, Recipe) else recipes.load(recipe, others)]
     for one in chosen:
         if one.calibrated and not calibrated:
             raise InputError(
@@ -351,6 +354,21 @@ def thread_count(given: int) -> int:
     if not 0 <= given <= _MOST_THREADS:
         raise InputError(f"--threads is {given}: pass 1 to {_MOST_THREADS}, or 0 to let the runtime choose.")
     return int(given)
+
+
+def _refuse_clock(threads: int, *, cache: bool) -> None:
+    """Refuse the options of the clock in a run that times nothing.
+
+    Raises:
+        InputError: One of them is given.
+    """
+    given = {"--threads": thread_count(threads) > 0, "--no-cache": not cache}
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise InputError(
+            f"{' and '.join(names)} would do nothing, as nothing is timed: pass --time or --budget latency, "
+            f"or leave {'it' if len(names) == 1 else 'them'} out."
+        )
 
 
 def _flag(name: str, given: bool) -> bool:

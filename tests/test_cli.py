@@ -117,6 +117,14 @@ WRONG = {
         [*HALF, "--time", "--dry-run"],
         "--time times the finished model, and --dry-run makes none: leave one of them out.",
     ),
+    **{
+        f"{' '.join(options)} without times": ([*HALF, *options], message)
+        for options, message in (
+            (("--threads", "2"), "--threads would do nothing, as nothing is timed: pass --time or --budget"),
+            (("--no-cache",), "--no-cache would do nothing, as nothing is timed: pass --time or --budget"),
+            (("--no-cache", "--threads", "2"), "--threads and --no-cache would do nothing"),
+        )
+    },
     "unknown option": ([*HALF, "--fast"], "no option --fast"),
     "misspelt option": ([*HALF, "--reprot"], "no option --reprot: did you mean --report?"),
     "option without value": (["in.onnx", "out.onnx", "--ratio"], "'--ratio' requires an argument"),
@@ -198,7 +206,7 @@ WRONG = {
     "missing plan": (["in.onnx", "out.onnx", "--plan", "p.json"], "The plan p.json cannot be read"),
     "folder as plan": (["in.onnx", "out.onnx", "--plan", "sub"], "The plan sub cannot be read"),
     "model as plan": (["in.onnx", "out.onnx", "--plan", "in.onnx"], "The plan in.onnx"),
-    "MACs of free dimensions": ([*HALF, "--budget", "macs"], "pass them as --input-shape NAME=1,3,224,224"),
+    "MACs of free dimensions": ([*HALF, "--budget", "macs"], "pass them as --input-shape x=1,8,6,6"),
     "unknown device": ([*HALF, "--device", "tpu"], "There is no device 'tpu': choose auto, cpu or cuda"),
     "unknown provider": ([*HALF, "--provider", "MagicExecutionProvider"], "one of"),
     "include of nothing": ([*HALF, "--include", "conv9*"], "is named 'conv9*'"),

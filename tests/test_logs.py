@@ -64,6 +64,11 @@ def test_layers_that_are_kept_are_told_with_the_reason(logged):
     assert text == f"kept {len(kept)}: {kept[0].reason} ({some([row.id for row in kept])})"
 
 
+def test_the_comparison_is_told_in_one_clause(logged):
+    (text,) = matching(logged(logging.DEBUG, ratio=0.5), "stages.check", "compared on ")
+    assert text[-1].isdigit()
+
+
 def test_files_for_an_engine_are_told(monkeypatch, caplog):
     monkeypatch.setattr("onnx_lowrank.engines.engine.serialized", lambda proto: None)
     with caplog.at_level(logging.DEBUG, "onnx_lowrank"), compress(cnn(), 0.5):

@@ -87,8 +87,11 @@ def test_a_recipe_of_a_file_is_taken_as_it_is(tmp_path, kind):
 
 
 def test_an_unknown_recipe_is_told():
-    with pytest.raises(RecipeError, match="There is no recipe 'nosuch'"):
+    start = "There is no recipe 'nosuch': name a .toml file or one of "
+    with pytest.raises(RecipeError, match=start + "auto, activation, alds"):
         asked(recipe="nosuch", calibrated=True)
+    with pytest.raises(RecipeError, match=start + "activation, alds"):
+        asked(recipe="nosuch")
 
 
 # --- one of ratio, plan and target --------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_one_glob_may_be_a_plain_string(names):
             InputError,
             "no budget 'time': choose one of params, macs, latency, bytes",
         ),
-        ({"ratio": 0.5, "budget": "latency"}, InputError, "dimensions of the inputs x are open"),
+        ({"ratio": 0.5, "budget": "latency"}, InputError, "the inputs x have open dimensions"),
         ({"ratio": 0.5, "threads": -1}, InputError, "--threads is -1"),
         ({"ratio": 0.5, "threads": 1025}, InputError, "--threads is 1025"),
         ({"ratio": 0.5, "threads": "2"}, InputError, "threads is '2'"),

@@ -71,13 +71,12 @@ class Bytes(Budget):
         return _Meter(found)
 
     def total(self, run: Run) -> Total:
-        """The sizes of both models; if the ratio counts bytes, the second is an upper bound."""
+        """The sizes of both models; the second is an upper bound if it counts longest names (rule 1)."""
         before = stored_bytes(run.found.model)
-        if run.meter is None or run.meter.budget is not self:
-            return Total(before, None if run.rewritten is None else stored_bytes(run.rewritten.model))
-        if run.rewritten is None or all(choice.option is None for choice in run.plan.choices):
+        is_kept = run.rewritten is None or all(choice.option is None for choice in run.plan.choices)
+        if is_kept and run.meter is not None and run.meter.budget is self:
             return Total(before, run.meter.of_model(run.plan.choices))
-        return Total(before, _Scales(run.rewritten.model).saved)
+        return Total(before, None if run.rewritten is None else _saved(run.rewritten.model))
 
     def holds(self, run: Run) -> bool:
         """Whether the files of a finished model are no larger than its plan predicted."""
@@ -200,6 +199,14 @@ class _Weight:
     message: int
     contents: int
     place: Hashable = None
+
+
+def _saved(model: Model) -> int:
+    """The most bytes that `save` writes for a model."""
+    # Scales hold all inline tensors, so they are only for models with a data file.
+    size = stored_bytes(replace(model, path=None))
+    is_inline = model.files.keys() <= model.temporary and size <= _PROTOBUF_LIMIT
+    return size if is_inline else _Scales(model).saved
 
 
 class _Scales:

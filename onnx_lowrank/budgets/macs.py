@@ -191,7 +191,7 @@ class _Meter(Counted):
         if found.open_inputs:
             return (
                 f"its inputs {', '.join(found.open_inputs)} have open dimensions: pass them as "
-                "--input-shape NAME=1,3,224,224, or choose --budget params."
+                f"{found.shape_words}, or choose --budget params."
             )
         for scope in found.work:
             uses = (use for layer in found.layers for use in layer.uses if use.scope == scope.path)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.calibrate import checks
 from onnx_lowrank.calibrate.shares import HOLD_EVERY, Batch, counted, held_out, spaced
 from onnx_lowrank.calibrate.spool import Spool
+from onnx_lowrank.engines.batches import samples
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
@@ -80,7 +81,7 @@ class _Inspection:
     def see(self, given: Mapping[str, NDArray[Any]], where: str, most: int | None = None) -> Feed:
         """Check a feed and cast it to the model's dtypes; cut it to `most` samples if it can be split."""
         feed: Feed = checks.fitted(given, self.wanted, where)
-        size = _samples(feed, self.wanted)
+        size = samples(feed, self.wanted)
         if size is not None and most is not None and most < size:
             feed = {name: array[:most] if array.ndim else array for name, array in feed.items()}
             size = most
@@ -195,21 +196,6 @@ def as_array(value: Any, what: str) -> NDArray[Any]:
 
 def _label(number: int) -> str:
     return f"Feed {number} of the calibration data"
-
-
-def _samples(feed: Feed, wanted: tuple[Spec, ...]) -> int | None:
-    """Number of samples of a feed; None if the feed cannot be split.
-
-    A feed can be split if the first axes of all inputs, except scalars, are free and have one size, and if an
-    input has further axes (the only axis of a waveform is time).
-    """
-    arrays = [(spec, feed[spec.name].shape) for spec in wanted if feed[spec.name].ndim]
-    sizes = {shape[0] for _, shape in arrays}
-    fixed = any(spec.shape is not None and isinstance(spec.shape[0], int) for spec, _ in arrays)
-    if fixed or len(sizes) != 1 or all(len(shape) == 1 for _, shape in arrays):
-        return None
-    (size,) = sizes
-    return int(size)
 
 
 def _pieces(sizes: Sequence[int | None], most: int | None) -> Iterator[_Piece]:

@@ -102,8 +102,12 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 _DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it")
 
 
-def load(name: str | Path) -> Recipe:
+def load(name: str | Path, others: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe: one that ships with the package, by its name, or a TOML file, by its path.
+
+    Args:
+        name: The name or the path.
+        others: Other names that the caller accepts; the error for an unknown name lists them.
 
     Raises:
         RecipeError: There is no such recipe, or it has a wrong key or value.
@@ -113,7 +117,10 @@ def load(name: str | Path) -> Recipe:
     if path.suffix != ".toml" and shipped.is_file():
         path = shipped
     if not path.is_file():
-        known = ", ".join(recipe.stem for recipe in _shipped())
+        known = ", ".join((*others, *(recipe.stem for recipe in _shipped())))
+        if path.suffix == ".toml":
+            what = "is no file" if path.exists() else "does not exist"
+            raise RecipeError(f"The recipe {path} {what}: check the path, or name one of {known}.")
         raise RecipeError(f"There is no recipe {str(name)!r}: name a .toml file or one of {known}.")
     return _recipe(_DOCUMENT.from_toml(_DOCUMENT.text(path), path), path.stem)
 

@@ -356,7 +356,7 @@ class Report(Table, frozen=True):
         ratio: The ratio asked for and the ratio reached.
         solver: The quality of the plan; null for an edited plan.
         totals: Amounts of the whole model by name: params, macs, bytes, and time in nanoseconds; the time is
-            null unless the budget is latency.
+            null unless it was measured (budget latency, or --time).
         layers: All layers, in graph order.
         skipped: The operators that were left alone.
         removed_inputs: Names of graph inputs that were removed with their initializers.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.outcome import OutputError
+from onnx_lowrank.engines.classes import Classes
 from onnx_lowrank.engines.embedding import Embedding
 from onnx_lowrank.engines.spread import Spread, is_batched
 from onnx_lowrank.errors import ValidationError
@@ -57,13 +58,14 @@ class Comparison:
             for leaf in ours:
                 if leaf in theirs:
                     y = ours[leaf]
-                    self._sums_of(leaf).add(y, theirs[leaf], batched=is_batched(feed, y))
+                    self._sums_of(leaf).add(y, theirs[leaf], feed)
             if ours.keys() != theirs.keys():
                 self._sums_of(name).fault = f"It has {len(theirs)} elements, the input model's {len(ours)}."
 
     def errors(self) -> tuple[OutputError, ...]:
         """One error per output."""
-        return tuple(sums.error() for sums in self._sums.values())
+        known = [sums.classes for sums in self._sums.values() if not sums.is_exact]
+        return tuple(sums.error(has_classes=sums.classes.are_classes(known)) for sums in self._sums.values())
 
     def _sums_of(self, name: str) -> _Sums:
         return self._sums.setdefault(name, _Sums(name))
@@ -86,6 +88,7 @@ class _Sums:
         is_text: Whether it holds texts.
         is_exact: Whether it holds texts, integers or booleans.
         spread: Its variation over the samples.
+        classes: The evidence that its rows stand for classes.
         embedding: The comparison of its rows as directions.
     """
 
@@ -101,9 +104,10 @@ class _Sums:
     is_text: bool = False
     is_exact: bool = False
     spread: Spread = field(default_factory=Spread)
+    classes: Classes = field(default_factory=Classes)
     embedding: Embedding = field(default_factory=Embedding)
 
-    def add(self, y: NDArray[Any], z: NDArray[Any], *, batched: bool) -> None:
+    def add(self, y: NDArray[Any], z: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> None:
         if y.shape != z.shape:
             self.fault = self.fault or f"Its shape is {z.shape}, the input model's {y.shape}."
             return
@@ -127,10 +131,12 @@ class _Sums:
         self.norm = hypot(self.norm, float(np.linalg.norm(y[finite])))
         self.residual = hypot(self.residual, float(np.linalg.norm(difference)))
         self.largest = max(self.largest, float(difference.max(initial=0.0)))
-        self.spread.add(y, batched=batched)
+        self.spread.add(y, batched=is_batched(feed, y))
         if self.is_exact:
             self._agree(y == z)
-        elif _has_classes(y):
+            return
+        self.classes.add(y, feed)
+        if _has_rows(y):
             self._agree(_top1(y, z))
             self.embedding.add(y, z)
 
@@ -138,10 +144,11 @@ class _Sums:
         self.rows += agreement.size
         self.agreeing += int(np.count_nonzero(agreement))
 
-    def error(self) -> OutputError:
+    def error(self, *, has_classes: bool) -> OutputError:
         if self.fault:
             return OutputError(self.name, float("inf"), None, None, self.fault)
-        agreement = self.agreeing / self.rows if self.rows and not self.embedding.is_embedding else None
+        is_known = self.is_exact or (has_classes and not self.embedding.is_embedding)
+        agreement = self.agreeing / self.rows if self.rows and is_known else None
         if self.is_text:
             note = "It holds texts." if self.size else _EMPTY
             return OutputError(self.name, None, None, agreement, note, is_exact=True)
@@ -184,8 +191,8 @@ def _wide(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
-def _has_classes(y: NDArray[Any]) -> bool:
-    """Whether, judged by the shape, the elements of a row may stand for classes."""
+def _has_rows(y: NDArray[Any]) -> bool:
+    """Whether its rows have a largest element."""
     return y.ndim >= 2 and y.shape[-1] >= 2 and y.size > 0 and y.dtype.kind != "c"
 
 

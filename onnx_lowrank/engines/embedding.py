@@ -10,7 +10,7 @@ The rule: the rows of an output are an embedding where, in the input model's out
    probabilities with norm 1.
 
 The norms of logits differ from row to row and grow with certainty. The numbers of an embedding that is not
-normalized look like logits, so such an output is compared by its largest elements.
+normalized look like logits; `classes` tells which outputs are compared by their largest elements.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.engines.classes import are_shares
+
 _NORM = 1e-3  # tolerance of a norm of 1, for the rounding of float16 and bfloat16
-_SUM = 1e-2  # tolerance of a sum of 1, for rounded probabilities
 _TIED = 1e-6  # cosines that differ by less are ties: float32 rounds, and equal inputs give equal rows
 _LARGEST_ROWS = 2048
 _LARGEST_ELEMENTS = 2**23  # of the rows that are kept: 64 MiB for each model
@@ -63,7 +64,7 @@ class Embedding:
             self._is_unit = False
             self._kept.clear()
             return
-        self._is_shares &= bool(np.all(y >= 0) and np.all(np.abs(y.sum(axis=1) - 1) <= _SUM))
+        self._is_shares &= are_shares(y)
         y, z = _directions(y), _directions(z)
         self._cosines += float(np.einsum("ij,ij->", y, z))
         first = -self._count % self._stride

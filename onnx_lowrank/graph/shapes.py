@@ -128,6 +128,15 @@ def open_inputs(model: Model, shapes: Shapes) -> tuple[str, ...]:
     )
 
 
+def example(shapes: Shapes, name: str) -> str:
+    """The words of --input-shape for an input, with likely sizes for its unknown dimensions."""
+    shape = shapes.get(("", name), (None,) * 4)
+    # Images have four axes, with one or three channels; sequences have fewer.
+    likely = (1, 3, 224, 224) if len(shape) == 4 else (1, *[16] * len(shape))
+    sizes = (guess if size is None else size for size, guess in zip(shape, likely, strict=False))
+    return f"--input-shape {name}={','.join(map(str, sizes))}"
+
+
 def shape_of(walk: Walk, shapes: Shapes, tensor: object) -> Shape | None:
     """The shape of a walk's tensor; None if its rank is unknown."""
     return None if tensor is None else shapes.get(walk.origin(tensor))

@@ -36,6 +36,7 @@ from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attributes, label
 from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
 from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.foreign import foreign
 from onnx_lowrank.layers.prepare import Preparation, prepare, too_large
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry
@@ -140,7 +141,7 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
     node = walk.node(place)
     operator = registry.of(node)
     if operator is None:
-        return registry.left_alone(node) or _foreign(walk, place)
+        return registry.left_alone(node) or foreign(walk, place)
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its attributes come from the function's caller: inline the functions first"
     # Not the first output alone: models often read only the last state of a recurrent node.
@@ -155,18 +156,6 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
         if reason is COMPUTED:  # the other operand may give a reason that helps more
             reason = outcome
     return reason
-
-
-def _foreign(walk: Walk, place: Place) -> str | None:
-    """The reason to skip an operator of another domain; None if it reads no constant matrix of floats."""
-    node = walk.node(place)
-    if registry.is_standard(node) or walk.calls_function(node):
-        return None
-    for index in range(len(node.input)):
-        stored = resolve(walk, walk.operand(place, index))
-        if not isinstance(stored, str) and sum(size > 1 for size in stored.source.tensor.dims) > 1:
-            return f"the operator {node.domain}.{node.op_type} is not known here: its weight stays as it is"
-    return None
 
 
 def _seen(model: Model, walk: Walk, place: Place, operand: int, stored: Stored) -> _Seen | str:

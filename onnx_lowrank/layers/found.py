@@ -11,7 +11,7 @@ from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import infer, open_inputs
+from onnx_lowrank.graph.shapes import example, infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
@@ -31,6 +31,7 @@ class Found:
         work: The MACs of every scope, without those of the layers.
         open_inputs: Names of the inputs with an unknown dimension.
         spared: Scope and name of the operators that --include and --exclude leave alone.
+        shape_words: An example of --input-shape for the first of the open inputs; "" if there are none.
     """
 
     model: Model
@@ -40,6 +41,7 @@ class Found:
     work: tuple[ScopeWork, ...]
     open_inputs: tuple[str, ...]
     spared: frozenset[tuple[str, str]] = frozenset()
+    shape_words: str = ""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -90,7 +92,9 @@ def find_layers(
         for operator in skipped
         if unselected(_names(operator), include, exclude)
     )
-    found = Found(model, walk, bindings, skipped, scopes, open_inputs(model, inferred), spared)
+    unfixed = open_inputs(model, inferred)
+    words = example(inferred, unfixed[0]) if unfixed else ""
+    found = Found(model, walk, bindings, skipped, scopes, unfixed, spared, words)
     for pattern in (*include, *exclude):
         if not matches(found.names(), pattern):
             raise InputError(

@@ -3,6 +3,8 @@
 Every letter of the equation is of one of four kinds: rows (in the activation and the result), groups (in all
 three terms), inputs (in the activation and the weight) or outputs (in the weight and the result). The chain
 is two Einsum. The first replaces the inputs by the rank, the second replaces the rank by the outputs.
+
+An ellipsis stands for row axes, whose number only a value tells. Here it is the letter ".".
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import EllipsisType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -24,6 +27,10 @@ from onnx_lowrank.operators.geometry import parts, row_dtype
 from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ELLIPSIS = "."
+
+_Axes = tuple[int | EllipsisType, ...]
+"""Axes of a value; an ellipsis stands for all axes that no number names, and axes behind it are negative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +85,23 @@ class Contraction:
     Attributes:
         reads: The axes of the activation: rows, then groups, then inputs.
         gives: The axes of the result: rows, then groups, then outputs.
-        leading: The number of row axes.
+        leading: The number of row axes; an ellipsis counts as one.
         groups: The number of group axes.
     """
 
-    reads: tuple[int, ...]
-    gives: tuple[int, ...]
+    reads: _Axes
+    gives: _Axes
     leading: int
     groups: int
 
-    def _vectors(self, value: NDArray[Any], axes: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    def _vectors(self, value: NDArray[Any], axes: _Axes) -> Iterator[NDArray[Any]]:
         """Chunks of shape (rows, g, n)."""
-        view = value.transpose(axes)
-        if not self.leading:
+        every = _expanded(axes, value.ndim)
+        leading = self.leading + len(every) - len(axes)
+        view = value.transpose(every)
+        if not leading:
             view = view[None]
-        lead = max(1, self.leading)
+        lead = max(1, leading)
         g = prod(view.shape[lead : lead + self.groups])
         n = prod(view.shape[lead + self.groups :])
         for part, _ in parts(view, lead):
@@ -192,8 +201,8 @@ class Einsum(Operator):
         found = _known_equation(site.node, site.use.operand)
         rank = found.rank
         between = "".join(n for n in found.activation if n not in found.inputs) + rank
-        encode = f"{found.activation},{found.groups}{found.inputs}{rank}->{between}"
-        decode = f"{between},{found.groups}{rank}{found.outputs}->{found.result}"
+        encode = _text(f"{found.activation},{found.groups}{found.inputs}{rank}->{between}")
+        decode = _text(f"{between},{found.groups}{rank}{found.outputs}->{found.result}")
         hidden = fragment.add("encoder", "Einsum", [names.value, names.encoder], equation=encode)
         fragment.add("decoder", "Einsum", [hidden, names.decoder], equation=decode)
 
@@ -203,8 +212,8 @@ class Einsum(Operator):
         reads = found.rows + found.groups + found.inputs
         gives = found.rows + found.groups + found.outputs
         return Contraction(
-            tuple(found.activation.index(n) for n in reads),
-            tuple(found.result.index(n) for n in gives),
+            tuple(_axis(found.activation, n) for n in reads),
+            tuple(_axis(found.result, n) for n in gives),
             len(found.rows),
             len(found.groups),
         )
@@ -225,11 +234,18 @@ class Einsum(Operator):
 
 def equation(node: NodeProto, operand: int) -> Equation | str:
     """Read a node's equation as a product with one of its operands, or return the reason why it is none."""
-    text = "".join(attribute_of(node, "equation", "").split())
+    text = "".join(attribute_of(node, "equation", "").split()).replace("...", _ELLIPSIS)
     terms, arrow, result = text.partition("->")
     named = terms.split(",")
-    if not arrow or len(named) != 2 or not all(letter in _LETTERS for letter in "".join(named) + result):
+    # Runtimes sort letters of both cases in different ways.
+    is_known = bool(arrow) or terms.islower() or terms.isupper()
+    is_spelled = set("".join(named) + result) <= set(_LETTERS + _ELLIPSIS)
+    if len(named) != 2 or not is_known or not is_spelled:
         return "its equation is no plain product of two operands: export it as MatMul to have it decomposed"
+    if _ELLIPSIS in named[operand]:
+        return "its equation has an ellipsis in the weight: export it as MatMul to have it decomposed"
+    if not arrow:
+        result = _implicit("".join(named))
     found = Equation(named[1 - operand], named[operand], result)
     letters = [*named, result]
     is_plain = all(len(set(term)) == len(term) for term in letters)
@@ -239,6 +255,32 @@ def equation(node: NodeProto, operand: int) -> Equation | str:
             "its equation sums or repeats more than a product does: export it as MatMul to have it decomposed"
         )
     return found
+
+
+def _implicit(letters: str) -> str:
+    """The result of an equation without one: the ellipsis, then all letters that it has once, sorted."""
+    once = sorted(n for n in letters if n != _ELLIPSIS and letters.count(n) == 1)
+    return _ELLIPSIS * (_ELLIPSIS in letters) + "".join(once)
+
+
+def _text(terms: str) -> str:
+    """An equation as ONNX writes it."""
+    return terms.replace(_ELLIPSIS, "...")
+
+
+def _axis(term: str, letter: str) -> int | EllipsisType:
+    """The axis of a letter; it counts from the end behind an ellipsis."""
+    if letter == _ELLIPSIS:
+        return ...
+    place = term.index(letter)
+    return place - len(term) if _ELLIPSIS in term[:place] else place
+
+
+def _expanded(axes: _Axes, rank: int) -> tuple[int, ...]:
+    """The axes of a value of this rank, in which the ellipsis is the axes that are left."""
+    named = {axis % rank for axis in axes if axis is not ...}
+    left = [axis for axis in range(rank) if axis not in named]
+    return tuple(n for axis in axes for n in (left if axis is ... else [axis % rank]))
 
 
 def _known_equation(node: NodeProto, operand: int) -> Equation:

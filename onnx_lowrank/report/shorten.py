@@ -12,11 +12,6 @@ _MOST_FOLDERS = 12  # only the last folders of a name are considered
 _MOST_NAMES = 2000  # more names are not shortened by folders: each name has a few hundred forms
 
 
-def middle(name: str, room: int) -> str:
-    """Cut a name in its middle, because both of its ends distinguish layers."""
-    return _cut(name, room, room // 2)
-
-
 def distinct(names: list[str], room: int) -> tuple[str, ...]:
     """Shorten names to `room` characters, and keep them distinct.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from onnx_lowrank.report.shorten import middle
+from onnx_lowrank.report.shorten import distinct
 
 _NAMES_SHOWN = 3
+_ROOM = 40
 
 
 def error(value: float | None) -> str:
@@ -52,7 +53,7 @@ def some(names: Iterable[str]) -> str:
     """The first names, and the number of the others."""
     listed = list(names)
     more = len(listed) - _NAMES_SHOWN
-    shown = ", ".join(middle(name, 40) for name in listed[:_NAMES_SHOWN])
+    shown = ", ".join(distinct(listed[:_NAMES_SHOWN], _ROOM))
     return f"{shown} and {more} more" if more > 0 else shown
 
 

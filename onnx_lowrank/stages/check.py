@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.core.outcome import OutputError, Validation
+from onnx_lowrank.engines.batches import batches
 from onnx_lowrank.engines.checker import check
-from onnx_lowrank.engines.compare import compare
+from onnx_lowrank.engines.compare import Comparison, compare
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import describe, read, specs
 from onnx_lowrank.engines.made import make
@@ -24,6 +25,8 @@ from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.report import words
 
 _log = logging.getLogger(__name__)
+
+_CHECKED_ON = "Whether the layers in branches run was checked on {} of these inputs."
 
 __all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
 
@@ -84,25 +87,25 @@ def validate(
     engine = runtime(provider)
     notes = list(_check(original, compressed))
     wanted = specs(original.proto)
-    given = measured.feeds if measured else None if inputs is None else (read(inputs, wanted),)
-    feeds: _Feeds = (
-        partial(make, original.proto, wanted, input_shapes or {}) if given is None else lambda: given
-    )
+    whole = None if measured or inputs is None else read(inputs, wanted)
+    given = measured.feeds if measured else batches(engine, original, whole, wanted) if whole else None
+    feeds: _Feeds = partial(make, original.proto, wanted, input_shapes or {})
+    if given is not None:
+        feeds = given.__iter__
     run = _run_original(original, engine, feeds, given is not None, notes)
     if run is None:
         result = _layers_alone(tuple(nodes), alone, engine)
     else:
         got = _run_compressed(compressed, run)
+        used = given or (run.feed,)
         result = Validation(
             engine=run.engine.name,
-            inputs=measured.source if measured else _described(run.feed, given is not None),
-            outputs=measured.outputs if measured else compare(run.outputs, got, run.feed),
-            never_ran=_never_ran(compressed, nodes, run, measured.feeds if measured else (run.feed,)),
+            inputs=measured.source if measured else _described(whole or run.feed, given is not None),
+            outputs=measured.outputs if measured else _compared(original, compressed, run, got, used),
+            never_ran=_never_ran(compressed, nodes, run, used),
         )
         if measured and result.never_ran:
-            notes.append(
-                f"Whether the layers in branches run was checked on {len(measured.feeds)} of these inputs."
-            )
+            notes.append(_CHECKED_ON.format(len(measured.feeds)))
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
     return result
@@ -151,9 +154,8 @@ def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, not
     except RejectedError as error:
         if given:
             wanted = specs(model.proto)
-            if (reason := next(filter(None, (unmasked(wanted, feed) for feed in feeds())), None)) is not None:
-                raise InputError(f"The given inputs do not fit each other: {reason}.") from error
-            raise InputError(f"The input model fails on the given inputs ({error}): check them.") from error
+            reason = next(filter(None, (unmasked(wanted, feed) for feed in feeds())), None)
+            raise _unfit(error, reason) from error
         notes.append(
             f"The input model fails on inputs made from its graph ({error}): pass --inputs or --input-shape."
         )
@@ -170,10 +172,49 @@ def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
     try:
         return first_run(run.engine, model, (run.feed,))[1]
     except (UnsupportedError, RejectedError) as error:
-        raise ValidationError(
-            f"{run.engine.name} runs the input model and rejects the compressed one ({error}), which is "
-            "a fault of this program: please report it with the model."
-        ) from error
+        raise _fault(run.engine, error) from error
+
+
+def _unfit(error: Exception, reason: str | None = None) -> InputError:
+    if reason is not None:
+        return InputError(f"The given inputs do not fit each other: {reason}.")
+    return InputError(f"The input model fails on the given inputs ({error}): check them.")
+
+
+def _fault(engine: Engine, error: Exception) -> ValidationError:
+    return ValidationError(
+        f"{engine.name} runs the input model and rejects the compressed one ({error}), which is "
+        "a fault of this program: please report it with the model."
+    )
+
+
+def _compared(
+    original: Model, compressed: Model, run: _Run, got: Mapping[str, Any], feeds: tuple[Feed, ...]
+) -> tuple[OutputError, ...]:
+    """Compare the outputs on all feeds; of several feeds, only the outputs on one are in memory.
+
+    Args:
+        original: The input model.
+        compressed: The compressed model.
+        run: The run of the input model on the first feed.
+        got: The outputs of the compressed model on the first feed.
+        feeds: All feeds.
+    """
+    if len(feeds) == 1:
+        return compare(run.outputs, got, run.feed)
+    comparison = Comparison()
+    with run.engine.open(original) as theirs, run.engine.open(compressed) as ours:
+        for feed in feeds:
+            try:
+                wanted = theirs(feed)
+            except (UnsupportedError, RejectedError) as error:
+                raise _unfit(error) from error
+            try:
+                given = ours(feed)
+            except (UnsupportedError, RejectedError) as error:
+                raise _fault(run.engine, error) from error
+            comparison.add(wanted, given, feed)
+    return comparison.errors()
 
 
 def _never_ran(
@@ -224,8 +265,8 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
 
 def _judge(result: Validation, max_error: float | None) -> None:
     """Check the outputs of the whole model against a bound; an output without an error fails."""
-    error, notes = words.error(result.worst), " ".join(result.notes)
-    _log.debug("compared on %s, %s: worst error %s. %s", result.engine, result.inputs, error, notes)
+    error, notes = words.error(result.worst), "".join(f"; {note.rstrip('.')}" for note in result.notes)
+    _log.debug("compared on %s, %s: worst error %s%s", result.engine, result.inputs, error, notes)
     if max_error is None:
         return
     bound = f"--max-error {max_error:g}"

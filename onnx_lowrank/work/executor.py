@@ -17,6 +17,7 @@ Rules:
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections import deque
@@ -35,6 +36,8 @@ from typing import Any, Protocol, Self, TypeVar
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import cores, free_memory
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
+
+_log = logging.getLogger(__name__)
 
 _SHARE = 4
 """Items take at most 1 / _SHARE of the memory that is free when the executor starts."""
@@ -90,7 +93,10 @@ class Executor(Protocol):
 
 def executor(workers: int, backend: Backend) -> Executor:
     """The executor that `--workers` asks for: this number of processes, or threads if it is 0."""
-    return Processes(workers, backend) if workers else Threads(backend)
+    budget = free_memory() // _SHARE
+    number, kind = (workers, "processes") if workers else (cores(), "threads")
+    _log.debug("computes layers in %d %s, with at most %.2f GiB in flight", number, kind, budget / 2**30)
+    return Processes(workers, backend, budget=budget) if workers else Threads(backend, budget=budget)
 
 
 class Threads:
@@ -193,11 +199,12 @@ class Processes:
         Args:
             number: Number of processes, at least 1.
             backend: Where they compute.
-            budget: Bytes that items may take; by default a quarter of the free memory.
+            budget: Bytes that items may take, half in the processes and half in the threads of this process;
+                by default a quarter of the free memory.
         """
-        self.threads = Threads(backend, budget=budget)
         self._number = number
-        self._budget = budget or free_memory() // _SHARE
+        self._budget = max(1, (budget or free_memory() // _SHARE) // 2)
+        self.threads = Threads(backend, budget=self._budget)
         self._device = backend.name
         context = get_context("spawn")
         # Workers end when the writing end closes, so even a killed process leaves none behind.

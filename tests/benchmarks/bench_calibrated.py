@@ -62,7 +62,7 @@ Cell = dict[str, Any]
 
 
 def environment(sources: Sequence[str] = SOURCES, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """What a cell's figures depend on beside what was asked for."""
+    """Everything that changes a cell's figures, except the options."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in sources for path in CHECKOUT.glob(pattern)):
         digest.update(f"{path.relative_to(CHECKOUT).as_posix()}\n".encode())
@@ -179,7 +179,7 @@ def calibration_file(model: str, folder: Path) -> Path:
 
 
 def reported(path: Path) -> Cell:
-    """What the command's report says of the model it made."""
+    """The figures of the compressed model in the command's report."""
     report = json.loads(path.read_text(encoding="utf-8"))
     calibrated = report["calibration"] or {}
     return {

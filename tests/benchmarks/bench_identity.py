@@ -54,6 +54,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 from platformdirs import user_cache_path
 
 CHECKOUT = Path(__file__).parents[2]
@@ -70,6 +71,9 @@ LONGEST = 100
 """Characters of a value that are printed."""
 
 ABSENT = "absent"
+
+MEASURED = re.compile(r"(?<= in )[0-9.]+(?= s\b)|[0-9.]+(?= GiB in flight)")
+"""Numbers that -v prints and that no two runs share: seconds, and a share of the free memory."""
 
 # `python -m onnx_lowrank` of one tree, whose clock is replaced by its tests' recorded times.
 LAUNCHER = """
@@ -104,7 +108,7 @@ class Difference:
     Attributes:
         path: Of the field, as in report.layers[3].error.
         before: Its value at the other revision, as JSON, or `ABSENT`.
-        after: Its value in the working tree, likewise.
+        after: Its value in the working tree, as JSON, or `ABSENT`.
     """
 
     path: str
@@ -116,7 +120,7 @@ class Difference:
 
 
 def differences(before: Outcome, after: Outcome) -> list[Difference]:
-    """Everything in which two outcomes of a case differ; none where they are the same to the byte."""
+    """All differences between two outcomes of a case; none if they are the same to the byte."""
     old, new = dict(_leaves(_fields(before))), dict(_leaves(_fields(after)))
     found = [
         Difference(path, old.get(path, ABSENT), new.get(path, ABSENT))
@@ -133,7 +137,7 @@ def differences(before: Outcome, after: Outcome) -> list[Difference]:
 
 
 def _fields(outcome: Outcome) -> dict[str, Any]:
-    """An outcome with its texts as lines, and those that are JSON as what they say."""
+    """An outcome with its texts as lines, and with JSON texts parsed."""
     parts = {"code": outcome["codes"]}
     parts |= {name: _parsed(text) for name, text in _texts(outcome).items()}
     binary = {name: file for name, file in outcome["files"].items() if "text" not in file}
@@ -154,7 +158,7 @@ def _parsed(text: str) -> Any:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The paths and values of everything that has nothing inside, values as JSON, to tell 1 from 1.0."""
+    """The paths of all leaves, and their values as JSON, which tells 1 from 1.0."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{key}" if path else key)
@@ -170,18 +174,18 @@ def _short(text: str) -> str:
 
 
 def is_allowed(case: str, difference: Difference, globs: Sequence[str]) -> bool:
-    """Whether a glob over `case:field` names a difference; brackets in it mean themselves."""
+    """Whether a glob over `case:field` matches a difference; the glob's brackets are literal."""
     return any(fnmatchcase(f"{case}:{difference.path}", glob.replace("[", "[[]")) for glob in globs)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a case.
+    """The result of the comparison of one case.
 
     Attributes:
         case: Its name.
-        differs: What differs and should not.
-        allowed: What differs and may.
+        differs: The differences that are not allowed.
+        allowed: The differences that --allow names.
     """
 
     case: str
@@ -208,8 +212,8 @@ def judged(case: str, before: Outcome, after: Outcome, allow: Sequence[str] = ()
 
     Args:
         case: Its name.
-        before: What the other revision did.
-        after: What the working tree does.
+        before: The outcome of the other revision.
+        after: The outcome of the working tree.
         allow: Globs over `case:field` of differences that are expected.
     """
     found = differences(before, after)
@@ -218,7 +222,7 @@ def judged(case: str, before: Outcome, after: Outcome, allow: Sequence[str] = ()
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """How many cases there are of every status."""
+    """The number of cases of each status."""
     counts = {word: sum(one.status == word for one in verdicts) for word in ("same", "differs", "allowed")}
     allowed = f", {counts['allowed']} allowed" if counts["allowed"] else ""
     return f"{len(verdicts)} cases, {counts['same']} same, {counts['differs']} differ{allowed}"
@@ -236,11 +240,11 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Commands that run one after the other in an empty folder.
+    """Commands that run in turn in an empty folder.
 
     Attributes:
-        name: What is printed, and what --only and --allow choose by.
-        commands: The arguments of each; `@NAME` stands for a file of the inputs.
+        name: The printed name, which --only and --allow match.
+        commands: The arguments of each command; `@NAME` stands for a file of the inputs.
     """
 
     name: str
@@ -248,7 +252,7 @@ class Case:
 
     @property
     def is_quick(self) -> bool:
-        """Whether --quick has it."""
+        """Whether --quick includes it."""
         return matches(self.name, QUICK) and not matches(self.name, NOT_QUICK)
 
 
@@ -257,12 +261,12 @@ class Subject:
     """A model that takes part.
 
     Attributes:
-        name: The model.
+        name: The name of the model.
         shapes: Input shapes that make its MACs known.
-        samples: How many calibration inputs it gets; 0 where it is not calibrated.
-        file: Its name in ../shared/models, else it is one of this project's.
-        budgets: What its ratios count, with recipes of weights alone.
-        fitted: What they count with calibration.
+        samples: The number of its calibration inputs; 0 for no calibration.
+        file: Its name in ../shared/models; "" for a model of this project.
+        budgets: The budgets for recipes that need no calibration.
+        fitted: The budgets for runs with calibration.
     """
 
     name: str
@@ -283,6 +287,7 @@ class Subject:
 _IMAGE = {"image": "1,3,224,224"}
 _SOUND = {"input": "1,512", "state": "2,1,128"}
 _TOKENS = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), "1,32")
+_PAST = {"input_ids": "1,4", "past_key_values_0_key": "1,2,3,8"}
 _ALL = ("params", "macs", "latency")
 SUBJECTS = (
     Subject("digits", {"image": "1,1,8,8"}, 64, budgets=_ALL, fitted=_ALL),
@@ -296,8 +301,26 @@ SUBJECTS = (
     Subject("vit_b_16", _IMAGE),
     Subject("bert_base", _TOKENS, 32, budgets=_ALL),
     Subject("float16", _IMAGE),
-    Subject("external", {"image": "1,1,8,8"}),
+    Subject("external", {"image": "1,1,8,8"}, budgets=("params", "macs", "bytes")),
+    Subject("external_bert", _TOKENS, budgets=("params", "bytes")),
+    Subject("operators", {}, budgets=("params", "macs", "bytes")),
+    Subject("decoder", _PAST, budgets=("params", "macs")),
 )
+OPERATORS = """
+<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+operators (float[2,6,24] x) => (float[2,6,24] y)
+<int64[1] one = {1}, float[2,6,24] b, float[2,6,24] c> {
+  a = Einsum <equation = "bsc,cf->bsf"> (x, einsum)
+  r = Relu (a)
+  b = com.microsoft.FusedMatMul <alpha = 0.5> (r, fused)
+  c = com.microsoft.Attention <num_heads = 4> (b, attention, bias)
+  t = Transpose <perm = [1, 0, 2]> (c)
+  h = GRU <hidden_size = 24> (t, gru, state)
+  s = Squeeze (h, one)
+  y = Transpose <perm = [1, 0, 2]> (s)
+}
+"""
+"""One operator of each family that the other subjects lack."""
 ZOO = {
     "resnet18": ("resnet18", "float32"),
     "mobilenet_v2": ("mobilenet_v2", "float32"),
@@ -308,13 +331,13 @@ ZOO = {
 """The network and dtype of every subject of models/zoo.py; an eighth of its width."""
 
 QUICK = ("ways/*", "errors/*", "digits/*", "*/params/schatten", "resnet20/*/pca+calibration")
-"""The cases that --quick has, less `NOT_QUICK`."""
+"""The cases of --quick, except those in `NOT_QUICK`."""
 
 NOT_QUICK = (
     *("digits/[ml]*/power", "digits/[ml]*/svd*", "digits/[ml]*/alds-plus"),
     *("digits/macs/*+calibration", "digits/latency/[!a]*+calibration", "digits/latency/activation*"),
 )
-"""Of them those that others resemble."""
+"""Cases that resemble other quick cases, so --quick leaves them out."""
 
 WRITTEN = ("--save-plan", "plan.json", "--report", "report.json", "--device", "cpu", "--quiet")
 
@@ -379,6 +402,11 @@ def _ways(digits: Subject) -> Iterator[Case]:
         "max-error": (*half, "--max-error", "0.9"),
         "inputs": (*half, "--inputs", "@digits.npz"),
         "dry-run": (*half, "--dry-run"),
+        "bytes": (*half, "--budget", "bytes"),
+        "workers": (*half, "--workers", "2"),
+        "workers-calibrated": (*half, *given, "--pass", "pca", "--workers", "2"),
+        "time": (*half, "--time"),
+        "verbose": (*half, "-v"),
         "recipe-file": (*half, "--pass", "@own.toml"),
         "report-to-stdout": (*half, "--report", "-"),
         "no-recover": (*half, *given, "--no-recover", "--pass", "activation"),
@@ -398,7 +426,7 @@ def _ways(digits: Subject) -> Iterator[Case]:
 
 
 def _failing() -> Iterator[Case]:
-    """Commands that say what is wrong."""
+    """Commands that end with an error message."""
     half = ("out.onnx", "--ratio", "0.5")
     failing: dict[str, Words] = {
         "out-of-reach": ("@digits.onnx", "out.onnx", "--ratio", "0.001"),
@@ -463,7 +491,9 @@ def prepare(folder: Path, names: Sequence[str], shared: Path | None) -> None:
         path = folder / f"{subject.name}.onnx"
         if subject.name not in names:
             continue
-        if subject.file and shared:
+        if subject.name in ("operators", "decoder"):
+            onnx.save(_small(subject.name), path)
+        elif subject.file and shared:
             shutil.copyfile(shared / "models" / f"{subject.file}.onnx", path)
         elif subject.name in ZOO:
             network, dtype = ZOO[subject.name]
@@ -471,13 +501,31 @@ def prepare(folder: Path, names: Sequence[str], shared: Path | None) -> None:
         elif subject.name == "digits":
             shutil.copyfile(scores.DIGITS, path)
         else:
-            stored = {"save_as_external_data": True, "location": "external.data", "size_threshold": 1024}
-            onnx.save(onnx.load(scores.DIGITS), path, **stored)
+            stored = {"save_as_external_data": True, "size_threshold": 1024}
+            is_digits = subject.name == "external"
+            source = onnx.load(scores.DIGITS) if is_digits else zoo.build("bert_base", scale=0.125)
+            onnx.save(source, path, location=path.with_suffix(".data").name, **stored)
         if subject.samples:
             feeds = _sentences() if subject.name in ZOO else scores.calibration(subject.name)
             number = subject.samples * 2  # more than are used, so that they are chosen
             np.savez(path.with_suffix(".npz"), **{name: array[:number] for name, array in feeds.items()})
     _write_odd_files(folder)
+
+
+def _small(name: str) -> onnx.ModelProto:
+    """A small model whose numbers a seed gives."""
+    if name == "decoder":
+        sys.path.append(str(CHECKOUT / "tests"))
+        from decoders import decoder
+
+        return decoder()
+    proto = onnx.parser.parse_model(OPERATORS)
+    rng = np.random.default_rng(2)
+    shapes = {"einsum": (24, 32), "fused": (32, 24), "attention": (24, 72), "bias": (72,)}
+    for tensor, shape in (shapes | {"gru": (1, 72, 24), "state": (1, 72, 24)}).items():
+        values = rng.standard_normal(shape).astype(np.float32) / 5
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, tensor))
+    return proto
 
 
 def _sentences() -> dict[str, Any]:
@@ -491,7 +539,7 @@ def _sentences() -> dict[str, Any]:
 
 
 def _write_odd_files(folder: Path) -> None:
-    """A recipe of one's own, and files that are not what they should be."""
+    """Write a changed recipe, and broken files."""
     schatten = (CHECKOUT / "passes/schatten.toml").read_text(encoding="utf-8")
     (folder / "own.toml").write_text(schatten.replace("power = 3", "power = 2"), encoding="utf-8")
     (folder / "broken.toml").write_text(schatten.replace('"sum"', '"total"'), encoding="utf-8")
@@ -518,7 +566,7 @@ def git(*words: str) -> str:
 
 @contextmanager
 def worktree(revision: str) -> Iterator[Path]:
-    """A checkout of another revision, gone afterwards."""
+    """Check out another revision in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-identity-") as folder:
         tree = Path(folder).resolve() / "tree"
         try:
@@ -544,7 +592,7 @@ def outcome(case: Case, tree: Path, inputs: Path) -> Outcome:
             )
             codes.append(done.returncode)
             stdout.append(done.stdout.decode())
-            stderr.append(done.stderr.decode())
+            stderr.append(MEASURED.sub("…", done.stderr.decode()))
         files = {path.name: _file(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     return {"codes": codes, "stdout": "".join(stdout), "stderr": "".join(stderr), "files": files}
 
@@ -557,7 +605,7 @@ def _file(path: Path) -> dict[str, Any]:
 
 
 def environment_key() -> str:
-    """All that bytes may depend on beside the program and its inputs."""
+    """Everything that can change the bytes, except the program and its inputs."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("model name", "flags"))}) or lines
@@ -566,7 +614,7 @@ def environment_key() -> str:
 
 
 def key(case: Case, inputs: Path, environment: str) -> str:
-    """Of a case's outcome in the cache: its commands, the bytes of what they name, the environment."""
+    """The key of a case in the cache: a digest of its commands, the files they name and the environment."""
     digest = hashlib.sha256(json.dumps([case.commands, environment]).encode())
     named = {word[1:].partition(".")[0] for words in case.commands for word in words if word[0] == "@"}
     for path in sorted(inputs.iterdir()):
@@ -576,7 +624,7 @@ def key(case: Case, inputs: Path, environment: str) -> str:
 
 
 class Known:
-    """Outcomes of one revision on disk; of what is no revision there are none."""
+    """The outcomes of one revision on disk; there are none for a changed working tree."""
 
     def __init__(self, revision: str | None, inputs: Path) -> None:
         self._folder = None if revision is None else CACHE / revision
@@ -587,7 +635,7 @@ class Known:
         return self._folder and self._folder / f"{key(case, self._inputs, self._environment)}.json.gz"
 
     def get(self, case: Case) -> Outcome | None:
-        """What is known of a case."""
+        """The known outcome of a case; None if there is none."""
         path = self._path(case)
         if path is None or not path.is_file():
             return None
@@ -615,7 +663,7 @@ def run_all(chosen: Sequence[Case], tree: Path, inputs: Path, jobs: int) -> Iter
 def other_side(
     revision: str, chosen: Sequence[Case], inputs: Path, options: argparse.Namespace
 ) -> dict[str, Outcome]:
-    """What the other revision does, from the cache as far as that goes."""
+    """The outcomes of the other revision; only those that the cache lacks are computed."""
     known, begin = Known(revision, inputs), Since()
     found = {} if options.fresh else {case.name: known.get(case) for case in chosen}
     done = {name: result for name, result in found.items() if result is not None}
@@ -631,7 +679,7 @@ def other_side(
 
 
 def committed() -> str | None:
-    """The revision of the working tree; None where it has changes."""
+    """The revision of the working tree; None if it has changes."""
     return None if git("status", "--porcelain") else git("rev-parse", "HEAD")
 
 
@@ -647,13 +695,13 @@ class Since:
         return times.children_user + times.children_system
 
     def spent(self) -> str:
-        """Seconds, and those of the processor in commands, which other work changes little."""
+        """Elapsed seconds, and the commands' processor seconds, which depend less on other work."""
         seconds, processor = time.monotonic() - self._clock, self._children() - self._processor
         return f"{seconds:.0f} s, {processor:.0f} s of the processor"
 
 
 def tell(text: str) -> None:
-    """Something for those who wait."""
+    """Print progress for the user."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -44,7 +44,7 @@ class Subject:
     """A model to make faster.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         file: Its file in ../shared, or "" where models/zoo.py builds it.
         shapes: The shapes of its inputs.
         calibrated: Whether the command gets calibration inputs.

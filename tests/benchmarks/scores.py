@@ -31,11 +31,11 @@ EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # UltraFace's images: to calib
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A model with what is measured on it.
+    """A model and its score.
 
     Attributes:
         name: The model.
-        score: What the score is, for a table's head.
+        score: The name of the score, for the head of a table.
         model: Gives the input model.
         measure: Gives the score of a compressed model; higher is better.
         shape: Input shapes that make its MACs known.

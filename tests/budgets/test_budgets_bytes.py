@@ -222,6 +222,21 @@ def test_other_budgets_report_the_file_as_before():
     assert result.report.totals.of("bytes").after == stored_bytes(result.model)
 
 
+@pytest.mark.parametrize("is_external", [False, True], ids=["inline", "external"])
+@pytest.mark.parametrize("budget", ["params", "macs", "bytes"])
+def test_every_budget_reports_the_bytes_of_the_files(budget, is_external, tmp_path):
+    path = tmp_path / "in" / "digits.onnx"
+    path.parent.mkdir()
+    stored = {"save_as_external_data": True, "location": "w.bin", "size_threshold": 64}
+    onnx.save(onnx.load(DIGITS), path, **stored if is_external else {})
+    with compress(path, 0.7, budget=budget, device="cpu", input_shape={"image": (1, 1, 8, 8)}) as result:
+        size, total = written(result, tmp_path / "out"), result.report.totals.of("bytes")
+        assert total.before == sum(file.stat().st_size for file in path.parent.iterdir())
+        # The longest name of a data file, and the length of each reference to it.
+        named = 270 * len(result.proto.graph.initializer) if is_external else 0
+        assert size <= total.after <= size + named
+
+
 def test_bytes_can_be_a_price(tmp_path):
     recipe = tmp_path / "priced.toml"
     recipe.write_text(

@@ -203,16 +203,25 @@ def test_a_file_of_ones_own(tmp_path):
     assert recipes.load(path) == recipes.load(str(path)) == recipes.parse(text(power="2"), "mine")
 
 
-@pytest.mark.parametrize("name", ["aldz", "", "alds.toml", "no/such.toml", Path("none.toml")])
+@pytest.mark.parametrize("name", ["aldz", "", "no/such", Path("none")])
 def test_a_recipe_that_is_not_there_is_told_with_those_that_are(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"^There is no recipe .*: name a \.toml file or one of .*\balds\b"):
         recipes.load(name)
 
 
+@pytest.mark.parametrize("name", ["alds.toml", "no/such.toml", Path("none.toml")])
+def test_a_file_that_is_not_there_is_told_by_its_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(name)
+    start = f"The recipe {Path(name)} does not exist: check the path, or name one of activation, alds, "
+    assert str(caught.value).startswith(start)
+
+
 def test_a_folder_is_no_recipe(tmp_path):
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(RecipeError, match=r"^There is no recipe "):
+    with pytest.raises(RecipeError, match=r"folder\.toml is no file: check the path"):
         recipes.load(tmp_path / "folder.toml")
 
 

@@ -10,7 +10,7 @@ from onnx_lowrank.budgets.macs import dearest_macs
 from onnx_lowrank.core.layer import Positions
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import load
-from onnx_lowrank.graph.shapes import infer, open_inputs
+from onnx_lowrank.graph.shapes import example, infer, open_inputs
 from rewriting import found, model
 
 
@@ -226,3 +226,17 @@ def test_a_product_of_more_than_64_bits_stays_open():
     loaded = load(proto)
     assert open_inputs(loaded, infer(loaded, {"x": (2**21, 8)})) == ("z",)
     assert open_inputs(loaded, infer(loaded, {"x": (2**20, 8)})) == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((None, 16), "1,16"),
+        ((None, None), "1,16"),
+        ((None, 1, 28, 28), "1,1,28,28"),
+        ((None,) * 4, "1,3,224,224"),
+        ((2, None, 80), "2,16,80"),
+    ],
+)
+def test_an_example_of_a_shape_has_the_inputs_name_and_rank(shape, sizes):
+    assert example({("", "x"): shape}, "x") == f"--input-shape x={sizes}"

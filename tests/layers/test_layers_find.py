@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lowrank.budgets.params import parameters as cost
 from onnx_lowrank.graph.parameters import parameters
@@ -411,6 +411,21 @@ def test_an_unknown_operator_with_a_matrix_is_listed_by_domain_and_name():
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 1), (1,)])
 def test_an_unknown_operator_with_a_vector_is_not(shape):
     assert foreign("y = local.Norm (x, w)", w=shape).skipped == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "is_listed"),
+    [([0.5] * 256, True), (np.ones((16, 16), np.float32), True), ([0.5] * 8, False), ([1] * 256, False)],
+)
+def test_an_unknown_operator_with_many_floats_in_an_attribute_is_listed(value, is_listed):
+    proto = model("g (float[3,8] x) => (float[3,8] y) { y = local.Regressor (x) }")
+    held = numpy_helper.from_array(value) if isinstance(value, np.ndarray) else value
+    proto.graph.node[0].attribute.append(helper.make_attribute("coefficients", held))
+    assert [skipped.op for skipped in found(proto).skipped] == ["Regressor"] * is_listed
+
+
+def test_an_unknown_operator_with_a_long_vector_is_listed():
+    assert [skipped.op for skipped in foreign("y = local.Norm (x, w)", w=(256,)).skipped] == ["Norm"]
 
 
 def test_a_call_of_the_models_own_function_is_none():

@@ -23,15 +23,22 @@ PRODUCTS = {
     "per head": ("bhsd,hde->bhse", (2, 3, 5, 12), (3, 12, 16), (3, 16, 12)),
     "per head, mixed": ("bshd,ehd->bhse", (2, 5, 3, 12), (16, 3, 12), (3, 16, 12)),
     "no rows": ("c,cf->f", (12,), (12, 16), (1, 16, 12)),
+    "ellipsis": ("...j,kj->...k", (2, 5, 12), (16, 12), (1, 16, 12)),
+    "ellipsis of one axis": ("...c,cf->...f", (5, 12), (12, 16), (1, 16, 12)),
+    "ellipsis of no axis": ("...c,cf->...f", (12,), (12, 16), (1, 16, 12)),
+    "ellipsis inside": ("b...hd,hde->h...be", (2, 5, 4, 3, 12), (3, 12, 16), (3, 16, 12)),
+    "implicit": ("bij, jk", (2, 5, 12), (12, 16), (1, 16, 12)),
+    "implicit, other order": ("bz, za", (5, 12), (12, 16), (1, 16, 12)),
+    "implicit ellipsis": ("...j, jk", (2, 5, 12), (12, 16), (1, 16, 12)),
     "capital letters": ("B c, c F -> B F", (5, 12), (12, 16), (1, 16, 12)),
 }
 
 
 def einsum(equation, x, w, weight_first=False):
-    terms, _, result = equation.partition("->")
+    terms, arrow, result = equation.partition("->")
     left, right = terms.split(",")
     if weight_first:
-        equation = f"{right},{left}->{result}"
+        equation = f"{right},{left}{arrow}{result}"
     operands = "w, x" if weight_first else "x, w"
     sizes = ",".join(map(str, x))
     return model(f"float[{sizes}] x", f'y = Einsum <equation = "{equation}"> ({operands})', w=w)
@@ -60,8 +67,9 @@ def test_patches_times_the_weight_are_the_outputs(name):
 
 
 REFUSED = {
-    "ellipsis": ("...c,cf->...f", (5, 12), (12, 16)),
-    "implicit": ("bc,cf", (5, 12), (12, 16)),
+    "an ellipsis in the weight": ("bc,...cf->b...f", (5, 12), (3, 12, 16)),
+    "a sum over an ellipsis": ("...c,cf->f", (5, 12), (12, 16)),
+    "implicit, of both cases": ("bc,cF", (5, 12), (12, 16)),
     "a sum over rows": ("bc,cf->f", (5, 12), (12, 16)),
     "a sum over outputs": ("bc,cf->b", (5, 12), (12, 16)),
     "a diagonal": ("bc,cc->bc", (5, 12), (12, 12)),
@@ -89,12 +97,13 @@ def test_products_of_activations_are_counted():
     assert scope.macs == 2 * 3 * 5 * 7 * 4
 
 
-def test_an_einsum_is_compressed_from_end_to_end():
+@pytest.mark.parametrize("equation", ["bsc,chd->bhsd", "...c,chd->...hd", "bsc, chd"])
+def test_an_einsum_is_compressed_from_end_to_end(equation):
     rng = np.random.default_rng(2)
     weight = (
         (rng.standard_normal((24, 5)) @ rng.standard_normal((5, 32))).reshape(24, 4, 8).astype(np.float32)
     )
-    proto = model("float[n,5,24] x", 'y = Einsum <equation = "bsc,chd->bhsd"> (x, w)', w=weight)
+    proto = model("float[n,5,24] x", f'y = Einsum <equation = "{equation}"> (x, w)', w=weight)
     data = {"x": rng.standard_normal((40, 5, 24)).astype(np.float32)}
     for options in ({"recipe": "schatten"}, {"recipe": "activation", "calibration": data}):
         with compress(proto, 0.5, **options) as result:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from onnx_lowrank.report.shorten import distinct, middle
+from onnx_lowrank.report.shorten import distinct
+from onnx_lowrank.report.words import some
 
 
 def transformer(layers):
@@ -51,8 +52,19 @@ def test_names_that_differ_in_one_folder_stay_distinct(room):
 
 @pytest.mark.parametrize("room", range(3, 12))
 def test_names_that_are_equal_or_cannot_be_told_apart_are_cut_all_the_same(room):
-    assert distinct(["abcdefghijkl"] * 2, room)[0] == middle("abcdefghijkl", room)
+    name, end = "abcdefghijkl", room // 2
+    assert distinct([name] * 2, room)[0] == f"{name[: room - 1 - end]}…{name[len(name) - end :]}"
     names = [f"{i:03}-{'x' * 20}-{j:03}" for i in range(20) for j in range(20)]
     shown = distinct(names, room)
     assert len(shown) == 400
     assert max(map(len, shown)) <= room
+
+
+def test_a_list_keeps_its_names_distinct():
+    names = [f"/encoder/layer.{i}/attention/self/query/projection/MatMul" for i in range(5)]
+    *shown, last = some(names).split(", ")
+    last, more = last.split(" and ")
+    assert len({*shown, last}) == 3
+    assert max(map(len, (*shown, last))) <= 40
+    assert more == "2 more"
+    assert some(["a", "b"]) == "a, b"

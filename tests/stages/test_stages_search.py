@@ -59,7 +59,7 @@ class World:
         stack.callback(self.open.discard, plan)
         return Built(plan, None, (), {}, {}, stack)
 
-    def judge(self, found, built, calibration):
+    def judge(self, model, built, calibration):
         result = self.outcome(*built.plan)
         if isinstance(result, Exception):
             raise result

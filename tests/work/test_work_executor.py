@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -304,8 +305,18 @@ def test_processes_are_others(processes):
     assert 1 <= len(found) <= 2
 
 
-def test_workers_choose_the_kind():
-    with executor(0, CPU) as threads, executor(3, CPU) as others:
+def test_workers_choose_the_kind(monkeypatch, caplog):
+    monkeypatch.setattr(module, "free_memory", lambda: 2**33)
+    monkeypatch.setattr(module, "cores", lambda: 5)
+    with (
+        caplog.at_level(logging.DEBUG, "onnx_lowrank"),
+        executor(0, CPU) as threads,
+        executor(3, CPU) as others,
+    ):
+        assert [record.getMessage() for record in caplog.records] == [
+            "computes layers in 5 threads, with at most 2.00 GiB in flight",
+            "computes layers in 3 processes, with at most 2.00 GiB in flight",
+        ]
         assert isinstance(threads, Threads)
         assert isinstance(others, Processes)
         assert threads.threads is threads
@@ -389,6 +400,6 @@ def _is_alive(process):
 
 def test_items_take_a_quarter_of_the_memory_that_is_free(monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda: 4000)
-    for made in (Threads(CPU), Processes(1, CPU)):
-        with made:
-            assert made._budget == 1000
+    with Threads(CPU) as threads, Processes(1, CPU) as processes:
+        assert threads._budget == 1000
+        assert processes._budget + processes.threads._budget == 1000

@@ -41,7 +41,7 @@ class LatencyBudget(Budget):
             raise InputError(
                 "Times can be measured for one shape only, and the inputs "
                 f"{', '.join(found.open_inputs)} have open dimensions: pass them as "
-                "--input-shape NAME=1,3,224,224, or choose --budget params."
+                f"{found.shape_words}, or choose --budget params."
             )
 
     def on(self, found: Found, tools: Tools | None = None) -> Latency:
