@@ -37,13 +37,19 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, kept: NDArray
     Raises:
         InputError: A data file has changed.
     """
+    places = [*hidden.constants]
     for producer in hidden.producers:
         use = producer.layer.uses[0]
-        place = Place(use.scope, use.node)
-        axis = varying_axis(walk, producer, 1)
-        _take(model, walk, edits, producer, (place, use.operand, axis), kept)
-    for constant_between in hidden.constants:
-        _take(model, walk, edits, hidden.producers[0], constant_between, kept)
+        places.append((Place(use.scope, use.node), use.operand, varying_axis(walk, producer, 1)))
+    # Once for all its readers: two copies of a shared bias would be parameters that nobody counts.
+    stored: dict[tuple[str, int], str] = {}
+    for place, operand, axis in places:
+        tensor = walk.operand(place, operand)
+        key = ("" if tensor is None else tensor.name), axis
+        if key not in stored:
+            stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, axis, kept)
+        edits.scopes[place.scope].repointed[place.node, operand] = stored[key]
+        edits.unread(place, operand)
     edits.scopes[""].forgotten.update(hidden.tensors)
 
 
@@ -89,23 +95,20 @@ def _laid_out(walk: Walk, binding: Binding, canonical: NDArray[Any], shape: Sequ
     return registry.family(node).laid_out(node, use.operand, canonical, shape)
 
 
-def _take(
+def _taken(
     model: Model,
     walk: Walk,
     edits: Edits,
     beside: Binding,
-    constant_at: tuple[Place, int, int],
+    tensor: Any,
+    axis: int,
     kept: NDArray[np.intp],
-) -> None:
-    """Replace a constant operand by its values for the channels that stay."""
-    place, operand, axis = constant_at
-    tensor = walk.operand(place, operand)
+) -> str:
+    """Store the values of a constant for the channels that stay; returns the name of the new constant."""
     value = None if tensor is None else constant(walk, model, tensor)
     if value is None:  # `layers.hidden` could read it, so its file has changed since
-        raise InputError(f"A constant of {walk.node(place).op_type} changed while it was read: run again.")
-    stored = resolve(walk, tensor)
-    source = beside.stored.source if isinstance(stored, str) else stored.source
+        raise InputError(f"A constant beside {beside.layer.id!r} changed while it was read: run again.")
+    found = resolve(walk, tensor)
+    source = beside.stored.source if isinstance(found, str) else found.source
     taken = np.ascontiguousarray(value.take(kept, axis))
-    name = edits.keep(source, f"{walk.origin(tensor)[1]}_narrow", taken)
-    edits.scopes[place.scope].repointed[place.node, operand] = name
-    edits.unread(place, operand)
+    return edits.keep(source, f"{walk.origin(tensor)[1]}_narrow", taken)

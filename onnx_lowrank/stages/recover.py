@@ -29,15 +29,16 @@ from onnx_lowrank.calibrate.moments import Accumulator, merged, split
 from onnx_lowrank.calibrate.prefix import Prefix, Sight, Step
 from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments, Targets
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
+from onnx_lowrank.linalg import selection
 from onnx_lowrank.linalg.activations import fit
 from onnx_lowrank.linalg.folding import compose
-from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets
+from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets, shrinkage
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry, outputs, patches
 from onnx_lowrank.rewrite.replace import Replacement
@@ -190,7 +191,10 @@ class Recovery:
         return self._bias is not None
 
     def _ridge(self, shares: Mapping[bool, _Share]) -> float:
-        """The ridge of least error on the held-out share."""
+        """The ridge of least error on the held-out share; for a narrow layer, that of its own inputs."""
+        if self._option.lowering is Lowering.NARROW:
+            # The whole weight says nothing about it: without a channel to drop, the largest ridge is best.
+            return shrinkage(shares[False].inputs, selection.RIDGE)
         fitted, held = shares[False], shares[True]
         return best_ridge(
             self._weight, fitted.inputs, fitted.targets, held.inputs, held.targets, centred=self._centred

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit
-from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.linalg import tied
+from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.errors import PlanError
+from onnx_lowrank.linalg import selection, tied
 from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit, products
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import certify, factorize
@@ -229,14 +230,17 @@ def activation_factors(
     """
     if moments.transposed is not None:
         return tied.fit(tied_problem(weight, moments, ridged=True), option.j)
+    is_narrow = option.lowering is Lowering.NARROW
     if moments.inputs is not None:
-        problem = of_weight(
-            weight, moments.inputs, centred=centred, ridge=shrinkage(moments.inputs, INPUT_RIDGE)
-        )
+        least = selection.RIDGE if is_narrow else INPUT_RIDGE
+        ridge = shrinkage(moments.inputs, least)
+        problem = of_weight(weight, moments.inputs, centred=centred, ridge=ridge)
         held = None
         if moments.held is not None:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)
         return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0)
+    if is_narrow:
+        raise PlanError("A plan that narrows layers needs moments of their inputs: pass --calibration.")
     kernel = weight.shape[3:]
     if moments.outputs is not None and option.fold.on(kernel) is Fold.ENCODE and option.k == 1:
         ridge = shrinkage(moments.outputs, moments.least)

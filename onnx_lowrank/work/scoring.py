@@ -156,6 +156,6 @@ def width_errors(item: WidthItem, backend: Backend) -> NDArray[np.float64]:
     weight, moments = item.weight.read(), item.moments.read()
     if moments.inputs is None:
         raise RuntimeError(f"the moments {item.moments.number} are not those of inputs")
-    ridge = shrinkage(moments.inputs, INPUT_RIDGE)
+    ridge = shrinkage(moments.inputs, selection.RIDGE)
     problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
     return selection.errors(problem, selection.order(problem, weight.shape[2]))
