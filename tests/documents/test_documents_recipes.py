@@ -240,3 +240,20 @@ def test_a_binary_file_is_no_recipe(tmp_path):
         RecipeError, match=r"binary\.toml cannot be read \(it is not UTF-8 text\): check the path"
     ):
         recipes.load(path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("", "narrow is true and needs factors 'activations'"),
+        ('factors = "activations"\nprice = "macs"', "cannot drop channels"),
+    ],
+)
+def test_a_recipe_that_cannot_drop_channels_is_refused(extra, message):
+    text = f'summary = "s"\nfolds = ["encode"]\ngroups = [1]\naggregate = "sum"\nnarrow = true\n{extra}\n'
+    with pytest.raises(RecipeError, match=message):
+        recipes.parse(text, "r")
+
+
+def test_recipes_that_fit_activations_to_a_sum_drop_channels():
+    assert {recipe.name for recipe in recipes.load_all() if recipe.narrow} == {"activation", "output"}
