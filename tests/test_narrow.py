@@ -183,7 +183,7 @@ def test_an_edited_width_is_kept(tmp_path):
         ({"up": {"fold": "encode", "k": 1, "j": 4}}, "narrows 'down' and decomposes 'up'"),
         (
             {"up": {"fold": "encode", "k": 1, "j": 4, "lowering": "narrow"}},
-            "'up' has no layer before it whose channels can be dropped",
+            "'up' cannot be lowered as narrow: choose one of native",
         ),
     ],
 )

@@ -8,7 +8,7 @@ all choices.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -32,10 +32,12 @@ class Pair:
     Attributes:
         table: The narrowings; index 0 keeps all channels.
         members: Indices of the layers; the consumer, whose id the table has, is the last one.
+        shares: For every producer, its own cost under every narrowing; the rest is the consumer's.
     """
 
     table: Candidates
     members: Picks
+    shares: tuple[Ints, ...]
 
 
 def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[Costs]) -> tuple[Pair, ...]:
@@ -55,8 +57,15 @@ def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[C
         if layer.id in errors:
             table = narrowings(layer, errors[layer.id], grid)
             producers = (numbers[producer.id] for producer in layer.producers)
-            made.append(Pair(table, (*producers, numbers[layer.id])))
+            shares = tuple(_costs_of_widths(producer, table.j, grid) for producer in layer.producers)
+            made.append(Pair(table, (*producers, numbers[layer.id]), shares))
     return tuple(pair for pair in made if pair.table.cost.size > 1)
+
+
+def _costs_of_widths(producer: Layer, widths: Ints, grid: Grid[Costs]) -> Ints:
+    """The costs of a producer with fewer output features, which are linear; width 0 keeps all of them."""
+    first, second = (grid.costs.tariff(replace(producer, f=width)).keep for width in (1, 2))
+    return np.where(widths > 0, first + (widths - 1) * (second - first), grid.costs.tariff(producer).keep)
 
 
 @dataclass(frozen=True)
@@ -192,9 +201,12 @@ def _choice(table: Candidates, index: int) -> Choice:
 def _narrowed(layers: Sequence[Candidates], pair: Pair, index: int) -> Mapping[int, Choice]:
     """The choices for a narrowed pair: the consumer has the option, its producers say why they have none."""
     *producers, consumer = pair.members
+    shares = [int(share[index]) for share in pair.shares]
+    saved = sum(int(layers[member].cost[0]) for member in producers) - sum(shares)
     reason = f"narrowed to {int(pair.table.j[index])} channels with {pair.table.layer}"
     kept = {
-        member: Choice(layers[member].layer, None, int(layers[member].cost[0]), 0.0, reason)
-        for member in producers
+        member: Choice(layers[member].layer, None, share, 0.0, reason)
+        for member, share in zip(producers, shares, strict=True)
     }
-    return {**kept, consumer: _choice(pair.table, index)}
+    choice = _choice(pair.table, index)
+    return {**kept, consumer: replace(choice, cost=choice.cost + saved)}

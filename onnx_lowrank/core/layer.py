@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.core.option import Fold, Lowering
+from onnx_lowrank.core.option import Fold, Lowering, Option
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +176,20 @@ class Layer:
     def full_rank(self, fold: Fold, k: int) -> int:
         """The rank at which every slice is exact."""
         return min(self.matrix(fold, k))
+
+
+def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, Layer]:
+    """The layers that a plan leaves with fewer channels, as they are then, by id.
+
+    Args:
+        options: Every layer with its option; None for a layer that the plan keeps.
+    """
+    narrow: dict[str, Layer] = {}
+    for layer, option in options:
+        if option is not None and option.lowering is Lowering.NARROW:
+            narrow[layer.id] = replace(layer, c=option.j)
+            narrow |= {producer.id: replace(producer, f=option.j) for producer in layer.producers}
+    return narrow
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,7 @@ class _Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     k: int | None
     j: int | None
     lowering: Lowering | None
-    # Negative for a narrowed layer whose producers save more than it costs.
-    cost: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="a whole number of at most 64 bits")]
+    cost: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2⁶³ − 1")]
     error: float | None
     reason: str
 
@@ -216,10 +215,6 @@ def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
 
 
 def _check_narrow(layer: Layer, option: Option, name: str) -> None:
-    if not layer.producers:
-        raise PlanError(
-            f"{name} has no layer before it whose channels can be dropped: choose another lowering."
-        )
     if (option.fold, option.k) != (layer.narrow_fold, 1):
         raise PlanError(f"{name} can be narrowed with fold {layer.narrow_fold} and k = 1 only: set these.")
     if not 1 <= option.j < layer.c:
@@ -230,7 +225,7 @@ def _check_narrow(layer: Layer, option: Option, name: str) -> None:
 
 def _check_option(layer: Layer, option: Option) -> None:
     name = f"In the plan, layer {layer.id!r}"
-    if option.lowering is Lowering.NARROW:
+    if option.lowering is Lowering.NARROW and layer.producers:
         _check_narrow(layer, option, name)
         return
     if option.fold not in layer.folds:

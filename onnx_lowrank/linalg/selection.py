@@ -11,15 +11,13 @@ tr(W_i (C⁻¹)_ii⁻¹ W_iᵀ) where channel i goes and the others are refitted
 
 from __future__ import annotations
 
-from math import prod
-
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.quadratic import Quadratic
+from onnx_lowrank.linalg.quadratic import Quadratic, error
 
 Indices = NDArray[np.intp]
 Floats = NDArray[np.float64]
@@ -27,6 +25,11 @@ Floats = NDArray[np.float64]
 RIDGE = 0.01
 """The least ridge. The channels that stay take over the weights of those that go, which a larger ridge would
 forbid; on MiniLM's feed-forward layers, a tenth and a thousandth both had more error on held-out inputs."""
+
+_JUDGED = 8
+"""So many refits are judged on held-out inputs; between them, the curve is scaled linearly."""
+
+_SMALL = 1e-12
 
 _BLOCK = 64
 """So many channels are dropped before the matrices shrink."""
@@ -124,16 +127,49 @@ def _product(one: Floats, other: Floats) -> Floats:
     return np.asarray(one * other if one.shape[-1] == 1 else one @ other)
 
 
-def errors(quadratic: Quadratic, kept: Indices) -> NDArray[np.float64]:
+def errors(quadratic: Quadratic, kept: Indices, held: Quadratic | None = None) -> NDArray[np.float64]:
     """The relative error e / e(0) for every width at once, with the kept channels refitted.
+
+    A refit has many parameters, so its error on the inputs that it was fitted to flatters it. With held-out
+    inputs, some refits are judged on them, and the curve is scaled by what these show.
 
     Args:
         quadratic: The error of the layer's weight; one operator group.
         kept: The channels in the order of their worth, shape (channels,).
+        held: The error on held-out inputs.
 
     Returns:
         Shape (channels + 1,), at the widths 0 … channels; never increasing.
     """
+    curve = _fitted_errors(quadratic, kept)
+    if held is None or not curve.any():
+        return curve
+    widths = np.unique(np.linspace(1, kept.size, _JUDGED + 1).astype(int))[:-1]
+    shown = np.array([_held_error(quadratic, kept[:width], kept.size, held) for width in widths])
+    scale = np.interp(np.arange(kept.size + 1), widths, shown / np.maximum(curve[widths], _SMALL))
+    judged: NDArray[np.float64] = np.minimum.accumulate(np.minimum(curve * scale, 1.0))
+    judged[0] = 1.0
+    return judged
+
+
+def _held_error(quadratic: Quadratic, kept: Indices, channels: int, held: Quadratic) -> float:
+    """The error on held-out inputs of the weight that is refitted to some channels."""
+    weight = np.zeros(quadratic.cross.shape)
+    elements, columns = _refitted(quadratic, kept, channels)
+    weight[0][:, elements] = columns
+    return error(held, weight)
+
+
+def _refitted(quadratic: Quadratic, kept: Indices, channels: int) -> tuple[Indices, Floats]:
+    """The elements of the kept channels, and the columns of the best weight that reads only these."""
+    elements = np.arange(quadratic.second.shape[1]).reshape(channels, -1)[kept].reshape(-1)
+    second = quadratic.second[0][np.ix_(elements, elements)]
+    columns = scipy.linalg.solve(second, quadratic.cross[0][:, elements].T, assume_a="pos").T
+    return elements, columns
+
+
+def _fitted_errors(quadratic: Quadratic, kept: Indices) -> NDArray[np.float64]:
+    """The relative error for every width on the inputs of the fit."""
     total = float(quadratic.power[0])
     if total <= 0:
         return np.zeros(kept.size + 1)
@@ -159,9 +195,7 @@ def fit(quadratic: Quadratic, shape: tuple[int, ...], width: int) -> Factors:
     """
     _, f, c, *kernel = shape
     kept = np.sort(order(quadratic, c)[:width])
-    elements = np.arange(c * prod(kernel)).reshape(c, -1)[kept].reshape(-1)
-    second = quadratic.second[0][np.ix_(elements, elements)]
-    decoder = scipy.linalg.solve(second, quadratic.cross[0][:, elements].T, assume_a="pos").T
+    _, decoder = _refitted(quadratic, kept, c)
     encoder = np.zeros((1, 1, width, c, *[1] * len(kernel)))
     encoder[0, 0, np.arange(width), kept] = 1.0
     return Factors(Fold.DECODE.on(tuple(kernel)), encoder, decoder.reshape(1, f, 1, width, *kernel))

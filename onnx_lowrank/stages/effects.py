@@ -73,11 +73,10 @@ def effects(
     chosen = {table.layer: () if table.layer in unseen else _probes(table) for table in tables}
 
     measured = [binding for binding in bindings if chosen[binding.layer.id]]
-    fed = [b for b in measured if not any(use.reads_indices for use in b.layer.uses)]  # no tables: too large
-    options = [[option for option, _ in chosen[binding.layer.id]] for binding in fed]
+    options = [[option for option, _ in chosen[binding.layer.id]] for binding in measured]
     with (
         progress.stage("outputs", 1) as step,
-        closing(_substitutes(model, walk, fed, options, calibration.statistics, executor)) as made,
+        closing(_substitutes(model, walk, measured, options, calibration.statistics, executor)) as made,
     ):
         # Layers that cannot be overridden are passed over, and their substitutes with them.
         def substitutes(binding: Binding) -> list[Substitute]:

@@ -17,7 +17,7 @@ from onnx_lowrank.allocate.options import Candidates, unscored
 from onnx_lowrank.allocate.pairs import Classes, pairs_of
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.budgets.budget import Meter
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.layer import Layer, narrow_layers
 from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
@@ -69,7 +69,8 @@ def replay(plan: Plan, model: Model, layers: Sequence[Layer], meter: Meter) -> P
         )
     # The total comes first, or a model that cannot be counted is replayed: its layers may still have costs.
     _ = meter.total
-    choices = tuple(_repriced(by_id[layer.id], layer, meter) for layer in layers)
+    narrow = narrow_layers([(layer, by_id[layer.id].option) for layer in layers])
+    choices = tuple(_repriced(by_id[layer.id], layer, narrow.get(layer.id), meter) for layer in layers)
     # Another --input-shape changes costs, and then another plan may be the best.
     priced = [choice.cost for choice in plan.choices] == [choice.cost for choice in choices]
     if priced and not plans.is_edited(plan):
@@ -85,9 +86,9 @@ def _edited(plan: Plan, choices: Sequence[Choice]) -> Plan:
     return plans.sealed(replace(plan, choices=reasoned, solver=None))
 
 
-def _repriced(choice: Choice, layer: Layer, meter: Meter) -> Choice:
+def _repriced(choice: Choice, layer: Layer, narrow: Layer | None, meter: Meter) -> Choice:
     """A choice with its true cost; if this differs, the option was edited and its error is unknown."""
-    true = meter.tariff(layer).cost(choice.option)
+    true = meter.tariff(layer).cost(choice.option) if narrow is None else meter.tariff(narrow).keep
     error = 0.0 if choice.option is None else choice.error if choice.cost == true else math.nan
     return replace(choice, cost=true, error=error)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -14,8 +13,7 @@ from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
-from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.core.option import Lowering
+from onnx_lowrank.core.layer import Layer, narrow_layers
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
@@ -197,7 +195,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
     )
     certificates = {} if built is None else built.certificates
     fits = {} if built is None else built.fits
-    narrow = _narrow(run)
+    narrow = narrow_layers(run.found.options(run.plan.choices))
     return tuple(
         _row(
             binding.layer,
@@ -209,16 +207,6 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
-
-
-def _narrow(run: Run) -> dict[str, Layer]:
-    """The layers that have fewer channels in the compressed model, as they are there, by id."""
-    narrow: dict[str, Layer] = {}
-    for layer, option in run.found.options(run.plan.choices):
-        if option is not None and option.lowering is Lowering.NARROW:
-            narrow[layer.id] = replace(layer, c=option.j)
-            narrow |= {producer.id: replace(producer, f=option.j) for producer in layer.producers}
-    return narrow
 
 
 def _row(

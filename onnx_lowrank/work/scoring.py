@@ -158,4 +158,7 @@ def width_errors(item: WidthItem, backend: Backend) -> NDArray[np.float64]:
         raise RuntimeError(f"the moments {item.moments.number} are not those of inputs")
     ridge = shrinkage(moments.inputs, selection.RIDGE)
     problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
-    return selection.errors(problem, selection.order(problem, weight.shape[2]))
+    held = None
+    if moments.held is not None:
+        held = of_weight(weight, moments.held, centred=item.centred, ridge=0.0)
+    return selection.errors(problem, selection.order(problem, weight.shape[2]), held)

@@ -45,7 +45,8 @@ def problem(seed):
     # The narrowings' costs are those of the consumer, less what the producers save.
     cost = np.sort(rng.choice(np.arange(-60, 40), 6, replace=False))
     narrow = table("w3", [40, *cost], [0.0, *np.sort(rng.random(6))[::-1]], _Narrow())
-    return layers, Pair(narrow, (1, 2, 3))
+    shares = tuple(np.array([40, *rng.integers(1, 40, 6)]) for _ in range(2))
+    return layers, Pair(narrow, (1, 2, 3), shares)
 
 
 def combinations(layers, pair):
@@ -97,7 +98,7 @@ def test_no_combination_beats_the_plan(seed, aggregate, power):
 
 def test_a_narrowed_pair_keeps_its_producers_and_says_so():
     layers, pair = problem(1)
-    pair = Pair(replace(pair.table, error=pair.table.error * 1e-6), pair.members)
+    pair = replace(pair, table=replace(pair.table, error=pair.table.error * 1e-6))
     classes = Classes(layers, (pair,), RECIPE)
     limits = classes.limits(Limits.single(layers, 150))
     choices = classes.choices(solve(classes.tables, limits, RECIPE).picks)
@@ -105,7 +106,7 @@ def test_a_narrowed_pair_keeps_its_producers_and_says_so():
     for member in (1, 2):
         assert choices[member].option is None
         assert choices[member].reason == f"narrowed to {choices[3].option.j} channels with w3"
-        assert choices[member].cost == 40
+        assert choices[member].cost == pair.shares[member - 1][choices[3].option.j]
 
 
 def test_without_pairs_the_classes_are_the_layers():

@@ -33,8 +33,8 @@ TEXTS = {
         | {"scale": (24,), "shift": (24,), "mean": (24,), "var": np.ones(24, np.float32)},
     ),
     "a table and its transpose": (
-        """g (int64[4] i) => (float[4, 200] y) {
-            h = Gather (table, i) r = Relu (h) t = Transpose <perm = [1, 0]> (table) y = MatMul (r, t) }""",
+        """g (float[4, 200] x) => (float[4, 200] y) {
+            h = MatMul (x, table) r = Relu (h) t = Transpose <perm = [1, 0]> (table) y = MatMul (r, t) }""",
         {"table": (200, 64)},
     ),
     "bodies": (

@@ -122,3 +122,21 @@ def test_outputs_without_power_have_no_error():
     weight = np.zeros((1, 3, 5))
     quadratic = problem(weight, np.random.default_rng(1).standard_normal((50, 5)))
     assert not selection.errors(quadratic, np.arange(5)).any()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_held_out_inputs_scale_the_curve(size):
+    rng = np.random.default_rng(13)
+    c = 24
+    weight = rng.standard_normal((1, 6, c, *((size,) if size > 1 else ())))
+    mix = rng.standard_normal((c * size, c * size))
+    fitted, held = (problem(weight, rng.standard_normal((n, c * size)) @ mix) for n in (150, 2000))
+    kept = selection.order(fitted, c)
+    plain, judged = selection.errors(fitted, kept), selection.errors(fitted, kept, held)
+    for width in (1, 4, 7, 10, 13, 16, 19, 22):
+        # The refits at these widths are the judged ones.
+        weight_at = compose(selection.fit(fitted, weight.shape, width))
+        assert judged[width] == pytest.approx(min(error(held, weight_at), judged[width - 1]), rel=0.25)
+    assert judged[10] > plain[10]
+    assert (np.diff(judged) <= 0).all()
+    assert (judged[0], judged[-1]) == (1.0, pytest.approx(0.0, abs=1e-6))
