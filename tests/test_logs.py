@@ -82,7 +82,7 @@ def test_files_for_an_engine_are_told(monkeypatch, caplog):
         ("session", ("calibration on ", "40 samples, 8 held out", "ONNX Runtime"), 1),
         ("stages.score", ("curves of activation errors in ",), 1),
         ("stages.effects", ("errors at the outputs",), 1),
-        ("stages.search", ("recipe 'activation' at ratio 0.5: output error 0.",), 1),
+        ("stages.search", ("recipe 'schatten' at ratio 0.5: output error 0.",), 1),
         ("stages.search", ("took recipe",), 1),
         ("stages.build", ("fitted to activations", "error 0."), None),
         ("stages.search", (", recovered: output error",), 1),

@@ -45,7 +45,7 @@ _GROUP = 4
 _BATCH = 16
 _FEWEST, _MOST = 8, 128
 _FEWEST_SEQUENCES = 2
-_PASSES = 2
+_PASSES = 5
 """The most that all trials together cost, in runs of all calibration samples."""
 
 
@@ -133,7 +133,7 @@ def measure(
 
 
 def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
-    """The number of samples for each trial, so that all trials together cost at most 2 runs of all samples.
+    """The number of samples for each trial, so that all trials together cost at most 5 runs of all samples.
 
     Args:
         samples: Number of calibration samples.
@@ -142,7 +142,7 @@ def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
         rows: The least number of vectors that an output has for each sample, as for each token of a text.
 
     Returns:
-        2 · samples / (layers · trials), but at most 128, and enough for 8 vectors of every output, and for 2
+        5 · samples / (layers · trials), but at most 128, and enough for 8 vectors of every output, and for 2
         samples.
     """
     fewest = max(-(-_FEWEST // max(rows, 1)), _FEWEST_SEQUENCES)

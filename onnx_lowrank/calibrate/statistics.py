@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import Part, split, whole
@@ -92,12 +93,14 @@ class Statistics(Mapping[str, LayerMoments]):
     Attributes:
         reasons: For each layer without moments, the reason.
         batch: The number of samples that were run at a time.
+        kept: For layers that can be narrowed, their input channels in the order of their worth, once known.
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
         """Start without moments of these layers."""
         self.reasons: dict[str, str] = {}
         self.batch = _UNMEASURED
+        self.kept: dict[str, NDArray[np.intp]] = {}
         self._layers = tuple(layers)
         self._references: dict[str, MomentsRef] = {}
         self._folder = TemporaryDirectory(prefix="onnx-lowrank-")

@@ -55,6 +55,7 @@ def fit(
     backend: Backend,
     held: Quadratic | None = None,
     steps: int = 0,
+    kept: NDArray[np.intp] | None = None,
 ) -> Factors:
     """Factors of one option with a small error: the encoder first, then the decoder by least squares.
 
@@ -71,12 +72,14 @@ def fit(
         held: The error on held-out inputs. The refinement ends when this error no longer falls, and the
             factors with its least value are returned. Without it, the last factors are returned.
         steps: The most iterations of the refinement.
+        kept: For a narrow option, the channels in the order of their worth; by default, that on this error.
 
     Returns:
         Float64 NumPy arrays; every slice balanced as U√Σ and √ΣVᵀ of its product.
     """
     if option.lowering is Lowering.NARROW:
-        return selection.fit(quadratic, shape, option.j)
+        order = selection.order(quadratic, shape[2]) if kept is None else kept
+        return selection.fit(quadratic, shape, order[: option.j])
     with _on_device(quadratic, backend):
         problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
         if option.j == min(problem.optimum.shape[-2:]):

@@ -182,19 +182,19 @@ def _fitted_errors(quadratic: Quadratic, kept: Indices) -> NDArray[np.float64]:
     return np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)])
 
 
-def fit(quadratic: Quadratic, shape: tuple[int, ...], width: int) -> Factors:
+def fit(quadratic: Quadratic, shape: tuple[int, ...], kept: Indices) -> Factors:
     """The encoder that selects the channels to keep, and the decoder that is refitted to them.
 
     Args:
         quadratic: The error to minimize; one operator group.
         shape: Shape of the canonical weight, (1, f, c, *kernel).
-        width: Number of channels to keep.
+        kept: The channels to keep, in any order.
 
     Returns:
         Float64 arrays in the fold whose decoder holds the kernel; every row of the encoder has a single 1.
     """
     _, f, c, *kernel = shape
-    kept = np.sort(order(quadratic, c)[:width])
+    kept, width = np.sort(kept), kept.size
     _, decoder = _refitted(quadratic, kept, c)
     encoder = np.zeros((1, 1, width, c, *[1] * len(kernel)))
     encoder[0, 0, np.arange(width), kept] = 1.0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ from onnx_lowrank.work.fitting import DenseItem, dense
 
 _log = logging.getLogger(__name__)
 
-PROBED = (0.02, 0.1, 0.4)
+PROBED = (0.01, 0.04, 0.12, 0.3, 0.6)
 """Relative activation errors near which the effect on the model's outputs is measured."""
 
 Effects = tuple[tuple[float, float], ...]
@@ -51,7 +52,8 @@ def effects(
     calibration: Calibration,
     executor: Executor,
     progress: Progress,
-) -> Sequence[Effects | str]:
+    narrow: Mapping[str, Candidates] = MappingProxyType({}),
+) -> tuple[Sequence[Effects | str], Mapping[str, Effects]]:
     """Measure the errors that some options cause at the model's outputs.
 
     Args:
@@ -62,9 +64,12 @@ def effects(
         calibration: The inputs.
         executor: Makes the factors.
         progress: Where to show progress.
+        narrow: The narrowings of layers that can be narrowed, by id.
 
     Returns:
         For every layer the effects of its options, at least one pair; or why they are unknown, a sentence.
+        And the effects of narrowings, by id of the layer: errors of dropped channels spread otherwise over
+        the positions than those of low ranks, so they have effects of their own.
 
     Raises:
         InputError: A data file has changed.
@@ -73,7 +78,8 @@ def effects(
     chosen = {table.layer: () if table.layer in unseen else _probes(table) for table in tables}
 
     measured = [binding for binding in bindings if chosen[binding.layer.id]]
-    options = [[option for option, _ in chosen[binding.layer.id]] for binding in measured]
+    widths = {layer: _probes(table) for layer, table in narrow.items() if layer not in unseen}
+    options = [[option for option, _ in (*chosen[b.layer.id], *widths.get(b.layer.id, ()))] for b in measured]
     with (
         progress.stage("outputs", 1) as step,
         closing(_substitutes(model, walk, measured, options, calibration.statistics, executor)) as made,
@@ -93,11 +99,13 @@ def effects(
             step=step,
         )
     if not caused:
-        return _assumed([()] * len(tables))
+        return _assumed([()] * len(tables)), {}
     known = [_pairs(chosen[table.layer], caused, table.layer) for table in tables]
+    narrowed = {layer: _pairs(tried, caused, layer, len(chosen[layer])) for layer, tried in widths.items()}
     # A layer that has no options is kept anyway.
     reasons = (unseen.get(table.layer) or caused.reasons.get(table.layer, "") for table in tables)
-    return [reason or pairs for pairs, reason in zip(_assumed(known), reasons, strict=True)]
+    found = [reason or pairs for pairs, reason in zip(_assumed(known), reasons, strict=True)]
+    return found, {layer: pairs for layer, pairs in narrowed.items() if pairs}
 
 
 def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
@@ -114,12 +122,16 @@ def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
 
 
 def _pairs(
-    chosen: Sequence[tuple[Option, float]], caused: Mapping[str, NDArray[np.float64]], layer: str
+    chosen: Sequence[tuple[Option, float]],
+    caused: Mapping[str, NDArray[np.float64]],
+    layer: str,
+    start: int = 0,
 ) -> Effects:
-    """The effects of one layer; none if they were not measured or are all zero."""
+    """The effects of one layer's options from a number on; none if they were not measured or are all zero."""
     if layer not in caused or not caused[layer].any():
         return ()
-    return tuple(zip((error for _, error in chosen), caused[layer].tolist(), strict=True))
+    errors = (error for _, error in chosen)
+    return tuple(zip(errors, caused[layer][start : start + len(chosen)].tolist(), strict=True))
 
 
 def _assumed(measured: Sequence[Effects]) -> list[Effects]:
@@ -147,7 +159,8 @@ def _substitutes(
     def items() -> Iterator[DenseItem]:
         for binding, tried, changeable in zip(bindings, options, biases, strict=True):
             item = factors_item(model, walk, binding, tried[0], changeable, statistics)
-            yield DenseItem(item.weight, tuple(tried), item.moments, item.centred, item.added)
+            kept = statistics.kept.get(binding.layer.id)
+            yield DenseItem(item.weight, tuple(tried), item.moments, item.centred, item.added, kept)
 
     for binding, changeable, made in zip(bindings, biases, executor.map(dense, items()), strict=True):
         added = added_inside(changeable)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import LayerFit
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import Bias, bias
@@ -84,9 +84,9 @@ def factors_item(
     moments = statistics.reference(binding.layer.id)
     # Only moments of outputs include the bias, and its values may be too many for an item to carry in vain.
     is_inside = moments is not None and moments.of_outputs
-    return FactorsItem(
-        weight, option, moments, changeable is not None, added_inside(changeable) if is_inside else None
-    )
+    added = added_inside(changeable) if is_inside else None
+    kept = statistics.kept.get(binding.layer.id) if option.lowering is Lowering.NARROW else None
+    return FactorsItem(weight, option, moments, changeable is not None, added, kept)
 
 
 def added_inside(changeable: Bias | None) -> NDArray[np.float64] | None:

@@ -49,6 +49,7 @@ from onnx_lowrank.work.fitting import (
     CertificateItem,
     activation_factors,
     certificate,
+    channel_order,
     exact,
     stored_as,
 )
@@ -165,6 +166,10 @@ class Recovery:
         self._geometry = geometry(walk, binding, 0)
         self._moments = calibration.statistics[binding.layer.id]
         self._samples = calibration.samples.count
+        self._kept = calibration.statistics.kept.get(binding.layer.id)
+        if option.lowering is Lowering.NARROW and self._kept is None and self._moments.inputs is not None:
+            # As the plan was made, although other inputs are fitted to now: a replay makes the same model.
+            self._kept = channel_order(self._weight, self._moments.inputs, centred=self._centred)
 
     def run(self, step: Step) -> Recovered:
         """Fit the layer to the inputs and targets of its step, and let the walk continue with the result."""
@@ -204,7 +209,9 @@ class Recovery:
         """Factors fitted to the targets of one share and judged on the other."""
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
-        factors = fit(problem, self._weight.shape, self._option, self._threads.backend, judge, steps)
+        factors = fit(
+            problem, self._weight.shape, self._option, self._threads.backend, judge, steps, self._kept
+        )
         return stored_as(factors, self._dtype)
 
     def _rectified(self, step: Step, shares: Mapping[bool, _Share], linear: _Map, ridge: float) -> _Map:
@@ -230,6 +237,7 @@ class Recovery:
             self._threads.backend,
             centred=self._centred,
             steps=STEPS,
+            kept=self._kept,
         )
         if factors is None:
             raise RuntimeError(f"the inputs of {self._binding.layer.id} were measured")

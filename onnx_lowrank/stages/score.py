@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import Candidates, candidates
+from onnx_lowrank.allocate.options import Candidates, candidates, narrowings
 from onnx_lowrank.allocate.pairs import Pair, pairs_of
 from onnx_lowrank.budgets.budget import Gauge, Meter
 from onnx_lowrank.calibrate.calibration import Calibration
@@ -61,6 +61,7 @@ class Known:
         effects: The errors at the model's outputs that some activation errors cause; empty until measured.
         unknown: Why these errors could not be measured, a sentence; "" if they were.
         widths: Relative errors with fewer input channels, at the widths 0 … c; None until computed.
+        narrow_effects: The errors at the model's outputs that some of these cause; empty until measured.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Known:
     effects: Effects = ()
     unknown: str = ""
     widths: NDArray[np.float64] | None = None
+    narrow_effects: Effects = ()
 
     def evidence(self) -> Evidence:
         """All results, for a measure to choose from."""
@@ -174,7 +176,7 @@ class Scores:
         for layer, known in zip(self._layers, self._known, strict=True):
             if known.widths is not None and not known.unknown:
                 key = layer.narrow_fold, 1
-                evidence = Evidence({}, {key: known.widths}, known.power, known.effects)
+                evidence = Evidence({}, {key: known.widths}, known.power, known.narrow_effects)
                 errors[layer.id] = measure.errors(evidence, relative=recipe.relative)[key]
         return pairs_of(self._layers, errors, self._grid)
 
@@ -200,8 +202,9 @@ class Scores:
         begin = monotonic()
         with self._progress.stage("widths", len(chosen)) as step:
             computed = self._executor.map(width_errors, items())
-            for (known, _, _), errors in zip(chosen, computed, strict=True):
-                known.widths = errors
+            for (known, binding, _), errors in zip(chosen, computed, strict=True):
+                known.widths = errors.relative
+                statistics.kept[binding.layer.id] = errors.kept
                 step()
         _log.debug("computed the errors of %d narrow layers in %.2f s", len(chosen), monotonic() - begin)
 
@@ -295,7 +298,15 @@ class Scores:
             candidates(layer, known.activation, recipe, counted)
             for layer, known in zip(self._layers, self._known, strict=True)
         ]
-        measured = effects(
+        narrow = {}
+        if recipe.narrow and self.meter.budget.narrows:
+            self._add_widths()
+            narrow = {
+                layer.id: narrowings(layer, known.widths, counted)
+                for layer, known in zip(self._layers, self._known, strict=True)
+                if known.widths is not None
+            }
+        measured, narrowed = effects(
             self._model,
             self._walk,
             self._bindings,
@@ -303,9 +314,11 @@ class Scores:
             _calibrated(self._calibration),
             self._executor,
             self._progress,
+            narrow,
         )
-        for known, caused in zip(self._known, measured, strict=True):
+        for layer, known, caused in zip(self._layers, self._known, measured, strict=True):
             known.effects, known.unknown = ((), caused) if isinstance(caused, str) else (caused, "")
+            known.narrow_effects = narrowed.get(layer.id, known.effects)
 
 
 def _spread(slices: Sequence[int]) -> list[int]:

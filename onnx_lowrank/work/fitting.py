@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit
+from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit, Moments
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg import selection, tied
@@ -45,6 +46,7 @@ class FactorsItem:
         centred: Whether a bias absorbs the change of the mean.
         added: The bias that its node adds to its outputs, shape (f,), if the moments of outputs include it;
             None otherwise.
+        kept: Its input channels in the order of their worth, if they are known; narrow options need them.
     """
 
     weight: WeightRef
@@ -52,6 +54,7 @@ class FactorsItem:
     moments: MomentsRef | None = None
     centred: bool = False
     added: NDArray[np.float64] | None = None
+    kept: NDArray[np.intp] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +106,9 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     """
     weight, dtype = item.weight.read(), item.weight.dtype
     moments = LayerMoments() if item.moments is None else item.moments.read()
-    factors = activation_factors(weight, item.option, moments, backend, centred=item.centred, steps=STEPS)
+    factors = activation_factors(
+        weight, item.option, moments, backend, centred=item.centred, steps=STEPS, kept=item.kept
+    )
     if factors is None:
         stored = stored_as(factorize(weight, item.option, backend, dtype), dtype)
         return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.WEIGHTS))
@@ -124,6 +129,7 @@ class DenseItem:
         moments: Its moments.
         centred: As in `FactorsItem`.
         added: As in `FactorsItem`.
+        kept: As in `FactorsItem`.
     """
 
     weight: WeightRef
@@ -131,6 +137,7 @@ class DenseItem:
     moments: MomentsRef | None
     centred: bool = False
     added: NDArray[np.float64] | None = None
+    kept: NDArray[np.intp] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -156,18 +163,37 @@ class Dense:
 def dense(item: DenseItem, backend: Backend) -> list[Dense]:
     """Make the products of a layer's factors without refinement; `work.scoring` predicts their errors.
 
+    Narrow options come after the others.
+
     Raises:
         InputError: As for `fitted`.
         PlanError: As for `fitted`.
     """
-    weight, dtype = item.weight.read(), item.weight.dtype
+    weight = item.weight.read()
     moments = LayerMoments() if item.moments is None else item.moments.read()
+    chains = [option for option in item.options if option.lowering is not Lowering.NARROW]
+    alone = [option for option in item.options if option not in chains]
     if moments.inputs is None:
-        return [_dense_alone(item, weight, option, moments, backend) for option in item.options]
+        chains, alone = [], [*item.options]
+    found = _products(item, weight, chains, moments, backend) if chains else []
+    return [*found, *(_dense_alone(item, weight, option, moments, backend) for option in alone)]
+
+
+def _products(
+    item: DenseItem,
+    weight: NDArray[Any],
+    options: Sequence[Option],
+    moments: LayerMoments,
+    backend: Backend,
+) -> list[Dense]:
+    """The products under options of chains, all from one decomposition."""
+    if moments.inputs is None:
+        raise RuntimeError("the products are fitted to moments of inputs")
+    dtype = item.weight.dtype
     mean, ridge = moments.inputs.mean, shrinkage(moments.inputs, INPUT_RIDGE)
     problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
     found = []
-    for product in products(problem, weight.shape, item.options, backend):
+    for product in products(problem, weight.shape, options, backend):
         change = (weight - product).reshape(*weight.shape[:2], -1)
         lost = np.matvec(change, mean).reshape(-1) if item.centred else None
         with np.errstate(over="ignore"):  # a value beyond the range of the dtype becomes infinite
@@ -179,7 +205,9 @@ def _dense_alone(
     item: DenseItem, weight: NDArray[Any], option: Option, moments: LayerMoments, backend: Backend
 ) -> Dense:
     """The product under one option, from moments of outputs or from the weight alone."""
-    factors = activation_factors(weight, option, moments, backend, centred=item.centred, steps=0)
+    factors = activation_factors(
+        weight, option, moments, backend, centred=item.centred, steps=0, kept=item.kept
+    )
     factors = factors or factorize(weight, option, backend, item.weight.dtype)
     lost = lost_mean(weight, factors, moments, item.added) if item.centred else None
     with np.errstate(over="ignore"):
@@ -217,6 +245,7 @@ def activation_factors(
     *,
     centred: bool,
     steps: int,
+    kept: NDArray[np.intp] | None = None,
 ) -> Factors | None:
     """Factors of least error on a layer's inputs (rule 1); None if its moments do not determine them.
 
@@ -227,6 +256,7 @@ def activation_factors(
         backend: Where to compute.
         centred: Whether a bias absorbs the change of the mean.
         steps: Largest number of refinement iterations; refinement needs held-out moments.
+        kept: For a narrow option, the channels in the order of their worth, if it is known.
     """
     if moments.transposed is not None:
         return tied.fit(tied_problem(weight, moments, ridged=True), option.j)
@@ -238,7 +268,7 @@ def activation_factors(
         held = None
         if moments.held is not None:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)
-        return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0)
+        return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0, kept)
     if is_narrow:
         raise PlanError("A plan that narrows layers needs moments of their inputs: pass --calibration.")
     kernel = weight.shape[3:]
@@ -246,6 +276,12 @@ def activation_factors(
         ridge = shrinkage(moments.outputs, moments.least)
         return output_fit(moments.outputs, weight, option.j, backend, centred=centred, ridge=ridge)
     return None
+
+
+def channel_order(weight: NDArray[Any], inputs: Moments, *, centred: bool) -> NDArray[np.intp]:
+    """The input channels of a layer in the order of their worth on its own inputs, shape (c,)."""
+    ridge = shrinkage(inputs, selection.RIDGE)
+    return selection.order(of_weight(weight, inputs, centred=centred, ridge=ridge), weight.shape[2])
 
 
 def lost_mean(

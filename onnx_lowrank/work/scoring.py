@@ -147,8 +147,21 @@ class WidthItem:
         return self.weight.nbytes + self.moments.nbytes + 8 * (6 * p**2 + 5 * f * p)
 
 
-def width_errors(item: WidthItem, backend: Backend) -> NDArray[np.float64]:
-    """Compute the relative errors at the widths 0 … c, as `work.fitting` refits the channels that stay.
+@dataclass(frozen=True, slots=True, eq=False)
+class WidthErrors:
+    """The errors of a layer with fewer input channels.
+
+    Attributes:
+        kept: The channels in the order of their worth, shape (c,).
+        relative: The relative errors at the widths 0 … c, shape (c + 1,).
+    """
+
+    kept: NDArray[np.intp]
+    relative: NDArray[np.float64]
+
+
+def width_errors(item: WidthItem, backend: Backend) -> WidthErrors:
+    """Compute the errors of all widths, as `work.fitting` refits the channels that stay.
 
     Raises:
         InputError: The moments are not finite.
@@ -161,4 +174,5 @@ def width_errors(item: WidthItem, backend: Backend) -> NDArray[np.float64]:
     held = None
     if moments.held is not None:
         held = of_weight(weight, moments.held, centred=item.centred, ridge=0.0)
-    return selection.errors(problem, selection.order(problem, weight.shape[2]), held)
+    kept = selection.order(problem, weight.shape[2])
+    return WidthErrors(kept, selection.errors(problem, kept, held))

@@ -19,6 +19,11 @@ def moments(x):
     return Moments(len(x), mean[None], (centred.T @ centred / len(x))[None])
 
 
+def fitted_to(quadratic, shape, width):
+    """The factors of the most worthy channels."""
+    return selection.fit(quadratic, shape, selection.order(quadratic, shape[2])[:width])
+
+
 def problem(weight, x, centred=True):
     return of_weight(weight, moments(x), centred=centred, ridge=1e-7)
 
@@ -35,7 +40,7 @@ def test_the_refit_is_least_squares_on_the_kept_channels(kernel, width):
     c, size = 7, int(np.prod(kernel))
     weight = rng.standard_normal((1, 5, c, *kernel))
     x = rng.standard_normal((400, c * size)) @ rng.standard_normal((c * size, c * size))
-    factors = selection.fit(problem(weight, x), weight.shape, width)
+    factors = fitted_to(problem(weight, x), weight.shape, width)
     kept = selection.selected(factors)
     assert kept.tolist() == sorted(set(kept.tolist()))
     rows = (x - x.mean(axis=0)).reshape(-1, c, size)[:, kept].reshape(len(x), -1)
@@ -59,7 +64,7 @@ def test_the_errors_of_all_widths_are_those_of_the_fits(kernel, centred):
     assert curve[0] == 1
     assert (np.diff(curve) <= 0).all()
     for width in range(1, c + 1):
-        made = error(quadratic, compose(selection.fit(quadratic, weight.shape, width)))
+        made = error(quadratic, compose(fitted_to(quadratic, weight.shape, width)))
         assert curve[width] == pytest.approx(made, rel=1e-6, abs=1e-9)
 
 
@@ -135,7 +140,7 @@ def test_held_out_inputs_scale_the_curve(size):
     plain, judged = selection.errors(fitted, kept), selection.errors(fitted, kept, held)
     for width in (1, 4, 7, 10, 13, 16, 19, 22):
         # The refits at these widths are the judged ones.
-        weight_at = compose(selection.fit(fitted, weight.shape, width))
+        weight_at = compose(fitted_to(fitted, weight.shape, width))
         assert judged[width] == pytest.approx(min(error(held, weight_at), judged[width - 1]), rel=0.25)
     assert judged[10] > plain[10]
     assert (np.diff(judged) <= 0).all()
