@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from types import MappingProxyType
 
@@ -76,28 +76,11 @@ def effects(
     """
     unseen = calibration.statistics.reasons
     chosen = {table.layer: () if table.layer in unseen else _probes(table) for table in tables}
-
-    measured = [binding for binding in bindings if chosen[binding.layer.id]]
     widths = {layer: _probes(table) for layer, table in narrow.items() if layer not in unseen}
-    options = [[option for option, _ in (*chosen[b.layer.id], *widths.get(b.layer.id, ()))] for b in measured]
-    with (
-        progress.stage("outputs", 1) as step,
-        closing(_substitutes(model, walk, measured, options, calibration.statistics, executor)) as made,
-    ):
-        # Layers that cannot be overridden are passed over, and their substitutes with them.
-        def substitutes(binding: Binding) -> list[Substitute]:
-            return next(found for layer, found in made if layer == binding.layer.id)
-
-        caused = sensitivity.measure(
-            model,
-            walk,
-            measured,
-            substitutes,
-            calibration.samples,
-            calibration.engine,
-            trials=len(PROBED),
-            step=step,
-        )
+    measured = [binding for binding in bindings if chosen[binding.layer.id]]
+    tried = {b.layer.id: (*chosen[b.layer.id], *widths.get(b.layer.id, ())) for b in measured}
+    with progress.stage("outputs", 1) as step:
+        caused = _caused(model, walk, measured, tried, calibration, executor, step)
     if not caused:
         return _assumed([()] * len(tables)), {}
     known = [_pairs(chosen[table.layer], caused, table.layer) for table in tables]
@@ -106,6 +89,34 @@ def effects(
     reasons = (unseen.get(table.layer) or caused.reasons.get(table.layer, "") for table in tables)
     found = [reason or pairs for pairs, reason in zip(_assumed(known), reasons, strict=True)]
     return found, {layer: pairs for layer, pairs in narrowed.items() if pairs}
+
+
+def _caused(
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
+    tried: Mapping[str, Sequence[tuple[Option, float]]],
+    calibration: Calibration,
+    executor: Executor,
+    step: Callable[[float], None],
+) -> sensitivity.Sensitivities:
+    """The errors at the model's outputs that options of some layers cause, in their order."""
+    options = [[option for option, _ in tried[binding.layer.id]] for binding in bindings]
+    with closing(_substitutes(model, walk, bindings, options, calibration.statistics, executor)) as made:
+        # Layers that cannot be overridden are passed over, and their substitutes with them.
+        def substitutes(binding: Binding) -> list[Substitute]:
+            return next(found for layer, found in made if layer == binding.layer.id)
+
+        return sensitivity.measure(
+            model,
+            walk,
+            bindings,
+            substitutes,
+            calibration.samples,
+            calibration.engine,
+            trials=len(PROBED),
+            step=step,
+        )
 
 
 def _probes(table: Candidates) -> tuple[tuple[Option, float], ...]:
