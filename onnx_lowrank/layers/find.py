@@ -139,7 +139,7 @@ def _canonical(model: Model, walk: Walk, place: Place, operand: int, stored: Sto
 def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
     """Rules 1 to 3 for one node: its use of a weight, or the reason to skip it; None for other operators."""
     node = walk.node(place)
-    operator = registry.of(node)
+    operator = registry.known(node)
     if operator is None:
         return registry.left_alone(node) or foreign(walk, place)
     if any(attribute.ref_attr_name for attribute in node.attribute):

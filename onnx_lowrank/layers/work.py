@@ -46,7 +46,7 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
 def _node_macs(walk: Walk, shapes: Shapes, place: Place, *, is_layer: bool) -> int | None:
     """MACs of one node, without a layer's weight; None if a dimension is unknown, 0 if not counted."""
     node = walk.node(place)
-    operator = registry.of(node)
+    operator = registry.known(node)
     if operator is None:
         return 0
     # Two at least: the families index both operands, even of a node that lacks one.

@@ -21,7 +21,7 @@ from onnx_lowrank.operators.operator import Operator
 _DEFAULT = ("", "ai.onnx")
 
 
-def of(node: NodeProto) -> Operator | None:
+def known(node: NodeProto) -> Operator | None:
     """The family of a node, or None if its weight is not decomposed."""
     return _families().get((_domain(node), node.op_type))
 
@@ -32,7 +32,7 @@ def family(node: NodeProto) -> Operator:
     Raises:
         LookupError: The node belongs to none.
     """
-    found = of(node)
+    found = known(node)
     if found is None:
         raise LookupError(f"{node.op_type} has no family of operators")
     return found
@@ -40,7 +40,7 @@ def family(node: NodeProto) -> Operator:
 
 def left_alone(node: NodeProto) -> str | None:
     """The reason why the weight of a known operator is never decomposed; None for all others."""
-    return None if of(node) is not None else LEFT_ALONE.get((_domain(node), node.op_type))
+    return None if known(node) is not None else LEFT_ALONE.get((_domain(node), node.op_type))
 
 
 def is_standard(node: NodeProto) -> bool:

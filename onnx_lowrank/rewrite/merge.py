@@ -179,7 +179,7 @@ class _Round:
 
     def _adder(self, place: Place) -> tuple[Place, int] | None:
         """Rule 1: the Add behind a MatMul, and the operand that is a constant without other readers."""
-        operator = registry.of(self._walk.node(place))
+        operator = registry.known(self._walk.node(place))
         # Before opset 7, Add has other rules of broadcasting.
         if operator is None or not operator.adds_behind or self._walk.opsets[place.scope] < 7:
             return None
@@ -334,7 +334,7 @@ class _Round:
 
 def _multiply(first: NodeProto, second: NodeProto) -> bool:
     """Whether two nodes are linear maps of the same kind."""
-    one, other = registry.of(first), registry.of(second)
+    one, other = registry.known(first), registry.known(second)
     return one is not None and other is not None and one.product is not None and one.product == other.product
 
 
