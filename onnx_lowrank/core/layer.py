@@ -119,6 +119,8 @@ class Layer:
         sliced: The ways in which a chain of several slices can be written.
         producers: The layers that compute this layer's input channels, if each of their output features is
             one channel and nothing else reads it. Channels can then be dropped on both sides.
+        siblings: Ids of the layers that read the same tensor in the same way, this one included, in graph
+            order. They can share an encoder. Empty if there is no other.
     """
 
     id: str
@@ -137,6 +139,7 @@ class Layer:
     whole: tuple[Lowering, ...] = (Lowering.NATIVE,)
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
     producers: tuple[Layer, ...] = ()
+    siblings: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,6 +155,25 @@ class Layer:
     def narrow_fold(self) -> Fold:
         """The fold of an encoder that selects whole input channels."""
         return Fold.DECODE.on(self.kernel)
+
+    @property
+    def shared_fold(self) -> Fold:
+        """The fold of an encoder that siblings share: it holds the whole kernel."""
+        return Fold.ENCODE.on(self.kernel)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder that siblings share counts as this layer's; it does for the first of them."""
+        return self.siblings[:1] == (self.id,)
+
+    def shared_full_rank(self, layers: Mapping[str, Layer]) -> int:
+        """The rank at which an encoder that siblings share is exact for all of them.
+
+        Args:
+            layers: The layers of the model, by id.
+        """
+        _, columns = self.matrix(self.shared_fold, 1)
+        return min(columns, sum(layers[name].f for name in self.siblings))
 
     def narrowed(self, channels: int, cost: Callable[[Layer], int]) -> int:
         """The cost of the layer with fewer input channels, less the saving of its producers.

@@ -197,7 +197,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
     )
     certificates = {} if built is None else built.certificates
     fits = {} if built is None else built.fits
-    narrow = _narrow(run)
+    narrow, full = _narrow(run), _full_ranks(run)
     return tuple(
         _row(
             binding.layer,
@@ -206,6 +206,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
             certificates.get(choice.layer),
             fits.get(choice.layer),
             narrow.get(choice.layer),
+            full.get(choice.layer),
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
@@ -221,6 +222,23 @@ def _narrow(run: Run) -> dict[str, Layer]:
     return narrow
 
 
+def _full_ranks(run: Run) -> dict[str, int]:
+    """The rank at which a layer of the plan is exact, by id; for a narrow one its number of channels."""
+    layers = {layer.id: layer for layer in run.found.layers}
+    full = {}
+    for layer, option in run.found.options(run.plan.choices):
+        if option is None:
+            continue
+        match option.lowering:
+            case Lowering.NARROW:
+                full[layer.id] = layer.c
+            case Lowering.SHARED:
+                full[layer.id] = layer.shared_full_rank(layers)
+            case _:
+                full[layer.id] = layer.full_rank(option.fold, option.k)
+    return full
+
+
 def _row(
     layer: Layer,
     name: str,
@@ -228,11 +246,9 @@ def _row(
     certificate: Certificate | None,
     fit: LayerFit | None,
     narrow: Layer | None,
+    full: int | None,
 ) -> LayerRow:
     option = choice.option
-    full = None
-    if option is not None:
-        full = layer.c if narrow is not None else layer.full_rank(option.fold, option.k)
     after = (layer, option) if narrow is None else (narrow, None)
     return LayerRow(
         id=layer.id,

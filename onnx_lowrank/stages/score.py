@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import Candidates, candidates
-from onnx_lowrank.allocate.pairs import Pair, pairs_of
+from onnx_lowrank.allocate.options import Candidates, candidates, shared_ranks
+from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharings_of
 from onnx_lowrank.budgets.budget import Gauge, Meter
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.option import Fold
@@ -26,6 +26,7 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.effects import Effects, effects
+from onnx_lowrank.stages.fit import shared_item
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.moments import MomentsRef
@@ -37,6 +38,7 @@ from onnx_lowrank.work.scoring import (
     singular_values,
     width_errors,
 )
+from onnx_lowrank.work.sharing import SharedItem, shared_errors
 from onnx_lowrank.work.weights import reference
 
 _log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Known:
         effects: The errors at the model's outputs that some activation errors cause; empty until measured.
         unknown: Why these errors could not be measured, a sentence; "" if they were.
         widths: Relative errors with fewer input channels, at the widths 0 … c; None until computed.
+        shared: Relative errors with a shared encoder, at the ranks 0, 1, …; None until computed.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class Known:
     effects: Effects = ()
     unknown: str = ""
     widths: NDArray[np.float64] | None = None
+    shared: NDArray[np.float64] | None = None
 
     def evidence(self) -> Evidence:
         """All results, for a measure to choose from."""
@@ -117,6 +121,7 @@ class Scores:
         self._progress = progress
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
+        self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
         self._timed = set[Recipe]()
         self._probed = False
 
@@ -160,23 +165,68 @@ class Scores:
         )
         return [reason and f"its effect is unknown: {reason}" for reason in found]
 
-    def pairs(self, recipe: Recipe) -> tuple[Pair, ...]:
-        """The pairs of layers that a recipe may narrow together; call `candidates` before.
+    def groups(self, recipe: Recipe) -> tuple[Group, ...]:
+        """The layers that a recipe may narrow together or give one encoder; call `candidates` before.
 
         Raises:
             InputError: The model cannot be counted, or the moments are not finite.
         """
+        return (*self._pairs(recipe), *self._sharings(recipe))
+
+    def _pairs(self, recipe: Recipe) -> tuple[Pair, ...]:
         if not (recipe.narrow and self.meter.budget.narrows):
             return ()
         self._add_widths()
+        return pairs_of(self._layers, self._errors(recipe, lambda known: known.widths), self._grid)
+
+    def _sharings(self, recipe: Recipe) -> tuple[Sharing, ...]:
+        if not (recipe.share and self.meter.budget.shares):
+            return ()
+        self._add_shared()
+        return sharings_of(self._layers, self._errors(recipe, lambda known: known.shared), self._grid)
+
+    def _errors(
+        self, recipe: Recipe, curve: Callable[[Known], NDArray[np.float64] | None]
+    ) -> dict[str, NDArray[np.float64]]:
+        """The errors of the layers that have a curve of relative errors, in a recipe's measure, by id."""
         measure = measures.named(recipe.measure)
         errors = {}
         for layer, known in zip(self._layers, self._known, strict=True):
-            if known.widths is not None and not known.unknown:
-                key = layer.narrow_fold, 1
-                evidence = Evidence({}, {key: known.widths}, known.power, known.effects)
+            relative = curve(known)
+            if relative is not None and not known.unknown:
+                key = layer.shared_fold, 1
+                evidence = Evidence({}, {key: relative}, known.power, known.effects)
                 errors[layer.id] = measure.errors(evidence, relative=recipe.relative)[key]
-        return pairs_of(self._layers, errors, self._grid)
+        return errors
+
+    def _add_shared(self) -> None:
+        """Compute the errors of all layers with a shared encoder that are not known yet."""
+        statistics, numbers = _calibrated(self._calibration).statistics, self._numbers
+        chosen: list[tuple[list[int], MomentsRef, int]] = []
+        for layer in self._layers:
+            if not layer.has_encoder or self._known[numbers[layer.id]].shared is not None:
+                continue
+            found = statistics.shared_inputs(layer.siblings)
+            members = [numbers[name] for name in layer.siblings]
+            ranks = shared_ranks([self._layers[number] for number in members], self._grid)
+            if found is not None and ranks.size:
+                chosen.append((members, found, int(ranks[-1])))
+
+        def items() -> Iterator[SharedItem]:
+            for members, found, top in chosen:
+                bindings = [self._bindings[number] for number in members]
+                yield shared_item(self._model, self._walk, bindings, top, found)
+
+        if not chosen:
+            return
+        begin = monotonic()
+        with self._progress.stage("shared", len(chosen)) as step:
+            computed = self._executor.map(shared_errors, items())
+            for (members, _, _), curves in zip(chosen, computed, strict=True):
+                for number, errors in zip(members, curves, strict=True):
+                    self._known[number].shared = errors
+                step()
+        _log.debug("computed the errors of %d shared encoders in %.2f s", len(chosen), monotonic() - begin)
 
     def _add_widths(self) -> None:
         """Compute the errors of all narrow layers that are not known yet."""
