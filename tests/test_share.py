@@ -71,8 +71,10 @@ def source(kind):
     return [{"x": part} for part in np.array_split(data, 40, axis=1)] if columns else {"x": data}
 
 
-def shared(kind="attention", ratio=0.5, recipe="activation", **options):
+def shared(kind="attention", ratio=None, recipe="activation", **options):
+    """Compress a model so far that all three layers have to share."""
     proto = model(BODIES[kind], **weights(kind))
+    ratio = ratio or (0.3 if kind == "conv" else 0.45)
     return proto, compress(proto, ratio, recipe=recipe, calibration=source(kind), **options)
 
 
@@ -107,7 +109,7 @@ def test_one_row_space_needs_one_encoder(kind, recover):
 @pytest.mark.parametrize("kind", ["attention", "conv"])
 def test_the_sums_are_those_of_the_model(kind, budget):
     shape = {"x": (4, 8, 6, 6) if kind == "conv" else (4, CHANNELS)}
-    _, result = shared(kind, 0.45, budget=budget, input_shape=shape)
+    _, result = shared(kind, budget=budget, input_shape=shape)
     assert {choice.option.lowering for choice in result.plan.choices} == {"shared"}
     stored = sum(numpy_helper.to_array(t).size for t in result.model.proto.graph.initializer)
     assert result.report.totals.of("params").after == stored
@@ -121,7 +123,7 @@ def test_the_sums_are_those_of_the_model(kind, budget):
 def test_other_types_share_too(dtype):
     kind = DTYPES[dtype]
     proto = model(ATTENTION.replace("float[", f"{dtype}["), **weights("attention", kind))
-    result = compress(proto, 0.5, recipe="activation", calibration={"x": inputs("attention", dtype=kind)})
+    result = compress(proto, 0.45, recipe="activation", calibration={"x": inputs("attention", dtype=kind)})
     assert {choice.option.lowering for choice in result.plan.choices} == {"shared"}
     assert {t.data_type for t in result.model.proto.graph.initializer} == {
         onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
@@ -135,7 +137,7 @@ def test_before_ir_4_the_encoder_is_a_constant_in_front_of_its_node():
     proto.graph.input.extend(
         onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in proto.graph.initializer
     )
-    result = compress(proto, 0.5, recipe="activation", calibration={"x": inputs("attention")})
+    result = compress(proto, 0.45, recipe="activation", calibration={"x": inputs("attention")})
     assert {choice.option.lowering for choice in result.plan.choices} == {"shared"}
     onnx.checker.check_model(result.model.proto, full_check=True)
     x = inputs("attention", seed=2)
@@ -196,12 +198,47 @@ def test_an_edited_rank_is_kept(tmp_path):
     assert shapes.count((5, FEATURES)) == 3
 
 
+def test_some_layers_may_leave_the_group(tmp_path):
+    result = edited(tmp_path, wk={"lowering": None})
+    stored = {t.name: tuple(t.dims) for t in result.model.proto.graph.initializer}
+    assert stored["wq_encoder"] == stored["wk_encoder"] == (CHANNELS, RANK)
+    assert "wv_encoder" not in stored
+    kept = edited(tmp_path, wv={"fold": None, "k": None, "j": None})
+    stored = {t.name: tuple(t.dims) for t in kept.model.proto.graph.initializer}
+    assert stored["wv"] == (CHANNELS, FEATURES)
+    assert {"wq_encoder", "wq_decoder", "wk_decoder"} <= stored.keys()
+    assert "wk_encoder" not in stored
+
+
+@pytest.mark.parametrize("recover", [True, False])
+@pytest.mark.parametrize("apart", ["wk", "wv"])
+def test_a_plan_shares_among_those_that_are_alike(apart, recover):
+    known = weights("attention")
+    rng = np.random.default_rng(11)
+    rows = rng.standard_normal((CHANNELS, RANK)) / 6
+    known[apart] = (rows @ rng.standard_normal((RANK, FEATURES))).astype(np.float32)
+    proto = model(ATTENTION, **known)
+    data = {"x": inputs("attention")}
+    result = compress(proto, 0.56, recipe="activation", calibration=data, recover=recover)
+    ways = {choice.layer: choice.option.lowering for choice in result.plan.choices}
+    assert ways == {name: "native" if name == apart else "shared" for name in WEIGHTS}
+    assert {choice.option.j for choice in result.plan.choices} == {RANK}
+    x = inputs("attention", seed=2)
+    assert distance(run(proto, x=x), run(result.model.proto, x=x)) < 1e-5
+    stored = sum(numpy_helper.to_array(t).size for t in result.model.proto.graph.initializer)
+    assert result.report.totals.of("params").after == stored
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"wk": {"j": 5}}, "'wq' shares an encoder .* and 'wk', which reads the same tensor, has another"),
-        ({"wv": {"fold": None, "k": None, "j": None}}, "and 'wv', which reads the same tensor, has another"),
-        ({"wv": {"lowering": None}}, "give all layers that read it the same fold, k, j and lowering"),
+        ({"wk": {"j": 5}}, "'wq' shares an encoder with 'wk', whose option differs: give both the same"),
+        (
+            {"wq": {"lowering": None}},
+            "'wk' shares an encoder, and 'wq', the first that reads its input, does",
+        ),
+        ({"wq": {"fold": None, "k": None, "j": None}}, "the first that reads its input, does not: give both"),
+        ({"wk": {"lowering": None}, "wv": {"lowering": None}}, "'wq' shares an encoder with no other layer"),
         (rows(k=2), "can share an encoder with fold encode and k = 1 only"),
         (rows(j=33), "cannot have rank j = 33: choose one between 1 and 32"),
         ({"budget": "bytes"}, "budget bytes does not count them"),

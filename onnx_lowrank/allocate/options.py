@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.allocate.cost import Costs, Ints, Tariff, allowed
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.layer import Layer, shared_full_rank
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
@@ -137,7 +137,7 @@ def shared_ranks(layers: Sequence[Layer], grid: Grid[Costs]) -> Ints:
         InputError: The costs depend on an unknown dimension.
     """
     tariffs = _shared_tariffs(layers, grid)
-    ranks = np.arange(grid.block, _shared_full_rank(layers), grid.block, dtype=np.int64)
+    ranks = np.arange(grid.block, shared_full_rank(layers), grid.block, dtype=np.int64)
     if not ranks.size:
         return ranks
     total = sum(tariff.costs(tariff.fold, 1, ranks) for tariff in tariffs)
@@ -162,14 +162,10 @@ def sharings(layers: Sequence[Layer], errors: Sequence[Floats], grid: Grid[Costs
         if ranks.size:
             rows[:, 1:] = _options(layer, tariff.fold, 1, ranks, (tariff, tariff))
         folds, k, j, full, costs, _ = rows
-        full[1:] = _shared_full_rank(layers)
+        full[1:] = shared_full_rank(layers)
         known = _rounded(np.concatenate([np.zeros(1), error[ranks]]))
         made.append(Candidates(layer.id, folds, k, j, full, costs, known, None, grid.block, tariff))
     return tuple(made)
-
-
-def _shared_full_rank(layers: Sequence[Layer]) -> int:
-    return layers[0].shared_full_rank({layer.id: layer for layer in layers})
 
 
 def _shared_tariffs(layers: Sequence[Layer], grid: Grid[Costs]) -> list[_Together]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.measures import Floats
 
 Picks = tuple[int, ...]
+
+_FEW = 3
+"""The most siblings beside the first of which every set may share the encoder."""
 
 _MOST_WAYS = 64
 """The most ways to take groups of one class; beyond it, the groups with the least weight are left out."""
@@ -87,15 +91,26 @@ def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[C
     return tuple(pair for pair in made if pair.table.cost.size > 1)
 
 
+def sharers(layer: Layer) -> tuple[tuple[str, ...], ...]:
+    """The sets of siblings that may share the encoder of the first of them, by their ids.
+
+    All of them, and where there are few, every set of two or more with the first one.
+    """
+    if not layer.has_encoder:
+        return ()
+    first, *others = layer.siblings
+    sizes = range(1, len(others) + 1) if len(others) <= _FEW else (len(others),)
+    return tuple((first, *chosen) for size in sizes for chosen in combinations(others, size))
+
+
 def sharings_of(
-    layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[Costs]
+    layers: Sequence[Layer], errors: Mapping[tuple[str, ...], Sequence[Floats]], grid: Grid[Costs]
 ) -> tuple[Sharing, ...]:
     """The groups of layers that can share an encoder, each cheaper at some rank than as it is.
 
     Args:
         layers: All layers, in graph order.
-        errors: The errors of siblings at the ranks 0, 1, … of a shared encoder, by id; a group with a layer
-            that has none is left out.
+        errors: For the layers of every group, by their ids, the errors at the ranks 0, 1, … of their encoder.
         grid: The ranks to choose from, and their costs.
 
     Raises:
@@ -103,11 +118,9 @@ def sharings_of(
     """
     numbers = {layer.id: number for number, layer in enumerate(layers)}
     made = []
-    for layer in layers:
-        if layer.has_encoder and all(name in errors for name in layer.siblings):
-            members = tuple(numbers[name] for name in layer.siblings)
-            curves = [errors[name] for name in layer.siblings]
-            made.append(Sharing(sharings([layers[n] for n in members], curves, grid), members))
+    for names, curves in errors.items():
+        members = tuple(numbers[name] for name in names)
+        made.append(Sharing(sharings([layers[n] for n in members], curves, grid), members))
     return tuple(group for group in made if group.tables[0].cost.size > 1)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.core.option import Fold, Lowering
+from onnx_lowrank.core.option import Fold, Lowering, Option
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +163,11 @@ class Layer:
 
     @property
     def has_encoder(self) -> bool:
-        """Whether an encoder that siblings share counts as this layer's; it does for the first of them."""
-        return self.siblings[:1] == (self.id,)
+        """Whether an encoder that siblings share counts as this layer's: it is the first of them.
 
-    def shared_full_rank(self, layers: Mapping[str, Layer]) -> int:
-        """The rank at which an encoder that siblings share is exact for all of them.
-
-        Args:
-            layers: The layers of the model, by id.
+        The first one takes part wherever some share, so costs do not depend on which of the others do.
         """
-        _, columns = self.matrix(self.shared_fold, 1)
-        return min(columns, sum(layers[name].f for name in self.siblings))
+        return self.siblings[:1] == (self.id,)
 
     def narrowed(self, channels: int, cost: Callable[[Layer], int]) -> int:
         """The cost of the layer with fewer input channels, less the saving of its producers.
@@ -198,6 +192,23 @@ class Layer:
     def full_rank(self, fold: Fold, k: int) -> int:
         """The rank at which every slice is exact."""
         return min(self.matrix(fold, k))
+
+
+def shared_full_rank(layers: Sequence[Layer]) -> int:
+    """The rank at which an encoder that layers share is exact for all of them."""
+    _, columns = layers[0].matrix(layers[0].shared_fold, 1)
+    return min(columns, sum(layer.f for layer in layers))
+
+
+def sharing(layer: Layer, options: Mapping[str, Option | None]) -> tuple[str, ...]:
+    """The ids of the siblings of a layer that share its encoder in a plan, in graph order.
+
+    Args:
+        layer: The layer.
+        options: The options of the plan, by id.
+    """
+    chosen = ((name, options.get(name)) for name in layer.siblings)
+    return tuple(name for name, option in chosen if option and option.lowering is Lowering.SHARED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
+from onnx_lowrank.core.layer import sharing
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import Merge, OutputError
 from onnx_lowrank.core.plan import Plan
@@ -179,7 +180,7 @@ def _fitted(
     split = {
         b.layer.id
         for b in walked
-        if options[b.layer.id].lowering is Lowering.SHARED and not ids.issuperset(b.layer.siblings)
+        if options[b.layer.id].lowering is Lowering.SHARED and not ids.issuperset(sharing(b.layer, options))
     }
     walked = [b for b in walked if b.layer.id not in split]
     ids -= split

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import LayerFit
+from onnx_lowrank.core.layer import sharing
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
@@ -72,13 +73,13 @@ def _together(
 ) -> Iterator[Fitted]:
     """The factors of layers that share encoders, group by group."""
     by_id = {binding.layer.id: binding for binding in bindings}
-    groups = [[by_id[name] for name in b.layer.siblings] for b in bindings if b.layer.has_encoder]
+    groups = [[by_id[name] for name in sharing(b.layer, options)] for b in bindings if b.layer.has_encoder]
 
     def items() -> Iterator[SharedItem]:
         for group in groups:
-            first = group[0].layer
-            moments = None if statistics is None else statistics.shared_inputs(first.siblings)
-            yield shared_item(model, walk, group, options[first.id].j, moments)
+            names = [binding.layer.id for binding in group]
+            moments = None if statistics is None else statistics.shared_inputs(names)
+            yield shared_item(model, walk, group, options[names[0]].j, moments)
 
     for group, made in zip(groups, executor.map(fitted_together, items()), strict=True):
         for binding, layer in zip(group, made, strict=True):
@@ -95,7 +96,7 @@ def shared_item(
     Args:
         model: The model.
         walk: Its walk.
-        bindings: The layers, all siblings in graph order.
+        bindings: The layers, siblings in graph order.
         j: The rank.
         moments: The moments of their inputs; None if they are unknown.
 

@@ -14,7 +14,7 @@ from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
-from onnx_lowrank.allocate.pairs import Classes, pairs_of, sharings_of
+from onnx_lowrank.allocate.pairs import Classes, pairs_of, sharers, sharings_of
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer
@@ -178,7 +178,9 @@ def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> Cla
     errors = {layer.id: np.ones(layer.c + 1) for layer in layers if narrows and layer.producers}
     pairs = pairs_of(layers, errors, grid)
     shares = recipe.share and grid.costs.budget.shares
-    ones = {layer.id: np.ones(layer.size + 1) for layer in layers if shares and layer.siblings}
+    groups = [names for layer in layers if shares for names in sharers(layer)]
+    sizes = {layer.id: layer.size + 1 for layer in layers}
+    ones = {names: [np.ones(sizes[names[0]] * len(names)) for _ in names] for names in groups}
     return Classes(tuple(tables), (*pairs, *sharings_of(layers, ones, grid)), recipe)
 
 

@@ -31,7 +31,7 @@ from onnx_lowrank.calibrate.moments import Accumulator, merged, split
 from onnx_lowrank.calibrate.prefix import Prefix, Sight, Step
 from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments, Targets
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.layer import Layer, sharing
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk
@@ -120,7 +120,7 @@ def recover(
     samples, statistics = calibration.samples, calibration.statistics
     batches = samples.batches(statistics.batch)
     waiting: deque[tuple[Binding, Recovered]] = deque()
-    encoders = Encoders(model, walk, bindings, executor.threads)
+    encoders = Encoders(model, walk, bindings, options, executor.threads)
     with Prefix(model, walk, bindings, batches, calibration.engine) as prefix:
 
         def items() -> Iterator[CertificateItem]:
@@ -140,14 +140,22 @@ def recover(
 class Encoders:
     """The encoders that layers share, each made once (rule 3)."""
 
-    def __init__(self, model: Model, walk: Walk, bindings: Sequence[Binding], threads: Threads) -> None:
+    def __init__(
+        self,
+        model: Model,
+        walk: Walk,
+        bindings: Sequence[Binding],
+        options: Mapping[str, Option],
+        threads: Threads,
+    ) -> None:
         self._bindings = {binding.layer.id: binding for binding in bindings}
+        self._options = options
         self._model, self._walk, self._threads = model, walk, threads
         self._made: dict[tuple[str, ...], NDArray[Any]] = {}
 
     def of(self, layer: Layer, j: int, inputs: Moments) -> NDArray[Any]:
         """The encoder of a layer's group, as stored; from these moments if it is not made yet."""
-        key = layer.siblings
+        key = sharing(layer, self._options)
         if key not in self._made:
             item = shared_item(self._model, self._walk, [self._bindings[name] for name in key], j, None)
             self._made[key] = stored_encoder(item, inputs, self._threads.backend)

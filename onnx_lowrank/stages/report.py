@@ -14,7 +14,7 @@ from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.layer import Layer, shared_full_rank, sharing
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
@@ -225,6 +225,7 @@ def _narrow(run: Run) -> dict[str, Layer]:
 def _full_ranks(run: Run) -> dict[str, int]:
     """The rank at which a layer of the plan is exact, by id; for a narrow one its number of channels."""
     layers = {layer.id: layer for layer in run.found.layers}
+    options = {choice.layer: choice.option for choice in run.plan.choices}
     full = {}
     for layer, option in run.found.options(run.plan.choices):
         if option is None:
@@ -233,7 +234,7 @@ def _full_ranks(run: Run) -> dict[str, int]:
             case Lowering.NARROW:
                 full[layer.id] = layer.c
             case Lowering.SHARED:
-                full[layer.id] = layer.shared_full_rank(layers)
+                full[layer.id] = shared_full_rank([layers[name] for name in sharing(layer, options)])
             case _:
                 full[layer.id] = layer.full_rank(option.fold, option.k)
     return full

@@ -14,7 +14,7 @@ from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates, shared_ranks
-from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharings_of
+from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharers, sharings_of
 from onnx_lowrank.budgets.budget import Gauge, Meter
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.option import Fold
@@ -63,7 +63,6 @@ class Known:
         effects: The errors at the model's outputs that some activation errors cause; empty until measured.
         unknown: Why these errors could not be measured, a sentence; "" if they were.
         widths: Relative errors with fewer input channels, at the widths 0 … c; None until computed.
-        shared: Relative errors with a shared encoder, at the ranks 0, 1, …; None until computed.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -73,7 +72,6 @@ class Known:
     effects: Effects = ()
     unknown: str = ""
     widths: NDArray[np.float64] | None = None
-    shared: NDArray[np.float64] | None = None
 
     def evidence(self) -> Evidence:
         """All results, for a measure to choose from."""
@@ -122,6 +120,8 @@ class Scores:
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
         self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
+        # Relative errors with a shared encoder, at the ranks 0, 1, …, for the layers of every group.
+        self._shared: dict[tuple[str, ...], Sequence[NDArray[np.float64]]] = {}
         self._timed = set[Recipe]()
         self._probed = False
 
@@ -177,44 +177,46 @@ class Scores:
         if not (recipe.narrow and self.meter.budget.narrows):
             return ()
         self._add_widths()
-        return pairs_of(self._layers, self._errors(recipe, lambda known: known.widths), self._grid)
+        errors = {
+            layer.id: self._error(recipe, number, known.widths)
+            for number, (layer, known) in enumerate(zip(self._layers, self._known, strict=True))
+            if known.widths is not None and not known.unknown
+        }
+        return pairs_of(self._layers, errors, self._grid)
 
     def _sharings(self, recipe: Recipe) -> tuple[Sharing, ...]:
         if not (recipe.share and self.meter.budget.shares):
             return ()
         self._add_shared()
-        return sharings_of(self._layers, self._errors(recipe, lambda known: known.shared), self._grid)
-
-    def _errors(
-        self, recipe: Recipe, curve: Callable[[Known], NDArray[np.float64] | None]
-    ) -> dict[str, NDArray[np.float64]]:
-        """The errors of the layers that have a curve of relative errors, in a recipe's measure, by id."""
-        measure = measures.named(recipe.measure)
         errors = {}
-        for layer, known in zip(self._layers, self._known, strict=True):
-            relative = curve(known)
-            if relative is not None and not known.unknown:
-                key = layer.shared_fold, 1
-                evidence = Evidence({}, {key: relative}, known.power, known.effects)
-                errors[layer.id] = measure.errors(evidence, relative=recipe.relative)[key]
-        return errors
+        for names, curves in self._shared.items():
+            members = [self._numbers[name] for name in names]
+            if not any(self._known[number].unknown for number in members):
+                pairs = zip(members, curves, strict=True)
+                errors[names] = [self._error(recipe, number, curve) for number, curve in pairs]
+        return sharings_of(self._layers, errors, self._grid)
+
+    def _error(self, recipe: Recipe, number: int, curve: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The errors of a layer in a recipe's measure, given relative errors."""
+        known, key = self._known[number], (self._layers[number].shared_fold, 1)
+        evidence = Evidence({}, {key: curve}, known.power, known.effects)
+        return measures.named(recipe.measure).errors(evidence, relative=recipe.relative)[key]
 
     def _add_shared(self) -> None:
         """Compute the errors of all layers with a shared encoder that are not known yet."""
-        statistics, numbers = _calibrated(self._calibration).statistics, self._numbers
-        chosen: list[tuple[list[int], MomentsRef, int]] = []
-        for layer in self._layers:
-            if not layer.has_encoder or self._known[numbers[layer.id]].shared is not None:
+        statistics = _calibrated(self._calibration).statistics
+        chosen: list[tuple[tuple[str, ...], MomentsRef, int]] = []
+        for names in (names for layer in self._layers for names in sharers(layer)):
+            if names in self._shared:
                 continue
-            found = statistics.shared_inputs(layer.siblings)
-            members = [numbers[name] for name in layer.siblings]
-            ranks = shared_ranks([self._layers[number] for number in members], self._grid)
+            found = statistics.shared_inputs(names)
+            ranks = shared_ranks([self._layers[self._numbers[name]] for name in names], self._grid)
             if found is not None and ranks.size:
-                chosen.append((members, found, int(ranks[-1])))
+                chosen.append((names, found, int(ranks[-1])))
 
         def items() -> Iterator[SharedItem]:
-            for members, found, top in chosen:
-                bindings = [self._bindings[number] for number in members]
+            for names, found, top in chosen:
+                bindings = [self._bindings[self._numbers[name]] for name in names]
                 yield shared_item(self._model, self._walk, bindings, top, found)
 
         if not chosen:
@@ -222,9 +224,8 @@ class Scores:
         begin = monotonic()
         with self._progress.stage("shared", len(chosen)) as step:
             computed = self._executor.map(shared_errors, items())
-            for (members, _, _), curves in zip(chosen, computed, strict=True):
-                for number, errors in zip(members, curves, strict=True):
-                    self._known[number].shared = errors
+            for (names, _, _), curves in zip(chosen, computed, strict=True):
+                self._shared[names] = curves
                 step()
         _log.debug("computed the errors of %d shared encoders in %.2f s", len(chosen), monotonic() - begin)
 

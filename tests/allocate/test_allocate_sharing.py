@@ -13,7 +13,8 @@ from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.allocate.pairs import Classes, Pair, Sharing
 from onnx_lowrank.allocate.solve import smallest, solve
-from onnx_lowrank.core.option import Lowering
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents import recipes
 
@@ -64,6 +65,12 @@ def attention(rng):
     return layers, (sharing(rng, (0, 1, 3), 5, 40),)
 
 
+def subsets(rng):
+    """Every set of three layers that has the first of them."""
+    layers = tuple(drawn(rng, f"w{n}", 40, 4) for n in range(4))
+    return layers, tuple(sharing(rng, members, 5, 40) for members in ((0, 1), (0, 2), (0, 1, 2)))
+
+
 def chain(rng):
     """Three groups of a cluster; the first and the last can be taken together."""
     layers = tuple(drawn(rng, f"w{n}", 30, 3) for n in range(5))
@@ -92,7 +99,7 @@ def brute(layers, groups):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("kind", [gated, attention, chain])
+@pytest.mark.parametrize("kind", [gated, attention, subsets, chain])
 @pytest.mark.parametrize(("aggregate", "power"), [("sum", 1.0), ("sum", 3.0), ("max", 1.0)])
 def test_no_combination_beats_the_plan(seed, kind, aggregate, power):
     layers, groups = kind(np.random.default_rng(seed))
@@ -113,6 +120,17 @@ def test_no_combination_beats_the_plan(seed, kind, aggregate, power):
         value = combine([choice.error for choice in choices])
         assert value == pytest.approx(min(fits), rel=1e-9, abs=1e-12)
         assert solution.objective == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("number", "sets"), [(2, 1), (3, 3), (4, 7), (5, 1)])
+def test_few_siblings_may_share_in_every_set_with_the_first(number, sets):
+    names = tuple(f"w{n}" for n in range(number))
+    layer = Layer("w0", "MatMul", 4, 4, (), 1, "float32", (Fold.ENCODE,), (1,), (), siblings=names)
+    found = pairs.sharers(layer)
+    assert len(set(found)) == len(found) == sets
+    assert names in found
+    assert all(each[0] == "w0" and len(each) > 1 for each in found)
+    assert pairs.sharers(replace(layer, id="w1")) == ()
 
 
 def test_a_shared_group_has_one_rank():
