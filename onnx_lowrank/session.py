@@ -372,7 +372,7 @@ class _Job:
         # No chain of these reads the layer's own input, so none can be compared alone.
         shared = {layer for merged in built.merges for layer in merged.layers}
         options = settling.options(built.plan).items()
-        shared |= {layer for layer, option in options if option.lowering is Lowering.NARROW}
+        shared |= {layer for layer, option in options if option.lowering in _TOGETHER}
 
         def alone(layer: str) -> tuple[ModelProto, ModelProto] | None:
             if layer in shared:
@@ -406,6 +406,9 @@ class _Job:
 
 _REFUSED = 1.02
 """A model that takes more than this share of the input model's time is slower; noise alone is smaller."""
+
+_TOGETHER = (Lowering.NARROW, Lowering.SHARED)
+"""The ways to rewrite a layer that change the nodes of others, too."""
 
 _CHANCES = 3
 """How often a seemingly slower model is timed, since other work on the machine may have disturbed the first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.allocate.cost import Costs, Ints, Tariff, allowed
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.layer import Layer, shared_full_rank
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
@@ -112,7 +113,7 @@ def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
     Raises:
         InputError: The costs depend on an unknown dimension.
     """
-    tariff = _Narrowing(grid.costs.tariff(layer), layer.narrow_fold)
+    tariff = _Together(grid.costs.tariff(layer), layer.narrow_fold, Lowering.NARROW)
     widths = np.arange(grid.block, layer.c, grid.block, dtype=np.int64)
     rows = [np.array([[-1], [0], [0], [0], [tariff.keep], [tariff.keep]])]
     if widths.size:
@@ -125,24 +126,72 @@ def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
     return Candidates(layer.id, folds, k, j, full, costs, error[front], None, grid.block, tariff)
 
 
+def shared_ranks(layers: Sequence[Layer], grid: Grid[Costs]) -> Ints:
+    """The ranks of an encoder that layers share, ascending, at which all together are cheaper than kept.
+
+    Args:
+        layers: Siblings, in graph order.
+        grid: The block of which ranks are multiples, and the costs.
+
+    Raises:
+        InputError: The costs depend on an unknown dimension.
+    """
+    tariffs = _shared_tariffs(layers, grid)
+    ranks = np.arange(grid.block, shared_full_rank(layers), grid.block, dtype=np.int64)
+    if not ranks.size:
+        return ranks
+    total = sum(tariff.costs(tariff.fold, 1, ranks) for tariff in tariffs)
+    return ranks[total < sum(tariff.keep for tariff in tariffs)]
+
+
+def sharings(layers: Sequence[Layer], errors: Sequence[Floats], grid: Grid[Costs]) -> tuple[Candidates, ...]:
+    """For every layer, its candidates with a shared encoder; those at one index have the same rank.
+
+    Args:
+        layers: Siblings, in graph order.
+        errors: For each, its errors at the ranks 0, 1, …, in the recipe's measure.
+        grid: As for `shared_ranks`.
+
+    Raises:
+        InputError: The costs depend on an unknown dimension.
+    """
+    ranks, made = shared_ranks(layers, grid), []
+    for layer, tariff, error in zip(layers, _shared_tariffs(layers, grid), errors, strict=True):
+        rows = np.zeros((6, ranks.size + 1), dtype=np.int64)
+        rows[:, 0] = -1, 0, 0, 0, tariff.keep, tariff.keep
+        if ranks.size:
+            rows[:, 1:] = _options(layer, tariff.fold, 1, ranks, (tariff, tariff))
+        folds, k, j, full, costs, _ = rows
+        full[1:] = shared_full_rank(layers)
+        known = _rounded(np.concatenate([np.zeros(1), error[ranks]]))
+        made.append(Candidates(layer.id, folds, k, j, full, costs, known, None, grid.block, tariff))
+    return tuple(made)
+
+
+def _shared_tariffs(layers: Sequence[Layer], grid: Grid[Costs]) -> list[_Together]:
+    return [_Together(grid.costs.tariff(layer), layer.shared_fold, Lowering.SHARED) for layer in layers]
+
+
 @dataclass(frozen=True, slots=True)
-class _Narrowing:
-    """The costs of a layer with fewer input channels: linear in the width.
+class _Together:
+    """The costs of a layer's options that bind other layers, too: linear in the rank.
 
     Attributes:
         layer: The costs of the layer's options.
-        fold: The fold of the narrow options.
+        fold: The fold of these options.
+        way: Their lowering.
     """
 
     layer: Tariff
     fold: Fold
+    way: Lowering
 
     @property
     def keep(self) -> int:
         return self.layer.keep
 
     def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
-        first, second = (self.cost(Option(fold, k, width, Lowering.NARROW)) for width in (1, 2))
+        first, second = (self.cost(Option(fold, k, rank, self.way)) for rank in (1, 2))
         return first + (ranks - 1) * (second - first)
 
     def cost(self, option: Option | None) -> int:
@@ -152,7 +201,7 @@ class _Narrowing:
         return costs < self.keep
 
     def lowering(self, fold: Fold, k: int) -> Lowering:
-        return Lowering.NARROW
+        return self.way
 
 
 def unscored(layer: Layer, recipe: Recipe, grid: Grid[Costs]) -> Candidates:

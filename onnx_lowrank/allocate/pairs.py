@@ -1,28 +1,39 @@
-"""Options of several layers at once: a pair is narrowed together, or its layers are chosen one by one.
+"""Options of several layers at once: they are narrowed together, share an encoder, or are chosen one by one.
 
-A pair becomes one class of the knapsack. Its candidates are the narrowings, and the combinations of its
-layers' candidates that no other combination beats. So a plan that is optimal for the classes is optimal for
-all choices.
+Groups that have a layer in common, and their layers, become one class of the knapsack. A candidate takes some
+groups that have no layer in common, with an option for each, and an option for every other layer. All such
+candidates are there but those that another one beats, so a plan that is optimal for the classes is optimal
+for all choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 
 from onnx_lowrank.allocate.cost import Costs, Ints
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import Candidates, narrowings
+from onnx_lowrank.allocate.options import Candidates, narrowings, sharings
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.plan import Aggregate, Choice
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.measures import Floats
 
 Picks = tuple[int, ...]
+
+_FEW = 3
+"""The most siblings beside the first of which every set may share the encoder."""
+
+_MOST_WAYS = 64
+"""The most ways to take groups of one class; beyond it, the groups with the least weight are left out."""
+
+_MOST_COMBINATIONS = 2**24
+"""The most combinations that are compared at once; a class that would need more has no groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,27 @@ class Pair:
     table: Candidates
     members: Picks
     shares: tuple[Ints, ...]
+
+    @property
+    def tables(self) -> tuple[Candidates | None, ...]:
+        """The candidates of every member; None for the producers, which are kept beside a narrowing."""
+        return (*[None] * (len(self.members) - 1), self.table)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Layers that can share an encoder.
+
+    Attributes:
+        tables: The candidates of every layer; those at one index go together, and index 0 keeps all layers.
+        members: Indices of the layers.
+    """
+
+    tables: tuple[Candidates, ...]
+    members: Picks
+
+
+Group = Pair | Sharing
 
 
 def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[Costs]) -> tuple[Pair, ...]:
@@ -68,18 +100,72 @@ def _costs_of_widths(producer: Layer, widths: Ints, grid: Grid[Costs]) -> Ints:
     return np.where(widths > 0, first + (widths - 1) * (second - first), grid.costs.tariff(producer).keep)
 
 
+def sharers(layer: Layer) -> tuple[tuple[str, ...], ...]:
+    """The sets of siblings that may share the encoder of the first of them, by their ids.
+
+    All of them, and where there are few, every set of two or more with the first one.
+    """
+    if not layer.has_encoder:
+        return ()
+    first, *others = layer.siblings
+    sizes = range(1, len(others) + 1) if len(others) <= _FEW else (len(others),)
+    return tuple((first, *chosen) for size in sizes for chosen in combinations(others, size))
+
+
+def sharings_of(
+    layers: Sequence[Layer], errors: Mapping[tuple[str, ...], Sequence[Floats]], grid: Grid[Costs]
+) -> tuple[Sharing, ...]:
+    """The groups of layers that can share an encoder, each cheaper at some rank than as it is.
+
+    Args:
+        layers: All layers, in graph order.
+        errors: For the layers of every group, by their ids, the errors at the ranks 0, 1, … of their encoder.
+        grid: The ranks to choose from, and their costs.
+
+    Raises:
+        InputError: The costs depend on an unknown dimension.
+    """
+    numbers = {layer.id: number for number, layer in enumerate(layers)}
+    made = []
+    for names, curves in errors.items():
+        members = tuple(numbers[name] for name in names)
+        made.append(Sharing(sharings([layers[n] for n in members], curves, grid), members))
+    return tuple(group for group in made if group.tables[0].cost.size > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What is chosen together: one layer (index 0 keeps it), or a group (index 0 is not taken).
+
+    The producers of a narrowed layer have no table; `shares` has their costs.
+    """
+
+    members: Picks
+    tables: tuple[Candidates | None, ...]
+    indices: range
+    shares: tuple[Ints, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One candidate of a class: an index for each of the units that are chosen together."""
+
+    units: tuple[_Unit, ...]
+    picks: Picks
+
+
 @dataclass(frozen=True)
 class Classes:
-    """The candidates of all layers, with those of pairs.
+    """The candidates of all layers, with those of groups.
 
     Attributes:
         layers: The candidates of every layer alone, in graph order.
-        pairs: The pairs; they share no layer.
+        groups: The groups; they may have layers in common.
         recipe: Says how errors are combined.
     """
 
     layers: tuple[Candidates, ...]
-    pairs: tuple[Pair, ...]
+    groups: tuple[Group, ...]
     recipe: Recipe
 
     @cached_property
@@ -90,99 +176,150 @@ class Classes:
     def limits(self, limits: Limits) -> Limits:
         """The constraints on the classes, given those on the layers.
 
-        A narrowing costs as much under every constraint: pairs are in the main graph, which all routes run.
+        A group costs as much under every constraint: its layers are in the main graph, which all routes run.
         """
-        if not self.pairs:
+        if not self.groups:
             return limits
-        costs = tuple(self._costs(number, limits) for number in range(len(self._made)))
-        return Limits(limits.budgets, costs, limits.alike)
+        return Limits(limits.budgets, tuple(_costs(rows, limits) for _, rows in self._made), limits.alike)
 
     def choices(self, picks: Sequence[int]) -> tuple[Choice, ...]:
         """The choice for every layer, in graph order, given a pick for every class."""
         made: dict[int, Choice] = {}
-        for (members, pair), (_, rows), pick in zip(self._members, self._made, picks, strict=True):
-            row = rows[pick]
-            if len(row) == 1 and pair is not None:
-                made |= _narrowed(self.layers, pair, row[0])
-                continue
-            for member, index in zip(members, row, strict=True):
-                made[member] = _choice(self.layers[member], index)
+        for (_, rows), pick in zip(self._made, picks, strict=True):
+            for unit, index in zip(rows[pick].units, rows[pick].picks, strict=True):
+                made |= _chosen(self.layers, unit, index)
         return tuple(made[number] for number in range(len(self.layers)))
 
     @cached_property
-    def _members(self) -> tuple[tuple[Picks, Pair | None], ...]:
-        """The layers of every class, in the order of its first layer."""
-        paired = {member: pair for pair in self.pairs for member in pair.members}
-        firsts = {id(pair): min(pair.members) for pair in self.pairs}
-        return tuple(
-            ((number,), None) if number not in paired else (paired[number].members, paired[number])
-            for number in range(len(self.layers))
-            if number not in paired or firsts[id(paired[number])] == number
-        )
+    def _made(self) -> tuple[tuple[Candidates, tuple[_Row, ...]], ...]:
+        """The candidates of every class, each with its units' picks, in the order of the first layers."""
+        clusters = _clusters(len(self.layers), self.groups)
+        made = dict(pair for members, groups in clusters for pair in self._classes(members, groups))
+        return tuple(made[first] for first in sorted(made))
 
-    @cached_property
-    def _made(self) -> tuple[tuple[Candidates, tuple[Picks, ...]], ...]:
-        """The candidates of every class, each with its layers' picks, or the pick of a narrowing alone."""
-        return tuple(self._class(members, pair) for members, pair in self._members)
-
-    def _class(self, members: Picks, pair: Pair | None) -> tuple[Candidates, tuple[Picks, ...]]:
-        if pair is None:
-            table = self.layers[members[0]]
-            return table, tuple((index,) for index in range(table.cost.size))
-        cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
-        rows: list[Picks] = [()]
+    def _classes(
+        self, members: Picks, groups: Sequence[Group]
+    ) -> Iterator[tuple[int, tuple[Candidates, tuple[_Row, ...]]]]:
+        """The class of a cluster, or a class for every layer if it would have too many candidates."""
+        found = None if not groups else self._class(members, groups)
+        if found is not None:
+            yield members[0], found
+            return
         for member in members:
-            table = self.layers[member]
-            cost, value, rows = self._combined(cost, value, rows, table)
-        narrow = pair.table
-        extra = int(sum(self.layers[m].cost[0] for m in members[:-1]))
-        cost = np.concatenate([cost, narrow.cost[1:] + extra])
-        value = np.concatenate([value, self._values(narrow.error[1:])])
-        rows = [*rows, *((index,) for index in range(1, narrow.cost.size))]
-        kept = _front(cost, value)
+            unit = self._alone(member)
+            yield member, (self.layers[member], tuple(_Row((unit,), (index,)) for index in unit.indices))
+
+    def _class(self, members: Picks, groups: Sequence[Group]) -> tuple[Candidates, tuple[_Row, ...]] | None:
+        """The candidates of one class; None if there are too many."""
+        costs, values = [np.zeros(1, dtype=np.int64)], [np.zeros(1)]
+        rows: list[_Row] = []
+        for taken in _ways(groups):
+            units = tuple(sorted(self._units(members, taken), key=lambda unit: unit.members))
+            combined = self._combinations(units)
+            if combined is None:
+                return None
+            cost, value, picks = combined
+            costs.append(cost)
+            values.append(value)
+            rows += [_Row(units, each) for each in picks]
+        alone = tuple(self._alone(member) for member in members)
+        rows.insert(0, _Row(alone, (0,) * len(members)))
         # The class must offer to keep its layers: index 0, as in every table.
-        keep = rows.index((0,) * len(members))
-        order = [keep, *(index for index in kept if index != keep)]
+        costs[0] += sum(int(self.layers[member].cost[0]) for member in members)
+        cost, value = np.concatenate(costs), np.concatenate(values)
+        order = [0, *(index for index in _front(cost, value) if index and cost[index] < cost[0])]
         none = np.zeros(len(order), dtype=np.int64)
         error = np.asarray(value[order] if self._is_max else value[order] ** (1 / self.recipe.power))
-        made = Candidates(narrow.layer, none - 1, none, none, none, cost[order], error)
+        name = self.layers[members[-1]].layer
+        made = Candidates(name, none - 1, none, none, none, cost[order], error)
         return made, tuple(rows[index] for index in order)
 
-    def _combined(
-        self, cost: Ints, value: Floats, rows: Sequence[Picks], table: Candidates
-    ) -> tuple[Ints, Floats, list[Picks]]:
-        """Combinations with one more layer; only those that no other beats, and the one that keeps all."""
-        errors = self._values(table.error)
-        costs = (cost[:, None] + table.cost).ravel()
-        values = (np.maximum if self._is_max else np.add)(value[:, None], errors).ravel()
-        kept = [int(index) for index in _front(costs, values)]
-        keep = next(n for n, row in enumerate(rows) if not any(row)) * table.cost.size
-        if keep not in kept:
-            kept.append(keep)
-        size = table.cost.size
-        return costs[kept], values[kept], [(*rows[index // size], index % size) for index in kept]
+    def _units(self, members: Picks, taken: Sequence[Group]) -> Iterator[_Unit]:
+        """The groups that are taken, and the layers of the class that are in none of them."""
+        for group in taken:
+            size = max(0 if table is None else table.cost.size for table in group.tables)
+            shares = group.shares if isinstance(group, Pair) else ()
+            yield _Unit(group.members, group.tables, range(1, size), shares)
+        inside = {member for group in taken for member in group.members}
+        yield from (self._alone(member) for member in members if member not in inside)
+
+    def _alone(self, member: int) -> _Unit:
+        table = self.layers[member]
+        return _Unit((member,), (table,), range(table.cost.size))
+
+    def _combinations(self, units: Sequence[_Unit]) -> tuple[Ints, Floats, list[Picks]] | None:
+        """The combinations of candidates that no other beats; None if there are too many to compare."""
+        cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
+        rows: list[Picks] = [()]
+        for unit in units:
+            size = len(unit.indices)
+            if cost.size * size > _MOST_COMBINATIONS:
+                return None
+            its_cost, its_value = self._candidates(unit)
+            costs = (cost[:, None] + its_cost).ravel()
+            values = (np.maximum if self._is_max else np.add)(value[:, None], its_value).ravel()
+            kept = _front(costs, values)
+            cost, value = costs[kept], values[kept]
+            rows = [(*rows[index // size], unit.indices[index % size]) for index in kept]
+        return cost, value, rows
+
+    def _candidates(self, unit: _Unit) -> tuple[Ints, Floats]:
+        """The costs of a unit's candidates, and their parts of the objective."""
+        cost, value = np.zeros(len(unit.indices), dtype=np.int64), np.zeros(len(unit.indices))
+        for member, table in zip(unit.members, unit.tables, strict=True):
+            if table is None:
+                cost = cost + self.layers[member].cost[0]
+                continue
+            cost = cost + table.cost[unit.indices]
+            error = table.error[unit.indices]
+            value = np.maximum(value, error) if self._is_max else value + error**self.recipe.power
+        return cost, value
 
     @property
     def _is_max(self) -> bool:
         return self.recipe.aggregate is Aggregate.MAX
 
-    def _values(self, errors: Floats) -> Floats:
-        """The addends of the objective, or the errors themselves where the largest counts."""
-        return errors if self._is_max else np.asarray(errors**self.recipe.power)
 
-    def _costs(self, number: int, limits: Limits) -> Ints:
-        """The costs of a class under every constraint, shape (constraints, candidates)."""
-        (members, pair), (_, rows) = self._members[number], self._made[number]
-        if pair is None:
-            return limits.costs[members[0]]
-        columns = []
-        for row in rows:
-            if len(row) == 1:
-                others = sum(limits.costs[m][:, 0] for m in members[:-1])
-                columns.append(others + pair.table.cost[row[0]])
-            else:
-                columns.append(sum(limits.costs[m][:, index] for m, index in zip(members, row, strict=True)))
-        return np.stack(columns, axis=1)
+def _clusters(number: int, groups: Sequence[Group]) -> Iterator[tuple[Picks, list[Group]]]:
+    """The layers that groups connect, in graph order, with the groups; every other layer is alone."""
+    clusters: dict[int, list[int]] = {member: [member] for member in range(number)}
+    for group in groups:
+        joined = sorted({m for member in group.members for m in clusters[member]})
+        clusters |= dict.fromkeys(joined, joined)
+    for member, cluster in clusters.items():
+        if cluster[0] == member:
+            yield tuple(cluster), [group for group in groups if group.members[0] in cluster]
+
+
+def _ways(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
+    """All sets of groups without a layer in common; if there are too many, without the last groups."""
+    ways: list[tuple[Group, ...]] = [()]
+    for group in groups:
+        more = [(*way, group) for way in ways if all(_are_apart(group, other) for other in way)]
+        if len(ways) + len(more) > _MOST_WAYS:
+            break
+        ways += more
+    return ways
+
+
+def _are_apart(one: Group, other: Group) -> bool:
+    return not set(one.members) & set(other.members)
+
+
+def _costs(rows: Sequence[_Row], limits: Limits) -> Ints:
+    """The costs of a class's candidates under every constraint, shape (constraints, candidates)."""
+    columns = []
+    for row in rows:
+        column = np.zeros_like(limits.budgets)
+        for unit, index in zip(row.units, row.picks, strict=True):
+            is_group = unit.indices.start > 0
+            for member, table in zip(unit.members, unit.tables, strict=True):
+                if table is not None and is_group:
+                    column = column + table.cost[index]
+                else:
+                    column = column + limits.costs[member][:, 0 if table is None else index]
+        columns.append(column)
+    return np.stack(columns, axis=1)
 
 
 def _front(cost: Ints, value: Floats) -> list[int]:
@@ -194,19 +331,24 @@ def _front(cost: Ints, value: Floats) -> list[int]:
     return [int(index) for index in order[wins]]
 
 
-def _choice(table: Candidates, index: int) -> Choice:
-    return Choice(table.layer, table.option(index), int(table.cost[index]), float(table.error[index]))
+def _chosen(layers: Sequence[Candidates], unit: _Unit, index: int) -> Mapping[int, Choice]:
+    """The choices for the layers of a unit; the producers of a narrowed layer say why they have no option."""
+    made = {}
+    saved = 0
+    for position, (member, table) in enumerate(zip(unit.members, unit.tables, strict=True)):
+        if table is None:
+            cost = int(unit.shares[position][index])
+            saved += int(layers[member].cost[0]) - cost
+            made[member] = Choice(layers[member].layer, None, cost, 0.0, _narrowed(layers, unit, index))
+        else:
+            # A narrowing's cost is less the saving of its producers, which come before it.
+            cost = int(table.cost[index]) + saved
+            made[member] = Choice(table.layer, table.option(index), cost, float(table.error[index]))
+    return made
 
 
-def _narrowed(layers: Sequence[Candidates], pair: Pair, index: int) -> Mapping[int, Choice]:
-    """The choices for a narrowed pair: the consumer has the option, its producers say why they have none."""
-    *producers, consumer = pair.members
-    shares = [int(share[index]) for share in pair.shares]
-    saved = sum(int(layers[member].cost[0]) for member in producers) - sum(shares)
-    reason = f"narrowed to {int(pair.table.j[index])} channels with {pair.table.layer}"
-    kept = {
-        member: Choice(layers[member].layer, None, share, 0.0, reason)
-        for member, share in zip(producers, shares, strict=True)
-    }
-    choice = _choice(pair.table, index)
-    return {**kept, consumer: replace(choice, cost=choice.cost + saved)}
+def _narrowed(layers: Sequence[Candidates], unit: _Unit, index: int) -> str:
+    """Why a producer has no option of its own."""
+    consumer = unit.tables[-1]
+    width = 0 if consumer is None else int(consumer.j[index])
+    return f"narrowed to {width} channels with {layers[unit.members[-1]].layer}"

@@ -89,6 +89,7 @@ class Budget(ABC):
             model has to keep the ratio. Only budgets with a formula can be prices.
         tolerance: The share of the ratio by which a model may exceed it before the report warns.
         narrows: Whether it counts layers with fewer channels (`Lowering.NARROW`), so plans may drop some.
+        shares: Whether it counts encoders that layers share (`Lowering.SHARED`), so plans may have some.
         is_aligned: Whether ranks are multiples of the provider's block unless the user says otherwise.
     """
 
@@ -100,6 +101,7 @@ class Budget(ABC):
     is_measured: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-9
     narrows: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
     is_aligned: ClassVar[bool] = False
 
     def show(self, amount: int | None) -> str:

@@ -61,6 +61,8 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
         # Every producer has one use, in the scope of this one, so both run equally often.
         return kept - sum((count or 0) // layer.c * (layer.c - option.j) for count in counts.values())
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
+    if option.lowering is Lowering.SHARED and not layer.has_encoder:
+        encoder = 0
     at_encoder, at_decoder = use.evaluations.factors[option.fold]
     return option.j * (encoder * at_encoder + decoder * at_decoder)
 
@@ -123,6 +125,7 @@ class Macs(Budget):
     figure = "macs"
     title = "MACs"
     narrows = True
+    shares = True
     unknown = "MACs need the shapes that the model leaves open: pass --input-shape NAME=1,3,224,224."
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:

@@ -27,6 +27,8 @@ def parameters(layer: Layer, option: Option | None = None) -> int:
     if option.lowering is Lowering.NARROW:
         return layer.narrowed(option.j, parameters)
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
+    if option.lowering is Lowering.SHARED and not layer.has_encoder:
+        encoder = 0
     return option.j * (encoder + decoder) + layer.added
 
 
@@ -38,6 +40,7 @@ class Params(Budget):
     figure = "params"
     title = "parameters"
     narrows = True
+    shares = True
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's parameters."""

@@ -133,6 +133,12 @@ class Statistics(Mapping[str, LayerMoments]):
         """The place of the moments of one layer on disk; None if it has none."""
         return self._references.get(layer)
 
+    def shared_inputs(self, layers: Sequence[str]) -> MomentsRef | None:
+        """The moments of the inputs of layers that read the same tensor; None if one has others or none."""
+        found = {self.reference(layer) for layer in layers}
+        only = found.pop()
+        return None if found or only is None or only.of_outputs or only.transposed is not None else only
+
     def join(self, parts: Sequence[Part]) -> None:
         """Give every layer the moments of its parts, and tables their least ridge."""
         for part in parts:

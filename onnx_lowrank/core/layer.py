@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -119,6 +119,8 @@ class Layer:
         sliced: The ways in which a chain of several slices can be written.
         producers: The layers that compute this layer's input channels, if each of their output features is
             one channel and nothing else reads it. Channels can then be dropped on both sides.
+        siblings: Ids of the layers that read the same tensor in the same way, this one included, in graph
+            order. They can share an encoder. Empty if there is no other.
     """
 
     id: str
@@ -137,6 +139,7 @@ class Layer:
     whole: tuple[Lowering, ...] = (Lowering.NATIVE,)
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
     producers: tuple[Layer, ...] = ()
+    siblings: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,6 +155,19 @@ class Layer:
     def narrow_fold(self) -> Fold:
         """The fold of an encoder that selects whole input channels."""
         return Fold.DECODE.on(self.kernel)
+
+    @property
+    def shared_fold(self) -> Fold:
+        """The fold of an encoder that siblings share: it holds the whole kernel."""
+        return Fold.ENCODE.on(self.kernel)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder that siblings share counts as this layer's: it is the first of them.
+
+        The first one takes part wherever some share, so costs do not depend on which of the others do.
+        """
+        return self.siblings[:1] == (self.id,)
 
     def narrowed(self, channels: int, cost: Callable[[Layer], int]) -> int:
         """The cost of the layer with fewer input channels, less the saving of its producers.
@@ -190,6 +206,23 @@ def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, L
             narrow[layer.id] = replace(layer, c=option.j)
             narrow |= {producer.id: replace(producer, f=option.j) for producer in layer.producers}
     return narrow
+
+
+def shared_full_rank(layers: Sequence[Layer]) -> int:
+    """The rank at which an encoder that layers share is exact for all of them."""
+    _, columns = layers[0].matrix(layers[0].shared_fold, 1)
+    return min(columns, sum(layer.f for layer in layers))
+
+
+def sharing(layer: Layer, options: Mapping[str, Option | None]) -> tuple[str, ...]:
+    """The ids of the siblings of a layer that share its encoder in a plan, in graph order.
+
+    Args:
+        layer: The layer.
+        options: The options of the plan, by id.
+    """
+    chosen = ((name, options.get(name)) for name in layer.siblings)
+    return tuple(name for name, option in chosen if option and option.lowering is Lowering.SHARED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,13 +62,15 @@ class Lowering(StrEnum):
     NATIVE uses the layer's own kind: Conv for convolutions, MatMul for matrices, batched MatMul for slices of
     matrices. CONV writes the slices of a matrix as a grouped Conv. MATMUL writes a convolution with a kernel
     of size 1 as MatMuls. NARROW writes no chain: the encoder only selects input channels, so the layers
-    before compute no others, and the layer's own node applies the decoder.
+    before compute no others, and the layer's own node applies the decoder. SHARED writes one encoder for all
+    layers that read the same tensor (`Layer.siblings`), and a decoder for each of them.
     """
 
     NATIVE = "native"
     CONV = "conv"
     MATMUL = "matmul"
     NARROW = "narrow"
+    SHARED = "shared"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from onnx_lowrank.core.factors import Fit
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.layer import Layer, shared_full_rank, sharing
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import names
@@ -201,9 +201,11 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
 
 
 def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
-    """Check that producers of narrowed layers are not decomposed, too."""
+    """Check that producers of narrowed layers are kept, and that layers that share an encoder agree."""
     options = {choice.layer: choice.option for choice in plan.choices}
     for layer, option in options.items():
+        if option is not None and option.lowering is Lowering.SHARED:
+            _check_siblings(layers[layer], layers, options)
         if option is None or option.lowering is not Lowering.NARROW:
             continue
         for producer in layers[layer].producers:
@@ -212,6 +214,35 @@ def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
                     f"The plan narrows {layer!r} and decomposes {producer.id!r}, which computes its "
                     "channels: set fold, k and j of one of the two to null."
                 )
+
+
+def _check_siblings(layer: Layer, layers: Mapping[str, Layer], options: Mapping[str, Option | None]) -> None:
+    """Check that the layers that share an encoder have one option, and that the first sibling is there."""
+    option, name = options[layer.id], f"In the plan, layer {layer.id!r}"
+    names = sharing(layer, options)
+    first, advice = layer.siblings[0], "give both the same fold, k, j and lowering."
+    others = [other for other in names if other != layer.id]
+    if first not in names:
+        raise PlanError(
+            f"{name} shares an encoder, and {first!r}, the first that reads its input, does not: {advice}"
+        )
+    if not others:
+        raise PlanError(f"{name} shares an encoder with no other layer: choose another lowering.")
+    for other in others:
+        if options[other] != option:
+            raise PlanError(f"{name} shares an encoder with {other!r}, whose option differs: {advice}")
+    full = shared_full_rank([layers[each] for each in names])
+    if option is not None and not 1 <= option.j <= full:
+        raise PlanError(f"{name} cannot have rank j = {option.j}: choose one between 1 and {full}.")
+
+
+def _check_shared(layer: Layer, option: Option, name: str) -> None:
+    if not layer.siblings:
+        raise PlanError(f"{name} reads a tensor that no other layer reads so: choose another lowering.")
+    if (option.fold, option.k) != (layer.shared_fold, 1):
+        raise PlanError(
+            f"{name} can share an encoder with fold {layer.shared_fold} and k = 1 only: set these."
+        )
 
 
 def _check_narrow(layer: Layer, option: Option, name: str) -> None:
@@ -227,6 +258,9 @@ def _check_option(layer: Layer, option: Option) -> None:
     name = f"In the plan, layer {layer.id!r}"
     if option.lowering is Lowering.NARROW and layer.producers:
         _check_narrow(layer, option, name)
+        return
+    if option.lowering is Lowering.SHARED:
+        _check_shared(layer, option, name)
         return
     if option.fold not in layer.folds:
         raise PlanError(f"{name} has no fold {option.fold}: choose one of {', '.join(layer.folds)}.")

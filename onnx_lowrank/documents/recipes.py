@@ -36,6 +36,7 @@ class Recipe:
         recover: Fit every layer so that it gives the original outputs for the inputs that the compressed
             layers before it produce.
         narrow: Drop channels between two layers, too (`Lowering.NARROW`).
+        share: Give layers that read the same tensor one encoder, too (`Lowering.SHARED`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Recipe:
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
     narrow: bool = False
+    share: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -79,6 +81,7 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
     narrow: bool = False
+    share: bool = False
 
     def __post_init__(self) -> None:
         names.check("measure", self.measure, names.measures())
@@ -88,15 +91,18 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if value is not UNSET and self.aggregate is not Aggregate.SUM:
                 found = f"aggregate is {self.aggregate.value!r}"
                 raise ValueError(f"{key} is {value!r} and needs aggregate 'sum', but {found}")
-        for key, value in (("recover", self.recover), ("narrow", self.narrow)):
+        for key, value in (("recover", self.recover), ("narrow", self.narrow), ("share", self.share)):
             if value and self.factors is not Fit.ACTIVATIONS:
                 raise ValueError(
                     f"{key} is true and needs factors 'activations', but factors is {self.factors.value!r}"
                 )
-        if self.narrow and (self.aggregate is Aggregate.UNIFORM or self.price is not UNSET):
-            raise ValueError(
-                "narrow is true, but a recipe with a price or a uniform rank cannot drop channels"
-            )
+        is_ruled = self.aggregate is Aggregate.UNIFORM or self.price is not UNSET
+        for key, value, what in (
+            ("narrow", self.narrow, "drop channels"),
+            ("share", self.share, "share encoders"),
+        ):
+            if value and is_ruled:
+                raise ValueError(f"{key} is true, but a recipe with a price or a uniform rank cannot {what}")
 
 
 _DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it")
@@ -153,6 +159,7 @@ def _recipe(table: _Recipe, name: str) -> Recipe:
         factors=table.factors,
         recover=table.recover,
         narrow=table.narrow,
+        share=table.share,
     )
 
 

@@ -16,6 +16,7 @@ from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
 from onnx_lowrank.layers.hidden import hidden_channels
+from onnx_lowrank.layers.siblings import siblings
 from onnx_lowrank.layers.work import work
 
 
@@ -86,7 +87,8 @@ def find_layers(
     places = {Place(use.scope, use.node) for binding in bindings for use in binding.layer.uses}
     scopes = work(walk, inferred, places)
     ran = running(scopes)
-    bindings = _paired(model, walk, tuple(_idle(binding, ran) for binding in bindings))
+    bindings = _acquainted(walk, tuple(_idle(binding, ran) for binding in bindings))
+    bindings = _paired(model, walk, bindings)
     spared = frozenset(
         (operator.scope, operator.name)
         for operator in skipped
@@ -102,6 +104,15 @@ def find_layers(
                 "--ratio 1 --dry-run --report - lists their names."
             )
     return found
+
+
+def _acquainted(walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Binding, ...]:
+    """The layers; those that read the same tensor know each other."""
+    groups = siblings(walk, bindings)
+    return tuple(
+        replace(binding, layer=replace(binding.layer, siblings=groups.get(binding.layer.id, ())))
+        for binding in bindings
+    )
 
 
 def _paired(model: Model, walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Binding, ...]:

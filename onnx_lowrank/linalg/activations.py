@@ -42,7 +42,7 @@ def errors(
     total = float(np.sum(quadratic.power))
     if total <= 0:
         return np.zeros(top + 1)
-    with _on_device(quadratic, backend):
+    with on_device(quadratic, backend):
         problem = projection.folded(quadratic, shape, fold, k, backend)
         gains = backend.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
     return np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)])
@@ -80,7 +80,7 @@ def fit(
     if option.lowering is Lowering.NARROW:
         order = selection.order(quadratic, shape[2]) if kept is None else kept
         return selection.fit(quadratic, shape, order[: option.j])
-    with _on_device(quadratic, backend):
+    with on_device(quadratic, backend):
         problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
         if option.j == min(problem.optimum.shape[-2:]):
             xp = array_namespace(problem.optimum)
@@ -110,7 +110,7 @@ def products(
     Yields:
         The products in the order of the options, each of the weight's shape.
     """
-    with _on_device(quadratic, backend):
+    with on_device(quadratic, backend):
         known: dict[tuple[Fold, int], tuple[projection.Problem, Array]] = {}
         for option in options:
             key = option.fold, option.k
@@ -211,7 +211,7 @@ def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> N
     return change.reshape(-1)
 
 
-def _on_device(quadratic: Quadratic, backend: Backend) -> AbstractContextManager[object]:
+def on_device(quadratic: Quadratic, backend: Backend) -> AbstractContextManager[object]:
     """Take `Backend.alone` after the host has computed the quadratic's minimizer."""
     _ = quadratic.optimum
     return backend.alone()
@@ -229,6 +229,11 @@ def _held_error(
     xp = array_namespace(encoder)
     product = xp.matmul(projection.solve(problem, encoder).left, encoder)
     return error(held, backend.to_numpy(unfold(product, fold, shape)))
+
+
+def balanced(left: Array, right: Array) -> tuple[Array, Array]:
+    """U√Σ and √ΣVᵀ of the product left · right."""
+    return balance(*_product_svd(left, right))
 
 
 def _product_svd(left: Array, right: Array) -> tuple[Array, Array, Array]:

@@ -112,6 +112,8 @@ def _option(row: LayerRow) -> tuple[str, str, str]:
         return "keep", "–", "–"
     if row.option.lowering is Lowering.NARROW:
         return row.option.lowering.value, "–", f"{row.option.j} of {row.full_rank}"
+    if row.option.lowering is Lowering.SHARED:
+        return row.option.lowering.value, "1", f"{row.option.j} of {row.full_rank}"
     return row.option.fold.value, str(row.option.k), f"{row.option.j} of {row.full_rank}"
 
 

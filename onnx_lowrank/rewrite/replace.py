@@ -109,6 +109,8 @@ class _Writer:
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
         self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
         self.proofs: dict[str, tuple[Option, Certificate]] = {}
+        # By the siblings: the names of the nodes of their encoder, and of its result.
+        self._encoders: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
         self._model = model
         self._walk = walk
         self.edits = Edits(model, walk, store)
@@ -121,6 +123,9 @@ class _Writer:
         self.proofs[layer.id] = replacement.option, replacement.certificate
         if replacement.option.lowering is Lowering.NARROW:
             self.chains[layer.id] = (self._narrow(replacement, nodes[0]),)
+            return
+        if replacement.option.lowering is Lowering.SHARED:
+            self.chains[layer.id] = (self._share(replacement, nodes),)
             return
         arrays = operator.layout(layer, nodes, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
@@ -151,6 +156,33 @@ class _Writer:
         self._splice(fragment.nodes, use, node, layer)
         self._release(layer, use)
         return (fragment.nodes[-1].name,)
+
+    def _share(self, replacement: Replacement, nodes: Sequence[NodeProto]) -> tuple[str, ...]:
+        """Plan a decoder in a node's place, behind the encoder that the first of its siblings writes.
+
+        Returns the names of the nodes from the encoder on.
+        """
+        binding, layer = replacement.binding, replacement.binding.layer
+        # The operators of the chain are the layer's own.
+        native = replace(replacement, option=replace(replacement.option, lowering=Lowering.NATIVE))
+        arrays = registry.family(nodes[0]).layout(layer, nodes, replacement.factors, Lowering.NATIVE)
+        source = binding.stored.source
+        before = self._encoders.get(layer.siblings)
+        encoder = self.edits.keep(source, f"{source.name}_encoder", arrays[0]) if before is None else ""
+        decoder = self.edits.keep(source, f"{source.name}_decoder", arrays[1])
+        fragment = self._fragment(native, nodes, 0, encoder, decoder, self._new_bias(replacement, nodes[0]))
+        *head, last = fragment.nodes
+        if before is None:
+            if not layer.has_encoder:
+                raise RuntimeError(f"{layer.siblings[0]!r} has to be written before {layer.id!r}")
+            before = self._encoders[layer.siblings] = tuple(node.name for node in head), head[-1].output[0]
+        else:
+            # The encoder of this chain is the one that is there already.
+            last.input[list(last.input).index(head[-1].output[0])] = before[1]
+            head = []
+        self._splice([*head, last], layer.uses[0], nodes[0], layer)
+        self._release(layer, layer.uses[0])
+        return (*before[0], last.name)
 
     def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
         """Store a layer's new bias in the dtype of its computation; returns the bias's name for the chain.
@@ -187,6 +219,23 @@ class _Writer:
         new_bias: str,
     ) -> tuple[str, ...]:
         """Plan the chain of one use; returns the names of its nodes."""
+        layer = replacement.binding.layer
+        use, node = layer.uses[index], nodes[index]
+        fragment = self._fragment(replacement, nodes, index, encoder, decoder, new_bias)
+        self._splice(fragment.nodes, use, node, layer)
+        self._release(layer, use)
+        return tuple(node.name for node in fragment.nodes)
+
+    def _fragment(
+        self,
+        replacement: Replacement,
+        nodes: Sequence[NodeProto],
+        index: int,
+        encoder: str,
+        decoder: str,
+        new_bias: str,
+    ) -> Fragment:
+        """The nodes of the chain of one use."""
         binding, layer = replacement.binding, replacement.binding.layer
         use, node = layer.uses[index], nodes[index]
         fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
@@ -200,9 +249,7 @@ class _Writer:
         old_bias = node.input[operator.bias] if has_bias and operator.bias is not None else ""
         names = Operands(value, encoder, decoder, new_bias or old_bias)
         operator.chain(fragment, Site(layer, use, node, nodes, replacement.option), names)
-        self._splice(fragment.nodes, use, node, layer)
-        self._release(layer, use)
-        return tuple(node.name for node in fragment.nodes)
+        return fragment
 
     def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
         """Put a chain in a node's place; its last node takes the node's name, notes and output."""

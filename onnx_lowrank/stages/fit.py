@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import LayerFit
+from onnx_lowrank.core.layer import sharing
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
@@ -17,6 +18,8 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.fitting import FactorsItem, fitted
+from onnx_lowrank.work.moments import MomentsRef
+from onnx_lowrank.work.sharing import SharedItem, fitted_together
 from onnx_lowrank.work.weights import reference
 
 Fitted = tuple[Replacement, LayerFit]
@@ -44,6 +47,8 @@ def fit(
     Raises:
         InputError: The moments are not finite, or a data file has changed.
     """
+    together = [b for b in bindings if options[b.layer.id].lowering is Lowering.SHARED]
+    bindings = [b for b in bindings if options[b.layer.id].lowering is not Lowering.SHARED]
     biases = [None if statistics is None else bias(model, walk, binding) for binding in bindings]
 
     def items() -> Iterator[FactorsItem]:
@@ -55,6 +60,52 @@ def fit(
         shifted = None if changeable is None or layer.lost is None else changeable.values + layer.lost
         option = options[binding.layer.id]
         yield Replacement(binding, option, layer.factors, layer.certificate, shifted), layer.fit
+    yield from _together(model, walk, together, options, statistics, executor)
+
+
+def _together(
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
+    options: Mapping[str, Option],
+    statistics: Statistics | None,
+    executor: Executor,
+) -> Iterator[Fitted]:
+    """The factors of layers that share encoders, group by group."""
+    by_id = {binding.layer.id: binding for binding in bindings}
+    groups = [[by_id[name] for name in sharing(b.layer, options)] for b in bindings if b.layer.has_encoder]
+
+    def items() -> Iterator[SharedItem]:
+        for group in groups:
+            names = [binding.layer.id for binding in group]
+            moments = None if statistics is None else statistics.shared_inputs(names)
+            yield shared_item(model, walk, group, options[names[0]].j, moments)
+
+    for group, made in zip(groups, executor.map(fitted_together, items()), strict=True):
+        for binding, layer in zip(group, made, strict=True):
+            changeable, option = bias(model, walk, binding), options[binding.layer.id]
+            shifted = None if changeable is None or layer.lost is None else changeable.values + layer.lost
+            yield Replacement(binding, option, layer.factors, layer.certificate, shifted), layer.fit
+
+
+def shared_item(
+    model: Model, walk: Walk, bindings: Sequence[Binding], j: int, moments: MomentsRef | None
+) -> SharedItem:
+    """The work item of layers that share an encoder of rank j.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        bindings: The layers, siblings in graph order.
+        j: The rank.
+        moments: The moments of their inputs; None if they are unknown.
+
+    Raises:
+        InputError: A data file has changed.
+    """
+    weights = tuple(reference(model, walk, binding) for binding in bindings)
+    centred = tuple(bias(model, walk, binding) is not None for binding in bindings)
+    return SharedItem(weights, j, moments, centred)
 
 
 def factors_item(

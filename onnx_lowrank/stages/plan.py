@@ -14,14 +14,15 @@ from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
-from onnx_lowrank.allocate.pairs import Classes, pairs_of
+from onnx_lowrank.allocate.pairs import Classes, pairs_of, sharers, sharings_of
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer, narrow_layers
+from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
-from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.errors import BudgetError, PlanError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.logs import DETAIL, some
 from onnx_lowrank.progress import Progress
@@ -58,6 +59,12 @@ def replay(plan: Plan, model: Model, layers: Sequence[Layer], meter: Meter) -> P
         InputError: The model cannot be counted.
     """
     plans.check(plan, model.sha256, layers)
+    is_shared = any(c.option is not None and c.option.lowering is Lowering.SHARED for c in plan.choices)
+    if is_shared and not meter.budget.shares:
+        raise PlanError(
+            f"The plan shares encoders, and the budget {meter.budget.name} does not count them: set the "
+            "lowering of every shared layer to null."
+        )
     by_id = {choice.layer: choice for choice in plan.choices}
     if meter.budget.is_measured:
         if not plans.is_edited(plan):
@@ -144,7 +151,7 @@ def make(model: Model, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     """
     recipe, meter = goal.recipe, scores.meter
     layers = scores.candidates(recipe)
-    classes = Classes(layers, scores.pairs(recipe), recipe)
+    classes = Classes(layers, scores.groups(recipe), recipe)
     with progress.stage("plan"):
         solution = _solved(model, meter, classes, goal)
     choices = _reasoned(meter, layers, classes.choices(solution.picks), recipe)
@@ -170,7 +177,12 @@ def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> Cla
         tables = unmeasured.without_calibration(layers, tables)
     narrows = recipe.narrow and grid.costs.budget.narrows
     errors = {layer.id: np.ones(layer.c + 1) for layer in layers if narrows and layer.producers}
-    return Classes(tuple(tables), pairs_of(layers, errors, grid), recipe)
+    pairs = pairs_of(layers, errors, grid)
+    shares = recipe.share and grid.costs.budget.shares
+    groups = [names for layer in layers if shares for names in sharers(layer)]
+    sizes = {layer.id: layer.size + 1 for layer in layers}
+    ones = {names: [np.ones(sizes[names[0]] * len(names)) for _ in names] for names in groups}
+    return Classes(tuple(tables), (*pairs, *sharings_of(layers, ones, grid)), recipe)
 
 
 def _log_plan(

@@ -7,7 +7,9 @@ Rules:
    compressed layers made in the residual is added to the target, too.
 2. Held-out inputs are the judge. The ridge is the best one for them, refinement continues while their error
    falls, and the layer's factors for its own inputs (`work.fitting`) are taken if they do better.
-3. Before a Relu, only the error behind it counts: the layer is refitted to lower that error.
+3. Layers that share an encoder get it from the inputs x̂ of the first of them. Each of their decoders is then
+   fitted by the rules above.
+4. Before a Relu, only the error behind it counts: the layer is refitted to lower that error.
    This is the nonlinear asymmetric reconstruction of Zhang, Zou, He, Sun, "Accelerating Very Deep
    Convolutional Networks for Classification and Detection", 2016, by majorization.
 """
@@ -29,20 +31,29 @@ from onnx_lowrank.calibrate.moments import Accumulator, merged, split
 from onnx_lowrank.calibrate.prefix import Prefix, Sight, Step
 from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments, Targets
+from onnx_lowrank.core.layer import Layer, sharing
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
-from onnx_lowrank.linalg import selection
+from onnx_lowrank.linalg import selection, shared
 from onnx_lowrank.linalg.activations import fit
 from onnx_lowrank.linalg.folding import compose
-from onnx_lowrank.linalg.quadratic import Quadratic, best_ridge, error, of_targets, shrinkage
+from onnx_lowrank.linalg.quadratic import (
+    INPUT_RIDGE,
+    Quadratic,
+    best_ridge,
+    error,
+    of_targets,
+    of_weight,
+    shrinkage,
+)
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry, outputs, patches
 from onnx_lowrank.rewrite.replace import Replacement
-from onnx_lowrank.stages.fit import Fitted
+from onnx_lowrank.stages.fit import Fitted, shared_item
 from onnx_lowrank.work.executor import Executor, Threads
 from onnx_lowrank.work.fitting import (
     STEPS,
@@ -53,6 +64,7 @@ from onnx_lowrank.work.fitting import (
     exact,
     stored_as,
 )
+from onnx_lowrank.work.sharing import stored_encoder
 from onnx_lowrank.work.weights import reference
 
 T = TypeVar("T")
@@ -109,12 +121,13 @@ def recover(
     samples, statistics = calibration.samples, calibration.statistics
     batches = samples.batches(statistics.batch)
     waiting: deque[tuple[Binding, Recovered]] = deque()
+    encoders = Encoders(model, walk, bindings, options, executor.threads)
     with Prefix(model, walk, bindings, batches, calibration.engine) as prefix:
 
         def items() -> Iterator[CertificateItem]:
             for step in prefix.steps():
                 option = options[step.binding.layer.id]
-                layer = Recovery(model, walk, step.binding, option, calibration, executor.threads)
+                layer = Recovery(model, walk, step.binding, option, calibration, executor.threads, encoders)
                 recovered = layer.run(step)
                 waiting.append((step.binding, recovered))
                 yield CertificateItem(reference(model, walk, step.binding), recovered.factors)
@@ -123,6 +136,31 @@ def recover(
             binding, made = waiting.popleft()
             option = options[binding.layer.id]
             yield Replacement(binding, option, made.factors, proof, made.bias), made.fit
+
+
+class Encoders:
+    """The encoders that layers share, each made once (rule 3)."""
+
+    def __init__(
+        self,
+        model: Model,
+        walk: Walk,
+        bindings: Sequence[Binding],
+        options: Mapping[str, Option],
+        threads: Threads,
+    ) -> None:
+        self._bindings = {binding.layer.id: binding for binding in bindings}
+        self._options = options
+        self._model, self._walk, self._threads = model, walk, threads
+        self._made: dict[tuple[str, ...], NDArray[Any]] = {}
+
+    def of(self, layer: Layer, j: int, inputs: Moments) -> NDArray[Any]:
+        """The encoder of a layer's group, as stored; from these moments if it is not made yet."""
+        key = sharing(layer, self._options)
+        if key not in self._made:
+            item = shared_item(self._model, self._walk, [self._bindings[name] for name in key], j, None)
+            self._made[key] = stored_encoder(item, inputs, self._threads.backend)
+        return self._made[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +194,10 @@ class Recovery:
         option: Option,
         calibration: Calibration,
         threads: Threads,
+        encoders: Encoders,
     ) -> None:
+        self._encoders = encoders
+        self._encoder: NDArray[Any] | None = None
         self._binding = binding
         self._option = option
         self._threads = threads
@@ -176,6 +217,8 @@ class Recovery:
         shares = self._shares(step.batches())
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         ridge = self._ridge(shares)
+        if self._option.lowering is Lowering.SHARED:
+            self._encoder = self._encoders.of(self._binding.layer, self._option.j, shares[False].inputs)
         candidates = self._threads.each(
             lambda make: make(), (lambda: self._fitted(shares, ridge, STEPS), self._plain)
         )
@@ -208,6 +251,8 @@ class Recovery:
     def _fitted(self, shares: Mapping[bool, _Share], ridge: float, steps: int) -> Factors:
         """Factors fitted to the targets of one share and judged on the other."""
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
+        if self._encoder is not None:
+            return self._decoded(problem, self._encoder)
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         factors = fit(
             problem, self._weight.shape, self._option, self._threads.backend, judge, steps, self._kept
@@ -215,7 +260,7 @@ class Recovery:
         return stored_as(factors, self._dtype)
 
     def _rectified(self, step: Step, shares: Mapping[bool, _Share], linear: _Map, ridge: float) -> _Map:
-        """Refit a layer before a Relu to lower its error behind the Relu (rule 3).
+        """Refit a layer before a Relu to lower its error behind the Relu (rule 4).
 
         If both models are below zero there, the error is zero, and the target is the layer's output. If only
         the original is, the target is zero. By majorization this lowers the error behind the Relu on the
@@ -229,7 +274,17 @@ class Recovery:
         # Not <=: with equal losses the simpler fit stays.
         return refitted if after.loss < before.loss else linear
 
+    def _decoded(self, problem: Quadratic, encoder: NDArray[Any]) -> Factors:
+        """The factors with a shared encoder."""
+        factors = shared.fit(problem, self._weight.shape, encoder, self._threads.backend)
+        return stored_as(factors, self._dtype)
+
     def _plain(self) -> Factors:
+        inputs = self._moments.inputs
+        if self._encoder is not None and inputs is not None:
+            ridge = shrinkage(inputs, INPUT_RIDGE)
+            problem = of_weight(self._weight, inputs, centred=self._centred, ridge=ridge)
+            return self._decoded(problem, self._encoder)
         factors = activation_factors(
             self._weight,
             self._option,

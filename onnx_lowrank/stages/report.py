@@ -13,7 +13,8 @@ from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
-from onnx_lowrank.core.layer import Layer, narrow_layers
+from onnx_lowrank.core.layer import Layer, narrow_layers, shared_full_rank, sharing
+from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
@@ -195,7 +196,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
     )
     certificates = {} if built is None else built.certificates
     fits = {} if built is None else built.fits
-    narrow = narrow_layers(run.found.options(run.plan.choices))
+    narrow, full = narrow_layers(run.found.options(run.plan.choices)), _full_ranks(run)
     return tuple(
         _row(
             binding.layer,
@@ -204,9 +205,28 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
             certificates.get(choice.layer),
             fits.get(choice.layer),
             narrow.get(choice.layer),
+            full.get(choice.layer),
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
+
+
+def _full_ranks(run: Run) -> dict[str, int]:
+    """The rank at which a layer of the plan is exact, by id; for a narrow one its number of channels."""
+    layers = {layer.id: layer for layer in run.found.layers}
+    options = {choice.layer: choice.option for choice in run.plan.choices}
+    full = {}
+    for layer, option in run.found.options(run.plan.choices):
+        if option is None:
+            continue
+        match option.lowering:
+            case Lowering.NARROW:
+                full[layer.id] = layer.c
+            case Lowering.SHARED:
+                full[layer.id] = shared_full_rank([layers[name] for name in sharing(layer, options)])
+            case _:
+                full[layer.id] = layer.full_rank(option.fold, option.k)
+    return full
 
 
 def _row(
@@ -216,11 +236,9 @@ def _row(
     certificate: Certificate | None,
     fit: LayerFit | None,
     narrow: Layer | None,
+    full: int | None,
 ) -> LayerRow:
     option = choice.option
-    full = None
-    if option is not None:
-        full = layer.c if narrow is not None else layer.full_rank(option.fold, option.k)
     after = (layer, option) if narrow is None else (narrow, None)
     return LayerRow(
         id=layer.id,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import Candidates, candidates, narrowings
-from onnx_lowrank.allocate.pairs import Pair, pairs_of
+from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks
+from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharers, sharings_of
 from onnx_lowrank.budgets.budget import Gauge, Meter
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.option import Fold
@@ -26,6 +26,7 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.effects import Effects, effects
+from onnx_lowrank.stages.fit import shared_item
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.moments import MomentsRef
@@ -37,6 +38,7 @@ from onnx_lowrank.work.scoring import (
     singular_values,
     width_errors,
 )
+from onnx_lowrank.work.sharing import SharedItem, shared_errors
 from onnx_lowrank.work.weights import reference
 
 _log = logging.getLogger(__name__)
@@ -119,6 +121,9 @@ class Scores:
         self._progress = progress
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
+        self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
+        # Relative errors with a shared encoder, at the ranks 0, 1, …, for the layers of every group.
+        self._shared: dict[tuple[str, ...], Sequence[NDArray[np.float64]]] = {}
         self._timed = set[Recipe]()
         self._probed = False
 
@@ -162,23 +167,71 @@ class Scores:
         )
         return [reason and f"its effect is unknown: {reason}" for reason in found]
 
-    def pairs(self, recipe: Recipe) -> tuple[Pair, ...]:
-        """The pairs of layers that a recipe may narrow together; call `candidates` before.
+    def groups(self, recipe: Recipe) -> tuple[Group, ...]:
+        """The layers that a recipe may narrow together or give one encoder; call `candidates` before.
 
         Raises:
             InputError: The model cannot be counted, or the moments are not finite.
         """
+        return (*self._pairs(recipe), *self._sharings(recipe))
+
+    def _pairs(self, recipe: Recipe) -> tuple[Pair, ...]:
         if not (recipe.narrow and self.meter.budget.narrows):
             return ()
         self._add_widths()
-        measure = measures.named(recipe.measure)
-        errors = {}
-        for layer, known in zip(self._layers, self._known, strict=True):
-            if known.widths is not None and not known.unknown:
-                key = layer.narrow_fold, 1
-                evidence = Evidence({}, {key: known.widths}, known.power, known.narrow_effects)
-                errors[layer.id] = measure.errors(evidence, relative=recipe.relative)[key]
+        errors = {
+            layer.id: self._error(recipe, number, known.widths, known.narrow_effects)
+            for number, (layer, known) in enumerate(zip(self._layers, self._known, strict=True))
+            if known.widths is not None and not known.unknown
+        }
         return pairs_of(self._layers, errors, self._grid)
+
+    def _sharings(self, recipe: Recipe) -> tuple[Sharing, ...]:
+        if not (recipe.share and self.meter.budget.shares):
+            return ()
+        self._add_shared()
+        errors = {}
+        for names, curves in self._shared.items():
+            members = [self._numbers[name] for name in names]
+            if not any(self._known[number].unknown for number in members):
+                pairs = zip(members, curves, strict=True)
+                errors[names] = [self._error(recipe, number, curve) for number, curve in pairs]
+        return sharings_of(self._layers, errors, self._grid)
+
+    def _error(
+        self, recipe: Recipe, number: int, curve: NDArray[np.float64], caused: Effects | None = None
+    ) -> NDArray[np.float64]:
+        """The errors of a layer in a recipe's measure, given relative errors and the effects of such ones."""
+        known, key = self._known[number], (self._layers[number].shared_fold, 1)
+        evidence = Evidence({}, {key: curve}, known.power, known.effects if caused is None else caused)
+        return measures.named(recipe.measure).errors(evidence, relative=recipe.relative)[key]
+
+    def _add_shared(self) -> None:
+        """Compute the errors of all layers with a shared encoder that are not known yet."""
+        statistics = _calibrated(self._calibration).statistics
+        chosen: list[tuple[tuple[str, ...], MomentsRef, int]] = []
+        for names in (names for layer in self._layers for names in sharers(layer)):
+            if names in self._shared:
+                continue
+            found = statistics.shared_inputs(names)
+            ranks = shared_ranks([self._layers[self._numbers[name]] for name in names], self._grid)
+            if found is not None and ranks.size:
+                chosen.append((names, found, int(ranks[-1])))
+
+        def items() -> Iterator[SharedItem]:
+            for names, found, top in chosen:
+                bindings = [self._bindings[self._numbers[name]] for name in names]
+                yield shared_item(self._model, self._walk, bindings, top, found)
+
+        if not chosen:
+            return
+        begin = monotonic()
+        with self._progress.stage("shared", len(chosen)) as step:
+            computed = self._executor.map(shared_errors, items())
+            for (names, _, _), curves in zip(chosen, computed, strict=True):
+                self._shared[names] = curves
+                step()
+        _log.debug("computed the errors of %d shared encoders in %.2f s", len(chosen), monotonic() - begin)
 
     def _add_widths(self) -> None:
         """Compute the errors of all narrow layers that are not known yet."""

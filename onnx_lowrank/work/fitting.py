@@ -115,7 +115,7 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     stored = stored_as(factors, dtype)
     del factors  # For a large layer these are gigabytes that the certificate needs.
     lost = lost_mean(weight, stored, moments, item.added) if item.centred else None
-    loss = _error(weight, stored, moments, centred=item.centred)
+    loss = held_error(weight, stored, moments, centred=item.centred)
     return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.ACTIVATIONS, error=loss), lost)
 
 
@@ -299,7 +299,9 @@ def lost_mean(
     return np.asarray(mean - kept).reshape(-1)
 
 
-def _error(weight: NDArray[Any], stored: Factors, moments: LayerMoments, *, centred: bool) -> float | None:
+def held_error(
+    weight: NDArray[Any], stored: Factors, moments: LayerMoments, *, centred: bool
+) -> float | None:
     """The relative activation error of factors as stored; None without moments.
 
     A tied layer has the sum of the errors of both uses.

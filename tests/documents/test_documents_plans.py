@@ -258,7 +258,7 @@ MALFORMED = {
     },
     **{
         f"cost {value!r}": (layer(cost=value), f"cost = {shown(value)}, but it must be a whole number")
-        for value in (None, 1.5, -1, "1", True, 10**30)
+        for value in (None, 1.5, "1", True, 10**30, -(10**30))
     },
     "reason 3": (layer(reason=3), "reason = 3, but it must be a text"),
     **{
@@ -376,9 +376,12 @@ def test_the_operators_of_a_chain_have_to_be_some_that_the_layer_allows(layer, k
             continue
         with pytest.raises(PlanError) as caught:
             plans.check(plan, PLAN.model, (layer,))
-        assert str(caught.value) == (
-            f"In the plan, layer 'w' cannot be lowered as {lowering}: choose one of {', '.join(lowerings)}."
-        )
+        reasons = {
+            Lowering.NARROW: "has no layer before it whose channels can be dropped: choose another lowering.",
+            Lowering.SHARED: "reads a tensor that no other layer reads so: choose another lowering.",
+        }
+        other = f"cannot be lowered as {lowering}: choose one of {', '.join(lowerings)}."
+        assert str(caught.value) == f"In the plan, layer 'w' {reasons.get(lowering, other)}"
 
 
 def test_no_operators_are_the_layers_own(tmp_path):

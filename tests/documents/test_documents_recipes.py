@@ -245,15 +245,18 @@ def test_a_binary_file_is_no_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("", "narrow is true and needs factors 'activations'"),
-        ('factors = "activations"\nprice = "macs"', "cannot drop channels"),
+        ("narrow = true", "narrow is true and needs factors 'activations'"),
+        ('narrow = true\nfactors = "activations"\nprice = "macs"', "cannot drop channels"),
+        ("share = true", "share is true and needs factors 'activations'"),
+        ('share = true\nfactors = "activations"\nprice = "macs"', "cannot share encoders"),
     ],
 )
-def test_a_recipe_that_cannot_drop_channels_is_refused(extra, message):
-    text = f'summary = "s"\nfolds = ["encode"]\ngroups = [1]\naggregate = "sum"\nnarrow = true\n{extra}\n'
+def test_a_recipe_that_cannot_bind_layers_is_refused(extra, message):
+    text = f'summary = "s"\nfolds = ["encode"]\ngroups = [1]\naggregate = "sum"\n{extra}\n'
     with pytest.raises(RecipeError, match=message):
         recipes.parse(text, "r")
 
 
-def test_recipes_that_fit_activations_to_a_sum_drop_channels():
-    assert {recipe.name for recipe in recipes.load_all() if recipe.narrow} == {"activation", "output"}
+@pytest.mark.parametrize("key", ["narrow", "share"])
+def test_recipes_that_fit_activations_to_a_sum_bind_layers(key):
+    assert {recipe.name for recipe in recipes.load_all() if getattr(recipe, key)} == {"activation", "output"}

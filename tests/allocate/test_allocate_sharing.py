@@ -1,0 +1,166 @@
+"""Groups that share layers in the plan: the classes give the optimum that all combinations give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+
+from onnx_lowrank.allocate import pairs
+from onnx_lowrank.allocate.limits import Limits
+from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.allocate.pairs import Classes, Pair, Sharing
+from onnx_lowrank.allocate.solve import smallest, solve
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.option import Fold, Lowering
+from onnx_lowrank.core.plan import Aggregate
+from onnx_lowrank.documents import recipes
+
+RECIPE = recipes.load("activation")
+
+
+class _Way:
+    def __init__(self, way):
+        self.way = way
+
+    def lowering(self, fold, k):
+        return self.way
+
+
+def table(name, cost, error, way=Lowering.NATIVE):
+    ranks = np.arange(len(cost))
+    one = np.where(ranks > 0, 1, 0)
+    error = np.round(np.array(error, float), 9)
+    return Candidates(name, one - 1, one, ranks, one * 99, np.array(cost), error, tariff=_Way(way))
+
+
+def drawn(rng, name, keep, number, least=1):
+    cost = np.sort(rng.choice(np.arange(least, keep), number, replace=False))
+    return table(name, [keep, *cost], [0.0, *np.sort(rng.random(number))[::-1]])
+
+
+def sharing(rng, members, number, keep):
+    """Tables whose costs at one index sum to less than those of the kept layers."""
+    tables = []
+    for place, member in enumerate(members):
+        cost = np.arange(1, number + 1) * (7 if place == 0 else 3)
+        error = np.sort(rng.random(number))[::-1]
+        tables.append(table(f"w{member}", [keep, *cost], [0.0, *error], Lowering.SHARED))
+    return Sharing(tuple(tables), members)
+
+
+def gated(rng):
+    """Gate and up (1, 2) share an input and are the producers of a narrowed layer (3)."""
+    layers = tuple(drawn(rng, f"w{n}", 40, 4) for n in range(5))
+    cost = np.sort(rng.choice(np.arange(-60, 40), 4, replace=False))
+    narrow = table("w3", [40, *cost], [0.0, *np.sort(rng.random(4))[::-1]], Lowering.NARROW)
+    return layers, (Pair(narrow, (1, 2, 3)), sharing(rng, (1, 2), 5, 40))
+
+
+def attention(rng):
+    """Three layers that share an input, and two others."""
+    layers = tuple(drawn(rng, f"w{n}", 40, 4) for n in range(5))
+    return layers, (sharing(rng, (0, 1, 3), 5, 40),)
+
+
+def subsets(rng):
+    """Every set of three layers that has the first of them."""
+    layers = tuple(drawn(rng, f"w{n}", 40, 4) for n in range(4))
+    return layers, tuple(sharing(rng, members, 5, 40) for members in ((0, 1), (0, 2), (0, 1, 2)))
+
+
+def chain(rng):
+    """Three groups of a cluster; the first and the last can be taken together."""
+    layers = tuple(drawn(rng, f"w{n}", 30, 3) for n in range(5))
+    return layers, (sharing(rng, (0, 1), 4, 30), sharing(rng, (1, 3), 4, 30), sharing(rng, (2, 3, 4), 3, 30))
+
+
+def brute(layers, groups):
+    """All plans: (cost, errors)."""
+    for count in range(len(groups) + 1):
+        for taken in combinations(groups, count):
+            members = [m for group in taken for m in group.members]
+            if len(set(members)) < len(members):
+                continue
+            rest = [n for n in range(len(layers)) if n not in members]
+            sizes = [range(1, max(t.cost.size for t in group.tables if t is not None)) for group in taken]
+            for picks in product(*sizes, *(range(layers[n].cost.size) for n in rest)):
+                cost, errors = 0, []
+                for group, pick in zip(taken, picks, strict=False):
+                    for member, t in zip(group.members, group.tables, strict=True):
+                        cost += int(layers[member].cost[0] if t is None else t.cost[pick])
+                        errors.append(0.0 if t is None else float(t.error[pick]))
+                for n, pick in zip(rest, picks[count:], strict=True):
+                    cost += int(layers[n].cost[pick])
+                    errors.append(float(layers[n].error[pick]))
+                yield cost, errors
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", [gated, attention, subsets, chain])
+@pytest.mark.parametrize(("aggregate", "power"), [("sum", 1.0), ("sum", 3.0), ("max", 1.0)])
+def test_no_combination_beats_the_plan(seed, kind, aggregate, power):
+    layers, groups = kind(np.random.default_rng(seed))
+    recipe = replace(RECIPE, aggregate=Aggregate(aggregate), power=power)
+    classes = Classes(layers, groups, recipe)
+    every = list(brute(layers, groups))
+    combine = max if aggregate == "max" else (lambda errors: sum(e**power for e in errors))
+    for budget in (40, 70, 100, 130):
+        limits = classes.limits(Limits.single(layers, budget))
+        fits = [combine(errors) for cost, errors in every if cost <= budget]
+        if not fits:
+            assert limits.excess(smallest(classes.tables, limits, recipe).picks) > 0
+            continue
+        solution = solve(classes.tables, limits, recipe)
+        choices = classes.choices(solution.picks)
+        assert [choice.layer for choice in choices] == [t.layer for t in layers]
+        assert sum(choice.cost for choice in choices) == solution.cost <= budget
+        value = combine([choice.error for choice in choices])
+        assert value == pytest.approx(min(fits), rel=1e-9, abs=1e-12)
+        assert solution.objective == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("number", "sets"), [(2, 1), (3, 3), (4, 7), (5, 1)])
+def test_few_siblings_may_share_in_every_set_with_the_first(number, sets):
+    names = tuple(f"w{n}" for n in range(number))
+    layer = Layer("w0", "MatMul", 4, 4, (), 1, "float32", (Fold.ENCODE,), (1,), (), siblings=names)
+    found = pairs.sharers(layer)
+    assert len(set(found)) == len(found) == sets
+    assert names in found
+    assert all(each[0] == "w0" and len(each) > 1 for each in found)
+    assert pairs.sharers(replace(layer, id="w1")) == ()
+
+
+def test_a_shared_group_has_one_rank():
+    layers, groups = attention(np.random.default_rng(1))
+    cheap = tuple(replace(t, error=t.error * 1e-6) for t in groups[0].tables)
+    classes = Classes(layers, (Sharing(cheap, groups[0].members),), RECIPE)
+    limits = classes.limits(Limits.single(layers, 140))
+    choices = classes.choices(solve(classes.tables, limits, RECIPE).picks)
+    options = [choices[m].option for m in groups[0].members]
+    assert {option.lowering for option in options} == {Lowering.SHARED}
+    assert len(set(options)) == 1
+
+
+def test_several_constraints_bound_the_classes():
+    layers, groups = gated(np.random.default_rng(3))
+    classes = Classes(layers, groups, RECIPE)
+    costs = tuple(np.stack([t.cost, 2 * t.cost]) for t in layers)
+    limits = classes.limits(Limits(np.array([120, 200]), costs))
+    assert [cost.shape for cost in limits.costs] == [(2, t.cost.size) for t in classes.tables]
+    for table_, cost in zip(classes.tables, limits.costs, strict=True):
+        np.testing.assert_array_equal(cost[0], table_.cost)
+
+
+@pytest.mark.parametrize("name", ["_MOST_WAYS", "_MOST_COMBINATIONS"])
+def test_large_clusters_stay_apart(monkeypatch, name):
+    layers, groups = chain(np.random.default_rng(2))
+    monkeypatch.setattr(pairs, name, 1)
+    classes = Classes(layers, groups, RECIPE)
+    budget = 100
+    limits = classes.limits(Limits.single(layers, budget))
+    solution = solve(classes.tables, limits, RECIPE)
+    best = min(sum(errors) for cost, errors in brute(layers, ()) if cost <= budget)
+    assert sum(c.error for c in classes.choices(solution.picks)) == pytest.approx(best, rel=1e-9)
