@@ -30,7 +30,7 @@ from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.moments import Accumulator, merged, split
 from onnx_lowrank.calibrate.prefix import Prefix, Sight, Step
 from onnx_lowrank.calibrate.statistics import Statistics
-from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments, Targets
+from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments
 from onnx_lowrank.core.layer import Layer, sharing
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
@@ -46,7 +46,6 @@ from onnx_lowrank.linalg.quadratic import (
     Quadratic,
     best_ridge,
     error,
-    of_targets,
     of_weight,
     shrinkage,
 )
@@ -54,6 +53,7 @@ from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry, outputs, patches
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.stages.fit import Fitted, shared_item
+from onnx_lowrank.stages.targets import Changes, Share
 from onnx_lowrank.work.executor import Executor, Threads
 from onnx_lowrank.work.fitting import (
     STEPS,
@@ -172,17 +172,6 @@ class Recovered:
     fit: LayerFit
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """Moments of x̂, and joint moments of y and x̂, over one share of the calibration inputs."""
-
-    inputs: Moments
-    targets: Targets
-
-    def problem(self, weight: NDArray[np.generic], ridge: float, *, centred: bool) -> Quadratic:
-        return of_targets(weight, self.inputs, self.targets, centred=centred, ridge=ridge)
-
-
 class Recovery:
     """Recovers one layer."""
 
@@ -238,7 +227,7 @@ class Recovery:
     def _centred(self) -> bool:
         return self._bias is not None
 
-    def _ridge(self, shares: Mapping[bool, _Share]) -> float:
+    def _ridge(self, shares: Mapping[bool, Share]) -> float:
         """The ridge of least error on the held-out share; for a narrow layer, that of its own inputs."""
         if self._option.lowering is Lowering.NARROW:
             # The whole weight says nothing about it: without a channel to drop, the largest ridge is best.
@@ -248,7 +237,7 @@ class Recovery:
             self._weight, fitted.inputs, fitted.targets, held.inputs, held.targets, centred=self._centred
         )
 
-    def _fitted(self, shares: Mapping[bool, _Share], ridge: float, steps: int) -> Factors:
+    def _fitted(self, shares: Mapping[bool, Share], ridge: float, steps: int) -> Factors:
         """Factors fitted to the targets of one share and judged on the other."""
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
         if self._encoder is not None:
@@ -259,7 +248,7 @@ class Recovery:
         )
         return stored_as(factors, self._dtype)
 
-    def _rectified(self, step: Step, shares: Mapping[bool, _Share], linear: _Map, ridge: float) -> _Map:
+    def _rectified(self, step: Step, shares: Mapping[bool, Share], linear: _Map, ridge: float) -> _Map:
         """Refit a layer before a Relu to lower its error behind the Relu (rule 4).
 
         If both models are below zero there, the error is zero, and the target is the layer's output. If only
@@ -298,7 +287,7 @@ class Recovery:
             raise RuntimeError(f"the inputs of {self._binding.layer.id} were measured")
         return stored_as(factors, self._dtype)
 
-    def _shifted(self, factors: Factors, share: _Share) -> NDArray[np.float64] | None:
+    def _shifted(self, factors: Factors, share: Share) -> NDArray[np.float64] | None:
         """The bias that gives the layer's outputs the mean of their target."""
         if self._bias is None:
             return None
@@ -310,7 +299,7 @@ class Recovery:
         """The bias that a node behind the layer adds; y does not include it."""
         return 0.0 if self._bias is None or self._bias.in_node else self._bias.values
 
-    def _shares(self, sights: Iterator[Sight]) -> dict[bool, _Share]:
+    def _shares(self, sights: Iterator[Sight]) -> dict[bool, Share]:
         """The moments of both shares, by whether they are held out."""
         g, f, *rest = self._weight.shape
         p = prod(rest)
@@ -327,13 +316,13 @@ class Recovery:
         _in_lanes(sights, sums, add, self._threads)
         return {held: _share(sums, held, p) for held in (False, True)}
 
-    def _behind_relu(self, sights: Iterator[Sight], shares: Mapping[bool, _Share], layer: _Map) -> _Behind:
+    def _behind_relu(self, sights: Iterator[Sight], shares: Mapping[bool, Share], layer: _Map) -> _Behind:
         """The held-out error of a layer behind the Relu, and targets that lower it."""
-        sums = [{held: _Changes(share) for held, share in shares.items()} for _ in range(_LANES)]
+        sums = [{held: Changes(share) for held, share in shares.items()} for _ in range(_LANES)]
         weight = compose(exact(layer.factors)).reshape(*self._weight.shape[:2], -1).astype(np.float32)
         added, total = (self._grouped(bias) for bias in (self._added_behind(), layer.bias))
 
-        def add(lane: dict[bool, _Changes], sight: Sight) -> None:
+        def add(lane: dict[bool, Changes], sight: Sight) -> None:
             for x, y, beside in _rows(self._geometry, sight):
                 given = np.swapaxes(np.swapaxes(x, 0, 1) @ np.swapaxes(weight, 1, 2), 0, 1) + total
                 wanted, got, linear = y + added, given, y
@@ -346,7 +335,7 @@ class Recovery:
                 lane[sight.held].add(x, linear, excess - lost, np.maximum(wanted, 0) - np.maximum(got, 0))
 
         _in_lanes(sights, sums, add, self._threads)
-        whole = {held: _Changes.merged([lane[held] for lane in sums]) for held in shares}
+        whole = {held: Changes.merged([lane[held] for lane in sums]) for held in shares}
         return _Behind(whole[True].lost, {held: changes.share() for held, changes in whole.items()})
 
     def _grouped(self, values: NDArray[np.float64] | float | None) -> NDArray[np.float32]:
@@ -368,61 +357,7 @@ class _Behind:
     """A layer's squared error behind a Relu on held-out inputs, and targets that lower it."""
 
     loss: float
-    shares: dict[bool, _Share]
-
-
-class _Changes:
-    """Changes of targets: sums over vectors x̂, their targets t, and the changes d of the targets.
-
-    The vectors may come from a part of the batches: the moments of t come from all batches, and only the
-    changes by d come from the part.
-
-    Attributes:
-        lost: Sum of the squared errors behind the Relu.
-    """
-
-    def __init__(self, share: _Share) -> None:
-        mean, cross = share.targets.mean, share.targets.cross
-        self.lost = 0.0
-        self._known = share
-        self._center = share.inputs.mean.astype(np.float32)
-        self._count = 0
-        # Sums of d, of x̂ about its mean, of d (x̂ − mean)ᵀ, and of ‖t + d‖² − ‖t‖².
-        self._sums = [np.zeros_like(mean), np.zeros_like(share.inputs.mean), np.zeros_like(cross)]
-        self._power = np.zeros_like(share.targets.power)
-
-    def add(self, x: NDArray[Any], target: NDArray[Any], change: NDArray[Any], lost: NDArray[Any]) -> None:
-        """Add vectors, shapes (rows, g, p) and (rows, g, f / g), and their errors behind the Relu."""
-        centred = x - self._center
-        self._count += len(x)
-        self._sums[0] += change.sum(axis=0, dtype=np.float64)
-        self._sums[1] += centred.sum(axis=0, dtype=np.float64)
-        self._sums[2] += np.moveaxis(change, 0, -1) @ np.swapaxes(centred, 0, 1)
-        about = target - self._known.targets.mean.astype(np.float32)
-        self._power += (change * (2 * about + change)).sum(axis=(0, 2), dtype=np.float64)
-        self.lost += float(np.sum(np.square(lost), dtype=np.float64))
-
-    @classmethod
-    def merged(cls, parts: Sequence[_Changes]) -> _Changes:
-        """The sums of all parts; the first part is changed and holds them."""
-        whole = parts[0]
-        for part in parts[1:]:
-            whole.lost += part.lost
-            whole._count += part._count
-            whole._sums = [mine + other for mine, other in zip(whole._sums, part._sums, strict=True)]
-            whole._power += part._power
-        return whole
-
-    def share(self) -> _Share:
-        """The moments of x̂ and of the changed targets."""
-        change, offset, cross = (total / self._count for total in self._sums)
-        known = self._known.targets
-        targets = Targets(
-            mean=known.mean + change,
-            cross=known.cross + cross - change[:, :, None] * offset[:, None, :],
-            power=known.power + self._power / self._count - np.sum(change**2, axis=1),
-        )
-        return _Share(self._known.inputs, targets)
+    shares: dict[bool, Share]
 
 
 def _rows(
@@ -440,9 +375,9 @@ def _rows(
         start += len(x)
 
 
-def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool, p: int) -> _Share:
+def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool, p: int) -> Share:
     parts = [lane[held].moments() for lane in sums if held in lane]
-    return _Share(*split(merged([part for part in parts if part is not None]), p))
+    return Share(*split(merged([part for part in parts if part is not None]), p))
 
 
 def _in_lanes(
