@@ -377,7 +377,6 @@ def test_the_operators_of_a_chain_have_to_be_some_that_the_layer_allows(layer, k
         with pytest.raises(PlanError) as caught:
             plans.check(plan, PLAN.model, (layer,))
         reasons = {
-            Lowering.NARROW: "has no layer before it whose channels can be dropped: choose another lowering.",
             Lowering.SHARED: "reads a tensor that no other layer reads so: choose another lowering.",
         }
         other = f"cannot be lowered as {lowering}: choose one of {', '.join(lowerings)}."
