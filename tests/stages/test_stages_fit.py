@@ -10,6 +10,7 @@ from calibrating import CPU, made, measured, plan_of, run, seen
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.stages import recover as module
+from onnx_lowrank.stages import targets
 from onnx_lowrank.work.fitting import activation_factors
 from onnx_lowrank.work.weights import reference
 from rewriting import constants, model, tensors
@@ -266,14 +267,14 @@ def test_recovery_keeps_the_means_that_the_original_gives(ranks):
 
 def test_a_step_that_raises_the_held_out_error_is_undone(monkeypatch):
     """The problem that is fitted has a ridge, the one that judges has none: only the first is poisoned."""
-    of_targets = module.of_targets
+    of_targets = targets.of_targets
 
     def poisoned(weight, inputs, targets, *, centred, ridge):
         found = of_targets(weight, inputs, targets, centred=centred, ridge=ridge)
         return type(found)(found.second, -found.cross, found.power) if ridge else found
 
     monkeypatch.setattr(module, "best_ridge", lambda *args, **kwargs: 1e-6)
-    monkeypatch.setattr(module, "of_targets", poisoned)
+    monkeypatch.setattr(targets, "of_targets", poisoned)
     plain, walked = without_and_with(chain(), wide(2), (5, 5, 5))
     assert [fit.recovered for fit in walked.fits.values()] == [False] * 3
     ours, theirs = arrays(walked.rewritten.model.proto), arrays(plain.rewritten.model.proto)
