@@ -27,7 +27,7 @@ from onnx_lowrank.measures import Floats
 Picks = tuple[int, ...]
 
 _FEW = 3
-"""The most siblings beside the first of which every set may share the encoder."""
+"""With at most so many siblings beside the first, every set that has the first may share an encoder."""
 
 _MOST_WAYS = 64
 """The most ways to take groups of one class; beyond it, the groups with the least weight are left out."""

@@ -107,7 +107,7 @@ class Samples:
 
 
 def open_samples(source: Source, wanted: tuple[Spec, ...], samples: int | None = None) -> Samples:
-    """Open calibration data for a model of which only the inputs are known; see `open_needed`."""
+    """Open calibration data, given only the inputs of a model; see `open_needed`."""
     return open_needed(source, Need(wanted, most=samples))
 
 
