@@ -16,6 +16,7 @@ from onnx_lowrank.errors import (
     ReportError,
     ValidationError,
 )
+from onnx_lowrank.options import Options
 from onnx_lowrank.report.report import Report
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -24,6 +25,7 @@ __all__ = [
     "BudgetError",
     "InputError",
     "LowRankError",
+    "Options",
     "Plan",
     "PlanError",
     "Recipe",

@@ -9,17 +9,14 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
-from typing import Any
-
-from numpy.typing import NDArray
 
 from onnx_lowrank import measures
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Budget
 from onnx_lowrank.calibrate.data import Source
+from onnx_lowrank.calibrate.sources import source
 from onnx_lowrank.calibrate.sources.registry import check as check_sources
 from onnx_lowrank.calibrate.sources.registry import options_of
-from onnx_lowrank.calibrate.sources.source import Options
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans, recipes
@@ -28,6 +25,7 @@ from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block
 from onnx_lowrank.linalg.backend import Backend, resolve
+from onnx_lowrank.options import Inputs, Options
 from onnx_lowrank.stages.search import AUTO, Target
 
 _log = logging.getLogger(__name__)
@@ -82,10 +80,6 @@ class Request:
         return self.target is not None or len(self.recipes) > 1
 
 
-Inputs = str | Path | Mapping[str, NDArray[Any]]
-"""An .npz file, a text, a folder of images, or arrays by input name."""
-
-
 @dataclass(frozen=True, slots=True)
 class Setting:
     """The data, the tools and the bounds of a run.
@@ -122,37 +116,22 @@ class Setting:
     cache: bool
     workers: int
     dry_run: bool
-    options: Options
+    options: source.Options
 
 
-def request(
-    ratio: float | None,
-    recipe: str | Path | Recipe | None,
-    budget: str | None,
-    plan: str | os.PathLike[str] | Plan | None,
-    target: Target | None,
-    *,
-    align: int | str | None,
-    provider: str,
-    calibrated: bool,
-    recover: bool,
-) -> Request:
+def request(ratio: float | None, options: Options) -> Request:
     """Check the arguments that determine the compressed model.
 
     Args:
         ratio: As in `compress`.
-        recipe: As in `compress`.
-        budget: As in `compress`.
-        plan: As in `compress`.
-        target: The bounds on the outputs that replace a ratio; None without them.
-        align: As in `compress`.
-        provider: As in `compress`.
-        calibrated: Whether there is calibration data.
-        recover: As in `compress`.
+        options: All options of `compress`, with their defaults.
 
     Raises:
         InputError: An argument is wrong, or cannot be combined with another one.
     """
+    recipe, budget, align, plan = options["recipe"], options["budget"], options["align"], options["plan"]
+    calibrated, recover = _is_calibrated(options), options["recover"]
+    target = _target(options["target_error"], options["target_agreement"], calibrated=calibrated)
     require("ratio", ratio, (Real, NoneType), "a number such as 0.5")
     require("recipe", recipe, (str, os.PathLike, Recipe, NoneType), "a name, a path or a Recipe")
     require("plan", plan, (str, os.PathLike, Plan, NoneType), "a path or a Plan")
@@ -174,7 +153,7 @@ def request(
         align = ALIGN_AUTO
     asked = Request(
         budget=counted,
-        block=_block(align, provider),
+        block=_block(align, options["provider"]),
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
         ratio=None if ratio is None else float(ratio),
         target=target,
@@ -184,60 +163,46 @@ def request(
     return asked
 
 
-def setting(
-    asked: Request,
-    *,
-    calibration: Source | None,
-    samples: int | None,
-    inputs: Inputs | None,
-    shapes: Mapping[str, Sequence[int]],
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-    max_error: float | None,
-    device: str,
-    provider: str,
-    time: bool,
-    threads: int,
-    cache: bool,
-    workers: int,
-    dry_run: bool,
-    tokenizer: str | os.PathLike[str] | None,
-    mean: float | Sequence[float] | None,
-    std: float | Sequence[float] | None,
-) -> Setting:
-    """Check the arguments for the data, the tools and the bounds of a run; they are those of `compress`.
+def setting(asked: Request, options: Options) -> Setting:
+    """Check the arguments for the data, the tools and the bounds of a run.
+
+    Args:
+        asked: The checked request.
+        options: All options of `compress`, with their defaults.
 
     Raises:
         InputError: An argument is wrong, or the device or the execution provider is not available.
     """
+    max_error, inputs = options["max_error"], options["inputs"]
     require("max_error", max_error, (Real, NoneType), "a number")
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest accepted error is {max_error}, but it must be 0 or more.")
     require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
-    if _flag("time", time) and dry_run and not asked.budget.is_measured:
+    dry_run = options["dry_run"]
+    if _flag("time", options["time"]) and dry_run and not asked.budget.is_measured:
         raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
-    if not (time or asked.budget.is_measured):
-        _refuse_clock(threads, cache=_flag("cache", cache))
+    if not (options["time"] or asked.budget.is_measured):
+        _refuse_clock(options["threads"], cache=_flag("cache", options["cache"]))
     checked = Setting(
-        calibration=calibration,
-        samples=samples,
+        calibration=options["calibration"],
+        samples=options["calibration_samples"],
         inputs=inputs,
-        shapes=_shapes(shapes),
-        include=_patterns("include", include),
-        exclude=_patterns("exclude", exclude),
+        shapes=_shapes(options["input_shape"] or {}),
+        include=_patterns("include", options["include"]),
+        exclude=_patterns("exclude", options["exclude"]),
         max_error=max_error,
-        provider=provider,
-        time=time,
-        threads=thread_count(threads),
-        workers=worker_count(workers),
-        cache=_flag("cache", cache),
-        backend=resolve(device),
+        provider=options["provider"],
+        time=options["time"],
+        threads=thread_count(options["threads"]),
+        workers=worker_count(options["workers"]),
+        cache=_flag("cache", options["cache"]),
+        backend=resolve(options["device"]),
         dry_run=dry_run,
-        options=options_of(tokenizer, mean, std),
+        options=options_of(options["tokenizer"], options["mean"], options["std"]),
     )
-    check_sources([calibration, inputs], checked.options)
-    if calibration is not None or asked.budget.is_measured or not dry_run:
-        runtime(provider)  # Raises an error if the provider is not available.
+    check_sources([checked.calibration, inputs], checked.options)
+    if checked.calibration is not None or asked.budget.is_measured or not dry_run:
+        runtime(checked.provider)  # Raises an error if the provider is not available.
     return checked
 
 
@@ -304,7 +269,7 @@ def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: b
     return tuple(one if recover else replace(one, recover=False) for one in chosen)
 
 
-def target(error: float | None, agreement: float | None, *, calibrated: bool) -> Target | None:
+def _target(error: float | None, agreement: float | None, *, calibrated: bool) -> Target | None:
     """Check the bounds on the outputs that replace a ratio.
 
     Raises:
@@ -326,22 +291,23 @@ def target(error: float | None, agreement: float | None, *, calibrated: bool) ->
     return Target(error, agreement)
 
 
-def is_calibrated(source: Source | None, samples: int | None, *, recover: bool) -> bool:
+def _is_calibrated(options: Options) -> bool:
     """Whether there is calibration data; also checks the arguments that need calibration data.
 
     Raises:
         InputError: One of them is wrong, or is given without calibration data.
     """
-    require("calibration", source, (object,), "a path, arrays by name, or feeds")
+    calibration, samples = options["calibration"], options["calibration_samples"]
+    require("calibration", calibration, (object,), "a path, arrays by name, or feeds")
     require("calibration_samples", samples, (Integral, NoneType), "a whole number")
-    _flag("recover", recover)
+    recover = _flag("recover", options["recover"])
     if samples is not None and samples < 1:
         raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
-    if source is None and samples is not None:
+    if calibration is None and samples is not None:
         raise InputError("--calibration-samples limits what --calibration reads: pass --calibration, too.")
-    if source is None and not recover:
+    if calibration is None and not recover:
         raise InputError("--no-recover turns off a step that only runs with --calibration: leave it out.")
-    return source is not None
+    return calibration is not None
 
 
 def thread_count(given: int) -> int:

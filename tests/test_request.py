@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from onnx_lowrank import InputError, RecipeError, compress, hardware
+from onnx_lowrank import InputError, Options, RecipeError, compress, hardware
 from onnx_lowrank import request as arguments
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import recipes
-from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_RECIPE, is_calibrated, request, target
+from onnx_lowrank.options import DEFAULTS, completed
+from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_RECIPE, request
 from onnx_lowrank.stages.search import AUTO, Target
 
 CALIBRATED = [recipe.name for recipe in recipes.load_all() if recipe.calibrated]
@@ -24,11 +27,37 @@ def plan(fit=Fit.WEIGHTS, recover=False):
     return Plan("0" * 64, "r", "spectral", 0.5, "macs", (), factors=fit, recover=recover)
 
 
-def asked(
-    ratio=0.5, recipe=None, budget=None, plan=None, target=None, calibrated=False, recover=True, **more
-):
-    given = {"align": None, "provider": "CPUExecutionProvider"} | more
-    return request(ratio, recipe, budget, plan, target, calibrated=calibrated, recover=recover, **given)
+def asked(ratio=0.5, *, calibrated=False, **options):
+    return request(ratio, completed({"calibration": X if calibrated else None} | options))
+
+
+def target(**options):
+    return asked(None, calibrated=True, **options).target
+
+
+# --- names of options ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("ratoi", "did you mean 'ratio'?"),
+        ("calibration_sample", "did you mean 'calibration_samples'?"),
+        ("q", "help(onnx_lowrank.Options) lists all."),
+    ],
+)
+def test_an_option_that_does_not_exist_is_told(name, hint):
+    words = f"compress() got an unexpected keyword argument {name!r}: {hint}"
+    with pytest.raises(TypeError, match=f"^{re.escape(words)}$"):
+        compress("nosuch.onnx", 0.5, **{name: 1})
+
+
+def test_every_option_has_a_default_and_is_documented_once():
+    assert set(DEFAULTS) == Options.__optional_keys__
+    entries = re.findall(
+        r"^        (\w+): ", inspect.cleandoc(Options.__doc__).replace("    ", " " * 8), re.M
+    )
+    assert entries == list(Options.__annotations__)
 
 
 # --- which recipes ------------------------------------------------------------------------------------
@@ -102,9 +131,9 @@ def test_an_unknown_recipe_is_told():
     [
         {},
         {"ratio": 0.5, "plan": plan()},
-        {"ratio": 0.5, "target": Target(0.1)},
-        {"plan": plan(), "target": Target(0.1)},
-        {"ratio": 0.5, "plan": plan(), "target": Target(0.1)},
+        {"ratio": 0.5, "target_error": 0.1},
+        {"plan": plan(), "target_error": 0.1},
+        {"ratio": 0.5, "plan": plan(), "target_error": 0.1},
     ],
 )
 def test_exactly_one_of_ratio_plan_and_target(given):
@@ -115,7 +144,7 @@ def test_exactly_one_of_ratio_plan_and_target(given):
 
 
 def test_a_target_is_a_search():
-    made = asked(ratio=None, recipe="schatten", target=Target(0.1), calibrated=True)
+    made = asked(ratio=None, recipe="schatten", target_error=0.1, calibrated=True)
     assert made.is_search
     assert (made.ratio, made.target) == (None, Target(0.1))
 
@@ -134,7 +163,8 @@ def test_a_plan_says_itself_what_it_needs(fit, recover, calibrated):
     assert made.budget.name == "macs"
     assert made.fits_activations == (fit is Fit.ACTIVATIONS)
     assert not made.is_search
-    assert not asked(ratio=None, plan=given, calibrated=calibrated, recover=False).plan.recover
+    if calibrated:
+        assert not asked(ratio=None, plan=given, calibrated=True, recover=False).plan.recover
 
 
 @pytest.mark.parametrize(
@@ -159,53 +189,53 @@ def test_a_ratio_is_above_0_and_at_most_1(ratio):
 @pytest.mark.parametrize("error", [-0.1, float("nan"), float("-inf")])
 def test_a_target_error_is_not_negative(error):
     with pytest.raises(InputError, match=f"^The target error is {error}, but it must be 0 or more"):
-        target(error, None, calibrated=True)
+        target(target_error=error)
 
 
 @pytest.mark.parametrize("agreement", [0, -0.1, 1.01, float("nan"), float("inf")])
 def test_a_target_agreement_is_a_share(agreement):
     with pytest.raises(InputError, match=f"^The target agreement is {agreement}, but it must be above 0"):
-        target(None, agreement, calibrated=True)
+        target(target_agreement=agreement)
 
 
 @pytest.mark.parametrize(("error", "agreement"), [(0, None), (None, 1), (0.5, 0.5), (3, 0.001)])
 def test_targets(error, agreement):
-    assert target(error, agreement, calibrated=True) == Target(error, agreement)
+    given = {"target_error": error, "target_agreement": agreement}
+    assert target(**given) == Target(error, agreement)
     with pytest.raises(InputError, match=r"^A target is judged on held-out calibration inputs: pass some"):
-        target(error, agreement, calibrated=False)
+        asked(None, **given)
 
 
-def test_no_target_is_none():
-    assert target(None, None, calibrated=False) is None
-    assert target(None, None, calibrated=True) is None
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_no_target_is_none(calibrated):
+    assert asked(calibrated=calibrated).target is None
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"samples": 5}, "^--calibration-samples limits what --calibration reads: pass --calibration, too"),
-        ({"samples": 0}, "^--calibration-samples is 0: pass 1 or more"),
-        ({"samples": -3, "source": X}, "^--calibration-samples is -3: pass 1 or more"),
+        (
+            {"calibration_samples": 5},
+            "^--calibration-samples limits what --calibration reads: pass --calibration, too",
+        ),
+        ({"calibration_samples": 0}, "^--calibration-samples is 0: pass 1 or more"),
+        ({"calibration_samples": -3, "calibration": X}, "^--calibration-samples is -3: pass 1 or more"),
         ({"recover": False}, "^--no-recover turns off a step that only runs with --calibration"),
-        ({"samples": 1.5}, "^calibration_samples is '1.5' of type float: give a whole number"),
-        ({"samples": True}, "^calibration_samples is 'True' of type bool: give a whole number"),
-        ({"samples": "7"}, "^calibration_samples is '7' of type str: give a whole number"),
+        ({"calibration_samples": 1.5}, "^calibration_samples is '1.5' of type float: give a whole number"),
+        ({"calibration_samples": True}, "^calibration_samples is 'True' of type bool: give a whole number"),
+        ({"calibration_samples": "7"}, "^calibration_samples is '7' of type str: give a whole number"),
         ({"recover": 0}, "^recover is 0: give True or False"),
         ({"recover": None}, "^recover is None: give True or False"),
     ],
 )
 def test_arguments_that_go_with_calibration(given, words):
     with pytest.raises(InputError, match=words):
-        is_calibrated(**{"source": None, "samples": None, "recover": True} | given)
+        asked(**given)
 
 
 @pytest.mark.parametrize("samples", [None, 1, np.int64(7)])
 def test_any_number_of_samples_will_do(samples):
-    assert is_calibrated(X, samples, recover=True)
-
-
-def test_without_data_nothing_is_calibrated():
-    assert not is_calibrated(None, None, recover=True)
+    assert asked(calibrated=True, calibration_samples=samples).recipes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""The options of `compress`: their names, types, defaults and documentation, each in one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypedDict
+
+from numpy.typing import NDArray
+
+from onnx_lowrank.calibrate.data import Source
+from onnx_lowrank.core.plan import Plan
+from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.progress import Progress
+
+Inputs = str | Path | Mapping[str, NDArray[Any]]
+"""An .npz file, a text, a folder of images, or arrays by input name."""
+
+
+class Options(TypedDict, total=False):
+    """The options of `compress`, all by keyword; each option that is left out has its default.
+
+    Attributes:
+        recipe: Name of a recipe, path of a TOML file, or a recipe; "auto" tries several and keeps the best
+            on held-out calibration inputs. By default "auto" with calibration, else `DEFAULT_RECIPE`.
+        budget: Name of the budget that the ratio bounds, a module of `onnx_lowrank.budgets`: "params" (the
+            default), "macs", "latency" (time of a run on this machine) or "bytes" (size of the files).
+        align: Consider only ranks that are multiples of this number. For convolutions, the number of channels
+            of a slice must be a multiple of it, too. "auto" is the block of the provider. The default is 1,
+            or "auto" for the budget "latency".
+        plan: A plan to replay, instead of ratio, recipe, budget and alignment.
+        include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
+        exclude: Globs of layer ids or node names; these layers are left alone.
+        calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder of feeds or of images, a
+            text, arrays by name, an iterable of feeds, or an ONNX Runtime CalibrationDataReader; see
+            `calibrate.data.open_needed`.
+        calibration_samples: Largest number of calibration samples to use; by default all.
+        recover: If the recipe asks for it, fit each layer so that it corrects the errors of the layers before
+            it; by default True.
+        target_error: Instead of a ratio, find the smallest model whose outputs on held-out calibration
+            inputs have at most this error, relative to their variation (`OutputError.centred`).
+        target_agreement: Instead of a ratio, find the smallest model with at least this share of outputs that
+            agree (of an embedding: rows that keep their nearest neighbour), above 0 and at most 1.
+        inputs: An .npz file, a text, a folder of images, or arrays by input name, on which the models are
+            compared; by default held-out calibration inputs, or without calibration, inputs made from the
+            graph.
+        input_shape: Shapes by input name, for inputs whose dimensions the model leaves open.
+        max_error: Bound on the largest relative error over the outputs; by default none.
+        device: Where the linear algebra runs: "auto" (the default), "cpu" or "cuda".
+        provider: ONNX Runtime's execution provider for calibration, validation and timing; by default
+            "CPUExecutionProvider".
+        time: Time the finished model against the input model; the budget "latency" always does. By default
+            False.
+        threads: Number of threads per operator while times are measured; 0, the default, leaves it to the
+            runtime.
+        cache: Whether times of layers may be read from the user's cache folder and written there; by default
+            True.
+        workers: Number of processes that compute the work of the layers; 0, the default, uses threads of this
+            process. With processes, a script must guard its call by `if __name__ == "__main__":`.
+        dry_run: Make the plan and the report only; the model stays as it is. By default False.
+        tokenizer: The model's tokenizer.json, if `calibration` or `inputs` is a text.
+        mean: The mean of each channel of images, whose values are scaled to 0..1; by default 0.
+        std: The standard deviation of each channel of images; by default 1.
+        progress: Where to show progress; None, the default, shows none.
+    """
+
+    recipe: str | Path | Recipe | None
+    budget: str | None
+    align: int | str | None
+    plan: str | os.PathLike[str] | Plan | None
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    calibration: Source | None
+    calibration_samples: int | None
+    recover: bool
+    target_error: float | None
+    target_agreement: float | None
+    inputs: Inputs | None
+    input_shape: Mapping[str, Sequence[int]] | None
+    max_error: float | None
+    device: str
+    provider: str
+    time: bool
+    threads: int
+    cache: bool
+    workers: int
+    dry_run: bool
+    tokenizer: str | os.PathLike[str] | None
+    mean: float | Sequence[float] | None
+    std: float | Sequence[float] | None
+    progress: Progress | None
+
+
+DEFAULTS: Options = {
+    "recipe": None,
+    "budget": None,
+    "align": None,
+    "plan": None,
+    "include": (),
+    "exclude": (),
+    "calibration": None,
+    "calibration_samples": None,
+    "recover": True,
+    "target_error": None,
+    "target_agreement": None,
+    "inputs": None,
+    "input_shape": None,
+    "max_error": None,
+    "device": "auto",
+    "provider": "CPUExecutionProvider",
+    "time": False,
+    "threads": 0,
+    "cache": True,
+    "workers": 0,
+    "dry_run": False,
+    "tokenizer": None,
+    "mean": None,
+    "std": None,
+    "progress": None,
+}
+
+
+def completed(given: Options) -> Options:
+    """The given options, and the defaults of all others.
+
+    Raises:
+        TypeError: An option does not exist; this is the error of a call with an unknown argument.
+    """
+    for name in given:
+        if name not in DEFAULTS:
+            alike = get_close_matches(name, ("model", "ratio", *DEFAULTS), n=1)
+            hint = f"did you mean {alike[0]!r}?" if alike else "help(onnx_lowrank.Options) lists all."
+            raise TypeError(f"compress() got an unexpected keyword argument {name!r}: {hint}")
+    return {**DEFAULTS, **given}
