@@ -11,11 +11,8 @@ from functools import cache
 from itertools import islice
 
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.budgets import registry
+from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
-from onnx_lowrank.budgets.latency import whole
-from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
-from onnx_lowrank.budgets.latency.whole import Whole
 from onnx_lowrank.calibrate import data, statistics
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.data import Samples
@@ -28,11 +25,10 @@ from onnx_lowrank.engines.id_limits import id_limits
 from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.pasts import uneven
 from onnx_lowrank.engines.running import calibrating_engine
-from onnx_lowrank.engines.runtime import Runtime, runtime
+from onnx_lowrank.engines.runtime import Runtime
 from onnx_lowrank.errors import BudgetError, InputError
-from onnx_lowrank.files.load import Model, ModelProto, inlined, load, stored_bytes
+from onnx_lowrank.files.load import Model, ModelProto, inlined, load
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.hardware import cache_bytes
 from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.backend import one_blas_thread
 from onnx_lowrank.logs import DETAIL, some
@@ -92,12 +88,16 @@ def run(
             material = _read(model, setting, stack)
         found = material.found
         asked.budget.check(found)
-        stopwatch = _stopwatch(found.model, asked, setting)
+        stopwatch = None
+        if asked.budget.is_measured or setting.time:
+            caching = setting.cache
+            stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
         tools = Tools(stopwatch, material.shown, material.shapes, progress)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
             planner.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
-        job = _Job(material, asked, setting, running, progress, grid, _clocked(material, tools, grid))
+        compared = timing.comparison(grid.costs, found.model, tools)
+        job = _Job(material, asked, setting, running, progress, grid, compared)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
 
@@ -156,23 +156,6 @@ def _log_found(found: Found) -> None:
         _log.log(DETAIL, "layer %r: %s of %s, folds %s", layer.id, layer.op, layer.shape, folds)
 
 
-def _stopwatch(model: Model, asked: Request, setting: Setting) -> Stopwatch | None:
-    """The stopwatch that measures times; None if no times are needed."""
-    if not (asked.budget.is_measured or setting.time):
-        return None
-    # Only half of the cache counts: other processes and activations need room in it, too.
-    warm = stored_bytes(model) <= cache_bytes() / 2
-    return Stopwatch(runtime(setting.provider), setting.threads, warm=warm, caching=setting.cache)
-
-
-def _clocked(material: _Material, tools: Tools, grid: Grid[Meter]) -> Whole | None:
-    """Start timing the input model, to compare the finished one; None if not needed or if the budget does."""
-    if tools.stopwatch is None or isinstance(grid.costs, Gauge):
-        return None
-    with tools.progress.stage("time the model"):
-        return whole.start(material.found.model, tools.feed, tools.shapes, tools.stopwatch)
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A request for a model with known layers."""
@@ -183,12 +166,12 @@ class _Job:
     executor: Executor
     progress: Progress
     grid: Grid[Meter]
-    clocked: Whole | None
+    compared: timing.Comparison | None
 
     @property
     def gauge(self) -> Gauge | None:
         """The budget on the model if it measures times, else None."""
-        return self.grid.costs if isinstance(self.grid.costs, Gauge) else None
+        return self.grid.costs.gauge
 
     @property
     def found(self) -> Found:
@@ -250,12 +233,12 @@ class _Job:
                     return self._result(built.plan, calibration, trials)
                 with self.progress.stage("validate"):
                     validation = self._validated(built, calibration, trials)
-                timing = self._timing(built)
-                if self.gauge is None or timing is None or not self._is_refused(built, timing):
+                times = self._timing(built)
+                if self.gauge is None or times is None or not self._is_refused(built, times):
                     return self._result(
-                        built.plan, calibration, trials, built, validation, timing, stack.pop_all()
+                        built.plan, calibration, trials, built, validation, times, stack.pop_all()
                     )
-                slower.append(timing.ratio or 1.0)
+                slower.append(times.ratio or 1.0)
                 _log.debug("the model takes %.3f of the time: layers that lose time are put back", slower[-1])
                 if len(slower) < _CHANCES:
                     self._put_back(self.gauge, built, calibration, slower[-1])
@@ -266,10 +249,10 @@ class _Job:
             1.0,
         )
 
-    def _is_refused(self, built: Built, timing: Timing) -> bool:
+    def _is_refused(self, built: Built, times: Timing) -> bool:
         """Whether a model is refused because it is slower; a replayed plan is never refused."""
         can_refuse = self.asked.plan is None and bool(settling.options(built.plan))
-        return can_refuse and timing.ratio is not None and timing.ratio > _REFUSED
+        return can_refuse and times.ratio is not None and times.ratio > _REFUSED
 
     def _put_back(self, gauge: Gauge, built: Built, calibration: Calibration | None, reached: float) -> None:
         """Time each kind of layer with its final factors: the next plan keeps the layers that lose time."""
@@ -316,11 +299,11 @@ class _Job:
         trials: tuple[Trial, ...] = (),
         built: Built | None = None,
         validation: Validation | None = None,
-        timing: Timing | None = None,
+        times: Timing | None = None,
         resources: ExitStack | None = None,
     ) -> Made:
-        if timing is None and self.gauge is not None:
-            timing = self.gauge.timing(settling.options(plan), None)
+        if times is None and self.gauge is not None:
+            times = self.gauge.timing(settling.options(plan), None)
         run = Run(
             self.found,
             plan,
@@ -328,7 +311,7 @@ class _Job:
             None if built is None else built.rewritten,
             built is not None and bool(built.merges),
             self.material.shapes,
-            timing,
+            times,
         )
         report = reporting.assemble(
             run,
@@ -347,17 +330,18 @@ class _Job:
 
     def _timing(self, built: Built) -> Timing | None:
         """The times of both models, a median of several if the new one seems slower; None if not needed."""
-        if self.gauge is None and self.clocked is None:
-            return None
-        model, chosen = built.rewritten.model, settling.options(built.plan)
+        model, chosen, gauge = built.rewritten.model, settling.options(built.plan), self.gauge
+        if gauge is None:
+            if self.compared is None:
+                return None
+            with self.progress.stage("time"):
+                return self.compared(model)
         with self.progress.stage("time"):
-            if self.gauge is None:
-                return None if self.clocked is None else self.clocked.timing(model)
-            timing = self.gauge.timing(chosen, model)
-            if not self._is_refused(built, timing):
-                return timing
-            again = [self.gauge.timing(chosen, model) for _ in range(_CHANCES - 1)]
-        return sorted([timing, *again], key=lambda measured: measured.ratio or 0)[len(again) // 2]
+            first = gauge.timing(chosen, model)
+            if not self._is_refused(built, first):
+                return first
+            again = [gauge.timing(chosen, model) for _ in range(_CHANCES - 1)]
+        return sorted([first, *again], key=lambda measured: measured.ratio or 0)[len(again) // 2]
 
     def _validated(
         self, built: Built, calibration: Calibration | None, trials: tuple[Trial, ...]

@@ -23,4 +23,4 @@ def shared() -> Path:
 def recorded_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on how fast a machine is; those marked `clock` measure, and bound no time."""
     if "clock" not in request.keywords:
-        monkeypatch.setattr("onnx_lowrank.session.Stopwatch", Recorded)
+        monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", Recorded)

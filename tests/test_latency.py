@@ -48,7 +48,7 @@ class Watched(Recorded):
 def watches(monkeypatch):
     """The stopwatches that are made, each with its settings."""
     monkeypatch.setattr(Watched, "made", [])
-    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", Watched)
+    monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", Watched)
     return Watched.made
 
 
@@ -60,7 +60,7 @@ def costing(monkeypatch):
         def cost(proto):
             return by_weights(proto) if proto.graph.name == "layer" else max(1, round(rule(proto)))
 
-        monkeypatch.setattr("onnx_lowrank.session.Stopwatch", partial(Recorded, cost=cost))
+        monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", partial(Recorded, cost=cost))
 
     return costing
 
@@ -216,7 +216,7 @@ def test_threads_and_cache_go_to_the_stopwatch(watches, threads, words, cache, b
 
 @pytest.mark.parametrize(("size", "warm"), [(10**9, True), (14_000, False)])
 def test_small_models_find_their_weights_in_the_caches(watches, monkeypatch, size, warm):
-    monkeypatch.setattr("onnx_lowrank.session.cache_bytes", lambda: size)
+    monkeypatch.setattr("onnx_lowrank.budgets.timing.cache_bytes", lambda: size)
     half(dry_run=True)
     assert watches[0][1]["warm"] == warm
 
@@ -415,7 +415,7 @@ def turns(monkeypatch, pairs):
         def times(self, models, pace):
             return list(next(left))
 
-    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", InTurns)
+    monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", InTurns)
 
 
 @pytest.mark.parametrize(("ratio", "told"), [(1.0, False), (0.6, True)])
@@ -542,7 +542,7 @@ def test_what_the_runtime_does_not_run_alone_is_kept(monkeypatch):
                 raise UnsupportedError("It does not know it")
             return super().times(models, pace)
 
-    monkeypatch.setattr("onnx_lowrank.session.Stopwatch", Picky)
+    monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", Picky)
     result = half(ratio=0.9)
     assert kept(result)["conv2"] == NOT_TIMED
     assert "conv1" in rewritten(result)

@@ -22,7 +22,7 @@ from onnx_lowrank.core.outcome import Timing
 from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.found import Found, Layered
 from onnx_lowrank.measures import Errors
 from onnx_lowrank.progress import Progress, Silent, Step
 from onnx_lowrank.report.content import Total
@@ -131,7 +131,7 @@ class Budget(ABC):
     def total(self, run: Run) -> Total | None:
         """The amounts of both models of a run; None if the report does not show them."""
 
-    def holds(self, run: Run) -> bool:
+    def holds(self, source: Layered, plan: Plan, rewritten: Rewritten) -> bool:
         """Whether a finished model with merged operators costs no more than its plan predicted."""
         return True
 
@@ -157,6 +157,11 @@ class Meter(ABC):
         Raises:
             InputError: It cannot be counted.
         """
+
+    @property
+    def gauge(self) -> Gauge | None:
+        """This meter, if it measures: then plans are settled and finished models are timed by it."""
+        return None
 
     @property
     def counted(self) -> Costs:
@@ -211,6 +216,11 @@ class Gauge(Meter):
     Attributes:
         place: The runtime that measures, with its setting, a short phrase.
     """
+
+    @property
+    def gauge(self) -> Gauge:
+        """This meter."""
+        return self
 
     @property
     @abstractmethod

@@ -33,16 +33,16 @@ from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
 from onnx_lowrank.core.factors import Certificate, Factors
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Choice
+from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.files.external import aligned, refer
 from onnx_lowrank.files.load import Model, ModelProto, inlined, outline, stored_bytes
 from onnx_lowrank.files.tensors import inline, is_external, reference, region, stored_size, tensors
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.found import Found, Layered
 from onnx_lowrank.report.content import Total
 from onnx_lowrank.rewrite.notes import METADATA, stamp
-from onnx_lowrank.rewrite.replace import Replacement, rewrite
+from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 
 _LONGEST_NAME = "x" * 255
 """The longest name that file systems allow, for the data file and for the file of a recipe."""
@@ -78,30 +78,29 @@ class Bytes(Budget):
             return Total(before, run.meter.of_model(run.plan.choices))
         return Total(before, None if run.rewritten is None else _saved(run.rewritten.model))
 
-    def holds(self, run: Run) -> bool:
+    def holds(self, source: Layered, plan: Plan, rewritten: Rewritten) -> bool:
         """Whether the files of a finished model are no larger than its plan predicted."""
-        predicted = self.on(run.found).of_model(run.plan.choices)
-        return run.rewritten is None or _Scales(run.rewritten.model).saved <= predicted
+        return _Scales(rewritten.model).saved <= _Meter(source).of_model(plan.choices)
 
 
 class _Meter(Counted):
     """The bytes of one model."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, source: Layered) -> None:
         self.budget = BUDGET
-        self._found = found
-        self._bindings = {binding.layer.id: binding for binding in found.bindings}
+        self._source = source
+        self._bindings = {binding.layer.id: binding for binding in source.bindings}
         self._known: dict[str, tuple[int, bool]] = {}
         self._beside: dict[tuple[str, Fold, bool, Lowering], int] = {}
 
     @cached_property
     def total(self) -> int:
         """The bytes of the input model."""
-        return stored_bytes(self._found.model)
+        return stored_bytes(self._source.model)
 
     @cached_property
     def _scales(self) -> _Scales:
-        return _Scales(self._found.model)
+        return _Scales(self._source.model)
 
     @cached_property
     def _unchanged(self) -> int:
@@ -127,7 +126,7 @@ class _Meter(Counted):
 
     def of_model(self, choices: Sequence[Choice]) -> int:
         """An upper bound on the bytes of the model of a plan (rule 2); exact if the plan changes no layer."""
-        chosen = [(layer, option) for layer, option in self._found.options(choices) if option is not None]
+        chosen = [(layer, option) for layer, option in self._source.options(choices) if option is not None]
         if not chosen:
             return self.total
         made = [self._replacement(layer, option, self._freed(layer)[1]) for layer, option in chosen]
@@ -171,13 +170,13 @@ class _Meter(Counted):
         binding = self._bindings[layer.id]
         # A BatchNorm's bias is replaced by zeros, too: its own may not be finite in the stored dtype.
         if new_bias or layer.batchnorm is not None:
-            new_bias = bias(self._found.model, self._found.walk, binding) is not None
+            new_bias = bias(self._source.model, self._source.walk, binding) is not None
         return _placeholder(binding, option, new_bias)
 
     def _rewritten(self, replacements: Sequence[Replacement]) -> ModelProto:
         """The skeleton of the model in which these layers are replaced."""
-        light = replace(self._found.model, proto=self._scales.skeleton, path=None)
-        made = rewrite(light, self._found.walk, replacements, self._scales.store)
+        light = replace(self._source.model, proto=self._scales.skeleton, path=None)
+        made = rewrite(light, self._source.walk, replacements, self._scales.store)
         stamp(made, self._run)
         return made.model.proto
 

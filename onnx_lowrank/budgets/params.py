@@ -11,7 +11,7 @@ from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.graph.parameters import parameters as model_parameters
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.found import Found, Layered
 from onnx_lowrank.report.content import Total
 
 
@@ -60,14 +60,14 @@ class Params(Budget):
 class _Meter(Counted):
     """The parameters of one model."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, source: Layered) -> None:
         self.budget = BUDGET
-        self._found = found
+        self._source = source
 
     @cached_property
     def total(self) -> int:
         """The parameters of the input model."""
-        return model_parameters(self._found.model)
+        return model_parameters(self._source.model)
 
     def of_layer(self, layer: Layer, option: Option | None) -> int:
         """The parameters of a layer."""
@@ -75,7 +75,7 @@ class _Meter(Counted):
 
     def of_model(self, choices: Sequence[Choice]) -> int:
         """The parameters of the model under a plan."""
-        options = self._found.options(choices)
+        options = self._source.options(choices)
         return self.total - sum(parameters(layer) - parameters(layer, option) for layer, option in options)
 
 

@@ -21,41 +21,25 @@ from onnx_lowrank.layers.work import work
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The input model with its layers.
+class Layered:
+    """A model with its layers: the basis of factors and of the compressed model.
 
     Attributes:
         model: The model.
         walk: Its walk.
         bindings: Its layers with the places of their weights, in graph order.
-        skipped: The operators that are left alone.
-        work: The MACs of every scope, without those of the layers.
-        open_inputs: Names of the inputs with an unknown dimension.
         spared: Scope and name of the operators that --include and --exclude leave alone.
-        shape_words: An example of --input-shape for the first of the open inputs; "" if there are none.
     """
 
     model: Model
     walk: Walk
     bindings: tuple[Binding, ...]
-    skipped: tuple[Skipped, ...]
-    work: tuple[ScopeWork, ...]
-    open_inputs: tuple[str, ...]
-    spared: frozenset[tuple[str, str]] = frozenset()
-    shape_words: str = ""
+    spared: frozenset[tuple[str, str]]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in graph order."""
         return tuple(binding.layer for binding in self.bindings)
-
-    def names(self) -> Iterator[str]:
-        """All names that --include and --exclude can use for layers and operators."""
-        for layer in self.layers:
-            yield layer.id
-            yield from (use.name for use in layer.uses)
-        for skipped in self.skipped:
-            yield from _names(skipped)
 
     def options(self, choices: Sequence[Choice] = ()) -> list[tuple[Layer, Option | None]]:
         """Every layer with its option in a plan; None for a layer that the plan keeps.
@@ -65,6 +49,33 @@ class Found:
         """
         options = {choice.layer: choice.option for choice in choices}
         return [(layer, options.get(layer.id)) for layer in self.layers]
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Layered):
+    """A model with its layers and all that stands beside them, which only budgets and the report need.
+
+    A budget may count anything of a model, so `budgets.budget.Budget` gets this whole.
+
+    Attributes:
+        skipped: The operators that are left alone.
+        work: The MACs of every scope, without those of the layers.
+        open_inputs: Names of the inputs with an unknown dimension.
+        shape_words: An example of --input-shape for the first of the open inputs; "" if there are none.
+    """
+
+    skipped: tuple[Skipped, ...]
+    work: tuple[ScopeWork, ...]
+    open_inputs: tuple[str, ...]
+    shape_words: str
+
+    def names(self) -> Iterator[str]:
+        """All names that --include and --exclude can use for layers and operators."""
+        for layer in self.layers:
+            yield layer.id
+            yield from (use.name for use in layer.uses)
+        for skipped in self.skipped:
+            yield from _names(skipped)
 
 
 def find_layers(
@@ -96,7 +107,7 @@ def find_layers(
     )
     unfixed = open_inputs(model, inferred)
     words = example(inferred, unfixed[0]) if unfixed else ""
-    found = Found(model, walk, bindings, skipped, scopes, unfixed, spared, words)
+    found = Found(model, walk, bindings, spared, skipped, scopes, unfixed, words)
     for pattern in (*include, *exclude):
         if not matches(found.names(), pattern):
             raise InputError(

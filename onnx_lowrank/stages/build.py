@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any
 
 from onnx_lowrank.budgets import registry
-from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.layer import sharing
@@ -27,7 +26,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.rewrite.merge import merge
 from onnx_lowrank.rewrite.notes import stamp
@@ -61,14 +60,14 @@ class Built:
 
 
 def build(
-    found: Found, plan: Plan, calibration: Calibration | None, executor: Executor, progress: Progress
+    source: Layered, plan: Plan, calibration: Calibration | None, executor: Executor, progress: Progress
 ) -> Built:
     """Make the factors that a plan names, certify them as stored, and write them into the model.
 
     Operators are merged where the plan says so, unless the model then costs more than the plan has reckoned.
 
     Args:
-        found: The model.
+        source: The model with its layers.
         plan: The choices for its layers.
         calibration: The inputs to fit to, if the plan asks for some.
         executor: Runs the computations.
@@ -77,17 +76,16 @@ def build(
     Raises:
         InputError: The model fails on the calibration inputs, or the disk is full.
     """
-    built = _built(found, plan, calibration, executor, progress)
-    run = Run(found, plan, rewritten=built.rewritten, merged=bool(built.merges))
-    if not built.merges or registry.named(plan.budget).holds(run):
+    built = _built(source, plan, calibration, executor, progress)
+    if not built.merges or registry.named(plan.budget).holds(source, plan, built.rewritten):
         return built
     _log.debug("what was multiplied makes the model dearer: it is made again without")
     built.resources.close()
-    return _built(found, plans.sealed(replace(plan, merge=False)), calibration, executor, progress)
+    return _built(source, plans.sealed(replace(plan, merge=False)), calibration, executor, progress)
 
 
 def _built(
-    found: Found, plan: Plan, calibration: Calibration | None, executor: Executor, progress: Progress
+    source: Layered, plan: Plan, calibration: Calibration | None, executor: Executor, progress: Progress
 ) -> Built:
     """What `build` makes of a plan, taken by its word."""
     count = sum(choice.option is not None for choice in plan.choices)
@@ -97,7 +95,7 @@ def _built(
     def replacements() -> Iterator[Replacement]:
         with progress.stage("recover" if plan.recover else "factorize", count) as step:
             for replacement, fit in _fitted(
-                found.model, found.walk, found.bindings, plan, calibration, executor
+                source.model, source.walk, source.bindings, plan, calibration, executor
             ):
                 layer = replacement.binding.layer.id
                 certificates[layer], fits[layer] = replacement.certificate, fit
@@ -114,7 +112,7 @@ def _built(
                 yield replacement
 
     run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
-    rewritten, merges, resources = assemble(found, replacements(), merging=plan.merge)
+    rewritten, merges, resources = assemble(source, replacements(), merging=plan.merge)
     stamp(rewritten, run, merges)
     for merged in merges:
         _log.debug("multiplied %r and %r: %d parameters less", merged.first, merged.second, merged.saved)
@@ -122,12 +120,12 @@ def _built(
 
 
 def assemble(
-    found: Found, replacements: Iterable[Replacement], *, merging: bool
+    source: Layered, replacements: Iterable[Replacement], *, merging: bool
 ) -> tuple[Rewritten, tuple[Merge, ...], ExitStack]:
     """Write replacements into the model, and on request multiply adjacent operators with a smaller product.
 
     Args:
-        found: The model.
+        source: The model with its layers.
         replacements: The layers to replace.
         merging: Whether adjacent linear operators are multiplied.
 
@@ -138,20 +136,19 @@ def assemble(
         InputError: The disk is full.
     """
     with ExitStack() as stack:
-        source = found.model
-        spill = stack.enter_context(Spill()) if source.files else None
+        model = source.model
+        spill = stack.enter_context(Spill()) if model.files else None
         # The new tensors are where the old ones are: inline, if the input model's files are all temporary.
-        temporary = bool(source.temporary) and source.files.keys() <= source.temporary
+        temporary = bool(model.temporary) and model.files.keys() <= model.temporary
         store = inline if spill is None else spill.large if temporary else spill.tensor
-        rewritten = rewrite(found.model, found.walk, replacements, store)
+        rewritten = rewrite(model, source.walk, replacements, store)
         if spill is not None:
-            files = {**source.files, **spill.files}
-            inlines = source.temporary.union(spill.files if temporary else ())
-            model = replace(rewritten.model, files=files, temporary=inlines)
-            rewritten = replace(rewritten, model=model)
+            files = {**model.files, **spill.files}
+            inlines = model.temporary.union(spill.files if temporary else ())
+            rewritten = replace(rewritten, model=replace(rewritten.model, files=files, temporary=inlines))
         merges: tuple[Merge, ...] = ()
         if merging:
-            rewritten, merges = merge(rewritten, store, found.spared)
+            rewritten, merges = merge(rewritten, store, source.spared)
         return rewritten, merges, stack.pop_all()
 
 

@@ -15,7 +15,7 @@ from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks
 from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharers, sharings_of
-from onnx_lowrank.budgets.budget import Gauge, Meter
+from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
@@ -263,9 +263,10 @@ class Scores:
 
     def _measure(self, recipe: Recipe, tables: Sequence[Errors]) -> None:
         """Measure the costs of the options once for every recipe, if the budget has no formula for them."""
-        if isinstance(self.meter, Gauge) and recipe not in self._timed:
+        gauge = self.meter.gauge
+        if gauge is not None and recipe not in self._timed:
             with self._progress.stage("time layers", 1) as step:
-                self.meter.measure(tables, self._grid, step)
+                gauge.measure(tables, self._grid, step)
             self._timed.add(recipe)
 
     def _price(self, recipe: Recipe) -> Costs | None:

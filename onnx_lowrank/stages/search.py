@@ -21,7 +21,7 @@ from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.engines.compare import compare
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.errors import BudgetError, InputError, ValidationError
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.progress import Labelled, Progress
 from onnx_lowrank.report import words
 from onnx_lowrank.stages import settle as settling
@@ -130,7 +130,7 @@ class Search:
 
     def __init__(
         self,
-        found: Found,
+        source: Layered,
         scores: Scores,
         calibration: Calibration,
         executor: Executor,
@@ -139,7 +139,7 @@ class Search:
         self.trials: list[Trial] = []
         self._made: list[ExitStack] = []
         self._judged: dict[Hashable, Trial] = {}
-        self._found = found
+        self._source = source
         self._scores = scores
         self._calibration = calibration
         self._executor = executor
@@ -183,10 +183,10 @@ class Search:
 
     def _recovers(self, plan: Plan) -> bool:
         """Whether recovery fits a layer of a plan anew; without one, it would make the same model again."""
-        found, statistics = self._found, self._calibration.statistics
+        source, statistics = self._source, self._calibration.statistics
         chosen = {choice.layer for choice in plan.choices if choice.option is not None}
-        rewritten = [binding for binding in found.bindings if binding.layer.id in chosen]
-        return any(can_recover(found.model, found.walk, b, statistics) for b in rewritten)
+        rewritten = [binding for binding in source.bindings if binding.layer.id in chosen]
+        return any(can_recover(source.model, source.walk, b, statistics) for b in rewritten)
 
     def _tried(
         self,
@@ -266,16 +266,16 @@ class Search:
         """The outcome of a recipe; None if an earlier recipe made the same model: a trial then says so."""
         progress = Labelled(self._progress, f"{recipe.name} at {ratio:.3g}")
         goal = Goal(ratio, recipe)
-        plan = plan or settling.make(self._found, goal, self._scores, progress)
+        plan = plan or settling.make(self._source, goal, self._scores, progress)
         if (twin := self._judged.get(_content(plan))) is not None:
             _log.debug("recipe %r at ratio %g: the model of recipe %r again", recipe.name, ratio, twin.recipe)
             self.trials.append(replace(twin, recipe=recipe.name, ratio=ratio))
             return None
-        built = build(self._found, plan, self._calibration, self._executor, progress)
+        built = build(self._source, plan, self._calibration, self._executor, progress)
         self._made.append(built.resources)
         try:
             with progress.stage("compare"):
-                outputs = judge(self._found.model, built, self._calibration)
+                outputs = judge(self._source.model, built, self._calibration)
         except ValidationError:
             built.resources.close()
             raise

@@ -30,7 +30,7 @@ from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.graph.weights import dtype_of
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.probe.micro import placeholder
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages import plan as planner
@@ -59,11 +59,11 @@ _MISSED = 0.03
 """A prediction with a larger error is corrected kind by kind."""
 
 
-def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
+def make(source: Layered, goal: Goal, scores: Scores, progress: Progress) -> Plan:
     """Make the best plan for a goal; under a measured budget, the best plan that was measured.
 
     Args:
-        found: The model.
+        source: The model with its layers.
         goal: The purpose of the plan.
         scores: The errors of the options of its layers, and their costs.
         progress: Where to show progress.
@@ -72,9 +72,10 @@ def make(found: Found, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         BudgetError: The ratio cannot be reached.
         InputError: The model cannot be counted.
     """
-    if not isinstance(scores.meter, Gauge) or goal.ratio == 1:
-        return planner.make(found.model, goal, scores, progress)
-    return _Settling(found, goal, scores, scores.meter, progress).run()
+    gauge = scores.meter.gauge
+    if gauge is None or goal.ratio == 1:
+        return planner.make(source.model, goal, scores, progress)
+    return _Settling(source, goal, scores, gauge, progress).run()
 
 
 def options(plan: Plan) -> dict[str, Option]:
@@ -96,7 +97,7 @@ class _Settling:
         judged: The kinds of layers that were measured alone.
     """
 
-    found: Found
+    source: Layered
     goal: Goal
     scores: Scores
     meter: Gauge
@@ -116,7 +117,7 @@ class _Settling:
             fastest = min((median(ratios) for _, ratios in self.tried.values()), default=1.0)
             raise BudgetError(
                 f"The ratio {self.goal.ratio:g} of {self.meter.budget.name} cannot be reached for "
-                f"{self.found.model.name} on {self.meter.place}: the fastest that was measured is "
+                f"{self.source.model.name} on {self.meter.place}: the fastest that was measured is "
                 f"{fastest:.3f}.",
                 min(1.0, fastest),
             )
@@ -183,7 +184,7 @@ class _Settling:
 
     def _plan(self, ratio: float) -> Plan:
         """The plan for a predicted ratio."""
-        plan = planner.make(self.found.model, replace(self.goal, ratio=ratio), self.scores, self.progress)
+        plan = planner.make(self.source.model, replace(self.goal, ratio=ratio), self.scores, self.progress)
         return replace(plan, ratio=self.goal.ratio)
 
     def _measured(self, plan: Plan) -> float:
@@ -227,11 +228,11 @@ class _Settling:
     def _ratio(self, chosen: Mapping[str, Option], *, merging: bool) -> tuple[float, int]:
         """The ratio of the model with the chosen layers rewritten, and the number of merged pairs."""
         replacements = (
-            placeholder(binding, chosen[binding.layer.id], dtype_of(self.found.walk, binding.stored))
-            for binding in self.found.bindings
+            placeholder(binding, chosen[binding.layer.id], dtype_of(self.source.walk, binding.stored))
+            for binding in self.source.bindings
             if binding.layer.id in chosen
         )
-        rewritten, merges, resources = assemble(self.found, replacements, merging=merging)
+        rewritten, merges, resources = assemble(self.source, replacements, merging=merging)
         with resources:
             try:
                 ratio = self.meter.ratio(rewritten.model)

@@ -52,7 +52,7 @@ def run(monkeypatch):
     """Compress under a rule of times; alignment is not of this machine."""
 
     def run(cost, ratio=None, proto=None, **options):
-        monkeypatch.setattr("onnx_lowrank.session.Stopwatch", partial(Recorded, cost=cost))
+        monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", partial(Recorded, cost=cost))
         if "plan" not in options:
             options = {"budget": "latency", "align": 1} | options
         return compress(proto or cnn(), ratio, input_shape=SHAPE, **options)
@@ -334,7 +334,7 @@ def merged(monkeypatch):
         def cost(proto):
             return by_weights(proto) + (more if is_merged(proto) else 0)
 
-        monkeypatch.setattr("onnx_lowrank.session.Stopwatch", partial(Recorded, cost=cost))
+        monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", partial(Recorded, cost=cost))
         return compress(proto or pair(), ratio, **options)
 
     return merged

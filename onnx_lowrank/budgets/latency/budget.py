@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from onnx_lowrank.budgets.budget import Budget, Run, Tools
-from onnx_lowrank.budgets.latency.measured import Latency
-from onnx_lowrank.budgets.latency.whole import runnable, unmeasurable
 from onnx_lowrank.budgets.macs import model_macs
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.report.content import Total
 from onnx_lowrank.report.words import time
+
+if TYPE_CHECKING:
+    from onnx_lowrank.budgets.latency.measured import Latency
 
 _WARNED = 1.05
 
@@ -50,6 +52,10 @@ class LatencyBudget(Budget):
         Raises:
             InputError: The model does not run.
         """
+        # Every run imports this module for the budget's name; few measure.
+        from onnx_lowrank.budgets.latency.measured import Latency
+        from onnx_lowrank.budgets.latency.whole import runnable, unmeasurable
+
         if tools is None or tools.stopwatch is None:
             raise RuntimeError("times are measured with a stopwatch")
         stopwatch = tools.stopwatch

@@ -49,7 +49,7 @@ from onnx_lowrank.engines.runtime import Executed
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place
 from onnx_lowrank.layers.binding import Binding
-from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.measures import Errors
 from onnx_lowrank.probe.micro import Micro, micro
 from onnx_lowrank.progress import Step
@@ -107,12 +107,12 @@ class Latency(Gauge):
         whole: The time of the model, in nanoseconds.
     """
 
-    def __init__(self, budget: Budget, found: Found, feed: Feed, stopwatch: Stopwatch) -> None:
+    def __init__(self, budget: Budget, source: Layered, feed: Feed, stopwatch: Stopwatch) -> None:
         """Measure the model and its layers.
 
         Args:
             budget: The budget of latency.
-            found: The model.
+            source: The model with its layers.
             feed: The inputs on which it is timed.
             stopwatch: Measures the times.
 
@@ -122,10 +122,10 @@ class Latency(Gauge):
         """
         self.budget = budget
         self.stopwatch = stopwatch
-        self._found = found
+        self._source = source
         self._feed = feed
         ran = self._ran()
-        cut = {binding.layer.id: self._cut(binding, ran) for binding in found.bindings}
+        cut = {binding.layer.id: self._cut(binding, ran) for binding in source.bindings}
         parts = {part.key: part for uses in cut.values() for part, _ in uses}
         try:
             self.whole, shares = self._shares(parts)
@@ -149,23 +149,23 @@ class Latency(Gauge):
         """The uses of a layer that run, as micro models, and how often; none if one cannot be cut."""
         found: list[tuple[Micro, int]] = []
         for index, use in enumerate(binding.layer.uses):
-            is_known = use.scope and self._found.walk.node(Place(use.scope, use.node)).name
+            is_known = use.scope and self._source.walk.node(Place(use.scope, use.node)).name
             runs = ran.count(use.name) if is_known else 1
             if not runs:
                 continue
-            part = micro(self._found.walk, binding, index)
+            part = micro(self._source.walk, binding, index)
             if part is None:
                 return []
             found.append((part, runs))
         return found
 
     def _shares(self, parts: Mapping[str, Micro]) -> tuple[int, list[float]]:
-        return self.stopwatch.shares((self._found.model, self._feed), tuple(parts.values()), _LAYERS)
+        return self.stopwatch.shares((self._source.model, self._feed), tuple(parts.values()), _LAYERS)
 
     def _ran(self) -> Executed:
         """How often the nodes in bodies run; empty if no layer is in a body."""
-        hidden = any(use.scope for layer in self._found.layers for use in layer.uses)
-        return self.stopwatch.engine.executed(self._found.model, [self._feed]) if hidden else Executed({})
+        hidden = any(use.scope for layer in self._source.layers for use in layer.uses)
+        return self.stopwatch.engine.executed(self._source.model, [self._feed]) if hidden else Executed({})
 
     @property
     def total(self) -> int:
@@ -188,7 +188,7 @@ class Latency(Gauge):
 
     def of_model(self, choices: Sequence[Choice]) -> int:
         """The time of the model under a plan, from the costs that the plan states."""
-        kept = {layer.id: self.tariff(layer).keep for layer in self._found.layers}
+        kept = {layer.id: self.tariff(layer).keep for layer in self._source.layers}
         return self.whole - sum(kept[choice.layer] - choice.cost for choice in choices)
 
     def alone(self, table: Candidates) -> str:
@@ -209,7 +209,7 @@ class Latency(Gauge):
 
     def pair(self, model: Model) -> tuple[int, int]:
         """The times of this model and of another with the same inputs, measured in turns, in nanoseconds."""
-        pairs = Whole(self._found.model, self._feed, self.stopwatch).pairs(model)
+        pairs = Whole(self._source.model, self._feed, self.stopwatch).pairs(model)
         for before, _ in pairs:
             self._range = min(self._range[0], before), max(self._range[1], before)
         return middle(pairs)
@@ -223,7 +223,7 @@ class Latency(Gauge):
             step: Receives the share that is done.
         """
         wanted: dict[str, list[tuple[Layer, Errors]]] = {}
-        for layer, table in zip(self._found.layers, errors, strict=True):
+        for layer, table in zip(self._source.layers, errors, strict=True):
             for key in self._uses[layer.id]:
                 wanted.setdefault(key, []).append((layer, table))
         # Progress counts a layer by its time, because a slow layer takes longer to measure.
@@ -288,7 +288,7 @@ class Latency(Gauge):
     def predicted(self, options: Mapping[str, Option]) -> int:
         """The predicted time of the model with these layers rewritten, in nanoseconds."""
         saved = 0
-        for layer in self._found.layers:
+        for layer in self._source.layers:
             if layer.id in options:
                 times = self.tariff(layer)
                 saved += times.keep - times.cost(options[layer.id])
@@ -358,8 +358,8 @@ class Latency(Gauge):
         """The times of rewritten layers: before, predicted, and measured at the chosen ranks."""
         found: dict[str, LayerTime] = {}
         # Taken before the measurements below, which would change the predictions of layers that are alike.
-        planned = {layer.id: self.tariff(layer) for layer in self._found.layers}
-        for layer in self._found.layers:
+        planned = {layer.id: self.tariff(layer) for layer in self._source.layers}
+        for layer in self._source.layers:
             option = options.get(layer.id)
             if option is None or not self._uses[layer.id]:
                 continue
@@ -375,7 +375,7 @@ class Latency(Gauge):
 
     def _known(self, options: Mapping[str, Option]) -> bool:
         """Whether every option, or another rank with the same fold and slices, was measured."""
-        times = {layer.id: self.tariff(layer).curves for layer in self._found.layers}
+        times = {layer.id: self.tariff(layer).curves for layer in self._source.layers}
         return all((option.fold, option.k) in times[layer] for layer, option in options.items())
 
     def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
