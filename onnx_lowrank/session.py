@@ -31,7 +31,7 @@ from onnx_lowrank.files.load import Model, ModelProto, inlined, load
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.backend import one_blas_thread
-from onnx_lowrank.logs import DETAIL, some
+from onnx_lowrank.logs import DETAIL, first_names
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.report.report import Report
@@ -150,7 +150,7 @@ def _log_found(found: Found) -> None:
     for item in found.skipped:
         reasons.setdefault(item.reason, []).append(item.name or item.weight or item.op)
     for reason, names in reasons.items():
-        _log.debug("skipped %d: %s (%s)", len(names), reason, some(names))
+        _log.debug("skipped %d: %s (%s)", len(names), reason, first_names(names))
     for layer in found.layers:
         folds = "/".join(layer.folds)
         _log.log(DETAIL, "layer %r: %s of %s, folds %s", layer.id, layer.op, layer.shape, folds)

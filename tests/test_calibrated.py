@@ -260,7 +260,10 @@ def test_an_edited_plan_is_fitted_anew(results):
     assert again.report.layers[index].error is None
     assert again.report.layers[index].fit.fit is Fit.ACTIVATIONS
     assert again.plan.solver is None
-    assert again.report.totals.of("params").after < results["activation"].report.totals.of("params").after
+    assert (
+        again.report.totals.amount("params").after
+        < results["activation"].report.totals.amount("params").after
+    )
     assert not plans.is_edited(again.plan)
 
 
@@ -298,7 +301,7 @@ def test_a_dry_run_of_one_recipe_builds_nothing(monkeypatch):
 def test_budgets(recipe, budget):
     result = compress(cnn(ONE), 0.4, recipe=recipe, budget=budget, calibration=X)
     totals = result.report.totals
-    counted = totals.of("params") if budget == "params" else totals.of("macs")
+    counted = totals.amount("params") if budget == "params" else totals.amount("macs")
     assert counted.after <= 0.4 * counted.before
     assert result.report.reached == counted.after / counted.before
 
@@ -306,7 +309,7 @@ def test_budgets(recipe, budget):
 def test_macs_follow_from_the_shapes_of_the_inputs():
     text = CNN.replace("N, 8, 6, 6", "N, 8, H, W")
     result = compress(cnn(text), 0.5, recipe="activation", budget="macs", calibration=X)
-    assert result.report.totals.of("macs").after <= 0.5 * result.report.totals.of("macs").before
+    assert result.report.totals.amount("macs").after <= 0.5 * result.report.totals.amount("macs").before
 
 
 @pytest.mark.parametrize("dtype", ["float16", "double"])

@@ -84,7 +84,7 @@ def rewritten(result):
 @pytest.mark.parametrize("ratio", [0.9, 0.6, 0.4])
 def test_every_recipe_keeps_the_ratio_of_the_time(recipe, ratio):
     result = half(ratio=ratio, recipe=recipe)
-    time = result.report.totals.of("time")
+    time = result.report.totals.amount("time")
     assert (time.before, time.after) == (by_weights(cnn()), by_weights(result.proto))
     assert result.report.reached == time.ratio <= ratio + 0.005
     assert result.report.budget == result.plan.budget == "latency"
@@ -136,7 +136,7 @@ def test_other_budgets_measure_both_models_where_that_is_asked_for(budget):
     timed = compress(cnn(), 0.6, budget=budget, input_shape=SHAPE, time=True, threads=2)
     assert timed.plan == plain.plan
     assert timed.proto == plain.proto
-    timing, total = timed.report.timing, timed.report.totals.of("time")
+    timing, total = timed.report.timing, timed.report.totals.amount("time")
     assert (timing.before, timing.after) == (by_weights(cnn()), by_weights(timed.proto))
     assert (total.before, total.after) == (timing.before, timing.after)
     assert (timing.predicted, timing.layers, timing.spread) == (None, {}, 1.0)
@@ -266,7 +266,7 @@ def test_a_dry_run_predicts():
     assert dry.plan == real.plan
     timing = dry.report.timing
     assert (timing.after, timing.layers) == (None, {})
-    assert timing.predicted == dry.report.totals.of("time").after == real.report.timing.predicted
+    assert timing.predicted == dry.report.totals.amount("time").after == real.report.timing.predicted
     assert dry.report.reached == timing.predicted / timing.before <= 0.6
     assert dry.report.warnings == ()
 
@@ -298,7 +298,7 @@ def test_an_edited_plan_is_timed_anew_and_nothing_is_proven_of_it(tmp_path):
     again = compress(cnn(), plan=tmp_path / "plan.json", input_shape=SHAPE)
     assert rewritten(again)["conv2"] == Option(Fold.ROWS, 1, 6)
     assert again.report.solver is None
-    assert again.report.totals.of("time").after == by_weights(again.proto)
+    assert again.report.totals.amount("time").after == by_weights(again.proto)
     assert {row.error for row in again.report.layers if row.option} == {None}
     assert all(row["error"] is None for row in json.loads(again.report.to_json())["layers"] if row["fold"])
 
@@ -370,7 +370,7 @@ def test_the_report_of_another_budget_has_the_times_of_both_models():
     report = compress(cnn(), 0.6, input_shape=SHAPE, time=True).report
     text = table(report)
     (row,) = (line for line in text.splitlines() if line.startswith("time  "))
-    ratio = report.totals.of("time").ratio
+    ratio = report.totals.amount("time").ratio
     assert row.split()[1:] == ["3.58", "µs", "2.17", "µs", f"{ratio:.3f}"]
     assert "interleaved runs on ONNX Runtime" in text
     assert not any(words in text for words in ("time alone", "predicted time"))
@@ -595,7 +595,7 @@ def samples():
 @pytest.mark.parametrize("ratio", [0.8, 0.5])
 def test_calibrated_plans_keep_the_ratio_of_the_time(samples, recipe, ratio):
     result = half(ratio=ratio, recipe=recipe, calibration={"x": samples}, input_shape=None)
-    assert result.report.totals.of("time").after == by_weights(result.proto)
+    assert result.report.totals.amount("time").after == by_weights(result.proto)
     assert result.report.reached <= ratio + 0.005
     assert result.report.timing.inputs == "x float32 1×8×6×6"
     if recipe == "auto":
@@ -607,7 +607,7 @@ def test_calibrated_plans_keep_the_ratio_of_the_time(samples, recipe, ratio):
 def test_targets_find_the_fastest_model(samples, target):
     result = half(ratio=None, calibration={"x": samples}, input_shape=None, **target)
     assert result.report.reached < 0.8
-    assert result.report.totals.of("time").ratio == result.report.reached
+    assert result.report.totals.amount("time").ratio == result.report.reached
     (chosen,) = (trial for trial in result.report.trials if trial.chosen)
     if "target_error" in target:
         assert chosen.error <= 0.2

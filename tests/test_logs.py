@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from onnx_lowrank import compress
-from onnx_lowrank.logs import DETAIL, printable, shown, some
+from onnx_lowrank.logs import DETAIL, first_names, printable, shown
 from tiny import cnn
 
 SHAPE = {"x": (2, 8, 6, 6)}
@@ -61,7 +61,7 @@ def test_layers_that_are_kept_are_told_with_the_reason(logged):
     kept = [row for row in result.report.layers if row.option is None]
     assert kept
     (text,) = matching(records, "stages.plan", "kept ")
-    assert text == f"kept {len(kept)}: {kept[0].reason} ({some([row.id for row in kept])})"
+    assert text == f"kept {len(kept)}: {kept[0].reason} ({first_names([row.id for row in kept])})"
 
 
 def test_the_comparison_is_told_in_one_clause(logged):
@@ -187,4 +187,4 @@ def test_printable(text, expected):
     ],
 )
 def test_some(names, expected):
-    assert some(names) == expected
+    assert first_names(names) == expected

@@ -226,6 +226,6 @@ def test_the_certificate_bounds_the_refitted_weight():
 def test_macs_fall_with_the_width_and_data_free_recipes_do_not_narrow():
     _, result = narrowed("mlp", budget="macs", input_shape={"x": (4, FEATURES)})
     assert choice(result, "down").option.lowering == "narrow"
-    assert result.report.totals.of("macs").after <= 0.4 * result.report.totals.of("macs").before
+    assert result.report.totals.amount("macs").after <= 0.4 * result.report.totals.amount("macs").before
     free = compress(model(MLP, **weights("mlp")), 0.6)
     assert all(c.option is None or c.option.lowering != "narrow" for c in free.plan.choices)

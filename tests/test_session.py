@@ -236,9 +236,9 @@ def test_parameters_are_counted_in_the_model_that_is_written():
     planned, result = compress(model, 0.6, dry_run=True).report, compress(model, 0.6)
     assert all(row.option for row in result.report.layers)
     stored = sum(int(np.prod(tensor.dims)) for tensor in result.proto.graph.initializer)
-    assert result.report.totals.of("params").after == stored
+    assert result.report.totals.amount("params").after == stored
     assert result.report.reached == stored / (2 * 256 + 4 * 16)
-    assert planned.totals.of("params").after - stored == 4 * 16, "the BatchNorm that both layers share"
+    assert planned.totals.amount("params").after - stored == 4 * 16, "the BatchNorm that both layers share"
 
 
 @pytest.mark.parametrize("names", ["conv1", ["conv1"], ("n.a",)])
@@ -332,10 +332,10 @@ g (float[4, 32] x, bool c) => (float[4, 32] y) {
 def test_macs_of_an_if_stay_within_the_ratio(ratio):
     model = built(BRANCHES, {name: decaying(i, 32, 32) for i, name in enumerate(("one", "two", "three"))})
     report = compress(model, ratio, budget="macs").report
-    assert report.totals.of("macs").before == 2 * 4 * 32 * 32
+    assert report.totals.amount("macs").before == 2 * 4 * 32 * 32
     after = {row.id: row.macs.after for row in report.layers}
-    assert report.totals.of("macs").after == max(after["one"], after["two"] + after["three"])
-    assert report.reached == report.totals.of("macs").after / report.totals.of("macs").before <= ratio
+    assert report.totals.amount("macs").after == max(after["one"], after["two"] + after["three"])
+    assert report.reached == report.totals.amount("macs").after / report.totals.amount("macs").before <= ratio
     with pytest.raises(BudgetError) as info:
         compress(model, 0.001, budget="macs")
     assert (
@@ -569,9 +569,9 @@ def test_inputs_tell_the_shapes_that_macs_need():
         compress(proto, 0.5, budget="macs")
     inputs = {entry.name: np.ones([2, *sizes[1:]], np.float32)}
     totals = compress(proto, 0.5, budget="macs", inputs=inputs).report.totals
-    assert totals.of("macs").after <= totals.of("macs").before / 2
+    assert totals.amount("macs").after <= totals.amount("macs").before / 2
     stated = compress(proto, 0.5, budget="macs", input_shape={entry.name: [2, *sizes[1:]]}).report.totals
-    assert stated.of("macs") == totals.of("macs")
+    assert stated.amount("macs") == totals.amount("macs")
 
 
 def test_a_plan_can_be_saved_read_and_replayed_from_python(tmp_path):
@@ -624,8 +624,8 @@ def test_adjacent_factors_are_multiplied_and_counted(budget):
     assert report.merges
     assert sum(node.op_type == "Conv" for node in result.proto.graph.node) < 6
     stored = sum(math.prod(tensor.dims) for tensor in result.proto.graph.initializer)
-    assert report.totals.of("params").after == stored
-    assert report.totals.of("macs").after == 36 * stored
+    assert report.totals.amount("params").after == stored
+    assert report.totals.amount("macs").after == 36 * stored
     assert report.reached <= 0.4
     x = np.random.default_rng(0).standard_normal((1, 16, 6, 6)).astype(np.float32)
     (output,) = report.validation.outputs
@@ -681,4 +681,4 @@ def test_a_past_of_no_length_tells_its_shape():
     }
     result = compress(decoder(total="all"), ratio=0.7, budget="macs", inputs=feed, dry_run=True)
     layers = 2 * 5 * 32 * (2 * 32 + 2 * 16 + 24)
-    assert result.report.totals.of("macs").before == layers + 2 * 4 * 5 * 5 * 8 * 2
+    assert result.report.totals.amount("macs").before == layers + 2 * 4 * 5 * 5 * 8 * 2

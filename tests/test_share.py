@@ -112,11 +112,11 @@ def test_the_sums_are_those_of_the_model(kind, budget):
     _, result = shared(kind, budget=budget, input_shape=shape)
     assert {choice.option.lowering for choice in result.plan.choices} == {"shared"}
     stored = sum(numpy_helper.to_array(t).size for t in result.model.proto.graph.initializer)
-    assert result.report.totals.of("params").after == stored
+    assert result.report.totals.amount("params").after == stored
     length = 8 * 9 if kind == "conv" else CHANNELS
     evaluations = 4 * (9 if kind == "conv" else 1)
-    assert result.report.totals.of("macs").after == evaluations * RANK * (length + 3 * FEATURES)
-    assert sum(row.macs.after for row in result.report.layers) == result.report.totals.of("macs").after
+    assert result.report.totals.amount("macs").after == evaluations * RANK * (length + 3 * FEATURES)
+    assert sum(row.macs.after for row in result.report.layers) == result.report.totals.amount("macs").after
 
 
 @pytest.mark.parametrize("dtype", ["float16", "double"])
@@ -226,7 +226,7 @@ def test_a_plan_shares_among_those_that_are_alike(apart, recover):
     x = inputs("attention", seed=2)
     assert distance(run(proto, x=x), run(result.model.proto, x=x)) < 1e-5
     stored = sum(numpy_helper.to_array(t).size for t in result.model.proto.graph.initializer)
-    assert result.report.totals.of("params").after == stored
+    assert result.report.totals.amount("params").after == stored
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ def instrument(
         if (reason := _unreachable(walk, binding)) is not None
     }
     taps = _Taps(model, walk)
-    read = {b.layer.id: taps.of(b, _activation) for b in inputs if b.layer.id not in reasons}
-    given = {b.layer.id: taps.of(b, _result) for b in outputs if b.layer.id not in reasons}
+    read = {b.layer.id: taps.tap(b, _activation) for b in inputs if b.layer.id not in reasons}
+    given = {b.layer.id: taps.tap(b, _result) for b in outputs if b.layer.id not in reasons}
     return Instrumented(replace(model, proto=taps.proto, path=None), read, given, reasons)
 
 
@@ -124,7 +124,7 @@ class _Taps:
         self._unique = FreeNames(walk).unique
         self._made: dict[tuple[str, str], Tap] = {}
 
-    def of(self, binding: Binding, named: Callable[[Walk, Binding, Use], str]) -> tuple[Tap, ...]:
+    def tap(self, binding: Binding, named: Callable[[Walk, Binding, Use], str]) -> tuple[Tap, ...]:
         """Tap one tensor of every use of a layer; `named` gives its name in the use's scope."""
         taps = []
         for use, cast in zip(binding.layer.uses, binding.casts, strict=True):

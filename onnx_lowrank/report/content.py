@@ -54,7 +54,7 @@ class Totals:
 
     figures: tuple[Figure, ...]
 
-    def of(self, key: str) -> Total:
+    def amount(self, key: str) -> Total:
         """The amount of a key; an unknown amount if the report does not show it."""
         known = (figure.total for figure in self.figures if figure.key == key and figure.total is not None)
         return next(known, Total(None, None))

@@ -92,4 +92,4 @@ class Page:
             reasons.setdefault(reason, []).append(name)
         self.line(f"{title}: {len(items)} {unit}{'s' * (len(items) != 1)}")
         for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
-            self.line(f"{len(names)} × {reason} ({words.some(names)})", style="dim", indent=2)
+            self.line(f"{len(names)} × {reason} ({words.first_names(names)})", style="dim", indent=2)

@@ -46,10 +46,10 @@ def show(report: Content, console: Console) -> None:
         unmeasured = [(reason, names.get(layer, layer)) for layer, reason in report.calibration.unmeasured]
         page.groups("Not calibrated", "layer", unmeasured)
     if report.removed_inputs:
-        removed = words.some(report.removed_inputs)
+        removed = words.first_names(report.removed_inputs)
         page.line(f"Graph inputs removed, because they only named rewritten weights: {removed}")
     if report.merges:
-        pairs = words.some(f"{merged.first} + {merged.second}" for merged in report.merges)
+        pairs = words.first_names(f"{merged.first} + {merged.second}" for merged in report.merges)
         saved = sum(merged.saved for merged in report.merges)
         page.line(
             f"Multiplied, because at most a bias is between them: {pairs} "
@@ -197,7 +197,7 @@ def _validation(validation: Validation, names: Mapping[str, str], page: Page) ->
     for output in validation.alone:
         page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
     if validation.never_ran:
-        silent = words.some(names.get(layer, layer) for layer in validation.never_ran)
+        silent = words.first_names(names.get(layer, layer) for layer in validation.never_ran)
         page.line(f"never ran: {silent}", style="yellow", indent=2)
     elif validation.never_ran is None:
         page.line("unknown which layers in branches ran", style="dim", indent=2)

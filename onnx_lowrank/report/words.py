@@ -49,7 +49,7 @@ def time(nanoseconds: int | None) -> str:
     return f"{value:.3g} {unit}"
 
 
-def some(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
     """The first names, and the number of the others."""
     listed = list(names)
     more = len(listed) - _NAMES_SHOWN

@@ -187,7 +187,7 @@ class _Round:
         if read is None or not is_op(self._walk.node(read[0]), ("Add",)):
             return None
         adder, operand = read
-        source = self._own(adder, 1 - operand)
+        source = self._sole_constant(adder, 1 - operand)
         return None if source is None or len(source.tensor.dims) > 1 else (adder, 1 - operand)
 
     def _is_wanted(self, first: Place, second: Place) -> bool:
@@ -208,7 +208,7 @@ class _Round:
         if not is_complete or any(attribute.ref_attr_name for attribute in node.attribute):
             return None
         operator = registry.family(node)
-        weight = self._own(place, side)
+        weight = self._sole_constant(place, side)
         if weight is None or (operator.product == "matrix" and len(weight.tensor.dims) != 2):
             return None
         if operator.transposes(node, 1 - side):
@@ -222,7 +222,7 @@ class _Round:
             bias = place, operator.bias
         return LinearMap(place, node, side, weight, maps.shape[1:], bias)
 
-    def _own(self, place: Place, operand: int) -> Source | None:
+    def _sole_constant(self, place: Place, operand: int) -> Source | None:
         """Rule 2: the source of an operand that is a constant without views and without other readers."""
         stored = resolve(self._walk, self._walk.operand(place, operand))
         if isinstance(stored, str) or stored.views:
@@ -258,7 +258,7 @@ class _Round:
             return None
         found: list[Source | None] = []
         for operator in (first, second):
-            source = None if operator.bias is None else self._own(*operator.bias)
+            source = None if operator.bias is None else self._sole_constant(*operator.bias)
             if operator.bias and (source is None or not is_per_feature(source.tensor.dims, operator)):
                 return None
             found.append(source)

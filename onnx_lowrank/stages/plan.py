@@ -24,7 +24,7 @@ from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError, PlanError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.logs import DETAIL, some
+from onnx_lowrank.logs import DETAIL, first_names
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages import unmeasured
 from onnx_lowrank.stages.score import Scores
@@ -209,7 +209,7 @@ def _log_plan(
         if choice.option is None:
             kept.setdefault(choice.reason, []).append(choice.layer)
     for reason, layers in kept.items():
-        _log.debug("kept %d: %s (%s)", len(layers), reason, some(layers))
+        _log.debug("kept %d: %s (%s)", len(layers), reason, first_names(layers))
     for table, choice in zip(tables, choices, strict=True):
         chosen, count = choice.option or "kept", table.cost.size - 1
         _log.log(DETAIL, "%r of %d options: %s, cost %d", choice.layer, count, chosen, choice.cost)

@@ -154,7 +154,7 @@ class Encoders:
         self._model, self._walk, self._threads = model, walk, threads
         self._made: dict[tuple[str, ...], NDArray[Any]] = {}
 
-    def of(self, layer: Layer, j: int, inputs: Moments) -> NDArray[Any]:
+    def encoder(self, layer: Layer, j: int, inputs: Moments) -> NDArray[Any]:
         """The encoder of a layer's group, as stored; from these moments if it is not made yet."""
         key = sharing(layer, self._options)
         if key not in self._made:
@@ -207,7 +207,7 @@ class Recovery:
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         ridge = self._ridge(shares)
         if self._option.lowering is Lowering.SHARED:
-            self._encoder = self._encoders.of(self._binding.layer, self._option.j, shares[False].inputs)
+            self._encoder = self._encoders.encoder(self._binding.layer, self._option.j, shares[False].inputs)
         candidates = self._threads.each(
             lambda make: make(), (lambda: self._fitted(shares, ridge, STEPS), self._plain)
         )

@@ -53,7 +53,7 @@ def assemble(
     """
     found, plan = run.found, run.plan
     totals = _totals(run)
-    reached = totals.of(registry.named(plan.budget).figure).ratio
+    reached = totals.amount(registry.named(plan.budget).figure).ratio
     return Report(
         version=version("onnx-lowrank"),
         model=Path(found.model.name).stem,
@@ -101,7 +101,7 @@ def _ratio_warnings(run: Run, reached: float, *, targeted: bool) -> Iterator[str
 def _budget_warnings(run: Run, totals: Totals) -> Iterator[str]:
     """Warnings of every budget, also of those that the ratio does not bound."""
     for budget in registry.every():
-        yield from budget.warnings(run, totals.of(budget.figure))
+        yield from budget.warnings(run, totals.amount(budget.figure))
 
 
 def _calibration_warnings(

@@ -75,14 +75,14 @@ def held(source, ratio, tmp_path, **options):
     """Compress, and see that the files keep to the ratio and to what a dry run says; returns the result."""
     options |= {"budget": "bytes", "device": "cpu"}
     planned = compress(source, ratio, dry_run=True, **options).report
-    before = planned.totals.of("bytes").before
+    before = planned.totals.amount("bytes").before
     if isinstance(source, Path):
         assert before <= sum(path.stat().st_size for path in source.parent.iterdir())
     else:
         assert before == len(source.SerializeToString())
     with compress(source, ratio, **options) as result:
         size = written(result, tmp_path / "out")
-        total, promised = result.report.totals.of("bytes"), planned.totals.of("bytes").after
+        total, promised = result.report.totals.amount("bytes"), planned.totals.amount("bytes").after
         assert size <= total.after <= promised <= ratio * before
         assert result.report.reached == total.after / before
         assert any(choice.option for choice in result.plan.choices)
@@ -106,7 +106,7 @@ def test_files_keep_to_the_ratio(name, ratio, ir, tmp_path):
     rewritten = sum(choice.option is not None for choice in result.plan.choices)
     if not result.report.merges:
         promised = BUDGET.on(seen(proto)).of_model(result.plan.choices)
-        assert promised - result.report.totals.of("bytes").after <= 300 + 160 * rewritten
+        assert promised - result.report.totals.amount("bytes").after <= 300 + 160 * rewritten
 
 
 @pytest.mark.parametrize("recipe", ["alds", "svd", "l-rank", "svd-energy"])
@@ -212,14 +212,14 @@ def test_an_edited_plan_is_priced_anew():
     (cost,) = (choice.cost for choice in result.plan.choices if choice.layer == first.layer)
     assert cost < first.cost
     assert plans.is_edited(replace(plan, choices=choices))
-    assert result.report.totals.of("bytes").after == BUDGET.on(found).of_model(choices)
+    assert result.report.totals.amount("bytes").after == BUDGET.on(found).of_model(choices)
 
 
 def test_other_budgets_report_the_file_as_before():
-    dry = compress(DIGITS, 0.5, device="cpu", dry_run=True).report.totals.of("bytes")
+    dry = compress(DIGITS, 0.5, device="cpu", dry_run=True).report.totals.amount("bytes")
     assert (dry.before, dry.after) == (DIGITS.stat().st_size, None)
     result = compress(DIGITS, 0.5, device="cpu")
-    assert result.report.totals.of("bytes").after == stored_bytes(result.model)
+    assert result.report.totals.amount("bytes").after == stored_bytes(result.model)
 
 
 @pytest.mark.parametrize("is_external", [False, True], ids=["inline", "external"])
@@ -230,7 +230,7 @@ def test_every_budget_reports_the_bytes_of_the_files(budget, is_external, tmp_pa
     stored = {"save_as_external_data": True, "location": "w.bin", "size_threshold": 64}
     onnx.save(onnx.load(DIGITS), path, **stored if is_external else {})
     with compress(path, 0.7, budget=budget, device="cpu", input_shape={"image": (1, 1, 8, 8)}) as result:
-        size, total = written(result, tmp_path / "out"), result.report.totals.of("bytes")
+        size, total = written(result, tmp_path / "out"), result.report.totals.amount("bytes")
         assert total.before == sum(file.stat().st_size for file in path.parent.iterdir())
         # The longest name of a data file, and the length of each reference to it.
         named = 270 * len(result.proto.graph.initializer) if is_external else 0
@@ -253,9 +253,9 @@ def test_bytes_can_be_a_price(tmp_path):
 )
 def test_real_models_keep_to_the_ratio(shared, name, ratio, tmp_path):
     path = shared / "models" / f"{name}.onnx"
-    planned = compress(path, ratio, budget="bytes", device="cpu", dry_run=True).report.totals.of("bytes")
+    planned = compress(path, ratio, budget="bytes", device="cpu", dry_run=True).report.totals.amount("bytes")
     with compress(path, ratio, budget="bytes", device="cpu") as result:
         size = written(result, tmp_path / "out")
-        assert size == result.report.totals.of("bytes").after
+        assert size == result.report.totals.amount("bytes").after
         assert size <= planned.after <= ratio * path.stat().st_size
         assert planned.after - size <= 0.005 * path.stat().st_size

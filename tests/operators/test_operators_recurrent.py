@@ -612,7 +612,7 @@ def recurrent_options(result):
 @pytest.mark.parametrize("recipe", ["schatten", "alds", "svd", "l-rank"])
 def test_data_free(recipe):
     result = compress(classifier(), 0.7, recipe=recipe, input_shape=SHAPE)
-    assert result.report.totals.of("params").ratio <= 0.7
+    assert result.report.totals.amount("params").ratio <= 0.7
     assert result.report.validation.engine == "ONNX Runtime CPUExecutionProvider"
     assert all(recurrent_options(result).values())
     assert not result.report.skipped
@@ -623,7 +623,7 @@ def test_data_free(recipe):
 def test_macs_as_the_budget():
     """The recurrent weights count, and cannot be saved."""
     options = {"budget": "macs", "input_shape": SHAPE}
-    macs = compress(classifier(), 0.75, **options).report.totals.of("macs")
+    macs = compress(classifier(), 0.75, **options).report.totals.amount("macs")
     beside = 6 * (72 * 9 + 48 * 16)
     assert macs.before == beside + 6 * (72 * 24 + 48 * 18) + 4 * 16
     assert macs.ratio <= 0.75
@@ -634,7 +634,7 @@ def test_macs_as_the_budget():
 @pytest.mark.parametrize("ratio", [0.9, 0.75])
 def test_latency_as_the_budget(ratio):
     result = compress(classifier(), ratio, budget="latency", align=1, input_shape=SHAPE)
-    time = result.report.totals.of("time")
+    time = result.report.totals.amount("time")
     assert (time.before, time.after) == (by_weights(classifier()), by_weights(result.proto))
     assert result.report.reached == time.ratio <= ratio
     timed = result.report.timing.layers
@@ -662,7 +662,7 @@ def on_new_sequences(result):
 def test_calibrated(calibrated, recipe):
     """Features that are small count little: factors fitted to activations know, weights do not."""
     result = calibrated[recipe]
-    assert result.report.totals.of("params").ratio <= 0.7
+    assert result.report.totals.amount("params").ratio <= 0.7
     assert all(recurrent_options(result).values())
     assert on_new_sequences(result) < 0.6 * on_new_sequences(calibrated["schatten"])
 

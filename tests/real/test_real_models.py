@@ -29,7 +29,7 @@ def test_a_real_model_reaches_its_ratio_and_passes_validation(shared, name, tmp_
     assert not validation.notes
     assert validation.outputs
     before = load(path)
-    totals = result.report.totals.of("params")
+    totals = result.report.totals.amount("params")
     assert (totals.before, totals.after) == (parameters(before), parameters(result.model))
     assert totals.after <= RATIOS[name] * totals.before
     result.save(tmp_path / "out.onnx")

@@ -650,12 +650,12 @@ def test_json_without_times_has_null():
 
 @pytest.mark.parametrize(("key", "total"), [("params", Total(1, 2)), ("time", Total(7, 8))])
 def test_a_total_has_its_key(key, total):
-    assert Totals((Figure("params", Total(1, 2)), Figure("time", Total(7, 8)))).of(key) == total
+    assert Totals((Figure("params", Total(1, 2)), Figure("time", Total(7, 8)))).amount(key) == total
 
 
 @pytest.mark.parametrize("figures", [(), (Figure("time", None),)])
 def test_a_total_that_is_unknown_has_no_ratio(figures):
-    assert Totals(figures).of("time").ratio is None
+    assert Totals(figures).amount("time").ratio is None
 
 
 @pytest.mark.parametrize(("relative", "told"), [(0.5, False), (0.51, True), (1.12, True)])

@@ -3,7 +3,7 @@
 import pytest
 
 from onnx_lowrank.report.shorten import distinct
-from onnx_lowrank.report.words import some
+from onnx_lowrank.report.words import first_names
 
 
 def transformer(layers):
@@ -62,9 +62,9 @@ def test_names_that_are_equal_or_cannot_be_told_apart_are_cut_all_the_same(room)
 
 def test_a_list_keeps_its_names_distinct():
     names = [f"/encoder/layer.{i}/attention/self/query/projection/MatMul" for i in range(5)]
-    *shown, last = some(names).split(", ")
+    *shown, last = first_names(names).split(", ")
     last, more = last.split(" and ")
     assert len({*shown, last}) == 3
     assert max(map(len, (*shown, last))) <= 40
     assert more == "2 more"
-    assert some(["a", "b"]) == "a, b"
+    assert first_names(["a", "b"]) == "a, b"

@@ -233,7 +233,7 @@ def test_compress_at_full_rank(name, fold, k):
     validation = result.report.validation
     assert validation is not None
     assert validation.worst < 1e-5
-    assert result.report.totals.of("params").after == parameters(result.model)
+    assert result.report.totals.amount("params").after == parameters(result.model)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -207,7 +207,7 @@ def test_a_slower_model_is_a_warning_where_time_is_not_the_budget(planned, budge
     )
     assert slower == ([told] if shown else [])
     assert report.timing == timing(after)
-    assert report.totals.of("time") == Total(1000, after)
+    assert report.totals.amount("time") == Total(1000, after)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_slower_model_is_a_warning_where_time_is_not_the_budget(planned, budge
 def test_where_it_is_the_budget_times_are_totals(planned, given, after, reached):
     found, plan = planned
     report = reporting.assemble(Run(found, replace(plan, budget="latency", ratio=reached), timing=given))
-    assert (report.totals.of("time").before, report.totals.of("time").after) == (1000, after)
+    assert (report.totals.amount("time").before, report.totals.amount("time").after) == (1000, after)
     assert report.reached == reached
     assert report.timing == given
     assert not any("as long" in warning for warning in report.warnings)

@@ -83,7 +83,7 @@ def planned(monkeypatch):
 def test_a_prediction_that_holds_is_taken_at_once(run, planned, ratio):
     result = run(by_weights, ratio)
     assert result.report.reached <= ratio
-    assert result.report.totals.of("time").after == by_weights(result.proto)
+    assert result.report.totals.amount("time").after == by_weights(result.proto)
     assert len(planned) == 1 or ratio - result.report.reached > settling._UNUSED
     assert result.report.warnings == ()
 

@@ -64,7 +64,7 @@ class Cache:
         self._unsaved = set[_Key]()
 
     @classmethod
-    def of(cls, environment: Mapping[str, str], folder: Path | None = None) -> Self:
+    def for_environment(cls, environment: Mapping[str, str], folder: Path | None = None) -> Self:
         """The cache for an environment.
 
         Args:

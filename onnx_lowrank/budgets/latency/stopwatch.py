@@ -65,7 +65,7 @@ class Stopwatch:
         self.threads = threads
         self.warm = warm
         self._clock = clock
-        self.cache = Cache.of(_environment(engine, threads, warm)) if caching else Cache(None)
+        self.cache = Cache.for_environment(_environment(engine, threads, warm)) if caching else Cache(None)
 
     @property
     def name(self) -> str:

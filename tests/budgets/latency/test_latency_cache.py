@@ -360,13 +360,13 @@ def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
 
 def placed(folder, **environment):
     """Save a time in an environment."""
-    cache = Cache.of(environment, folder)
+    cache = Cache.for_environment(environment, folder)
     cache.put("layer", "chain", 0.5)
     cache.save()
 
 
 def is_known(folder, environment):
-    return Cache.of(environment, folder).get("layer", "chain") == 0.5
+    return Cache.for_environment(environment, folder).get("layer", "chain") == 0.5
 
 
 @pytest.mark.parametrize("key", ENVIRONMENT)
