@@ -6,14 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.data import Source
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.progress import Progress
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.data import Source
 
 Inputs = str | Path | Mapping[str, NDArray[Any]]
 """An .npz file, a text, a folder of images, or arrays by input name."""

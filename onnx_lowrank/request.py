@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
+from typing import TYPE_CHECKING
 
 from onnx_lowrank import measures
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Budget
-from onnx_lowrank.calibrate.data import Source
 from onnx_lowrank.calibrate.sources import source
 from onnx_lowrank.calibrate.sources.registry import check as check_sources
 from onnx_lowrank.calibrate.sources.registry import options_of
@@ -27,6 +27,9 @@ from onnx_lowrank.hardware import block
 from onnx_lowrank.linalg.backend import Backend, resolve
 from onnx_lowrank.options import Inputs, Options
 from onnx_lowrank.stages.search import AUTO, Target
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.data import Source
 
 _log = logging.getLogger(__name__)
 

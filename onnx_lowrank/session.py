@@ -9,20 +9,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
-from onnx_lowrank.calibrate import data, statistics
-from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.calibrate.sources.source import Need
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.id_limits import id_limits
-from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.inputs import Spec, specs
 from onnx_lowrank.engines.pasts import uneven
 from onnx_lowrank.engines.running import calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime
@@ -45,6 +43,10 @@ from onnx_lowrank.stages.plan import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import ANY, Search, check_target
 from onnx_lowrank.work.executor import Executor, executor
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.calibration import Calibration
+    from onnx_lowrank.calibrate.data import Samples
 
 _log = logging.getLogger(__name__)
 
@@ -124,12 +126,7 @@ class _Material:
 def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack) -> _Material:
     model = load(source, stack)
     wanted = specs(model.proto)
-    limits = {} if setting.options.tokenizer is None else id_limits(model.proto)
-    need = Need(wanted, limits, setting.shapes, setting.samples, setting.options)
-    given = None if setting.inputs is None else data.read_feed(setting.inputs, need)
-    samples = None
-    if setting.calibration is not None:
-        samples = stack.enter_context(data.open_needed(setting.calibration, need))
+    given, samples = _data(model, wanted, setting, stack)
     # Shapes that the user did not state follow from the user's inputs.
     shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
     if (reason := uneven(wanted, shown)) is not None:
@@ -141,6 +138,23 @@ def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: 
     found = find_layers(model, shapes, setting.include, setting.exclude)
     _log_found(found)
     return _Material(found, samples, given, shown, shapes)
+
+
+def _data(
+    model: Model, wanted: tuple[Spec, ...], setting: Setting, stack: ExitStack
+) -> tuple[Feed | None, Samples | None]:
+    """The user's inputs and the calibration data, checked against the model; None for those not given."""
+    if setting.inputs is None and setting.calibration is None:
+        return None, None
+    from onnx_lowrank.calibrate import data  # The readers are only for runs that read data.
+
+    limits = {} if setting.options.tokenizer is None else id_limits(model.proto)
+    need = Need(wanted, limits, setting.shapes, setting.samples, setting.options)
+    given = None if setting.inputs is None else data.read_feed(setting.inputs, need)
+    samples = None
+    if setting.calibration is not None:
+        samples = stack.enter_context(data.open_needed(setting.calibration, need))
+    return given, samples
 
 
 def _log_found(found: Found) -> None:
@@ -180,6 +194,10 @@ class _Job:
 
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
         """Measure the statistics of activations that the request needs."""
+        # Most of the package serves calibration: a run without it starts much sooner.
+        from onnx_lowrank.calibrate import statistics
+        from onnx_lowrank.calibrate.calibration import Calibration
+
         feed = next(_held_out(samples, 1))
         engine, outputs = calibrating_engine(self.found.model, feed, self.setting.provider)
         if self.asked.target is not None and outputs is not None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx.reference import ReferenceEvaluator
 
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError, one_line
 from onnx_lowrank.files.external import whole
@@ -29,6 +28,8 @@ class Reference:
         Raises:
             UnsupportedError: The reference implementation lacks an operator of the model.
         """
+        from onnx.reference import ReferenceEvaluator  # Its import takes long, and it runs few models.
+
         proto = whole(model.proto, model.files, model.name) if model.files else model.proto
         try:
             evaluator: Any = ReferenceEvaluator(proto)

@@ -17,7 +17,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
-from onnx.reference import ReferenceEvaluator
 
 from onnx_lowrank.graph.walk import attribute_of
 
@@ -252,5 +251,7 @@ def _result(proto: ModelProto, node: NodeProto, values: _Values, shapes: _Shapes
     ]
     graph = make_graph([node], "one", entries, [onnx.ValueInfoProto(name=node.output[0])])
     model = make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    outputs = cast(list[Any], ReferenceEvaluator(model).run(None, known))
+    from onnx import reference  # Its import takes long, and few models compute shapes.
+
+    outputs = cast(list[Any], reference.ReferenceEvaluator(model).run(None, known))
     return np.asarray(outputs[0])

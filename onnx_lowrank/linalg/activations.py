@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array, Factors, Moments
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.linalg import projection, selection
-from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.backend import Backend, array_namespace
 from onnx_lowrank.linalg.factorize import balance
 from onnx_lowrank.linalg.folding import compose, split, unfold
 from onnx_lowrank.linalg.quadratic import Quadratic, about, error, matrices_of, ridges

@@ -10,7 +10,7 @@ from math import prod
 from threading import Lock, RLock
 from typing import Any
 
-import array_api_compat.numpy
+import array_api_compat
 import numpy as np
 import scipy
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ class Backend:
 
     Attributes:
         name: "cpu" or "cuda".
-        xp: Its array API namespace: array-api-compat's NumPy or CuPy.
+        xp: Its array API namespace: NumPy, or array-api-compat's CuPy.
         shared: Runs the parts of one task in idle threads, too; None if there are no other threads.
     """
 
@@ -56,6 +56,14 @@ class Backend:
     def to_numpy(self, array: Array) -> NDArray[Any]:
         """Copy an array from the device to NumPy, without changing its dtype."""
         return np.asarray(array.get() if self.name == "cuda" else array)
+
+
+def array_namespace(*arrays: Array) -> Any:
+    """The array API namespace of arrays."""
+    # NumPy 2 is one itself; array-api-compat's wrapper would import numpy.f2py and numpy.testing, too.
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return np
+    return array_api_compat.array_namespace(*arrays)
 
 
 def resolve(device: str) -> Backend:
@@ -82,7 +90,7 @@ def resolve(device: str) -> Backend:
                 '`pip install "onnx-lowrank[gpu]"` on a machine with an NVIDIA GPU, or choose --device cpu.'
             )
         _log.debug("linear algebra runs on the CPU: %s", missing)
-    return Backend("cpu", array_api_compat.numpy)
+    return Backend("cpu", np)
 
 
 def _missing_cuda() -> str | None:
@@ -111,7 +119,7 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
     *stack, rows, cols = matrices.shape
     if backend.shared is None or prod(stack) < 2 or min(rows, cols) < _LARGE:
         return function(matrices)
-    xp = array_api_compat.array_namespace(matrices)
+    xp = array_namespace(matrices)
     flat = xp.reshape(matrices, (-1, rows, cols))
     results = backend.shared(lambda n: function(flat[n, ...]), flat.shape[0])
     return xp.reshape(xp.stack(results), (*stack, *results[0].shape))
@@ -128,7 +136,7 @@ def solve_triangular(lower: Array, right: Array, *, transposed: bool = False) ->
     Returns:
         Shape (g, n, m), on the device of the arguments.
     """
-    xp = array_api_compat.array_namespace(lower)
+    xp = array_namespace(lower)
     if array_api_compat.is_cupy_array(lower):
         from cupyx.scipy.linalg import solve_triangular as solve
     else:

@@ -6,13 +6,12 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array, Certificate, Factors
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.backend import Backend, array_namespace
 from onnx_lowrank.linalg.folding import compose, fold, split
 
 _UNIT = 2.0**-53  # unit roundoff u of float64

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from math import prod
 
-from array_api_compat import array_namespace
-
 from onnx_lowrank.core.factors import Array, Factors
 from onnx_lowrank.core.option import Fold
+from onnx_lowrank.linalg.backend import array_namespace
 
 
 def fold(weight: Array, fold: Fold, k: int) -> Array:

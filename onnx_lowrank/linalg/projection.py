@@ -13,12 +13,11 @@ from math import inf, prod
 
 import numpy as np
 import scipy
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.backend import Backend, solve_triangular
+from onnx_lowrank.linalg.backend import Backend, array_namespace, solve_triangular
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.quadratic import Quadratic
 from onnx_lowrank.linalg.spectra import diagonal_blocks

@@ -8,12 +8,11 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array, Spectra
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.backend import Backend, of_each
+from onnx_lowrank.linalg.backend import Backend, array_namespace, of_each
 from onnx_lowrank.linalg.folding import fold as fold_slices
 
 

@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnx_lowrank.budgets import registry
-from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.layer import sharing
 from onnx_lowrank.core.option import Lowering
@@ -32,8 +31,10 @@ from onnx_lowrank.rewrite.merge import merge
 from onnx_lowrank.rewrite.notes import stamp
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 from onnx_lowrank.stages.fit import Fitted, fit
-from onnx_lowrank.stages.recover import can_recover, recover
 from onnx_lowrank.work.executor import Executor
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.calibration import Calibration
 
 _log = logging.getLogger(__name__)
 
@@ -170,6 +171,8 @@ def _fitted(
     if plan.factors is Fit.WEIGHTS or calibration is None:
         yield from fit(model, walk, chosen, options, None, executor)
         return
+    from onnx_lowrank.stages.recover import can_recover, recover  # Runs without calibration never recover.
+
     statistics = calibration.statistics
     walked = [b for b in chosen if plan.recover and can_recover(model, walk, b, statistics)]
     ids = {binding.layer.id for binding in walked}

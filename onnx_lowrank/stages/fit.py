@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.layer import sharing
 from onnx_lowrank.core.option import Lowering, Option
@@ -21,6 +21,9 @@ from onnx_lowrank.work.fitting import FactorsItem, fitted
 from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.sharing import SharedItem, fitted_together
 from onnx_lowrank.work.weights import reference
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.statistics import Statistics
 
 Fitted = tuple[Replacement, LayerFit]
 """The factors of one layer as the rewriter needs them, and how they were made."""

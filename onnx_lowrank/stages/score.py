@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks
 from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharers, sharings_of
 from onnx_lowrank.budgets.budget import Meter
-from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.files.load import Model
@@ -25,7 +25,6 @@ from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.stages.effects import Effects, effects
 from onnx_lowrank.stages.fit import shared_item
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
@@ -40,6 +39,10 @@ from onnx_lowrank.work.scoring import (
 )
 from onnx_lowrank.work.sharing import SharedItem, shared_errors
 from onnx_lowrank.work.weights import reference
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.calibration import Calibration
+    from onnx_lowrank.stages.effects import Effects
 
 _log = logging.getLogger(__name__)
 
@@ -346,6 +349,8 @@ class Scores:
         """Measure how a few options of every layer change the model's outputs, once for all recipes."""
         if self._probed:
             return
+        from onnx_lowrank.stages.effects import effects  # Runs without calibration never try options.
+
         self._probed = True
         counted = Grid(self.meter.counted, self._grid.block)
         tables = [

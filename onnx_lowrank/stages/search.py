@@ -11,9 +11,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.outcome import Trial
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
@@ -27,9 +26,11 @@ from onnx_lowrank.report import words
 from onnx_lowrank.stages import settle as settling
 from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.plan import Goal
-from onnx_lowrank.stages.recover import can_recover
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.work.executor import Executor
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.calibration import Calibration
 
 _log = logging.getLogger(__name__)
 
@@ -183,6 +184,8 @@ class Search:
 
     def _recovers(self, plan: Plan) -> bool:
         """Whether recovery fits a layer of a plan anew; without one, it would make the same model again."""
+        from onnx_lowrank.stages.recover import can_recover  # Runs without calibration never recover.
+
         source, statistics = self._source, self._calibration.statistics
         chosen = {choice.layer for choice in plan.choices if choice.option is not None}
         rewritten = [binding for binding in source.bindings if binding.layer.id in chosen]

@@ -91,8 +91,10 @@ def test_what_depends_on_an_open_size_stays_unknown(name):
 
 def test_nothing_large_is_made(monkeypatch):
     made = []
-    evaluate = constants.ReferenceEvaluator
-    monkeypatch.setattr(constants, "ReferenceEvaluator", lambda model: made.append(model) or evaluate(model))
+    evaluate = onnx.reference.ReferenceEvaluator
+    monkeypatch.setattr(
+        onnx.reference, "ReferenceEvaluator", lambda model: made.append(model) or evaluate(model)
+    )
     proto = parsed(
         "float[1] x",
         "int64[2] n = {1000000, 1000000}, int64[1] small = {3}",
@@ -173,7 +175,7 @@ def test_what_the_reference_cannot_compute_stays_unknown(monkeypatch):
 
     proto = parsed(*CASES["pads as torch exports them"][:3])
     assert shape_of(infer_shapes(proto)) == [2, 3, 6, 5]
-    monkeypatch.setattr(constants, "ReferenceEvaluator", Evaluator)
+    monkeypatch.setattr(onnx.reference, "ReferenceEvaluator", Evaluator)
     found = shape_of(infer_shapes(proto))
     assert found is None or None in found
     # Each is asked once, however many rounds there are; the others' operands stay unknown.
@@ -182,8 +184,10 @@ def test_what_the_reference_cannot_compute_stays_unknown(monkeypatch):
 
 def test_an_index_out_of_range_is_asked_for_and_stays_unknown(monkeypatch):
     asked = []
-    evaluate = constants.ReferenceEvaluator
-    monkeypatch.setattr(constants, "ReferenceEvaluator", lambda model: asked.append(model) or evaluate(model))
+    evaluate = onnx.reference.ReferenceEvaluator
+    monkeypatch.setattr(
+        onnx.reference, "ReferenceEvaluator", lambda model: asked.append(model) or evaluate(model)
+    )
     proto = parsed(
         "float[2,6] x", "int64[2] a = {1, 12}, int64[1] i = {7}", "t = Gather (a, i) y = Reshape (x, t)"
     )

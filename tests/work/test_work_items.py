@@ -7,7 +7,6 @@ import threading
 import tracemalloc
 from dataclasses import fields, is_dataclass
 
-import array_api_compat.numpy
 import numpy as np
 import pytest
 
@@ -201,7 +200,7 @@ def test_all_threads_certify_at_once_while_each_fits_alone(monkeypatch):
 
     monkeypatch.setattr("onnx_lowrank.work.fitting.certify", certified)
     items = [FactorsItem(weight_of((1, 40, 30), seed), Option(Fold.ENCODE, 1, 5)) for seed in range(3)]
-    with Threads(Device("cuda", array_api_compat.numpy), number=3) as running:
+    with Threads(Device("cuda", np), number=3) as running:
         made = list(running.map(fitted, items))
     for item, layer in zip(items, made, strict=True):
         assert layer.certificate == certify(item.weight.read(), layer.factors)

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from onnx_lowrank.calibrate.feeds import Feeds
-from onnx_lowrank.calibrate.table import Table
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.errors import InputError
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.feeds import Feeds
+    from onnx_lowrank.calibrate.table import Table
 
 
 class Claim(IntEnum):

@@ -1,0 +1,49 @@
+"""A run loads only the modules that it needs: most of the time of a small run is their import."""
+
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import sys
+from onnx.parser import parse_model
+from onnx.helper import make_tensor
+import numpy as np
+import onnx_lowrank
+
+text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,16] x) => (float[N,16] y) { y = MatMul(x, w) }'
+model = parse_model(text)
+w = np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32)
+model.graph.initializer.append(make_tensor("w", 1, w.shape, w))
+onnx_lowrank.compress(model, 0.5, **OPTIONS)
+print(*sys.modules, sep="\\n")
+"""
+
+LATE = {
+    "onnx_lowrank.calibrate.statistics": {"calibration": "DATA", "recipe": "activation"},
+    "onnx_lowrank.stages.recover": {"calibration": "DATA", "recipe": "activation"},
+    "onnx_lowrank.calibrate.sensitivity": {"calibration": "DATA", "recipe": "output"},
+    "onnx_lowrank.calibrate.data": {"inputs": "DATA"},
+    "onnx_lowrank.budgets.latency.stopwatch": {"time": True, "cache": False},
+}
+"""Modules that only some runs need, each with the options of such a run."""
+
+NEVER = ("numpy.f2py", "numpy.testing", "onnx.reference", "scipy.optimize", "unittest")
+"""Modules that no run of this model needs; they take long to import."""
+
+
+def loaded(options):
+    text = RUN.replace("OPTIONS", repr(options)).replace("'DATA'", "{'x': np.ones((40, 16), np.float32)}")
+    ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    return set(ran.stdout.split("\n"))
+
+
+def test_a_run_without_data_and_times_loads_little():
+    assert not loaded({}) & {*LATE, *NEVER}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", LATE)
+def test_the_runs_that_need_a_module_load_it(module):
+    assert module in loaded(LATE[module])
