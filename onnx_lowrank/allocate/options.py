@@ -225,8 +225,9 @@ def _options(layer: Layer, fold: Fold, k: int, j: Ints, tariffs: tuple[Tariff, T
     """Rows fold, k, j, full, cost, price of the options with ranks j; the tariffs give cost and price."""
     rows: Ints = np.empty((6, j.size), dtype=np.int64)
     rows[0], rows[1], rows[2], rows[3] = _FOLDS.index(fold), k, j, layer.full_rank(fold, k)
-    for row, tariff in enumerate(tariffs, start=4):
-        rows[row] = tariff.costs(fold, k, j)
+    cost, price = tariffs
+    rows[4] = cost.costs(fold, k, j)
+    rows[5] = rows[4] if price is cost else price.costs(fold, k, j)
     return rows
 
 

@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx.helper import np_dtype_to_tensor_dtype
 
 from onnx_lowrank.calibrate.shares import Batch
-from onnx_lowrank.calibrate.shelf import Key, Shelf
+from onnx_lowrank.calibrate.shelf import Key, Shelved
 from onnx_lowrank.engines.engine import Feed, UnsupportedError
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
@@ -132,7 +129,7 @@ _TARGET = ""
 """The name under which a layer's output in the original model is kept; no tensor has this name."""
 
 
-class Prefix:
+class Prefix(Shelved):
     """Walks the layers of a model in the order of their nodes, in one pass over the data for each.
 
     Use it as a context manager: it keeps activations in a temporary folder.
@@ -156,18 +153,6 @@ class Prefix:
         self._engine = engine
         self._kinds: dict[str, int] = {}
         self._held: list[bool] = []
-
-    def __enter__(self) -> Self:
-        """Make the folder."""
-        self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
-        self._shelf = Shelf(Path(self._folder.name))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Delete the folder."""
-        self._folder.cleanup()
 
     def steps(self) -> Iterator[Step]:
         """The layers, one after the other; each is finished before the next one starts.

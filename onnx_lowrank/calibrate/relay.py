@@ -7,15 +7,12 @@ that the pass before it left on disk, and ends with the last of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from onnx.helper import np_dtype_to_tensor_dtype
 
-from onnx_lowrank.calibrate.shelf import Shelf
+from onnx_lowrank.calibrate.shelf import Shelved
 from onnx_lowrank.engines.engine import Feed, Run, UnsupportedError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
@@ -23,7 +20,7 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.suffix import START, Cuts, behind
 
 
-class Relay:
+class Relay(Shelved):
     """The parts of a model for consecutive passes; a context manager that keeps a temporary folder."""
 
     def __init__(self, model: Model, walk: Walk, groups: Sequence[Sequence[Binding]]) -> None:
@@ -42,18 +39,6 @@ class Relay:
         self._read: tuple[str, ...] = ()
         self._fed: tuple[str, ...] = ()
         self._new: tuple[str, ...] = ()
-
-    def __enter__(self) -> Self:
-        """Make the folder."""
-        self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
-        self._shelf = Shelf(Path(self._folder.name))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Delete the folder."""
-        self._folder.cleanup()
 
     def part(self, number: int, copy: Model, wanted: Sequence[str]) -> Model | None:
         """The part of the model for one pass; call it for one pass after the other.

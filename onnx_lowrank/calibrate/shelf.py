@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +77,19 @@ class Shelf:
     def _path(self, key: Key, batch: int) -> Path:
         # The name of a tensor may not be a valid file name.
         return self._folder / f"{self._numbers.setdefault(key, len(self._numbers))}-{batch}.npy"
+
+
+class Shelved:
+    """A context manager that keeps tensors on a shelf in a temporary folder."""
+
+    def __enter__(self) -> Self:
+        """Make the folder."""
+        self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
+        self._shelf = Shelf(Path(self._folder.name))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Delete the folder."""
+        self._folder.cleanup()

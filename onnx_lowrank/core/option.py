@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 
 class Fold(StrEnum):
@@ -32,6 +33,7 @@ class Fold(StrEnum):
             case Fold.DECODE:
                 return ()
 
+    @lru_cache(maxsize=1024)  # Every cost of every option asks for this.
     def kernels(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Split a kernel into the encoder's and the decoder's; an axis of the other one has size 1."""
         axes = self.encoder_axes(len(kernel))
