@@ -15,8 +15,7 @@ from onnx_lowrank import measures
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Budget
 from onnx_lowrank.calibrate.sources import source
-from onnx_lowrank.calibrate.sources.registry import check as check_sources
-from onnx_lowrank.calibrate.sources.registry import options_of
+from onnx_lowrank.calibrate.sources.registry import check_sources, options_of
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans, recipes

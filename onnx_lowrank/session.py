@@ -34,12 +34,10 @@ from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request, Setting
-from onnx_lowrank.stages import plan as planner
-from onnx_lowrank.stages import report as reporting
-from onnx_lowrank.stages import settle as settling
+from onnx_lowrank.stages import planning, reporting, settling
 from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.check import Measured, validate
-from onnx_lowrank.stages.plan import Goal
+from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import ANY, Search, check_target
 from onnx_lowrank.work.executor import Executor, executor
@@ -97,7 +95,7 @@ def run(
         tools = Tools(stopwatch, material.shown, material.shapes, progress)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
-            planner.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
+            planning.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
         compared = timing.comparison(grid.costs, found.model, tools)
         job = _Job(material, asked, setting, running, progress, grid, compared)
         samples = material.samples
@@ -306,7 +304,7 @@ class _Job:
 
     def _plan(self, scores: Scores) -> Plan:
         if self.asked.plan is not None:
-            return planner.replay(self.asked.plan, self.found.model, self.found.layers, self.grid.costs)
+            return planning.replay(self.asked.plan, self.found.model, self.found.layers, self.grid.costs)
         goal = Goal(self.asked.ratio or 1.0, self.asked.recipes[0])
         return settling.make(self.found, goal, scores, self.progress)
 

@@ -44,7 +44,7 @@ def matching(records, module, *parts):
         ("session", ("'model': 2 layers, 1 operators skipped",)),
         ("session", ("skipped 1: --exclude fc names it", "('n.y')")),
         ("stages.score", ("spectra of 2 layers in ", " s")),
-        ("stages.plan", ("rewrites 2 of 2 layers for ratio 0.5", "objective", "gap 0")),
+        ("stages.planning", ("rewrites 2 of 2 layers for ratio 0.5", "objective", "gap 0")),
         ("stages.build", ("factors of 'conv1'", "fitted to weights", "certificate 0.")),
         ("stages.build", ("factors of 'conv2'",)),
         ("stages.check", ("compared on ONNX Runtime", "2×8×6×6", "worst error 0.")),
@@ -60,7 +60,7 @@ def test_layers_that_are_kept_are_told_with_the_reason(logged):
     result = compress(cnn(), 0.9)
     kept = [row for row in result.report.layers if row.option is None]
     assert kept
-    (text,) = matching(records, "stages.plan", "kept ")
+    (text,) = matching(records, "stages.planning", "kept ")
     assert text == f"kept {len(kept)}: {kept[0].reason} ({first_names([row.id for row in kept])})"
 
 
@@ -102,8 +102,8 @@ def test_a_search_says_what_it_tried(logged, module, parts, count):
         ("request", ("asked for ratio 0.6 of latency",)),
         ("budgets.latency.measured", ("the model takes 0.004 ms", "3 kinds")),
         ("budgets.latency.stopwatch", ("0 chains are known",)),
-        ("stages.settle", ("a plan of ", "of the time", "median of 1")),
-        ("stages.settle", ("plans and took the one at 0.",)),
+        ("stages.settling", ("a plan of ", "of the time", "median of 1")),
+        ("stages.settling", ("plans and took the one at 0.",)),
     ],
 )
 def test_a_plan_of_times_says_what_it_measured(logged, module, parts):
@@ -116,7 +116,7 @@ def test_details_come_at_a_level_of_their_own(logged):
     known, all_of_it = logged(logging.DEBUG, **options), logged(DETAIL, **options)
     assert len(all_of_it) > len(known)
     assert matching(all_of_it, "budgets.latency.stopwatch", "encode k=1 j=", "of its time")
-    assert matching(all_of_it, "stages.plan", "'conv2' of ", " options: ")
+    assert matching(all_of_it, "stages.planning", "'conv2' of ", " options: ")
     assert matching(all_of_it, "session", "layer 'conv1': Conv of (1, 16, 8, 3, 3)")
     assert not matching(known, "session", "layer 'conv1'")
 

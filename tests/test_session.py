@@ -297,7 +297,7 @@ def test_a_wrong_argument_is_told(arguments, error, message):
 
 
 def test_what_is_wrong_is_told_before_the_work(monkeypatch):
-    monkeypatch.setattr("onnx_lowrank.stages.plan.make", None)
+    monkeypatch.setattr("onnx_lowrank.stages.planning.make", None)
     for arguments in ({"inputs": {"z": INPUT}}, {"provider": "Magic"}, {"device": "tpu"}, {"max_error": -1}):
         with pytest.raises(InputError):
             compress(cnn(), 0.5, **arguments)

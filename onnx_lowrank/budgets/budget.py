@@ -2,7 +2,7 @@
 
 A `Budget` does not depend on a model. Its `Meter` counts on one model: it gives the allocation the costs of
 all options, and the solver its constraints. A `Gauge` is a meter without a formula: it measures options
-before a plan is made, and whole models while the plan is settled (`stages.settle`).
+before a plan is made, and whole models while the plan is settled (`stages.settling`).
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from onnx_lowrank.core.outcome import Merge, OutputError
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.compare import Comparison
-from onnx_lowrank.engines.engine import Feed
-from onnx_lowrank.engines.engine import Run as Running
+from onnx_lowrank.engines.engine import Feed, Run
 from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
@@ -211,5 +210,5 @@ def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputE
     return comparison.errors()
 
 
-def _run(opened: Callable[[], Running], feed: Feed) -> Mapping[str, Any]:
+def _run(opened: Callable[[], Run], feed: Feed) -> Mapping[str, Any]:
     return opened()(feed)

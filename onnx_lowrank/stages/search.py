@@ -23,9 +23,9 @@ from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.progress import Labelled, Progress
 from onnx_lowrank.report import words
-from onnx_lowrank.stages import settle as settling
+from onnx_lowrank.stages import settling
 from onnx_lowrank.stages.build import Built, build, judge
-from onnx_lowrank.stages.plan import Goal
+from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.work.executor import Executor
 

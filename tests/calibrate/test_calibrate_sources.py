@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.calibrate import sources
-from onnx_lowrank.calibrate.sources.registry import check, is_plain, kind_of, options_of
+from onnx_lowrank.calibrate.sources.registry import check_sources, is_plain, kind_of, options_of
 from onnx_lowrank.calibrate.sources.source import Options
 from onnx_lowrank.errors import InputError
 
@@ -74,18 +74,18 @@ def test_an_option_is_for_its_kind(tmp_path, name):
     (tmp_path / "a.npz").touch()
     options = Options(**{name: Path("t.json") if name == "tokenizer" else (0.5,)})
     fits, other = ("a.txt", "a.png") if name == "tokenizer" else ("a.png", "a.npz")
-    check([tmp_path / fits, None], options)
-    check([str(tmp_path / other), tmp_path / fits], options)
+    check_sources([tmp_path / fits, None], options)
+    check_sources([str(tmp_path / other), tmp_path / fits], options)
     with pytest.raises(InputError, match=rf"--{name} is for .*, but {tmp_path}/{other} is of another kind"):
-        check([tmp_path / other, {"x": np.zeros(3)}], options)
+        check_sources([tmp_path / other, {"x": np.zeros(3)}], options)
     with pytest.raises(InputError, match=rf"--{name} is for .*, but the data is of another kind: leave"):
-        check([{"x": np.zeros(3)}, None], options)
+        check_sources([{"x": np.zeros(3)}, None], options)
     with pytest.raises(InputError, match=rf"--{name} .*, but neither --calibration nor --inputs is given"):
-        check([None, None], options)
+        check_sources([None, None], options)
 
 
 def test_a_missing_path_is_left_to_its_reader(tmp_path):
-    check([tmp_path / "no.txt"], Options(tokenizer=Path("t.json")))
+    check_sources([tmp_path / "no.txt"], Options(tokenizer=Path("t.json")))
 
 
 def test_options_are_made_from_plain_values():

@@ -17,7 +17,7 @@ from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
-from onnx_lowrank.stages import plan as planner
+from onnx_lowrank.stages import planning
 from timing import Recorded
 from tiny import cnn
 
@@ -400,7 +400,7 @@ def test_a_replayed_plan_of_times_keeps_them_unless_it_was_edited(edited):
         option = Option(Fold.DECODE, 2, 2)
         plan = replace(plan, choices=(replace(plan.choices[0], option=option), *plan.choices[1:]))
     tools = Tools(Recorded(runtime("CPUExecutionProvider")), shapes=shape)
-    replayed = planner.replay(plan, found.model, found.layers, registry.named("latency").on(found, tools))
+    replayed = planning.replay(plan, found.model, found.layers, registry.named("latency").on(found, tools))
     if not edited:
         assert replayed == plan
         return

@@ -39,7 +39,7 @@ def options_of(tokenizer: object, mean: object, std: object) -> Options:
     return options
 
 
-def check(given: Sequence[object], options: Options) -> None:
+def check_sources(given: Sequence[object], options: Options) -> None:
     """Check before a model is loaded that the options fit the sources.
 
     Args:

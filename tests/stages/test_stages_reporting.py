@@ -12,7 +12,7 @@ from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Validatio
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.report.content import Total
-from onnx_lowrank.stages import report as reporting
+from onnx_lowrank.stages import reporting
 from onnx_lowrank.stages.search import Target
 from tiny import CNN, built, cnn, weights
 

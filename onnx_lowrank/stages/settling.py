@@ -33,9 +33,9 @@ from onnx_lowrank.graph.weights import dtype_of
 from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.probe.micro import placeholder
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.stages import plan as planner
+from onnx_lowrank.stages import planning
 from onnx_lowrank.stages.build import assemble
-from onnx_lowrank.stages.plan import Goal
+from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def make(source: Layered, goal: Goal, scores: Scores, progress: Progress) -> Pla
     """
     gauge = scores.meter.gauge
     if gauge is None or goal.ratio == 1:
-        return planner.make(source.model, goal, scores, progress)
+        return planning.make(source.model, goal, scores, progress)
     return _Settling(source, goal, scores, gauge, progress).run()
 
 
@@ -184,7 +184,7 @@ class _Settling:
 
     def _plan(self, ratio: float) -> Plan:
         """The plan for a predicted ratio."""
-        plan = planner.make(self.source.model, replace(self.goal, ratio=ratio), self.scores, self.progress)
+        plan = planning.make(self.source.model, replace(self.goal, ratio=ratio), self.scores, self.progress)
         return replace(plan, ratio=self.goal.ratio)
 
     def _measured(self, plan: Plan) -> float:

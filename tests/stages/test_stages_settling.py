@@ -12,8 +12,8 @@ from onnx.numpy_helper import to_array
 from onnx_lowrank import BudgetError, compress
 from onnx_lowrank.engines.engine import RejectedError
 from onnx_lowrank.progress import Silent
-from onnx_lowrank.stages import settle as settling
-from onnx_lowrank.stages.settle import _NOISE
+from onnx_lowrank.stages import settling
+from onnx_lowrank.stages.settling import _NOISE
 from timing import Recorded, by_weights
 from tiny import built, cnn, decaying
 
@@ -68,14 +68,14 @@ def rewritten(result):
 def planned(monkeypatch):
     """The plans that are made on the way, by what they rewrite."""
     made = []
-    make = settling.planner.make
+    make = settling.planning.make
 
     def recorded(*arguments):
         plan = make(*arguments)
         made.append(settling.options(plan))
         return plan
 
-    monkeypatch.setattr(settling.planner, "make", recorded)
+    monkeypatch.setattr(settling.planning, "make", recorded)
     return made
 
 
@@ -179,7 +179,7 @@ def test_a_model_that_fails_with_random_factors_is_taken_as_predicted(run, monke
                 raise RejectedError("no")
             return super().times(models, pace)
 
-    monkeypatch.setattr("test_stages_settle.Recorded", Failing)
+    monkeypatch.setattr("test_stages_settling.Recorded", Failing)
     result = run(by_weights, 0.6)
     assert result.report.reached <= 0.6
     assert result.report.timing.after == by_weights(result.proto)

@@ -20,8 +20,8 @@ from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.progress import Silent
-from onnx_lowrank.stages import plan as planner
-from onnx_lowrank.stages.plan import Goal, check_reach, make
+from onnx_lowrank.stages import planning
+from onnx_lowrank.stages.planning import Goal, check_reach, make
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.work.executor import Threads
 from rewriting import model
@@ -183,7 +183,7 @@ def test_unknown_macs_name_their_cause(proto, words):
     ],
 )
 def test_a_ratio_is_a_bound_to_the_last_unit(ratio, total, limit):
-    assert planner.largest_total(ratio, total) == limit
+    assert planning.largest_total(ratio, total) == limit
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
