@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import pytest
-from bench_identity import ABSENT, Outcome, differences, judged, summary
+from identity.comparison import ABSENT, Outcome, differences, judged, summary
 
 REPORT = '{"ratio": 0.5, "layers": [{"id": "a", "error": 0.1}, {"id": "b", "error": 0.1}]}\n'
 OUTCOME: Outcome = {

@@ -1,0 +1,1 @@
+"""The parts of `bench_identity.py`: the cases, their inputs, the runs of both sides, and the comparison."""
