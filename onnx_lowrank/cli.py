@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import re
 import signal
 import sys
@@ -356,6 +358,8 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
+    # Not collected at exit: looking for cycles among all imported objects takes longer than a small model.
+    atexit.register(gc.freeze)
     with _unwinding_on_signals():
         try:
             code = _run(sys.argv[1:] if arguments is None else list(arguments))
