@@ -6,6 +6,7 @@ import sys
 import pytest
 
 RUN = """
+import gc
 import sys
 from onnx.parser import parse_model
 from onnx.helper import make_tensor
@@ -16,6 +17,7 @@ text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,16] x) => (float[N,1
 model = parse_model(text)
 w = np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32)
 model.graph.initializer.append(make_tensor("w", 1, w.shape, w))
+assert gc.isenabled()
 onnx_lowrank.compress(model, 0.5, **OPTIONS)
 print(*sys.modules, sep="\\n")
 """
