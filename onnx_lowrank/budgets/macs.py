@@ -150,7 +150,7 @@ class Macs(Budget):
 
 
 class _Meter(Counted):
-    """The multiply-accumulates of one model."""
+    """The multiply-accumulates of one model, of its layers and of the work beside them."""
 
     def __init__(self, found: Found) -> None:
         self.budget = BUDGET
