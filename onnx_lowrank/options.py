@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.progress import Progress
 
 if TYPE_CHECKING:
@@ -48,7 +49,11 @@ class Options(TypedDict, total=False):
         inputs: An .npz file, a text, a folder of images, or arrays by input name, on which the models are
             compared; by default held-out calibration inputs, or without calibration, inputs made from the
             graph.
-        input_shape: Shapes by input name, for inputs whose dimensions the model leaves open.
+        check: Inputs of another kind, in the formats of `calibration`, on which the models are compared, too;
+            the report shows both errors side by side.
+        input_shape: Shapes by input name, for inputs whose dimensions the model leaves open; or several such
+            mappings, if times count on several sets of shapes. Everything but times is for the first set.
+        weights: The weight of each set of shapes in the times; by default all are equal.
         max_error: Bound on the largest relative error over the outputs; by default none.
         device: Where the linear algebra runs: "auto" (the default), "cpu" or "cuda".
         provider: ONNX Runtime's execution provider for calibration, validation and timing; by default
@@ -62,7 +67,7 @@ class Options(TypedDict, total=False):
         workers: Number of processes that compute the work of the layers; 0, the default, uses threads of this
             process. With processes, a script must guard its call by `if __name__ == "__main__":`.
         dry_run: Make the plan and the report only; the model stays as it is. By default False.
-        tokenizer: The model's tokenizer.json, if `calibration` or `inputs` is a text.
+        tokenizer: The model's tokenizer.json, if `calibration`, `inputs` or `check` is a text.
         mean: The mean of each channel of images, whose values are scaled to 0..1; by default 0.
         std: The standard deviation of each channel of images; by default 1.
         progress: Where to show progress; None, the default, shows none.
@@ -80,7 +85,9 @@ class Options(TypedDict, total=False):
     target_error: float | None
     target_agreement: float | None
     inputs: Inputs | None
-    input_shape: Mapping[str, Sequence[int]] | None
+    check: Source | None
+    input_shape: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None
+    weights: Sequence[float] | None
     max_error: float | None
     device: str
     provider: str
@@ -108,7 +115,9 @@ DEFAULTS: Options = {
     "target_error": None,
     "target_agreement": None,
     "inputs": None,
+    "check": None,
     "input_shape": None,
+    "weights": None,
     "max_error": None,
     "device": "auto",
     "provider": "CPUExecutionProvider",
@@ -136,3 +145,15 @@ def completed(given: Options) -> Options:
             hint = f"did you mean {alike[0]!r}?" if alike else "help(onnx_lowrank.Options) lists all."
             raise TypeError(f"compress() got an unexpected keyword argument {name!r}: {hint}")
     return {**DEFAULTS, **given}
+
+
+def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
+    """Check the type of an argument, which may come from Python unparsed.
+
+    Raises:
+        InputError: It has another type, or is an empty text.
+    """
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
+    if isinstance(value, str) and not value:
+        raise InputError(f"{name} is an empty text: give {wanted}.")

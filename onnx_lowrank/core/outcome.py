@@ -31,6 +31,8 @@ class OutputError:
             between a row and the compressed model's row. None for other outputs.
         neighbours: For an embedding: share of rows whose nearest other row is the same in both models, among
             at most 2,048 rows. None for other outputs, and for fewer than three rows.
+        noise: The standard error of `relative` over the samples (`engines.noise`). None for integers,
+            booleans and strings, for a single sample, and if y is zero.
     """
 
     name: str
@@ -42,6 +44,7 @@ class OutputError:
     is_exact: bool = False
     cosine: float | None = None
     neighbours: float | None = None
+    noise: float | None = None
 
     @property
     def kept(self) -> float | None:
@@ -57,6 +60,51 @@ def largest_error(outputs: Iterable[OutputError]) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Other:
+    """The comparison of both models on inputs of another kind, beside that on inputs of the familiar kind.
+
+    Attributes:
+        source: The source of the inputs, a short phrase.
+        outputs: One error per output on these inputs.
+        familiar: The errors of the same outputs on inputs of the familiar kind; empty without such inputs.
+        kind: The familiar inputs in a word: "held-out", "calibration" or "inputs"; "" without them.
+        warnings: Sentences for the user about the inputs.
+    """
+
+    source: str
+    outputs: tuple[OutputError, ...]
+    familiar: tuple[OutputError, ...] = ()
+    kind: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[tuple[OutputError, OutputError | None], ...]:
+        """Every output's error on these inputs, with that on the familiar ones if it is known."""
+        known = {output.name: output for output in self.familiar}
+        return tuple((output, known.get(output.name)) for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """The agreement of texts that both models write: greedy continuations of prompts, each with its cache.
+
+    Attributes:
+        prompts: Number of prompts.
+        tokens: Number of tokens that each model wrote.
+        agreed: Number of these that are the same at the same place.
+    """
+
+    prompts: int
+    tokens: int
+    agreed: int
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens that agree."""
+        return self.agreed / self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """The result of running both models on the same inputs.
 
@@ -67,6 +115,9 @@ class Validation:
         never_ran: The rewritten layers that never ran (an If's other branch); None if that is unknown.
         notes: Sentences for the user, such as: the checker or the runtime does not accept the model.
         alone: One error per rewritten layer, run alone, if no engine could run the model.
+        other: The comparison on inputs of another kind; None if the user gave none.
+        continuation: The agreement of greedy continuations; None for models without a cache, and if there are
+            no texts.
     """
 
     engine: str
@@ -75,6 +126,8 @@ class Validation:
     never_ran: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
     alone: tuple[OutputError, ...] = ()
+    other: Other | None = None
+    continuation: Continuation | None = None
 
     @property
     def worst(self) -> float | None:
@@ -128,6 +181,23 @@ class LayerTime:
     after: int
 
 
+@dataclass(frozen=True, slots=True)
+class CallTime:
+    """How long the whole model takes on one of several sets of inputs, in nanoseconds.
+
+    Attributes:
+        inputs: The source of the inputs, with their dtypes and shapes.
+        weight: The share of such calls among all.
+        before: Time of the input model.
+        after: Time of the compressed model; None in a dry run.
+    """
+
+    inputs: str
+    weight: float
+    before: int
+    after: int | None = None
+
+
 _STEADY = 1.3
 
 
@@ -144,6 +214,8 @@ class Timing:
         after: Time of the compressed model; None in a dry run.
         layers: Times of the rewritten layers, by id; empty in a dry run.
         spread: The longest over the shortest of all medians that were measured for the input model.
+        calls: The times on every set of inputs; empty if there is only one. The other times are the means of
+            these by their weights.
     """
 
     engine: str
@@ -153,6 +225,7 @@ class Timing:
     after: int | None = None
     layers: Mapping[str, LayerTime] = field(default_factory=dict)
     spread: float = 1.0
+    calls: tuple[CallTime, ...] = ()
 
     @property
     def ratio(self) -> float | None:

@@ -208,6 +208,7 @@ class Output(Table, frozen=True):
         is_exact: Whether the output holds integers, booleans or strings.
         cosine: For rows of norm 1, in place of agreement: the mean cosine to the original rows.
         neighbours: For rows of norm 1: the share of rows that keep their nearest other row.
+        noise: The standard error of `relative` over the samples.
     """
 
     name: str
@@ -219,6 +220,37 @@ class Output(Table, frozen=True):
     is_exact: bool
     cosine: float | None
     neighbours: float | None
+    noise: float | None = None
+
+
+class Other(Table, frozen=True):
+    """The comparison of both models on inputs of another kind (--check).
+
+    Attributes:
+        source: The source of the inputs.
+        outputs: One error per output on these inputs.
+        familiar: The errors of the same outputs on the inputs to compare with; empty without such inputs.
+        kind: These inputs: "held-out" or "calibration" inputs, or "inputs" of --inputs; "" without any.
+    """
+
+    source: str
+    outputs: tuple[Output, ...]
+    familiar: tuple[Output, ...]
+    kind: str
+
+
+class Continuation(Table, frozen=True):
+    """The agreement of texts that both models write: greedy continuations of prompts, each with its cache.
+
+    Attributes:
+        prompts: Number of prompts, the first halves of held-out samples or of --inputs.
+        tokens: Number of tokens that each model wrote.
+        agreement: The share of them that are the same at the same place.
+    """
+
+    prompts: int
+    tokens: int
+    agreement: float
 
 
 class Validation(Table, frozen=True):
@@ -232,6 +264,9 @@ class Validation(Table, frozen=True):
         never_ran: Ids of the rewritten layers that never ran; null if that is unknown.
         notes: Sentences for the user.
         alone: One error per rewritten layer, run alone, if no engine could run the model.
+        other: The comparison on inputs of another kind; null without --check.
+        continuation: The agreement of greedy continuations; null for models without a cache of keys and
+            values, and without texts.
     """
 
     engine: str
@@ -241,6 +276,8 @@ class Validation(Table, frozen=True):
     never_ran: tuple[str, ...] | None
     notes: tuple[str, ...]
     alone: tuple[Output, ...]
+    other: Other | None = None
+    continuation: Continuation | None = None
 
 
 class Target(Table, frozen=True):
@@ -299,6 +336,22 @@ class LayerTime(Table, frozen=True):
     after: int
 
 
+class CallTime(Table, frozen=True):
+    """How long the whole model takes on one of several sets of shapes, in nanoseconds of one run.
+
+    Attributes:
+        inputs: The source of the inputs.
+        weight: The share of such calls among all.
+        before: Time of the input model.
+        after: Time of the compressed model; null in a dry run.
+    """
+
+    inputs: str
+    weight: float
+    before: int
+    after: int | None
+
+
 class Timing(Table, frozen=True):
     """How long the whole model takes, in nanoseconds of one run.
 
@@ -310,6 +363,7 @@ class Timing(Table, frozen=True):
         after: Time of the compressed model; null in a dry run.
         spread: Longest over shortest median of the input model's time.
         layers: Times of the rewritten layers.
+        calls: Times on every set of shapes, whose means by weight the others are; empty for one set.
     """
 
     engine: str
@@ -319,6 +373,7 @@ class Timing(Table, frozen=True):
     after: int | None
     spread: float
     layers: tuple[LayerTime, ...]
+    calls: tuple[CallTime, ...] = ()
 
 
 class Trial(Table, frozen=True):

@@ -10,7 +10,16 @@ from typing import Any
 import msgspec
 
 from onnx_lowrank.core.factors import LayerFit
-from onnx_lowrank.core.outcome import Calibrated, Merge, OutputError, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import (
+    Calibrated,
+    Continuation,
+    Merge,
+    Other,
+    OutputError,
+    Timing,
+    Trial,
+    Validation,
+)
 from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.report.content import Content, LayerRow, Total
 
@@ -97,6 +106,21 @@ def _validation(validation: Validation) -> schema.Validation:
         never_ran=validation.never_ran,
         notes=validation.notes,
         alone=_outputs(validation.alone),
+        other=_other(validation.other) if validation.other else None,
+        continuation=_continuation(validation.continuation) if validation.continuation else None,
+    )
+
+
+def _continuation(found: Continuation) -> schema.Continuation:
+    return schema.Continuation(prompts=found.prompts, tokens=found.tokens, agreement=found.agreement)
+
+
+def _other(other: Other) -> schema.Other:
+    return schema.Other(
+        source=other.source,
+        outputs=_outputs(other.outputs),
+        familiar=_outputs(other.familiar),
+        kind=other.kind,
     )
 
 
@@ -126,6 +150,7 @@ def _timing(timing: Timing) -> schema.Timing:
         after=timing.after,
         spread=timing.spread,
         layers=tuple(schema.LayerTime(layer=layer, **asdict(time)) for layer, time in timing.layers.items()),
+        calls=tuple(schema.CallTime(**asdict(call)) for call in timing.calls),
     )
 
 

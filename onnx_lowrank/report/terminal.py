@@ -9,7 +9,7 @@ from rich.console import Console
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation
 from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import layer_table as layers
-from onnx_lowrank.report import words
+from onnx_lowrank.report import other_table, words
 from onnx_lowrank.report.content import Content, Total
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
@@ -93,7 +93,10 @@ def _totals(report: Content, page: Page) -> None:
     page.table(columns, [""] * len(names))
     if report.timing is not None:
         page.line(f"time: medians of interleaved runs on {report.timing.engine};", style="dim")
-        page.line(f"inputs {report.timing.inputs}.", style="dim")
+        if not report.timing.calls:
+            page.line(f"inputs {report.timing.inputs}.", style="dim")
+        for number, call in enumerate(report.timing.calls, 1):
+            page.line(f"set {number}, weight {call.weight:.3g}: {call.inputs}.", style="dim")
 
 
 def _times(report: Content) -> Iterator[tuple[str, Total]]:
@@ -103,6 +106,8 @@ def _times(report: Content) -> Iterator[tuple[str, Total]]:
         return
     if timing.after is not None:
         yield "time", Total(timing.before, timing.after)
+    for number, call in enumerate(timing.calls, 1):
+        yield f"  set {number}", Total(call.before, call.after)
     if timing.predicted is not None:
         yield "predicted time", Total(timing.before, timing.predicted)
 
@@ -196,6 +201,13 @@ def _validation(validation: Validation, names: Mapping[str, str], page: Page) ->
         page.line(f"{output.name}: {_differences(output)}", indent=2)
     for output in validation.alone:
         page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
+    if validation.continuation is not None:
+        found = validation.continuation
+        page.line(
+            f"greedy continuation of {found.prompts} prompts: {found.agreement:.0%} of {found.tokens} tokens "
+            "agree",
+            indent=2,
+        )
     if validation.never_ran:
         silent = words.first_names(names.get(layer, layer) for layer in validation.never_ran)
         page.line(f"never ran: {silent}", style="yellow", indent=2)
@@ -203,6 +215,9 @@ def _validation(validation: Validation, names: Mapping[str, str], page: Page) ->
         page.line("unknown which layers in branches ran", style="dim", indent=2)
     for note in validation.notes:
         page.line(note, style="yellow", indent=2)
+    if validation.other is not None:
+        page.blank()
+        other_table.show(validation.other, page)
 
 
 def _differences(output: OutputError) -> str:

@@ -512,6 +512,7 @@ def test_json_holds_calibration_and_trials():
         "is_exact": False,
         "cosine": None,
         "neighbours": None,
+        "noise": None,
     }
     assert (svd["error"], svd["agreement"], svd["outputs"]) == (None, None, [])
     assert svd["note"] == "The ratio 0.5 cannot be reached: the smallest is 0.625."
@@ -634,8 +635,10 @@ def test_json_has_the_times():
         "layers": [
             {"layer": "stage0.conv.weight", "before": 2_000_000, "predicted": 800_000, "after": 900_000}
         ],
+        "calls": [],
     }
-    assert list(table["timing"]) == ["engine", "inputs", "before", "predicted", "after", "spread", "layers"]
+    keys = ["engine", "inputs", "before", "predicted", "after", "spread", "layers", "calls"]
+    assert list(table["timing"]) == keys
     assert table["totals"]["time"] == {"before": 5_000_000, "after": 2_750_000, "ratio": 0.55}
     assert table["ratio"]["budget"] == "latency"
 
