@@ -11,8 +11,9 @@ from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import example, infer, open_inputs
+from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.layers.between import between
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
 from onnx_lowrank.layers.hidden import hidden_channels
@@ -88,12 +89,12 @@ def find_layers(
     scopes = work(walk, inferred, places)
     ran = running(scopes)
     bindings = _acquainted(walk, tuple(_idle(binding, ran) for binding in bindings))
-    bindings = _paired(model, walk, bindings)
     spared = frozenset(
         (operator.scope, operator.name)
         for operator in skipped
         if unselected(_names(operator), include, exclude)
     )
+    bindings = _paired(model, walk, inferred, bindings, spared)
     unfixed = open_inputs(model, inferred)
     words = example(inferred, unfixed[0]) if unfixed else ""
     found = Found(model, walk, bindings, skipped, scopes, unfixed, spared, words)
@@ -115,16 +116,25 @@ def _acquainted(walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Binding, ...
     )
 
 
-def _paired(model: Model, walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Binding, ...]:
+def _paired(
+    model: Model,
+    walk: Walk,
+    shapes: Shapes,
+    bindings: tuple[Binding, ...],
+    spared: Container[tuple[str, str]],
+) -> tuple[Binding, ...]:
     """The layers; those with hidden channels before them know their producers."""
-    hidden = hidden_channels(model, walk, bindings)
+    hidden = hidden_channels(model, walk, bindings, spared)
 
     def paired(binding: Binding) -> Binding:
-        between = hidden.get(binding.layer.id)
-        if between is None:
+        channels = hidden.get(binding.layer.id)
+        if channels is None:
             return binding
-        producers = tuple(producer.layer for producer in between.producers)
-        return replace(binding, layer=replace(binding.layer, producers=producers), hidden=between)
+        producers = tuple(producer.layer for producer in channels.producers)
+        costs = between(model, walk, shapes, channels)
+        return replace(
+            binding, layer=replace(binding.layer, producers=producers, between=costs), hidden=channels
+        )
 
     return tuple(map(paired, bindings))
 

@@ -2,7 +2,8 @@
 
 The consumer's own weight is part of its `Replacement`. Rules:
 
-1. Nodes stay as they are; only their constant operands change. A new constant is stored beside the old one.
+1. Nodes stay as they are; only their constant operands change, and the `group` of depthwise convolutions.
+   A new constant is stored beside the old one.
 2. Shapes that the model states for the activations between no longer hold, so they go.
 """
 
@@ -50,6 +51,7 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, kept: NDArray
             stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, axis, kept)
         edits.scopes[place.scope].repointed[place.node, operand] = stored[key]
         edits.unread(place, operand)
+    edits.scopes[""].regrouped.update((place.node, kept.size) for place in hidden.grouped)
     edits.scopes[""].forgotten.update(hidden.tensors)
 
 
