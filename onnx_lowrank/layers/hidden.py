@@ -32,26 +32,26 @@ from onnx_lowrank.operators.spatial import channel_operands, drops_positions, is
 
 
 @dataclass(frozen=True, slots=True)
-class _Lie:
+class _Axis:
     """The axis of the channels of an activation.
 
     Attributes:
-        axis: The axis, counted from the end; 0 for the second axis of an activation with unknown axes.
+        index: Its index, counted from the end; 0 for the second axis of an activation with unknown axes.
         axes: Number of axes of the activation; 0 if it is unknown.
     """
 
-    axis: int
+    index: int
     axes: int
 
     @property
     def is_second(self) -> bool:
         """Whether it is the second axis."""
-        return self.axis == 0 or self.axes + self.axis == 1
+        return self.index == 0 or self.axes + self.index == 1
 
 
-_SECOND = _Lie(0, 0)
+_SECOND = _Axis(0, 0)
 
-_Behind = list[tuple[Any, _Lie | None]]
+_Behind = list[tuple[Any, _Axis | None]]
 """Activations behind a node, each with the axis of its channels."""
 
 _ALIGNED = 7
@@ -106,16 +106,16 @@ def _is_plain(walk: Walk, binding: Binding) -> bool:
     use, node = layer.uses[0], walk.node(_place(binding))
     operator = registry.family(node)
     flipped = operator.transposes(node, operator.activation(use.operand))
-    return operator.product is not None and not flipped and _lie(walk, binding) is not None
+    return operator.product is not None and not flipped and _axis(walk, binding) is not None
 
 
-def _lie(walk: Walk, binding: Binding) -> _Lie | None:
+def _axis(walk: Walk, binding: Binding) -> _Axis | None:
     """The axis of a plain layer's input channels and output features; None if it is unknown."""
     layer, use = binding.layer, binding.layer.uses[0]
     if layer.kernel:
-        return _Lie(-len(layer.kernel) - 1, len(layer.kernel) + 2)
-    axis = registry.family(walk.node(_place(binding))).feature_axis(use)
-    return None if axis is None else _Lie(axis, use.rank or 0)
+        return _Axis(-len(layer.kernel) - 1, len(layer.kernel) + 2)
+    index = registry.family(walk.node(_place(binding))).feature_axis(use)
+    return None if index is None else _Axis(index, use.rank or 0)
 
 
 class _Between:
@@ -141,24 +141,24 @@ class _Between:
         self._constants: list[tuple[Place, int, int]] = []
         # The tensors between, by name, and the axes of their channels.
         self._tensors: dict[str, Any] = {}
-        self._lies: dict[str, _Lie] = {}
+        self._axes: dict[str, _Axis] = {}
 
     def explore(self) -> Hidden | None:
         """Walk back from the consumer's input to the producers; None if a rule fails."""
         consumer = self._plain[self._consumer]
         operator = registry.family(self._walk.node(self._consumer))
         self._activation = operator.activation(consumer.layer.uses[0].operand)
-        waiting = [(self._walk.operand(self._consumer, self._activation), _lie(self._walk, consumer))]
+        waiting = [(self._walk.operand(self._consumer, self._activation), _axis(self._walk, consumer))]
         while waiting:
-            tensor, lie = waiting.pop()
-            if tensor is None or lie is None or self._lies.get(tensor.name, lie) != lie:
+            tensor, axis = waiting.pop()
+            if tensor is None or axis is None or self._axes.get(tensor.name, axis) != axis:
                 return None
             if tensor.name in self._tensors:
                 continue
-            behind = self._behind(tensor, lie)
+            behind = self._behind(tensor, axis)
             if behind is None:
                 return None
-            self._tensors[tensor.name], self._lies[tensor.name] = tensor, lie
+            self._tensors[tensor.name], self._axes[tensor.name] = tensor, axis
             waiting += behind
         if not self._producers or not all(map(self._is_inside, self._tensors.values())):
             return None
@@ -166,32 +166,32 @@ class _Between:
         names = tuple(self._walk.origin(tensor)[1] for tensor in self._tensors.values())
         return Hidden(producers, tuple(self._constants), names, tuple(self._grouped))
 
-    def _behind(self, tensor: Any, lie: _Lie) -> _Behind | None:
+    def _behind(self, tensor: Any, axis: _Axis) -> _Behind | None:
         """The activations from which a tensor is computed: none of a producer; None if a rule fails."""
         place = self._walk.producer(tensor)
         if place is None or place.scope or self._walk.is_output(tensor):
             return None
         if place in self._plain:
-            return self._produced(place, lie)
+            return self._produced(place, axis)
         node = self._walk.node(place)
         if (place.scope, label(node)) in self._spared:
             return None
         self._nodes.add(place)
         if is_elementwise(node):
-            return self._elements(place, range(len(node.input)), lie) or None
-        if (lie.axis, lie.axes) == (-1, 2):
+            return self._elements(place, range(len(node.input)), axis) or None
+        if (axis.index, axis.axes) == (-1, 2):
             axes = drops_positions(self._walk, self._model, place)
             if axes is not None:
-                return [(self._walk.operand(place, 0), _Lie(1 - axes, axes) if axes else _SECOND)]
-        return self._moved(place, lie) if lie.is_second else None
+                return [(self._walk.operand(place, 0), _Axis(1 - axes, axes) if axes else _SECOND)]
+        return self._moved(place, axis) if axis.is_second else None
 
-    def _produced(self, place: Place, lie: _Lie) -> _Behind | None:
+    def _produced(self, place: Place, axis: _Axis) -> _Behind | None:
         """Rule 2 for a layer that computes a tensor between."""
         producer = self._plain[place]
-        own = _lie(self._walk, producer)
+        own = _axis(self._walk, producer)
         if own is None or producer.layer.f != self._channels:
             return None
-        if not (own.is_second if lie == _SECOND else own.axis == lie.axis):
+        if not (own.is_second if axis == _SECOND else own.index == axis.index):
             return None
         self._producers[place] = producer
         bias = registry.family(self._walk.node(place)).bias
@@ -200,40 +200,42 @@ class _Between:
             return [] if self._have_channels(place, operands) else None
         return [] if self._elements(place, operands, own) == [] else None
 
-    def _moved(self, place: Place, lie: _Lie) -> _Behind | None:
+    def _moved(self, place: Place, axis: _Axis) -> _Behind | None:
         """The activation behind an operator that keeps the channels of the second axis apart."""
-        operands = channel_operands(self._walk, self._model, place, lie.axes)
+        operands = channel_operands(self._walk, self._model, place, axis.axes)
         if operands is None or not self._have_channels(place, operands):
             return None
         if is_depthwise(self._walk, self._model, place):
             self._grouped.append(place)
-        return [(self._walk.operand(place, 0), lie)]
+        return [(self._walk.operand(place, 0), axis)]
 
-    def _elements(self, place: Place, operands: Iterable[int], lie: _Lie) -> _Behind | None:
+    def _elements(self, place: Place, operands: Iterable[int], axis: _Axis) -> _Behind | None:
         """The computed operands of a node; its constants with channels are noted. None if a rule fails."""
         computed: _Behind = []
-        for index in operands:
-            tensor = self._walk.operand(place, index)
+        for operand in operands:
+            tensor = self._walk.operand(place, operand)
             value = None if tensor is None else constant(self._walk, self._model, tensor)
             if value is None:
-                computed += [] if tensor is None else [(tensor, lie)]
+                computed += [] if tensor is None else [(tensor, axis)]
             elif value.size > 1:
-                if not self._has_channels(value.shape, lie.axis) or self._walk.opsets[place.scope] < _ALIGNED:
+                if not self._has_channels(value.shape, axis.index):
                     return None
-                self._constants.append((place, index, lie.axis))
+                self._constants.append((place, operand, axis.index))
         return computed
 
-    def _has_channels(self, shape: tuple[int, ...], axis: int) -> bool:
-        """Whether a constant has one value for each channel, all along the axis."""
-        return axis < 0 and len(shape) >= -axis and shape[axis] == self._channels == prod(shape)
+    def _has_channels(self, shape: tuple[int, ...], index: int) -> bool:
+        """Whether a constant has one value for each channel, all along the axis with this index."""
+        if self._walk.opsets[""] < _ALIGNED or not 0 < -index <= len(shape):
+            return False
+        return shape[index] == self._channels == prod(shape)
 
     def _have_channels(self, place: Place, operands: Iterable[int]) -> bool:
         """Whether operands are constants with one entry for each channel on their first axis; notes them."""
-        for index in operands:
-            tensor = self._walk.operand(place, index)
+        for operand in operands:
+            tensor = self._walk.operand(place, operand)
             value = None if tensor is None else constant(self._walk, self._model, tensor)
             if value is not None and value.shape[:1] == (self._channels,):
-                self._constants.append((place, index, -value.ndim))
+                self._constants.append((place, operand, -value.ndim))
             elif tensor is not None:
                 return False
         return True
