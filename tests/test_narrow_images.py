@@ -115,6 +115,8 @@ def test_redundant_channels_go_without_loss_and_the_plan_counts_what_goes(betwee
 HEADS = {
     "flattened": "p = GlobalAveragePool (h) r = Relu (p) a = Flatten (r)",
     "reshaped": "p = GlobalAveragePool (h) t = Constant <value_ints = [0, -1]> () a = Reshape (p, t)",
+    "reshaped to a stated width": """p = ReduceMean <axes = [-1,-2]> (h)
+        t = Constant <value_ints = [-1, 24]> () a = Reshape (p, t)""",
     "squeezed": "p = GlobalMaxPool (h) t = Constant <value_ints = [2, 3]> () a = Squeeze (p, t)",
     "reduced": "q = Mul (h, column) r = Clip (q) a = ReduceMean <axes = [2,3], keepdims = 0> (r)",
 }

@@ -36,9 +36,11 @@ class Hidden:
             channels, counted from the end.
         tensors: Names of the activations with these channels, in the main graph.
         grouped: Depthwise convolutions, with as many groups as there are channels.
+        targets: Places and operands of the shapes that end with the number of channels.
     """
 
     producers: tuple[Binding, ...]
     constants: tuple[tuple[Place, int, int], ...]
     tensors: tuple[str, ...]
     grouped: tuple[Place, ...] = ()
+    targets: tuple[tuple[Place, int], ...] = ()

@@ -124,7 +124,7 @@ def _paired(
     spared: Container[tuple[str, str]],
 ) -> tuple[Binding, ...]:
     """The layers; those with hidden channels before them know their producers."""
-    hidden = hidden_channels(model, walk, bindings, spared)
+    hidden = hidden_channels(model, walk, shapes, bindings, spared)
 
     def paired(binding: Binding) -> Binding:
         channels = hidden.get(binding.layer.id)

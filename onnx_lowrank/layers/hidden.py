@@ -23,12 +23,13 @@ from math import prod
 from typing import Any
 
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.graph.weights import constant
 from onnx_lowrank.layers.binding import Binding, Hidden
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.elementwise import is_elementwise
-from onnx_lowrank.operators.spatial import channel_operands, drops_positions, is_depthwise
+from onnx_lowrank.operators.spatial import channel_operands, columns, drops_positions, is_depthwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +60,25 @@ _ALIGNED = 7
 
 
 def hidden_channels(
-    model: Model, walk: Walk, bindings: Sequence[Binding], spared: Container[tuple[str, str]] = ()
+    model: Model,
+    walk: Walk,
+    shapes: Shapes,
+    bindings: Sequence[Binding],
+    spared: Container[tuple[str, str]],
 ) -> dict[str, Hidden]:
     """The hidden channels that can be dropped, by the id of the consumer.
 
     Args:
         model: The model.
         walk: Its walk.
+        shapes: Its inferred shapes.
         bindings: Its layers, in graph order.
         spared: Scope and name of the operators that the user wants left alone.
     """
     plain = {_place(binding): binding for binding in bindings if _is_plain(walk, binding)}
     found = {}
     for place, binding in plain.items():
-        between = _Between(model, walk, plain, place, spared).explore()
+        between = _Between(model, walk, shapes, plain, place, spared).explore()
         if between is not None:
             found[binding.layer.id] = between
     return dict(_apart(found, {binding.layer.id: binding for binding in bindings}))
@@ -125,12 +131,14 @@ class _Between:
         self,
         model: Model,
         walk: Walk,
+        shapes: Shapes,
         plain: Mapping[Place, Binding],
         consumer: Place,
         spared: Container[tuple[str, str]],
     ) -> None:
         self._model = model
         self._walk = walk
+        self._shapes = shapes
         self._plain = plain
         self._spared = spared
         self._consumer = consumer
@@ -138,6 +146,7 @@ class _Between:
         self._producers: dict[Place, Binding] = {}
         self._nodes: set[Place] = set()
         self._grouped: list[Place] = []
+        self._targets: list[tuple[Place, int]] = []
         self._constants: list[tuple[Place, int, int]] = []
         # The tensors between, by name, and the axes of their channels.
         self._tensors: dict[str, Any] = {}
@@ -164,7 +173,7 @@ class _Between:
             return None
         producers = tuple(self._producers[place] for place in sorted(self._producers))
         names = tuple(self._walk.origin(tensor)[1] for tensor in self._tensors.values())
-        return Hidden(producers, tuple(self._constants), names, tuple(self._grouped))
+        return Hidden(producers, tuple(self._constants), names, tuple(self._grouped), tuple(self._targets))
 
     def _behind(self, tensor: Any, axis: _Axis) -> _Behind | None:
         """The activations from which a tensor is computed: none of a producer; None if a rule fails."""
@@ -182,8 +191,21 @@ class _Between:
         if (axis.index, axis.axes) == (-1, 2):
             axes = drops_positions(self._walk, self._model, place)
             if axes is not None:
-                return [(self._walk.operand(place, 0), _Axis(1 - axes, axes) if axes else _SECOND)]
+                return self._dropped(place, axes)
         return self._moved(place, axis) if axis.is_second else None
+
+    def _dropped(self, place: Place, axes: int) -> _Behind | None:
+        """The activation behind an operator that drops the axes of the positions, and its number of axes."""
+        tensor = self._walk.operand(place, 0)
+        shape = shape_of(self._walk, self._shapes, tensor)
+        stated = columns(self._walk, self._model, place)
+        if stated == self._channels and shape is not None and set(shape[2:]) == {1}:
+            # Only shapes tell that the rows are images, not positions.
+            self._targets.append((place, 1))
+        elif stated not in (None, -1):
+            return None
+        axes = axes or len(shape or ())
+        return [(tensor, _Axis(1 - axes, axes) if axes > 1 else _SECOND)]
 
     def _produced(self, place: Place, axis: _Axis) -> _Behind | None:
         """Rule 2 for a layer that computes a tensor between."""

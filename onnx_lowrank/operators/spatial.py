@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.folded import folded
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 from onnx_lowrank.graph.weights import constant
 
@@ -28,7 +29,8 @@ def is_depthwise(walk: Walk, model: Model, place: Place) -> bool:
     node = walk.node(place)
     if not is_op(node, _CONVOLUTIONS):
         return False
-    weight = _constant(walk, model, place, 1)
+    kernels = walk.operand(place, 1)
+    weight = None if kernels is None else constant(walk, model, kernels)
     return weight is not None and weight.ndim > 2 and weight.shape[:2] == (attribute_of(node, "group", 1), 1)
 
 
@@ -73,8 +75,7 @@ def drops_positions(walk: Walk, model: Model, place: Place) -> int | None:
     if is_op(node, ("Flatten",)):
         return 0 if attribute_of(node, "axis", 1) == 1 else None
     if is_op(node, ("Reshape",)):
-        # The number of rows is whatever it is: the columns take the rest, all channels of one image.
-        return 0 if _last_of_two(walk, model, walk.operand(place, 1)) == -1 else None
+        return None if columns(walk, model, place) is None else 0
     if is_op(node, ("Squeeze",)) or (is_op(node, _REDUCTIONS) and not attribute_of(node, "keepdims", 1)):
         found = _axes(walk, model, place)
         axes = 2 + len(found)
@@ -82,30 +83,33 @@ def drops_positions(walk: Walk, model: Model, place: Place) -> int | None:
     return None
 
 
-def _last_of_two(walk: Walk, model: Model, shape: Any) -> int | None:
-    """The last number of a shape of two axes; None if it is computed, or if there are other axes."""
-    if shape is None:
+def columns(walk: Walk, model: Model, place: Place) -> int | None:
+    """The number of columns as a Reshape to a matrix states it; None if it is unknown, or for other nodes.
+
+    It may be -1: the columns take what the rows leave, all channels of one position.
+    """
+    shape = walk.operand(place, 1)
+    if shape is None or not is_op(walk.node(place), ("Reshape",)):
         return None
-    value = constant(walk, model, shape)
+    value = folded(walk, model, shape)
     if value is not None:
         return int(value[1]) if value.shape == (2,) else None
-    place = walk.producer(shape)
-    if place is None or not is_op(walk.node(place), ("Concat",)) or len(walk.node(place).input) != 2:
+    behind = walk.producer(shape)
+    if behind is None or not is_op(walk.node(behind), ("Concat",)) or len(walk.node(behind).input) != 2:
         return None
-    # A part of the first one's size would make a shape of three axes, and the result is a matrix.
-    last = constant(walk, model, walk.operand(place, 1))
-    return int(last[0]) if last is not None and last.shape == (1,) else None
+    last = _value(walk, model, behind, 1)
+    return -1 if last is not None and last.tolist() == [-1] else None
 
 
-def _constant(walk: Walk, model: Model, place: Place, index: int) -> NDArray[Any] | None:
-    """The value of an operand; None if it is computed or left out."""
+def _value(walk: Walk, model: Model, place: Place, index: int) -> NDArray[Any] | None:
+    """The value of a small operand; None if it is unknown or left out."""
     tensor = walk.operand(place, index)
-    return None if tensor is None else constant(walk, model, tensor)
+    return None if tensor is None else folded(walk, model, tensor)
 
 
 def _axes(walk: Walk, model: Model, place: Place) -> tuple[int, ...]:
     """The axes of a reduction or of a Squeeze: an attribute or, in new opsets, an operand; () if unknown."""
-    value = _constant(walk, model, place, 1)
+    value = _value(walk, model, place, 1)
     named = attribute_of(walk.node(place), "axes", []) if value is None else np.ravel(value)
     return tuple(int(n) for n in named)
 
@@ -117,10 +121,10 @@ def _are_positions(found: tuple[int, ...], axes: int) -> bool:
 def _pads_positions(walk: Walk, model: Model, place: Place, axes: int) -> bool:
     """Whether a Pad changes no axis but those of the positions."""
     node = walk.node(place)
-    value = _constant(walk, model, place, 1)
+    value = _value(walk, model, place, 1)
     pads = [int(n) for n in (attribute_of(node, "pads", []) if value is None else np.ravel(value))]
     if walk.operand(place, 3) is not None:
-        named = _constant(walk, model, place, 3)
+        named = _value(walk, model, place, 3)
         found = () if named is None else tuple(int(n) for n in np.ravel(named))
         return axes > 0 and bool(found) and len(pads) == 2 * len(found) and _are_positions(found, axes)
     half = len(pads) // 2
@@ -136,7 +140,7 @@ def _scales_positions(walk: Walk, model: Model, place: Place) -> bool:
     if not scales:
         # Before opset 11, a Resize has no roi.
         index = 2 if node.op_type == "Resize" and walk.opsets[place.scope] >= 11 else 1
-        value = _constant(walk, model, place, index)
+        value = _value(walk, model, place, index)
         scales = [] if value is None else np.ravel(value)
     return len(scales) > 2 and list(scales[:2]) == [1, 1]
 

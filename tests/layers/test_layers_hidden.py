@@ -173,6 +173,15 @@ def test_operators_that_keep_channels_apart_may_stand_between(between):
 
 
 OLD = {
+    "pads that torch computes": (
+        17,
+        """p = Constant <value_ints = [1, 1, 1, 1]> () n = Constant <value_ints = [4]> ()
+        z = ConstantOfShape <value = int64 {0}> (n) c = Concat <axis = 0> (p, z)
+        t = Constant <value_ints = [-1, 2]> () r = Reshape (c, t) s = Constant <value_ints = [-1]> ()
+        e = Constant <value_ints = [-9223372036854775807]> () i = Constant <value_ints = [0]> ()
+        f = Slice (r, s, e, i, s) g = Transpose <perm = [1, 0]> (f) k = Reshape (g, s) q = Cast <to = 7> (k)
+        a = Pad (h, q)""",
+    ),
     "upsampled": (9, 'a = Upsample <mode = "nearest"> (h, scales)'),
     "upsampled by an attribute": (7, 'a = Upsample <mode = "nearest", scales = [1.0, 1.0, 2.0, 2.0]> (h)'),
     "resized": (10, 'a = Resize <mode = "nearest"> (h, scales)'),
@@ -245,6 +254,9 @@ def test_a_vector_as_long_as_the_rows_of_an_image_is_no_constant_of_its_channels
 
 HEADS = {
     "flattened": "p = GlobalAveragePool (h) a = Flatten (p)",
+    "a constant before": "p = GlobalAveragePool (h) q = Mul (p, column) a = Flatten (q)",
+    "reshaped to a stated width": ""
+    "p = ReduceMean <axes = [-2,-1]> (h) r = Constant <value_ints = [-1, 24]> () a = Reshape (p, r)",
     "reshaped": "p = GlobalAveragePool (h) r = Constant <value_ints = [0, -1]> () a = Reshape (p, r)",
     "reshaped to the rows of the input": "p = GlobalAveragePool (h) s = Shape (x) "
     "i = Constant <value_ints = [0]> () b = Gather (s, i) r = Constant <value_ints = [-1]> () "
@@ -266,11 +278,11 @@ NO_HEADS = {
     "positions beside channels": ("a = Flatten (h)", 24 * 36),
     "channels beside positions": ("p = ReduceMean <axes = [1,2], keepdims = 0> (h) a = Relu (p)", 6),
     "images beside channels": ("p = GlobalAveragePool (h) a = Flatten <axis = 0> (p)", 48),
-    "a stated width": (
-        "p = GlobalAveragePool (h) r = Constant <value_ints = [-1, 24]> () a = Reshape (p, r)",
-        24,
+    "a stated width of all positions": ("r = Constant <value_ints = [-1, 24]> () a = Reshape (h, r)", 24),
+    "another stated width": (
+        "p = GlobalAveragePool (h) r = Constant <value_ints = [-1, 12]> () a = Reshape (p, r)",
+        12,
     ),
-    "a constant of unknown axes": ("p = GlobalAveragePool (h) q = Mul (p, column) a = Flatten (q)", 24),
 }
 
 
