@@ -231,3 +231,20 @@ def test_a_plan_is_replayed_to_the_same_bytes_with_the_same_costs(tmp_path):
     assert again.model.proto.SerializeToString() == first.model.proto.SerializeToString()
     width = choice(first).option.j
     assert {c.layer: c.cost for c in first.plan.choices} == {"up": 8 * width, "down": 8 * width}
+
+
+def test_constants_in_nodes_stay_in_nodes():
+    proto = image(RESIDUAL)
+    nodes = [
+        onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in proto.graph.initializer
+    ]
+    del proto.graph.initializer[:]
+    for node in nodes:
+        proto.graph.node.insert(0, node)
+    result = narrowed(proto)
+    assert choice(result).option.lowering == "narrow"
+    assert not result.model.proto.graph.initializer
+    onnx.checker.check_model(result.model.proto, full_check=True)
+    assert_close(proto, result)
+    assert_counted(proto, result, "params")
