@@ -56,9 +56,9 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
     if option.lowering is Lowering.NARROW:
         # Every producer has one use, in the scope of this one, so both run equally often.
         counts = [macs(producer) for producer in layer.producers]
-        if None in counts or layer.between.macs is None:
+        if None in counts or layer.per_channel.macs is None:
             return None
-        each = sum((count or 0) // layer.c for count in counts) + layer.between.macs
+        each = sum((count or 0) // layer.c for count in counts) + layer.per_channel.macs
         return layer.reading(option.j).size * use.evaluations.dense - each * (layer.c - option.j)
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     if option.lowering is Lowering.SHARED and not layer.has_encoder:

@@ -94,7 +94,7 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class Between:
+class PerChannel:
     """The costs for every hidden channel between a layer and its producers, without those of their weights.
 
     Attributes:
@@ -134,7 +134,7 @@ class Layer:
         sliced: The ways in which a chain of several slices can be written.
         producers: The layers that compute this layer's input channels, if each of their output features is
             one channel and nothing else reads it. Channels can then be dropped on both sides.
-        between: The costs of these channels beside the layers' own.
+        per_channel: The costs of these channels beside the layers' own.
         siblings: Ids of the layers that read the same tensor in the same way, this one included, in graph
             order. They can share an encoder. Empty if there is no other.
     """
@@ -155,7 +155,7 @@ class Layer:
     whole: tuple[Lowering, ...] = (Lowering.NATIVE,)
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
     producers: tuple[Layer, ...] = ()
-    between: Between = Between()
+    per_channel: PerChannel = PerChannel()
     siblings: tuple[str, ...] = ()
 
     @property

@@ -13,10 +13,10 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk
-from onnx_lowrank.layers.between import between
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
 from onnx_lowrank.layers.hidden import hidden_channels
+from onnx_lowrank.layers.per_channel import per_channel
 from onnx_lowrank.layers.siblings import siblings
 from onnx_lowrank.layers.work import work
 
@@ -131,9 +131,9 @@ def _paired(
         if channels is None:
             return binding
         producers = tuple(producer.layer for producer in channels.producers)
-        costs = between(model, walk, shapes, channels)
+        costs = per_channel(model, walk, shapes, channels)
         return replace(
-            binding, layer=replace(binding.layer, producers=producers, between=costs), hidden=channels
+            binding, layer=replace(binding.layer, producers=producers, per_channel=costs), hidden=channels
         )
 
     return tuple(map(paired, bindings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from onnx_lowrank.core.layer import Between
+from onnx_lowrank.core.layer import PerChannel
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import is_external
 from onnx_lowrank.graph.shapes import Shapes
@@ -14,7 +14,7 @@ from onnx_lowrank.layers.binding import Hidden
 from onnx_lowrank.layers.work import node_macs
 
 
-def between(model: Model, walk: Walk, shapes: Shapes, hidden: Hidden) -> Between:
+def per_channel(model: Model, walk: Walk, shapes: Shapes, hidden: Hidden) -> PerChannel:
     """Count what `rewrite.narrow` stores and removes for every channel, and what the channel computes.
 
     Args:
@@ -39,7 +39,7 @@ def between(model: Model, walk: Walk, shapes: Shapes, hidden: Hidden) -> Between
         owned += prod(source.tensor.dims) if _is_owned(model, walk, source, reads) else 0
     counts = [node_macs(walk, shapes, place, is_layer=False) for place in hidden.grouped]
     macs = None if None in counts else sum(count or 0 for count in counts) // channels
-    return Between(stored // channels, owned // channels, macs)
+    return PerChannel(stored // channels, owned // channels, macs)
 
 
 def _floats(model: Model, walk: Walk, tensor: object) -> int:
