@@ -199,7 +199,7 @@ class _Between:
         tensor = self._walk.operand(place, 0)
         shape = shape_of(self._walk, self._shapes, tensor)
         stated = columns(self._walk, self._model, place)
-        if stated == self._channels and shape is not None and set(shape[2:]) == {1}:
+        if stated == self._channels and shape is not None and set(shape[2:]) <= {1}:
             # Only shapes tell that the rows are images, not positions.
             self._targets.append((place, 1))
         elif stated not in (None, -1):

@@ -293,3 +293,4 @@ def test_a_matrix_that_reads_more_than_channels_is_left(between, width):
 
 def test_a_matrix_that_is_flattened_to_itself_may_stand_between():
     assert mlp("r = Flatten (h) a = Relu (r)") == {"down": ["up"]}
+    assert mlp("s = Constant <value_ints = [-1, 24]> () r = Reshape (h, s) a = Relu (r)") == {"down": ["up"]}
