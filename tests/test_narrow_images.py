@@ -216,6 +216,13 @@ def test_initializers_that_are_inputs_go_too():
     assert_counted(proto, result, "params")
 
 
+def test_a_depthwise_convolution_that_is_narrowed_was_not_left_alone():
+    proto = image(RESIDUAL)
+    assert not narrowed(proto).report.skipped
+    (skipped,) = narrowed(proto, 1.0).report.skipped
+    assert (skipped.name, skipped.op) == ("c", "Conv")
+
+
 def test_widths_fill_blocks():
     result = narrowed(image(RESIDUAL), 0.7, align=8)
     assert choice(result).option.lowering == "narrow"

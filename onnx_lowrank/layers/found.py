@@ -6,13 +6,13 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_lowrank.core.layer import Evaluations, Layer, Positions, ScopeWork, Skipped
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
-from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
 from onnx_lowrank.layers.hidden import hidden_channels
@@ -57,6 +57,25 @@ class Found:
             yield from (use.name for use in layer.uses)
         for skipped in self.skipped:
             yield from _names(skipped)
+
+    def left_alone(self, choices: Sequence[Choice]) -> tuple[Skipped, ...]:
+        """The skipped operators that a plan does not change.
+
+        Args:
+            choices: The choices of the plan; it narrows depthwise convolutions together with layers.
+        """
+        narrow = {
+            layer.id
+            for layer, option in self.options(choices)
+            if option is not None and option.lowering is Lowering.NARROW
+        }
+        changed = {
+            (place.scope, label(self.walk.node(place)))
+            for binding in self.bindings
+            if binding.layer.id in narrow and binding.hidden is not None
+            for place in binding.hidden.grouped
+        }
+        return tuple(skipped for skipped in self.skipped if (skipped.scope, skipped.name) not in changed)
 
     def options(self, choices: Sequence[Choice] = ()) -> list[tuple[Layer, Option | None]]:
         """Every layer with its option in a plan; None for a layer that the plan keeps.
