@@ -9,7 +9,7 @@ for all choices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 
@@ -19,7 +19,8 @@ from onnx_lowrank.allocate.cost import Costs, Ints
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, narrowings, sharings
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.layer import Layer, narrow_layers
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Aggregate, Choice
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.measures import Floats
@@ -43,7 +44,8 @@ class Pair:
     Attributes:
         table: The narrowings; index 0 keeps all channels.
         members: Indices of the layers; the consumer, whose id the table has, is the last one.
-        shares: For every producer, its own cost under every narrowing; the rest is the consumer's.
+        shares: For every member, its own cost under every narrowing. The costs of the channels beside them
+            are only in the table.
     """
 
     table: Candidates
@@ -89,15 +91,20 @@ def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[C
         if layer.id in errors:
             table = narrowings(layer, errors[layer.id], grid)
             producers = (numbers[producer.id] for producer in layer.producers)
-            shares = tuple(_costs_of_widths(producer, table.j, grid) for producer in layer.producers)
-            made.append(Pair(table, (*producers, numbers[layer.id]), shares))
+            made.append(Pair(table, (*producers, numbers[layer.id]), _shares(layer, table.j, grid)))
     return tuple(pair for pair in made if pair.table.cost.size > 1)
 
 
-def _costs_of_widths(producer: Layer, widths: Ints, grid: Grid[Costs]) -> Ints:
-    """The costs of a producer with fewer output features, which are linear; width 0 keeps all of them."""
-    first, second = (grid.costs.tariff(replace(producer, f=width)).keep for width in (1, 2))
-    return np.where(widths > 0, first + (widths - 1) * (second - first), grid.costs.tariff(producer).keep)
+def _shares(layer: Layer, widths: Ints, grid: Grid[Costs]) -> tuple[Ints, ...]:
+    """The costs of every member of a pair by the width, in which they are linear; width 0 keeps all."""
+    options = (Option(layer.narrow_fold, 1, width, Lowering.NARROW) for width in (1, 2))
+    narrow, wider = (narrow_layers([(layer, option)]) for option in options)
+
+    def costs(member: Layer) -> Ints:
+        first, second = (grid.costs.tariff(made[member.id]).keep for made in (narrow, wider))
+        return np.where(widths > 0, first + (widths - 1) * (second - first), grid.costs.tariff(member).keep)
+
+    return tuple(costs(member) for member in (*layer.producers, layer))
 
 
 def sharers(layer: Layer) -> tuple[tuple[str, ...], ...]:
@@ -137,7 +144,7 @@ def sharings_of(
 class _Unit:
     """What is chosen together: one layer (index 0 keeps it), or a group (index 0 is not taken).
 
-    The producers of a narrowed layer have no table; `shares` has their costs.
+    The producers of a narrowed layer have no table; `shares` has the costs of all its members.
     """
 
     members: Picks
@@ -334,16 +341,16 @@ def _front(cost: Ints, value: Floats) -> list[int]:
 def _chosen(layers: Sequence[Candidates], unit: _Unit, index: int) -> Mapping[int, Choice]:
     """The choices for the layers of a unit; the producers of a narrowed layer say why they have no option."""
     made = {}
-    saved = 0
     for position, (member, table) in enumerate(zip(unit.members, unit.tables, strict=True)):
         if table is None:
             cost = int(unit.shares[position][index])
-            saved += int(layers[member].cost[0]) - cost
             made[member] = Choice(layers[member].layer, None, cost, 0.0, _narrowed(layers, unit, index))
         else:
-            # A narrowing's cost is less the saving of its producers, which come before it.
-            cost = int(table.cost[index]) + saved
-            made[member] = Choice(table.layer, table.option(index), cost, float(table.error[index]))
+            # The table of a pair has the saving of the whole pair.
+            costs = unit.shares[position] if unit.shares else table.cost
+            made[member] = Choice(
+                table.layer, table.option(index), int(costs[index]), float(table.error[index])
+            )
     return made
 
 

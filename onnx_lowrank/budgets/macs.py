@@ -54,12 +54,12 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
     if option is None:
         return layer.size * use.evaluations.dense
     if option.lowering is Lowering.NARROW:
-        counts = {producer.id: macs(producer) for producer in layer.producers}
-        if None in counts.values():
-            return None
-        kept = replace(layer, c=option.j).size * use.evaluations.dense
         # Every producer has one use, in the scope of this one, so both run equally often.
-        return kept - sum((count or 0) // layer.c * (layer.c - option.j) for count in counts.values())
+        counts = [macs(producer) for producer in layer.producers]
+        if None in counts or layer.per_channel.macs is None:
+            return None
+        each = sum((count or 0) // layer.c for count in counts) + layer.per_channel.macs
+        return layer.reading(option.j).size * use.evaluations.dense - each * (layer.c - option.j)
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     if option.lowering is Lowering.SHARED and not layer.has_encoder:
         encoder = 0

@@ -25,7 +25,8 @@ def parameters(layer: Layer, option: Option | None = None) -> int:
     if option is None:
         return layer.size + layer.freed
     if option.lowering is Lowering.NARROW:
-        return layer.narrowed(option.j, parameters)
+        between = option.j * layer.per_channel.stored - layer.c * layer.per_channel.owned
+        return layer.narrowed(option.j, parameters) + between
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     if option.lowering is Lowering.SHARED and not layer.has_encoder:
         encoder = 0

@@ -94,6 +94,21 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
+class PerChannel:
+    """The costs for every hidden channel between a layer and its producers, without those of their weights.
+
+    Attributes:
+        stored: Parameters of a channel that stays: of biases, BatchNorms, depthwise convolutions.
+        owned: Those of them that nothing else reads, so that they go with a channel.
+        macs: MACs of the operators between; None if a dimension is unknown.
+    """
+
+    stored: int = 0
+    owned: int = 0
+    macs: int | None = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One constant weight together with all the nodes that apply it.
 
@@ -119,6 +134,7 @@ class Layer:
         sliced: The ways in which a chain of several slices can be written.
         producers: The layers that compute this layer's input channels, if each of their output features is
             one channel and nothing else reads it. Channels can then be dropped on both sides.
+        per_channel: The costs of these channels beside the layers' own.
         siblings: Ids of the layers that read the same tensor in the same way, this one included, in graph
             order. They can share an encoder. Empty if there is no other.
     """
@@ -139,6 +155,7 @@ class Layer:
     whole: tuple[Lowering, ...] = (Lowering.NATIVE,)
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
     producers: tuple[Layer, ...] = ()
+    per_channel: PerChannel = PerChannel()
     siblings: tuple[str, ...] = ()
 
     @property
@@ -169,6 +186,10 @@ class Layer:
         """
         return self.siblings[:1] == (self.id,)
 
+    def reading(self, channels: int) -> Layer:
+        """The layer with fewer input channels; then its BatchNorm is folded."""
+        return replace(self, c=channels, freed=self.added)
+
     def narrowed(self, channels: int, cost: Callable[[Layer], int]) -> int:
         """The cost of the layer with fewer input channels, less the saving of its producers.
 
@@ -177,7 +198,7 @@ class Layer:
             cost: The cost of a kept layer.
         """
         saved = sum(cost(layer) - cost(replace(layer, f=channels)) for layer in self.producers)
-        return cost(replace(self, c=channels)) - saved
+        return cost(self.reading(channels)) - saved
 
     def lowerings(self, k: int) -> tuple[Lowering, ...]:
         """The ways in which chains of k slices can be written."""
@@ -203,7 +224,7 @@ def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, L
     narrow: dict[str, Layer] = {}
     for layer, option in options:
         if option is not None and option.lowering is Lowering.NARROW:
-            narrow[layer.id] = replace(layer, c=option.j)
+            narrow[layer.id] = layer.reading(option.j)
             narrow |= {producer.id: replace(producer, f=option.j) for producer in layer.producers}
     return narrow
 

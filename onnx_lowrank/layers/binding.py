@@ -32,11 +32,15 @@ class Hidden:
 
     Attributes:
         producers: The producers, in graph order.
-        constants: Places and operands of the constants with one value for each channel, and the axis of the
+        constants: Places and operands of the constants with one entry for each channel, and the axis of the
             channels, counted from the end.
         tensors: Names of the activations with these channels, in the main graph.
+        grouped: Depthwise convolutions, with as many groups as there are channels.
+        targets: Places and operands of the shapes that end with the number of channels.
     """
 
     producers: tuple[Binding, ...]
     constants: tuple[tuple[Place, int, int], ...]
     tensors: tuple[str, ...]
+    grouped: tuple[Place, ...] = ()
+    targets: tuple[tuple[Place, int], ...] = ()

@@ -6,16 +6,17 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_lowrank.core.layer import Evaluations, Layer, Positions, ScopeWork, Skipped
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import example, infer, open_inputs
-from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
+from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
 from onnx_lowrank.layers.hidden import hidden_channels
+from onnx_lowrank.layers.per_channel import per_channel
 from onnx_lowrank.layers.siblings import siblings
 from onnx_lowrank.layers.work import work
 
@@ -77,6 +78,25 @@ class Found(Layered):
         for skipped in self.skipped:
             yield from _names(skipped)
 
+    def left_alone(self, choices: Sequence[Choice]) -> tuple[Skipped, ...]:
+        """The skipped operators that a plan does not change.
+
+        Args:
+            choices: The choices of the plan; it narrows depthwise convolutions together with layers.
+        """
+        narrow = {
+            layer.id
+            for layer, option in self.options(choices)
+            if option is not None and option.lowering is Lowering.NARROW
+        }
+        changed = {
+            (place.scope, label(self.walk.node(place)))
+            for binding in self.bindings
+            if binding.layer.id in narrow and binding.hidden is not None
+            for place in binding.hidden.grouped
+        }
+        return tuple(skipped for skipped in self.skipped if (skipped.scope, skipped.name) not in changed)
+
 
 def find_layers(
     model: Model, shapes: Mapping[str, tuple[int, ...]], include: Sequence[str], exclude: Sequence[str]
@@ -99,12 +119,12 @@ def find_layers(
     scopes = work(walk, inferred, places)
     ran = running(scopes)
     bindings = _acquainted(walk, tuple(_idle(binding, ran) for binding in bindings))
-    bindings = _paired(model, walk, bindings)
     spared = frozenset(
         (operator.scope, operator.name)
         for operator in skipped
         if unselected(_names(operator), include, exclude)
     )
+    bindings = _paired(model, walk, inferred, bindings, spared)
     unfixed = open_inputs(model, inferred)
     words = example(inferred, unfixed[0]) if unfixed else ""
     found = Found(model, walk, bindings, spared, skipped, scopes, unfixed, words)
@@ -126,16 +146,25 @@ def _acquainted(walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Binding, ...
     )
 
 
-def _paired(model: Model, walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Binding, ...]:
+def _paired(
+    model: Model,
+    walk: Walk,
+    shapes: Shapes,
+    bindings: tuple[Binding, ...],
+    spared: Container[tuple[str, str]],
+) -> tuple[Binding, ...]:
     """The layers; those with hidden channels before them know their producers."""
-    hidden = hidden_channels(model, walk, bindings)
+    hidden = hidden_channels(model, walk, shapes, bindings, spared)
 
     def paired(binding: Binding) -> Binding:
-        between = hidden.get(binding.layer.id)
-        if between is None:
+        channels = hidden.get(binding.layer.id)
+        if channels is None:
             return binding
-        producers = tuple(producer.layer for producer in between.producers)
-        return replace(binding, layer=replace(binding.layer, producers=producers), hidden=between)
+        producers = tuple(producer.layer for producer in channels.producers)
+        costs = per_channel(model, walk, shapes, channels)
+        return replace(
+            binding, layer=replace(binding.layer, producers=producers, per_channel=costs), hidden=channels
+        )
 
     return tuple(map(paired, bindings))
 

@@ -2,42 +2,83 @@
 
 Rules:
 
-1. The consumer reads an activation that channelwise operators (`operators.elementwise`) compute from the
-   results of producers: one layer, several (a gated block), through any number of such operators.
+1. The consumer reads an activation that is computed from the results of producers: one layer, several (a
+   gated block). Between are any number of operators that compute every channel by itself, from its element
+   (`operators.elementwise`) or from all positions of the channel (`operators.spatial`: a depthwise
+   convolution, a pool). At the end, the axes of the positions may be dropped before a matrix.
 2. Every output feature of a producer is one input channel of the consumer, on the same axis. All have one
    use, in the main graph, and a plain linear family (`Operator.product`).
 3. Nothing but these operators reads the tensors between, and the model does not return them. Constants
-   between have one value, or one for each channel.
+   between have one value, or one for each channel; a depthwise convolution has one kernel for each channel.
+   The user wants none of these operators left alone.
 4. A layer belongs to one pair at most. The pairs with the most weight come first: a chain of layers, each the
    producer of the next, gives every other pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.graph.shapes import Shapes, shape_of
+from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.graph.weights import constant
 from onnx_lowrank.layers.binding import Binding, Hidden
 from onnx_lowrank.operators import registry
-from onnx_lowrank.operators.elementwise import is_channelwise
+from onnx_lowrank.operators.elementwise import is_elementwise
+from onnx_lowrank.operators.spatial import channel_operands, columns, drops_positions, is_depthwise
 
 
-def hidden_channels(model: Model, walk: Walk, bindings: Sequence[Binding]) -> dict[str, Hidden]:
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """The axis of the channels of an activation.
+
+    Attributes:
+        index: Its index, counted from the end; 0 for the second axis of an activation with unknown axes.
+        axes: Number of axes of the activation; 0 if it is unknown.
+    """
+
+    index: int
+    axes: int
+
+    @property
+    def is_second(self) -> bool:
+        """Whether it is the second axis."""
+        return self.index == 0 or self.axes + self.index == 1
+
+
+_SECOND = _Axis(0, 0)
+
+_Behind = list[tuple[Any, _Axis | None]]
+"""Activations behind a node, each with the axis of its channels."""
+
+_ALIGNED = 7
+"""The first opset whose operators align the last axes of their operands."""
+
+
+def hidden_channels(
+    model: Model,
+    walk: Walk,
+    shapes: Shapes,
+    bindings: Sequence[Binding],
+    spared: Container[tuple[str, str]],
+) -> dict[str, Hidden]:
     """The hidden channels that can be dropped, by the id of the consumer.
 
     Args:
         model: The model.
         walk: Its walk.
+        shapes: Its inferred shapes.
         bindings: Its layers, in graph order.
+        spared: Scope and name of the operators that the user wants left alone.
     """
     plain = {_place(binding): binding for binding in bindings if _is_plain(walk, binding)}
     found = {}
     for place, binding in plain.items():
-        between = _Between(model, walk, plain, place).explore()
+        between = _Between(model, walk, shapes, plain, place, spared).explore()
         if between is not None:
             found[binding.layer.id] = between
     return dict(_apart(found, {binding.layer.id: binding for binding in bindings}))
@@ -74,91 +115,152 @@ def _is_plain(walk: Walk, binding: Binding) -> bool:
     return operator.product is not None and not flipped and _axis(walk, binding) is not None
 
 
-def _axis(walk: Walk, binding: Binding) -> int | None:
-    """The axis of a plain layer's input channels and output features, counted from the end."""
-    return registry.family(walk.node(_place(binding))).feature_axis(binding.layer.uses[0])
+def _axis(walk: Walk, binding: Binding) -> _Axis | None:
+    """The axis of a plain layer's input channels and output features; None if it is unknown."""
+    layer, use = binding.layer, binding.layer.uses[0]
+    if layer.kernel:
+        return _Axis(-len(layer.kernel) - 1, len(layer.kernel) + 2)
+    index = registry.family(walk.node(_place(binding))).feature_axis(use)
+    return None if index is None else _Axis(index, use.rank or 0)
 
 
 class _Between:
     """The operators between a consumer and its producers."""
 
-    def __init__(self, model: Model, walk: Walk, plain: Mapping[Place, Binding], consumer: Place) -> None:
+    def __init__(
+        self,
+        model: Model,
+        walk: Walk,
+        shapes: Shapes,
+        plain: Mapping[Place, Binding],
+        consumer: Place,
+        spared: Container[tuple[str, str]],
+    ) -> None:
         self._model = model
         self._walk = walk
+        self._shapes = shapes
         self._plain = plain
+        self._spared = spared
         self._consumer = consumer
-        binding = plain[consumer]
-        self._channels = binding.layer.c
-        self._axis = _axis(walk, binding)
+        self._channels = plain[consumer].layer.c
         self._producers: dict[Place, Binding] = {}
         self._nodes: set[Place] = set()
+        self._grouped: list[Place] = []
+        self._targets: list[tuple[Place, int]] = []
         self._constants: list[tuple[Place, int, int]] = []
+        # The tensors between, by name, and the axes of their channels.
         self._tensors: dict[str, Any] = {}
+        self._axes: dict[str, _Axis] = {}
 
     def explore(self) -> Hidden | None:
         """Walk back from the consumer's input to the producers; None if a rule fails."""
-        use = self._plain[self._consumer].layer.uses[0]
-        self._activation = registry.family(self._walk.node(self._consumer)).activation(use.operand)
-        waiting = [self._walk.operand(self._consumer, self._activation)]
+        consumer = self._plain[self._consumer]
+        operator = registry.family(self._walk.node(self._consumer))
+        self._activation = operator.activation(consumer.layer.uses[0].operand)
+        waiting = [(self._walk.operand(self._consumer, self._activation), _axis(self._walk, consumer))]
         while waiting:
-            tensor = waiting.pop()
-            if tensor is None or tensor.name in self._tensors:
+            tensor, axis = waiting.pop()
+            if tensor is None or axis is None or self._axes.get(tensor.name, axis) != axis:
+                return None
+            if tensor.name in self._tensors:
                 continue
-            behind = self._behind(tensor)
+            behind = self._behind(tensor, axis)
             if behind is None:
                 return None
-            self._tensors[tensor.name] = tensor
+            self._tensors[tensor.name], self._axes[tensor.name] = tensor, axis
             waiting += behind
         if not self._producers or not all(map(self._is_inside, self._tensors.values())):
             return None
         producers = tuple(self._producers[place] for place in sorted(self._producers))
         names = tuple(self._walk.origin(tensor)[1] for tensor in self._tensors.values())
-        return Hidden(producers, tuple(self._constants), names)
+        return Hidden(producers, tuple(self._constants), names, tuple(self._grouped), tuple(self._targets))
 
-    def _behind(self, tensor: Any) -> list[Any] | None:
+    def _behind(self, tensor: Any, axis: _Axis) -> _Behind | None:
         """The activations from which a tensor is computed: none of a producer; None if a rule fails."""
         place = self._walk.producer(tensor)
         if place is None or place.scope or self._walk.is_output(tensor):
             return None
-        node = self._walk.node(place)
         if place in self._plain:
-            producer = self._plain[place]
-            if producer.layer.f != self._channels or _axis(self._walk, producer) != self._axis:
-                return None
-            self._producers[place] = producer
-            bias = registry.family(node).bias
-            return self._read(place, [] if bias is None else [bias])
-        is_norm = node.op_type == "BatchNormalization"
-        if not is_channelwise(node) or (is_norm and not self._lies_second()):
+            return self._produced(place, axis)
+        node = self._walk.node(place)
+        if (place.scope, label(node)) in self._spared:
             return None
         self._nodes.add(place)
-        return self._read(place, range(len(node.input)))
+        if is_elementwise(node):
+            return self._elements(place, range(len(node.input)), axis) or None
+        if (axis.index, axis.axes) == (-1, 2):
+            axes = drops_positions(self._walk, self._model, place)
+            if axes is not None:
+                return self._dropped(place, axes)
+        return self._moved(place, axis) if axis.is_second else None
 
-    def _read(self, place: Place, operands: Iterable[int]) -> list[Any] | None:
+    def _dropped(self, place: Place, axes: int) -> _Behind | None:
+        """The activation behind an operator that drops the axes of the positions, and its number of axes."""
+        tensor = self._walk.operand(place, 0)
+        shape = shape_of(self._walk, self._shapes, tensor)
+        stated = columns(self._walk, self._model, place)
+        if stated == self._channels and shape is not None and set(shape[2:]) <= {1}:
+            # Only shapes tell that the rows are images, not positions.
+            self._targets.append((place, 1))
+        elif stated not in (None, -1):
+            return None
+        axes = axes or len(shape or ())
+        return [(tensor, _Axis(1 - axes, axes) if axes > 1 else _SECOND)]
+
+    def _produced(self, place: Place, axis: _Axis) -> _Behind | None:
+        """Rule 2 for a layer that computes a tensor between."""
+        producer = self._plain[place]
+        own = _axis(self._walk, producer)
+        if own is None or producer.layer.f != self._channels:
+            return None
+        if not (own.is_second if axis == _SECOND else own.index == axis.index):
+            return None
+        self._producers[place] = producer
+        bias = registry.family(self._walk.node(place)).bias
+        operands = () if bias is None else (bias,)
+        if producer.layer.kernel:
+            return [] if self._have_channels(place, operands) else None
+        return [] if self._elements(place, operands, own) == [] else None
+
+    def _moved(self, place: Place, axis: _Axis) -> _Behind | None:
+        """The activation behind an operator that keeps the channels of the second axis apart."""
+        operands = channel_operands(self._walk, self._model, place, axis.axes)
+        if operands is None or not self._have_channels(place, operands):
+            return None
+        if is_depthwise(self._walk, self._model, place):
+            self._grouped.append(place)
+        return [(self._walk.operand(place, 0), axis)]
+
+    def _elements(self, place: Place, operands: Iterable[int], axis: _Axis) -> _Behind | None:
         """The computed operands of a node; its constants with channels are noted. None if a rule fails."""
-        computed = []
-        for index in operands:
-            tensor = self._walk.operand(place, index)
+        computed: _Behind = []
+        for operand in operands:
+            tensor = self._walk.operand(place, operand)
             value = None if tensor is None else constant(self._walk, self._model, tensor)
             if value is None:
-                computed += [] if tensor is None else [tensor]
+                computed += [] if tensor is None else [(tensor, axis)]
             elif value.size > 1:
-                # A vector with other values beside it broadcasts along the last axis; parameters do not.
-                is_parameter = place in self._plain or self._walk.node(place).op_type == "BatchNormalization"
-                axis = -1 if is_parameter and value.ndim == 1 else self._axis
-                if axis is None or not self._has_channels(value.shape, axis):
+                if not self._has_channels(value.shape, axis.index):
                     return None
-                self._constants.append((place, index, axis))
-        return computed if bool(computed) != (place in self._plain) else None
+                self._constants.append((place, operand, axis.index))
+        return computed
 
-    def _has_channels(self, shape: tuple[int, ...], axis: int) -> bool:
-        """Whether a constant has one value for each channel, all along the axis."""
-        return len(shape) >= -axis and shape[axis] == self._channels == prod(shape)
+    def _has_channels(self, shape: tuple[int, ...], index: int) -> bool:
+        """Whether a constant has one value for each channel, all along the axis with this index."""
+        if self._walk.opsets[""] < _ALIGNED or not 0 < -index <= len(shape):
+            return False
+        return shape[index] == self._channels == prod(shape)
 
-    def _lies_second(self) -> bool:
-        """Whether the channels lie along the second axis of the activation."""
-        layer = self._plain[self._consumer].layer
-        return bool(layer.kernel) or layer.uses[0].rank == 2
+    def _have_channels(self, place: Place, operands: Iterable[int]) -> bool:
+        """Whether operands are constants with one entry for each channel on their first axis; notes them."""
+        for operand in operands:
+            tensor = self._walk.operand(place, operand)
+            value = None if tensor is None else constant(self._walk, self._model, tensor)
+            if value is not None and value.shape[:1] == (self._channels,):
+                self._constants.append((place, operand, -value.ndim))
+            elif tensor is not None:
+                return False
+        return True
 
     def _is_inside(self, tensor: Any) -> bool:
         """Rule 3: whether only the operators between and the consumer read a tensor."""

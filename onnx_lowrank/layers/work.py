@@ -23,7 +23,7 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
     found = []
     for path, scope in walk.scopes.items():
         places = (Place(path, index) for index in range(len(scope.nodes)))
-        counts = {place: _node_macs(walk, shapes, place, is_layer=place in layers) for place in places}
+        counts = {place: node_macs(walk, shapes, place, is_layer=place in layers) for place in places}
         unknown = next((walk.node(place) for place, count in counts.items() if count is None), None)
         called = (functions.get((node.domain, node.op_type, node.overload)) for node in scope.nodes)
         branch_of = None
@@ -43,7 +43,7 @@ def work(walk: Walk, shapes: Shapes, layers: Collection[Place]) -> tuple[ScopeWo
     return tuple(found)
 
 
-def _node_macs(walk: Walk, shapes: Shapes, place: Place, *, is_layer: bool) -> int | None:
+def node_macs(walk: Walk, shapes: Shapes, place: Place, *, is_layer: bool) -> int | None:
     """MACs of one node, without a layer's weight; None if a dimension is unknown, 0 if not counted."""
     node = walk.node(place)
     operator = registry.known(node)

@@ -1,4 +1,4 @@
-"""Operators that compute every channel of an activation by itself."""
+"""Operators that compute every element of an activation by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ _DEFAULT = frozenset(
         *(
             "Abs",
             "Add",
-            "BatchNormalization",
             "Cast",
             "Celu",
             "Clip",
@@ -54,11 +53,8 @@ _DEFAULT = frozenset(
 _MICROSOFT = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"})
 
 
-def is_channelwise(node: NodeProto) -> bool:
-    """Whether each element of a node's only output depends on its own channel of the inputs alone.
-
-    Its constant operands hold one value, or one value for each channel.
-    """
+def is_elementwise(node: NodeProto) -> bool:
+    """Whether each element of a node's only output depends on the inputs' elements in its place alone."""
     if sum(bool(name) for name in node.output) != 1:
         return False
     return is_op(node, _DEFAULT) or (node.domain == "com.microsoft" and node.op_type in _MICROSOFT)

@@ -36,6 +36,7 @@ class Edit:
         before: New nodes, by the node that they precede.
         deleted: The nodes to delete.
         repointed: New inputs of nodes that stay, by node and operand.
+        regrouped: New numbers of groups of convolutions that stay, by node.
         forgotten: Names of the tensors to delete, with their value_info and annotations.
         initializers: New initializers.
     """
@@ -43,6 +44,7 @@ class Edit:
     before: dict[int, list[NodeProto]] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
     repointed: dict[tuple[int, int], str] = field(default_factory=dict)
+    regrouped: dict[int, int] = field(default_factory=dict)
     forgotten: set[str] = field(default_factory=set)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -138,6 +140,9 @@ def _apply(edit: Edit, scope: Scope) -> None:
     body: Any = scope.graph or scope.function
     for (index, operand), name in edit.repointed.items():
         body.node[index].input[operand] = name
+    for index, groups in edit.regrouped.items():
+        (group,) = (attribute for attribute in body.node[index].attribute if attribute.name == "group")
+        group.i = groups
     # The last first, so that the indices of the others stay right.
     for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
         if index in edit.deleted:

@@ -2,7 +2,8 @@
 
 The consumer's own weight is part of its `Replacement`. Rules:
 
-1. Nodes stay as they are; only their constant operands change. A new constant is stored beside the old one.
+1. Nodes stay as they are; only their constant operands change, and the `group` of depthwise convolutions.
+   A new constant is stored beside the old one. A shape that states the number of channels is a new constant.
 2. Shapes that the model states for the activations between no longer hold, so they go.
 """
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.folded import folded
 from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.graph.weights import constant, resolve
 from onnx_lowrank.layers.binding import Binding, Hidden
@@ -50,6 +52,11 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, kept: NDArray
             stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, axis, kept)
         edits.scopes[place.scope].repointed[place.node, operand] = stored[key]
         edits.unread(place, operand)
+    for place, operand in hidden.targets:
+        name = _target(walk, edits, model, hidden, walk.operand(place, operand), kept.size)
+        edits.scopes[place.scope].repointed[place.node, operand] = name
+        edits.unread(place, operand)
+    edits.scopes[""].regrouped.update((place.node, kept.size) for place in hidden.grouped)
     edits.scopes[""].forgotten.update(hidden.tensors)
 
 
@@ -106,9 +113,22 @@ def _taken(
 ) -> str:
     """Store the values of a constant for the channels that stay; returns the name of the new constant."""
     value = None if tensor is None else constant(walk, model, tensor)
-    if value is None:  # `layers.hidden` could read it, so its file has changed since
-        raise InputError(f"A constant beside {beside.layer.id!r} changed while it was read: run again.")
     found = resolve(walk, tensor)
     source = beside.stored.source if isinstance(found, str) else found.source
-    taken = np.ascontiguousarray(value.take(kept, axis))
+    taken = np.ascontiguousarray(_read(value, beside).take(kept, axis))
     return edits.keep(source, f"{walk.origin(tensor)[1]}_narrow", taken)
+
+
+def _target(walk: Walk, edits: Edits, model: Model, hidden: Hidden, tensor: Any, width: int) -> str:
+    """Store a shape that ends with the number of channels that stay; returns its name."""
+    beside = hidden.producers[0]
+    shape = _read(folded(walk, model, tensor), beside).copy()
+    shape[-1] = width
+    return edits.keep(beside.stored.source, f"{walk.origin(tensor)[1]}_narrow", shape)
+
+
+def _read(value: NDArray[Any] | None, beside: Binding) -> NDArray[Any]:
+    """A constant: `layers.hidden` could read it, so where it is unknown, its file has changed since."""
+    if value is None:
+        raise InputError(f"A constant beside {beside.layer.id!r} changed while it was read: run again.")
+    return value

@@ -71,7 +71,7 @@ def assemble(
         reached=1.0 if reached is None else reached,
         solver=plan.solver,
         layers=_rows(run, built),
-        skipped=found.skipped,
+        skipped=found.left_alone(plan.choices),
         removed_inputs=() if built is None else built.rewritten.removed_inputs,
         totals=totals,
         validation=validation,
