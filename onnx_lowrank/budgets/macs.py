@@ -54,17 +54,26 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
     if option is None:
         return layer.size * use.evaluations.dense
     if option.lowering is Lowering.NARROW:
-        counts = {producer.id: macs(producer) for producer in layer.producers}
-        if None in counts.values():
-            return None
-        kept = replace(layer, c=option.j).size * use.evaluations.dense
-        # Every producer has one use, in the scope of this one, so both run equally often.
-        return kept - sum((count or 0) // layer.c * (layer.c - option.j) for count in counts.values())
+        return _narrow_macs(layer, option.j)
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     if option.lowering is Lowering.SHARED and not layer.has_encoder:
         encoder = 0
     at_encoder, at_decoder = use.evaluations.factors[option.fold]
     return option.j * (encoder * at_encoder + decoder * at_decoder)
+
+
+def _narrow_macs(layer: Layer, width: int) -> int | None:
+    """Multiply-accumulates of a narrow layer, less what is saved by its partners and between them."""
+    *partners, own = layer.at_width(width)
+    # All have one use, in one scope, and so run equally often.
+    saved = layer.narrowing.macs * (layer.width - width) if layer.narrowing is not None else 0
+    for partner, less in zip(layer.partners, partners, strict=True):
+        before, after = macs(partner), macs(less)
+        if before is None or after is None:
+            return None
+        saved += before - after
+    kept = macs(own)
+    return None if kept is None else kept - saved
 
 
 def known_macs(layer: Layer, option: Option | None = None) -> int:

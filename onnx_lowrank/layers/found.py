@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onnx_lowrank.core.layer import Evaluations, Layer, Positions, ScopeWork, Skipped
+from onnx_lowrank.core.layer import Between, Evaluations, Layer, Narrowing, Positions, ScopeWork, Skipped
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
@@ -123,8 +123,9 @@ def _paired(model: Model, walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Bi
         between = hidden.get(binding.layer.id)
         if between is None:
             return binding
-        producers = tuple(producer.layer for producer in between.producers)
-        return replace(binding, layer=replace(binding.layer, producers=producers), hidden=between)
+        partners = tuple(producer.layer for producer in between.producers)
+        narrowing = Narrowing(Between.CHANNELS, partners)
+        return replace(binding, layer=replace(binding.layer, narrowing=narrowing), hidden=between)
 
     return tuple(map(paired, bindings))
 

@@ -239,7 +239,7 @@ class Scores:
         chosen = [
             (known, binding, found)
             for known, binding in zip(self._known, self._bindings, strict=True)
-            if binding.layer.producers
+            if binding.layer.partners
             and known.widths is None
             and (found := statistics.reference(binding.layer.id)) is not None
             and not found.of_outputs

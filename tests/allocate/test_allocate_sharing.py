@@ -56,8 +56,10 @@ def gated(rng):
     layers = tuple(drawn(rng, f"w{n}", 40, 4) for n in range(5))
     cost = np.sort(rng.choice(np.arange(-60, 40), 4, replace=False))
     narrow = table("w3", [40, *cost], [0.0, *np.sort(rng.random(4))[::-1]], Lowering.NARROW)
-    shares = tuple(np.array([40, *rng.integers(1, 40, 4)]) for _ in range(2))
-    return layers, (Pair(narrow, (1, 2, 3), shares), sharing(rng, (1, 2), 5, 40))
+    shares = [np.array([40, *rng.integers(1, 40, 4)]) for _ in range(2)]
+    own = narrow.cost + sum(40 - share for share in shares)
+    pair = Pair(narrow, (1, 2, 3), (*shares, own), (narrow.j, narrow.j))
+    return layers, (pair, sharing(rng, (1, 2), 5, 40))
 
 
 def attention(rng):
