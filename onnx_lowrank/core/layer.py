@@ -207,10 +207,11 @@ class Layer:
     @property
     def width(self) -> int:
         """The number of channels, or of features, that narrow options lower."""
-        return self.f if self._loses_features else self.c
+        return self.f if self.loses_features else self.c
 
     @property
-    def _loses_features(self) -> bool:
+    def loses_features(self) -> bool:
+        """Whether its narrow options lower its output features, and not its input channels."""
         return self.narrowing is not None and self.narrowing.between is Between.SCORES
 
     @property
@@ -223,7 +224,7 @@ class Layer:
 
         A partner whose heads serve several heads of this layer has fewer features, in the same proportion.
         """
-        own = replace(self, f=width) if self._loses_features else replace(self, c=width)
+        own = replace(self, f=width) if self.loses_features else replace(self, c=width)
         partners = (replace(layer, f=layer.f * width // self.width) for layer in self.partners)
         return (*partners, own)
 

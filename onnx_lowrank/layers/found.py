@@ -11,10 +11,11 @@ from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import example, infer, open_inputs
-from onnx_lowrank.graph.walk import Place, Walk
+from onnx_lowrank.graph.shapes import assumed, example, infer, open_inputs
+from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
+from onnx_lowrank.layers.heads import Attention, attention
 from onnx_lowrank.layers.hidden import hidden_channels
 from onnx_lowrank.layers.siblings import siblings
 from onnx_lowrank.layers.work import work
@@ -89,12 +90,17 @@ def find_layers(
     ran = running(scopes)
     bindings = _acquainted(walk, tuple(_idle(binding, ran) for binding in bindings))
     bindings = _paired(model, walk, bindings)
+    unfixed = open_inputs(model, inferred)
+    sizes = infer(model, assumed(model, inferred, shapes)) if unfixed else inferred
+    met = attention(model, walk, bindings, inferred, sizes)
+    bindings = tuple(_attending(binding, met) for binding in bindings)
+    reasons = {label(walk.node(place)): reason for place, reason in met.left.items()}
+    skipped = tuple(_with_heads(operator, reasons) for operator in skipped)
     spared = frozenset(
         (operator.scope, operator.name)
         for operator in skipped
         if unselected(_names(operator), include, exclude)
     )
-    unfixed = open_inputs(model, inferred)
     words = example(inferred, unfixed[0]) if unfixed else ""
     found = Found(model, walk, bindings, skipped, scopes, unfixed, spared, words)
     for pattern in (*include, *exclude):
@@ -128,6 +134,21 @@ def _paired(model: Model, walk: Walk, bindings: tuple[Binding, ...]) -> tuple[Bi
         return replace(binding, layer=replace(binding.layer, narrowing=narrowing), hidden=between)
 
     return tuple(map(paired, bindings))
+
+
+def _attending(binding: Binding, met: Attention) -> Binding:
+    """The layer; if attention connects it with a partner, it knows it. Hidden channels come first."""
+    found = met.pairs.get(binding.layer.id)
+    if found is None or binding.layer.narrowing is not None:
+        return binding
+    narrowing, between = found
+    return replace(binding, layer=replace(binding.layer, narrowing=narrowing), hidden=between)
+
+
+def _with_heads(operator: Skipped, reasons: Mapping[str, str]) -> Skipped:
+    """An operator that is left alone; one of attention also says why its heads stay as they are."""
+    reason = "" if operator.scope else reasons.get(operator.name, "")
+    return replace(operator, reason=f"{operator.reason}; {reason}") if reason else operator
 
 
 def _idle(binding: Binding, running: Container[str]) -> Binding:

@@ -34,7 +34,7 @@ def hidden_channels(model: Model, walk: Walk, bindings: Sequence[Binding]) -> di
         walk: Its walk.
         bindings: Its layers, in graph order.
     """
-    plain = {_place(binding): binding for binding in bindings if _is_plain(walk, binding)}
+    plain = {place_of(binding): binding for binding in bindings if is_plain(walk, binding)}
     found = {}
     for place, binding in plain.items():
         between = _Between(model, walk, plain, place).explore()
@@ -58,25 +58,26 @@ def _apart(found: Mapping[str, Hidden], bindings: Mapping[str, Binding]) -> Iter
     yield from ((consumer, between) for consumer, between in found.items() if consumer in chosen)
 
 
-def _place(binding: Binding) -> Place:
+def place_of(binding: Binding) -> Place:
+    """The node that applies a layer first."""
     use = binding.layer.uses[0]
     return Place(use.scope, use.node)
 
 
-def _is_plain(walk: Walk, binding: Binding) -> bool:
+def is_plain(walk: Walk, binding: Binding) -> bool:
     """Rule 2 for one layer."""
     layer = binding.layer
     if len(layer.uses) > 1 or layer.uses[0].scope or layer.groups > 1 or binding.casts[0] is not None:
         return False
-    use, node = layer.uses[0], walk.node(_place(binding))
+    use, node = layer.uses[0], walk.node(place_of(binding))
     operator = registry.family(node)
     flipped = operator.transposes(node, operator.activation(use.operand))
-    return operator.product is not None and not flipped and _axis(walk, binding) is not None
+    return operator.product is not None and not flipped and channel_axis(walk, binding) is not None
 
 
-def _axis(walk: Walk, binding: Binding) -> int | None:
+def channel_axis(walk: Walk, binding: Binding) -> int | None:
     """The axis of a plain layer's input channels and output features, counted from the end."""
-    return registry.family(walk.node(_place(binding))).feature_axis(binding.layer.uses[0])
+    return registry.family(walk.node(place_of(binding))).feature_axis(binding.layer.uses[0])
 
 
 class _Between:
@@ -89,7 +90,7 @@ class _Between:
         self._consumer = consumer
         binding = plain[consumer]
         self._channels = binding.layer.c
-        self._axis = _axis(walk, binding)
+        self._axis = channel_axis(walk, binding)
         self._producers: dict[Place, Binding] = {}
         self._nodes: set[Place] = set()
         self._constants: list[tuple[Place, int, int]] = []
@@ -123,7 +124,7 @@ class _Between:
         node = self._walk.node(place)
         if place in self._plain:
             producer = self._plain[place]
-            if producer.layer.f != self._channels or _axis(self._walk, producer) != self._axis:
+            if producer.layer.f != self._channels or channel_axis(self._walk, producer) != self._axis:
                 return None
             self._producers[place] = producer
             bias = registry.family(node).bias
