@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -24,37 +25,44 @@ BERT = """g (float[B,L,24] x, float[B,1,1,L] mask) => (float[B,L,24] y) {
     s0 = MatMul (q, k) s1 = Div (s0, scale) s2 = Add (s1, mask)
     p = Softmax <axis = -1> (s2)
     c0 = MatMul (p, v) c1 = Transpose <perm = [0, 2, 1, 3]> (c0)
-    c = Reshape (c1, os)
+    c = Reshape (c1, back)
     y0 = MatMul (c, wo) y = Add (y0, bo) }"""
 
-CONSTANT = """
-    qs = Constant <value_ints = [0, 0, 3, 8]> () ks = Constant <value_ints = [0, -1, 3, 8]> ()
-    vs = Identity (ks) os = Constant <value_ints = [0, 0, 24]> ()"""
+CONSTANT = "ks = Identity (split) vs = Identity (ks) qs = Identity (split) back = Identity (join)"
+"""The targets are constants, one of them for queries, keys and values."""
 
 BUILT = """
-    zero = Constant <value_int = 0> () one = Constant <value_int = 1> () first = Constant <value_ints = [0]> ()
-    h = Constant <value_ints = [3]> () d = Constant <value_ints = [8]> () all = Constant <value_ints = [24]> ()
     t = Shape (v1) b0 = Gather (t, zero) l0 = Gather (t, one)
-    b = Unsqueeze (b0, first) l = Unsqueeze (l0, first)
-    qs = Concat <axis = 0> (b, l, h, d) ks = Identity (qs) vs = Concat <axis = 0> (b, l, h, d)
-    os = Concat <axis = 0> (b, l, all)"""
+    b = Unsqueeze (b0, zeros) l = Unsqueeze (l0, zeros)
+    qs = Concat <axis = 0> (b, l, heads, size) ks = Concat <axis = 0> (b, l, heads, size)
+    vs = Concat <axis = 0> (b, l, heads, size) back = Concat <axis = 0> (b, l, all)"""
+"""The targets are built from the shape of the values, as PyTorch writes them."""
 
 GQA = """g (float[B,L,24] x, float[B,1,1,L] mask) => (float[B,L,24] y) {
     q0 = MatMul (x, wq) k0 = MatMul (x, wk) v0 = MatMul (x, wv)
-    qs = Constant <value_ints = [0, 0, 4, 8]> () ks = Constant <value_ints = [0, 0, 2, 8]> ()
-    q2 = Reshape (q0, qs) q = Transpose <perm = [0, 2, 1, 3]> (q2)
-    k2 = Reshape (k0, ks) k3 = Transpose <perm = [0, 2, 1, 3]> (k2)
-    v2 = Reshape (v0, ks) v3 = Transpose <perm = [0, 2, 1, 3]> (v2)
-    axis = Constant <value_ints = [2]> () repeat = Constant <value_ints = [1, 1, 2, 1, 1]> ()
-    joined = Constant <value_ints = [0, 4, -1, 8]> ()
+    q2 = Reshape (q0, many) q = Transpose <perm = [0, 2, 1, 3]> (q2)
+    k2 = Reshape (k0, few) k3 = Transpose <perm = [0, 2, 1, 3]> (k2)
+    v2 = Reshape (v0, few) v3 = Transpose <perm = [0, 2, 1, 3]> (v2)
     k4 = Unsqueeze (k3, axis) k5 = Expand (k4, repeat) k6 = Reshape (k5, joined)
     v4 = Unsqueeze (v3, axis) v5 = Expand (v4, repeat) v = Reshape (v5, joined)
     k = Transpose <perm = [0, 1, 3, 2]> (k6)
     s0 = MatMul (q, k) s1 = Mul (s0, scale) s2 = Add (s1, mask)
     p = Softmax <axis = -1> (s2)
     c0 = MatMul (p, v) c1 = Transpose <perm = [0, 2, 1, 3]> (c0)
-    os = Constant <value_ints = [0, 0, 32]> () c = Reshape (c1, os)
+    c = Reshape (c1, join)
     y = MatMul (c, wo) }"""
+
+
+INTEGERS = {
+    "zero": np.array(0),
+    "one": np.array(1),
+    "zeros": np.array([0]),
+    "heads": np.array([HEADS]),
+    "size": np.array([SIZE]),
+    "all": np.array([D]),
+    "split": np.array([0, 0, HEADS, SIZE]),
+    "join": np.array([0, 0, D]),
+}
 
 
 def low(rng: np.random.Generator, c: int, heads: int, size: int, rank: int) -> np.ndarray:
@@ -73,7 +81,7 @@ def weights(rank: int = RANK, dtype: Any = np.float32, **others: Any) -> dict[st
         made[f"b{name[1]}"] = np.concatenate(bias)
     made |= {"wo": rng.standard_normal((HEADS * SIZE, D)) / 5, "bo": rng.standard_normal(D)}
     made["scale"] = np.array(np.sqrt(SIZE))
-    return {name: np.asarray(value, dtype) for name, value in (made | others).items()}
+    return {name: np.asarray(value, dtype) for name, value in (made | others).items()} | INTEGERS
 
 
 def grouped(rank: int = RANK) -> dict[str, np.ndarray]:
@@ -81,7 +89,10 @@ def grouped(rank: int = RANK) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(4)
     made = {"wq": low(rng, D, 4, SIZE, rank), "wo": rng.standard_normal((32, D)) / 5}
     made |= {name: low(rng, D, 2, SIZE, rank) for name in ("wk", "wv")}
-    return {name: value.astype(np.float32) for name, value in {**made, "scale": np.array(0.35)}.items()}
+    floats = {name: value.astype(np.float32) for name, value in {**made, "scale": np.array(0.35)}.items()}
+    many, few, joined = [0, 0, 4, SIZE], [0, 0, 2, SIZE], [0, 4, -1, SIZE]
+    numbers = {"many": many, "few": few, "joined": joined, "repeat": [1, 1, 2, 1, 1], "axis": [2]}
+    return floats | {name: np.array(value) for name, value in {**numbers, "join": [0, 0, 32]}.items()}
 
 
 def bert(shapes: str = CONSTANT, text: str = BERT, dtype: str = "float", **others: Any) -> ModelProto:
@@ -89,7 +100,7 @@ def bert(shapes: str = CONSTANT, text: str = BERT, dtype: str = "float", **other
     body = text.replace("SHAPES", shapes).replace("float[", f"{dtype}[")
     kind = np.dtype(np.float16) if dtype == "float16" else np.dtype(np.float32)
     made = weights(dtype=kind, **others)
-    return model(body, **{name: value for name, value in made.items() if name in body})
+    return model(body, **{name: made[name] for name in made if re.search(rf"\b{name}\b(?! =)", body)})
 
 
 def inputs(

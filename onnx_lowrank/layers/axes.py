@@ -60,12 +60,13 @@ def regrouped(axes: Axes, sizes: Sequence[int]) -> Axes | None:
             else:
                 return None
         made.append(_joined(axis))
-    return None if waiting or size_of(axes) != prod(sizes) else tuple(made)
+    return None if waiting else tuple(made)
 
 
-def size_of(axes: Axes) -> int:
-    """The number of elements."""
-    return prod(part.size for axis in axes for part in axis)
+def permuted(axes: Axes, order: Sequence[int]) -> Axes | None:
+    """The axes in another order; None if it is no order of them."""
+    is_order = sorted(order) == list(range(len(axes)))
+    return tuple(axes[axis] for axis in order) if is_order else None
 
 
 def _joined(axis: Iterable[Part]) -> tuple[Part, ...]:

@@ -20,17 +20,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from onnx_lowrank.core.layer import Between, Narrowing
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
-from onnx_lowrank.graph.weights import constant
-from onnx_lowrank.layers.axes import INSIDE, Axes, Part, axes_of, inside, regrouped, shared_heads
+from onnx_lowrank.graph.weights import FLOATS, constant
+from onnx_lowrank.layers.axes import INSIDE, Axes, Part, axes_of, inside, permuted, regrouped, shared_heads
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Hidden, Pin, Size
 from onnx_lowrank.layers.hidden import channel_axis, is_plain, place_of
+from onnx_lowrank.layers.sizes import Sizes
 from onnx_lowrank.operators import registry
-from onnx_lowrank.operators.operator import known
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +165,7 @@ class _Search:
         self._model = model
         self._walk = walk
         self._plain = plain
-        self._sizes = sizes
+        self._sizes = Sizes(model, walk, sizes)
         self._head = 0
         self._nodes: set[tuple[Place, int]] = set()
         self._tensors: dict[str, tuple[Any, Axes]] = {}
@@ -173,7 +175,7 @@ class _Search:
     def values(self, product: Place) -> _Found | str:
         """The layer that reads the result of attention, and the one that computes the values."""
         result, right = self._walk.result(product), self._walk.operand(product, 1)
-        shape, given = self._size(result), self._size(right)
+        shape, given = self._sizes.of(result), self._sizes.of(right)
         if shape is None or given is None or min(len(shape), len(given)) < 2:
             return _UNKNOWN
         self._head = shape[-1]
@@ -193,7 +195,7 @@ class _Search:
     def scores(self, product: Place) -> _Found | str:
         """The layer that computes the queries, and the one that computes the keys."""
         left, right = (self._walk.operand(product, index) for index in (0, 1))
-        queries, keys = self._size(left), self._size(right)
+        queries, keys = self._sizes.of(left), self._sizes.of(right)
         if queries is None or keys is None or min(len(queries), len(keys)) < 2:
             return _UNKNOWN
         self._head = queries[-1]
@@ -217,7 +219,7 @@ class _Search:
         if not chain:
             return False
         *between, softmax = chain
-        rank = len(self._size(self._walk.result(product)) or ())
+        rank = len(self._sizes.of(self._walk.result(product)) or ())
         axis = attribute_of(self._walk.node(softmax), "axis", -1 if self._walk.opsets[""] >= 13 else 1)
         only = all(is_op(self._walk.node(p), ("Mul", "Div", "Add", "Cast", "Identity")) for p in between)
         scales = [p for p in between if is_op(self._walk.node(p), ("Mul", "Div"))]
@@ -268,10 +270,12 @@ class _Search:
                 return operand
             self._nodes.add((place, operand))
             tensor = self._walk.operand(place, operand)
-            before = self._before(place, axes, self._size(tensor))
+            before = self._before(place, axes, self._sizes.of(tensor))
             if isinstance(before, str):
                 return before
             axes = before
+            if not self._fits(tensor, axes):
+                return _MIXED
 
     def _ahead(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
         """Walk from a tensor to the layer that reads it, and follow its axes."""
@@ -292,14 +296,22 @@ class _Search:
             tensor = self._walk.result(place)
             if tensor is None:
                 return _NO_LAYER
-            behind = self._behind(place, axes, self._size(tensor))
+            behind = self._behind(place, axes, self._sizes.of(tensor))
             if isinstance(behind, str):
                 return behind
             axes = behind
+            if not self._fits(tensor, axes):
+                return _MIXED
+
+    def _fits(self, tensor: Any, axes: Axes) -> bool:
+        """Whether a tensor has these axes; an operator that broadcasts may give it others."""
+        return self._sizes.of(tensor) == tuple(prod(part.size for part in axis) for axis in axes)
 
     def _data(self, place: Place) -> int | str:
         """The operand with the heads, of an operator that may lie between (rule 2)."""
         node = self._walk.node(place)
+        if is_op(node, ("Cast",)) and attribute_of(node, "to", 0) not in FLOATS:
+            return _OTHER
         if is_op(node, _SAME | _ANEW | {"Transpose", "Expand"}):
             return 0
         if is_op(node, ("Mul", "Div")) and (scaled := self._scaled(place)) is not None:
@@ -318,7 +330,7 @@ class _Search:
         """The operand of a Mul or Div that meets a single number; None if there is none."""
         operands = (0,) if is_op(self._walk.node(place), ("Div",)) else (0, 1)
         for operand in operands:
-            shape = self._size(self._walk.operand(place, 1 - operand))
+            shape = self._sizes.of(self._walk.operand(place, 1 - operand))
             if shape is not None and prod(shape) == 1:
                 return operand
         return None
@@ -336,8 +348,7 @@ class _Search:
         if sizes is None:
             return _UNKNOWN
         if is_op(node, ("Transpose",)):
-            order = self._order(place, len(axes))
-            return tuple(axes[order.index(axis)] for axis in range(len(axes)))
+            return permuted(axes, np.argsort(self._order(place, len(axes))).tolist()) or _MIXED
         if is_op(node, ("Expand",)):
             rest = axes[len(axes) - len(sizes) :]
             made = tuple(() if size == 1 else axis for axis, size in zip(rest, sizes, strict=True))
@@ -353,7 +364,7 @@ class _Search:
         if sizes is None:
             return _UNKNOWN
         if is_op(node, ("Transpose",)):
-            return tuple(axes[axis] for axis in self._order(place, len(axes)))
+            return permuted(axes, self._order(place, len(axes))) or _MIXED
         if is_op(node, _ANEW):
             made = regrouped(axes, sizes)
             return _MIXED if made is None else self._resized(place, axes, made) or made
@@ -403,9 +414,6 @@ class _Search:
 
     # --- sizes ------------------------------------------------------------------------------------
 
-    def _size(self, tensor: Any) -> tuple[int, ...] | None:
-        return known(shape_of(self._walk, self._sizes, tensor))
-
     def _resized(self, place: Place, before: Axes, after: Axes) -> str:
         """Rule 4: note the number in the target of a Reshape or Expand; why the heads stay, or ""."""
         first, axis = inside(before, self._head), inside(after, self._head)
@@ -413,10 +421,10 @@ class _Search:
             return _MIXED
         if not is_op(self._walk.node(place), ("Reshape", "Expand")):
             return ""
-        target = self._size(self._walk.operand(place, 1))
+        target = self._sizes.of(self._walk.operand(place, 1))
         # Expand may leave out the first axes.
         index = -1 if target is None or len(target) != 1 else axis - len(after) + target[0]
-        found = self._entry(place, index)
+        found = self._sizes.entry(place, index)
         if found is None:
             return _COMPUTED
         size, number = found
@@ -427,28 +435,6 @@ class _Search:
         elif number != -1 and not is_copied and not is_free:
             return _COMPUTED
         return ""
-
-    def _entry(self, place: Place, index: int) -> tuple[Size, int] | None:
-        """A number of the shape that a node reads, and its place; None if it is computed."""
-        tensor = self._walk.operand(place, 1)
-        if tensor is None or index < 0:
-            return None
-        value = constant(self._walk, self._model, tensor)
-        if value is not None:
-            return Size(place, 1, None, index), int(value.ravel()[index])
-        concat = self._walk.producer(tensor)
-        if concat is None or concat.scope or not is_op(self._walk.node(concat), ("Concat",)):
-            return None
-        for part in range(len(self._walk.node(concat).input)):
-            piece = self._walk.operand(concat, part)
-            length = self._size(piece)
-            if length is None or len(length) != 1:
-                return None
-            if index < length[0]:
-                value = constant(self._walk, self._model, piece)
-                return None if value is None else (Size(place, 1, part, index), int(value.ravel()[index]))
-            index -= length[0]
-        return None
 
     def _pins(self) -> tuple[Pin, ...] | str:
         """Rule 3: the numbers that Shapes give of the tensors between; or why the heads stay."""
@@ -462,53 +448,8 @@ class _Search:
                     continue
                 if axis is None or not is_op(self._walk.node(place), ("Shape",)):
                     return _READ
-                found = self._pinned(place, axis, len(axes), prod(part.size for part in axes[axis]))
+                found = self._sizes.pins(place, axis, len(axes), prod(part.size for part in axes[axis]))
                 if found is None:
                     return _COMPUTED
                 pins += found
         return tuple(pins)
-
-    def _pinned(self, shape: Place, axis: int, rank: int, value: int) -> list[Pin] | None:
-        """The readers of the size of an axis; None if it cannot be told from the other sizes."""
-        node, result = self._walk.node(shape), self._walk.result(shape)
-        ends = attribute_of(node, "start", 0), attribute_of(node, "end", rank)
-        given = list(range(rank))[ends[0] : ends[1]]
-        if axis not in given:
-            return []
-        if result is None or self._walk.is_output(result):
-            return None
-        pins: list[Pin] = []
-        for place, operand in self._walk.consumers(result):
-            picked = _picked(self._model, self._walk, place, operand, given)
-            if picked is None:
-                return None
-            numbers, dims = picked
-            if axis not in numbers:
-                continue
-            chosen = self._walk.result(place)
-            if set(numbers) != {axis} or chosen is None or self._walk.is_output(chosen):
-                return None
-            pins += [Pin(*reader, value, dims) for reader in self._walk.consumers(chosen)]
-        return pins
-
-
-def _picked(
-    model: Model, walk: Walk, place: Place, operand: int, given: Sequence[int]
-) -> tuple[list[int], tuple[int, ...]] | None:
-    """The axes whose sizes a Gather or Slice takes out of a shape, and the shape of its result."""
-    node = walk.node(place)
-    if operand == 0 and is_op(node, ("Gather",)):
-        indices = constant(walk, model, walk.operand(place, 1))
-        if indices is None or any(not -len(given) <= index < len(given) for index in indices.ravel()):
-            return None
-        return [given[int(index)] for index in indices.ravel()], indices.shape
-    if operand == 0 and is_op(node, ("Slice",)) and len(node.input) >= 3:
-        ends = [constant(walk, model, walk.operand(place, index)) for index in (1, 2)]
-        steps = walk.operand(place, 4)
-        step = None if steps is None else constant(walk, model, steps)
-        if any(end is None or end.size != 1 for end in ends) or (steps is not None and step is None):
-            return None
-        first, last = (int(end.ravel()[0]) for end in ends if end is not None)
-        taken = list(given)[first : last : 1 if step is None else int(step.ravel()[0])]
-        return taken, (len(taken),)
-    return None
