@@ -81,7 +81,7 @@ def weights(rank: int = RANK, dtype: Any = np.float32, **others: Any) -> dict[st
         made[f"b{name[1]}"] = np.concatenate(bias)
     made |= {"wo": rng.standard_normal((HEADS * SIZE, D)) / 5, "bo": rng.standard_normal(D)}
     made["scale"] = np.array(np.sqrt(SIZE))
-    return {name: np.asarray(value, dtype) for name, value in (made | others).items()} | INTEGERS
+    return {name: np.asarray(value, dtype) for name, value in made.items()} | INTEGERS | others
 
 
 def grouped(rank: int = RANK) -> dict[str, np.ndarray]:
