@@ -11,7 +11,7 @@ from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import assumed, example, infer, open_inputs
+from onnx_lowrank.graph.shapes import example, infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
@@ -90,9 +90,7 @@ def find_layers(
     ran = running(scopes)
     bindings = _acquainted(walk, tuple(_idle(binding, ran) for binding in bindings))
     bindings = _paired(model, walk, bindings)
-    unfixed = open_inputs(model, inferred)
-    sizes = infer(model, assumed(model, inferred, shapes)) if unfixed else inferred
-    met = attention(model, walk, bindings, inferred, sizes)
+    met = attention(model, walk, bindings, inferred, shapes)
     bindings = tuple(_attending(binding, met) for binding in bindings)
     reasons = {label(walk.node(place)): reason for place, reason in met.left.items()}
     skipped = tuple(_with_heads(operator, reasons) for operator in skipped)
@@ -101,6 +99,7 @@ def find_layers(
         for operator in skipped
         if unselected(_names(operator), include, exclude)
     )
+    unfixed = open_inputs(model, inferred)
     words = example(inferred, unfixed[0]) if unfixed else ""
     found = Found(model, walk, bindings, skipped, scopes, unfixed, spared, words)
     for pattern in (*include, *exclude):
@@ -148,7 +147,7 @@ def _attending(binding: Binding, met: Attention) -> Binding:
 def _with_heads(operator: Skipped, reasons: Mapping[str, str]) -> Skipped:
     """An operator that is left alone; one of attention also says why its heads stay as they are."""
     reason = "" if operator.scope else reasons.get(operator.name, "")
-    return replace(operator, reason=f"{operator.reason}; {reason}") if reason else operator
+    return replace(operator, reason=f"{operator.reason}; its heads stay: {reason}") if reason else operator
 
 
 def _idle(binding: Binding, running: Container[str]) -> Binding:

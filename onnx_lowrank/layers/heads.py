@@ -15,7 +15,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,13 +24,14 @@ import numpy as np
 
 from onnx_lowrank.core.layer import Between, Narrowing
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import Shapes, shape_of
+from onnx_lowrank.graph.shapes import Shapes, assumed, infer, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
 from onnx_lowrank.graph.weights import FLOATS, constant
 from onnx_lowrank.layers.axes import INSIDE, Axes, Part, axes_of, inside, permuted, regrouped, shared_heads
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Hidden, Pin, Size
 from onnx_lowrank.layers.hidden import channel_axis, is_plain, place_of
+from onnx_lowrank.layers.products import products, softmax_behind
 from onnx_lowrank.layers.sizes import Sizes
 from onnx_lowrank.operators import registry
 
@@ -39,11 +40,8 @@ _log = logging.getLogger(__name__)
 _SAME = frozenset({"Identity", "Cast", "Dropout"})
 _ANEW = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _CUTS = frozenset({"Split", "Slice", "Gather"})
-_MASKS = frozenset({"Cast", "Dropout", "Identity", "Where", "Mul", "Div", "Add"})
-"""Operators between scores and their Softmax, and between the Softmax and the values."""
-
-_NEAR = 12
-"""So many operators at most lie between a MatMul and its Softmax."""
+_LONGEST = 64
+"""So many operators at most lie between a MatMul and a layer."""
 
 _UNKNOWN = "the sizes between are unknown: pass --input-shape"
 _READ = "other operators read the tensors between, or the model returns them"
@@ -70,7 +68,11 @@ class Attention:
 
 
 def attention(
-    model: Model, walk: Walk, bindings: Sequence[Binding], shapes: Shapes, sizes: Shapes
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
+    shapes: Shapes,
+    input_shapes: Mapping[str, tuple[int, ...]],
 ) -> Attention:
     """The layers whose heads can be narrowed.
 
@@ -79,12 +81,16 @@ def attention(
         walk: Its walk.
         bindings: Its layers, in graph order.
         shapes: Its inferred shapes.
-        sizes: Its shapes with assumed sizes for open dimensions.
+        input_shapes: The shapes of inputs that the user fixes.
     """
+    met = list(products(walk))
+    if not met:
+        return Attention({}, {})
+    sizes = Sizes(model, walk, infer(model, assumed(model, shapes, input_shapes)))
     plain = {place_of(binding): binding for binding in bindings if is_plain(walk, binding)}
     pairs: dict[str, tuple[Narrowing, Hidden]] = {}
     left = {}
-    for place, between in _products(walk):
+    for place, between in met:
         search = _Search(model, walk, plain, sizes)
         found = search.values(place) if between is Between.VALUES else search.scores(place)
         if isinstance(found, str):
@@ -95,53 +101,6 @@ def attention(
         narrowing = Narrowing(between, (partner.layer,), heads, _macs(walk, shapes, place, owner, between))
         pairs[owner.layer.id] = narrowing, hidden
     return Attention(pairs, left)
-
-
-def _products(walk: Walk) -> Iterator[tuple[Place, Between]]:
-    """Rule 1: the MatMuls of attention in the main graph."""
-    for place in walk.places():
-        if place.scope or not is_op(walk.node(place), ("MatMul",)):
-            continue
-        if any(
-            walk.operand(place, n) is None or walk.producer(walk.operand(place, n)) is None for n in (0, 1)
-        ):
-            continue
-        if _softmax_before(walk, place):
-            yield place, Between.VALUES
-        elif _softmax_behind(walk, place) is not None:
-            yield place, Between.SCORES
-
-
-def _softmax_before(walk: Walk, place: Place) -> bool:
-    """Whether the left operand of a MatMul comes from a Softmax."""
-    waiting, seen = [walk.operand(place, 0)], 0
-    while waiting and seen < _NEAR:
-        tensor, seen = waiting.pop(), seen + 1
-        producer = None if tensor is None else walk.producer(tensor)
-        if producer is None:
-            continue
-        node = walk.node(producer)
-        if is_op(node, ("Softmax",)):
-            return True
-        if is_op(node, _MASKS):
-            waiting += [walk.operand(producer, index) for index in range(len(node.input))]
-    return False
-
-
-def _softmax_behind(walk: Walk, place: Place) -> list[Place] | None:
-    """The operators from a MatMul to the Softmax of its result, which the list includes; None without one."""
-    chain: list[Place] = []
-    tensor = walk.result(place)
-    while tensor is not None and len(chain) < _NEAR:
-        readers = [reader for reader, _ in walk.consumers(tensor)]
-        chosen = [r for r in readers if is_op(walk.node(r), _MASKS | {"Softmax"})]
-        if len(chosen) != 1:
-            return None
-        chain += chosen
-        if is_op(walk.node(chosen[0]), ("Softmax",)):
-            return chain
-        tensor = walk.result(chosen[0])
-    return None
 
 
 def _macs(walk: Walk, shapes: Shapes, place: Place, owner: Binding, between: Between) -> int:
@@ -161,11 +120,11 @@ _Found = tuple[Binding, Binding, Hidden, int]
 class _Search:
     """Follows the heads from one MatMul to the layers on both sides."""
 
-    def __init__(self, model: Model, walk: Walk, plain: Mapping[Place, Binding], sizes: Shapes) -> None:
+    def __init__(self, model: Model, walk: Walk, plain: Mapping[Place, Binding], sizes: Sizes) -> None:
         self._model = model
         self._walk = walk
         self._plain = plain
-        self._sizes = Sizes(model, walk, sizes)
+        self._sizes = sizes
         self._head = 0
         self._nodes: set[tuple[Place, int]] = set()
         self._tensors: dict[str, tuple[Any, Axes]] = {}
@@ -215,7 +174,7 @@ class _Search:
 
     def _ignores_shift(self, product: Place) -> bool:
         """Whether a Softmax over the keys follows behind a scale and the addition of a mask."""
-        chain = _softmax_behind(self._walk, product) or []
+        chain = softmax_behind(self._walk, product) or []
         if not chain:
             return False
         *between, softmax = chain
@@ -258,7 +217,7 @@ class _Search:
 
     def _back(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
         """Walk from a tensor to the layer that computes it, and follow its axes."""
-        while True:
+        for _ in range(_LONGEST):
             self._tensors[tensor.name] = tensor, axes
             place = self._walk.producer(tensor)
             if place is None or place.scope:
@@ -276,10 +235,11 @@ class _Search:
             axes = before
             if not self._fits(tensor, axes):
                 return _MIXED
+        return _NO_LAYER
 
     def _ahead(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
         """Walk from a tensor to the layer that reads it, and follow its axes."""
-        while True:
+        for _ in range(_LONGEST):
             self._tensors[tensor.name] = tensor, axes
             found = [r for r in self._walk.consumers(tensor) if not is_op(self._walk.node(r[0]), ("Shape",))]
             if len(found) != 1 or found[0][0].scope:
@@ -302,6 +262,7 @@ class _Search:
             axes = behind
             if not self._fits(tensor, axes):
                 return _MIXED
+        return _NO_LAYER
 
     def _fits(self, tensor: Any, axes: Axes) -> bool:
         """Whether a tensor has these axes; an operator that broadcasts may give it others."""
