@@ -103,23 +103,24 @@ def candidates(
 
 
 def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
-    """The widths to which a layer's input channels can be narrowed, each with the saving of its producers.
+    """The widths to which a layer can be narrowed, each with the saving of its partners.
 
     Args:
-        layer: A layer with producers.
-        errors: The errors at the widths 0 … c, in the recipe's measure.
-        grid: The block of which widths are multiples, and the costs.
+        layer: A layer with partners.
+        errors: The errors at the widths 0 … full width, in the recipe's measure.
+        grid: The block of which widths, or those of a head, are multiples; and the costs.
 
     Raises:
         InputError: The costs depend on an unknown dimension.
     """
-    tariff = _Together(grid.costs.tariff(layer), layer.narrow_fold, Lowering.NARROW)
-    widths = np.arange(grid.block, layer.c, grid.block, dtype=np.int64)
+    step = layer.width_step
+    tariff = _Together(grid.costs.tariff(layer), layer.narrow_fold, Lowering.NARROW, step)
+    widths = np.arange(step * grid.block, layer.width, step * grid.block, dtype=np.int64)
     rows = [np.array([[-1], [0], [0], [0], [tariff.keep], [tariff.keep]])]
     if widths.size:
         rows.append(_options(layer, tariff.fold, 1, widths, (tariff, tariff)))
     table = np.concatenate(rows, axis=1, dtype=np.int64)
-    table[3, 1:] = layer.c
+    table[3, 1:] = layer.width
     error = _rounded(np.concatenate([np.zeros(1), errors[widths]]))
     front = _pareto(table, error)
     folds, k, j, full, costs, _ = table[:, front]
@@ -180,19 +181,21 @@ class _Together:
         layer: The costs of the layer's options.
         fold: The fold of these options.
         way: Their lowering.
+        step: The number of which their ranks are multiples.
     """
 
     layer: Tariff
     fold: Fold
     way: Lowering
+    step: int = 1
 
     @property
     def keep(self) -> int:
         return self.layer.keep
 
     def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
-        first, second = (self.cost(Option(fold, k, rank, self.way)) for rank in (1, 2))
-        return first + (ranks - 1) * (second - first)
+        first, second = (self.cost(Option(fold, k, n * self.step, self.way)) for n in (1, 2))
+        return first + (ranks // self.step - 1) * (second - first)
 
     def cost(self, option: Option | None) -> int:
         return self.layer.cost(option)

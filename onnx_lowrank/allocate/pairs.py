@@ -19,8 +19,7 @@ from onnx_lowrank.allocate.cost import Costs, Ints
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, narrowings, sharings
-from onnx_lowrank.core.layer import Layer, narrow_layers
-from onnx_lowrank.core.option import Lowering, Option
+from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.plan import Aggregate, Choice
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.measures import Floats
@@ -42,19 +41,21 @@ class Pair:
     """Layers that are narrowed together.
 
     Attributes:
-        table: The narrowings; index 0 keeps all channels.
-        members: Indices of the layers; the consumer, whose id the table has, is the last one.
-        shares: For every member, its own cost under every narrowing. The costs of the channels beside them
+        table: The narrowings; index 0 keeps the full width.
+        members: Indices of the layers: the partners, then the layer with the id of the table.
+        shares: For every member, its own cost under every narrowing. The costs of the numbers between them
             are only in the table.
+        widths: For every partner, the features that it keeps under every narrowing.
     """
 
     table: Candidates
     members: Picks
     shares: tuple[Ints, ...]
+    widths: tuple[Ints, ...]
 
     @property
     def tables(self) -> tuple[Candidates | None, ...]:
-        """The candidates of every member; None for the producers, which are kept beside a narrowing."""
+        """The candidates of every member; None for the partners, which are kept beside a narrowing."""
         return (*[None] * (len(self.members) - 1), self.table)
 
 
@@ -79,7 +80,7 @@ def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[C
 
     Args:
         layers: All layers, in graph order.
-        errors: The errors of consumers at the widths 0 … c, by id.
+        errors: The errors of layers with partners at the widths 0 … full width, by id.
         grid: The widths to choose from, and their costs.
 
     Raises:
@@ -90,21 +91,23 @@ def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[C
     for layer in layers:
         if layer.id in errors:
             table = narrowings(layer, errors[layer.id], grid)
-            producers = (numbers[producer.id] for producer in layer.producers)
-            made.append(Pair(table, (*producers, numbers[layer.id]), _shares(layer, table.j, grid)))
+            members = tuple(numbers[member.id] for member in (*layer.partners, layer))
+            partners = (partner.f * table.j // layer.width for partner in layer.partners)
+            made.append(Pair(table, members, _costs_of_widths(layer, table.j, grid), tuple(partners)))
     return tuple(pair for pair in made if pair.table.cost.size > 1)
 
 
-def _shares(layer: Layer, widths: Ints, grid: Grid[Costs]) -> tuple[Ints, ...]:
-    """The costs of every member of a pair by the width, in which they are linear; width 0 keeps all."""
-    options = (Option(layer.narrow_fold, 1, width, Lowering.NARROW) for width in (1, 2))
-    narrow, wider = (narrow_layers([(layer, option)]) for option in options)
-
-    def costs(member: Layer) -> Ints:
-        first, second = (grid.costs.tariff(made[member.id]).keep for made in (narrow, wider))
-        return np.where(widths > 0, first + (widths - 1) * (second - first), grid.costs.tariff(member).keep)
-
-    return tuple(costs(member) for member in (*layer.producers, layer))
+def _costs_of_widths(layer: Layer, widths: Ints, grid: Grid[Costs]) -> tuple[Ints, ...]:
+    """The own costs of the partners and of the layer, which are linear; width 0 keeps the full one."""
+    step = layer.width_step
+    made = []
+    for whole, *few in zip(
+        (*layer.partners, layer), layer.at_width(step), layer.at_width(2 * step), strict=True
+    ):
+        first, second = (grid.costs.tariff(less).keep for less in few)
+        costs = first + (widths // step - 1) * (second - first)
+        made.append(np.where(widths > 0, costs, grid.costs.tariff(whole).keep))
+    return tuple(made)
 
 
 def sharers(layer: Layer) -> tuple[tuple[str, ...], ...]:
@@ -144,13 +147,13 @@ def sharings_of(
 class _Unit:
     """What is chosen together: one layer (index 0 keeps it), or a group (index 0 is not taken).
 
-    The producers of a narrowed layer have no table; `shares` has the costs of all its members.
+    The partners of a narrowed layer have no table; the pair has their costs.
     """
 
     members: Picks
     tables: tuple[Candidates | None, ...]
     indices: range
-    shares: tuple[Ints, ...] = ()
+    pair: Pair | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +248,8 @@ class Classes:
         """The groups that are taken, and the layers of the class that are in none of them."""
         for group in taken:
             size = max(0 if table is None else table.cost.size for table in group.tables)
-            shares = group.shares if isinstance(group, Pair) else ()
-            yield _Unit(group.members, group.tables, range(1, size), shares)
+            pair = group if isinstance(group, Pair) else None
+            yield _Unit(group.members, group.tables, range(1, size), pair)
         inside = {member for group in taken for member in group.members}
         yield from (self._alone(member) for member in members if member not in inside)
 
@@ -339,23 +342,23 @@ def _front(cost: Ints, value: Floats) -> list[int]:
 
 
 def _chosen(layers: Sequence[Candidates], unit: _Unit, index: int) -> Mapping[int, Choice]:
-    """The choices for the layers of a unit; the producers of a narrowed layer say why they have no option."""
-    made = {}
-    for position, (member, table) in enumerate(zip(unit.members, unit.tables, strict=True)):
-        if table is None:
-            cost = int(unit.shares[position][index])
-            made[member] = Choice(layers[member].layer, None, cost, 0.0, _narrowed(layers, unit, index))
-        else:
-            # The table of a pair has the saving of the whole pair.
-            costs = unit.shares[position] if unit.shares else table.cost
-            made[member] = Choice(
-                table.layer, table.option(index), int(costs[index]), float(table.error[index])
-            )
+    """The choices for the layers of a unit; the partners of a narrowed layer say why they have no option."""
+    if unit.pair is not None:
+        return _narrowed(layers, unit.pair, index)
+    return {
+        member: Choice(table.layer, table.option(index), int(table.cost[index]), float(table.error[index]))
+        for member, table in zip(unit.members, unit.tables, strict=True)
+        if table is not None
+    }
+
+
+def _narrowed(layers: Sequence[Candidates], pair: Pair, index: int) -> Mapping[int, Choice]:
+    """The choices for the members of a pair. Each has its own cost; the table's has the savings of all."""
+    *costs, own = (int(share[index]) for share in pair.shares)
+    *partners, member = pair.members
+    table, made = pair.table, {}
+    for partner, cost, widths in zip(partners, costs, pair.widths, strict=True):
+        reason = f"narrowed to {int(widths[index])} channels with {table.layer}"
+        made[partner] = Choice(layers[partner].layer, None, cost, 0.0, reason)
+    made[member] = Choice(table.layer, table.option(index), own, float(table.error[index]))
     return made
-
-
-def _narrowed(layers: Sequence[Candidates], unit: _Unit, index: int) -> str:
-    """Why a producer has no option of its own."""
-    consumer = unit.tables[-1]
-    width = 0 if consumer is None else int(consumer.j[index])
-    return f"narrowed to {width} channels with {layers[unit.members[-1]].layer}"

@@ -97,7 +97,7 @@ class Budget(ABC):
         is_measured: Whether it measures because it has no formula. Then plans are settled, and the finished
             model has to keep the ratio. Only budgets with a formula can be prices.
         tolerance: The share of the ratio by which a model may exceed it before the report warns.
-        narrows: Whether it counts layers with fewer channels (`Lowering.NARROW`), so plans may drop some.
+        narrows: Whether it counts narrower layers (`Lowering.NARROW`), so plans may have some.
         shares: Whether it counts encoders that layers share (`Lowering.SHARED`), so plans may have some.
         is_aligned: Whether ranks are multiples of the provider's block unless the user says otherwise.
     """

@@ -54,17 +54,24 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
     if option is None:
         return layer.size * use.evaluations.dense
     if option.lowering is Lowering.NARROW:
-        # Every producer has one use, in the scope of this one, so both run equally often.
-        counts = [macs(producer) for producer in layer.producers]
-        if None in counts or layer.per_channel.macs is None:
-            return None
-        each = sum((count or 0) // layer.c for count in counts) + layer.per_channel.macs
-        return layer.reading(option.j).size * use.evaluations.dense - each * (layer.c - option.j)
+        return _narrow_macs(layer, option.j)
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     if option.lowering is Lowering.SHARED and not layer.has_encoder:
         encoder = 0
     at_encoder, at_decoder = use.evaluations.factors[option.fold]
     return option.j * (encoder * at_encoder + decoder * at_decoder)
+
+
+def _narrow_macs(layer: Layer, width: int) -> int | None:
+    """Multiply-accumulates of a narrow layer, less what is saved by its partners and between them."""
+    *partners, own = layer.at_width(width)
+    before, after = [macs(partner) for partner in layer.partners], [macs(less) for less in partners]
+    kept, beside = macs(own), layer.beside.macs
+    if kept is None or beside is None or None in before or None in after:
+        return None
+    # All have one use, in one scope, and so run equally often.
+    saved = sum(count or 0 for count in before) - sum(count or 0 for count in after)
+    return kept - saved - beside * (layer.width - width) // layer.width
 
 
 def known_macs(layer: Layer, option: Option | None = None) -> int:

@@ -25,8 +25,8 @@ def parameters(layer: Layer, option: Option | None = None) -> int:
     if option is None:
         return layer.size + layer.freed
     if option.lowering is Lowering.NARROW:
-        between = option.j * layer.per_channel.stored - layer.c * layer.per_channel.owned
-        return layer.narrowed(option.j, parameters) + between
+        beside = layer.beside.stored * option.j // layer.width - layer.beside.owned
+        return layer.narrowed(option.j, parameters) + beside
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     if option.lowering is Lowering.SHARED and not layer.has_encoder:
         encoder = 0

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import Part, split, whole
@@ -38,6 +37,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
+from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE
 from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
@@ -93,14 +93,14 @@ class Statistics(Mapping[str, LayerMoments]):
     Attributes:
         reasons: For each layer without moments, the reason.
         batch: The number of samples that were run at a time.
-        kept: For layers that can be narrowed, their input channels in the order of their worth, once known.
+        ways: For layers that can be narrowed, the way to do it, once known.
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
         """Start without moments of these layers."""
         self.reasons: dict[str, str] = {}
         self.batch = _UNMEASURED
-        self.kept: dict[str, NDArray[np.intp]] = {}
+        self.ways: dict[str, Way] = {}
         self._layers = tuple(layers)
         self._references: dict[str, MomentsRef] = {}
         self._folder = TemporaryDirectory(prefix="onnx-lowrank-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from math import prod
 
 import numpy as np
@@ -93,19 +94,49 @@ class Use:
     evaluations: Evaluations | None = None
 
 
+class Between(StrEnum):
+    """The numbers between layers that are narrowed together.
+
+    CHANNELS: the partners compute the layer's input channels, each by itself, and some are dropped. VALUES:
+    the partner computes the values of attention, whose result the layer reads, and every head gets smaller.
+    SCORES: the layer computes the queries of attention and the partner the keys, and every head gets smaller.
+    """
+
+    CHANNELS = "channels"
+    VALUES = "values"
+    SCORES = "scores"
+
+
 @dataclass(frozen=True, slots=True)
-class PerChannel:
-    """The costs for every hidden channel between a layer and its producers, without those of their weights.
+class Beside:
+    """The costs beside the weights of layers that are narrowed together; all are proportional to the width.
 
     Attributes:
-        stored: Parameters of a channel that stays: of biases, BatchNorms, depthwise convolutions.
-        owned: Those of them that nothing else reads, so that they go with a channel.
-        macs: MACs of the operators between; None if a dimension is unknown.
+        stored: Parameters that the full width would take: of biases, BatchNorms, depthwise convolutions.
+        owned: Parameters of the same kinds that go, since nothing else reads them.
+        macs: MACs of the operators between the layers at full width; None if a dimension is unknown.
     """
 
     stored: int = 0
     owned: int = 0
     macs: int | None = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """The layers that are narrowed together with a layer, without a new operator.
+
+    Attributes:
+        between: The numbers between them.
+        partners: The other layers, each of which loses output features.
+        heads: The number of heads into which the layer's width is cut; widths are multiples of it.
+        beside: The costs beside the layers' own weights.
+    """
+
+    between: Between
+    partners: tuple[Layer, ...]
+    heads: int = 1
+    beside: Beside = Beside()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +163,7 @@ class Layer:
         added: Parameters, without the factors', that rewriting adds (a new bias).
         whole: The ways in which a chain of one slice can be written.
         sliced: The ways in which a chain of several slices can be written.
-        producers: The layers that compute this layer's input channels, if each of their output features is
-            one channel and nothing else reads it. Channels can then be dropped on both sides.
-        per_channel: The costs of these channels beside the layers' own.
+        narrowing: The layers that can be narrowed together with this one; None if there are none.
         siblings: Ids of the layers that read the same tensor in the same way, this one included, in graph
             order. They can share an encoder. Empty if there is no other.
     """
@@ -154,8 +183,7 @@ class Layer:
     added: int = 0
     whole: tuple[Lowering, ...] = (Lowering.NATIVE,)
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
-    producers: tuple[Layer, ...] = ()
-    per_channel: PerChannel = PerChannel()
+    narrowing: Narrowing | None = None
     siblings: tuple[str, ...] = ()
 
     @property
@@ -170,7 +198,7 @@ class Layer:
 
     @property
     def narrow_fold(self) -> Fold:
-        """The fold of an encoder that selects whole input channels."""
+        """The fold of the factors of a narrow layer: the decoder holds the kernel."""
         return Fold.DECODE.on(self.kernel)
 
     @property
@@ -186,19 +214,54 @@ class Layer:
         """
         return self.siblings[:1] == (self.id,)
 
-    def reading(self, channels: int) -> Layer:
-        """The layer with fewer input channels; then its BatchNorm is folded."""
-        return replace(self, c=channels, freed=self.added)
+    @property
+    def partners(self) -> tuple[Layer, ...]:
+        """The layers that are narrowed together with this one."""
+        return () if self.narrowing is None else self.narrowing.partners
 
-    def narrowed(self, channels: int, cost: Callable[[Layer], int]) -> int:
-        """The cost of the layer with fewer input channels, less the saving of its producers.
+    @property
+    def beside(self) -> Beside:
+        """The costs beside the weights of the layers that are narrowed together."""
+        return Beside() if self.narrowing is None else self.narrowing.beside
+
+    @property
+    def width(self) -> int:
+        """The number of channels, or of features, that narrow options lower."""
+        return self.f if self.loses_features else self.c
+
+    @property
+    def loses_features(self) -> bool:
+        """Whether its narrow options lower its output features, and not its input channels."""
+        return self.narrowing is not None and self.narrowing.between is Between.SCORES
+
+    @property
+    def width_step(self) -> int:
+        """The number of which all widths are multiples."""
+        return 1 if self.narrowing is None else self.narrowing.heads
+
+    def at_width(self, width: int) -> tuple[Layer, ...]:
+        """The partners and this layer, in this order, as they are at a width.
+
+        A partner whose heads serve several heads of this layer has fewer features, in the same proportion.
+        """
+        # A narrow layer is written anew: its BatchNorm is folded, and its bias is the added one.
+        if self.loses_features:
+            own = replace(self, f=width, freed=self.added * width // self.f)
+        else:
+            own = replace(self, c=width, freed=self.added)
+        partners = (replace(layer, f=layer.f * width // self.width) for layer in self.partners)
+        return (*partners, own)
+
+    def narrowed(self, width: int, cost: Callable[[Layer], int]) -> int:
+        """The cost of the layer at a width, less the saving of its partners.
 
         Args:
-            channels: Number of input channels that stay.
+            width: The width.
             cost: The cost of a kept layer.
         """
-        saved = sum(cost(layer) - cost(replace(layer, f=channels)) for layer in self.producers)
-        return cost(self.reading(channels)) - saved
+        *partners, own = self.at_width(width)
+        saved = sum(cost(layer) - cost(less) for layer, less in zip(self.partners, partners, strict=True))
+        return cost(own) - saved
 
     def lowerings(self, k: int) -> tuple[Lowering, ...]:
         """The ways in which chains of k slices can be written."""
@@ -216,7 +279,7 @@ class Layer:
 
 
 def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, Layer]:
-    """The layers that a plan leaves with fewer channels, as they are then, by id.
+    """The layers that a plan leaves narrower, as they are then, by id.
 
     Args:
         options: Every layer with its option; None for a layer that the plan keeps.
@@ -224,8 +287,7 @@ def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, L
     narrow: dict[str, Layer] = {}
     for layer, option in options:
         if option is not None and option.lowering is Lowering.NARROW:
-            narrow[layer.id] = layer.reading(option.j)
-            narrow |= {producer.id: replace(producer, f=option.j) for producer in layer.producers}
+            narrow |= {less.id: less for less in layer.at_width(option.j)}
     return narrow
 
 

@@ -63,9 +63,10 @@ class Lowering(StrEnum):
 
     NATIVE uses the layer's own kind: Conv for convolutions, MatMul for matrices, batched MatMul for slices of
     matrices. CONV writes the slices of a matrix as a grouped Conv. MATMUL writes a convolution with a kernel
-    of size 1 as MatMuls. NARROW writes no chain: the encoder only selects input channels, so the layers
-    before compute no others, and the layer's own node applies the decoder. SHARED writes one encoder for all
-    layers that read the same tensor (`Layer.siblings`), and a decoder for each of them.
+    of size 1 as MatMuls. NARROW writes no chain: one factor selects channels, or has one block for each head
+    of attention, so that partners of the layer take it in; the layer's own node applies the other. SHARED
+    writes one encoder for all layers that read the same tensor (`Layer.siblings`), and a decoder for each of
+    them.
     """
 
     NATIVE = "native"

@@ -201,18 +201,18 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
 
 
 def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
-    """Check that producers of narrowed layers are kept, and that layers that share an encoder agree."""
+    """Check that partners of narrowed layers are kept, and that layers that share an encoder agree."""
     options = {choice.layer: choice.option for choice in plan.choices}
     for layer, option in options.items():
         if option is not None and option.lowering is Lowering.SHARED:
             _check_siblings(layers[layer], layers, options)
         if option is None or option.lowering is not Lowering.NARROW:
             continue
-        for producer in layers[layer].producers:
-            if options[producer.id] is not None:
+        for partner in layers[layer].partners:
+            if options[partner.id] is not None:
                 raise PlanError(
-                    f"The plan narrows {layer!r} and decomposes {producer.id!r}, which computes its "
-                    "channels: set fold, k and j of one of the two to null."
+                    f"The plan narrows {layer!r} and decomposes {partner.id!r}, which gets narrower with "
+                    "it: set fold, k and j of one of the two to null."
                 )
 
 
@@ -248,15 +248,21 @@ def _check_shared(layer: Layer, option: Option, name: str) -> None:
 def _check_narrow(layer: Layer, option: Option, name: str) -> None:
     if (option.fold, option.k) != (layer.narrow_fold, 1):
         raise PlanError(f"{name} can be narrowed with fold {layer.narrow_fold} and k = 1 only: set these.")
-    if not 1 <= option.j < layer.c:
+    least = layer.width_step
+    if not least <= option.j < layer.width:
         raise PlanError(
-            f"{name} cannot keep j = {option.j} channels: choose a number between 1 and {layer.c - 1}."
+            f"{name} cannot keep j = {option.j} channels: choose a number between {least} and "
+            f"{layer.width - least}."
+        )
+    if option.j % least:
+        raise PlanError(
+            f"{name} cannot keep j = {option.j} channels in {least} heads: choose a multiple of {least}."
         )
 
 
 def _check_option(layer: Layer, option: Option) -> None:
     name = f"In the plan, layer {layer.id!r}"
-    if option.lowering is Lowering.NARROW and layer.producers:
+    if option.lowering is Lowering.NARROW and layer.partners:
         _check_narrow(layer, option, name)
         return
     if option.lowering is Lowering.SHARED:

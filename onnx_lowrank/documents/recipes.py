@@ -35,7 +35,7 @@ class Recipe:
         factors: The target of the fit of the factors.
         recover: Fit every layer so that it gives the original outputs for the inputs that the compressed
             layers before it produce.
-        narrow: Drop channels between two layers, too (`Lowering.NARROW`).
+        narrow: Drop channels between two layers, and make heads smaller, too (`Lowering.NARROW`).
         share: Give layers that read the same tensor one encoder, too (`Lowering.SHARED`).
     """
 
@@ -98,7 +98,7 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 )
         is_ruled = self.aggregate is Aggregate.UNIFORM or self.price is not UNSET
         for key, value, what in (
-            ("narrow", self.narrow, "drop channels"),
+            ("narrow", self.narrow, "narrow layers"),
             ("share", self.share, "share encoders"),
         ):
             if value and is_ruled:

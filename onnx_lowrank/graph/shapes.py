@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import count
+from math import isqrt
 
 import onnx
 from onnx import ModelProto, ValueInfoProto
@@ -80,6 +82,38 @@ def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None
             size = _size(dim.dim_param, symbols)
             if size is not None and size <= _LARGEST_SIZE:
                 dim.dim_value = size
+
+
+def assumed(
+    model: Model, shapes: Shapes, input_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all inputs with an open dimension, with another prime for every size that is open.
+
+    They show which axis is which, in a model that lays out its tensors in the same way at all sizes.
+
+    Args:
+        model: The model.
+        shapes: Its inferred shapes.
+        input_shapes: The shapes of inputs that the user fixes.
+    """
+    inputs = {value.name: value for value in model.proto.graph.input}
+    sizes = _symbols(inputs, input_shapes)
+    primes = (n for n in count(3, 2) if all(n % m for m in range(3, isqrt(n) + 1, 2)))
+    made = dict(input_shapes)
+    for name in open_inputs(model, shapes):
+        known = shapes.get(("", name))
+        if known is None:
+            continue
+        dims = inputs[name].type.tensor_type.shape.dim
+        shape = []
+        for axis, (dim, n) in enumerate(zip(dims, known, strict=True)):
+            dimension = parse(dim.dim_param or f"axis {axis}")
+            for symbol in dimension.names if n is None else ():
+                if symbol not in sizes:
+                    sizes[symbol] = next(primes)
+            shape.append(dimension.size(sizes) if n is None else n)
+        made[name] = tuple(shape)
+    return made
 
 
 def _symbols(

@@ -27,16 +27,55 @@ class Binding:
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
-    """The channels between a consumer and its producers.
+class Size:
+    """A constant number in a shape, which follows the width of a layer.
 
     Attributes:
-        producers: The producers, in graph order.
-        constants: Places and operands of the constants with one entry for each channel, and the axis of the
-            channels, counted from the end.
-        tensors: Names of the activations with these channels, in the main graph.
-        grouped: Depthwise convolutions, with as many groups as there are channels.
-        targets: Places and operands of the shapes that end with the number of channels.
+        place: The node that reads the shape.
+        operand: Its input that is the shape.
+        part: The input, of the Concat that joins the shape, that holds the number; None if the whole shape is
+            one constant.
+        index: The number's index in the constant.
+    """
+
+    place: Place
+    operand: int
+    part: int | None
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A number that the model computes from the size of a head, and that has to stay.
+
+    Attributes:
+        place: A node that reads it.
+        operand: Its input that is the number.
+        value: The number.
+        shape: The shape of the tensor that holds it.
+    """
+
+    place: Place
+    operand: int
+    value: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What lies between a layer and its partners, and changes with the width.
+
+    Attributes:
+        producers: The partners, in graph order.
+        constants: Places and operands of the constants with one entry for each feature of a partner, and the
+            axis of the features, counted from the end.
+        tensors: Names of the activations with these features, in the main graph.
+        grouped: Depthwise convolutions, with as many groups as there are features.
+        targets: Places and operands of the shapes that end with the number of features.
+        sizes: The numbers in the shapes of these activations.
+        pins: The numbers that the model computes from these sizes.
+        shared: The number of heads of the layer that meet one head of the partner.
+        ignores_shift: Whether a Softmax ignores what is the same for all keys.
     """
 
     producers: tuple[Binding, ...]
@@ -44,3 +83,7 @@ class Hidden:
     tensors: tuple[str, ...]
     grouped: tuple[Place, ...] = ()
     targets: tuple[tuple[Place, int], ...] = ()
+    sizes: tuple[Size, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    shared: int = 1
+    ignores_shift: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onnx_lowrank.core.layer import Evaluations, Layer, Positions, ScopeWork, Skipped
+from onnx_lowrank.core.layer import Between, Evaluations, Layer, Narrowing, Positions, ScopeWork, Skipped
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
@@ -13,10 +13,11 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk, label
+from onnx_lowrank.layers.beside import beside
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
+from onnx_lowrank.layers.heads import Attention, attention
 from onnx_lowrank.layers.hidden import hidden_channels
-from onnx_lowrank.layers.per_channel import per_channel
 from onnx_lowrank.layers.siblings import siblings
 from onnx_lowrank.layers.work import work
 
@@ -119,12 +120,16 @@ def find_layers(
     scopes = work(walk, inferred, places)
     ran = running(scopes)
     bindings = _acquainted(walk, tuple(_idle(binding, ran) for binding in bindings))
+    met = attention(model, walk, bindings, inferred, shapes)
+    reasons = {label(walk.node(place)): reason for place, reason in met.left.items()}
+    skipped = tuple(_with_heads(operator, reasons) for operator in skipped)
     spared = frozenset(
         (operator.scope, operator.name)
         for operator in skipped
         if unselected(_names(operator), include, exclude)
     )
     bindings = _paired(model, walk, inferred, bindings, spared)
+    bindings = tuple(_attending(binding, met) for binding in bindings)
     unfixed = open_inputs(model, inferred)
     words = example(inferred, unfixed[0]) if unfixed else ""
     found = Found(model, walk, bindings, spared, skipped, scopes, unfixed, words)
@@ -160,13 +165,26 @@ def _paired(
         channels = hidden.get(binding.layer.id)
         if channels is None:
             return binding
-        producers = tuple(producer.layer for producer in channels.producers)
-        costs = per_channel(model, walk, shapes, channels)
-        return replace(
-            binding, layer=replace(binding.layer, producers=producers, per_channel=costs), hidden=channels
-        )
+        partners = tuple(producer.layer for producer in channels.producers)
+        narrowing = Narrowing(Between.CHANNELS, partners, beside=beside(model, walk, shapes, channels))
+        return replace(binding, layer=replace(binding.layer, narrowing=narrowing), hidden=channels)
 
     return tuple(map(paired, bindings))
+
+
+def _attending(binding: Binding, met: Attention) -> Binding:
+    """The layer; if attention connects it with a partner, it knows it. Hidden channels come first."""
+    found = met.pairs.get(binding.layer.id)
+    if found is None or binding.layer.narrowing is not None:
+        return binding
+    narrowing, between = found
+    return replace(binding, layer=replace(binding.layer, narrowing=narrowing), hidden=between)
+
+
+def _with_heads(operator: Skipped, reasons: Mapping[str, str]) -> Skipped:
+    """An operator that is left alone; one of attention also says why its heads stay as they are."""
+    reason = "" if operator.scope else reasons.get(operator.name, "")
+    return replace(operator, reason=f"{operator.reason}; its heads stay: {reason}") if reason else operator
 
 
 def _idle(binding: Binding, running: Container[str]) -> Binding:

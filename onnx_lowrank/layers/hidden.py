@@ -33,7 +33,7 @@ from onnx_lowrank.operators.spatial import channel_operands, columns, drops_posi
 
 
 @dataclass(frozen=True, slots=True)
-class _Axis:
+class Axis:
     """The axis of the channels of an activation.
 
     Attributes:
@@ -50,9 +50,9 @@ class _Axis:
         return self.index == 0 or self.axes + self.index == 1
 
 
-_SECOND = _Axis(0, 0)
+_SECOND = Axis(0, 0)
 
-_Behind = list[tuple[Any, _Axis | None]]
+_Behind = list[tuple[Any, Axis | None]]
 """Activations behind a node, each with the axis of its channels."""
 
 _ALIGNED = 7
@@ -75,7 +75,7 @@ def hidden_channels(
         bindings: Its layers, in graph order.
         spared: Scope and name of the operators that the user wants left alone.
     """
-    plain = {_place(binding): binding for binding in bindings if _is_plain(walk, binding)}
+    plain = {place_of(binding): binding for binding in bindings if is_plain(walk, binding)}
     found = {}
     for place, binding in plain.items():
         between = _Between(model, walk, shapes, plain, place, spared).explore()
@@ -99,29 +99,30 @@ def _apart(found: Mapping[str, Hidden], bindings: Mapping[str, Binding]) -> Iter
     yield from ((consumer, between) for consumer, between in found.items() if consumer in chosen)
 
 
-def _place(binding: Binding) -> Place:
+def place_of(binding: Binding) -> Place:
+    """The node that applies a layer first."""
     use = binding.layer.uses[0]
     return Place(use.scope, use.node)
 
 
-def _is_plain(walk: Walk, binding: Binding) -> bool:
+def is_plain(walk: Walk, binding: Binding) -> bool:
     """Rule 2 for one layer."""
     layer = binding.layer
     if len(layer.uses) > 1 or layer.uses[0].scope or layer.groups > 1 or binding.casts[0] is not None:
         return False
-    use, node = layer.uses[0], walk.node(_place(binding))
+    use, node = layer.uses[0], walk.node(place_of(binding))
     operator = registry.family(node)
     flipped = operator.transposes(node, operator.activation(use.operand))
-    return operator.product is not None and not flipped and _axis(walk, binding) is not None
+    return operator.product is not None and not flipped and channel_axis(walk, binding) is not None
 
 
-def _axis(walk: Walk, binding: Binding) -> _Axis | None:
+def channel_axis(walk: Walk, binding: Binding) -> Axis | None:
     """The axis of a plain layer's input channels and output features; None if it is unknown."""
     layer, use = binding.layer, binding.layer.uses[0]
     if layer.kernel:
-        return _Axis(-len(layer.kernel) - 1, len(layer.kernel) + 2)
-    index = registry.family(walk.node(_place(binding))).feature_axis(use)
-    return None if index is None else _Axis(index, use.rank or 0)
+        return Axis(-len(layer.kernel) - 1, len(layer.kernel) + 2)
+    index = registry.family(walk.node(place_of(binding))).feature_axis(use)
+    return None if index is None else Axis(index, use.rank or 0)
 
 
 class _Between:
@@ -150,14 +151,14 @@ class _Between:
         self._constants: list[tuple[Place, int, int]] = []
         # The tensors between, by name, and the axes of their channels.
         self._tensors: dict[str, Any] = {}
-        self._axes: dict[str, _Axis] = {}
+        self._axes: dict[str, Axis] = {}
 
     def explore(self) -> Hidden | None:
         """Walk back from the consumer's input to the producers; None if a rule fails."""
         consumer = self._plain[self._consumer]
         operator = registry.family(self._walk.node(self._consumer))
         self._activation = operator.activation(consumer.layer.uses[0].operand)
-        waiting = [(self._walk.operand(self._consumer, self._activation), _axis(self._walk, consumer))]
+        waiting = [(self._walk.operand(self._consumer, self._activation), channel_axis(self._walk, consumer))]
         while waiting:
             tensor, axis = waiting.pop()
             if tensor is None or axis is None or self._axes.get(tensor.name, axis) != axis:
@@ -175,7 +176,7 @@ class _Between:
         names = tuple(self._walk.origin(tensor)[1] for tensor in self._tensors.values())
         return Hidden(producers, tuple(self._constants), names, tuple(self._grouped), tuple(self._targets))
 
-    def _behind(self, tensor: Any, axis: _Axis) -> _Behind | None:
+    def _behind(self, tensor: Any, axis: Axis) -> _Behind | None:
         """The activations from which a tensor is computed: none of a producer; None if a rule fails."""
         place = self._walk.producer(tensor)
         if place is None or place.scope or self._walk.is_output(tensor):
@@ -205,12 +206,12 @@ class _Between:
         elif stated not in (None, -1):
             return None
         axes = axes or len(shape or ())
-        return [(tensor, _Axis(1 - axes, axes) if axes > 1 else _SECOND)]
+        return [(tensor, Axis(1 - axes, axes) if axes > 1 else _SECOND)]
 
-    def _produced(self, place: Place, axis: _Axis) -> _Behind | None:
+    def _produced(self, place: Place, axis: Axis) -> _Behind | None:
         """Rule 2 for a layer that computes a tensor between."""
         producer = self._plain[place]
-        own = _axis(self._walk, producer)
+        own = channel_axis(self._walk, producer)
         if own is None or producer.layer.f != self._channels:
             return None
         if not (own.is_second if axis == _SECOND else own.index == axis.index):
@@ -222,7 +223,7 @@ class _Between:
             return [] if self._have_channels(place, operands) else None
         return [] if self._elements(place, operands, own) == [] else None
 
-    def _moved(self, place: Place, axis: _Axis) -> _Behind | None:
+    def _moved(self, place: Place, axis: Axis) -> _Behind | None:
         """The activation behind an operator that keeps the channels of the second axis apart."""
         operands = channel_operands(self._walk, self._model, place, axis.axes)
         if operands is None or not self._have_channels(place, operands):
@@ -231,7 +232,7 @@ class _Between:
             self._grouped.append(place)
         return [(self._walk.operand(place, 0), axis)]
 
-    def _elements(self, place: Place, operands: Iterable[int], axis: _Axis) -> _Behind | None:
+    def _elements(self, place: Place, operands: Iterable[int], axis: Axis) -> _Behind | None:
         """The computed operands of a node; its constants with channels are noted. None if a rule fails."""
         computed: _Behind = []
         for operand in operands:

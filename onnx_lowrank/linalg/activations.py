@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array, Factors, Moments
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.linalg import projection, selection
+from onnx_lowrank.linalg import projection
 from onnx_lowrank.linalg.backend import Backend, array_namespace
 from onnx_lowrank.linalg.factorize import balance
 from onnx_lowrank.linalg.folding import compose, split, unfold
+from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import Quadratic, about, error, matrices_of, ridges
 
 
@@ -54,14 +55,14 @@ def fit(
     backend: Backend,
     held: Quadratic | None = None,
     steps: int = 0,
-    kept: NDArray[np.intp] | None = None,
+    way: Way | None = None,
 ) -> Factors:
     """Factors of one option with a small error: the encoder first, then the decoder by least squares.
 
     The encoder of slice i is Uᵀ M_i. M_i is the slice's matrix in the quadratic's minimizer, U holds the top
     eigenvectors of M_i K_i M_iᵀ, and K_i are the moments of the encoder's inputs. That is optimal for the
     encode fold with one slice, and at full rank. Other options can be refined; every step of the refinement
-    solves for the decoder. A narrow option selects channels instead (`linalg.selection`).
+    solves for the decoder. A narrow option has its own ways (`linalg.narrowing`).
 
     Args:
         quadratic: The error to minimize.
@@ -71,14 +72,15 @@ def fit(
         held: The error on held-out inputs. The refinement ends when this error no longer falls, and the
             factors with its least value are returned. Without it, the last factors are returned.
         steps: The most iterations of the refinement.
-        kept: For a narrow option, the channels in the order of their worth; by default, that on this error.
+        way: For a narrow option, the way to make the layer narrower.
 
     Returns:
         Float64 NumPy arrays; every slice balanced as U√Σ and √ΣVᵀ of its product.
     """
     if option.lowering is Lowering.NARROW:
-        order = selection.order(quadratic, shape[2]) if kept is None else kept
-        return selection.fit(quadratic, shape, order[: option.j])
+        if way is None:
+            raise RuntimeError("a narrow option needs the way to make its layer narrower")
+        return way.fit(quadratic, shape, option.j)
     with on_device(quadratic, backend):
         problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
         if option.j == min(problem.optimum.shape[-2:]):

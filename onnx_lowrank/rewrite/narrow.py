@@ -1,21 +1,22 @@
-"""Drops channels between layers: the rows of the producers, and the values of the constants between.
+"""Makes partners of a layer narrower: their weights, and the constants between.
 
-The consumer's own weight is part of its `Replacement`. Rules:
+The layer's own weight is part of its `Replacement`. Rules:
 
 1. Nodes stay as they are; only their constant operands change, and the `group` of depthwise convolutions.
    A new constant is stored beside the old one. A shape that states the number of channels is a new constant.
-2. Shapes that the model states for the activations between no longer hold, so they go.
+2. Shapes that the model states for the activations between no longer hold, so they go. Numbers in the shapes
+   that it reads there change with the width; numbers that it computes from them stay (`rewrite.heads`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.folded import folded
@@ -26,15 +27,16 @@ from onnx_lowrank.operators import registry
 from onnx_lowrank.rewrite.edits import Edits
 
 
-def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, kept: NDArray[np.intp]) -> None:
-    """Plan the edits that drop channels from the producers and from the constants behind them.
+def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, less: Less, width: int) -> None:
+    """Plan the edits that take features from the partners and from the constants behind them.
 
     Args:
         model: The model.
         walk: Its walk.
         edits: Receives the edits.
         hidden: The channels between the layers.
-        kept: The channels that stay, ascending.
+        less: Makes the features of an array fewer, given their axis.
+        width: The number of channels that stay.
 
     Raises:
         InputError: A data file has changed.
@@ -49,15 +51,19 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, kept: NDArray
         tensor = walk.operand(place, operand)
         key = ("" if tensor is None else tensor.name), axis
         if key not in stored:
-            stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, axis, kept)
+            stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, axis, less)
         edits.scopes[place.scope].repointed[place.node, operand] = stored[key]
         edits.unread(place, operand)
     for place, operand in hidden.targets:
-        name = _target(walk, edits, model, hidden, walk.operand(place, operand), kept.size)
+        name = _target(walk, edits, model, hidden, walk.operand(place, operand), width)
         edits.scopes[place.scope].repointed[place.node, operand] = name
         edits.unread(place, operand)
-    edits.scopes[""].regrouped.update((place.node, kept.size) for place in hidden.grouped)
+    edits.scopes[""].regrouped.update((place.node, width) for place in hidden.grouped)
     edits.scopes[""].forgotten.update(hidden.tensors)
+
+
+Less = Callable[[NDArray[Any], int], NDArray[Any]]
+"""Makes the features along an axis of an array fewer."""
 
 
 def varying_axis(walk: Walk, binding: Binding, canonical: int) -> int:
@@ -76,24 +82,21 @@ def varying_axis(walk: Walk, binding: Binding, canonical: int) -> int:
     return next(axis for axis, step in enumerate(steps) if step.any())
 
 
-def narrow_weight(walk: Walk, binding: Binding, decoder: NDArray[Any]) -> NDArray[Any]:
-    """The weight of a consumer with fewer input channels, as its node reads it.
+def narrow_weight(walk: Walk, binding: Binding, factors: Factors) -> NDArray[Any]:
+    """The weight of a layer with fewer input channels or output features, as its node reads it.
 
     Args:
         walk: The model's walk.
-        binding: The consumer.
-        decoder: Its decoder, shape (1, f, 1, j, *kernel).
+        binding: The layer.
+        factors: Its factors, one of which is the weight.
     """
     layer = binding.layer
-    width = decoder.shape[3]
+    width = factors.decoder.shape[3]
+    own, axis = (factors.encoder, 1) if layer.loses_features else (factors.decoder, 2)
     shape = list(layer.uses[0].laid_out)
-    shape[varying_axis(walk, binding, 2)] = width
-    return _laid_out(walk, binding, decoder.reshape(_narrowed_shape(layer, width)), shape)
-
-
-def _narrowed_shape(layer: Layer, width: int) -> tuple[int, ...]:
-    groups, features, _, *kernel = layer.shape
-    return groups, features, width, *kernel
+    shape[varying_axis(walk, binding, axis)] = width
+    *_, narrow = layer.at_width(width)
+    return _laid_out(walk, binding, own.reshape(narrow.shape), shape)
 
 
 def _laid_out(walk: Walk, binding: Binding, canonical: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
@@ -109,13 +112,13 @@ def _taken(
     beside: Binding,
     tensor: Any,
     axis: int,
-    kept: NDArray[np.intp],
+    less: Less,
 ) -> str:
-    """Store the values of a constant for the channels that stay; returns the name of the new constant."""
+    """Store a constant with fewer features; returns the name of the new constant."""
     value = None if tensor is None else constant(walk, model, tensor)
     found = resolve(walk, tensor)
     source = beside.stored.source if isinstance(found, str) else found.source
-    taken = np.ascontiguousarray(_read(value, beside).take(kept, axis))
+    taken = np.ascontiguousarray(less(_read(value, beside), axis))
     return edits.keep(source, f"{walk.origin(tensor)[1]}_narrow", taken)
 
 

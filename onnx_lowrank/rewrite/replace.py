@@ -32,11 +32,11 @@ from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.graph.weights import dtype_of
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
-from onnx_lowrank.linalg.selection import selected
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.operator import Operands, Site
 from onnx_lowrank.rewrite.edits import Edits, Store
+from onnx_lowrank.rewrite.heads import less_of, narrow_bias, resize
 from onnx_lowrank.rewrite.narrow import narrow, narrow_weight
 
 
@@ -139,13 +139,16 @@ class _Writer:
         )
 
     def _narrow(self, replacement: Replacement, node: NodeProto) -> tuple[str, ...]:
-        """Plan a narrower weight for a layer's node, and narrower producers; returns the node's name."""
+        """Plan a narrower weight for a layer's node, and narrower partners; returns the node's name."""
         binding, layer = replacement.binding, replacement.binding.layer
         (use,) = layer.uses
         if binding.hidden is None:
-            raise InputError(f"The layer {layer.id!r} has no producers to narrow: choose another option.")
-        narrow(self._model, self._walk, self.edits, binding.hidden, selected(replacement.factors))
-        weight = narrow_weight(self._walk, binding, replacement.factors.decoder)
+            raise InputError(f"The layer {layer.id!r} has no partners to narrow: choose another option.")
+        factors = replacement.factors
+        less = less_of(layer, factors, binding.hidden.shared)
+        narrow(self._model, self._walk, self.edits, binding.hidden, less, replacement.option.j)
+        resize(self._model, self._walk, self.edits, binding, replacement.option.j)
+        weight = narrow_weight(self._walk, binding, factors)
         source = binding.stored.source
         stored = self.edits.keep(source, f"{source.name}_narrow", np.ascontiguousarray(weight))
         new_bias = self._new_bias(replacement, node)
@@ -197,9 +200,12 @@ class _Writer:
         old = bias(self._model, self._walk, binding)
         if old is None:
             raise InputError(f"The layer {layer.id!r} has no bias that can be changed: give none for it.")
-        dtype = dtype_of(self._walk, binding.stored)
+        dtype, shape = dtype_of(self._walk, binding.stored), old.shape
+        if replacement.option.lowering is Lowering.NARROW:
+            values = narrow_bias(layer, replacement.factors, values)
+            shape = tuple(values.size if n == layer.f else n for n in shape)
         with np.errstate(over="ignore"):
-            stored = values.reshape(old.shape).astype(dtype)
+            stored = values.reshape(shape).astype(dtype)
         if not np.isfinite(stored).all():
             raise InputError(f"The new bias of {layer.id!r} is not finite in {dtype}: exclude this layer.")
         name = self.edits.keep(binding.stored.source, f"{label(node)}_bias", stored)

@@ -170,8 +170,8 @@ def _substitutes(
     def items() -> Iterator[DenseItem]:
         for binding, tried, changeable in zip(bindings, options, biases, strict=True):
             item = factors_item(model, walk, binding, tried[0], changeable, statistics)
-            kept = statistics.kept.get(binding.layer.id)
-            yield DenseItem(item.weight, tuple(tried), item.moments, item.centred, item.added, kept)
+            way = statistics.ways.get(binding.layer.id)
+            yield DenseItem(item.weight, tuple(tried), item.moments, item.centred, item.added, way)
 
     for binding, changeable, made in zip(bindings, biases, executor.map(dense, items()), strict=True):
         added = added_inside(changeable)

@@ -9,16 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import LayerFit
-from onnx_lowrank.core.layer import sharing
+from onnx_lowrank.core.layer import Between, sharing
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import Bias, bias
 from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.fitting import FactorsItem, fitted
 from onnx_lowrank.work.moments import MomentsRef
+from onnx_lowrank.work.narrowing import Keys, WidthItem, way_of
 from onnx_lowrank.work.sharing import SharedItem, fitted_together
 from onnx_lowrank.work.weights import reference
 
@@ -139,8 +141,64 @@ def factors_item(
     # Only moments of outputs include the bias, and its values may be too many for an item to carry in vain.
     is_inside = moments is not None and moments.of_outputs
     added = added_inside(changeable) if is_inside else None
-    kept = statistics.kept.get(binding.layer.id) if option.lowering is Lowering.NARROW else None
-    return FactorsItem(weight, option, moments, changeable is not None, added, kept)
+    way = None if option.lowering is not Lowering.NARROW else _way(model, walk, binding, statistics)
+    return FactorsItem(weight, option, moments, changeable is not None, added, way)
+
+
+def _way(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> Way | WidthItem | None:
+    """The way to make a layer narrower, or the question for it; None if its inputs were not measured."""
+    if (known := statistics.ways.get(binding.layer.id)) is not None:
+        return known
+    return width_item(model, walk, binding, statistics) if can_narrow(binding, statistics) else None
+
+
+def way_to(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> Way | None:
+    """The way to make a layer narrower; None if its inputs were not measured.
+
+    Raises:
+        InputError: A data file has changed, or the moments are not finite.
+    """
+    found = _way(model, walk, binding, statistics)
+    return way_of(found) if isinstance(found, WidthItem) else found
+
+
+def can_narrow(binding: Binding, statistics: Statistics) -> bool:
+    """Whether a layer has partners, and moments show what its narrow options lose."""
+    layer = binding.layer
+    seen = (layer, *layer.partners) if layer.loses_features else (layer,)
+    found = [statistics.reference(each.id) for each in seen]
+    return bool(layer.partners) and not any(moments is None or moments.of_outputs for moments in found)
+
+
+def width_item(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> WidthItem:
+    """The work item of a layer that can be narrowed.
+
+    Raises:
+        InputError: A data file has changed.
+    """
+    narrowing, hidden = binding.layer.narrowing, binding.hidden
+    moments = statistics.reference(binding.layer.id)
+    if narrowing is None or hidden is None or moments is None:
+        raise RuntimeError(f"{binding.layer.id!r} cannot be narrowed")
+    changeable, keys = bias(model, walk, binding), None
+    added = None if changeable is None else changeable.values
+    if narrowing.between is Between.SCORES:
+        (partner,) = hidden.producers
+        others, its_bias = statistics.reference(partner.layer.id), bias(model, walk, partner)
+        if others is None:
+            raise RuntimeError(f"the inputs of {partner.layer.id!r} were not measured")
+        its_values = None if its_bias is None else its_bias.values
+        keys = Keys(reference(model, walk, partner), others, its_values, hidden.ignores_shift)
+    return WidthItem(
+        weight=reference(model, walk, binding),
+        moments=moments,
+        centred=changeable is not None,
+        between=narrowing.between,
+        heads=narrowing.heads // hidden.shared,
+        shared=hidden.shared,
+        added=None if keys is None else added,
+        keys=keys,
+    )
 
 
 def added_inside(changeable: Bias | None) -> NDArray[np.float64] | None:

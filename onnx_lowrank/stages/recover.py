@@ -52,7 +52,7 @@ from onnx_lowrank.linalg.quadratic import (
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.geometry import Geometry, outputs, patches
 from onnx_lowrank.rewrite.replace import Replacement
-from onnx_lowrank.stages.fit import Fitted, shared_item
+from onnx_lowrank.stages.fit import Fitted, shared_item, way_to
 from onnx_lowrank.stages.targets import Changes, Share
 from onnx_lowrank.work.executor import Executor, Threads
 from onnx_lowrank.work.fitting import (
@@ -60,7 +60,6 @@ from onnx_lowrank.work.fitting import (
     CertificateItem,
     activation_factors,
     certificate,
-    channel_order,
     exact,
     stored_as,
 )
@@ -196,10 +195,9 @@ class Recovery:
         self._geometry = geometry(walk, binding, 0)
         self._moments = calibration.statistics[binding.layer.id]
         self._samples = calibration.samples.count
-        self._kept = calibration.statistics.kept.get(binding.layer.id)
-        if option.lowering is Lowering.NARROW and self._kept is None and self._moments.inputs is not None:
-            # As the plan was made, although other inputs are fitted to now: a replay makes the same model.
-            self._kept = channel_order(self._weight, self._moments.inputs, centred=self._centred)
+        # As the plan was made, although other inputs are fitted to now: a replay makes the same model.
+        is_narrow = option.lowering is Lowering.NARROW
+        self._way = way_to(model, walk, binding, calibration.statistics) if is_narrow else None
 
     def run(self, step: Step) -> Recovered:
         """Fit the layer to the inputs and targets of its step, and let the walk continue with the result."""
@@ -244,7 +242,7 @@ class Recovery:
             return self._decoded(problem, self._encoder)
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         factors = fit(
-            problem, self._weight.shape, self._option, self._threads.backend, judge, steps, self._kept
+            problem, self._weight.shape, self._option, self._threads.backend, judge, steps, self._way
         )
         return stored_as(factors, self._dtype)
 
@@ -281,7 +279,7 @@ class Recovery:
             self._threads.backend,
             centred=self._centred,
             steps=STEPS,
-            kept=self._kept,
+            way=self._way,
         )
         if factors is None:
             raise RuntimeError(f"the inputs of {self._binding.layer.id} were measured")
@@ -293,7 +291,10 @@ class Recovery:
             return None
         matrices = compose(exact(factors)).reshape(*self._weight.shape[:2], -1)
         given = np.matvec(matrices, share.inputs.mean).reshape(-1)
-        return np.asarray(share.targets.mean.reshape(-1) - given + self._added_behind())
+        mean = share.targets.mean.reshape(-1)
+        if self._way is None:
+            return np.asarray(mean - given + self._added_behind())
+        return np.asarray(self._way.given(mean + self._added_behind(), self._option.j) - given)
 
     def _added_behind(self) -> NDArray[np.float64] | float:
         """The bias that a node behind the layer adds; y does not include it."""

@@ -263,7 +263,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
 
 
 def _full_ranks(run: Run) -> dict[str, int]:
-    """The rank at which a layer of the plan is exact, by id; for a narrow one its number of channels."""
+    """The rank at which a layer of the plan is exact, by id; for a narrow one its full width."""
     layers = {layer.id: layer for layer in run.found.layers}
     options = {choice.layer: choice.option for choice in run.plan.choices}
     full = {}
@@ -272,7 +272,7 @@ def _full_ranks(run: Run) -> dict[str, int]:
             continue
         match option.lowering:
             case Lowering.NARROW:
-                full[layer.id] = layer.c
+                full[layer.id] = layer.width
             case Lowering.SHARED:
                 full[layer.id] = shared_full_rank([layers[name] for name in sharing(layer, options)])
             case _:

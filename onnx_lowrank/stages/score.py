@@ -25,18 +25,12 @@ from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.stages.fit import shared_item
+from onnx_lowrank.stages.fit import can_narrow, shared_item, width_item
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.moments import MomentsRef
-from onnx_lowrank.work.scoring import (
-    ActivationItem,
-    WeightItem,
-    WidthItem,
-    activation_errors,
-    singular_values,
-    width_errors,
-)
+from onnx_lowrank.work.narrowing import WidthItem, width_errors
+from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
 from onnx_lowrank.work.sharing import SharedItem, shared_errors
 from onnx_lowrank.work.weights import reference
 
@@ -65,7 +59,7 @@ class Known:
             of them, so `activation` may hold fewer.
         effects: The errors at the model's outputs that some activation errors cause; empty until measured.
         unknown: Why these errors could not be measured, a sentence; "" if they were.
-        widths: Relative errors with fewer input channels, at the widths 0 … c; None until computed.
+        widths: Relative errors of narrow layers, at the widths 0 … full width; None until computed.
         narrow_effects: The errors at the model's outputs that some of these cause; empty until measured.
     """
 
@@ -240,27 +234,23 @@ class Scores:
         """Compute the errors of all narrow layers that are not known yet."""
         statistics = _calibrated(self._calibration).statistics
         chosen = [
-            (known, binding, found)
+            (known, binding)
             for known, binding in zip(self._known, self._bindings, strict=True)
-            if binding.layer.producers
-            and known.widths is None
-            and (found := statistics.reference(binding.layer.id)) is not None
-            and not found.of_outputs
+            if known.widths is None and can_narrow(binding, statistics)
         ]
 
         def items() -> Iterator[WidthItem]:
-            for _, binding, found in chosen:
-                centred = bias(self._model, self._walk, binding) is not None
-                yield WidthItem(reference(self._model, self._walk, binding), found, centred)
+            for _, binding in chosen:
+                yield width_item(self._model, self._walk, binding, statistics)
 
         if not chosen:
             return
         begin = monotonic()
         with self._progress.stage("widths", len(chosen)) as step:
             computed = self._executor.map(width_errors, items())
-            for (known, binding, _), errors in zip(chosen, computed, strict=True):
+            for (known, binding), errors in zip(chosen, computed, strict=True):
                 known.widths = errors.relative
-                statistics.kept[binding.layer.id] = errors.kept
+                statistics.ways[binding.layer.id] = errors.way
                 step()
         _log.debug("computed the errors of %d narrow layers in %.2f s", len(chosen), monotonic() - begin)
 

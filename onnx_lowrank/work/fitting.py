@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit, Moments
+from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg import selection, tied
@@ -27,8 +27,10 @@ from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, o
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
+from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef, tied_problem
+from onnx_lowrank.work.narrowing import WidthItem, way_of
 from onnx_lowrank.work.weights import WeightRef
 
 STEPS = 30
@@ -46,7 +48,7 @@ class FactorsItem:
         centred: Whether a bias absorbs the change of the mean.
         added: The bias that its node adds to its outputs, shape (f,), if the moments of outputs include it;
             None otherwise.
-        kept: Its input channels in the order of their worth, if they are known; narrow options need them.
+        way: The way to make it narrower, or the question for it; narrow options need it.
     """
 
     weight: WeightRef
@@ -54,7 +56,7 @@ class FactorsItem:
     moments: MomentsRef | None = None
     centred: bool = False
     added: NDArray[np.float64] | None = None
-    kept: NDArray[np.intp] | None = None
+    way: Way | WidthItem | None = None
 
     @property
     def nbytes(self) -> int:
@@ -106,15 +108,16 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     """
     weight, dtype = item.weight.read(), item.weight.dtype
     moments = LayerMoments() if item.moments is None else item.moments.read()
+    way = _way(item.way)
     factors = activation_factors(
-        weight, item.option, moments, backend, centred=item.centred, steps=STEPS, kept=item.kept
+        weight, item.option, moments, backend, centred=item.centred, steps=STEPS, way=way
     )
     if factors is None:
         stored = stored_as(factorize(weight, item.option, backend, dtype), dtype)
         return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.WEIGHTS))
     stored = stored_as(factors, dtype)
     del factors  # For a large layer these are gigabytes that the certificate needs.
-    lost = lost_mean(weight, stored, moments, item.added) if item.centred else None
+    lost = _lost(item, weight, item.option, stored, moments, way) if item.centred else None
     loss = held_error(weight, stored, moments, centred=item.centred)
     return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.ACTIVATIONS, error=loss), lost)
 
@@ -129,7 +132,7 @@ class DenseItem:
         moments: Its moments.
         centred: As in `FactorsItem`.
         added: As in `FactorsItem`.
-        kept: As in `FactorsItem`.
+        way: As in `FactorsItem`.
     """
 
     weight: WeightRef
@@ -137,7 +140,7 @@ class DenseItem:
     moments: MomentsRef | None
     centred: bool = False
     added: NDArray[np.float64] | None = None
-    kept: NDArray[np.intp] | None = None
+    way: Way | WidthItem | None = None
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +179,8 @@ def dense(item: DenseItem, backend: Backend) -> list[Dense]:
     if moments.inputs is None:
         chains, alone = [], [*item.options]
     found = _products(item, weight, chains, moments, backend) if chains else []
-    return [*found, *(_dense_alone(item, weight, option, moments, backend) for option in alone)]
+    way = _way(item.way) if alone else None
+    return [*found, *(_dense_alone(item, weight, option, moments, backend, way) for option in alone)]
 
 
 def _products(
@@ -202,14 +206,17 @@ def _products(
 
 
 def _dense_alone(
-    item: DenseItem, weight: NDArray[Any], option: Option, moments: LayerMoments, backend: Backend
+    item: DenseItem,
+    weight: NDArray[Any],
+    option: Option,
+    moments: LayerMoments,
+    backend: Backend,
+    way: Way | None,
 ) -> Dense:
     """The product under one option, from moments of outputs or from the weight alone."""
-    factors = activation_factors(
-        weight, option, moments, backend, centred=item.centred, steps=0, kept=item.kept
-    )
+    factors = activation_factors(weight, option, moments, backend, centred=item.centred, steps=0, way=way)
     factors = factors or factorize(weight, option, backend, item.weight.dtype)
-    lost = lost_mean(weight, factors, moments, item.added) if item.centred else None
+    lost = _lost(item, weight, option, factors, moments, way) if item.centred else None
     with np.errstate(over="ignore"):
         return Dense(compose(factors).astype(item.weight.dtype), lost)
 
@@ -245,7 +252,7 @@ def activation_factors(
     *,
     centred: bool,
     steps: int,
-    kept: NDArray[np.intp] | None = None,
+    way: Way | None = None,
 ) -> Factors | None:
     """Factors of least error on a layer's inputs (rule 1); None if its moments do not determine them.
 
@@ -256,7 +263,7 @@ def activation_factors(
         backend: Where to compute.
         centred: Whether a bias absorbs the change of the mean.
         steps: Largest number of refinement iterations; refinement needs held-out moments.
-        kept: For a narrow option, the channels in the order of their worth, if it is known.
+        way: For a narrow option, the way to make the layer narrower.
     """
     if moments.transposed is not None:
         return tied.fit(tied_problem(weight, moments, ridged=True), option.j)
@@ -268,7 +275,7 @@ def activation_factors(
         held = None
         if moments.held is not None:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)
-        return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0, kept)
+        return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0, way)
     if is_narrow:
         raise PlanError("A plan that narrows layers needs moments of their inputs: pass --calibration.")
     kernel = weight.shape[3:]
@@ -278,10 +285,22 @@ def activation_factors(
     return None
 
 
-def channel_order(weight: NDArray[Any], inputs: Moments, *, centred: bool) -> NDArray[np.intp]:
-    """The input channels of a layer in the order of their worth on its own inputs, shape (c,)."""
-    ridge = shrinkage(inputs, selection.RIDGE)
-    return selection.order(of_weight(weight, inputs, centred=centred, ridge=ridge), weight.shape[2])
+def _way(known: Way | WidthItem | None) -> Way | None:
+    return way_of(known) if isinstance(known, WidthItem) else known
+
+
+def _lost(
+    item: FactorsItem | DenseItem,
+    weight: NDArray[Any],
+    option: Option,
+    factors: Factors,
+    moments: LayerMoments,
+    way: Way | None,
+) -> NDArray[np.float64]:
+    """The change of the bias that goes with the factors of an option, shape (f,)."""
+    is_narrow = option.lowering is Lowering.NARROW
+    shift = way.shift(option.j) if is_narrow and way is not None else None
+    return lost_mean(weight, factors, moments, item.added) if shift is None else shift
 
 
 def lost_mean(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Spectra
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg import selection, tied
+from onnx_lowrank.linalg import tied
 from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, of_weight, shrinkage
@@ -123,56 +123,3 @@ def activation_errors(item: ActivationItem, backend: Backend) -> ActivationError
     encode_errors = output_errors(moments.outputs, weight, centred=item.centred, ridge=ridge)
     power = float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
     return ActivationErrors({(Fold.ENCODE, 1): encode_errors}, power)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WidthItem:
-    """Asks for the errors of a layer with fewer input channels.
-
-    Attributes:
-        weight: Its weight; one operator group.
-        moments: The moments of its inputs.
-        centred: Whether a bias absorbs the change of the mean.
-    """
-
-    weight: WeightRef
-    moments: MomentsRef
-    centred: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Approximate bytes that the computation takes: the moments, their inverse, and copies of both."""
-        _, f, *rest = self.weight.shape
-        p = prod(rest)
-        return self.weight.nbytes + self.moments.nbytes + 8 * (6 * p**2 + 5 * f * p)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WidthErrors:
-    """The errors of a layer with fewer input channels.
-
-    Attributes:
-        kept: The channels in the order of their worth, shape (c,).
-        relative: The relative errors at the widths 0 … c, shape (c + 1,).
-    """
-
-    kept: NDArray[np.intp]
-    relative: NDArray[np.float64]
-
-
-def width_errors(item: WidthItem, backend: Backend) -> WidthErrors:
-    """Compute the errors of all widths, as `work.fitting` refits the channels that stay.
-
-    Raises:
-        InputError: The moments are not finite.
-    """
-    weight, moments = item.weight.read(), item.moments.read()
-    if moments.inputs is None:
-        raise RuntimeError(f"the moments {item.moments.number} are not those of inputs")
-    ridge = shrinkage(moments.inputs, selection.RIDGE)
-    problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
-    held = None
-    if moments.held is not None:
-        held = of_weight(weight, moments.held, centred=item.centred, ridge=0.0)
-    kept = selection.order(problem, weight.shape[2])
-    return WidthErrors(kept, selection.errors(problem, kept, held))

@@ -47,7 +47,7 @@ def problem(seed):
     narrow = table("w3", [40, *cost], [0.0, *np.sort(rng.random(6))[::-1]], _Narrow())
     shares = [np.array([40, *rng.integers(1, 40, 6)]) for _ in range(2)]
     own = narrow.cost + sum(40 - share for share in shares)
-    return layers, Pair(narrow, (1, 2, 3), (*shares, own))
+    return layers, Pair(narrow, (1, 2, 3), (*shares, own), (narrow.j, 2 * narrow.j))
 
 
 def combinations(layers, pair):
@@ -106,7 +106,7 @@ def test_a_narrowed_pair_keeps_its_producers_and_says_so():
     assert choices[3].option.lowering is Lowering.NARROW
     for member in (1, 2):
         assert choices[member].option is None
-        assert choices[member].reason == f"narrowed to {choices[3].option.j} channels with w3"
+        assert choices[member].reason == f"narrowed to {member * choices[3].option.j} channels with w3"
     for member in (1, 2, 3):
         assert choices[member].cost == pair.shares[member - 1][choices[3].option.j]
 

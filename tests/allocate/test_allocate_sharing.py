@@ -58,7 +58,8 @@ def gated(rng):
     narrow = table("w3", [40, *cost], [0.0, *np.sort(rng.random(4))[::-1]], Lowering.NARROW)
     shares = [np.array([40, *rng.integers(1, 40, 4)]) for _ in range(2)]
     own = narrow.cost + sum(40 - share for share in shares)
-    return layers, (Pair(narrow, (1, 2, 3), (*shares, own)), sharing(rng, (1, 2), 5, 40))
+    pair = Pair(narrow, (1, 2, 3), (*shares, own), (narrow.j, narrow.j))
+    return layers, (pair, sharing(rng, (1, 2), 5, 40))
 
 
 def attention(rng):

@@ -246,7 +246,7 @@ def test_a_binary_file_is_no_recipe(tmp_path):
     ("extra", "message"),
     [
         ("narrow = true", "narrow is true and needs factors 'activations'"),
-        ('narrow = true\nfactors = "activations"\nprice = "macs"', "cannot drop channels"),
+        ('narrow = true\nfactors = "activations"\nprice = "macs"', "cannot narrow layers"),
         ("share = true", "share is true and needs factors 'activations'"),
         ('share = true\nfactors = "activations"\nprice = "macs"', "cannot share encoders"),
     ],

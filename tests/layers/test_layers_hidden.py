@@ -18,9 +18,7 @@ BIAS = np.linspace(-1, 1, 24).astype(np.float32)
 def pairs(body, opset=17, exclude=(), **weights):
     """The ids of consumers with those of their producers."""
     found = find_layers(load(model(body, opset, **weights)), {}, (), exclude)
-    return {
-        layer.id: [producer.id for producer in layer.producers] for layer in found.layers if layer.producers
-    }
+    return {layer.id: [partner.id for partner in layer.partners] for layer in found.layers if layer.partners}
 
 
 def mlp(between, **weights):

@@ -1,10 +1,10 @@
-"""The costs of hidden channels beside the weights of the layers around them."""
+"""The costs beside the weights of layers that are narrowed together."""
 
 from __future__ import annotations
 
 from math import prod
 
-from onnx_lowrank.core.layer import PerChannel
+from onnx_lowrank.core.layer import Beside
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import is_external
 from onnx_lowrank.graph.shapes import Shapes
@@ -14,16 +14,16 @@ from onnx_lowrank.layers.binding import Hidden
 from onnx_lowrank.layers.work import node_macs
 
 
-def per_channel(model: Model, walk: Walk, shapes: Shapes, hidden: Hidden) -> PerChannel:
-    """Count what `rewrite.narrow` stores and removes for every channel, and what the channel computes.
+def beside(model: Model, walk: Walk, shapes: Shapes, hidden: Hidden, macs: int | None = 0) -> Beside:
+    """Count what `rewrite.narrow` stores and removes, and what the operators between the layers compute.
 
     Args:
         model: The model.
         walk: Its walk.
         shapes: Its inferred shapes.
-        hidden: The channels.
+        hidden: What lies between the layers.
+        macs: MACs between them beside those of depthwise convolutions; None if a dimension is unknown.
     """
-    channels = hidden.producers[0].layer.f
     reads = {(place, operand) for place, operand, _ in hidden.constants}
     # A tensor that is read along one axis is stored once for all its readers.
     tensors = {
@@ -38,8 +38,8 @@ def per_channel(model: Model, walk: Walk, shapes: Shapes, hidden: Hidden) -> Per
     for source in sources.values():
         owned += prod(source.tensor.dims) if _is_owned(model, walk, source, reads) else 0
     counts = [node_macs(walk, shapes, place, is_layer=False) for place in hidden.grouped]
-    macs = None if None in counts else sum(count or 0 for count in counts) // channels
-    return PerChannel(stored // channels, owned // channels, macs)
+    total = None if macs is None or None in counts else macs + sum(count or 0 for count in counts)
+    return Beside(stored, owned, total)
 
 
 def _floats(model: Model, walk: Walk, tensor: object) -> int:

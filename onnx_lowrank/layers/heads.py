@@ -1,0 +1,419 @@
+"""Layers with attention between them, whose heads can be narrowed: values and output, queries and keys.
+
+Rules:
+
+1. Attention is a MatMul of two computed tensors before a Softmax (of queries and keys), or behind one (with
+   the values). Each layer has one use, in the main graph, and a plain linear family (`Operator.product`).
+2. Between them lie only operators that lay out elements anew, repeat heads, cast or scale all of them alike,
+   and the bias of a layer. All heads get the same size, so a Reshape splits or joins heads as before.
+3. Nothing else reads the tensors between, and the model does not return them. A Shape may read them: where it
+   gives the size of a head (for a scale), that number is pinned.
+4. The sizes of heads in the targets of Reshape and Expand are constants.
+5. Which axis is which follows from the shapes. Open dimensions are assumed (`graph.shapes.assumed`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from onnx_lowrank.core.layer import Between, Narrowing
+from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.shapes import Shapes, assumed, infer, shape_of
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
+from onnx_lowrank.graph.weights import FLOATS, constant
+from onnx_lowrank.layers.axes import INSIDE, Axes, Part, axes_of, inside, permuted, regrouped, shared_heads
+from onnx_lowrank.layers.beside import beside
+from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.binding import Binding, Hidden, Pin, Size
+from onnx_lowrank.layers.hidden import channel_axis, is_plain, place_of
+from onnx_lowrank.layers.products import products, softmax_behind
+from onnx_lowrank.layers.sizes import Sizes
+from onnx_lowrank.operators import registry
+
+_log = logging.getLogger(__name__)
+
+_SAME = frozenset({"Identity", "Cast", "Dropout"})
+_ANEW = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+_CUTS = frozenset({"Split", "Slice", "Gather"})
+_LONGEST = 64
+"""So many operators at most lie between a MatMul and a layer."""
+
+_UNKNOWN = "the sizes between are unknown: pass --input-shape"
+_READ = "other operators read the tensors between, or the model returns them"
+_FUSED = "one matrix computes several of queries, keys and values: export them apart"
+_COMPUTED = "the size of its heads is computed while the model runs: export it as a constant"
+_JOINED = "a Concat lies between: a past, or a rotation of positions"
+_OTHER = "operators lie between that treat the numbers of a head differently: a rotation, or a norm"
+_NO_LAYER = "no layer that can be narrowed computes or reads it"
+_BIAS = "other operators read its bias, or it is computed"
+_MIXED = "its heads are not laid out one after the other"
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The layers that attention connects.
+
+    Attributes:
+        pairs: By the id of a layer, how it is narrowed with its partner.
+        left: By the node of attention, why its heads stay as they are.
+    """
+
+    pairs: Mapping[str, tuple[Narrowing, Hidden]]
+    left: Mapping[Place, str]
+
+
+def attention(
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
+    shapes: Shapes,
+    input_shapes: Mapping[str, tuple[int, ...]],
+) -> Attention:
+    """The layers whose heads can be narrowed.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        bindings: Its layers, in graph order.
+        shapes: Its inferred shapes.
+        input_shapes: The shapes of inputs that the user fixes.
+    """
+    met = list(products(walk))
+    if not met:
+        return Attention({}, {})
+    sizes = Sizes(model, walk, infer(model, assumed(model, shapes, input_shapes)))
+    plain = {place_of(binding): binding for binding in bindings if is_plain(walk, binding)}
+    pairs: dict[str, tuple[Narrowing, Hidden]] = {}
+    left = {}
+    for place, between in met:
+        search = _Search(model, walk, plain, sizes)
+        found = search.values(place) if between is Between.VALUES else search.scores(place)
+        if isinstance(found, str):
+            left[place] = found
+            _log.debug("the heads at %r stay: %s", label(walk.node(place)), found)
+            continue
+        owner, partner, hidden, heads = found
+        costs = beside(model, walk, shapes, hidden, _macs(walk, shapes, place))
+        if between is Between.SCORES and bias(model, walk, owner) is not None:
+            # The queries' own bias gets narrower with them, too; nothing else reads it.
+            costs = replace(costs, stored=costs.stored + owner.layer.f, owned=costs.owned + owner.layer.f)
+        narrowing = Narrowing(between, (partner.layer,), heads, costs)
+        pairs[owner.layer.id] = narrowing, hidden
+    return Attention(pairs, left)
+
+
+def _macs(walk: Walk, shapes: Shapes, place: Place) -> int:
+    """MACs of the product; 0 if a dimension is unknown."""
+    node = walk.node(place)
+    inputs = [shape_of(walk, shapes, walk.operand(place, index)) for index in (0, 1)]
+    result = shape_of(walk, shapes, walk.result(place))
+    return registry.family(node).macs_undecomposed(node, inputs, result) or 0
+
+
+_Found = tuple[Binding, Binding, Hidden, int]
+"""A layer, its partner, what lies between, and the number of the layer's heads."""
+
+
+class _Search:
+    """Follows the heads from one MatMul to the layers on both sides."""
+
+    def __init__(self, model: Model, walk: Walk, plain: Mapping[Place, Binding], sizes: Sizes) -> None:
+        self._model = model
+        self._walk = walk
+        self._plain = plain
+        self._sizes = sizes
+        self._head = 0
+        self._nodes: set[tuple[Place, int]] = set()
+        self._tensors: dict[str, tuple[Any, Axes]] = {}
+        self._constants: list[tuple[Place, int, int]] = []
+        self._changed: list[Size] = []
+
+    def values(self, product: Place) -> _Found | str:
+        """The layer that reads the result of attention, and the one that computes the values."""
+        result, right = self._walk.result(product), self._walk.operand(product, 1)
+        shape, given = self._sizes.of(result), self._sizes.of(right)
+        if shape is None or given is None or min(len(shape), len(given)) < 2:
+            return _UNKNOWN
+        self._head = shape[-1]
+        *batch, _ = range(len(shape))
+        axes = axes_of((*batch, INSIDE), shape)
+        keys = len(shape)  # no axis of the result
+        origins = (*range(len(shape) - len(given), len(shape) - 2), keys, INSIDE)
+        self._nodes.add((product, 1))
+        partner = self._from_layer(right, axes_of(origins, given), one_bias=False)
+        if isinstance(partner, str):
+            return partner
+        owner = self._ahead(result, axes)
+        if isinstance(owner, str):
+            return owner
+        return self._pair(owner, partner, ignores_shift=False)
+
+    def scores(self, product: Place) -> _Found | str:
+        """The layer that computes the queries, and the one that computes the keys."""
+        left, right = (self._walk.operand(product, index) for index in (0, 1))
+        queries, keys = self._sizes.of(left), self._sizes.of(right)
+        if queries is None or keys is None or min(len(queries), len(keys)) < 2:
+            return _UNKNOWN
+        self._head = queries[-1]
+        rank = max(len(queries), len(keys))
+        first, second = (range(rank - len(shape), rank - 2) for shape in (queries, keys))
+        self._nodes |= {(product, 0), (product, 1)}
+        partner = self._from_layer(right, axes_of((*second, INSIDE, rank), keys), one_bias=True)
+        if isinstance(partner, str):
+            return partner
+        constants = len(self._constants)
+        owner = self._from_layer(left, axes_of((*first, rank - 2, INSIDE), queries), one_bias=True)
+        if isinstance(owner, str):
+            return owner
+        # The bias of the queries is fitted with their weight.
+        del self._constants[constants:]
+        return self._pair(owner, partner, ignores_shift=self._ignores_shift(product))
+
+    def _ignores_shift(self, product: Place) -> bool:
+        """Whether a Softmax over the keys follows behind a scale and the addition of a mask."""
+        chain = softmax_behind(self._walk, product) or []
+        if not chain:
+            return False
+        *between, softmax = chain
+        rank = len(self._sizes.of(self._walk.result(product)) or ())
+        axis = attribute_of(self._walk.node(softmax), "axis", -1 if self._walk.opsets[""] >= 13 else 1)
+        only = all(is_op(self._walk.node(p), ("Mul", "Div", "Add", "Cast", "Identity")) for p in between)
+        scales = [p for p in between if is_op(self._walk.node(p), ("Mul", "Div"))]
+        return only and axis in (-1, rank - 1) and all(self._scaled(p) is not None for p in scales)
+
+    def _pair(
+        self, owner: tuple[Binding, Axes], partner: tuple[Binding, Axes], *, ignores_shift: bool
+    ) -> _Found | str:
+        """The pair, if both layers lay out their heads alike and rule 3 holds."""
+        heads = []
+        for binding, axes in (owner, partner):
+            axis = channel_axis(self._walk, binding)
+            parts = () if axis is None or len(axes) < -axis.index else axes[axis.index]
+            if not parts or parts[-1] != Part(INSIDE, 1, self._head):
+                return _MIXED
+            heads.append(parts[:-1])
+        shared = shared_heads(*heads)
+        if shared is None or self._head < 2 or owner[0].layer.id == partner[0].layer.id:
+            return _MIXED
+        pins = self._pins()
+        if isinstance(pins, str):
+            return pins
+        names = tuple(self._walk.origin(tensor)[1] for tensor, _ in self._tensors.values())
+        hidden = Hidden(
+            producers=(partner[0],),
+            constants=tuple(self._constants),
+            tensors=names,
+            sizes=tuple(self._changed),
+            pins=pins,
+            shared=shared,
+            ignores_shift=ignores_shift,
+        )
+        return owner[0], partner[0], hidden, prod(part.size for part in heads[0])
+
+    # --- the walk ---------------------------------------------------------------------------------
+
+    def _back(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
+        """Walk from a tensor to the layer that computes it, and follow its axes."""
+        for _ in range(_LONGEST):
+            self._tensors[tensor.name] = tensor, axes
+            place = self._walk.producer(tensor)
+            if place is None or place.scope:
+                return _NO_LAYER
+            if place in self._plain:
+                return self._plain[place], axes
+            operand = self._data(place)
+            if isinstance(operand, str):
+                return operand
+            self._nodes.add((place, operand))
+            tensor = self._walk.operand(place, operand)
+            before = self._before(place, axes, self._sizes.of(tensor))
+            if isinstance(before, str):
+                return before
+            axes = before
+            if not self._fits(tensor, axes):
+                return _MIXED
+        return _NO_LAYER
+
+    def _ahead(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
+        """Walk from a tensor to the layer that reads it, and follow its axes."""
+        for _ in range(_LONGEST):
+            self._tensors[tensor.name] = tensor, axes
+            found = [r for r in self._walk.consumers(tensor) if not is_op(self._walk.node(r[0]), ("Shape",))]
+            if len(found) != 1 or found[0][0].scope:
+                return _READ
+            place, operand = found[0]
+            self._nodes.add((place, operand))
+            if place in self._plain:
+                layer = self._plain[place].layer
+                family = registry.family(self._walk.node(place))
+                is_input = family.activation(layer.uses[0].operand) == operand and prod(layer.kernel) == 1
+                return (self._plain[place], axes) if is_input else _NO_LAYER
+            if self._data(place) != operand:
+                return self._data_reason(place)
+            tensor = self._walk.result(place)
+            if tensor is None:
+                return _NO_LAYER
+            behind = self._behind(place, axes, self._sizes.of(tensor))
+            if isinstance(behind, str):
+                return behind
+            axes = behind
+            if not self._fits(tensor, axes):
+                return _MIXED
+        return _NO_LAYER
+
+    def _fits(self, tensor: Any, axes: Axes) -> bool:
+        """Whether a tensor has these axes; an operator that broadcasts may give it others."""
+        return self._sizes.of(tensor) == tuple(prod(part.size for part in axis) for axis in axes)
+
+    def _data(self, place: Place) -> int | str:
+        """The operand with the heads, of an operator that may lie between (rule 2)."""
+        node = self._walk.node(place)
+        if is_op(node, ("Cast",)) and attribute_of(node, "to", 0) not in FLOATS:
+            return _OTHER
+        if is_op(node, _SAME | _ANEW | {"Transpose", "Expand"}):
+            return 0
+        if is_op(node, ("Mul", "Div")) and (scaled := self._scaled(place)) is not None:
+            return scaled
+        if is_op(node, ("Add",)) and (added := self._biased(place)) is not None:
+            return added
+        return self._data_reason(place)
+
+    def _data_reason(self, place: Place) -> str:
+        node = self._walk.node(place)
+        if is_op(node, ("Concat",)):
+            return _JOINED
+        return _FUSED if is_op(node, _CUTS) else _OTHER
+
+    def _scaled(self, place: Place) -> int | None:
+        """The operand of a Mul or Div that meets a single number; None if there is none."""
+        operands = (0,) if is_op(self._walk.node(place), ("Div",)) else (0, 1)
+        for operand in operands:
+            shape = self._sizes.of(self._walk.operand(place, 1 - operand))
+            if shape is not None and prod(shape) == 1:
+                return operand
+        return None
+
+    def _biased(self, place: Place) -> int | None:
+        """The operand of an Add of a constant; None if there is none."""
+        for operand in (0, 1):
+            if constant(self._walk, self._model, self._walk.operand(place, 1 - operand)) is not None:
+                return operand
+        return None
+
+    def _before(self, place: Place, axes: Axes, sizes: tuple[int, ...] | None) -> Axes | str:
+        """The axes of an operator's operand, given those of its result."""
+        node = self._walk.node(place)
+        if sizes is None:
+            return _UNKNOWN
+        if is_op(node, ("Transpose",)):
+            return permuted(axes, np.argsort(self._order(place, len(axes))).tolist()) or _MIXED
+        if is_op(node, ("Expand",)):
+            rest = axes[len(axes) - len(sizes) :]
+            made = tuple(() if size == 1 else axis for axis, size in zip(rest, sizes, strict=True))
+            return self._resized(place, made, axes) or made
+        if is_op(node, _ANEW):
+            regained = regrouped(axes, sizes)
+            return _MIXED if regained is None else self._resized(place, regained, axes) or regained
+        return self._added(place, axes) if is_op(node, ("Add",)) else axes
+
+    def _behind(self, place: Place, axes: Axes, sizes: tuple[int, ...] | None) -> Axes | str:
+        """The axes of an operator's result, given those of its operand."""
+        node = self._walk.node(place)
+        if sizes is None:
+            return _UNKNOWN
+        if is_op(node, ("Transpose",)):
+            return permuted(axes, self._order(place, len(axes))) or _MIXED
+        if is_op(node, _ANEW):
+            made = regrouped(axes, sizes)
+            return _MIXED if made is None else self._resized(place, axes, made) or made
+        return axes if is_op(node, _SAME | {"Mul", "Div"}) else _OTHER
+
+    def _order(self, place: Place, rank: int) -> list[int]:
+        return list(attribute_of(self._walk.node(place), "perm", list(range(rank))[::-1]))
+
+    def _added(self, place: Place, axes: Axes) -> Axes | str:
+        """Note the constant of an Add, which has one number for each feature, along the axis of the heads."""
+        axis = inside(axes, self._head)
+        operand = 1 - (self._biased(place) or 0)
+        value = constant(self._walk, self._model, self._walk.operand(place, operand))
+        if axis is None or value is None:
+            return _MIXED
+        features = prod(part.size for part in axes[axis])
+        axis -= len(axes)
+        if len(value.shape) < -axis or not value.shape[axis] == features == value.size:
+            return _OTHER
+        self._constants.append((place, operand, axis))
+        return axes
+
+    def _own_bias(self, binding: Binding) -> str:
+        """Note the bias of a layer's own node; why the heads stay, or ""."""
+        place = place_of(binding)
+        operand = registry.family(self._walk.node(place)).bias
+        tensor = None if operand is None else self._walk.operand(place, operand)
+        if operand is None or tensor is None:
+            return ""
+        value, axis = constant(self._walk, self._model, tensor), channel_axis(self._walk, binding)
+        if value is None or axis is None or value.size != binding.layer.f:
+            return _BIAS
+        self._constants.append((place, operand, -1 if value.ndim == 1 else axis.index))
+        return ""
+
+    def _from_layer(self, tensor: Any, axes: Axes, *, one_bias: bool) -> tuple[Binding, Axes] | str:
+        """The layer that computes a tensor; `one_bias` asks for none or one bias that nothing else reads."""
+        start = len(self._constants)
+        found = self._back(tensor, axes)
+        if isinstance(found, str):
+            return found
+        reason = self._own_bias(found[0])
+        biases = len(self._constants) - start
+        if one_bias and biases and (biases > 1 or bias(self._model, self._walk, found[0]) is None):
+            return _BIAS
+        return reason or found
+
+    # --- sizes ------------------------------------------------------------------------------------
+
+    def _resized(self, place: Place, before: Axes, after: Axes) -> str:
+        """Rule 4: note the number in the target of a Reshape or Expand; why the heads stay, or ""."""
+        first, axis = inside(before, self._head), inside(after, self._head)
+        if first is None or axis is None:
+            return _MIXED
+        if not is_op(self._walk.node(place), ("Reshape", "Expand")):
+            return ""
+        target = self._sizes.of(self._walk.operand(place, 1))
+        # Expand may leave out the first axes.
+        index = -1 if target is None or len(target) != 1 else axis - len(after) + target[0]
+        found = self._sizes.entry(place, index)
+        if found is None:
+            return _COMPUTED
+        size, number = found
+        is_copied = number == 0 and before[axis : axis + 1] == after[axis : axis + 1]
+        is_free = is_op(self._walk.node(place), ("Expand",)) and number == 1
+        if number == prod(part.size for part in after[axis]):
+            self._changed.append(size)
+        elif number != -1 and not is_copied and not is_free:
+            return _COMPUTED
+        return ""
+
+    def _pins(self) -> tuple[Pin, ...] | str:
+        """Rule 3: the numbers that Shapes give of the tensors between; or why the heads stay."""
+        pins: list[Pin] = []
+        for tensor, axes in self._tensors.values():
+            if self._walk.is_output(tensor):
+                return _READ
+            axis = inside(axes, self._head)
+            for place, operand in self._walk.consumers(tensor):
+                if (place, operand) in self._nodes:
+                    continue
+                if axis is None or not is_op(self._walk.node(place), ("Shape",)):
+                    return _READ
+                found = self._sizes.pins(place, axis, len(axes), prod(part.size for part in axes[axis]))
+                if found is None:
+                    return _COMPUTED
+                pins += found
+        return tuple(pins)

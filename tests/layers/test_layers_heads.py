@@ -1,0 +1,214 @@
+"""Heads of attention between layers: which pairs are found, and the reason for every other."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from attending import BERT, BUILT, CONSTANT, GQA, SIZE, bert, grouped
+from onnx_lowrank.core.layer import Between
+from onnx_lowrank.files.load import load
+from onnx_lowrank.layers import heads
+from onnx_lowrank.layers.found import find_layers
+from rewriting import model
+
+BOTH = {"wo": (Between.VALUES, ["wv"]), "wq": (Between.SCORES, ["wk"])}
+
+
+def pairs(proto, **shapes):
+    """By layer, what lies between it and its partners, and their ids."""
+    found = find_layers(load(proto), shapes, (), ())
+    return {
+        layer.id: (layer.narrowing.between, [partner.id for partner in layer.partners])
+        for layer in found.layers
+        if layer.narrowing is not None
+    }
+
+
+def reasons(proto):
+    """Why heads stay as they are, by the name of the node of attention."""
+    found = find_layers(load(proto), {}, (), ())
+    parted = {item.name: item.reason.partition("; its heads stay: ") for item in found.skipped}
+    return {name: reason for name, (_, _, reason) in parted.items() if reason}
+
+
+@pytest.mark.parametrize("shapes", [CONSTANT, BUILT], ids=["constant", "built"])
+def test_bert_has_both_pairs(shapes):
+    proto = bert(shapes)
+    assert pairs(proto) == BOTH
+    assert reasons(proto) == {}
+    (values, scores) = (
+        binding.hidden
+        for binding in sorted(
+            (b for b in find_layers(load(proto), {}, (), ()).bindings if b.hidden), key=lambda b: b.layer.id
+        )
+    )
+    assert scores.ignores_shift
+    assert (values.shared, scores.shared) == (1, 1)
+    assert len(values.sizes) == len(scores.sizes) == 2
+    assert values.pins == scores.pins == ()
+
+
+def test_heads_that_share_keys_and_values():
+    proto = model(GQA, **grouped())
+    assert pairs(proto) == BOTH
+    found = find_layers(load(proto), {}, (), ())
+    layers = {layer.id: layer for layer in found.layers}
+    assert {binding.hidden.shared for binding in found.bindings if binding.hidden} == {2}
+    for name, partner in (("wo", "wv"), ("wq", "wk")):
+        layer = layers[name]
+        assert (layer.width, layer.width_step) == (32, 4)
+        less, own = layer.at_width(20)
+        assert (less.id, less.f, less.c) == (partner, 10, 24)
+        assert (own.f, own.c) == ((20, 24) if name == "wq" else (24, 20))
+
+
+def test_attention_counts_the_macs_of_its_products():
+    proto = bert()
+    found = find_layers(load(proto), {"x": (2, 6, 24), "mask": (2, 1, 1, 6)}, (), ())
+    macs = {layer.id: layer.beside.macs for layer in found.layers if layer.narrowing}
+    # Each of the 24 numbers of the width is multiplied for 2 · 6 · 6 pairs of positions.
+    assert macs == {"wo": 24 * 72, "wq": 24 * 72}
+
+
+FOUND = {
+    "dropout": ("c0 = MatMul (p, v)", "p1 = Dropout (p) c0 = MatMul (p1, v)"),
+    "scaled queries": ("s0 = MatMul (q, k)", "q9 = Mul (scale, q) s0 = MatMul (q9, k)"),
+    "scaled by a computed number": (
+        "s0 = MatMul (q, k)",
+        "n = ReduceSum <keepdims = 0> (mask) q9 = Mul (q, n) s0 = MatMul (q9, k)",
+    ),
+    "squeezed": ("c = Reshape", "u = Unsqueeze (c1, zeros) c9 = Squeeze (u, zeros) c = Reshape"),
+    "cast": ("c0 = MatMul (p, v)", "v8 = Cast <to = 11> (v) v9 = Cast <to = 1> (v8) c0 = MatMul (p, v9)"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), FOUND.values(), ids=FOUND)
+def test_operators_that_may_lie_between(old, new):
+    assert BERT.count(old) == 1
+    proto = bert(
+        text=BERT.replace(old, new).replace("(c1, back)", "(c9, back)" if "c9" in new else "(c1, back)")
+    )
+    assert pairs(proto) == BOTH
+
+
+SCALED = """t9 = Shape (q) i9 = Constant <value_int = -1> () n9 = Gather (t9, i9) f9 = Cast <to = 1> (n9)
+    r9 = Sqrt (f9) s1 = Div (s0, r9)"""
+
+
+def test_a_scale_that_the_model_computes_from_a_head_is_pinned():
+    proto = bert(text=BERT.replace("s1 = Div (s0, scale)", SCALED))
+    assert pairs(proto) == BOTH
+    (pin,) = (
+        pin
+        for binding in find_layers(load(proto), {}, (), ()).bindings
+        if binding.hidden
+        for pin in binding.hidden.pins
+    )
+    assert (pin.value, pin.shape) == (SIZE, ())
+
+
+ROTATED = "q8 = Mul (q, cos) q9 = Add (q8, q) s0 = MatMul (q9, k)"
+NORMED = "q9 = LayerNormalization <axis = -1> (q, eight) s0 = MatMul (q9, k)"
+LEFT = {
+    "rotated queries": ("s0 = MatMul (q, k)", ROTATED, "wq", heads._OTHER),
+    "normed queries": ("s0 = MatMul (q, k)", NORMED, "wq", heads._OTHER),
+    "joined": (
+        "v = Transpose <perm = [0, 2, 1, 3]> (v2)",
+        "v9 = Transpose <perm = [0, 2, 1, 3]> (v2) v = Concat <axis = 0> (v9)",
+        "wo",
+        heads._JOINED,
+    ),
+    "another reader": (
+        "c0 = MatMul (p, v)",
+        "c0 = MatMul (p, v) r = Softmax (v)",
+        "wo",
+        heads._READ,
+    ),
+    "a gate": ("c = Reshape (c1, back)", "c9 = Reshape (c1, back) c = Mul (c9, x)", "wo", heads._OTHER),
+    "a norm behind": (
+        "c = Reshape (c1, back)",
+        "c9 = Reshape (c1, back) c = LayerNormalization <axis = -1> (c9, bo)",
+        "wo",
+        heads._OTHER,
+    ),
+    "a computed size": (
+        "c = Reshape (c1, back)",
+        "t9 = Shape (x) c = Reshape (c1, t9)",
+        "wo",
+        heads._COMPUTED,
+    ),
+    "whole shape": (
+        "c0 = MatMul (p, v)",
+        "t9 = Shape (v) z9 = ConstantOfShape (t9) c0 = MatMul (p, v)",
+        "wo",
+        heads._COMPUTED,
+    ),
+    "a cut": (
+        "v0 = MatMul (x, wv)",
+        "v8 = MatMul (x, wide) v0, v9 = Split <axis = -1> (v8)",
+        "wo",
+        heads._FUSED,
+    ),
+    "a shared bias": ("q1 = Add (bq, q0)", "q1 = Add (bk, q0)", "wq", heads._BIAS),
+    "no layer": ("v0 = MatMul (x, wv)", "v0 = Identity (x)", "wo", heads._NO_LAYER),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "missing", "reason"), LEFT.values(), ids=LEFT)
+def test_what_keeps_heads_as_they_are(old, new, missing, reason):
+    assert BERT.count(old) == 1
+    extra = {
+        "eight": np.ones(SIZE, np.float32),
+        "cos": np.linspace(0, 1, SIZE, dtype=np.float32),
+        "wide": np.ones((24, 48), np.float32),
+    }
+    proto = bert(text=BERT.replace(old, new), **extra)
+    found = pairs(proto)
+    assert missing not in found
+    assert set(BOTH) - set(found) == {missing}
+    assert list(reasons(proto).values()) == [reason]
+
+
+def test_an_output_of_the_model_keeps_its_size():
+    text = BERT.replace("(float[B,L,24] y)", "(float[B,L,24] y, float[B,3,L,8] v)")
+    proto = bert(text=text)
+    assert set(pairs(proto)) == {"wq"}
+    assert list(reasons(proto).values()) == [heads._READ]
+
+
+def test_a_past_from_an_input_keeps_the_heads():
+    text = BERT.replace("float[B,1,1,L] mask)", "float[B,1,1,1] mask, float[B,3,8,P] past)")
+    text = text.replace("s0 = MatMul (q, k)", "k9 = Concat <axis = 3> (past, k) s0 = MatMul (q, k9)")
+    text = text.replace(
+        "c0 = MatMul",
+        "t9 = Transpose <perm = [0, 1, 3, 2]> (past) v9 = Concat <axis = 2> (t9, v) c0 = MatMul",
+    )
+    text = text.replace("(p, v)", "(p, v9)")
+    proto = bert(text=text)
+    assert pairs(proto) == {}
+    assert set(reasons(proto).values()) == {heads._JOINED}
+
+
+def test_an_opset_without_last_axis_and_a_mask_by_where_do_not_ignore_shifts():
+    text = BERT.replace("s2 = Add (s1, mask)", "b9 = Cast <to = 9> (mask) s2 = Where (b9, s1, mask)")
+    proto = bert(text=text)
+    assert pairs(proto) == BOTH
+    hidden = {b.layer.id: b.hidden for b in find_layers(load(proto), {}, (), ()).bindings if b.hidden}
+    assert not hidden["wq"].ignores_shift
+
+
+def test_unknown_sizes_are_asked_for():
+    proto = bert()
+    del proto.graph.input[0].type.tensor_type.shape.dim[:]
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    assert pairs(proto) == {}
+    assert set(reasons(proto).values()) == {heads._UNKNOWN}
+
+
+def test_a_transposition_that_is_none_is_left():
+    proto = bert()
+    node = next(node for node in proto.graph.node if node.output[0] == "c1")
+    node.attribute[0].CopyFrom(onnx.helper.make_attribute("perm", [0, 2, 1, 9]))
+    assert "wo" not in pairs(proto)
