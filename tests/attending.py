@@ -53,6 +53,27 @@ GQA = """g (float[B,L,24] x, float[B,1,1,L] mask) => (float[B,L,24] y) {
     y = MatMul (c, wo) }"""
 
 
+def _repeated(name: str, result: str) -> str:
+    """Heads that are repeated as PyTorch writes it: all sizes come from a Shape, and -1 is replaced."""
+    sizes = " ".join(
+        f"{name}g{n} = Gather ({name}t, i{n}) {name}u{n} = Unsqueeze ({name}g{n}, zeros)" for n in range(4)
+    )
+    one, two, three = (f"{name}u{n}" for n in (1, 2, 3))
+    joined = " ".join(f"{name}j{n} = Unsqueeze ({name}g{n}, zeros)" for n in (0, 2, 3))
+    return f"""{name}t = Shape ({name}3) {sizes} {joined} {name}4 = Unsqueeze ({name}3, axis)
+        {name}x = Concat <axis = 0> ({name}u0, {one}, pair, {two}, {three})
+        {name}s = Shape ({name}x) {name}o = ConstantOfShape <value = int64[1] {{1}}> ({name}s)
+        {name}e = Equal ({name}x, minus) {name}w = Where ({name}e, {name}o, {name}x)
+        {name}5 = Expand ({name}4, {name}w) {name}m = Mul ({name}g1, two) {name}n = Unsqueeze ({name}m, zeros)
+        {name}z = Concat <axis = 0> ({name}j0, {name}n, {name}j2, {name}j3)
+        {result} = Reshape ({name}5, {name}z)"""
+
+
+REPEATED = GQA.replace(
+    "k4 = Unsqueeze (k3, axis) k5 = Expand (k4, repeat) k6 = Reshape (k5, joined)", _repeated("k", "k6")
+).replace("v4 = Unsqueeze (v3, axis) v5 = Expand (v4, repeat) v = Reshape (v5, joined)", _repeated("v", "v"))
+
+
 INTEGERS = {
     "zero": np.array(0),
     "one": np.array(1),
@@ -92,6 +113,7 @@ def grouped(rank: int = RANK) -> dict[str, np.ndarray]:
     floats = {name: value.astype(np.float32) for name, value in {**made, "scale": np.array(0.35)}.items()}
     many, few, joined = [0, 0, 4, SIZE], [0, 0, 2, SIZE], [0, 4, -1, SIZE]
     numbers = {"many": many, "few": few, "joined": joined, "repeat": [1, 1, 2, 1, 1], "axis": [2]}
+    numbers |= {"pair": [2], "minus": [-1], "zeros": [0], "two": 2, **{f"i{n}": n for n in range(4)}}
     return floats | {name: np.array(value) for name, value in {**numbers, "join": [0, 0, 32]}.items()}
 
 

@@ -10,7 +10,21 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from attending import BERT, BUILT, CONSTANT, GQA, HEADS, RANK, SIZE, D, bert, grouped, inputs, weights
+from attending import (
+    BERT,
+    BUILT,
+    CONSTANT,
+    GQA,
+    HEADS,
+    RANK,
+    REPEATED,
+    SIZE,
+    D,
+    bert,
+    grouped,
+    inputs,
+    weights,
+)
 from calibrating import made, measured, plan_of, run, seen
 from onnx_lowrank import PlanError, compress
 from onnx_lowrank.budgets.macs import macs
@@ -26,6 +40,7 @@ MODELS = {
     "constant": lambda: bert(CONSTANT),
     "built": lambda: bert(BUILT),
     "grouped": lambda: model(GQA, **grouped()),
+    "repeated": lambda: model(REPEATED, **grouped()),
     "scaled": lambda: bert(text=BERT.replace("s1 = Div (s0, scale)", SCALED)),
     "gemm": lambda: bert(text=GEMM, rows=np.array([-1, D])),
 }

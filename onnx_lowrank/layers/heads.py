@@ -8,7 +8,7 @@ Rules:
    and the bias of a layer. All heads get the same size, so a Reshape splits or joins heads as before.
 3. Nothing else reads the tensors between, and the model does not return them. A Shape may read them: where it
    gives the size of a head (for a scale), that number is pinned.
-4. The sizes of heads in the targets of Reshape and Expand are constants.
+4. The sizes of heads in the targets of Reshape and Expand are constants, or sizes of tensors between.
 5. Which axis is which follows from the shapes. Open dimensions are assumed (`graph.shapes.assumed`).
 """
 
@@ -33,7 +33,7 @@ from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Hidden, Pin, Size
 from onnx_lowrank.layers.hidden import channel_axis, is_plain, place_of
 from onnx_lowrank.layers.products import products, softmax_behind
-from onnx_lowrank.layers.sizes import Sizes
+from onnx_lowrank.layers.sizes import Followed, Sizes
 from onnx_lowrank.operators import registry
 
 _log = logging.getLogger(__name__)
@@ -133,6 +133,8 @@ class _Search:
         self._tensors: dict[str, tuple[Any, Axes]] = {}
         self._constants: list[tuple[Place, int, int]] = []
         self._changed: list[Size] = []
+        # With the size that the target should have.
+        self._followed: list[tuple[Followed, int]] = []
 
     def values(self, product: Place) -> _Found | str:
         """The layer that reads the result of attention, and the one that computes the values."""
@@ -390,7 +392,11 @@ class _Search:
         index = -1 if target is None or len(target) != 1 else axis - len(after) + target[0]
         found = self._sizes.entry(place, index)
         if found is None:
-            return _COMPUTED
+            followed = self._sizes.followed(place, index)
+            if followed is None:
+                return _COMPUTED
+            self._followed.append((followed, prod(part.size for part in after[axis])))
+            return ""
         size, number = found
         is_copied = number == 0 and before[axis : axis + 1] == after[axis : axis + 1]
         is_free = is_op(self._walk.node(place), ("Expand",)) and number == 1
@@ -402,6 +408,12 @@ class _Search:
 
     def _pins(self) -> tuple[Pin, ...] | str:
         """Rule 3: the numbers that Shapes give of the tensors between; or why the heads stay."""
+        for followed, expected in self._followed:
+            _, known = self._tensors.get(followed.tensor, (None, ()))
+            axis = inside(known, self._head)
+            if axis != followed.axis or prod(part.size for part in known[axis]) != expected:
+                return _COMPUTED
+        readers = {followed.reader for followed, _ in self._followed}
         pins: list[Pin] = []
         for tensor, axes in self._tensors.values():
             if self._walk.is_output(tensor):
@@ -415,5 +427,5 @@ class _Search:
                 found = self._sizes.pins(place, axis, len(axes), prod(part.size for part in axes[axis]))
                 if found is None:
                     return _COMPUTED
-                pins += found
+                pins += [pin for pin in found if (pin.place, pin.operand) not in readers]
         return tuple(pins)

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from numpy.typing import NDArray
 
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
-from onnx_lowrank.graph.weights import constant
+from onnx_lowrank.graph.weights import VIEWS, constant
 from onnx_lowrank.layers.binding import Pin, Size
 from onnx_lowrank.operators.operator import known
+
+_LONGEST = 8
+"""So many views at most lie between the size of an axis and the target that joins it with others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """The size of an axis, where a target of Reshape or Expand takes it over.
+
+    Attributes:
+        tensor: Name of the tensor with the axis, in the walk.
+        axis: The axis.
+        reader: The node and its operand that read the size.
+    """
+
+    tensor: str
+    axis: int
+    reader: tuple[Place, int]
 
 
 class Sizes:
@@ -40,14 +61,72 @@ class Sizes:
         concat = self._walk.producer(tensor)
         if concat is None or concat.scope or not is_op(self._walk.node(concat), ("Concat",)):
             return None
+        piece = self._piece(concat, index)
+        if piece is None:
+            return None
+        part, value, within = piece
+        return None if value is None else (Size(place, 1, part, within), int(value[within]))
+
+    def followed(self, place: Place, index: int) -> Followed | None:
+        """The size from which a number in the target of a Reshape or Expand is computed, without arithmetic.
+
+        The target is a Concat, or it is one where -1 is replaced, as PyTorch writes it. Nothing else may read
+        the number on its way. None if it is computed otherwise.
+        """
+        tensor = self._walk.operand(place, 1)
+        where = None if tensor is None else self._walk.producer(tensor)
+        if where is not None and is_op(self._walk.node(where), ("Where",)):
+            equal = self._walk.producer(self._walk.operand(where, 0))
+            is_equal = equal is not None and is_op(self._walk.node(equal), ("Equal",))
+            tensor, whole = self._walk.operand(where, 2), tensor
+            compared = [] if equal is None else [self._walk.operand(equal, index) for index in (0, 1)]
+            if not is_equal or tensor not in compared or self._walk.consumers(whole) != [(place, 1)]:
+                return None
+        concat = None if tensor is None else self._walk.producer(tensor)
+        if concat is None or concat.scope or not is_op(self._walk.node(concat), ("Concat",)):
+            return None
+        others = [self._walk.node(other) for other, operand in self._walk.consumers(tensor)]
+        if not all(
+            is_op(node, ("Equal", "Shape", "Where")) or node is self._walk.node(place) for node in others
+        ):
+            return None
+        piece = self._piece(concat, index)
+        return None if piece is None or piece[1] is not None else self._picked_by(concat, piece[0])
+
+    def _picked_by(self, reader: Place, operand: int) -> Followed | None:
+        """The size that a Gather or Slice takes out of a Shape for an operand of a node."""
+        for _ in range(_LONGEST):
+            tensor = self._walk.operand(reader, operand)
+            place = None if tensor is None else self._walk.producer(tensor)
+            if place is None or self._walk.is_output(tensor):
+                return None
+            shape = self._walk.producer(self._walk.operand(place, 0))
+            if shape is not None and is_op(self._walk.node(shape), ("Shape",)):
+                whole = self._walk.operand(shape, 0)
+                picked = self._picked(place, 0, self._given(shape, len(self.of(whole) or ())))
+                if whole is None or picked is None or len(picked[0]) != 1:
+                    return None
+                return Followed(whole.name, picked[0][0], (reader, operand))
+            is_view = is_op(self._walk.node(place), VIEWS)
+            if not is_view or self._walk.consumers(tensor) != [(reader, operand)]:
+                return None
+            reader, operand = place, 0
+        return None
+
+    def _given(self, shape: Place, rank: int) -> list[int]:
+        """The axes whose sizes a Shape gives."""
+        node = self._walk.node(shape)
+        return list(range(rank))[attribute_of(node, "start", 0) : attribute_of(node, "end", rank)]
+
+    def _piece(self, concat: Place, index: int) -> tuple[int, NDArray[Any] | None, int] | None:
+        """The operand of a Concat with a number of its result, its value if constant, and the index there."""
         for part in range(len(self._walk.node(concat).input)):
             piece = self._walk.operand(concat, part)
             length = self.of(piece)
             if length is None or len(length) != 1:
                 return None
             if index < length[0]:
-                value = constant(self._walk, self._model, piece)
-                return None if value is None else (Size(place, 1, part, index), int(value[index]))
+                return part, constant(self._walk, self._model, piece), index
             index -= length[0]
         return None
 
@@ -63,8 +142,7 @@ class Sizes:
         Returns:
             The readers; None if one reads the size together with others.
         """
-        node, result = self._walk.node(shape), self._walk.result(shape)
-        given = list(range(rank))[attribute_of(node, "start", 0) : attribute_of(node, "end", rank)]
+        result, given = self._walk.result(shape), self._given(shape, rank)
         if axis not in given:
             return []
         if result is None or self._walk.is_output(result):

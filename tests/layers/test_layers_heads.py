@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from attending import BERT, BUILT, CONSTANT, GQA, SIZE, bert, grouped
+from attending import BERT, BUILT, CONSTANT, GQA, REPEATED, SIZE, bert, grouped
 from onnx_lowrank.core.layer import Between
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers import heads
@@ -62,6 +62,21 @@ def test_heads_that_share_keys_and_values():
         less, own = layer.at_width(20)
         assert (less.id, less.f, less.c) == (partner, 10, 24)
         assert (own.f, own.c) == ((20, 24) if name == "wq" else (24, 20))
+
+
+def test_heads_that_are_repeated_as_pytorch_writes_it():
+    proto = model(REPEATED, **grouped())
+    assert pairs(proto) == BOTH
+    hidden = {b.layer.id: b.hidden for b in find_layers(load(proto), {}, (), ()).bindings if b.hidden}
+    assert {name: (len(between.sizes), between.pins) for name, between in hidden.items()} == {
+        "wo": (2, ()),
+        "wq": (2, ()),
+    }
+
+
+def test_a_target_that_two_layers_share_follows_neither():
+    body = REPEATED.replace("v5 = Expand (v4, vw)", "v5 = Expand (v4, kw)")
+    assert set(pairs(model(body, **grouped()))) == set()
 
 
 def test_attention_counts_the_macs_of_its_products():
