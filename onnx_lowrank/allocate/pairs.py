@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from statistics import fmean
 
 import numpy as np
 
@@ -231,7 +232,8 @@ class Classes:
         none = np.zeros(len(order), dtype=np.int64)
         error = np.asarray(value[order] if self._is_max else value[order] ** (1 / self.recipe.power))
         name = self.layers[members[-1]].layer
-        made = Candidates(name, none - 1, none, none, none, cost[order], error)
+        yields = fmean(self.layers[member].yields for member in members)
+        made = Candidates(name, none - 1, none, none, none, cost[order], error, yields=yields)
         return made, tuple(rows[index] for index in order)
 
     def _units(self, members: Picks, taken: Sequence[Group]) -> Iterator[_Unit]:

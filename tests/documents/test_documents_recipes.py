@@ -70,7 +70,7 @@ ALLOWED = {
     "groups": "'divisors' or a list of whole numbers above 0",
     "measure": f"one of {', '.join(names())}",
     "normalize": "one of absolute, relative",
-    "aggregate": "one of max, sum, uniform",
+    "aggregate": "one of max, sum, uniform, ratio",
     "power": "a number above 0 and at most 64",
     "price": f"one of {', '.join(prices())}",
 }
