@@ -173,6 +173,9 @@ def _fitted(
     if plan.factors is Fit.WEIGHTS or calibration is None:
         yield from fit(model, walk, chosen, options, None, executor)
         return
+    if plan.factors is Fit.SCALED:
+        yield from fit(model, walk, chosen, options, calibration.statistics.scaled(), executor)
+        return
     statistics = calibration.statistics
     walked = [b for b in chosen if plan.recover and can_recover(model, walk, b, statistics)]
     ids = {binding.layer.id for binding in walked}

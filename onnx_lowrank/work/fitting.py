@@ -4,6 +4,7 @@ Rules:
 
 1. Factors fitted to activations minimize E‖(W − Ŵ) x‖² over the calibration inputs. If the layer has a bias
    that can change (`layers.bias`), the bias absorbs the change of the mean, and only the deviations count.
+   Scaled factors minimize the error of the scaled weight (`linalg.scaled`), and the bias is corrected, too.
 2. Factors are fitted to one share of the calibration inputs and judged on the other: refinement continues
    while the held-out error falls.
 3. A layer without calibration moments gets factors fitted to its weight.
@@ -28,7 +29,7 @@ from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
-from onnx_lowrank.work.moments import LayerMoments, MomentsRef, tied_problem
+from onnx_lowrank.work.moments import LayerMoments, MomentsRef, problem, tied_problem
 from onnx_lowrank.work.weights import WeightRef
 
 STEPS = 30
@@ -116,7 +117,7 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     del factors  # For a large layer these are gigabytes that the certificate needs.
     lost = lost_mean(weight, stored, moments, item.added) if item.centred else None
     loss = held_error(weight, stored, moments, centred=item.centred)
-    return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.ACTIVATIONS, error=loss), lost)
+    return FittedLayer(stored, certify(weight, stored), LayerFit(moments.fit, error=loss), lost)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,10 +191,9 @@ def _products(
     if moments.inputs is None:
         raise RuntimeError("the products are fitted to moments of inputs")
     dtype = item.weight.dtype
-    mean, ridge = moments.inputs.mean, shrinkage(moments.inputs, INPUT_RIDGE)
-    problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
-    found = []
-    for product in products(problem, weight.shape, options, backend):
+    mean, found = moments.inputs.mean, []
+    own = problem(weight, moments, centred=item.centred)
+    for product in products(own, weight.shape, options, backend):
         change = (weight - product).reshape(*weight.shape[:2], -1)
         lost = np.matvec(change, mean).reshape(-1) if item.centred else None
         with np.errstate(over="ignore"):  # a value beyond the range of the dtype becomes infinite
@@ -262,13 +262,12 @@ def activation_factors(
         return tied.fit(tied_problem(weight, moments, ridged=True), option.j)
     is_narrow = option.lowering is Lowering.NARROW
     if moments.inputs is not None:
-        least = selection.RIDGE if is_narrow else INPUT_RIDGE
-        ridge = shrinkage(moments.inputs, least)
-        problem = of_weight(weight, moments.inputs, centred=centred, ridge=ridge)
+        own = problem(weight, moments, centred=centred, least=selection.RIDGE if is_narrow else INPUT_RIDGE)
         held = None
-        if moments.held is not None:
+        # Held-out activations do not judge scaled factors, whose error is another one.
+        if moments.held is not None and moments.fit is Fit.ACTIVATIONS:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)
-        return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0, kept)
+        return fit(own, weight.shape, option, backend, held, steps if held is not None else 0, kept)
     if is_narrow:
         raise PlanError("A plan that narrows layers needs moments of their inputs: pass --calibration.")
     kernel = weight.shape[3:]
