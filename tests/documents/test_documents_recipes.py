@@ -44,6 +44,7 @@ def test_the_least_recipe_and_its_defaults():
         ("power", "0.5", "power", 0.5),
         ("power", "64", "power", 64.0),
         ("summary", '"  Words.\\n"', "summary", "Words."),
+        ("tables", "false", "tables", False),
     ],
 )
 def test_every_key_sets_its_field(key, value, field, expected):
@@ -60,6 +61,8 @@ WRONG = {
     "aggregate": ['"mean"', "0", '["max"]', "{}", '""'],
     "power": ["0", "-1", "65", "1e999", "9" * 400, "nan", "inf", "-inf", '"4"', "true", "[4]", "{}"],
     "price": ['"latency"', "1", "[]", "{}", '""', "false"],
+    "temperature": ["0", "-1", "65", "inf", "nan", '"1"', "true", "[]"],
+    "tables": ["0", '"no"', "[]"],
 }
 
 
@@ -73,6 +76,8 @@ ALLOWED = {
     "aggregate": "one of max, sum, uniform, ratio",
     "power": "a number above 0 and at most 64",
     "price": f"one of {', '.join(prices())}",
+    "temperature": "a number above 0 and at most 64",
+    "tables": "true or false",
 }
 ITEMS = {
     **dict.fromkeys(['["encode", "diagonal"]', "[1]", "[[]]", '["ENCODE"]'], f"one of {FOLDS}"),
@@ -115,6 +120,19 @@ def test_latency_is_no_price_as_there_is_no_formula_of_it():
         (
             {"recover": "true"},
             "recover is true and needs factors 'activations', but factors is 'weights'",
+        ),
+        ({"temperature": "0.5"}, "temperature is 0.5 and needs aggregate 'ratio', but aggregate is 'sum'"),
+        (
+            {"aggregate": '"ratio"', "temperature": "0.5"},
+            "temperature is 0.5 and needs factors 'activations', but factors is 'weights'",
+        ),
+        (
+            {"factors": '"scaled"'},
+            "factors is 'scaled' and needs measure 'activation' or 'output', but measure is 'spectral'",
+        ),
+        (
+            {"factors": '"scaled"', "measure": '"output"', "narrow": "true"},
+            "narrow is true and needs factors 'activations', but factors is 'scaled'",
         ),
     ],
 )
@@ -257,6 +275,13 @@ def test_a_recipe_that_cannot_bind_layers_is_refused(extra, message):
         recipes.parse(text, "r")
 
 
-@pytest.mark.parametrize("key", ["narrow", "share"])
-def test_recipes_that_fit_activations_to_a_sum_bind_layers(key):
-    assert {recipe.name for recipe in recipes.load_all() if getattr(recipe, key)} == {"activation", "output"}
+def test_which_recipes_bind_layers():
+    bound = {key: {r.name for r in recipes.load_all() if getattr(r, key)} for key in ("narrow", "share")}
+    assert bound == {"narrow": {"activation", "output", "modegpt"}, "share": {"activation", "output"}}
+
+
+def test_a_recipe_without_folds_narrows():
+    text = (
+        'summary = "s"\nfolds = []\ngroups = [1]\naggregate = "sum"\nfactors = "activations"\nnarrow = true'
+    )
+    assert recipes.parse(text, "r").folds == ()
