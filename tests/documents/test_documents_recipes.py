@@ -280,6 +280,21 @@ def test_which_recipes_bind_layers():
     assert bound == {"narrow": {"activation", "output", "modegpt"}, "share": {"activation", "output"}}
 
 
+README = (Path(__file__).parents[2] / "passes" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [
+        ("| recipe | folds |", {recipe.name for recipe in recipes.load_all()} | {"auto"}),
+        ("| key | values |", set(recipes._Recipe.__struct_fields__)),
+    ],
+)
+def test_the_documentation_lists_all_recipes_and_keys(head, names):
+    _, *rows = README[README.index(head) :].split("\n\n")[0].splitlines()[1:]
+    assert {row.split("`")[1] for row in rows} == names
+
+
 def test_a_recipe_without_folds_narrows():
     text = (
         'summary = "s"\nfolds = []\ngroups = [1]\naggregate = "sum"\nfactors = "activations"\nnarrow = true'
