@@ -57,7 +57,6 @@ _UNMEASURED = 32
 _TAPPED = 2**28
 """The approximate bytes of the tapped tensors of one batch."""
 
-_UNSCALED = "the sizes of its inputs were not measured"
 _GROWTH, _SHARE = 32, 4  # a first convolution makes 64 channels of 3; a batch may take 4 times _TAPPED
 
 
@@ -144,8 +143,8 @@ class Statistics(Mapping[str, LayerMoments]):
     def scaled(self) -> Statistics:
         """The same for scaled factors, which need moments of inputs; the files stay with this object."""
         made, found = copy(self), self._references
-        made._references = {name: replace(r, fit=Fit.SCALED) for name, r in found.items() if r.of_inputs}
-        made.reasons = dict.fromkeys(found.keys() - made._references.keys(), _UNSCALED) | self.reasons
+        kept = made._references = {n: replace(r, fit=Fit.SCALED) for n, r in found.items() if r.of_inputs}
+        made.reasons = self.reasons | {n: "its inputs were not measured" for n in found if n not in kept}
         return made
 
     def join(self, parts: Sequence[Part]) -> None:
