@@ -32,8 +32,7 @@ def importances(
 ) -> dict[str, float]:
     """The importance of every layer's block, by the layer's id, on the calibration inputs to fit to.
 
-    The layers that are narrowed together have the block of their first layer: the others may read more than
-    the block's input. If the model does not run with these tensors as outputs, all are equally important.
+    If the model does not run with the tensors of blocks as outputs, all are equally important.
 
     Args:
         model: The model.
@@ -43,9 +42,6 @@ def importances(
     """
     blocks = Blocks(walk)
     known = {binding.layer.id: blocks.of(binding) for binding in bindings}
-    for binding in bindings:
-        leading = [known[producer.id] for producer in binding.layer.producers]
-        known[binding.layer.id] = next((block for block in leading if block), known[binding.layer.id])
     distinct = list(dict.fromkeys(block for block in known.values() if block))
     try:
         found = _measured(model, walk, distinct, calibration)

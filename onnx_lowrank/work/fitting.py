@@ -29,7 +29,7 @@ from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
-from onnx_lowrank.work.moments import LayerMoments, MomentsRef, problem, tied_problem
+from onnx_lowrank.work.moments import LayerMoments, MomentsRef, input_problem, tied_problem
 from onnx_lowrank.work.weights import WeightRef
 
 STEPS = 30
@@ -191,9 +191,9 @@ def _products(
     if moments.inputs is None:
         raise RuntimeError("the products are fitted to moments of inputs")
     dtype = item.weight.dtype
-    mean, found = moments.inputs.mean, []
-    own = problem(weight, moments, centred=item.centred)
-    for product in products(own, weight.shape, options, backend):
+    mean, problem = moments.inputs.mean, input_problem(weight, moments, centred=item.centred)
+    found = []
+    for product in products(problem, weight.shape, options, backend):
         change = (weight - product).reshape(*weight.shape[:2], -1)
         lost = np.matvec(change, mean).reshape(-1) if item.centred else None
         with np.errstate(over="ignore"):  # a value beyond the range of the dtype becomes infinite
@@ -262,12 +262,13 @@ def activation_factors(
         return tied.fit(tied_problem(weight, moments, ridged=True), option.j)
     is_narrow = option.lowering is Lowering.NARROW
     if moments.inputs is not None:
-        own = problem(weight, moments, centred=centred, least=selection.RIDGE if is_narrow else INPUT_RIDGE)
+        least = selection.RIDGE if is_narrow else INPUT_RIDGE
+        problem = input_problem(weight, moments, centred=centred, least=least)
         held = None
         # Held-out activations do not judge scaled factors, whose error is another one.
         if moments.held is not None and moments.fit is Fit.ACTIVATIONS:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)
-        return fit(own, weight.shape, option, backend, held, steps if held is not None else 0, kept)
+        return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0, kept)
     if is_narrow:
         raise PlanError("A plan that narrows layers needs moments of their inputs: pass --calibration.")
     kernel = weight.shape[3:]

@@ -110,7 +110,7 @@ class MomentsRef:
         return self.folder / f"{self.number}.{share}.{part}.npy"
 
 
-def problem(
+def input_problem(
     weight: NDArray[Any], moments: LayerMoments, *, centred: bool, least: float = INPUT_RIDGE
 ) -> Quadratic:
     """The error of a layer's weight on the samples to fit to, in the metric of the fit.

@@ -16,7 +16,7 @@ from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.quadratic import of_weight, shrinkage
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.work.moments import MomentsRef, problem, tied_problem
+from onnx_lowrank.work.moments import MomentsRef, input_problem, tied_problem
 from onnx_lowrank.work.weights import WeightRef
 
 
@@ -110,12 +110,12 @@ def activation_errors(item: ActivationItem, backend: Backend) -> ActivationError
         both = tied_problem(weight, moments, ridged=True)
         return ActivationErrors({(Fold.ENCODE, 1): tied.errors(both)}, both.power)
     if moments.inputs is not None:
-        own = problem(weight, moments, centred=item.centred)
+        problem = input_problem(weight, moments, centred=item.centred)
         table = {
-            (fold, k): errors(own, weight.shape, fold, k, top, backend)
+            (fold, k): errors(problem, weight.shape, fold, k, top, backend)
             for (fold, k), top in item.tops.items()
         }
-        return ActivationErrors(table, float(np.sum(own.power)))
+        return ActivationErrors(table, float(np.sum(problem.power)))
     if moments.outputs is None:
         raise RuntimeError(f"the moments {item.moments.number} were not written")
     ridge = shrinkage(moments.outputs, moments.least)
@@ -168,9 +168,10 @@ def width_errors(item: WidthItem, backend: Backend) -> WidthErrors:
     weight, moments = item.weight.read(), item.moments.read()
     if moments.inputs is None:
         raise RuntimeError(f"the moments {item.moments.number} are not those of inputs")
-    own = problem(weight, moments, centred=item.centred, least=selection.RIDGE)
+    ridge = shrinkage(moments.inputs, selection.RIDGE)
+    problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
     held = None
     if moments.held is not None:
         held = of_weight(weight, moments.held, centred=item.centred, ridge=0.0)
-    kept = selection.order(own, weight.shape[2])
-    return WidthErrors(kept, selection.errors(own, kept, held))
+    kept = selection.order(problem, weight.shape[2])
+    return WidthErrors(kept, selection.errors(problem, kept, held))
