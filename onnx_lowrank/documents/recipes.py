@@ -114,11 +114,6 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                     f"{key} is {shown(value)} and needs {other} {wanted.value!r}, but {other} is "
                     f"{found.value!r}"
                 )
-        if self.factors is Fit.SCALED and not measures.named(self.measure).calibrated:
-            raise ValueError(
-                "factors is 'scaled' and needs measure 'activation' or 'output', but measure is "
-                f"{self.measure!r}"
-            )
         is_ruled = self.aggregate is Aggregate.UNIFORM or self.price is not UNSET
         for key, value, what in (
             ("narrow", self.narrow, "drop channels"),
@@ -126,6 +121,22 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ):
             if value and is_ruled:
                 raise ValueError(f"{key} is true, but a recipe with a price or a uniform rank cannot {what}")
+        self._check_measure()
+
+    def _check_measure(self) -> None:
+        """Check that what is measured on calibration inputs has a measure that these give."""
+        if measures.named(self.measure).calibrated:
+            return
+        for key, value, is_calibrated in (
+            ("factors", self.factors.value, self.factors is Fit.SCALED),
+            ("narrow", True, self.narrow),
+            ("share", True, self.share),
+        ):
+            if is_calibrated:
+                raise ValueError(
+                    f"{key} is {shown(value)} and needs measure 'activation' or 'output', but measure is "
+                    f"{self.measure!r}"
+                )
 
 
 _DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it")

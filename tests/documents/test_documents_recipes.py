@@ -126,6 +126,13 @@ def test_latency_is_no_price_as_there_is_no_formula_of_it():
             {"aggregate": '"ratio"', "temperature": "0.5"},
             "temperature is 0.5 and needs factors 'activations', but factors is 'weights'",
         ),
+        *(
+            (
+                {"factors": '"activations"', key: "true"},
+                f"{key} is true and needs measure 'activation' or 'output', but measure is 'spectral'",
+            )
+            for key in ("narrow", "share")
+        ),
         (
             {"factors": '"scaled"'},
             "factors is 'scaled' and needs measure 'activation' or 'output', but measure is 'spectral'",
@@ -296,7 +303,5 @@ def test_the_documentation_lists_all_recipes_and_keys(head, names):
 
 
 def test_a_recipe_without_folds_narrows():
-    text = (
-        'summary = "s"\nfolds = []\ngroups = [1]\naggregate = "sum"\nfactors = "activations"\nnarrow = true'
-    )
-    assert recipes.parse(text, "r").folds == ()
+    keys = {"folds": "[]", "factors": '"activations"', "measure": '"activation"', "narrow": "true"}
+    assert parse(**keys).folds == ()
