@@ -72,7 +72,7 @@ class Request:
     def fits_activations(self) -> bool:
         """Whether scores or factors need statistics of activations."""
         if self.plan is not None:
-            return self.plan.factors is Fit.ACTIVATIONS
+            return self.plan.factors is not Fit.WEIGHTS
         return any(recipe.calibrated for recipe in self.recipes)
 
     @property
@@ -228,7 +228,7 @@ def _replayed(
     known = plan if isinstance(plan, Plan) else plans.read(plan)
     measures.named(known.measure)  # Reading checks the name, but a Plan made in Python was never read.
     _log.debug("replays a plan of recipe %r for ratio %g of %s", known.recipe, known.ratio, known.budget)
-    if known.factors is Fit.ACTIVATIONS and not calibrated:
+    if known.factors is not Fit.WEIGHTS and not calibrated:
         raise InputError("The plan's factors are fitted to calibration inputs: pass them with --calibration.")
     return Request(
         budget=registry.named(known.budget), plan=known if recover else replace(known, recover=False)

@@ -154,14 +154,14 @@ def test_a_target_is_a_search():
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_plan_says_itself_what_it_needs(fit, recover, calibrated):
     given = plan(fit, recover and fit is Fit.ACTIVATIONS)
-    if fit is Fit.ACTIVATIONS and not calibrated:
+    if fit is not Fit.WEIGHTS and not calibrated:
         with pytest.raises(InputError, match="plan's factors are fitted to calibration inputs: pass them"):
             asked(ratio=None, plan=given)
         return
     made = asked(ratio=None, plan=given, calibrated=calibrated)
     assert made.plan == given
     assert made.budget.name == "macs"
-    assert made.fits_activations == (fit is Fit.ACTIVATIONS)
+    assert made.fits_activations == (fit is not Fit.WEIGHTS)
     assert not made.is_search
     if calibrated:
         assert not asked(ratio=None, plan=given, calibrated=True, recover=False).plan.recover

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_transformers import COMPARATORS, RECIPES
 from trained import minilm, ppocr, smollm2
 from trained.page import page
 from trained.subject import Subject, spread
@@ -67,6 +68,19 @@ def test_a_model_or_a_package_that_is_absent_is_named(tmp_path):
     (tmp_path / "tiny.onnx").touch()
     assert not subject(tmp_path).lacks()
     assert "no_such_package" in subject(tmp_path, ("no_such_package",)).lacks()
+
+
+def test_the_page_has_a_row_of_one_layout_for_every_recipe(tmp_path):
+    asked = [{"model": "tiny", "recipe": name, "budget": "params", "ratio": 0.5} for name in RECIPES]
+    figures = {"scores": {"cosine": 0.95}, "params": 0.5, "macs": 0.5, "seconds": 2.0, "peak_mb": 100.0}
+    cells = [cell | figures for cell in asked[:-1]] + [asked[-1] | {"refused": "Too small."}]
+    text = page([subject(tmp_path)], cells)
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("| recipe")]
+    assert len(tables) == 2
+    for head, _, *rows in tables:
+        assert {row.count("|") for row in rows} == {head.count("|")}
+        assert sorted(row.split("`")[1] for row in rows) == sorted(RECIPES)
+    assert {"auto", "output", "activation", *COMPARATORS} == set(RECIPES)
 
 
 def test_the_page_has_scores_beside_goals_and_what_was_refused(tmp_path):

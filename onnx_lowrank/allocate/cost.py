@@ -117,12 +117,24 @@ def factor_sizes(layer: Layer, fold: Fold, k: int) -> tuple[int, int]:
     return layer.c * prod(encoder), k * layer.f * prod(decoder)
 
 
+def spared(layer: Layer, recipe: Recipe) -> str:
+    """Why a recipe gives a layer no chain of its own, a phrase; "" if it may."""
+    if not recipe.folds:
+        return "the recipe narrows pairs of layers only"
+    if not recipe.tables and any(use.reads_indices for use in layer.uses):
+        return "the recipe leaves tables as they are"
+    return ""
+
+
 def allowed(layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
     """The folds and slice counts that a recipe allows and a layer offers.
 
     A fold of the recipe stands for the fold with which it coincides on the layer's kernel (`Fold.on`). If the
-    layer offers none of the recipe's folds, its first fold is used instead.
+    layer offers none of the recipe's folds, its first fold is used instead. There are none for a layer that
+    the recipe spares (`spared`).
     """
+    if spared(layer, recipe):
+        return {}
     wanted = {fold.on(layer.kernel) for fold in recipe.folds}
     folds = [fold for fold in layer.folds if fold.on(layer.kernel) in wanted] or layer.folds[:1]
     ks = tuple(k for k in layer.slices if recipe.groups is None or k in recipe.groups)

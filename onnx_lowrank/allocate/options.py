@@ -38,6 +38,7 @@ class Candidates:
         block: The ranks are multiples of it.
         tariff: The source of the costs; None if all chains use the native operators.
         reason: Why there is no choice but to keep the layer, if neither costs nor ranks are the reason.
+        yields: How much of its cost it gives up under the aggregate ratio, relative to other layers.
     """
 
     layer: str
@@ -51,6 +52,7 @@ class Candidates:
     block: int = 1
     tariff: Tariff | None = None
     reason: str = ""
+    yields: float = 1.0
 
     def only_keep(self, reason: str) -> Candidates:
         """The same layer with no choice but to keep it, for a reason, a phrase."""

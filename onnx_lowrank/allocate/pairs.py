@@ -241,7 +241,9 @@ class Classes:
         none = np.zeros(len(order), dtype=np.int64)
         error = np.asarray(value[order] if self._is_max else value[order] ** (1 / self.recipe.power))
         name = self.layers[members[-1]].layer
-        made = Candidates(name, none - 1, none, none, none, cost[order], error)
+        # The last layer of a pair may have no block of its own: it reads more than the block's input.
+        yields = max(self.layers[member].yields for member in members)
+        made = Candidates(name, none - 1, none, none, none, cost[order], error, yields=yields)
         return made, tuple(rows[index] for index in order)
 
     def _units(self, members: Picks, taken: Sequence[Group]) -> Iterator[_Unit]:

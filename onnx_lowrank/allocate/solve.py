@@ -16,6 +16,7 @@ from onnx_lowrank.allocate.cost import Ints
 from onnx_lowrank.allocate.knapsack import Front, lower_hull, solve_knapsack, solve_knapsacks
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
+from onnx_lowrank.allocate.ratio import by_ratio
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.errors import BudgetError
@@ -30,9 +31,9 @@ class Solution:
         picks: Index into each layer's candidates.
         cost: Their total cost.
         objective: The value that the recipe minimizes: the largest error (max), or the sum of the errors to
-            the recipe's power (sum). Under uniform, the largest error, which follows from the rank.
+            the recipe's power (sum). Under uniform and ratio, the largest error, which follows from the rule.
         gap: Proven upper bound on (objective − optimum) / objective: 0 is a proven optimum, 1 proves nothing.
-            None under uniform and with a price, because these follow a rule and minimize no objective.
+            None under uniform and ratio and with a price: these follow a rule and minimize no objective.
     """
 
     picks: tuple[int, ...]
@@ -55,7 +56,8 @@ def smallest(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> So
     elif _is_priced(tables):
         _, picks = min(_priced_path(tables, limits, recipe.power), key=itemgetter(0))
     else:
-        picks, gap = [_front(table)[0] for table in tables], 1.0
+        picks = [_front(table)[0] for table in tables]
+        gap = None if recipe.aggregate is Aggregate.RATIO else 1.0
     return _solution(tables, picks, recipe, gap)
 
 
@@ -74,6 +76,7 @@ def solve(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solut
       layer, CVPR 2020).
     - uniform: the largest ρ at which all layers fit at rank max(1, ⌊ρ · full rank⌋), in whole blocks. A layer
       that is no cheaper at this rank is kept. A layer with several (fold, k) takes the cheapest.
+    - ratio: the largest share of its cost that every layer may keep (`allocate.ratio`).
 
     Equal objectives go to the lower cost (sum: only under one budget), then to the order of the candidates.
 
@@ -94,6 +97,8 @@ def solve(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solut
     gap: float | None = None
     if recipe.aggregate is Aggregate.UNIFORM:
         picks = _uniform(tables, limits)
+    elif recipe.aggregate is Aggregate.RATIO:
+        picks = by_ratio(tables, limits)
     elif _is_priced(tables):
         path = _priced_path(tables, limits, recipe.power)
         picks = next(picks for excess, picks in path if excess <= 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -26,7 +27,7 @@ from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import Part, split, whole
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch
-from onnx_lowrank.core.factors import Moments
+from onnx_lowrank.core.factors import Fit, Moments
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
@@ -137,7 +138,14 @@ class Statistics(Mapping[str, LayerMoments]):
         """The moments of the inputs of layers that read the same tensor; None if one has others or none."""
         found = {self.reference(layer) for layer in layers}
         only = found.pop()
-        return None if found or only is None or only.of_outputs or only.transposed is not None else only
+        return None if found or only is None or not only.of_inputs else only
+
+    def scaled(self) -> Statistics:
+        """The same for scaled factors, which need moments of inputs; the files stay with this object."""
+        made, found = copy(self), self._references
+        kept = made._references = {n: replace(r, fit=Fit.SCALED) for n, r in found.items() if r.of_inputs}
+        made.reasons = self.reasons | {n: "its inputs were not measured" for n in found if n not in kept}
+        return made
 
     def join(self, parts: Sequence[Part]) -> None:
         """Give every layer the moments of its parts, and tables their least ridge."""

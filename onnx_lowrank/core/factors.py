@@ -18,10 +18,15 @@ Array = Any
 
 
 class Fit(StrEnum):
-    """The target of the fit of factors: the weight, or its outputs on calibration inputs."""
+    """The target of the fit of factors.
+
+    WEIGHTS is the weight, ACTIVATIONS its outputs on calibration inputs. SCALED is the weight with columns
+    scaled by the size of the inputs (`linalg.scaled`).
+    """
 
     WEIGHTS = "weights"
     ACTIVATIONS = "activations"
+    SCALED = "scaled"
 
 
 Spectra = Mapping[tuple[Fold, int], NDArray[np.float64]]

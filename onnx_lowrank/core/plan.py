@@ -10,11 +10,15 @@ from onnx_lowrank.core.option import Option
 
 
 class Aggregate(StrEnum):
-    """How the errors of all layers are combined into the number that a plan minimizes."""
+    """How the errors of all layers are combined into the number that a plan minimizes.
+
+    UNIFORM and RATIO are rules that minimize nothing: one relative rank for all layers, one ratio of costs.
+    """
 
     MAX = "max"
     SUM = "sum"
     UNIFORM = "uniform"
+    RATIO = "ratio"
 
 
 @dataclass(frozen=True, slots=True)

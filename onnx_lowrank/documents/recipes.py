@@ -15,6 +15,7 @@ from onnx_lowrank.core.option import Fold
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents import names
 from onnx_lowrank.documents.strict import Document
+from onnx_lowrank.documents.wording import shown
 from onnx_lowrank.errors import RecipeError
 
 
@@ -25,7 +26,7 @@ class Recipe:
     Attributes:
         name: The file's name without its suffix.
         summary: One sentence for `--list-passes`.
-        folds: The folds to choose from.
+        folds: The folds to choose from; empty if layers are only narrowed.
         groups: The numbers of slices k to choose from; None stands for all divisors.
         measure: Name of the measure of an option's error.
         relative: Divide the error by the norm of the layer's weight.
@@ -37,6 +38,9 @@ class Recipe:
             layers before it produce.
         narrow: Drop channels between two layers, and make heads smaller, too (`Lowering.NARROW`).
         share: Give layers that read the same tensor one encoder, too (`Lowering.SHARED`).
+        tables: Decompose embedding tables, too.
+        temperature: With the aggregate ratio, how far layers whose block changes its input less may differ
+            from the others (`calibrate.similarity`); None for one ratio.
     """
 
     name: str
@@ -52,18 +56,32 @@ class Recipe:
     recover: bool = False
     narrow: bool = False
     share: bool = False
+    tables: bool = True
+    temperature: float | None = None
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs calibration inputs."""
-        return measures.named(self.measure).calibrated or self.factors is Fit.ACTIVATIONS
+        return measures.named(self.measure).calibrated or self.factors is not Fit.WEIGHTS
+
+
+_Number = Annotated[float, Meta(gt=0, le=64, description="a number above 0 and at most 64")]
+
+
+_NEEDS = (
+    ("power", "aggregate", Aggregate.SUM),
+    ("price", "aggregate", Aggregate.SUM),
+    ("temperature", "aggregate", Aggregate.RATIO),
+    *((key, "factors", Fit.ACTIVATIONS) for key in ("temperature", "recover", "narrow", "share")),
+)
+"""Keys that mean something only where another key has one value."""
 
 
 class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A recipe, as its file holds it; `passes/README.md` explains the keys."""
 
     summary: Annotated[str, Meta(pattern=r"\S", description="a sentence")]
-    folds: Annotated[tuple[Fold, ...], Meta(min_length=1, description=f"a list of {', '.join(Fold)}")]
+    folds: Annotated[tuple[Fold, ...], Meta(description=f"a list of {', '.join(Fold)}")]
     groups: Annotated[
         Literal["divisors"]
         | Annotated[
@@ -74,27 +92,27 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     measure: names.MeasureName = "spectral"
     normalize: Literal["relative", "absolute"] = "relative"
     aggregate: Aggregate
-    power: Annotated[float, Meta(gt=0, le=64, description="a number above 0 and at most 64")] | UnsetType = (
-        UNSET
-    )
+    power: _Number | UnsetType = UNSET
     price: names.PriceName | UnsetType = UNSET
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
     narrow: bool = False
     share: bool = False
+    tables: bool = True
+    temperature: _Number | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         names.check("measure", self.measure, names.measures())
         if self.price is not UNSET:
             names.check("price", self.price, names.prices())
-        for key, value in (("power", self.power), ("price", self.price)):
-            if value is not UNSET and self.aggregate is not Aggregate.SUM:
-                found = f"aggregate is {self.aggregate.value!r}"
-                raise ValueError(f"{key} is {value!r} and needs aggregate 'sum', but {found}")
-        for key, value in (("recover", self.recover), ("narrow", self.narrow), ("share", self.share)):
-            if value and self.factors is not Fit.ACTIVATIONS:
+        if not self.folds and not self.narrow:
+            raise ValueError(f"folds is [], but it must be a list of {', '.join(Fold)}")
+        for key, other, wanted in _NEEDS:
+            value, found = getattr(self, key), getattr(self, other)
+            if value is not UNSET and value is not False and found is not wanted:
                 raise ValueError(
-                    f"{key} is true and needs factors 'activations', but factors is {self.factors.value!r}"
+                    f"{key} is {shown(value)} and needs {other} {wanted.value!r}, but {other} is "
+                    f"{found.value!r}"
                 )
         is_ruled = self.aggregate is Aggregate.UNIFORM or self.price is not UNSET
         for key, value, what in (
@@ -103,6 +121,22 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ):
             if value and is_ruled:
                 raise ValueError(f"{key} is true, but a recipe with a price or a uniform rank cannot {what}")
+        self._check_measure()
+
+    def _check_measure(self) -> None:
+        """Check that what is measured on calibration inputs has a measure that these give."""
+        if measures.named(self.measure).calibrated:
+            return
+        for key, value, is_calibrated in (
+            ("factors", self.factors.value, self.factors is Fit.SCALED),
+            ("narrow", True, self.narrow),
+            ("share", True, self.share),
+        ):
+            if is_calibrated:
+                raise ValueError(
+                    f"{key} is {shown(value)} and needs measure 'activation' or 'output', but measure is "
+                    f"{self.measure!r}"
+                )
 
 
 _DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it")
@@ -160,6 +194,8 @@ def _recipe(table: _Recipe, name: str) -> Recipe:
         recover=table.recover,
         narrow=table.narrow,
         share=table.share,
+        tables=table.tables,
+        temperature=None if table.temperature is UNSET else table.temperature,
     )
 
 

@@ -66,7 +66,7 @@ class Solver(Table, frozen=True):
         power: The exponent of each error in a sum.
         objective: Value of the number that the recipe minimizes.
         gap: Proven bound on (objective − optimum) / objective; null for recipes that follow a rule: those
-            with the aggregate uniform or with a price.
+            with the aggregates uniform and ratio, or with a price.
     """
 
     aggregate: Aggregate

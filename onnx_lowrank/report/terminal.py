@@ -15,6 +15,10 @@ from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
 
 _CHOSEN = "→ "
+_RULES = {
+    Aggregate.UNIFORM: "one relative rank for all layers",
+    Aggregate.RATIO: "the largest ratios of the layers that fit",
+}
 
 WORTHLESS = 0.5
 """A relative error above this is closer to noise (1) than to the original: the report says so first."""
@@ -118,8 +122,7 @@ def _ratios(report: Content) -> str:
         return line
     gap = report.solver.gap
     if gap is None:
-        uniform = report.solver.aggregate is Aggregate.UNIFORM
-        proof = "one relative rank for all layers" if uniform else "the smallest lambda that fits"
+        proof = _RULES.get(report.solver.aggregate, "the smallest lambda that fits")
     else:
         proof = "proven optimal" if gap <= 0 else f"within {gap:.2g} of the optimum"
     return f"{line} Objective ({_objective(report.solver, report.measure)}): {proof}."

@@ -170,6 +170,9 @@ def _fitted(
     if plan.factors is Fit.WEIGHTS or calibration is None:
         yield from fit(model, walk, chosen, options, None, executor)
         return
+    if plan.factors is Fit.SCALED:
+        yield from fit(model, walk, chosen, options, calibration.statistics.scaled(), executor)
+        return
     from onnx_lowrank.stages.recover import can_recover, recover  # Runs without calibration never recover.
 
     statistics = calibration.statistics

@@ -149,7 +149,8 @@ def make(model: Model, goal: Goal, scores: Scores, progress: Progress) -> Plan:
         BudgetError: The ratio cannot be reached.
         InputError: The model cannot be counted.
     """
-    recipe, meter = goal.recipe, scores.meter
+    recipe, scores = goal.recipe, scores.fitted(goal.recipe.factors)
+    meter = scores.meter
     layers = scores.candidates(recipe)
     classes = Classes(layers, scores.groups(recipe), recipe)
     with progress.stage("plan"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from math import exp
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank import measures
-from onnx_lowrank.allocate.cost import Costs
+from onnx_lowrank.allocate.cost import Costs, spared
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks
 from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharers, sharings_of
 from onnx_lowrank.budgets.budget import Meter
+from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.files.load import Model
@@ -42,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 _SPREAD = 2
 """The least ratio of two slice counts with activation errors. Curves take time, and neighbours are alike."""
+
+_LEAST_YIELD = 1e-9  # not 0: a share of the cost is divided by it
 
 _Wanted = Mapping[Fold, Sequence[int]]
 _Key = tuple[Fold, int]
@@ -123,6 +128,19 @@ class Scores:
         self._shared: dict[tuple[str, ...], Sequence[NDArray[np.float64]]] = {}
         self._timed = set[Recipe]()
         self._probed = False
+        self._scaled: Scores | None = None
+        self._importances: Mapping[str, float] | None = None
+
+    def fitted(self, factors: Fit) -> Scores:
+        """The scores of options whose factors are fitted so: these, except for scaled factors."""
+        if factors is not Fit.SCALED or self._calibration is None:
+            return self
+        if self._scaled is None:
+            scaled = replace(self._calibration, statistics=self._calibration.statistics.scaled())
+            self._scaled = made = copy(self)
+            made._calibration, made._probed = scaled, False
+            made._known, made._shared = [Known() for _ in self._layers], {}
+        return self._scaled
 
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
         """The options that a recipe chooses from, layer by layer in graph order.
@@ -145,9 +163,13 @@ class Scores:
         unknown = self._unknown(measure)
         tables = [{} if reason else table for table, reason in zip(tables, unknown, strict=True)]
         self._measure(recipe, tables)
-        price = self._price(recipe)
+        price, yields = self._price(recipe), self._yields(recipe)
         found = [
-            replace(candidates(layer, table, recipe, self._grid, price), reason=reason)
+            replace(
+                candidates(layer, table, recipe, self._grid, price),
+                reason=spared(layer, recipe) or reason,
+                yields=yields.get(layer.id, 1.0),
+            )
             for layer, table, reason in zip(self._layers, tables, unknown, strict=True)
         ]
         return tuple(found if measure.calibrated else without_calibration(self._layers, found))
@@ -163,6 +185,21 @@ class Scores:
             for layer, known in zip(self._layers, self._known, strict=True)
         )
         return [reason and f"its effect is unknown: {reason}" for reason in found]
+
+    def _yields(self, recipe: Recipe) -> Mapping[str, float]:
+        """How readily layers give up cost, by id: exp(−s / temperature), s the importance of their blocks."""
+        if recipe.temperature is None:
+            return {}
+        if self._importances is None:
+            # Few recipes need it, and it loads what runs without calibration never need.
+            from onnx_lowrank.calibrate.similarity import importances
+
+            calibration = _calibrated(self._calibration)
+            with self._progress.stage("similarities"):
+                self._importances = importances(self._model, self._walk, self._bindings, calibration)
+        least = min(self._importances.values(), default=0.0)
+        excess = {name: value - least for name, value in self._importances.items()}
+        return {name: max(exp(-s / recipe.temperature), _LEAST_YIELD) for name, s in excess.items()}
 
     def groups(self, recipe: Recipe) -> tuple[Group, ...]:
         """The layers that a recipe may narrow together or give one encoder; call `candidates` before.

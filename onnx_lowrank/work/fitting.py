@@ -4,6 +4,7 @@ Rules:
 
 1. Factors fitted to activations minimize E‖(W − Ŵ) x‖² over the calibration inputs. If the layer has a bias
    that can change (`layers.bias`), the bias absorbs the change of the mean, and only the deviations count.
+   Scaled factors minimize the error of the scaled weight (`linalg.scaled`), and the bias is corrected, too.
 2. Factors are fitted to one share of the calibration inputs and judged on the other: refinement continues
    while the held-out error falls.
 3. A layer without calibration moments gets factors fitted to its weight.
@@ -29,7 +30,7 @@ from onnx_lowrank.linalg.factorize import certify, factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
-from onnx_lowrank.work.moments import LayerMoments, MomentsRef, tied_problem
+from onnx_lowrank.work.moments import LayerMoments, MomentsRef, input_problem, tied_problem
 from onnx_lowrank.work.narrowing import WidthItem, way_of
 from onnx_lowrank.work.weights import WeightRef
 
@@ -119,7 +120,7 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     del factors  # For a large layer these are gigabytes that the certificate needs.
     lost = _lost(item, weight, item.option, stored, moments, way) if item.centred else None
     loss = held_error(weight, stored, moments, centred=item.centred)
-    return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.ACTIVATIONS, error=loss), lost)
+    return FittedLayer(stored, certify(weight, stored), LayerFit(moments.fit, error=loss), lost)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,8 +195,7 @@ def _products(
     if moments.inputs is None:
         raise RuntimeError("the products are fitted to moments of inputs")
     dtype = item.weight.dtype
-    mean, ridge = moments.inputs.mean, shrinkage(moments.inputs, INPUT_RIDGE)
-    problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
+    mean, problem = moments.inputs.mean, input_problem(weight, moments, centred=item.centred)
     found = []
     for product in products(problem, weight.shape, options, backend):
         change = (weight - product).reshape(*weight.shape[:2], -1)
@@ -270,10 +270,10 @@ def activation_factors(
     is_narrow = option.lowering is Lowering.NARROW
     if moments.inputs is not None:
         least = selection.RIDGE if is_narrow else INPUT_RIDGE
-        ridge = shrinkage(moments.inputs, least)
-        problem = of_weight(weight, moments.inputs, centred=centred, ridge=ridge)
+        problem = input_problem(weight, moments, centred=centred, least=least)
         held = None
-        if moments.held is not None:
+        # Held-out activations do not judge scaled factors, whose error is another one.
+        if moments.held is not None and moments.fit is Fit.ACTIVATIONS:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)
         return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0, way)
     if is_narrow:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.core.factors import Moments
+from onnx_lowrank.core.factors import Fit, Moments
+from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, Quadratic, of_weight, shrinkage
+from onnx_lowrank.linalg.scaled import of_scaled
 from onnx_lowrank.linalg.tied import Tied, tied
 
 _PARTS = ("count", "mean", "second")
@@ -30,6 +32,7 @@ class LayerMoments:
             the same features as the layer's own moments: results if those are inputs, and otherwise inputs.
         least: The least ridge that moments of outputs need (`linalg.quadratic.shrinkage`).
         reason: Why the layer has no moments, a sentence; "" if it has some.
+        fit: What factors are fitted to with them: ACTIVATIONS or SCALED.
     """
 
     inputs: Moments | None = None
@@ -39,6 +42,7 @@ class LayerMoments:
     transposed: LayerMoments | None = None
     least: float = 0.0
     reason: str = ""
+    fit: Fit = Fit.ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class MomentsRef:
         of_outputs: Whether they are moments of the layer's results rather than of its inputs.
         transposed: The moments of the uses that apply the transpose, if some do.
         least: The least ridge that moments of outputs need.
+        fit: As in `LayerMoments`.
     """
 
     folder: Path
@@ -58,6 +63,12 @@ class MomentsRef:
     of_outputs: bool
     transposed: MomentsRef | None = None
     least: float = 0.0
+    fit: Fit = Fit.ACTIVATIONS
+
+    @property
+    def of_inputs(self) -> bool:
+        """Whether they are moments of the layer's inputs alone."""
+        return not self.of_outputs and self.transposed is None
 
     @property
     def has_held(self) -> bool:
@@ -76,7 +87,7 @@ class MomentsRef:
         fit, held = self._read(_FIT), self._read(_HELD)
         own = LayerMoments(outputs=fit, held_outputs=held) if self.of_outputs else LayerMoments(fit, held)
         transposed = None if self.transposed is None else self.transposed.read()
-        return replace(own, transposed=transposed, least=self.least)
+        return replace(own, transposed=transposed, least=self.least, fit=self.fit)
 
     def write(self, fit: Moments, held: Moments | None) -> None:
         """Write moments to the folder.
@@ -97,6 +108,27 @@ class MomentsRef:
 
     def _path(self, share: str, part: str) -> Path:
         return self.folder / f"{self.number}.{share}.{part}.npy"
+
+
+def input_problem(
+    weight: NDArray[Any], moments: LayerMoments, *, centred: bool, least: float = INPUT_RIDGE
+) -> Quadratic:
+    """The error of a layer's weight on the samples to fit to, in the metric of the fit.
+
+    Args:
+        weight: Its canonical weight.
+        moments: Its moments, with those of its inputs.
+        centred: Whether a bias absorbs the change of the mean.
+        least: The least ridge.
+
+    Raises:
+        InputError: The moments are not finite.
+    """
+    if moments.inputs is None:
+        raise RuntimeError("the error of a weight needs the moments of its inputs")
+    if moments.fit is Fit.SCALED:
+        return of_scaled(weight, moments.inputs)
+    return of_weight(weight, moments.inputs, centred=centred, ridge=shrinkage(moments.inputs, least))
 
 
 def tied_problem(weight: NDArray[Any], moments: LayerMoments, *, ridged: bool) -> Tied:

@@ -14,9 +14,9 @@ from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg import tied
 from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, of_weight, shrinkage
+from onnx_lowrank.linalg.quadratic import shrinkage
 from onnx_lowrank.linalg.spectra import spectra
-from onnx_lowrank.work.moments import MomentsRef, tied_problem
+from onnx_lowrank.work.moments import MomentsRef, input_problem, tied_problem
 from onnx_lowrank.work.weights import WeightRef
 
 
@@ -110,8 +110,7 @@ def activation_errors(item: ActivationItem, backend: Backend) -> ActivationError
         both = tied_problem(weight, moments, ridged=True)
         return ActivationErrors({(Fold.ENCODE, 1): tied.errors(both)}, both.power)
     if moments.inputs is not None:
-        ridge = shrinkage(moments.inputs, INPUT_RIDGE)
-        problem = of_weight(weight, moments.inputs, centred=item.centred, ridge=ridge)
+        problem = input_problem(weight, moments, centred=item.centred)
         table = {
             (fold, k): errors(problem, weight.shape, fold, k, top, backend)
             for (fold, k), top in item.tops.items()

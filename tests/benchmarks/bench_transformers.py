@@ -57,7 +57,8 @@ DATA_PACKAGES = ("tokenizers", "rapidocr-onnxruntime", "pillow", "scikit-image",
 MODULES = (minilm, smollm2, ppocr, efficientnet)
 SUBJECTS = tuple(subject.name for module in MODULES for subject in module.subjects(REAL))
 MODELS = ("minilm", "minilm_dynamo", "minilm_fused", "minilm_fused_fp16", "smollm2", "ppocr", "efficientnet")
-RECIPES = (AUTO_RECIPE,)
+COMPARATORS = ("svd-llm", "asvd", "balf", "modegpt")
+RECIPES = (AUTO_RECIPE, "output", "activation", *COMPARATORS)
 _WRONG = 2  # the command's exit code where it refuses its input
 _COUNTED = ("params", "macs")
 

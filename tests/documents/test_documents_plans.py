@@ -62,6 +62,7 @@ def read(tmp_path, text):
         replace(PLAN, solver=None, digest=""),
         replace(PLAN, measure="activation", factors=Fit.ACTIVATIONS),
         replace(PLAN, measure="output", factors=Fit.ACTIVATIONS, recover=True),
+        replace(PLAN, measure="output", factors=Fit.SCALED),
         replace(PLAN, solver=Solver(Aggregate.UNIFORM, 1.0, 0.5, None)),
         replace(PLAN, budget="latency", merge=False),
     ],

@@ -44,6 +44,7 @@ def test_the_least_recipe_and_its_defaults():
         ("power", "0.5", "power", 0.5),
         ("power", "64", "power", 64.0),
         ("summary", '"  Words.\\n"', "summary", "Words."),
+        ("tables", "false", "tables", False),
     ],
 )
 def test_every_key_sets_its_field(key, value, field, expected):
@@ -60,6 +61,8 @@ WRONG = {
     "aggregate": ['"mean"', "0", '["max"]', "{}", '""'],
     "power": ["0", "-1", "65", "1e999", "9" * 400, "nan", "inf", "-inf", '"4"', "true", "[4]", "{}"],
     "price": ['"latency"', "1", "[]", "{}", '""', "false"],
+    "temperature": ["0", "-1", "65", "inf", "nan", '"1"', "true", "[]"],
+    "tables": ["0", '"no"', "[]"],
 }
 
 
@@ -70,9 +73,11 @@ ALLOWED = {
     "groups": "'divisors' or a list of whole numbers above 0",
     "measure": f"one of {', '.join(names())}",
     "normalize": "one of absolute, relative",
-    "aggregate": "one of max, sum, uniform",
+    "aggregate": "one of max, sum, uniform, ratio",
     "power": "a number above 0 and at most 64",
     "price": f"one of {', '.join(prices())}",
+    "temperature": "a number above 0 and at most 64",
+    "tables": "true or false",
 }
 ITEMS = {
     **dict.fromkeys(['["encode", "diagonal"]', "[1]", "[[]]", '["ENCODE"]'], f"one of {FOLDS}"),
@@ -115,6 +120,26 @@ def test_latency_is_no_price_as_there_is_no_formula_of_it():
         (
             {"recover": "true"},
             "recover is true and needs factors 'activations', but factors is 'weights'",
+        ),
+        ({"temperature": "0.5"}, "temperature is 0.5 and needs aggregate 'ratio', but aggregate is 'sum'"),
+        (
+            {"aggregate": '"ratio"', "temperature": "0.5"},
+            "temperature is 0.5 and needs factors 'activations', but factors is 'weights'",
+        ),
+        *(
+            (
+                {"factors": '"activations"', key: "true"},
+                f"{key} is true and needs measure 'activation' or 'output', but measure is 'spectral'",
+            )
+            for key in ("narrow", "share")
+        ),
+        (
+            {"factors": '"scaled"'},
+            "factors is 'scaled' and needs measure 'activation' or 'output', but measure is 'spectral'",
+        ),
+        (
+            {"factors": '"scaled"', "measure": '"output"', "narrow": "true"},
+            "narrow is true and needs factors 'activations', but factors is 'scaled'",
         ),
     ],
 )
@@ -257,6 +282,26 @@ def test_a_recipe_that_cannot_bind_layers_is_refused(extra, message):
         recipes.parse(text, "r")
 
 
-@pytest.mark.parametrize("key", ["narrow", "share"])
-def test_recipes_that_fit_activations_to_a_sum_bind_layers(key):
-    assert {recipe.name for recipe in recipes.load_all() if getattr(recipe, key)} == {"activation", "output"}
+def test_which_recipes_bind_layers():
+    bound = {key: {r.name for r in recipes.load_all() if getattr(r, key)} for key in ("narrow", "share")}
+    assert bound == {"narrow": {"activation", "output", "modegpt"}, "share": {"activation", "output"}}
+
+
+README = (Path(__file__).parents[2] / "passes" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [
+        ("| recipe | folds |", {recipe.name for recipe in recipes.load_all()} | {"auto"}),
+        ("| key | values |", set(recipes._Recipe.__struct_fields__)),
+    ],
+)
+def test_the_documentation_lists_all_recipes_and_keys(head, names):
+    _, *rows = README[README.index(head) :].split("\n\n")[0].splitlines()[1:]
+    assert {row.split("`")[1] for row in rows} == names
+
+
+def test_a_recipe_without_folds_narrows():
+    keys = {"folds": "[]", "factors": '"activations"', "measure": '"activation"', "narrow": "true"}
+    assert parse(**keys).folds == ()
