@@ -78,7 +78,8 @@ def run(
         ValidationError: The compressed model does not behave like the input model.
     """
     executing = executor(setting.workers, setting.backend)
-    with one_blas_thread(), executing as running, ExitStack() as stack:
+    solvers = setting.calibration is not None
+    with one_blas_thread(solvers=solvers), executing as running, ExitStack() as stack:
         with progress.stage("find layers"):
             material = read(model, setting, stack)
         found = material.found

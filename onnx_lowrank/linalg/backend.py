@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -153,34 +155,41 @@ class _BlasLimit:
     def __init__(self) -> None:
         self._lock = Lock()
         self._holders = 0
-        self._limits: threadpool_limits | None = None
+        self._limits: list[threadpool_limits] = []
+        self._has_solvers = False
 
-    def acquire(self) -> None:
+    def acquire(self, *, solvers: bool) -> None:
         with self._lock:
-            if self._limits is None:
-                self._limits = threadpool_limits(limits=1, user_api="blas")
+            if not self._limits or (solvers and not self._has_solvers):
+                if solvers:
+                    importlib.import_module("scipy.linalg")
+                self._has_solvers = "scipy.linalg" in sys.modules
+                self._limits.append(threadpool_limits(limits=1, user_api="blas"))
             self._holders += 1
 
     def release(self) -> None:
         with self._lock:
             self._holders -= 1
             # The limits know the original number of threads; only the last holder may restore it.
-            if self._holders == 0 and self._limits is not None:
-                self._limits.restore_original_limits()
-                self._limits = None
+            while self._holders == 0 and self._limits:
+                self._limits.pop().restore_original_limits()
 
 
 _BLAS_LIMIT = _BlasLimit()
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
+def one_blas_thread(*, solvers: bool = False) -> Iterator[None]:
     """Limit BLAS to one thread in the whole process, so the number of cores does not change any bits.
 
     BLAS libraries split sums by their number of threads. These contexts may overlap in any order, in several
     threads: the limit holds from the first entry to the last exit.
+
+    Args:
+        solvers: Whether SciPy's solvers for dense matrices run. They bring a BLAS of their own, and only a
+            library that is loaded can be limited, so it is loaded now.
     """
-    _BLAS_LIMIT.acquire()
+    _BLAS_LIMIT.acquire(solvers=solvers)
     try:
         yield
     finally:

@@ -87,8 +87,7 @@ class _Surgeon:
         root = np.linalg.cholesky(self._own[channel])
         left = self._inverse[:, elements] - self._left @ self._left[elements].T
         right = self._weight[:, elements] - self._right @ self._left[elements].T
-        left = scipy.linalg.solve_triangular(root, left.T, lower=True).T
-        right = scipy.linalg.solve_triangular(root, right.T, lower=True).T
+        left, right = _divided(left, root), _divided(right, root)
         self._update(left, right)
         self._left = np.concatenate([self._left, left], axis=1)
         self._right = np.concatenate([self._right, right], axis=1)
@@ -120,6 +119,13 @@ class _Surgeon:
         left = self._left[elements]
         inverse = self._inverse[np.ix_(elements, elements)] - left @ left.T
         return inverse, self._weight[:, elements] - self._right @ left.T
+
+
+def _divided(values: Floats, root: Floats) -> Floats:
+    """X R⁻ᵀ for a triangle R, which mostly has one element; there a solver takes longer than a division."""
+    if root.size == 1:
+        return values / root
+    return np.asarray(scipy.linalg.solve_triangular(root, values.T, lower=True).T)
 
 
 def _product(one: Floats, other: Floats) -> Floats:

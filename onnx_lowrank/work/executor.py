@@ -295,7 +295,7 @@ def _start(reader: Connection) -> None:
     # An interrupt reaches all processes of a terminal, but only the parent process may react to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with, args=(reader,), daemon=True).start()
-    _HELD.enter_context(one_blas_thread())
+    _HELD.enter_context(one_blas_thread(solvers=True))
 
 
 def _end_with(reader: Connection) -> None:

@@ -1,5 +1,6 @@
 """Choice of the device, who may use it at a time, and BLAS' threads."""
 
+import subprocess
 import sys
 import threading
 import types
@@ -87,6 +88,30 @@ def test_overlapping_limits_hold_until_the_last_ends_and_restore_the_first_numbe
         assert blas_threads() == {1}, "the second is still at work"
         second.__exit__(None, None, None)
         assert blas_threads() == {2}
+
+
+LATE = """
+import sys
+from threadpoolctl import threadpool_info, threadpool_limits
+from onnx_lowrank.linalg.backend import one_blas_thread
+
+def threads():
+    return sorted(lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas")
+
+with threadpool_limits(limits=2, user_api="blas"), one_blas_thread():
+    assert "scipy.linalg" not in sys.modules
+    with one_blas_thread(solvers=True):
+        assert "scipy.linalg" in sys.modules
+        print(*threads())
+"""
+
+
+def test_the_blas_of_solvers_that_are_loaded_late_is_limited_too():
+    """NumPy and SciPy bring a BLAS each, and threadpoolctl limits only those that are loaded."""
+    ran = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True)
+    numbers = ran.stdout.split()
+    assert numbers
+    assert set(numbers) == {"1"}
 
 
 def test_a_device_is_held_by_one_thread_and_the_cpu_by_all():
