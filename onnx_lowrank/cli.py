@@ -35,7 +35,7 @@ from onnx_lowrank.request import ALIGN_AUTO, AUTO_RECIPE, DEFAULT_BUDGET, DEFAUL
 _INTERRUPTED = 130
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _NOTHING_HALF = "Interrupted; no file is half-written."
-_SIZES = re.compile(r"[1-9][0-9]{0,17}(,[1-9][0-9]{0,17})*")
+_SIZES = re.compile(r"(0|[1-9][0-9]{0,17})(,(0|[1-9][0-9]{0,17}))*")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _AUTO = (
     "Tries several recipes and keeps the best on held-out calibration inputs "
@@ -252,7 +252,8 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     multiple=True,
     callback=_shapes,
     metavar="NAME=1,3,224,224",
-    help="Shape of an input whose dimensions the model leaves open. Repeatable.",
+    help="Shape of an input whose dimensions the model leaves open; a past may be empty (1,3,0,64). "
+    "Repeatable.",
 )
 @click.option(
     "--max-error", callback=_number, metavar="NUMBER", help="Largest accepted relative error of an output."

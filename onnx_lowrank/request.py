@@ -380,9 +380,12 @@ def _shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     require("input_shape", given, (Mapping,), "a mapping of input names to shapes")
     for name, shape in given.items():
         require(f"The shape of input {name!r}", shape, (Sequence,), "positive whole numbers")
-        if not all(isinstance(n, Integral) and 0 < n <= _LARGEST_SIZE for n in shape):
+        is_whole = all(isinstance(n, Integral) and 0 <= n <= _LARGEST_SIZE for n in shape)
+        # A batch of 0 computes nothing; a past of 0 positions is that of a decoder's first call.
+        if not is_whole or 0 in shape[:1]:
             raise InputError(
-                f"The shape of input {name!r} is {shape}, but it must hold positive whole numbers only."
+                f"The shape of input {name!r} is {shape}, but it must hold positive whole numbers, or 0 for "
+                "an open dimension other than the first."
             )
     return {name: tuple(map(int, shape)) for name, shape in given.items()}
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import onnx
 import pytest
 
 import onnx_lowrank
 from decoders import decoder
+from onnx_lowrank import cli
 from onnx_lowrank.errors import InputError
 
 KEYS = ("past_key_values_0_key", "past_key_values_0_value")
@@ -67,3 +71,46 @@ def test_parts_of_a_past_that_do_not_fit_each_other(kind):
     wrong[KEYS[1]] = wrong[KEYS[1]][:, :, :3]
     with pytest.raises(InputError, match=rf"the past '{KEYS[0]}' has 5 positions, but '{KEYS[1]}' has 3"):
         onnx_lowrank.compress(decoder(), ratio=0.7, **{kind: wrong})
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the command on the decoder; gives the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    onnx.save(decoder(), "in.onnx")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["in.onnx", "out.onnx", "--ratio", "0.8", "--quiet", *arguments])
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_past_of_length_0_is_a_shape(run):
+    """The multiply-accumulates are those of the first call: six tokens, no past."""
+    shapes = ("--input-shape", "input_ids=1,6", "--input-shape", "past_key_values_0_key=1,2,0,8")
+    code, out, _ = run("--budget", "macs", *shapes, "--report", "-")
+    report = json.loads(out)
+    assert code == 0
+    assert report["totals"]["macs"]["before"] == 6 * (32 * (32 + 16 + 16 + 32) + 32 * 24) + 2 * 4 * 6 * 6 * 8
+    assert "past_key_values_0_value float32 1×2×0×8" in report["validation"]["inputs"]
+    assert {output["note"] for output in report["validation"]["outputs"]} == {""}
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ("1,0,3,8", "gives 'past_key_values_0_key' the shape 1×0×3×8, but the model says ?×2×?×8."),
+        ("1,2,0,0", "gives 'past_key_values_0_key' the shape 1×2×0×0, but the model says ?×2×?×8."),
+        ("0,2,3,8", "is (0, 2, 3, 8), but it must hold positive whole numbers, or 0 for an open dimension"),
+    ],
+)
+def test_a_0_where_the_model_or_the_batch_has_none(run, shape, sentence):
+    code, _, err = run("--input-shape", f"past_key_values_0_key={shape}")
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") == 1

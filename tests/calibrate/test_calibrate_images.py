@@ -239,9 +239,12 @@ class TestRefused:
         [
             (
                 spec("n", 3, "h", "w"),
-                "size of the images is open in the shape n×3×h×w of .*x=1,3,224,224",
+                "size of the images is open, or 0, in the shape n×3×h×w of .*x=1,3,224,224",
             ),
-            (spec("n", None, 6, 3), r"is open in the shape n×\?×6×3 of the input 'x': .*x=1,224,224,3"),
+            (
+                spec("n", None, 6, 3),
+                r"is open, or 0, in the shape n×\?×6×3 of the input 'x': .*x=1,224,224,3",
+            ),
             (spec("n", 4, 6, 8), "the shape n×4×6×8 has no axis of 1 or 3 channels: pass --input-shape x="),
             (spec("n", 10), "the shape n×10 has no axis of 1 or 3 channels"),
             (spec("n", 3, 6, 4, dtype="int32"), "'x' is int32, neither a float nor uint8"),
@@ -259,6 +262,10 @@ class TestRefused:
     def test_a_size_that_is_not_the_models(self, photos):
         with pytest.raises(InputError, match="'x' has the shape n×3×6×4 in the model, which --input-shape"):
             read(photos, CHW, shapes={"x": (1, 3, 8, 8)})
+
+    def test_a_size_of_0(self, photos):
+        with pytest.raises(InputError, match="size of the images is open, or 0, in the shape 1×3×0×8 of"):
+            read(photos, spec("n", 3, "h", "w"), shapes={"x": (1, 3, 0, 8)})
 
     def test_a_size_of_no_use(self, photos):
         with pytest.raises(InputError, match=r"one image for the model takes 2794.0 GiB, more than 1 GiB"):

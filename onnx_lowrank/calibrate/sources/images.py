@@ -129,10 +129,10 @@ def _layout(spec: Spec, given: tuple[int, ...] | None, path: Path) -> _Layout:
             f"{path} holds images, but the input {spec.name!r} of the shape {text} has no axis of 1 or 3 "
             f"channels: pass {example}, or arrays in an .npz file."
         )
-    sizes = tuple(size for size in tail if isinstance(size, int))
+    sizes = tuple(size for size in tail if isinstance(size, int) and size > 0)
     if len(sizes) < 3:
         raise InputError(
-            f"{path}: the size of the images is open in the shape {text} of the input {spec.name!r}: "
+            f"{path}: the size of the images is open, or 0, in the shape {text} of the input {spec.name!r}: "
             f"pass one, such as {example if axis == 0 else f'--input-shape {spec.name}=1,224,224,3'}."
         )
     return _Layout(sizes, axis)
