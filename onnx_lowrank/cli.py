@@ -248,6 +248,13 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     "those of --calibration, else inputs made from the graph.",
 )
 @click.option(
+    "--check",
+    type=click.Path(),
+    callback=_given_path,
+    metavar="DATA",
+    help="Inputs of another kind, in the formats of --calibration: the report shows the errors on them, too.",
+)
+@click.option(
     "--input-shape",
     multiple=True,
     callback=_shapes,

@@ -48,6 +48,8 @@ class Options(TypedDict, total=False):
         inputs: An .npz file, a text, a folder of images, or arrays by input name, on which the models are
             compared; by default held-out calibration inputs, or without calibration, inputs made from the
             graph.
+        check: Inputs of another kind, in the formats of `calibration`, on which the models are compared, too;
+            the report shows both errors side by side.
         input_shape: Shapes by input name, for inputs whose dimensions the model leaves open.
         max_error: Bound on the largest relative error over the outputs; by default none.
         device: Where the linear algebra runs: "auto" (the default), "cpu" or "cuda".
@@ -62,7 +64,7 @@ class Options(TypedDict, total=False):
         workers: Number of processes that compute the work of the layers; 0, the default, uses threads of this
             process. With processes, a script must guard its call by `if __name__ == "__main__":`.
         dry_run: Make the plan and the report only; the model stays as it is. By default False.
-        tokenizer: The model's tokenizer.json, if `calibration` or `inputs` is a text.
+        tokenizer: The model's tokenizer.json, if `calibration`, `inputs` or `check` is a text.
         mean: The mean of each channel of images, whose values are scaled to 0..1; by default 0.
         std: The standard deviation of each channel of images; by default 1.
         progress: Where to show progress; None, the default, shows none.
@@ -80,6 +82,7 @@ class Options(TypedDict, total=False):
     target_error: float | None
     target_agreement: float | None
     inputs: Inputs | None
+    check: Source | None
     input_shape: Mapping[str, Sequence[int]] | None
     max_error: float | None
     device: str
@@ -108,6 +111,7 @@ DEFAULTS: Options = {
     "target_error": None,
     "target_agreement": None,
     "inputs": None,
+    "check": None,
     "input_shape": None,
     "max_error": None,
     "device": "auto",

@@ -90,6 +90,7 @@ class Setting:
         calibration: The inputs to fit to; None without calibration.
         samples: Largest number of these inputs to use; None for all.
         inputs: The inputs to compare the models on; None if the user gives none.
+        check: Inputs of another kind to compare the models on, too; None if the user gives none.
         shapes: Shapes of inputs whose dimensions the model leaves open, by name.
         include: Globs of the layers and nodes to decompose; empty for all.
         exclude: Globs of the layers and nodes to leave alone.
@@ -107,6 +108,7 @@ class Setting:
     calibration: Source | None
     samples: int | None
     inputs: Inputs | None
+    check: Source | None
     shapes: Mapping[str, tuple[int, ...]]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -180,7 +182,12 @@ def setting(asked: Request, options: Options) -> Setting:
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest accepted error is {max_error}, but it must be 0 or more.")
     require("inputs", inputs, (str, os.PathLike, Mapping, NoneType), "a path or arrays by input name")
-    dry_run = options["dry_run"]
+    check, dry_run = options["check"], options["dry_run"]
+    require("check", check, (object,), "a path, arrays by name, or feeds")
+    if check is not None and dry_run:
+        raise InputError(
+            "--check judges the finished model, and --dry-run makes none: leave one of them out."
+        )
     if _flag("time", options["time"]) and dry_run and not asked.budget.is_measured:
         raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
     if not (options["time"] or asked.budget.is_measured):
@@ -189,6 +196,7 @@ def setting(asked: Request, options: Options) -> Setting:
         calibration=options["calibration"],
         samples=options["calibration_samples"],
         inputs=inputs,
+        check=check,
         shapes=_shapes(options["input_shape"] or {}),
         include=_patterns("include", options["include"]),
         exclude=_patterns("exclude", options["exclude"]),
@@ -202,7 +210,7 @@ def setting(asked: Request, options: Options) -> Setting:
         dry_run=dry_run,
         options=options_of(options["tokenizer"], options["mean"], options["std"]),
     )
-    check_sources([checked.calibration, inputs], checked.options)
+    check_sources([checked.calibration, inputs, check], checked.options)
     if checked.calibration is not None or asked.budget.is_measured or not dry_run:
         runtime(checked.provider)  # Raises an error if the provider is not available.
     return checked

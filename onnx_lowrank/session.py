@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
-from onnx_lowrank.calibrate.sources.source import Need
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
-from onnx_lowrank.engines.id_limits import id_limits
-from onnx_lowrank.engines.inputs import Spec, specs
-from onnx_lowrank.engines.pasts import uneven
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.running import calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime
-from onnx_lowrank.errors import BudgetError, InputError
-from onnx_lowrank.files.load import Model, ModelProto, inlined, load
+from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.files.load import Model, ModelProto, inlined
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.found import Found, find_layers
+from onnx_lowrank.layers.found import Found
 from onnx_lowrank.linalg.backend import one_blas_thread
-from onnx_lowrank.logs import DETAIL, first_names
+from onnx_lowrank.material import Material, held_out, read
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.report.report import Report
@@ -85,7 +80,7 @@ def run(
     executing = executor(setting.workers, setting.backend)
     with one_blas_thread(), executing as running, ExitStack() as stack:
         with progress.stage("find layers"):
-            material = _read(model, setting, stack)
+            material = read(model, setting, stack)
         found = material.found
         asked.budget.check(found)
         stopwatch = None
@@ -103,76 +98,10 @@ def run(
 
 
 @dataclass(frozen=True, slots=True)
-class _Material:
-    """A model and the data that came with it, read and checked.
-
-    Attributes:
-        found: The model with its layers.
-        samples: The calibration data.
-        given: The user's inputs to compare the models on; None without them.
-        shown: One feed of the user: `given`, or else a calibration sample; empty without both.
-        shapes: The shapes of inputs for which the layers were found, by name.
-    """
-
-    found: Found
-    samples: Samples | None
-    given: Feed | None
-    shown: Feed
-    shapes: Mapping[str, tuple[int, ...]]
-
-
-def _read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack) -> _Material:
-    model = load(source, stack)
-    wanted = specs(model.proto)
-    given, samples = _data(model, wanted, setting, stack)
-    # Shapes that the user did not state follow from the user's inputs.
-    shown = given or (next(_held_out(samples, 1)) if samples is not None else {})
-    if (reason := uneven(wanted, shown)) is not None:
-        raise InputError(f"The inputs do not fit each other: {reason}: give all of them the same length.")
-    shapes = dict(setting.shapes)
-    if any(array.size for array in shown.values()):
-        # Arrays without elements count, too: at its first call, the past of a decoder has none.
-        shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
-    found = find_layers(model, shapes, setting.include, setting.exclude)
-    _log_found(found)
-    return _Material(found, samples, given, shown, shapes)
-
-
-def _data(
-    model: Model, wanted: tuple[Spec, ...], setting: Setting, stack: ExitStack
-) -> tuple[Feed | None, Samples | None]:
-    """The user's inputs and the calibration data, checked against the model; None for those not given."""
-    if setting.inputs is None and setting.calibration is None:
-        return None, None
-    from onnx_lowrank.calibrate import data  # The readers are only for runs that read data.
-
-    limits = {} if setting.options.tokenizer is None else id_limits(model.proto)
-    need = Need(wanted, limits, setting.shapes, setting.samples, setting.options)
-    given = None if setting.inputs is None else data.read_feed(setting.inputs, need)
-    samples = None
-    if setting.calibration is not None:
-        samples = stack.enter_context(data.open_needed(setting.calibration, need))
-    return given, samples
-
-
-def _log_found(found: Found) -> None:
-    name, layers = found.model.name, len(found.layers)
-    _log.debug("%r: %d layers, %d operators skipped", name, layers, len(found.skipped))
-    reasons: dict[str, list[str]] = {}
-    for item in found.skipped:
-        reasons.setdefault(item.reason, []).append(item.name or item.weight or item.op)
-    for reason, names in reasons.items():
-        _log.debug("skipped %d: %s (%s)", len(names), reason, first_names(names))
-    for layer in found.layers:
-        folds = "/".join(layer.folds)
-        _log.log(DETAIL, "layer %r: %s of %s, folds %s", layer.id, layer.op, layer.shape, folds)
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     """A request for a model with known layers."""
 
-    material: _Material
+    material: Material
     asked: Request
     setting: Setting
     executor: Executor
@@ -196,7 +125,7 @@ class _Job:
         from onnx_lowrank.calibrate import statistics
         from onnx_lowrank.calibrate.calibration import Calibration
 
-        feed = next(_held_out(samples, 1))
+        feed = next(held_out(samples, 1))
         engine, outputs = calibrating_engine(self.found.model, feed, self.setting.provider)
         if self.asked.target is not None and outputs is not None:
             judged = samples.held or samples.count
@@ -381,27 +310,39 @@ class _Job:
             model, walk = self.found.model, self.found.walk
             return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
 
-        known = None
-        if self.material.given is None and calibration is not None:
-            chosen = next((trial.outputs for trial in trials if trial.chosen), None)
-            outputs = chosen or judge(self.found.model, built, calibration)
-            samples = calibration.samples
-            source = (
-                f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
-            )
-            known = Measured(outputs, tuple(_held_out(samples, _SHOWN)), source)
+        given, others = self.material.given, self.material.others
+        held = None
+        if calibration is not None and (given is None or others is not None):
+            held = self._held(built, calibration, trials)
         last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
-        return validate(
+        validation = validate(
             self.found.model,
             rewritten.model,
             last,
             alone=alone,
-            inputs=self.material.given,
-            measured=known,
+            inputs=given,
+            measured=held if given is None else None,
             input_shapes=self.material.shapes,
             provider=self.setting.provider,
             max_error=self.setting.max_error,
         )
+        if others is None:
+            return validation
+        from onnx_lowrank.stages.other import compare_on
+
+        familiar, kind = (validation.outputs, "inputs") if given is not None else ((), "")
+        if held is not None and calibration is not None:
+            familiar, kind = held.outputs, "held-out" if calibration.samples.held else "calibration"
+        other = compare_on(others, self.found.model, rewritten.model, familiar, kind)
+        return replace(validation, other=other)
+
+    def _held(self, built: Built, calibration: Calibration, trials: tuple[Trial, ...]) -> Measured:
+        """The comparison on held-out calibration inputs, or on all of them if none are held out."""
+        chosen = next((trial.outputs for trial in trials if trial.chosen), None)
+        outputs = chosen or judge(self.found.model, built, calibration)
+        samples = calibration.samples
+        source = f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
+        return Measured(outputs, tuple(held_out(samples, _SHOWN)), source)
 
 
 _REFUSED = 1.02
@@ -416,11 +357,6 @@ time (the median counts); and the largest number of models that are made."""
 
 _SHOWN = 16
 """Number of calibration samples that show which layers run."""
-
-
-def _held_out(samples: Samples, number: int) -> Iterator[Feed]:
-    """The first calibration inputs, one by one; only held-out ones if there are any."""
-    return islice((batch.feed for batch in samples.batches(1) if batch.held or not samples.held), number)
 
 
 def _summary(calibration: Calibration) -> Calibrated:

@@ -334,7 +334,8 @@ WRONG = {
     **{
         f"{option} without data": (
             [*HALF, option, value],
-            f"{option} is for {what}, but neither --calibration nor --inputs is given: leave {option} out.",
+            f"{option} is for {what}, but none of --calibration, --inputs and --check is given: "
+            f"leave {option} out.",
         )
         for option, value, what in (
             ("--tokenizer", "t.json", "texts"),

@@ -41,8 +41,8 @@ def matching(records, module, *parts):
         ("request", ("asked for ratio 0.5 of params", "multiples of 1")),
         ("request", ("recipe 'schatten'", "folds encode/rows/cols/decode", "fitted to weights")),
         ("linalg.backend", ("linear algebra runs on ",)),
-        ("session", ("'model': 2 layers, 1 operators skipped",)),
-        ("session", ("skipped 1: --exclude fc names it", "('n.y')")),
+        ("material", ("'model': 2 layers, 1 operators skipped",)),
+        ("material", ("skipped 1: --exclude fc names it", "('n.y')")),
         ("stages.score", ("spectra of 2 layers in ", " s")),
         ("stages.planning", ("rewrites 2 of 2 layers for ratio 0.5", "objective", "gap 0")),
         ("stages.build", ("factors of 'conv1'", "fitted to weights", "certificate 0.")),
@@ -117,8 +117,8 @@ def test_details_come_at_a_level_of_their_own(logged):
     assert len(all_of_it) > len(known)
     assert matching(all_of_it, "budgets.latency.stopwatch", "encode k=1 j=", "of its time")
     assert matching(all_of_it, "stages.planning", "'conv2' of ", " options: ")
-    assert matching(all_of_it, "session", "layer 'conv1': Conv of (1, 16, 8, 3, 3)")
-    assert not matching(known, "session", "layer 'conv1'")
+    assert matching(all_of_it, "material", "layer 'conv1': Conv of (1, 16, 8, 3, 3)")
+    assert not matching(known, "material", "layer 'conv1'")
 
 
 def test_a_library_shows_nothing_and_adds_a_handler_that_does_nothing():

@@ -32,8 +32,6 @@ COMPARED = 16
 FEW = 32
 """With fewer samples than this, a warning says that estimates are weak."""
 
-_WHERE = "The calibration data"
-
 
 @runtime_checkable
 class FeedReader(Protocol):
@@ -53,7 +51,7 @@ class Samples:
     Attributes:
         count: Number of samples used; a feed that cannot be split is one sample.
         held: Number of held-out samples: every fifth, so 0 of fewer than five.
-        description: Their origin, a short phrase.
+        extent: Their origin and number, a short phrase.
         warnings: Warnings about them, sentences.
     """
 
@@ -69,8 +67,13 @@ class Samples:
         self._files = files
         self.count = len(data.held)
         self.held = int(data.held.sum())
-        self.description = f"{name}: {data.extent}, {self.held} held out"
+        self.extent = f"{name}: {data.extent}"
         self.warnings = (*data.warnings, *_few(self.count))
+
+    @property
+    def description(self) -> str:
+        """Their origin and number with the held-out ones, a short phrase."""
+        return f"{self.extent}, {self.held} held out"
 
     def __enter__(self) -> Self:
         return self
@@ -131,10 +134,12 @@ def open_needed(source: Source, need: Need) -> Samples:
         InputError: The file does not exist, or the data does not fit the model.
     """
     if not need.specs:
-        raise InputError("The model has no inputs to calibrate: leave --calibration out.")
+        raise InputError(f"The model has no inputs: leave --{need.purpose} out.")
     for spec in need.specs:
         if spec.dtype is None:
-            raise InputError(f"The input {spec.name!r} of the model is no tensor: leave --calibration out.")
+            raise InputError(
+                f"The input {spec.name!r} of the model is no tensor: leave --{need.purpose} out."
+            )
     with ExitStack() as files:
         name, data = _opened(source, need, files)
         return Samples(data, name, files.pop_all())
@@ -158,24 +163,24 @@ def read_feed(source: str | Path | Mapping[str, Any], need: Need) -> Feed:
 
 def _opened(source: Source, need: Need, files: ExitStack) -> tuple[str, Table | Feeds]:
     """The name of a source, and its data."""
-    wanted, most = need.specs, need.most
+    wanted, most, where = need.specs, need.most, need.title
     if isinstance(source, str | Path):
         path = Path(source)
         return path.resolve().name, registry.kind_of(path).read(path, need, files)
     if isinstance(source, Mapping):
-        columns = {name: InMemory(as_array(a, f"{_WHERE} for {name!r}")) for name, a in source.items()}
-        return "arrays", table(columns, wanted, most, _WHERE)
+        columns = {name: InMemory(as_array(a, f"{where} for {name!r}")) for name, a in source.items()}
+        return "arrays", table(columns, wanted, most, where)
     if hasattr(source, "__array__"):
-        return "array", table(only(InMemory(as_array(source, _WHERE)), wanted, _WHERE), wanted, most, _WHERE)
+        return "array", table(only(InMemory(as_array(source, where)), wanted, where), wanted, most, where)
     if isinstance(source, FeedReader):
         given: Iterable[Any] = _each(source)
     elif isinstance(source, Iterable):
         given = source
     else:
         kind = type(source).__name__
-        raise InputError(f"{_WHERE} is of the type {kind}: pass a path, arrays by name, or feeds.")
+        raise InputError(f"{where} is of the type {kind}: pass a path, arrays by name, or feeds.")
     spool = files.enter_context(Spool(spec.name for spec in wanted))
-    return "feeds", drawn(given, wanted, most, spool)
+    return "feeds", drawn(given, wanted, most, spool, where)
 
 
 def _each(reader: FeedReader) -> Iterator[Mapping[str, ArrayLike]]:

@@ -152,7 +152,9 @@ def holds_feeds(path: Path) -> bool:
     )
 
 
-def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spool: Spool) -> Feeds:
+def drawn(
+    source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spool: Spool, title: str
+) -> Feeds:
     """Draw feeds and spool them.
 
     Args:
@@ -160,6 +162,7 @@ def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spo
         wanted: The model's inputs.
         most: The most samples to use, the first ones; None for all.
         spool: Stores the feeds.
+        title: The source in messages, at the start of a sentence.
 
     Raises:
         InputError: There are no feeds, one does not fit the model, or the disk is full.
@@ -178,7 +181,7 @@ def drawn(source: Iterable[Any], wanted: tuple[Spec, ...], most: int | None, spo
         if inspection.samples == most:
             break
     if not inspection.sizes:
-        raise InputError("The calibration data gives no feeds: a generator must be fresh, and give dicts.")
+        raise InputError(f"{title} gives no feeds: a generator must be fresh, and give dicts.")
     return inspection.feeds(lambda n: checks.fitted(spool.read(n), wanted, _label(n)), most)
 
 

@@ -31,6 +31,8 @@ class OutputError:
             between a row and the compressed model's row. None for other outputs.
         neighbours: For an embedding: share of rows whose nearest other row is the same in both models, among
             at most 2,048 rows. None for other outputs, and for fewer than three rows.
+        noise: The standard error of `relative` over the samples (`engines.noise`). None for integers,
+            booleans and strings, for a single sample, and if y is zero.
     """
 
     name: str
@@ -42,6 +44,7 @@ class OutputError:
     is_exact: bool = False
     cosine: float | None = None
     neighbours: float | None = None
+    noise: float | None = None
 
     @property
     def kept(self) -> float | None:
@@ -57,6 +60,31 @@ def largest_error(outputs: Iterable[OutputError]) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Other:
+    """The comparison of both models on inputs of another kind, beside that on inputs of the familiar kind.
+
+    Attributes:
+        source: The source of the inputs, a short phrase.
+        outputs: One error per output on these inputs.
+        familiar: The errors of the same outputs on inputs of the familiar kind; empty without such inputs.
+        kind: The familiar inputs in a word: "held-out", "calibration" or "inputs"; "" without them.
+        warnings: Sentences for the user about the inputs.
+    """
+
+    source: str
+    outputs: tuple[OutputError, ...]
+    familiar: tuple[OutputError, ...] = ()
+    kind: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[tuple[OutputError, OutputError | None], ...]:
+        """Every output's error on these inputs, with that on the familiar ones if it is known."""
+        known = {output.name: output for output in self.familiar}
+        return tuple((output, known.get(output.name)) for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """The result of running both models on the same inputs.
 
@@ -67,6 +95,7 @@ class Validation:
         never_ran: The rewritten layers that never ran (an If's other branch); None if that is unknown.
         notes: Sentences for the user, such as: the checker or the runtime does not accept the model.
         alone: One error per rewritten layer, run alone, if no engine could run the model.
+        other: The comparison on inputs of another kind; None if the user gave none.
     """
 
     engine: str
@@ -75,6 +104,7 @@ class Validation:
     never_ran: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
     alone: tuple[OutputError, ...] = ()
+    other: Other | None = None
 
     @property
     def worst(self) -> float | None:

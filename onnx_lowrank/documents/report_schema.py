@@ -208,6 +208,7 @@ class Output(Table, frozen=True):
         is_exact: Whether the output holds integers, booleans or strings.
         cosine: For rows of norm 1, in place of agreement: the mean cosine to the original rows.
         neighbours: For rows of norm 1: the share of rows that keep their nearest other row.
+        noise: The standard error of `relative` over the samples.
     """
 
     name: str
@@ -219,6 +220,23 @@ class Output(Table, frozen=True):
     is_exact: bool
     cosine: float | None
     neighbours: float | None
+    noise: float | None = None
+
+
+class Other(Table, frozen=True):
+    """The comparison of both models on inputs of another kind (--check).
+
+    Attributes:
+        source: The source of the inputs.
+        outputs: One error per output on these inputs.
+        familiar: The errors of the same outputs on the inputs to compare with; empty without such inputs.
+        kind: These inputs: "held-out" or "calibration" inputs, or "inputs" of --inputs; "" without any.
+    """
+
+    source: str
+    outputs: tuple[Output, ...]
+    familiar: tuple[Output, ...]
+    kind: str
 
 
 class Validation(Table, frozen=True):
@@ -232,6 +250,7 @@ class Validation(Table, frozen=True):
         never_ran: Ids of the rewritten layers that never ran; null if that is unknown.
         notes: Sentences for the user.
         alone: One error per rewritten layer, run alone, if no engine could run the model.
+        other: The comparison on inputs of another kind; null without --check.
     """
 
     engine: str
@@ -241,6 +260,7 @@ class Validation(Table, frozen=True):
     never_ran: tuple[str, ...] | None
     notes: tuple[str, ...]
     alone: tuple[Output, ...]
+    other: Other | None = None
 
 
 class Target(Table, frozen=True):

@@ -39,12 +39,24 @@ def samples(feed: Feed, wanted: tuple[Spec, ...]) -> int | None:
     return int(size)
 
 
+def batch_size(one: Feed, outputs: Mapping[str, Any], memory: int | None = None) -> int:
+    """The number of samples that fit into memory together, by a run of one sample.
+
+    Its inner tensors take about 32 times its inputs.
+
+    Args:
+        one: The inputs of one sample.
+        outputs: The outputs on it.
+        memory: Bytes that the tensors of one batch may take; None stands for `MEMORY`.
+    """
+    taken = max(1, _GROWTH * _bytes(one) + _bytes(outputs))
+    return max(1, (MEMORY if memory is None else memory) // taken)
+
+
 def batches(
     engine: Runtime, model: Model, feed: Feed, wanted: tuple[Spec, ...], *, memory: int | None = None
 ) -> tuple[Feed, ...]:
-    """The samples of a feed, in as few batches as memory allows.
-
-    A run of one sample shows the size of its outputs. Its inner tensors take about 32 times its inputs.
+    """The samples of a feed, in as few batches as memory allows (`batch_size`).
 
     Args:
         engine: Runs the model; if it cannot, onnx's reference implementation does.
@@ -68,8 +80,7 @@ def batches(
             continue
         except RejectedError:
             return (feed,)
-        taken = max(1, _GROWTH * _bytes(one) + _bytes(outputs))
-        size = max(1, (MEMORY if memory is None else memory) // taken)
+        size = batch_size(one, outputs, memory)
         if size >= count:
             return (feed,)
         _log.debug("compares %d samples in batches of %d", count, size)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.outcome import OutputError
 from onnx_lowrank.engines.classes import Classes
 from onnx_lowrank.engines.embedding import Embedding
+from onnx_lowrank.engines.noise import Noise
 from onnx_lowrank.engines.spread import Spread, is_batched
 from onnx_lowrank.errors import ValidationError
 
@@ -88,6 +89,7 @@ class _Sums:
         is_text: Whether it holds texts.
         is_exact: Whether it holds texts, integers or booleans.
         spread: Its variation over the samples.
+        noise: The sampling noise of its error.
         classes: The evidence that its rows stand for classes.
         embedding: The comparison of its rows as directions.
     """
@@ -104,6 +106,7 @@ class _Sums:
     is_text: bool = False
     is_exact: bool = False
     spread: Spread = field(default_factory=Spread)
+    noise: Noise = field(default_factory=Noise)
     classes: Classes = field(default_factory=Classes)
     embedding: Embedding = field(default_factory=Embedding)
 
@@ -131,10 +134,13 @@ class _Sums:
         self.norm = hypot(self.norm, float(np.linalg.norm(y[finite])))
         self.residual = hypot(self.residual, float(np.linalg.norm(difference)))
         self.largest = max(self.largest, float(difference.max(initial=0.0)))
-        self.spread.add(y, batched=is_batched(feed, y))
+        batched = is_batched(feed, y)
+        self.spread.add(y, batched=batched)
         if self.is_exact:
             self._agree(y == z)
             return
+        shown = y if finite.all() else np.where(finite, y, 0.0)
+        self.noise.add(shown - np.where(finite, z, 0.0), shown, batched=batched)
         self.classes.add(y, feed)
         if _has_rows(y):
             self._agree(_top1(y, z))
@@ -167,6 +173,7 @@ class _Sums:
             is_exact=self.is_exact,
             cosine=self.embedding.cosine,
             neighbours=self.embedding.neighbours,
+            noise=self.noise.error,
         )
 
     def _centred(self) -> float | None:

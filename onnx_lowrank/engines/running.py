@@ -34,13 +34,16 @@ def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed
     raise failure or RejectedError("there are no inputs to run it on")
 
 
-def calibrating_engine(model: Model, feed: Feed, provider: str) -> tuple[Engine, dict[str, Any] | None]:
-    """The engine that runs a model on calibration inputs, and the outputs on one; None if that run fails.
+def calibrating_engine(
+    model: Model, feed: Feed, provider: str, purpose: str = "calibration"
+) -> tuple[Engine, dict[str, Any] | None]:
+    """The engine that runs a model on given inputs, and the outputs on one; None if that run fails.
 
     Args:
         model: The input model.
-        feed: One of the calibration inputs.
+        feed: One of the inputs.
         provider: ONNX Runtime's execution provider.
+        purpose: The name of the option that gives the inputs, for messages.
 
     Raises:
         InputError: ONNX Runtime has no such provider, or no engine runs the model.
@@ -52,11 +55,11 @@ def calibrating_engine(model: Model, feed: Feed, provider: str) -> tuple[Engine,
         return engine, None
     except UnsupportedError as error:
         reason = error
-    _log.debug("%s runs the calibration inputs, because %s cannot: %s", Reference().name, engine.name, reason)
+    _log.debug("%s runs the %s inputs, because %s cannot: %s", Reference().name, purpose, engine.name, reason)
     try:
         return Reference(), first_run(Reference(), model, (feed,))[1]
     except (UnsupportedError, RejectedError) as error:
         raise InputError(
-            f"Calibration has to run the model, and {engine.name} cannot ({reason}), nor can "
-            f"{Reference().name} ({error}): leave --calibration out."
+            f"--{purpose} has to run the model, and {engine.name} cannot ({reason}), nor can "
+            f"{Reference().name} ({error}): leave --{purpose} out."
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from onnx_lowrank.core.factors import LayerFit
-from onnx_lowrank.core.outcome import Calibrated, Merge, OutputError, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import Calibrated, Merge, Other, OutputError, Timing, Trial, Validation
 from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.report.content import Content, LayerRow, Total
 
@@ -97,6 +97,16 @@ def _validation(validation: Validation) -> schema.Validation:
         never_ran=validation.never_ran,
         notes=validation.notes,
         alone=_outputs(validation.alone),
+        other=_other(validation.other) if validation.other else None,
+    )
+
+
+def _other(other: Other) -> schema.Other:
+    return schema.Other(
+        source=other.source,
+        outputs=_outputs(other.outputs),
+        familiar=_outputs(other.familiar),
+        kind=other.kind,
     )
 
 

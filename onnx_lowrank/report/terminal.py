@@ -9,7 +9,7 @@ from rich.console import Console
 from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation
 from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import layer_table as layers
-from onnx_lowrank.report import words
+from onnx_lowrank.report import other_table, words
 from onnx_lowrank.report.content import Content, Total
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
@@ -203,6 +203,9 @@ def _validation(validation: Validation, names: Mapping[str, str], page: Page) ->
         page.line("unknown which layers in branches ran", style="dim", indent=2)
     for note in validation.notes:
         page.line(note, style="yellow", indent=2)
+    if validation.other is not None:
+        page.blank()
+        other_table.show(validation.other, page)
 
 
 def _differences(output: OutputError) -> str:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _CHECKED_ON = "Whether the layers in branches run was checked on {} of these inputs."
 
-__all__ = ["Alone", "Measured", "calibrating_engine", "runtime", "validate"]
+__all__ = ["Alone", "Measured", "calibrating_engine", "compared", "runtime", "unfit", "validate"]
 
 Alone = Callable[[str], tuple[ModelProto, ModelProto] | None]
 """Maps a layer's id to a model of the original layer and a model of its chain, with equal inputs and outputs;
@@ -155,7 +155,7 @@ def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, not
         if given:
             wanted = specs(model.proto)
             reason = next(filter(None, (unmasked(wanted, feed) for feed in feeds())), None)
-            raise _unfit(error, reason) from error
+            raise unfit(error, reason) from error
         notes.append(
             f"The input model fails on inputs made from its graph ({error}): pass --inputs or --input-shape."
         )
@@ -175,10 +175,17 @@ def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
         raise _fault(run.engine, error) from error
 
 
-def _unfit(error: Exception, reason: str | None = None) -> InputError:
+def unfit(error: Exception, reason: str | None = None, purpose: str = "given") -> InputError:
+    """The error for inputs on which the input model fails.
+
+    Args:
+        error: The engine's error.
+        reason: The reason why the inputs do not fit each other, if it is known.
+        purpose: The inputs in messages, an adjective.
+    """
     if reason is not None:
-        return InputError(f"The given inputs do not fit each other: {reason}.")
-    return InputError(f"The input model fails on the given inputs ({error}): check them.")
+        return InputError(f"The {purpose} inputs do not fit each other: {reason}.")
+    return InputError(f"The input model fails on the {purpose} inputs ({error}): check them.")
 
 
 def _fault(engine: Engine, error: Exception) -> ValidationError:
@@ -202,17 +209,36 @@ def _compared(
     """
     if len(feeds) == 1:
         return compare(run.outputs, got, run.feed)
+    return compared(original, compressed, run.engine, feeds)
+
+
+def compared(
+    original: Model, compressed: Model, engine: Engine, feeds: Iterable[Feed], purpose: str = "given"
+) -> tuple[OutputError, ...]:
+    """Compare the outputs of both models on feeds, one after the other.
+
+    Args:
+        original: The input model.
+        compressed: The compressed model.
+        engine: Runs both.
+        feeds: The inputs.
+        purpose: The inputs in messages, an adjective.
+
+    Raises:
+        InputError: The input model fails on a feed.
+        ValidationError: Only the compressed model fails, or only it gives NaN or Inf.
+    """
     comparison = Comparison()
-    with run.engine.open(original) as theirs, run.engine.open(compressed) as ours:
+    with engine.open(original) as theirs, engine.open(compressed) as ours:
         for feed in feeds:
             try:
                 wanted = theirs(feed)
             except (UnsupportedError, RejectedError) as error:
-                raise _unfit(error) from error
+                raise unfit(error, purpose=purpose) from error
             try:
                 given = ours(feed)
             except (UnsupportedError, RejectedError) as error:
-                raise _fault(run.engine, error) from error
+                raise _fault(engine, error) from error
             comparison.add(wanted, given, feed)
     return comparison.errors()
 

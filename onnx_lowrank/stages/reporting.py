@@ -15,12 +15,12 @@ from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Layer, narrow_layers, shared_full_rank, sharing
 from onnx_lowrank.core.option import Lowering
-from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation, largest_error
+from onnx_lowrank.core.outcome import Calibrated, Other, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
-from onnx_lowrank.report.words import percent
+from onnx_lowrank.report.words import number, percent
 from onnx_lowrank.stages.build import Built
 from onnx_lowrank.stages.search import ANY, Target
 
@@ -28,6 +28,12 @@ _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _LOW_COSINE = 0.9
 _SLACK = 0.05
+_TWICE, _SIGMAS, _ROUNDING = 2.0, 2.0, 1e-3
+_FAMILIAR = {
+    "held-out": "held-out calibration inputs",
+    "calibration": "the calibration inputs",
+    "inputs": "the inputs of --inputs",
+}
 
 
 def assemble(
@@ -142,22 +148,67 @@ def _output_warnings(
     advice = _advice(targeted=target != ANY, calibrated=calibrated)
     # Not above the target: a user who asks for less agreement needs no warning about it.
     least = min(_LOW_AGREEMENT, _LOW_AGREEMENT if target.agreement is None else target.agreement)
-    large = _large_error(validation, given)
+    large = _large_error(validation.outputs, given)
     # Not for made inputs: their outputs mostly belong to no class, so their agreement means nothing.
     low = ""
     if given:
         low = _low_agreement(validation.outputs, least) or _low_cosine(validation.outputs)
     if large and not given:
         yield f"{large} on inputs made from the graph, which say little: pass real ones as --inputs."
-    elif large and low:
-        yield f"{large}, and only {low}: {advice}."
     elif large or low:
-        yield f"{large or f'Only {low}'}: {advice}."
+        yield f"{_joined(large, low)}: {advice}."
+    if validation.other is not None:
+        yield from _other_warnings(validation.other, least, advice, alone=not (given and (large or low)))
 
 
-def _large_error(validation: Validation, given: bool) -> str:
+def _other_warnings(other: Other, least: float, advice: str, *, alone: bool) -> Iterator[str]:
+    """Warnings about inputs of another kind: about their errors, if those on familiar ones gave no warning.
+
+    Args:
+        other: The comparison.
+        least: The least agreement without a warning.
+        advice: Advice that brings the outputs closer to the original's.
+        alone: Whether errors on familiar inputs gave no warning.
+    """
+    yield from (f"{other.source}: {warning}" for warning in other.warnings)
+    worse = [pair for here, there in other.pairs if (pair := _worse(here, there)) is not None]
+    if worse:
+        name, error, familiar = max(worse, key=lambda pair: pair[1] / max(pair[2], _ROUNDING))
+        yield (
+            f"The relative error of {name!r} is {number(error)} on the check data, much more than the "
+            f"{number(familiar)} on {_FAMILIAR[other.kind]}: fit to inputs of both kinds (--calibration), or "
+            "choose a larger ratio."
+        )
+        return
+    large = _large_error(other.outputs, given=True)
+    low = _low_agreement(other.outputs, least) or _low_cosine(other.outputs)
+    if alone and (large or low):
+        yield f"On the check data: {_joined(large, low)}: {advice}."
+
+
+def _worse(here: OutputError, there: OutputError | None) -> tuple[str, float, float] | None:
+    """An output's name and both errors, if that on inputs of another kind is much larger; else None.
+
+    It is if it is more than twice as large: then most of it comes from the kind of the inputs, and not from
+    the decomposition as such. The difference must also exceed two standard errors of sampling noise, so that
+    chance alone seldom causes a warning, and the error the rounding of half-precision floats.
+    """
+    if there is None or here.is_exact or here.relative is None or there.relative is None:
+        return None
+    noise = math.hypot(here.noise or 0.0, there.noise or 0.0)
+    least = max(_TWICE * there.relative, there.relative + _SIGMAS * noise, _ROUNDING)
+    return (here.name, here.relative, there.relative) if here.relative > least else None
+
+
+def _joined(large: str, low: str) -> str:
+    """Two complaints as one; one of them may be empty."""
+    return f"{large}, and only {low}" if large and low else large or f"Only {low}"
+
+
+def _large_error(outputs: tuple[OutputError, ...], given: bool) -> str:
     """The error of the worst output; empty if it is small."""
-    worst, centred = validation.worst or 0.0, largest_error(validation.outputs) or 0.0
+    worst = max((output.relative for output in outputs if output.relative is not None), default=0.0)
+    centred = largest_error(outputs) or 0.0
     if worst > _LARGE_ERROR:
         return f"The largest relative error of an output is {worst:.3g}"
     # Not for made inputs: their outputs hardly vary.

@@ -683,7 +683,7 @@ class TestNamesAndShapes:
             data.open_samples(ramp(6, 4), (Spec("x", None, None),))
 
     def test_no_inputs(self):
-        with pytest.raises(InputError, match="has no inputs to calibrate"):
+        with pytest.raises(InputError, match="has no inputs: leave --calibration out"):
             data.open_samples({}, ())
 
 

@@ -80,7 +80,9 @@ def test_an_option_is_for_its_kind(tmp_path, name):
         check_sources([tmp_path / other, {"x": np.zeros(3)}], options)
     with pytest.raises(InputError, match=rf"--{name} is for .*, but the data is of another kind: leave"):
         check_sources([{"x": np.zeros(3)}, None], options)
-    with pytest.raises(InputError, match=rf"--{name} .*, but neither --calibration nor --inputs is given"):
+    with pytest.raises(
+        InputError, match=rf"--{name} .*, but none of --calibration, --inputs and --check is given"
+    ):
         check_sources([None, None], options)
 
 

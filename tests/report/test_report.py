@@ -512,6 +512,7 @@ def test_json_holds_calibration_and_trials():
         "is_exact": False,
         "cosine": None,
         "neighbours": None,
+        "noise": None,
     }
     assert (svd["error"], svd["agreement"], svd["outputs"]) == (None, None, [])
     assert svd["note"] == "The ratio 0.5 cannot be reached: the smallest is 0.625."

@@ -725,7 +725,7 @@ def test_a_model_that_nothing_runs_is_refused():
         "g (float[N,4] x) => (float[N,4] y) { y = odd.Op (x) }",
         '<ir_version: 10, opset_import: ["": 21, "odd": 1]>',
     )
-    with pytest.raises(InputError, match=r"Calibration has to run the model, and ONNX Runtime.* cannot"):
+    with pytest.raises(InputError, match=r"--calibration has to run the model, and ONNX Runtime.* cannot"):
         calibrating_engine(odd, {"x": np.ones((1, 4), np.float32)}, "CPUExecutionProvider")
 
 

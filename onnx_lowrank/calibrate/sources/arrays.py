@@ -22,7 +22,7 @@ def _claim(path: Path) -> Claim:
 def _read(path: Path, need: Need, files: ExitStack) -> Table:
     if not path.is_file():
         raise InputError(
-            f"The calibration data {path} does not exist: pass an .npz or .npy file, a text, or a folder."
+            f"{need.title} {path} does not exist: pass an .npz or .npy file, a text, or a folder."
         )
     found = arrays.load(path)
     columns = found if isinstance(found, dict) else only(found, need.specs, str(path))

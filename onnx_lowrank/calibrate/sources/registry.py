@@ -60,7 +60,7 @@ def check_sources(given: Sequence[object], options: Options) -> None:
         if name not in used:
             owner = next(kind for kind in _every() if name in kind.options)
             if all(source is None for source in given):
-                what = "neither --calibration nor --inputs is given"
+                what = "none of --calibration, --inputs and --check is given"
             else:
                 what = f"{' and '.join(map(str, paths)) or 'the data'} is of another kind"
             raise InputError(f"--{name} is for {owner.what}, but {what}: leave --{name} out.")

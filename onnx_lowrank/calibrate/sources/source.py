@@ -57,6 +57,7 @@ class Need:
         shapes: Shapes of inputs that the user gives, by name.
         most: The most samples to use, evenly spaced; None leaves the number to the source.
         options: What the user gives to read the source.
+        purpose: The name of the option that takes the source, for messages.
     """
 
     specs: tuple[Spec, ...]
@@ -64,6 +65,12 @@ class Need:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     most: int | None = None
     options: Options = field(default_factory=Options)
+    purpose: str = "calibration"
+
+    @property
+    def title(self) -> str:
+        """The source in messages, at the start of a sentence."""
+        return f"The {self.purpose} data"
 
 
 def _nothing(path: Path, options: Options) -> None:
