@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import atexit
 import gc
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
 from difflib import get_close_matches
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from traceback import format_exc
 from types import FrameType
@@ -23,20 +20,18 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from onnx_lowrank import budgets
+from onnx_lowrank import budgets, values
 from onnx_lowrank.api import compress
 from onnx_lowrank.destinations import check_outputs, print_text, write
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.logs import printable, shown
 from onnx_lowrank.progress import Silent, Terminal
-from onnx_lowrank.request import ALIGN_AUTO, AUTO_RECIPE, DEFAULT_BUDGET, DEFAULT_RECIPE
+from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_BUDGET, DEFAULT_RECIPE
 
 _INTERRUPTED = 130
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _NOTHING_HALF = "Interrupted; no file is half-written."
-_SIZES = re.compile(r"(0|[1-9][0-9]{0,17})(,(0|[1-9][0-9]{0,17}))*")
-_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _AUTO = (
     "Tries several recipes and keeps the best on held-out calibration inputs "
     "(the default with --calibration)."
@@ -57,63 +52,6 @@ Exit codes:
 
 class _Terminated(BaseException):
     """A signal asked the program to end. No handler of errors may catch this; its argument is the signal."""
-
-
-def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a number: write it like 0.5") from None
-    exact = Decimal(value)
-    if exact.is_finite() and (not isfinite(number) or bool(number) != bool(exact)):
-        raise click.BadParameter(f"{value!r} is too large or too close to 0: write it like 0.5")
-    return number
-
-
-def _count(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is not None and not _WHOLE.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is not a whole number: write it like 500")
-    return None if value is None else int(value)
-
-
-def _alignment(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
-    if value is not None and value != ALIGN_AUTO and not _WHOLE.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is neither {ALIGN_AUTO} nor a whole number: write it like 8")
-    return value if value is None or value == ALIGN_AUTO else int(value)
-
-
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    try:
-        return None if value is None else tuple(float(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is no number for each channel: write it like 0.485,0.456,0.406"
-        ) from None
-
-
-def _shapes(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for value in values:
-        name, _, sizes = value.rpartition("=")
-        if not name or not _SIZES.fullmatch(sizes):
-            raise click.BadParameter(f"{value!r} does not look like NAME=1,3,224,224")
-        shapes[name] = tuple(map(int, sizes.split(",")))
-    return shapes
-
-
-def _given_path(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
-    # Path("") would be the current folder.
-    if value == "":
-        raise click.BadParameter("the path is empty: name a file or leave the option out")
-    return None if value is None else Path(value)
-
-
-def _report_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and str(value) != "-" and value.suffix != ".json":
-        raise click.BadParameter(f"{str(value)!r} is neither a .json file nor -, which is stdout")
-    return value
 
 
 def _printing(text: Callable[[click.Context], str]) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -148,7 +86,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.argument("source", metavar="IN.onnx", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT.onnx", type=click.Path(path_type=Path), required=False)
-@click.option("--ratio", callback=_number, metavar="NUMBER", help="How much to keep: 0.5 keeps half.")
+@click.option("--ratio", callback=values.number, metavar="NUMBER", help="How much to keep: 0.5 keeps half.")
 @click.option(
     "--pass",
     "recipe",
@@ -171,7 +109,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option(
     "--align",
-    callback=_alignment,
+    callback=values.alignment,
     metavar="auto|N",
     help="Choose only ranks that are multiples of N, for kernels that compute in blocks; "
     "auto takes the block of the provider.",
@@ -179,28 +117,31 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--calibration",
     type=click.Path(),
-    callback=_given_path,
+    callback=values.given_path,
     metavar="DATA",
     help="Inputs to fit to, without labels: .npz, .npy, a folder of .npz or of ONNX test data, a text with "
     "--tokenizer, or a folder of images with --mean and --std.",
 )
 @click.option(
     "--tokenizer",
-    callback=_given_path,
+    callback=values.given_path,
     metavar="FILE.json",
     help="The model's tokenizer.json, for texts.",
 )
 @click.option(
     "--mean",
-    callback=_numbers,
+    callback=values.numbers("channel", "0.485,0.456,0.406"),
     metavar="R,G,B",
     help="Mean of each channel of images, whose values are 0 to 1.",
 )
 @click.option(
-    "--std", callback=_numbers, metavar="R,G,B", help="Standard deviation of each channel of images."
+    "--std",
+    callback=values.numbers("channel", "0.229,0.224,0.225"),
+    metavar="R,G,B",
+    help="Standard deviation of each channel of images.",
 )
 @click.option(
-    "--calibration-samples", callback=_count, metavar="N", help="Use at most N calibration samples."
+    "--calibration-samples", callback=values.count, metavar="N", help="Use at most N calibration samples."
 )
 @click.option(
     "--no-recover",
@@ -211,14 +152,14 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option(
     "--target-error",
-    callback=_number,
+    callback=values.number,
     metavar="NUMBER",
     help="Instead of --ratio: find the smallest model whose output error on held-out calibration "
     "inputs is at most this.",
 )
 @click.option(
     "--target-agreement",
-    callback=_number,
+    callback=values.number,
     metavar="NUMBER",
     help="Instead of --ratio: find the smallest model that agrees with IN.onnx on this share of held-out "
     "calibration inputs; 0.99 is 99 %.",
@@ -242,7 +183,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--inputs",
     type=click.Path(),
-    callback=_given_path,
+    callback=values.given_path,
     metavar="DATA",
     help="Inputs on which to compare the models: .npz, a text, or a folder of images; by default "
     "those of --calibration, else inputs made from the graph.",
@@ -250,25 +191,34 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--check",
     type=click.Path(),
-    callback=_given_path,
+    callback=values.given_path,
     metavar="DATA",
     help="Inputs of another kind, in the formats of --calibration: the report shows the errors on them, too.",
 )
 @click.option(
     "--input-shape",
     multiple=True,
-    callback=_shapes,
+    callback=values.shapes,
     metavar="NAME=1,3,224,224",
     help="Shape of an input whose dimensions the model leaves open; a past may be empty (1,3,0,64). "
-    "Repeatable.",
+    "Repeatable; second shapes of all inputs make a second set, on which times count, too.",
 )
 @click.option(
-    "--max-error", callback=_number, metavar="NUMBER", help="Largest accepted relative error of an output."
+    "--weights",
+    callback=values.numbers("set of shapes", "0.3,0.7"),
+    metavar="W1,W2",
+    help="How much the sets of --input-shape count in times; by default equally.",
+)
+@click.option(
+    "--max-error",
+    callback=values.number,
+    metavar="NUMBER",
+    help="Largest accepted relative error of an output.",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path, allow_dash=True),
-    callback=_report_path,
+    callback=values.report_path,
     metavar="FILE.json",
     help="Write the report as JSON; - is stdout.",
 )
@@ -294,7 +244,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option(
     "--threads",
-    callback=_count,
+    callback=values.count,
     default="0",
     metavar="N",
     help="Threads per operator while times are measured; by default the runtime chooses.",
@@ -308,7 +258,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option(
     "--workers",
-    callback=_count,
+    callback=values.count,
     default="0",
     metavar="N",
     help="Compute layers in N processes; by default in threads of one process.",

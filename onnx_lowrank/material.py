@@ -67,7 +67,7 @@ def read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: E
     shown = given or (next(held_out(samples, 1)) if samples is not None else {})
     if (reason := uneven(wanted, shown)) is not None:
         raise InputError(f"The inputs do not fit each other: {reason}: give all of them the same length.")
-    shapes = dict(setting.shapes)
+    shapes = dict(setting.sets[0])
     if any(array.size for array in shown.values()):
         # Arrays without elements count, too: at its first call, the past of a decoder has none.
         shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
@@ -86,7 +86,7 @@ def _data(
     from onnx_lowrank.stages.other import open_others
 
     limits = {} if setting.options.tokenizer is None else id_limits(model.proto)
-    need = Need(wanted, limits, setting.shapes, setting.samples, setting.options)
+    need = Need(wanted, limits, setting.sets[0], setting.samples, setting.options)
     given = None if setting.inputs is None else data.read_feed(setting.inputs, need)
     samples = others = None
     if setting.calibration is not None:

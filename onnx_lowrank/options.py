@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.progress import Progress
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Options(TypedDict, total=False):
             graph.
         check: Inputs of another kind, in the formats of `calibration`, on which the models are compared, too;
             the report shows both errors side by side.
-        input_shape: Shapes by input name, for inputs whose dimensions the model leaves open.
+        input_shape: Shapes by input name, for inputs whose dimensions the model leaves open; or several such
+            mappings, if times count on several sets of shapes. Everything but times is for the first set.
+        weights: The weight of each set of shapes in the times; by default all are equal.
         max_error: Bound on the largest relative error over the outputs; by default none.
         device: Where the linear algebra runs: "auto" (the default), "cpu" or "cuda".
         provider: ONNX Runtime's execution provider for calibration, validation and timing; by default
@@ -83,7 +86,8 @@ class Options(TypedDict, total=False):
     target_agreement: float | None
     inputs: Inputs | None
     check: Source | None
-    input_shape: Mapping[str, Sequence[int]] | None
+    input_shape: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None
+    weights: Sequence[float] | None
     max_error: float | None
     device: str
     provider: str
@@ -113,6 +117,7 @@ DEFAULTS: Options = {
     "inputs": None,
     "check": None,
     "input_shape": None,
+    "weights": None,
     "max_error": None,
     "device": "auto",
     "provider": "CPUExecutionProvider",
@@ -140,3 +145,15 @@ def completed(given: Options) -> Options:
             hint = f"did you mean {alike[0]!r}?" if alike else "help(onnx_lowrank.Options) lists all."
             raise TypeError(f"compress() got an unexpected keyword argument {name!r}: {hint}")
     return {**DEFAULTS, **given}
+
+
+def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
+    """Check the type of an argument, which may come from Python unparsed.
+
+    Raises:
+        InputError: It has another type, or is an empty text.
+    """
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
+    if isinstance(value, str) and not value:
+        raise InputError(f"{name} is an empty text: give {wanted}.")

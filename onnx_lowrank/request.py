@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from onnx_lowrank import measures
+from onnx_lowrank import measures, shape_sets
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Budget
 from onnx_lowrank.calibrate.sources import source
@@ -24,7 +24,7 @@ from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block
 from onnx_lowrank.linalg.backend import Backend, resolve
-from onnx_lowrank.options import Inputs, Options
+from onnx_lowrank.options import Inputs, Options, require
 from onnx_lowrank.stages.search import AUTO, Target
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ AUTO_RECIPE = "auto"
 ALIGN_AUTO = "auto"
 """Stands for the blocks in which the execution provider computes."""
 
-_LARGEST_SIZE = 2**63 - 1
 _LARGEST_BLOCK = 1024
 _MOST_THREADS = 1024
 _MOST_WORKERS = 64
@@ -91,7 +90,8 @@ class Setting:
         samples: Largest number of these inputs to use; None for all.
         inputs: The inputs to compare the models on; None if the user gives none.
         check: Inputs of another kind to compare the models on, too; None if the user gives none.
-        shapes: Shapes of inputs whose dimensions the model leaves open, by name.
+        sets: Sets of shapes of inputs whose dimensions the model leaves open, by name; at least one.
+        weights: The share of calls with each set.
         include: Globs of the layers and nodes to decompose; empty for all.
         exclude: Globs of the layers and nodes to leave alone.
         max_error: The largest accepted relative error of an output; None for any.
@@ -109,7 +109,8 @@ class Setting:
     samples: int | None
     inputs: Inputs | None
     check: Source | None
-    shapes: Mapping[str, tuple[int, ...]]
+    sets: tuple[Mapping[str, tuple[int, ...]], ...]
+    weights: tuple[float, ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     max_error: float | None
@@ -190,14 +191,16 @@ def setting(asked: Request, options: Options) -> Setting:
         )
     if _flag("time", options["time"]) and dry_run and not asked.budget.is_measured:
         raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
+    sets = shape_sets.sets(options["input_shape"])
     if not (options["time"] or asked.budget.is_measured):
-        _refuse_clock(options["threads"], cache=_flag("cache", options["cache"]))
+        _refuse_clock(options, len(sets))
     checked = Setting(
         calibration=options["calibration"],
         samples=options["calibration_samples"],
         inputs=inputs,
         check=check,
-        shapes=_shapes(options["input_shape"] or {}),
+        sets=sets,
+        weights=shape_sets.weights(options["weights"], len(sets)),
         include=_patterns("include", options["include"]),
         exclude=_patterns("exclude", options["exclude"]),
         max_error=max_error,
@@ -332,13 +335,22 @@ def thread_count(given: int) -> int:
     return int(given)
 
 
-def _refuse_clock(threads: int, *, cache: bool) -> None:
+def _refuse_clock(options: Options, sets: int) -> None:
     """Refuse the options of the clock in a run that times nothing.
+
+    Args:
+        options: All options of `compress`, with their defaults.
+        sets: The number of sets of shapes.
 
     Raises:
         InputError: One of them is given.
     """
-    given = {"--threads": thread_count(threads) > 0, "--no-cache": not cache}
+    given = {
+        "--threads": thread_count(options["threads"]) > 0,
+        "--no-cache": not _flag("cache", options["cache"]),
+        "a second --input-shape for an input": sets > 1,
+        "--weights": options["weights"] is not None,
+    }
     names = [name for name, is_given in given.items() if is_given]
     if names:
         raise InputError(
@@ -365,37 +377,6 @@ def worker_count(given: int) -> int:
             f"--workers is {given}: pass 1 to {_MOST_WORKERS}, or 0 for the threads of one process."
         )
     return int(given)
-
-
-def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> None:
-    """Check the type of an argument, which may come from Python unparsed.
-
-    Raises:
-        InputError: It has another type, or is an empty text.
-    """
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
-    if isinstance(value, str) and not value:
-        raise InputError(f"{name} is an empty text: give {wanted}.")
-
-
-def _shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Check the shapes of inputs.
-
-    Raises:
-        InputError: A shape is wrong.
-    """
-    require("input_shape", given, (Mapping,), "a mapping of input names to shapes")
-    for name, shape in given.items():
-        require(f"The shape of input {name!r}", shape, (Sequence,), "positive whole numbers")
-        is_whole = all(isinstance(n, Integral) and 0 <= n <= _LARGEST_SIZE for n in shape)
-        # A batch of 0 computes nothing; a past of 0 positions is that of a decoder's first call.
-        if not is_whole or 0 in shape[:1]:
-            raise InputError(
-                f"The shape of input {name!r} is {shape}, but it must hold positive whole numbers, or 0 for "
-                "an open dimension other than the first."
-            )
-    return {name: tuple(map(int, shape)) for name, shape in given.items()}
 
 
 def _patterns(name: str, given: str | Sequence[str]) -> tuple[str, ...]:

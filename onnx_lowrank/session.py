@@ -87,7 +87,7 @@ def run(
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
             stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
-        tools = Tools(stopwatch, material.shown, material.shapes, progress)
+        tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
             planning.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)

@@ -105,7 +105,7 @@ WRONG = {
     },
     "workers 'some'": ([*HALF, "--workers", "some"], "--workers: 'some' is not a whole number"),
     "65 workers": ([*HALF, "--workers", "65"], "--workers is 65: pass 1 to 64, or 0"),
-    "times of free dimensions": ([*HALF, "--budget", "latency"], "Times can be measured for one shape only"),
+    "times of free dimensions": ([*HALF, "--budget", "latency"], "Times can be measured for known shapes"),
     "unknown budget": (
         [*HALF, "--budget", "speed"],
         "no budget 'speed': choose one of params, macs, latency, bytes",

@@ -45,12 +45,21 @@ class Tools:
         feed: The user's inputs to run the model on; empty if the user gave none.
         shapes: The shapes of inputs for which the layers were found, by name.
         progress: Where to show progress.
+        further: Further sets of shapes on which times count.
+        weights: The share of calls with each set of shapes, `shapes` first.
     """
 
     stopwatch: Stopwatch | None = None
     feed: Feed = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
     progress: Progress = field(default_factory=Silent)
+    further: tuple[Shapes, ...] = ()
+    weights: tuple[float, ...] = (1.0,)
+
+    @property
+    def sets(self) -> tuple[Shapes, ...]:
+        """All sets of shapes on which times count."""
+        return (self.shapes, *self.further)
 
 
 @dataclass(frozen=True, slots=True)

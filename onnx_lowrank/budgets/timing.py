@@ -53,4 +53,4 @@ def comparison(meter: Meter, model: Model, tools: Tools) -> Comparison | None:
     from onnx_lowrank.budgets.latency import whole  # Most runs time nothing.
 
     with tools.progress.stage("time the model"):
-        return whole.start(model, tools.feed, tools.shapes, tools.stopwatch).timing
+        return whole.start(model, tools, tools.stopwatch).timing

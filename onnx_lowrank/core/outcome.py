@@ -158,6 +158,23 @@ class LayerTime:
     after: int
 
 
+@dataclass(frozen=True, slots=True)
+class CallTime:
+    """How long the whole model takes on one of several sets of inputs, in nanoseconds.
+
+    Attributes:
+        inputs: The source of the inputs, with their dtypes and shapes.
+        weight: The share of such calls among all.
+        before: Time of the input model.
+        after: Time of the compressed model; None in a dry run.
+    """
+
+    inputs: str
+    weight: float
+    before: int
+    after: int | None = None
+
+
 _STEADY = 1.3
 
 
@@ -174,6 +191,8 @@ class Timing:
         after: Time of the compressed model; None in a dry run.
         layers: Times of the rewritten layers, by id; empty in a dry run.
         spread: The longest over the shortest of all medians that were measured for the input model.
+        calls: The times on every set of inputs; empty if there is only one. The other times are the means of
+            these by their weights.
     """
 
     engine: str
@@ -183,6 +202,7 @@ class Timing:
     after: int | None = None
     layers: Mapping[str, LayerTime] = field(default_factory=dict)
     spread: float = 1.0
+    calls: tuple[CallTime, ...] = ()
 
     @property
     def ratio(self) -> float | None:

@@ -319,6 +319,22 @@ class LayerTime(Table, frozen=True):
     after: int
 
 
+class CallTime(Table, frozen=True):
+    """How long the whole model takes on one of several sets of shapes, in nanoseconds of one run.
+
+    Attributes:
+        inputs: The source of the inputs.
+        weight: The share of such calls among all.
+        before: Time of the input model.
+        after: Time of the compressed model; null in a dry run.
+    """
+
+    inputs: str
+    weight: float
+    before: int
+    after: int | None
+
+
 class Timing(Table, frozen=True):
     """How long the whole model takes, in nanoseconds of one run.
 
@@ -330,6 +346,7 @@ class Timing(Table, frozen=True):
         after: Time of the compressed model; null in a dry run.
         spread: Longest over shortest median of the input model's time.
         layers: Times of the rewritten layers.
+        calls: Times on every set of shapes, whose means by weight the others are; empty for one set.
     """
 
     engine: str
@@ -339,6 +356,7 @@ class Timing(Table, frozen=True):
     after: int | None
     spread: float
     layers: tuple[LayerTime, ...]
+    calls: tuple[CallTime, ...] = ()
 
 
 class Trial(Table, frozen=True):

@@ -136,6 +136,7 @@ def _timing(timing: Timing) -> schema.Timing:
         after=timing.after,
         spread=timing.spread,
         layers=tuple(schema.LayerTime(layer=layer, **asdict(time)) for layer, time in timing.layers.items()),
+        calls=tuple(schema.CallTime(**asdict(call)) for call in timing.calls),
     )
 
 

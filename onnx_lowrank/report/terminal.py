@@ -93,7 +93,10 @@ def _totals(report: Content, page: Page) -> None:
     page.table(columns, [""] * len(names))
     if report.timing is not None:
         page.line(f"time: medians of interleaved runs on {report.timing.engine};", style="dim")
-        page.line(f"inputs {report.timing.inputs}.", style="dim")
+        if not report.timing.calls:
+            page.line(f"inputs {report.timing.inputs}.", style="dim")
+        for number, call in enumerate(report.timing.calls, 1):
+            page.line(f"set {number}, weight {call.weight:.3g}: {call.inputs}.", style="dim")
 
 
 def _times(report: Content) -> Iterator[tuple[str, Total]]:
@@ -103,6 +106,8 @@ def _times(report: Content) -> Iterator[tuple[str, Total]]:
         return
     if timing.after is not None:
         yield "time", Total(timing.before, timing.after)
+    for number, call in enumerate(timing.calls, 1):
+        yield f"  set {number}", Total(call.before, call.after)
     if timing.predicted is not None:
         yield "predicted time", Total(timing.before, timing.predicted)
 

@@ -635,8 +635,10 @@ def test_json_has_the_times():
         "layers": [
             {"layer": "stage0.conv.weight", "before": 2_000_000, "predicted": 800_000, "after": 900_000}
         ],
+        "calls": [],
     }
-    assert list(table["timing"]) == ["engine", "inputs", "before", "predicted", "after", "spread", "layers"]
+    keys = ["engine", "inputs", "before", "predicted", "after", "spread", "layers", "calls"]
+    assert list(table["timing"]) == keys
     assert table["totals"]["time"] == {"before": 5_000_000, "after": 2_750_000, "ratio": 0.55}
     assert table["ratio"]["budget"] == "latency"
 

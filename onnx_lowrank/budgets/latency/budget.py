@@ -41,7 +41,7 @@ class LatencyBudget(Budget):
         """
         if found.open_inputs and model_macs(found) is None:
             raise InputError(
-                "Times can be measured for one shape only, and the inputs "
+                "Times can be measured for known shapes only, and the inputs "
                 f"{', '.join(found.open_inputs)} have open dimensions: pass them as "
                 f"{found.shape_words}, or choose --budget params."
             )
@@ -54,15 +54,15 @@ class LatencyBudget(Budget):
         """
         # Every run imports this module for the budget's name; few measure.
         from onnx_lowrank.budgets.latency.measured import Latency
-        from onnx_lowrank.budgets.latency.whole import runnable, unmeasurable
+        from onnx_lowrank.budgets.latency.scene import scenes
+        from onnx_lowrank.budgets.latency.whole import unmeasurable
 
         if tools is None or tools.stopwatch is None:
             raise RuntimeError("times are measured with a stopwatch")
         stopwatch = tools.stopwatch
         try:
             with tools.progress.stage("time the model"):
-                feed = runnable(found.model, tools.feed, tools.shapes, stopwatch)
-                return Latency(self, found, feed, stopwatch)
+                return Latency(self, tuple(scenes(found, tools, stopwatch, self.check)), stopwatch)
         except (UnsupportedError, RejectedError) as error:
             raise unmeasurable(stopwatch, error, "choose --budget macs") from error
 

@@ -11,12 +11,13 @@ Rules:
    kind of layer; it trusts a measurement more if the saving is large beside the noise. The prediction for
    options that were measured together in one model is that measurement.
 4. The time of a use in a body counts as often as the use ran. A layer without any run is kept.
+5. With several sets of shapes, times are the means over the sets by their weights. A layer has uses of its
+   own in every set; they are of other kinds if their shapes differ.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -36,22 +37,27 @@ from onnx_lowrank.allocate.times import (
 )
 from onnx_lowrank.budgets.budget import Budget, Gauge
 from onnx_lowrank.budgets.latency.clock import Pace
+from onnx_lowrank.budgets.latency.scene import Scene, weighed
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
-from onnx_lowrank.budgets.latency.whole import Whole, middle
+from onnx_lowrank.budgets.latency.whole import (
+    Call,
+    Pair,
+    Whole,
+    call_times,
+    described,
+    middle,
+    spread_of,
+    summed,
+)
 from onnx_lowrank.budgets.macs import known_macs, macs
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.outcome import LayerTime, Timing
 from onnx_lowrank.core.plan import Choice
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
-from onnx_lowrank.engines.inputs import describe
-from onnx_lowrank.engines.runtime import Executed
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.walk import Place
-from onnx_lowrank.layers.binding import Binding
-from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.measures import Errors
-from onnx_lowrank.probe.micro import Micro, micro
+from onnx_lowrank.probe.micro import Micro
 from onnx_lowrank.progress import Step
 
 _log = logging.getLogger(__name__)
@@ -107,13 +113,12 @@ class Latency(Gauge):
         whole: The time of the model, in nanoseconds.
     """
 
-    def __init__(self, budget: Budget, source: Layered, feed: Feed, stopwatch: Stopwatch) -> None:
+    def __init__(self, budget: Budget, scenes: Sequence[Scene], stopwatch: Stopwatch) -> None:
         """Measure the model and its layers.
 
         Args:
             budget: The budget of latency.
-            source: The model with its layers.
-            feed: The inputs on which it is timed.
+            scenes: The model with inputs of every set of shapes, the one that MACs are counted for first.
             stopwatch: Measures the times.
 
         Raises:
@@ -122,50 +127,32 @@ class Latency(Gauge):
         """
         self.budget = budget
         self.stopwatch = stopwatch
-        self._source = source
-        self._feed = feed
-        ran = self._ran()
-        cut = {binding.layer.id: self._cut(binding, ran) for binding in source.bindings}
-        parts = {part.key: part for uses in cut.values() for part, _ in uses}
-        try:
-            self.whole, shares = self._shares(parts)
-        except (UnsupportedError, RejectedError):
-            parts = {key: part for key, part in parts.items() if stopwatch.accepts(part)}
-            self.whole, shares = self._shares(parts)
-        self._range = (self.whole, self.whole)
+        self._source = scenes[0].source
+        self._whole = Whole(self._source.model, tuple(scene.call for scene in scenes), stopwatch)
+        cut = [(scene.call.weight, scene.uses(stopwatch.engine)) for scene in scenes]
+        self._kinds: dict[str, _Kind] = {}
+        self._ranges: list[Pair] = []
+        for call, (_, uses) in zip(self._whole.calls, cut, strict=True):
+            self._time(call, {part.key: part for each in uses.values() for part, _ in each or ()})
+        self.whole, _ = summed(self._whole.calls, self._ranges)
         self._reached: dict[frozenset[tuple[str, Option]], float] = {}
-        self._kinds = {
-            key: _Kind(part, round(self.whole * share))
-            for (key, part), share in zip(parts.items(), shares, strict=True)
-        }
-        _log.debug("the model takes %.3f ms, and has %d kinds of layers", self.whole / 1e6, len(parts))
+        _log.debug("the model takes %.3f ms, and has %d kinds of layers", self.whole / 1e6, len(self._kinds))
         # A layer is kept if one of its uses cannot be timed in isolation.
-        self._uses = {
-            layer: _added(uses) if all(part.key in parts for part, _ in uses) else {}
-            for layer, uses in cut.items()
-        }
+        timed = {key: kind.micro for key, kind in self._kinds.items()}
+        self._uses = {layer.id: weighed(layer.id, cut, timed) for layer in self._source.layers}
 
-    def _cut(self, binding: Binding, ran: Executed) -> list[tuple[Micro, int]]:
-        """The uses of a layer that run, as micro models, and how often; none if one cannot be cut."""
-        found: list[tuple[Micro, int]] = []
-        for index, use in enumerate(binding.layer.uses):
-            is_known = use.scope and self._source.walk.node(Place(use.scope, use.node)).name
-            runs = ran.count(use.name) if is_known else 1
-            if not runs:
-                continue
-            part = micro(self._source.walk, binding, index)
-            if part is None:
-                return []
-            found.append((part, runs))
-        return found
-
-    def _shares(self, parts: Mapping[str, Micro]) -> tuple[int, list[float]]:
-        return self.stopwatch.shares((self._source.model, self._feed), tuple(parts.values()), _LAYERS)
-
-    def _ran(self) -> Executed:
-        """How often the nodes in bodies run; empty if no layer is in a body."""
-        hidden = any(use.scope for layer in self._source.layers for use in layer.uses)
-        return self.stopwatch.engine.executed(self._source.model, [self._feed]) if hidden else Executed({})
+    def _time(self, call: Call, parts: Mapping[str, Micro]) -> None:
+        """Time the model on the inputs of one call, and the kinds of layers that are new there."""
+        new = {key: part for key, part in parts.items() if key not in self._kinds}
+        model = (self._source.model, call.feed)
+        try:
+            whole, shares = self.stopwatch.shares(model, tuple(new.values()), _LAYERS)
+        except (UnsupportedError, RejectedError):
+            new = {key: part for key, part in new.items() if self.stopwatch.accepts(part)}
+            whole, shares = self.stopwatch.shares(model, tuple(new.values()), _LAYERS)
+        self._ranges.append((whole, whole))
+        for (key, part), share in zip(new.items(), shares, strict=True):
+            self._kinds[key] = _Kind(part, round(whole * share))
 
     @property
     def total(self) -> int:
@@ -207,12 +194,22 @@ class Latency(Gauge):
         before, after = self.pair(model)
         return after / before
 
-    def pair(self, model: Model) -> tuple[int, int]:
+    def pair(self, model: Model) -> Pair:
         """The times of this model and of another with the same inputs, measured in turns, in nanoseconds."""
-        pairs = Whole(self._source.model, self._feed, self.stopwatch).pairs(model)
-        for before, _ in pairs:
-            self._range = min(self._range[0], before), max(self._range[1], before)
-        return middle(pairs)
+        return summed(self._whole.calls, self._pairs(model))
+
+    def _pairs(self, model: Model) -> list[Pair]:
+        """For every call the times of this model and of another, measured in turns, in nanoseconds."""
+        pairs = self._whole.pairs(model)
+        for index, each in enumerate(pairs):
+            times = [*self._ranges[index], *(before for before, _ in each)]
+            self._ranges[index] = min(times), max(times)
+        return [middle(each) for each in pairs]
+
+    @property
+    def _spread(self) -> float:
+        """The longest over the shortest time of the model on the same inputs."""
+        return max(map(spread_of, self._ranges))
 
     def measure(self, errors: Sequence[Errors], grid: Grid[Costs], step: Step) -> None:
         """Measure the promising options of all layers that have not been measured yet (rule 2).
@@ -271,7 +268,7 @@ class Latency(Gauge):
         """The known times of one layer, summed over its uses, which can be of several kinds."""
         kinds = {key: self._kinds[key] for key in self._uses[layer.id]}
         shares = {key: runs * kinds[key].time for key, runs in self._uses[layer.id].items()}
-        keep = sum(shares.values())
+        keep = max(1, round(sum(shares.values()))) if shares else 0
         curves: dict[_Key, Curve] = {}
         if keep:
             shared = set.intersection(*(set(kind.known) for kind in kinds.values()))
@@ -395,34 +392,33 @@ class Latency(Gauge):
         if reached is not None:
             self.learn(options, reached)
         predicted = self.predicted(options)
-        timing = Timing(self.stopwatch.name, describe(self._feed), self.whole, predicted)
+        calls, pairs = self._whole.calls, [(whole, None) for whole, _ in self._ranges]
+        timing = Timing(self.stopwatch.name, described(calls), self.whole, predicted)
         if model is None:
-            return timing
-        before, after = self.pair(model)
+            return replace(timing, calls=call_times(calls, pairs))
+        measured = self._pairs(model)
+        before, after = summed(calls, measured)
         layers = self.layers(options)
         # Both models were measured again, and the machine may have become slower: predict by the ratio.
         known = layers.keys() == options.keys() and all(
             time.predicted is not None for time in layers.values()
         )
         expected = round(predicted / self.whole * before) if known else None
-        spread = self._range[1] / self._range[0]
-        timing = replace(timing, before=before, predicted=expected, after=after, layers=layers, spread=spread)
         self.keep()
-        return timing
+        return replace(
+            timing,
+            before=before,
+            predicted=expected,
+            after=after,
+            layers=layers,
+            spread=self._spread,
+            calls=call_times(calls, measured),
+        )
 
     def keep(self) -> None:
         """Keep the measurements for later runs, unless other work disturbed them."""
-        spread = self._range[1] / self._range[0]
-        is_steady = Timing("", "", self.whole, None, spread=spread).is_steady
+        is_steady = Timing("", "", self.whole, None, spread=self._spread).is_steady
         (self.stopwatch.cache.save if is_steady else self.stopwatch.cache.discard)()
-
-
-def _added(uses: Iterable[tuple[Micro, int]]) -> dict[str, int]:
-    """The number of runs of each kind of micro model, by its key."""
-    found: Counter[str] = Counter()
-    for part, runs in uses:
-        found[part.key] += runs
-    return dict(found)
 
 
 def _work(layer: Layer, option: Option) -> float:

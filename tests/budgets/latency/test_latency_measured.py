@@ -14,6 +14,8 @@ from onnx_lowrank.budgets.budget import Tools
 from onnx_lowrank.budgets.latency import BUDGET, measured
 from onnx_lowrank.budgets.latency.cache import Cache
 from onnx_lowrank.budgets.latency.measured import Latency
+from onnx_lowrank.budgets.latency.scene import Scene
+from onnx_lowrank.budgets.latency.whole import Call
 from onnx_lowrank.budgets.macs import known_macs, macs
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
@@ -61,7 +63,7 @@ def timed(proto, feed=None, cost=by_weights):
     found = seen(proto)
     name = proto.graph.input[0].name
     watch = Recorded(ENGINE, cost=cost)
-    return found, Latency(BUDGET, found, feed or {name: X["x"]}, watch), watch
+    return found, Latency(BUDGET, (Scene(found, Call(feed or {name: X["x"]})),), watch), watch
 
 
 def measure(found, latency, grid=GRID):
@@ -201,7 +203,7 @@ class Picky(Recorded):
 @pytest.mark.parametrize("error", [UnsupportedError, RejectedError])
 def test_a_layer_that_does_not_run_alone_is_left_out(error):
     found = seen(two())
-    latency = Latency(BUDGET, found, X, Picky(error, [24, 16]))
+    latency = Latency(BUDGET, (Scene(found, Call(X)),), Picky(error, [24, 16]))
     first, second = measure(found, latency)
     assert (first.keep, second.keep) == (own(found), 0)
     assert (bool(first.curves), second.curves) == (True, {})
@@ -215,7 +217,7 @@ def test_a_weight_of_which_one_use_does_not_run_alone_is_left_out(error):
         w=decaying(1, 24, 16),
     )
     found = seen(proto)
-    latency = Latency(BUDGET, found, X, Picky(error, [16, 24]))
+    latency = Latency(BUDGET, (Scene(found, Call(X)),), Picky(error, [16, 24]))
     assert [(of.keep, of.curves) for of in measure(found, latency)] == [(0, {})]
 
 
@@ -368,7 +370,7 @@ def test_times_of_a_machine_with_other_work_are_not_kept(tmp_path, after, kept):
     chosen = options(found)
     measure(found, latency)
     other = made(found, chosen)
-    latency._range = (1000, 1000)
+    latency._ranges = [(1000, 1000)]
     watch.times = lambda models, pace: [after] + [500] * (len(models) - 1)
     timing = latency.timing(chosen, other)
     assert timing.is_steady == kept
@@ -417,7 +419,7 @@ def test_options_that_were_not_planned_have_no_prediction():
 
 def test_layers_that_cannot_be_timed_alone_leave_no_prediction():
     found = seen(two())
-    latency = Latency(BUDGET, found, X, Picky(UnsupportedError, [24, 16]))
+    latency = Latency(BUDGET, (Scene(found, Call(X)),), Picky(UnsupportedError, [24, 16]))
     measure(found, latency)
     chosen = options(found, 1)
     timing = latency.timing(chosen, made(found, chosen))
