@@ -1053,7 +1053,7 @@ def test_twice_verbose_says_more_with_times_and_modules(run, folder, flags):
     lines = outcome.err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d\.\d\d\d onnx_lowrank\.[a-z_.]+: .", line) for line in lines)
     told = [line.split(": ", 1) for line in lines]
-    assert any((module.split()[1], text) == ("onnx_lowrank.session", DECIDED) for module, text in told)
+    assert any((module.split()[1], text) == ("onnx_lowrank.material", DECIDED) for module, text in told)
     assert any(text.startswith("'conv2' of ") and "encode k=" in text for _, text in told)
 
 
