@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,11 +14,11 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
 from onnx_lowrank.core.option import Lowering, Option
-from onnx_lowrank.core.outcome import Calibrated, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import Calibrated, Continuation, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
-from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
-from onnx_lowrank.engines.running import calibrating_engine
-from onnx_lowrank.engines.runtime import Runtime
+from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.running import Engine, calibrating_engine
+from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.files.load import Model, ModelProto, inlined
 from onnx_lowrank.graph.walk import Walk
@@ -31,7 +31,7 @@ from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request, Setting
 from onnx_lowrank.stages import planning, reporting, settling
 from onnx_lowrank.stages.build import Built, build, judge
-from onnx_lowrank.stages.check import Measured, validate
+from onnx_lowrank.stages.check import Measured, fault, validate
 from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import ANY, Search, check_target
@@ -326,6 +326,7 @@ class _Job:
             provider=self.setting.provider,
             max_error=self.setting.max_error,
         )
+        validation = replace(validation, continuation=self._continuation(rewritten.model, calibration))
         if others is None:
             return validation
         from onnx_lowrank.stages.other import compare_on
@@ -335,6 +336,21 @@ class _Job:
             familiar, kind = held.outputs, "held-out" if calibration.samples.held else "calibration"
         other = compare_on(others, self.found.model, rewritten.model, familiar, kind)
         return replace(validation, other=other)
+
+    def _continuation(self, compressed: Model, calibration: Calibration | None) -> Continuation | None:
+        """The agreement of greedy continuations, of a decoder with texts."""
+        if calibration is None and self.material.given is None:
+            return None
+        from onnx_lowrank.engines.continuation import PROMPTS, continued
+
+        engine: Engine = runtime(self.setting.provider)
+        feeds: Iterable[Feed] = (self.material.given or {},)
+        if calibration is not None:
+            engine, feeds = calibration.engine, held_out(calibration.samples, PROMPTS)
+        try:
+            return continued(self.found.model, compressed, engine, feeds)
+        except (UnsupportedError, RejectedError) as error:
+            raise fault(engine, error) from error
 
     def _held(self, built: Built, calibration: Calibration, trials: tuple[Trial, ...]) -> Measured:
         """The comparison on held-out calibration inputs, or on all of them if none are held out."""

@@ -85,6 +85,26 @@ class Other:
 
 
 @dataclass(frozen=True, slots=True)
+class Continuation:
+    """The agreement of texts that both models write: greedy continuations of prompts, each with its cache.
+
+    Attributes:
+        prompts: Number of prompts.
+        tokens: Number of tokens that each model wrote.
+        agreed: Number of these that are the same at the same place.
+    """
+
+    prompts: int
+    tokens: int
+    agreed: int
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens that agree."""
+        return self.agreed / self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """The result of running both models on the same inputs.
 
@@ -96,6 +116,8 @@ class Validation:
         notes: Sentences for the user, such as: the checker or the runtime does not accept the model.
         alone: One error per rewritten layer, run alone, if no engine could run the model.
         other: The comparison on inputs of another kind; None if the user gave none.
+        continuation: The agreement of greedy continuations; None for models without a cache, and if there are
+            no texts.
     """
 
     engine: str
@@ -105,6 +127,7 @@ class Validation:
     notes: tuple[str, ...] = ()
     alone: tuple[OutputError, ...] = ()
     other: Other | None = None
+    continuation: Continuation | None = None
 
     @property
     def worst(self) -> float | None:

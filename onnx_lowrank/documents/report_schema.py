@@ -239,6 +239,20 @@ class Other(Table, frozen=True):
     kind: str
 
 
+class Continuation(Table, frozen=True):
+    """The agreement of texts that both models write: greedy continuations of prompts, each with its cache.
+
+    Attributes:
+        prompts: Number of prompts, the first halves of held-out samples or of --inputs.
+        tokens: Number of tokens that each model wrote.
+        agreement: The share of them that are the same at the same place.
+    """
+
+    prompts: int
+    tokens: int
+    agreement: float
+
+
 class Validation(Table, frozen=True):
     """The comparison of both models.
 
@@ -251,6 +265,8 @@ class Validation(Table, frozen=True):
         notes: Sentences for the user.
         alone: One error per rewritten layer, run alone, if no engine could run the model.
         other: The comparison on inputs of another kind; null without --check.
+        continuation: The agreement of greedy continuations; null for models without a cache of keys and
+            values, and without texts.
     """
 
     engine: str
@@ -261,6 +277,7 @@ class Validation(Table, frozen=True):
     notes: tuple[str, ...]
     alone: tuple[Output, ...]
     other: Other | None = None
+    continuation: Continuation | None = None
 
 
 class Target(Table, frozen=True):

@@ -42,6 +42,11 @@ def specs(proto: ModelProto) -> tuple[Spec, ...]:
     return tuple(_spec(value) for value in proto.graph.input if value.name not in given)
 
 
+def outputs(proto: ModelProto) -> tuple[Spec, ...]:
+    """The outputs, with their types and shapes as the graph states them."""
+    return tuple(map(_spec, proto.graph.output))
+
+
 def read(source: str | Path | Mapping[str, Any], wanted: tuple[Spec, ...]) -> Feed:
     """Inputs from an .npz file or a mapping, each checked against the model.
 

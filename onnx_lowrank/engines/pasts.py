@@ -1,4 +1,4 @@
-"""The past of a decoder in given inputs: whether its length fits the other inputs."""
+"""The past of a decoder among its inputs: their roles, and whether its length fits the others."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ from collections.abc import Sequence
 
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.engines.inputs import Spec
-from onnx_lowrank.engines.made import is_past, past_axis
+from onnx_lowrank.engines.made import is_past, is_position, past_axis
 
 _READ = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+def named_role(spec: Spec) -> str | None:
+    """The role of an input of a language model, by its name; None for ids, and for unknown inputs.
+
+    Returns:
+        "past", "branch" (whether a merged decoder has a past), "mask", "types" or "positions".
+    """
+    name = spec.name.lower()
+    if is_past(spec):
+        return "past"
+    if name == "use_cache_branch":
+        return "branch"
+    if "mask" in name:
+        return "mask"
+    if "token_type" in name or "segment" in name:
+        return "types"
+    return "positions" if is_position(spec) else None
 
 
 def uneven(wanted: Sequence[Spec], feed: Feed) -> str | None:

@@ -10,7 +10,16 @@ from typing import Any
 import msgspec
 
 from onnx_lowrank.core.factors import LayerFit
-from onnx_lowrank.core.outcome import Calibrated, Merge, Other, OutputError, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import (
+    Calibrated,
+    Continuation,
+    Merge,
+    Other,
+    OutputError,
+    Timing,
+    Trial,
+    Validation,
+)
 from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.report.content import Content, LayerRow, Total
 
@@ -98,7 +107,12 @@ def _validation(validation: Validation) -> schema.Validation:
         notes=validation.notes,
         alone=_outputs(validation.alone),
         other=_other(validation.other) if validation.other else None,
+        continuation=_continuation(validation.continuation) if validation.continuation else None,
     )
+
+
+def _continuation(found: Continuation) -> schema.Continuation:
+    return schema.Continuation(prompts=found.prompts, tokens=found.tokens, agreement=found.agreement)
 
 
 def _other(other: Other) -> schema.Other:

@@ -201,6 +201,13 @@ def _validation(validation: Validation, names: Mapping[str, str], page: Page) ->
         page.line(f"{output.name}: {_differences(output)}", indent=2)
     for output in validation.alone:
         page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
+    if validation.continuation is not None:
+        found = validation.continuation
+        page.line(
+            f"greedy continuation of {found.prompts} prompts: {found.agreement:.0%} of {found.tokens} tokens "
+            "agree",
+            indent=2,
+        )
     if validation.never_ran:
         silent = words.first_names(names.get(layer, layer) for layer in validation.never_ran)
         page.line(f"never ran: {silent}", style="yellow", indent=2)

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _CHECKED_ON = "Whether the layers in branches run was checked on {} of these inputs."
 
-__all__ = ["Alone", "Measured", "calibrating_engine", "compared", "runtime", "unfit", "validate"]
+__all__ = ["Alone", "Measured", "calibrating_engine", "compared", "fault", "runtime", "unfit", "validate"]
 
 Alone = Callable[[str], tuple[ModelProto, ModelProto] | None]
 """Maps a layer's id to a model of the original layer and a model of its chain, with equal inputs and outputs;
@@ -172,7 +172,7 @@ def _run_compressed(model: Model, run: _Run) -> Mapping[str, Any]:
     try:
         return first_run(run.engine, model, (run.feed,))[1]
     except (UnsupportedError, RejectedError) as error:
-        raise _fault(run.engine, error) from error
+        raise fault(run.engine, error) from error
 
 
 def unfit(error: Exception, reason: str | None = None, purpose: str = "given") -> InputError:
@@ -188,7 +188,8 @@ def unfit(error: Exception, reason: str | None = None, purpose: str = "given") -
     return InputError(f"The input model fails on the {purpose} inputs ({error}): check them.")
 
 
-def _fault(engine: Engine, error: Exception) -> ValidationError:
+def fault(engine: Engine, error: Exception) -> ValidationError:
+    """The error for a compressed model that fails where the input model runs."""
     return ValidationError(
         f"{engine.name} runs the input model and rejects the compressed one ({error}), which is "
         "a fault of this program: please report it with the model."
@@ -238,7 +239,7 @@ def compared(
             try:
                 given = ours(feed)
             except (UnsupportedError, RejectedError) as error:
-                raise _fault(engine, error) from error
+                raise fault(engine, error) from error
             comparison.add(wanted, given, feed)
     return comparison.errors()
 

@@ -19,7 +19,8 @@ from onnx_lowrank.calibrate.sources.source import Claim, Kind, Need, Options, li
 from onnx_lowrank.calibrate.sources.tokens import Tokenizer, is_text, tokenizer, windows
 from onnx_lowrank.calibrate.table import Table, table
 from onnx_lowrank.engines.inputs import Spec, shape_text
-from onnx_lowrank.engines.made import check_shapes, first_call, is_past, is_position
+from onnx_lowrank.engines.made import check_shapes, first_call, is_position
+from onnx_lowrank.engines.pasts import named_role
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.arrays import Column, InMemory
 
@@ -84,7 +85,7 @@ def _read(path: Path, need: Need, files: ExitStack) -> Table:
 def _ids_input(path: Path, specs: tuple[Spec, ...]) -> Spec:
     """The input that takes the ids of tokens: input_ids, or the only integers of no other role."""
     named = [spec for spec in specs if spec.name.lower() == "input_ids"]
-    found = named or [spec for spec in specs if _is_integer(spec) and _named_role(spec) is None]
+    found = named or [spec for spec in specs if _is_integer(spec) and named_role(spec) is None]
     if len(found) != 1 or not _is_integer(found[0]):
         names = ", ".join(repr(spec.name) for spec in specs)
         raise InputError(
@@ -129,20 +130,6 @@ def _is_integer(spec: Spec) -> bool:
     return np.dtype(spec.dtype).kind in "iu"
 
 
-def _named_role(spec: Spec) -> str | None:
-    """The role that an input's name tells; None for the ids, and for unknown inputs."""
-    name = spec.name.lower()
-    if is_past(spec):
-        return "past"
-    if name == "use_cache_branch":
-        return "branch"
-    if "mask" in name:
-        return "mask"
-    if "token_type" in name or "segment" in name:
-        return "types"
-    return "positions" if is_position(spec) else None
-
-
 def _role(spec: Spec, ids: Spec, shape: tuple[int, ...], path: Path) -> str:
     """The role of an input; its shape is that of one feed.
 
@@ -151,7 +138,7 @@ def _role(spec: Spec, ids: Spec, shape: tuple[int, ...], path: Path) -> str:
     """
     if spec is ids:
         return "ids"
-    role = _named_role(spec)
+    role = named_role(spec)
     if role == "past":
         _check_past(spec, shape, path)
     elif role is None or (role != "branch" and len(shape) not in _RANKS):
