@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.calibrate.blocks import Blocks
 from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.operators.geometry import CHUNK
@@ -36,18 +37,21 @@ class Accumulator:
         self._second = np.zeros((groups, size, size))
         self._waiting: list[NDArray[Any]] = []
         self._waiting_rows = 0
+        self._blocks = Blocks(groups, size)
 
-    def add(self, rows: NDArray[Any]) -> None:
+    def add(self, rows: NDArray[Any], span: int | None = None) -> None:
         """Add vectors.
 
         Args:
             rows: Array of float32 or float64, shape (number, g, n); it is not changed.
+            span: The number of vectors of every sample, if samples follow each other; None if it is unknown.
 
         Raises:
             InputError: The vectors hold NaN, Inf or numbers whose squares overflow.
         """
         if not len(rows):
             return
+        self._blocks.add(rows, span)
         # A merge updates all n² moments, so few rows are copied and merged later with others.
         if len(rows) < self._merged_at():
             self._waiting.append(rows.copy(order="K"))
@@ -57,13 +61,21 @@ class Accumulator:
             rows = self._taken()
         self._merge(rows)
 
+    def close_block(self) -> None:
+        """End a batch of whole samples: vectors of the next one are independent of those so far."""
+        self._blocks.close()
+
     def moments(self) -> Moments | None:
-        """The moments of all vectors so far, biased (divided by their number); None without vectors."""
+        """The moments of all vectors so far, biased (divided by their number); None without vectors.
+
+        The vectors are in closed blocks, or all count as independent.
+        """
         if self._waiting:
             self._merge(self._taken())
         if not self._count:
             return None
-        return Moments(self._count, self._mean.copy(), self._second / self._count)
+        second = self._second / self._count
+        return Moments(self._count, self._mean.copy(), second, self._blocks.independent(self._mean, second))
 
     def _merged_at(self) -> int:
         groups, size = self._mean.shape
@@ -98,7 +110,10 @@ class Accumulator:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """The moments of the vectors of several streams, merged by the same update, in the given order."""
+    """The moments of the vectors of several streams, merged by the same update, in the given order.
+
+    The variances of second moments of independent streams add with the squares of their shares.
+    """
     count, mean, second = parts[0].count, parts[0].mean, parts[0].second
     for part in parts[1:]:
         total = count + part.count
@@ -107,7 +122,11 @@ def merged(parts: Sequence[Moments]) -> Moments:
         second = (1 - share) * second + share * part.second + share * (1 - share) * between
         mean = mean + share * shift
         count = total
-    return Moments(count, mean, second)
+    worths = [part.independent for part in parts]
+    if any(worth is None for worth in worths):
+        return Moments(count, mean, second)
+    variance = sum((p.count / count) ** 2 / (worth or 1.0) for p, worth in zip(parts, worths, strict=True))
+    return Moments(count, mean, second, min(count, 1 / variance))
 
 
 def split(joint: Moments, inputs: int) -> tuple[Moments, Targets]:
@@ -120,4 +139,4 @@ def split(joint: Moments, inputs: int) -> tuple[Moments, Targets]:
     x, y = slice(inputs), slice(inputs, None)
     power = np.trace(joint.second[:, y, y], axis1=1, axis2=2)
     targets = Targets(joint.mean[:, y], joint.second[:, y, x], power)
-    return Moments(joint.count, joint.mean[:, x], joint.second[:, x, x]), targets
+    return Moments(joint.count, joint.mean[:, x], joint.second[:, x, x], joint.independent), targets

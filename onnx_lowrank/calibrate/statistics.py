@@ -348,7 +348,7 @@ class _Measurement:
             expected = ceil(self._samples.count / size)
             for done, batch in enumerate(self._samples.batches(size), 1):
                 found = run(batch.feed) if relay is None else relay.run(run, done, batch.feed)
-                _add(tasks, found, batch.held, self._threads)
+                _add(tasks, found, batch, self._threads)
                 self._step((number + done / (max(done, expected) + 1)) / passes)
         for task in tasks:
             task.finish(self._statistics)
@@ -375,14 +375,21 @@ class _Task:
         self._layers = layers
         self._shares: dict[bool, Accumulator] = {}
 
-    def add(self, found: Mapping[str, Any], held: bool) -> None:
+    def add(self, found: Mapping[str, Any], batch: Batch) -> None:
         """Add the tapped tensors of one batch."""
+        held, sizes = batch.held, {len(array) for array in batch.feed.values() if array.ndim}
+        number = sizes.pop() if len(sizes) == 1 else 1
         if held not in self._shares:
             self._shares[held] = Accumulator(f"layer {whole(self._layers[0])!r}", *self._job.shape)
         cut = outputs if self._job.of_outputs else patches
         for tap, form in self._job.sights:
-            for rows in cut(form, found[tap.name], tap.depth):
-                self._shares[held].add(rows)
+            value, span = found[tap.name], None
+            if number > 1 and not tap.depth and value.ndim and len(value) % number == 0:
+                # Samples follow each other, also where their tokens are rows of one axis.
+                span = sum(len(rows) for rows in cut(form, value[: len(value) // number])) or None
+            for rows in cut(form, value, tap.depth):
+                self._shares[held].add(rows, span)
+        self._shares[held].close_block()
 
     def finish(self, statistics: Statistics) -> None:
         """Write the moments to disk and free their memory."""
@@ -394,9 +401,9 @@ class _Task:
             statistics.store(self._layers, fit, held, of_outputs=self._job.of_outputs)
 
 
-def _add(tasks: Sequence[_Task], found: Mapping[str, Any], held: bool, threads: Threads) -> None:
+def _add(tasks: Sequence[_Task], found: Mapping[str, Any], batch: Batch, threads: Threads) -> None:
     """Add a batch to all tasks, in parallel; no task holds its tensors when this returns."""
-    threads.each(lambda task: task.add(found, held), tasks)
+    threads.each(lambda task: task.add(found, batch), tasks)
 
 
 def _nothing(feed: Feed) -> dict[str, Any]:

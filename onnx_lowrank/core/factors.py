@@ -41,11 +41,14 @@ class Moments:
         count: Number of vectors.
         mean: Their mean, shape (g, n).
         second: Their centred second moments, E[(x − E x)(x − E x)ᵀ], shape (g, n, n).
+        independent: The number of independent vectors that they are worth (`calibrate.blocks`); None if it is
+            unknown, so that all vectors count as independent.
     """
 
     count: int
     mean: NDArray[np.float64]
     second: NDArray[np.float64]
+    independent: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

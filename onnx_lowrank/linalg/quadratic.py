@@ -162,7 +162,7 @@ def best_ridge(
 
 
 def shrinkage(moments: Moments, least: float = 0.0) -> float:
-    """The ridge that second moments need, given the number of vectors that they come from.
+    """The ridge that second moments need, given the number of independent vectors that they are worth.
 
     The oracle approximating shrinkage ρ of Chen, Wiesel, Eldar, Hero, "Shrinkage Algorithms for MMSE
     Covariance Estimation", 2010, eq. 23, as a ridge ρ / (1 − ρ) relative to the mean variance; the largest
@@ -171,7 +171,8 @@ def shrinkage(moments: Moments, least: float = 0.0) -> float:
     n = moments.second.shape[-1]
     trace = np.trace(moments.second, axis1=1, axis2=2)
     squares = np.einsum("gij,gij->g", moments.second, moments.second)
-    excess = (moments.count + 1 - 2 / n) * (squares - trace**2 / n)
+    count = moments.count if moments.independent is None else moments.independent
+    excess = (count + 1 - 2 / n) * (squares - trace**2 / n)
     wanted = (1 - 2 / n) * squares + trace**2
     share = np.where(wanted < excess, wanted / np.where(excess > 0, excess, 1.0), 1.0)
     rho = min(float(np.max(share)), 0.5)

@@ -14,7 +14,7 @@ from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, Quadratic, of_weight, shr
 from onnx_lowrank.linalg.scaled import of_scaled
 from onnx_lowrank.linalg.tied import Tied, tied
 
-_PARTS = ("count", "mean", "second")
+_PARTS = ("count", "mean", "second", "independent")
 _FIT, _HELD = "fit", "held"
 
 
@@ -98,13 +98,14 @@ class MomentsRef:
         for share, moments in ((_FIT, fit), (_HELD, held)):
             if moments is not None:
                 for part in _PARTS:
-                    np.save(self._path(share, part), getattr(moments, part))
+                    value = getattr(moments, part)
+                    np.save(self._path(share, part), np.nan if value is None else value)
 
     def _read(self, share: str) -> Moments | None:
         if not self._path(share, "count").exists():
             return None
-        count, mean, second = (np.load(self._path(share, part)) for part in _PARTS)
-        return Moments(int(count), mean, second)
+        count, mean, second, independent = (np.load(self._path(share, part)) for part in _PARTS)
+        return Moments(int(count), mean, second, None if np.isnan(independent) else float(independent))
 
     def _path(self, share: str, part: str) -> Path:
         return self.folder / f"{self.number}.{share}.{part}.npy"

@@ -481,7 +481,7 @@ def test_what_lies_on_disk_is_deleted():
     samples = Samples(h0=draw(RNG, (10, 6)))
     with measure(seen.model, seen.walk, seen.bindings, samples, ENGINE, THREADS) as statistics:
         folder = statistics.reference("w0").folder
-        assert len(list(folder.iterdir())) == 2 * 2 * 3
+        assert len(list(folder.iterdir())) == 2 * 2 * 4
     assert not folder.exists()
 
 
