@@ -129,6 +129,8 @@ class _Search:
         self._nodes: set[tuple[Place, int]] = set()
         self._tensors: dict[str, tuple[Any, Axes]] = {}
         self._constants: list[tuple[Place, int, int]] = []
+        # The parts of the axes along which constants are added.
+        self._biases: list[tuple[Part, ...]] = []
         self._changed: list[Size] = []
         # With the size that the target should have.
         self._followed: list[tuple[Followed, int]] = []
@@ -197,6 +199,8 @@ class _Search:
             if not parts or parts[-1] != Part(INSIDE, 1, self._head):
                 return _MIXED
             heads.append(parts[:-1])
+        if prod(owner[0].layer.kernel) != 1:
+            return _NO_LAYER
         shared = shared_heads(*heads)
         if shared is None or self._head < 2 or owner[0].layer.id == partner[0].layer.id:
             return _MIXED
@@ -251,7 +255,7 @@ class _Search:
             if place in self._plain:
                 layer = self._plain[place].layer
                 family = registry.family(self._walk.node(place))
-                is_input = family.activation(layer.uses[0].operand) == operand and prod(layer.kernel) == 1
+                is_input = family.activation(layer.uses[0].operand) == operand
                 return (self._plain[place], axes) if is_input else _NO_LAYER
             if self._data(place) != operand:
                 return self._data_reason(place)
@@ -343,6 +347,7 @@ class _Search:
         value = constant(self._walk, self._model, self._walk.operand(place, operand))
         if axis is None or value is None:
             return _MIXED
+        self._biases.append(axes[axis])
         features = prod(part.size for part in axes[axis])
         axis -= len(axes)
         if len(value.shape) < -axis or not value.shape[axis] == features == value.size:
@@ -366,9 +371,13 @@ class _Search:
     def _from_layer(self, tensor: Any, axes: Axes, *, one_bias: bool) -> tuple[Binding, Axes] | str:
         """The layer that computes a tensor; `one_bias` asks for none or one bias that nothing else reads."""
         start = len(self._constants)
+        self._biases.clear()
         found = self._back(tensor, axes)
         if isinstance(found, str):
             return found
+        axis = channel_axis(self._walk, found[0])
+        if axis is None or any(parts != found[1][axis] for parts in self._biases):
+            return _OTHER
         reason = self._own_bias(found[0])
         biases = len(self._constants) - start
         if one_bias and biases and (biases > 1 or bias(self._model, self._walk, found[0]) is None):

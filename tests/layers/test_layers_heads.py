@@ -167,6 +167,18 @@ LEFT = {
         heads._FUSED,
     ),
     "a shared bias": ("q1 = Add (bq, q0)", "q1 = Add (bk, q0)", "wq", heads._BIAS),
+    "a bias of one head": (
+        "s0 = MatMul (q, k)",
+        "q9 = Add (q, eight) s0 = MatMul (q9, k)",
+        "wq",
+        heads._OTHER,
+    ),
+    "a number that is added": (
+        "v1 = Add (bv, v0)",
+        "v9 = Add (bv, v0) v8 = Add (v9, row) v1 = Identity (v8)",
+        "wo",
+        heads._OTHER,
+    ),
     "no layer": ("v0 = MatMul (x, wv)", "v0 = Identity (x)", "wo", heads._NO_LAYER),
 }
 
@@ -177,6 +189,7 @@ def test_what_keeps_heads_as_they_are(old, new, missing, reason):
     extra = {
         "eight": np.ones(SIZE, np.float32),
         "cos": np.linspace(0, 1, SIZE, dtype=np.float32),
+        "row": np.ones((1, 1, 1), np.float32),
         "wide": np.ones((24, 48), np.float32),
     }
     proto = bert(text=BERT.replace(old, new), **extra)
