@@ -291,7 +291,9 @@ class _Search:
         node = self._walk.node(place)
         if is_op(node, ("Concat",)):
             return _JOINED
-        return _FUSED if is_op(node, _CUTS) else _OTHER
+        if is_op(node, _CUTS):
+            return _FUSED
+        return _OTHER if registry.known(node) is None else _NO_LAYER
 
     def _scaled(self, place: Place) -> int | None:
         """The operand of a Mul or Div that meets a single number; None if there is none."""

@@ -240,3 +240,13 @@ def test_a_transposition_that_is_none_is_left():
     node = next(node for node in proto.graph.node if node.output[0] == "c1")
     node.attribute[0].CopyFrom(onnx.helper.make_attribute("perm", [0, 2, 1, 9]))
     assert "wo" not in pairs(proto)
+
+
+@pytest.mark.parametrize(("layer", "missing"), [("wv", "wo"), ("wo", "wo"), ("wk", "wq"), ("wq", "wq")])
+def test_an_excluded_layer_keeps_the_heads_of_its_partner(layer, missing):
+    found = find_layers(load(bert()), {}, (), (layer,))
+    assert {each.id for each in found.layers if each.narrowing} == set(BOTH) - {missing}
+    reasons = [item.reason for item in found.skipped if "its heads stay" in item.reason]
+    assert [reason.partition(": ")[2].partition("; its heads stay: ")[2] for reason in reasons] == [
+        heads._NO_LAYER
+    ]
