@@ -314,3 +314,10 @@ def test_the_certificate_bounds_what_queries_become():
     for order, bounds in ((2, certificate.spectral), ("fro", certificate.frobenius)):
         lost = np.linalg.norm(old["wq"] - given, order) / np.linalg.norm(old["wq"], order)
         assert bounds[0] == pytest.approx(lost, rel=1e-4)
+
+
+def test_processes_narrow_heads_like_threads():
+    proto = bert()
+    alone = compressed(proto, 0.6, recover=False)
+    apart = compressed(proto, 0.6, recover=False, workers=2)
+    assert apart.model.proto.SerializeToString() == alone.model.proto.SerializeToString()

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,12 +23,12 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, takes_outputs
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import Part, split, whole
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.core.factors import Fit, Moments
-from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.pasts import unmasked
@@ -40,8 +40,8 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
 from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE
-from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
-from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
+from onnx_lowrank.operators.geometry import outputs, patches
+from onnx_lowrank.probe.instrument import Instrumented, instrument
 from onnx_lowrank.probe.suffix import Cuts
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
@@ -69,21 +69,6 @@ class Samples(Protocol):
 
     def batches(self, size: int) -> Iterable[Batch]:
         """The samples, in batches of at most `size` if the model allows that."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One measurement, for all layers that read the same tensors in the same way.
-
-    Attributes:
-        sights: For each use, the tap and the geometry that cuts it into vectors.
-        of_outputs: Whether it measures outputs, not inputs.
-        shape: Number of groups, and length of the vectors.
-    """
-
-    sights: tuple[tuple[Tap, Geometry], ...]
-    of_outputs: bool
-    shape: tuple[int, int]
 
 
 class Statistics(Mapping[str, LayerMoments]):
@@ -248,7 +233,7 @@ class _Measurement:
         """Measure all layers; layers that read the same tensors are measured once."""
         parts = [part for binding in bindings for part in split(binding)]
         for part in parts:
-            choice = _of_outputs(part, memory)
+            choice = takes_outputs(part, memory)
             if isinstance(choice, str):
                 self._statistics.reasons[part.id] = choice
             else:
@@ -259,9 +244,7 @@ class _Measurement:
         jobs = self._jobs(instrumented, chosen)
         position = Cuts(self._model, self._walk).position
         order = sorted(jobs, key=lambda job: min(position(chosen[layer]) for layer in jobs[job]))
-        groups = [
-            [chosen[layer] for job in group for layer in jobs[job]] for group in _grouped(order, memory)
-        ]
+        groups = [[chosen[layer] for job in group for layer in jobs[job]] for group in grouped(order, memory)]
         with ExitStack() as stack:
             if len(groups) > 1:
                 self._relay = stack.enter_context(Relay(self._model, self._walk, groups))
@@ -278,13 +261,13 @@ class _Measurement:
             [b for b in bindings if self._of_outputs[b.layer.id]],
         )
 
-    def _jobs(self, instrumented: Instrumented, bindings: Mapping[str, Binding]) -> dict[_Job, list[str]]:
+    def _jobs(self, instrumented: Instrumented, bindings: Mapping[str, Binding]) -> dict[Job, list[str]]:
         """The measurements, each with its layers."""
-        jobs: dict[_Job, list[str]] = {}
+        jobs: dict[Job, list[str]] = {}
         for layer, taps in (*instrumented.inputs.items(), *instrumented.outputs.items()):
             binding, of_outputs = bindings[layer], self._of_outputs[layer]
             sights = tuple((tap, geometry(self._walk, binding, index)) for index, tap in enumerate(taps))
-            job = _Job(sights, of_outputs, _shape(binding.layer, of_outputs=of_outputs))
+            job = Job(sights, of_outputs, measured_shape(binding.layer, of_outputs=of_outputs))
             jobs.setdefault(job, []).append(layer)
         return jobs
 
@@ -370,7 +353,7 @@ class _Measurement:
 class _Task:
     """A job in progress."""
 
-    def __init__(self, job: _Job, layers: Sequence[str]) -> None:
+    def __init__(self, job: Job, layers: Sequence[str]) -> None:
         self._job = job
         self._layers = layers
         self._shares: dict[bool, Accumulator] = {}
@@ -413,44 +396,3 @@ def _nothing(feed: Feed) -> dict[str, Any]:
 
 def _silent(share: float) -> None:
     """Ignore the progress."""
-
-
-def _shape(layer: Layer, *, of_outputs: bool) -> tuple[int, int]:
-    """Number of groups, and length of the measured vectors."""
-    return layer.groups, (layer.f // layer.groups if of_outputs else layer.size // layer.f)
-
-
-def _bytes(shape: tuple[int, int]) -> int:
-    """Bytes of one job's unfinished moments: two shares with their waiting rows, and a merge."""
-    groups, size = shape
-    second = 8 * groups * size**2
-    return 2 * (second + min(2 * second, CHUNK)) + 2 * second // groups
-
-
-def _of_outputs(part: Part, memory: int) -> bool | str:
-    """Whether to measure the outputs instead of the inputs; or the reason why neither is possible."""
-    layer = part.binding.layer
-    if part.reason:
-        return part.reason
-    is_linear = all(use.is_linear for use in layer.uses)
-    reads_indices = any(use.reads_indices for use in layer.uses)
-    kinds = (True,) if reads_indices else (False, True) if is_linear else (False,)
-    if part.of_outputs is not None:
-        kinds = (part.of_outputs,)
-    for of_outputs in kinds:
-        if _bytes(_shape(layer, of_outputs=of_outputs)) <= memory:
-            return of_outputs
-    _, size = _shape(layer, of_outputs=True)
-    return f"the moments of its {size} features do not fit into {memory / 2**30:g} GiB"
-
-
-def _grouped(jobs: Iterable[_Job], memory: int) -> Iterator[list[_Job]]:
-    """Jobs in their order, in groups that fit into memory together."""
-    group: list[_Job] = []
-    for job in jobs:
-        if group and sum(_bytes(other.shape) for other in (*group, job)) > memory:
-            yield group
-            group = []
-        group.append(job)
-    if group:
-        yield group

@@ -32,27 +32,26 @@ from onnx_lowrank.layers.beside import beside
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Hidden, Pin, Size
 from onnx_lowrank.layers.hidden import channel_axis, is_plain, place_of
-from onnx_lowrank.layers.products import products, softmax_behind
+from onnx_lowrank.layers.products import (
+    ANEW,
+    BIAS,
+    COMPUTED,
+    LONGEST,
+    MIXED,
+    NO_LAYER,
+    OTHER,
+    READ,
+    SAME,
+    UNKNOWN,
+    blocked,
+    products,
+    reason_of,
+    softmax_behind,
+)
 from onnx_lowrank.layers.sizes import Followed, Sizes
 from onnx_lowrank.operators import registry
 
 _log = logging.getLogger(__name__)
-
-_SAME = frozenset({"Identity", "Cast", "Dropout"})
-_ANEW = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
-_CUTS = frozenset({"Split", "Slice", "Gather"})
-_LONGEST = 64
-"""So many operators at most lie between a MatMul and a layer."""
-
-_UNKNOWN = "the sizes between are unknown: pass --input-shape"
-_READ = "other operators read the tensors between, or the model returns them"
-_FUSED = "one matrix computes several of queries, keys and values: export them apart"
-_COMPUTED = "the size of its heads is computed while the model runs: export it as a constant"
-_JOINED = "a Concat lies between: a past, or a rotation of positions"
-_OTHER = "operators lie between that treat the numbers of a head differently: a rotation, or a norm"
-_NO_LAYER = "no layer that can be narrowed computes or reads it"
-_BIAS = "other operators read its bias, or it is computed"
-_MIXED = "its heads are not laid out one after the other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +86,13 @@ def attention(
     met = list(products(walk))
     if not met:
         return Attention({}, {})
-    sizes = Sizes(model, walk, infer(model, assumed(model, shapes, input_shapes)))
     plain = {place_of(binding): binding for binding in bindings if is_plain(walk, binding)}
     pairs: dict[str, tuple[Narrowing, Hidden]] = {}
-    left = {}
-    for place, between in met:
+    left = {place: reason for place, _ in met if (reason := blocked(model, walk, plain, place))}
+    # Shapes take a while to infer, and no heads of a decoder with a past can be narrowed.
+    rest = [(place, between) for place, between in met if place not in left]
+    sizes = Sizes(model, walk, infer(model, assumed(model, shapes, input_shapes)) if rest else shapes)
+    for place, between in rest:
         search = _Search(model, walk, plain, sizes)
         found = search.values(place) if between is Between.VALUES else search.scores(place)
         if isinstance(found, str):
@@ -132,6 +133,8 @@ class _Search:
         self._nodes: set[tuple[Place, int]] = set()
         self._tensors: dict[str, tuple[Any, Axes]] = {}
         self._constants: list[tuple[Place, int, int]] = []
+        # The parts of the axes along which constants are added.
+        self._biases: list[tuple[Part, ...]] = []
         self._changed: list[Size] = []
         # With the size that the target should have.
         self._followed: list[tuple[Followed, int]] = []
@@ -141,7 +144,7 @@ class _Search:
         result, right = self._walk.result(product), self._walk.operand(product, 1)
         shape, given = self._sizes.of(result), self._sizes.of(right)
         if shape is None or given is None or min(len(shape), len(given)) < 2:
-            return _UNKNOWN
+            return UNKNOWN
         self._head = shape[-1]
         *batch, _ = range(len(shape))
         axes = axes_of((*batch, INSIDE), shape)
@@ -161,7 +164,7 @@ class _Search:
         left, right = (self._walk.operand(product, index) for index in (0, 1))
         queries, keys = self._sizes.of(left), self._sizes.of(right)
         if queries is None or keys is None or min(len(queries), len(keys)) < 2:
-            return _UNKNOWN
+            return UNKNOWN
         self._head = queries[-1]
         rank = max(len(queries), len(keys))
         first, second = (range(rank - len(shape), rank - 2) for shape in (queries, keys))
@@ -198,11 +201,13 @@ class _Search:
             axis = channel_axis(self._walk, binding)
             parts = () if axis is None or len(axes) < -axis.index else axes[axis.index]
             if not parts or parts[-1] != Part(INSIDE, 1, self._head):
-                return _MIXED
+                return MIXED
             heads.append(parts[:-1])
+        if prod(owner[0].layer.kernel) != 1:
+            return NO_LAYER
         shared = shared_heads(*heads)
         if shared is None or self._head < 2 or owner[0].layer.id == partner[0].layer.id:
-            return _MIXED
+            return MIXED
         pins = self._pins()
         if isinstance(pins, str):
             return pins
@@ -222,11 +227,11 @@ class _Search:
 
     def _back(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
         """Walk from a tensor to the layer that computes it, and follow its axes."""
-        for _ in range(_LONGEST):
+        for _ in range(LONGEST):
             self._tensors[tensor.name] = tensor, axes
             place = self._walk.producer(tensor)
             if place is None or place.scope:
-                return _NO_LAYER
+                return NO_LAYER
             if place in self._plain:
                 return self._plain[place], axes
             operand = self._data(place)
@@ -239,35 +244,35 @@ class _Search:
                 return before
             axes = before
             if not self._fits(tensor, axes):
-                return _MIXED
-        return _NO_LAYER
+                return MIXED
+        return NO_LAYER
 
     def _ahead(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
         """Walk from a tensor to the layer that reads it, and follow its axes."""
-        for _ in range(_LONGEST):
+        for _ in range(LONGEST):
             self._tensors[tensor.name] = tensor, axes
             found = [r for r in self._walk.consumers(tensor) if not is_op(self._walk.node(r[0]), ("Shape",))]
             if len(found) != 1 or found[0][0].scope:
-                return _READ
+                return READ
             place, operand = found[0]
             self._nodes.add((place, operand))
             if place in self._plain:
                 layer = self._plain[place].layer
                 family = registry.family(self._walk.node(place))
-                is_input = family.activation(layer.uses[0].operand) == operand and prod(layer.kernel) == 1
-                return (self._plain[place], axes) if is_input else _NO_LAYER
+                is_input = family.activation(layer.uses[0].operand) == operand
+                return (self._plain[place], axes) if is_input else NO_LAYER
             if self._data(place) != operand:
-                return self._data_reason(place)
+                return reason_of(self._walk.node(place))
             tensor = self._walk.result(place)
             if tensor is None:
-                return _NO_LAYER
+                return NO_LAYER
             behind = self._behind(place, axes, self._sizes.of(tensor))
             if isinstance(behind, str):
                 return behind
             axes = behind
             if not self._fits(tensor, axes):
-                return _MIXED
-        return _NO_LAYER
+                return MIXED
+        return NO_LAYER
 
     def _fits(self, tensor: Any, axes: Axes) -> bool:
         """Whether a tensor has these axes; an operator that broadcasts may give it others."""
@@ -277,20 +282,14 @@ class _Search:
         """The operand with the heads, of an operator that may lie between (rule 2)."""
         node = self._walk.node(place)
         if is_op(node, ("Cast",)) and attribute_of(node, "to", 0) not in FLOATS:
-            return _OTHER
-        if is_op(node, _SAME | _ANEW | {"Transpose", "Expand"}):
+            return OTHER
+        if is_op(node, SAME | ANEW | {"Transpose", "Expand"}):
             return 0
         if is_op(node, ("Mul", "Div")) and (scaled := self._scaled(place)) is not None:
             return scaled
         if is_op(node, ("Add",)) and (added := self._biased(place)) is not None:
             return added
-        return self._data_reason(place)
-
-    def _data_reason(self, place: Place) -> str:
-        node = self._walk.node(place)
-        if is_op(node, ("Concat",)):
-            return _JOINED
-        return _FUSED if is_op(node, _CUTS) else _OTHER
+        return reason_of(self._walk.node(place))
 
     def _scaled(self, place: Place) -> int | None:
         """The operand of a Mul or Div that meets a single number; None if there is none."""
@@ -312,29 +311,29 @@ class _Search:
         """The axes of an operator's operand, given those of its result."""
         node = self._walk.node(place)
         if sizes is None:
-            return _UNKNOWN
+            return UNKNOWN
         if is_op(node, ("Transpose",)):
-            return permuted(axes, np.argsort(self._order(place, len(axes))).tolist()) or _MIXED
+            return permuted(axes, np.argsort(self._order(place, len(axes))).tolist()) or MIXED
         if is_op(node, ("Expand",)):
             rest = axes[len(axes) - len(sizes) :]
             made = tuple(() if size == 1 else axis for axis, size in zip(rest, sizes, strict=True))
             return self._resized(place, made, axes) or made
-        if is_op(node, _ANEW):
+        if is_op(node, ANEW):
             regained = regrouped(axes, sizes)
-            return _MIXED if regained is None else self._resized(place, regained, axes) or regained
+            return MIXED if regained is None else self._resized(place, regained, axes) or regained
         return self._added(place, axes) if is_op(node, ("Add",)) else axes
 
     def _behind(self, place: Place, axes: Axes, sizes: tuple[int, ...] | None) -> Axes | str:
         """The axes of an operator's result, given those of its operand."""
         node = self._walk.node(place)
         if sizes is None:
-            return _UNKNOWN
+            return UNKNOWN
         if is_op(node, ("Transpose",)):
-            return permuted(axes, self._order(place, len(axes))) or _MIXED
-        if is_op(node, _ANEW):
+            return permuted(axes, self._order(place, len(axes))) or MIXED
+        if is_op(node, ANEW):
             made = regrouped(axes, sizes)
-            return _MIXED if made is None else self._resized(place, axes, made) or made
-        return axes if is_op(node, _SAME | {"Mul", "Div"}) else _OTHER
+            return MIXED if made is None else self._resized(place, axes, made) or made
+        return axes if is_op(node, SAME | {"Mul", "Div"}) else OTHER
 
     def _order(self, place: Place, rank: int) -> list[int]:
         return list(attribute_of(self._walk.node(place), "perm", list(range(rank))[::-1]))
@@ -345,11 +344,12 @@ class _Search:
         operand = 1 - (self._biased(place) or 0)
         value = constant(self._walk, self._model, self._walk.operand(place, operand))
         if axis is None or value is None:
-            return _MIXED
+            return MIXED
+        self._biases.append(axes[axis])
         features = prod(part.size for part in axes[axis])
         axis -= len(axes)
         if len(value.shape) < -axis or not value.shape[axis] == features == value.size:
-            return _OTHER
+            return OTHER
         self._constants.append((place, operand, axis))
         return axes
 
@@ -362,20 +362,24 @@ class _Search:
             return ""
         value, axis = constant(self._walk, self._model, tensor), channel_axis(self._walk, binding)
         if value is None or axis is None or value.size != binding.layer.f:
-            return _BIAS
+            return BIAS
         self._constants.append((place, operand, -1 if value.ndim == 1 else axis.index))
         return ""
 
     def _from_layer(self, tensor: Any, axes: Axes, *, one_bias: bool) -> tuple[Binding, Axes] | str:
         """The layer that computes a tensor; `one_bias` asks for none or one bias that nothing else reads."""
         start = len(self._constants)
+        self._biases.clear()
         found = self._back(tensor, axes)
         if isinstance(found, str):
             return found
+        axis = channel_axis(self._walk, found[0])
+        if axis is None or any(parts != found[1][axis] for parts in self._biases):
+            return OTHER
         reason = self._own_bias(found[0])
         biases = len(self._constants) - start
         if one_bias and biases and (biases > 1 or bias(self._model, self._walk, found[0]) is None):
-            return _BIAS
+            return BIAS
         return reason or found
 
     # --- sizes ------------------------------------------------------------------------------------
@@ -384,7 +388,7 @@ class _Search:
         """Rule 4: note the number in the target of a Reshape or Expand; why the heads stay, or ""."""
         first, axis = inside(before, self._head), inside(after, self._head)
         if first is None or axis is None:
-            return _MIXED
+            return MIXED
         if not is_op(self._walk.node(place), ("Reshape", "Expand")):
             return ""
         target = self._sizes.of(self._walk.operand(place, 1))
@@ -394,7 +398,7 @@ class _Search:
         if found is None:
             followed = self._sizes.followed(place, index)
             if followed is None:
-                return _COMPUTED
+                return COMPUTED
             self._followed.append((followed, prod(part.size for part in after[axis])))
             return ""
         size, number = found
@@ -403,7 +407,7 @@ class _Search:
         if number == prod(part.size for part in after[axis]):
             self._changed.append(size)
         elif number != -1 and not is_copied and not is_free:
-            return _COMPUTED
+            return COMPUTED
         return ""
 
     def _pins(self) -> tuple[Pin, ...] | str:
@@ -412,20 +416,20 @@ class _Search:
             _, known = self._tensors.get(followed.tensor, (None, ()))
             axis = inside(known, self._head)
             if axis != followed.axis or prod(part.size for part in known[axis]) != expected:
-                return _COMPUTED
+                return COMPUTED
         readers = {followed.reader for followed, _ in self._followed}
         pins: list[Pin] = []
         for tensor, axes in self._tensors.values():
             if self._walk.is_output(tensor):
-                return _READ
+                return READ
             axis = inside(axes, self._head)
             for place, operand in self._walk.consumers(tensor):
                 if (place, operand) in self._nodes:
                     continue
                 if axis is None or not is_op(self._walk.node(place), ("Shape",)):
-                    return _READ
+                    return READ
                 found = self._sizes.pins(place, axis, len(axes), prod(part.size for part in axes[axis]))
                 if found is None:
-                    return _COMPUTED
+                    return COMPUTED
                 pins += [pin for pin in found if (pin.place, pin.operand) not in readers]
         return tuple(pins)

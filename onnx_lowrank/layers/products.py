@@ -1,11 +1,33 @@
-"""The products of attention: of queries and keys before a Softmax, and with the values behind it."""
+"""The products of attention, the operators that may lie between them and layers, and what others mean."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+
+from onnx import NodeProto
 
 from onnx_lowrank.core.layer import Between
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk, is_op
+from onnx_lowrank.graph.weights import constant
+from onnx_lowrank.operators import registry
+
+SAME = frozenset({"Identity", "Cast", "Dropout"})
+ANEW = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+CUTS = frozenset({"Split", "Slice", "Gather"})
+LONGEST = 64
+"""So many operators at most lie between a MatMul and a layer."""
+
+UNKNOWN = "the sizes between are unknown: pass --input-shape"
+READ = "other operators read the tensors between, or the model returns them"
+FUSED = "one matrix computes several of queries, keys and values: export them apart"
+COMPUTED = "the size of its heads is computed while the model runs: export it as a constant"
+JOINED = "a Concat lies between: a past, or a rotation of positions"
+OTHER = "operators lie between that treat the numbers of a head differently: a rotation, or a norm"
+NO_LAYER = "no layer that can be narrowed computes or reads it"
+BIAS = "other operators read its bias, or it is computed"
+MIXED = "its heads are not laid out one after the other"
+
 
 _MASKS = frozenset({"Cast", "Dropout", "Identity", "Where", "Mul", "Div", "Add"})
 """Operators between scores and their Softmax, and between the Softmax and the values."""
@@ -59,3 +81,32 @@ def softmax_behind(walk: Walk, place: Place) -> list[Place] | None:
             return chain
         tensor = walk.result(chosen[0])
     return None
+
+
+def blocked(model: Model, walk: Walk, plain: Container[Place], product: Place) -> str:
+    """Why the heads of a MatMul's right operand stay, by the operators before it; "" if types do not tell."""
+    tensor = walk.operand(product, 1)
+    for _ in range(LONGEST):
+        place = None if tensor is None else walk.producer(tensor)
+        if place is None or place in plain:
+            return ""
+        node = walk.node(place)
+        if is_op(node, ("Mul", "Div", "Add")):
+            computed = [n for n in (0, 1) if constant(walk, model, walk.operand(place, n)) is None]
+            if len(computed) != 1:
+                return ""
+            tensor = walk.operand(place, computed[0])
+        elif is_op(node, SAME | ANEW | {"Transpose", "Expand"}):
+            tensor = walk.operand(place, 0)
+        else:
+            return reason_of(node)
+    return ""
+
+
+def reason_of(node: NodeProto) -> str:
+    """Why an operator between keeps the heads."""
+    if is_op(node, ("Concat",)):
+        return JOINED
+    if is_op(node, CUTS):
+        return FUSED
+    return OTHER if registry.known(node) is None else NO_LAYER

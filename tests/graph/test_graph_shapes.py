@@ -10,7 +10,7 @@ from onnx_lowrank.budgets.macs import dearest_macs
 from onnx_lowrank.core.layer import Positions
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import load
-from onnx_lowrank.graph.shapes import example, infer, open_inputs
+from onnx_lowrank.graph.shapes import assumed, example, infer, open_inputs
 from rewriting import found, model
 
 
@@ -240,3 +240,23 @@ def test_a_product_of_more_than_64_bits_stays_open():
 )
 def test_an_example_of_a_shape_has_the_inputs_name_and_rank(shape, sizes):
     assert example({("", "x"): shape}, "x") == f"--input-shape x={sizes}"
+
+
+def test_open_dimensions_are_assumed_apart_from_each_other():
+    proto = model("g (float[N,M,4] a, float[N,M,4] b, float[4] c) => (float[N,M,4] y) { y = Add (a, b) }")
+    proto.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "M + P"
+    opened = load(proto)
+    sizes = assumed(opened, infer(opened, {}), {})
+    assert sizes == {"a": (3, 5, 4), "b": (3, 12, 4)}
+    given = {"a": (2, 9, 4)}
+    sizes = assumed(opened, infer(opened, given), given)
+    assert sizes == {"a": (2, 9, 4), "b": (2, 12, 4)}
+
+
+def test_open_dimensions_without_a_name_are_alike_on_one_axis():
+    proto = model("g (float[N,M] a, float[N,M] b) => (float[N,M] y) { y = Add (a, b) }")
+    for value in proto.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    opened = load(proto)
+    assert assumed(opened, infer(opened, {}), {}) == {"a": (3, 5), "b": (3, 5)}

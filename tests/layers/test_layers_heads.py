@@ -9,7 +9,7 @@ import pytest
 from attending import BERT, BUILT, CONSTANT, GQA, REPEATED, SIZE, bert, grouped
 from onnx_lowrank.core.layer import Between
 from onnx_lowrank.files.load import load
-from onnx_lowrank.layers import heads
+from onnx_lowrank.layers import products
 from onnx_lowrank.layers.found import find_layers
 from rewriting import model
 
@@ -127,47 +127,59 @@ def test_a_scale_that_the_model_computes_from_a_head_is_pinned():
 ROTATED = "q8 = Mul (q, cos) q9 = Add (q8, q) s0 = MatMul (q9, k)"
 NORMED = "q9 = LayerNormalization <axis = -1> (q, eight) s0 = MatMul (q9, k)"
 LEFT = {
-    "rotated queries": ("s0 = MatMul (q, k)", ROTATED, "wq", heads._OTHER),
-    "normed queries": ("s0 = MatMul (q, k)", NORMED, "wq", heads._OTHER),
+    "rotated queries": ("s0 = MatMul (q, k)", ROTATED, "wq", products.OTHER),
+    "normed queries": ("s0 = MatMul (q, k)", NORMED, "wq", products.OTHER),
     "joined": (
         "v = Transpose <perm = [0, 2, 1, 3]> (v2)",
         "v9 = Transpose <perm = [0, 2, 1, 3]> (v2) v = Concat <axis = 0> (v9)",
         "wo",
-        heads._JOINED,
+        products.JOINED,
     ),
     "another reader": (
         "c0 = MatMul (p, v)",
         "c0 = MatMul (p, v) r = Softmax (v)",
         "wo",
-        heads._READ,
+        products.READ,
     ),
-    "a gate": ("c = Reshape (c1, back)", "c9 = Reshape (c1, back) c = Mul (c9, x)", "wo", heads._OTHER),
+    "a gate": ("c = Reshape (c1, back)", "c9 = Reshape (c1, back) c = Mul (c9, x)", "wo", products.OTHER),
     "a norm behind": (
         "c = Reshape (c1, back)",
         "c9 = Reshape (c1, back) c = LayerNormalization <axis = -1> (c9, bo)",
         "wo",
-        heads._OTHER,
+        products.OTHER,
     ),
     "a computed size": (
         "c = Reshape (c1, back)",
         "t9 = Shape (x) c = Reshape (c1, t9)",
         "wo",
-        heads._COMPUTED,
+        products.COMPUTED,
     ),
     "whole shape": (
         "c0 = MatMul (p, v)",
         "t9 = Shape (v) z9 = ConstantOfShape (t9) c0 = MatMul (p, v)",
         "wo",
-        heads._COMPUTED,
+        products.COMPUTED,
     ),
     "a cut": (
         "v0 = MatMul (x, wv)",
         "v8 = MatMul (x, wide) v0, v9 = Split <axis = -1> (v8)",
         "wo",
-        heads._FUSED,
+        products.FUSED,
     ),
-    "a shared bias": ("q1 = Add (bq, q0)", "q1 = Add (bk, q0)", "wq", heads._BIAS),
-    "no layer": ("v0 = MatMul (x, wv)", "v0 = Identity (x)", "wo", heads._NO_LAYER),
+    "a shared bias": ("q1 = Add (bq, q0)", "q1 = Add (bk, q0)", "wq", products.BIAS),
+    "a bias of one head": (
+        "s0 = MatMul (q, k)",
+        "q9 = Add (q, eight) s0 = MatMul (q9, k)",
+        "wq",
+        products.OTHER,
+    ),
+    "a number that is added": (
+        "v1 = Add (bv, v0)",
+        "v9 = Add (bv, v0) v8 = Add (v9, row) v1 = Identity (v8)",
+        "wo",
+        products.OTHER,
+    ),
+    "no layer": ("v0 = MatMul (x, wv)", "v0 = Identity (x)", "wo", products.NO_LAYER),
 }
 
 
@@ -177,6 +189,7 @@ def test_what_keeps_heads_as_they_are(old, new, missing, reason):
     extra = {
         "eight": np.ones(SIZE, np.float32),
         "cos": np.linspace(0, 1, SIZE, dtype=np.float32),
+        "row": np.ones((1, 1, 1), np.float32),
         "wide": np.ones((24, 48), np.float32),
     }
     proto = bert(text=BERT.replace(old, new), **extra)
@@ -190,7 +203,7 @@ def test_an_output_of_the_model_keeps_its_size():
     text = BERT.replace("(float[B,L,24] y)", "(float[B,L,24] y, float[B,3,L,8] v)")
     proto = bert(text=text)
     assert set(pairs(proto)) == {"wq"}
-    assert list(reasons(proto).values()) == [heads._READ]
+    assert list(reasons(proto).values()) == [products.READ]
 
 
 def test_a_past_from_an_input_keeps_the_heads():
@@ -203,7 +216,7 @@ def test_a_past_from_an_input_keeps_the_heads():
     text = text.replace("(p, v)", "(p, v9)")
     proto = bert(text=text)
     assert pairs(proto) == {}
-    assert set(reasons(proto).values()) == {heads._JOINED}
+    assert set(reasons(proto).values()) == {products.JOINED}
 
 
 def test_an_opset_without_last_axis_and_a_mask_by_where_do_not_ignore_shifts():
@@ -219,7 +232,7 @@ def test_unknown_sizes_are_asked_for():
     del proto.graph.input[0].type.tensor_type.shape.dim[:]
     proto.graph.input[0].type.tensor_type.ClearField("shape")
     assert pairs(proto) == {}
-    assert set(reasons(proto).values()) == {heads._UNKNOWN}
+    assert set(reasons(proto).values()) == {products.UNKNOWN}
 
 
 def test_a_transposition_that_is_none_is_left():
@@ -227,3 +240,13 @@ def test_a_transposition_that_is_none_is_left():
     node = next(node for node in proto.graph.node if node.output[0] == "c1")
     node.attribute[0].CopyFrom(onnx.helper.make_attribute("perm", [0, 2, 1, 9]))
     assert "wo" not in pairs(proto)
+
+
+@pytest.mark.parametrize(("layer", "missing"), [("wv", "wo"), ("wo", "wo"), ("wk", "wq"), ("wq", "wq")])
+def test_an_excluded_layer_keeps_the_heads_of_its_partner(layer, missing):
+    found = find_layers(load(bert()), {}, (), (layer,))
+    assert {each.id for each in found.layers if each.narrowing} == set(BOTH) - {missing}
+    reasons = [item.reason for item in found.skipped if "its heads stay" in item.reason]
+    assert [reason.partition(": ")[2].partition("; its heads stay: ")[2] for reason in reasons] == [
+        products.NO_LAYER
+    ]

@@ -1,0 +1,67 @@
+"""The measurements of one run over the data: which moments they take, and how many fit into memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from onnx_lowrank.calibrate.parts import Part
+from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.operators.geometry import CHUNK, Geometry
+from onnx_lowrank.probe.instrument import Tap
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One measurement, for all layers that read the same tensors in the same way.
+
+    Attributes:
+        sights: For each use, the tap and the geometry that cuts it into vectors.
+        of_outputs: Whether it measures outputs, not inputs.
+        shape: Number of groups, and length of the vectors.
+    """
+
+    sights: tuple[tuple[Tap, Geometry], ...]
+    of_outputs: bool
+    shape: tuple[int, int]
+
+
+def measured_shape(layer: Layer, *, of_outputs: bool) -> tuple[int, int]:
+    """Number of groups, and length of the measured vectors."""
+    return layer.groups, (layer.f // layer.groups if of_outputs else layer.size // layer.f)
+
+
+def _bytes(shape: tuple[int, int]) -> int:
+    """Bytes of one job's unfinished moments: two shares with their waiting rows, and a merge."""
+    groups, size = shape
+    second = 8 * groups * size**2
+    return 2 * (second + min(2 * second, CHUNK)) + 2 * second // groups
+
+
+def takes_outputs(part: Part, memory: int) -> bool | str:
+    """Whether to measure the outputs instead of the inputs; or the reason why neither is possible."""
+    layer = part.binding.layer
+    if part.reason:
+        return part.reason
+    is_linear = all(use.is_linear for use in layer.uses)
+    reads_indices = any(use.reads_indices for use in layer.uses)
+    kinds = (True,) if reads_indices else (False, True) if is_linear else (False,)
+    if part.of_outputs is not None:
+        kinds = (part.of_outputs,)
+    for of_outputs in kinds:
+        if _bytes(measured_shape(layer, of_outputs=of_outputs)) <= memory:
+            return of_outputs
+    _, size = measured_shape(layer, of_outputs=True)
+    return f"the moments of its {size} features do not fit into {memory / 2**30:g} GiB"
+
+
+def grouped(jobs: Iterable[Job], memory: int) -> Iterator[list[Job]]:
+    """Jobs in their order, in groups that fit into memory together."""
+    group: list[Job] = []
+    for job in jobs:
+        if group and sum(_bytes(other.shape) for other in (*group, job)) > memory:
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
