@@ -1,4 +1,4 @@
-"""The measurements of one run over the data: which moments they take, and how many fit into memory at once."""
+"""The measurements of a run over the data: which moments they take, and how many fit into memory at once."""
 
 from __future__ import annotations
 

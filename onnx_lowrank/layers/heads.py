@@ -374,7 +374,7 @@ class _Search:
         if isinstance(found, str):
             return found
         axis = channel_axis(self._walk, found[0])
-        if axis is None or any(parts != found[1][axis] for parts in self._biases):
+        if axis is None or any(parts != found[1][axis.index] for parts in self._biases):
             return OTHER
         reason = self._own_bias(found[0])
         biases = len(self._constants) - start
