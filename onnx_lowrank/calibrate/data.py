@@ -155,7 +155,7 @@ def read_feed(source: str | Path | Mapping[str, Any], need: Need) -> Feed:
     Raises:
         InputError: The source does not exist, or does not fit the model.
     """
-    if isinstance(source, Mapping) or registry.is_plain(Path(source)):
+    if isinstance(source, Mapping) or not registry.is_made(Path(source)):
         return read(source, need.specs)
     with open_needed(source, replace(need, most=COMPARED)) as samples:
         return samples.feed()

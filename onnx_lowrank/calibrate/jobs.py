@@ -31,7 +31,7 @@ def measured_shape(layer: Layer, *, of_outputs: bool) -> tuple[int, int]:
     return layer.groups, (layer.f // layer.groups if of_outputs else layer.size // layer.f)
 
 
-def _bytes(shape: tuple[int, int]) -> int:
+def moments_bytes(shape: tuple[int, int]) -> int:
     """Bytes of one job's unfinished moments: two shares with their waiting rows, and a merge."""
     groups, size = shape
     second = 8 * groups * size**2
@@ -49,7 +49,7 @@ def takes_outputs(part: Part, memory: int) -> bool | str:
     if part.of_outputs is not None:
         kinds = (part.of_outputs,)
     for of_outputs in kinds:
-        if _bytes(measured_shape(layer, of_outputs=of_outputs)) <= memory:
+        if moments_bytes(measured_shape(layer, of_outputs=of_outputs)) <= memory:
             return of_outputs
     _, size = measured_shape(layer, of_outputs=True)
     return f"the moments of its {size} features do not fit into {memory / 2**30:g} GiB"
@@ -59,7 +59,7 @@ def grouped(jobs: Iterable[Job], memory: int) -> Iterator[list[Job]]:
     """Jobs in their order, in groups that fit into memory together."""
     group: list[Job] = []
     for job in jobs:
-        if group and sum(_bytes(other.shape) for other in (*group, job)) > memory:
+        if group and sum(moments_bytes(other.shape) for other in (*group, job)) > memory:
             yield group
             group = []
         group.append(job)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.blocks import Blocks
+from onnx_lowrank.calibrate.independence import Blocks
 from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.operators.geometry import CHUNK

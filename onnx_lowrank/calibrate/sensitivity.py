@@ -43,8 +43,10 @@ _GROUP = 4
 """Layers that are overridden in one session. Fewer make it faster, but need more sessions."""
 
 _BATCH = 16
-_FEWEST, _MOST = 8, 128
-_FEWEST_SEQUENCES = 2
+_FEWEST_VECTORS = 8
+"""Vectors of every output that a trial compares at least."""
+_FEWEST_SAMPLES = 2
+_MOST_SAMPLES = 128
 _PASSES = 5
 """The most that all trials together cost, in runs of all calibration samples."""
 
@@ -145,8 +147,8 @@ def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
         5 · samples / (layers · trials), but at most 128, and enough for 8 vectors of every output, and for 2
         samples.
     """
-    fewest = max(-(-_FEWEST // max(rows, 1)), _FEWEST_SEQUENCES)
-    return min(max(_PASSES * samples // max(layers * trials, 1), fewest), _MOST)
+    fewest = max(-(-_FEWEST_VECTORS // max(rows, 1)), _FEWEST_SAMPLES)
+    return min(max(_PASSES * samples // max(layers * trials, 1), fewest), _MOST_SAMPLES)
 
 
 def _chosen(run: Run, samples: Samples, number: Callable[[int], int]) -> list[Feed]:

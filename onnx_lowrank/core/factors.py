@@ -41,8 +41,8 @@ class Moments:
         count: Number of vectors.
         mean: Their mean, shape (g, n).
         second: Their centred second moments, E[(x − E x)(x − E x)ᵀ], shape (g, n, n).
-        independent: The number of independent vectors that they are worth (`calibrate.blocks`); None if it is
-            unknown, so that all vectors count as independent.
+        independent: The number of independent vectors that they are worth (`calibrate.independence`); None
+            if it is unknown, so that all vectors count as independent.
     """
 
     count: int

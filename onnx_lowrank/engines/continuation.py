@@ -43,7 +43,9 @@ STEPS = 16
 """The most tokens by which a prompt is continued."""
 
 LONGEST = 64
-"""The most tokens of a prompt: the scores of all its tokens are in memory, for all prompts."""
+"""The most tokens of a prompt: the scores of all its tokens are in memory, for all prompts.
+
+A prompt is half a text, so more also needs longer texts than the usual 128 tokens."""
 
 _PREFIX = re.compile(r"(past|present)([._]?(key_values?|kv|states?))?[._]?")
 

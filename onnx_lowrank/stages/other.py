@@ -53,7 +53,7 @@ def open_others(source: Source, need: Need, model: Model, provider: str, files: 
     Raises:
         InputError: They do not exist, do not fit the model, or it fails on them.
     """
-    is_made = isinstance(source, str | Path) and not registry.is_plain(Path(source))
+    is_made = isinstance(source, str | Path) and registry.is_made(Path(source))
     need = replace(need, most=CHECKED if is_made else None, purpose=PURPOSE)
     samples = files.enter_context(data.open_needed(source, need))
     one = next(iter(samples.batches(1))).feed

@@ -313,6 +313,7 @@ class Recovery:
             for x, y, beside in _rows(self._geometry, sight):
                 target = y if beside is None else y + (beside[0] - beside[1])
                 lane[sight.held].add(np.concatenate([x, target], axis=2))
+            # A sight does not tell samples apart, so its whole batch counts as one block.
             lane[sight.held].close_block()
 
         _in_lanes(sights, sums, add, self._threads)

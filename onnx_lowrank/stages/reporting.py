@@ -28,7 +28,12 @@ _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _LOW_COSINE = 0.9
 _SLACK = 0.05
-_TWICE, _SIGMAS, _ROUNDING = 2.0, 2.0, 1e-3
+_MUCH_LARGER = 2.0
+"""The ratio of errors on two kinds of inputs above which most of the larger one comes from the kind."""
+_SIGMAS = 2.0
+"""The standard errors of sampling noise that such errors must differ by."""
+_ROUNDING = 1e-3
+"""The error that the rounding of half-precision floats can cause."""
 _FAMILIAR = {
     "held-out": "held-out calibration inputs",
     "calibration": "the calibration inputs",
@@ -189,14 +194,14 @@ def _other_warnings(other: Other, least: float, advice: str, *, alone: bool) -> 
 def _worse(here: OutputError, there: OutputError | None) -> tuple[str, float, float] | None:
     """An output's name and both errors, if that on inputs of another kind is much larger; else None.
 
-    It is if it is more than twice as large: then most of it comes from the kind of the inputs, and not from
-    the decomposition as such. The difference must also exceed two standard errors of sampling noise, so that
-    chance alone seldom causes a warning, and the error the rounding of half-precision floats.
+    It is if it exceeds `_MUCH_LARGER` times the other: then most of it comes from the kind of the inputs, and
+    not from the decomposition as such. The difference must also exceed `_SIGMAS` standard errors of sampling
+    noise, so that chance alone seldom causes a warning, and the error the rounding of half-precision floats.
     """
     if there is None or here.is_exact or here.relative is None or there.relative is None:
         return None
     noise = math.hypot(here.noise or 0.0, there.noise or 0.0)
-    least = max(_TWICE * there.relative, there.relative + _SIGMAS * noise, _ROUNDING)
+    least = max(_MUCH_LARGER * there.relative, there.relative + _SIGMAS * noise, _ROUNDING)
     return (here.name, here.relative, there.relative) if here.relative > least else None
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.calibrate import sources
-from onnx_lowrank.calibrate.sources.registry import check_sources, is_plain, kind_of, options_of
+from onnx_lowrank.calibrate.sources.registry import check_sources, is_made, kind_of, options_of
 from onnx_lowrank.calibrate.sources.source import Options
 from onnx_lowrank.errors import InputError
 
@@ -59,7 +59,7 @@ def test_a_folder_belongs_to_one_kind(tmp_path, name):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert kind_of(tmp_path).what == kind
-    assert is_plain(tmp_path) == (kind == FEEDS)
+    assert is_made(tmp_path) != (kind == FEEDS)
 
 
 @pytest.mark.parametrize("name", ["no.npz", "no.txt", "no", "no.png"])

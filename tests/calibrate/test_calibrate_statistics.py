@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from onnx_lowrank.calibrate import jobs
 from onnx_lowrank.calibrate import statistics as module
 from onnx_lowrank.calibrate.statistics import measure
 from onnx_lowrank.engines.reference import Reference
@@ -175,16 +176,16 @@ def test_several_passes_share_one_batch(monkeypatch):
     monkeypatch.setattr(module, "_TAPPED", 50_000)
     monkeypatch.setattr(module, "_GROWTH", 0)
     samples = Samples(x=IMAGES)
-    batch = batch_of(model(CNN, **WEIGHTS), samples, memory=module._bytes((1, 36)))
+    batch = batch_of(model(CNN, **WEIGHTS), samples, memory=jobs.moments_bytes((1, 36)))
     sizes = [size for size in samples.sizes if size > 1]
     assert len(sizes) == 2
     assert set(sizes) == {batch}
 
 
 def test_outputs_stand_in_where_inputs_do_not_fit(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(jobs, "CHUNK", 1)
     proto = model(CNN, **WEIGHTS)
-    result = measured(proto, Samples(x=IMAGES), memory=module._bytes((1, 8)))
+    result = measured(proto, Samples(x=IMAGES), memory=jobs.moments_bytes((1, 8)))
     assert result["first"].inputs is None
     given = inner(proto, "b", {"x": IMAGES})  # behind the BatchNorm
     parts = [np.moveaxis(part, 1, -1).reshape(-1, 1, 8) for part in shares(given)]
@@ -221,7 +222,7 @@ def test_passes_share_one_run_of_a_model_with_late_inputs(monkeypatch):
     passes: list[int] = []
     part = module.Relay.part
     monkeypatch.setattr(module.Relay, "part", lambda self, n, *a: passes.append(n) or part(self, n, *a))
-    result = measured(proto, Samples(**arrays), memory=module._bytes((1, 6)))
+    result = measured(proto, Samples(**arrays), memory=jobs.moments_bytes((1, 6)))
     assert passes == [0, 1, 2, 3]
     whole = measured(proto, Samples(**arrays))
     for name, found_ in result.items():
@@ -232,7 +233,7 @@ def test_passes_share_one_run_of_a_model_with_late_inputs(monkeypatch):
 def test_groups_that_fit_into_memory(together, passes):
     proto, names = chain(5)
     samples, shown = Samples(h0=draw(RNG, (40, 6))), []
-    result = measured(proto, samples, memory=together * module._bytes((1, 6)), step=shown.append)
+    result = measured(proto, samples, memory=together * jobs.moments_bytes((1, 6)), step=shown.append)
     whole = measured(proto, Samples(**samples.arrays))
     assert len(samples.sizes) == 1 + passes  # the first pass looks at one sample to size its batches
     assert list(result) == names

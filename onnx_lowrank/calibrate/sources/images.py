@@ -229,4 +229,4 @@ class _Images:
             return take(np.arange(self.count))
 
 
-KIND = Kind("folders of images", _claim, _read, ("mean", "std"), _check)
+KIND = Kind("folders of images", _claim, _read, ("mean", "std"), _check, is_made=True)

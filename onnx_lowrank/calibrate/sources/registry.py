@@ -66,9 +66,9 @@ def check_sources(given: Sequence[object], options: Options) -> None:
             raise InputError(f"--{name} is for {owner.what}, but {what}: leave --{name} out.")
 
 
-def is_plain(path: Path) -> bool:
-    """Whether a path holds arrays or feeds, or is neither a text nor images: it uses no options."""
-    return not kind_of(path).options
+def is_made(path: Path) -> bool:
+    """Whether the samples of a path are made of something else (`Kind.is_made`)."""
+    return kind_of(path).is_made
 
 
 def _numbers(name: str, given: object) -> tuple[float, ...] | None:

@@ -87,6 +87,8 @@ class Kind:
         read: Reads a source, checked against the model. The stack closes its temporary files.
         options: The names of the options that it uses.
         check: Raises an InputError if the source cannot be read with the options, before a model is loaded.
+        is_made: Whether its samples are made of something else, such as texts or images. Then --inputs and
+            --check read it as --calibration does, and take a limited number of samples.
     """
 
     what: str
@@ -94,6 +96,7 @@ class Kind:
     read: Callable[[Path, Need, ExitStack], Table | Feeds]
     options: tuple[str, ...] = ()
     check: Callable[[Path, Options], None] = _nothing
+    is_made: bool = False
 
 
 def library(module: str, name: str, extra: str, path: Path) -> ModuleType:

@@ -199,4 +199,4 @@ def _column(spec: Spec, shape: tuple[int, ...], values: Values, ids: Spec, sampl
     return InMemory(np.broadcast_to(array, (samples, *row)))
 
 
-KIND = Kind("texts", _claim, _read, ("tokenizer",), _check)
+KIND = Kind("texts", _claim, _read, ("tokenizer",), _check, is_made=True)

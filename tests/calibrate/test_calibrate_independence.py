@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import onnx_lowrank
-from onnx_lowrank.calibrate.blocks import Blocks
+from onnx_lowrank.calibrate.independence import Blocks
 from onnx_lowrank.calibrate.moments import Accumulator, merged, split
 from onnx_lowrank.linalg.quadratic import shrinkage
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
@@ -63,7 +63,7 @@ def exact(blocks):
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("sizes", [(30, 30, 30, 30), (5, 80, 33)])
 def test_the_estimate_is_that_of_the_definition_over_many_signs(sizes, mean, monkeypatch):
-    monkeypatch.setattr("onnx_lowrank.calibrate.blocks._PAIRS", 20_000)
+    monkeypatch.setattr("onnx_lowrank.calibrate.independence._PAIRS", 20_000)
     rng = np.random.default_rng(3)
     # Each block has a scale of its own, so the vectors are worth far fewer.
     blocks = [
