@@ -65,7 +65,9 @@ def weights(given: Sequence[float] | None, number: int) -> tuple[float, ...]:
             f"--weights has {counted(len(given), 'value')}, and --input-shape gives "
             f"{counted(number, 'set')} of shapes: give every input two shapes or more, and a weight for each."
         )
-    return tuple(weight / fsum(given) for weight in given)
+    # Divided first, or the sum of large weights overflows.
+    parts = [float(weight) / float(max(given)) for weight in given]
+    return tuple(part / fsum(parts) for part in parts)
 
 
 def _shapes(given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

@@ -54,19 +54,19 @@ class Blocks:
             self._center = rows.mean(axis=0)  # near the mean, so that no digits cancel
         centred = np.swapaxes(rows - self._center, 0, 1)
         left, right = centred @ self._left, centred @ self._right
-        # Whole samples in one chunk are summed together; a sample in several chunks stays open until its end.
-        whole = span is not None and not self._open[3].any() and len(rows) % span == 0
-        number = len(rows) // span if whole and span is not None else 1
-        left, right = (each.reshape(len(each), number, -1, _PAIRS) for each in (left, right))
-        counts = np.full((len(left), number, _PAIRS), len(rows) / number)
-        sums = np.stack([each.sum(axis=2, dtype=np.float64) for each in (left * right, left, right)])
-        sums = np.concatenate([sums, counts[None]])
-        if whole:
-            self._closed(sums)
+        opened = int(self._open[3].flat[0])
+        first = len(rows) if span is None else min(-opened % span, len(rows))
+        self._open += _sums(left[:, :first], right[:, :first], 1)[:, :, 0]
+        if span is None:
             return
-        self._open += sums[:, :, 0]
-        if span is not None and self._open[3].flat[0] >= span:
+        if opened + first == span:
             self.close()
+        # Chunks need not end where samples end: the rows behind the last whole sample open the next block.
+        number = (len(rows) - first) // span
+        last = first + number * span
+        if number:
+            self._closed(_sums(left[:, first:last], right[:, first:last], number))
+        self._open += _sums(left[:, last:], right[:, last:], 1)[:, :, 0]
 
     def close(self) -> None:
         """End the open block; the next vectors belong to another one."""
@@ -101,3 +101,18 @@ class Blocks:
         most = float(count.flat[0])
         worth = np.where(spread > power / most, power / np.where(spread > 0, spread, 1.0), most)
         return float(worth.min())
+
+
+def _sums(left: NDArray[Any], right: NDArray[Any], number: int) -> NDArray[np.float64]:
+    """Sums over blocks of the same size of (a x)(b x), a x, b x and 1; shape (4, g, number, pairs).
+
+    Args:
+        left: a x of every vector, shape (g, vectors, pairs).
+        right: b x, likewise.
+        number: Number of blocks.
+    """
+    groups, vectors, pairs = left.shape
+    shape = groups, number, vectors // number, pairs
+    left, right = left.reshape(shape), right.reshape(shape)
+    sums = np.stack([each.sum(axis=2, dtype=np.float64) for each in (left * right, left, right)])
+    return np.concatenate([sums, np.full((1, *sums.shape[1:]), float(shape[2]))])

@@ -36,12 +36,17 @@ class Noise:
 
     @property
     def error(self) -> float | None:
-        """The standard error; None for fewer than two samples, and for outputs that are all zero."""
-        a, b, aa, ab, bb = map(float, self._sums)
+        """The standard error; None for fewer than two samples, outputs that are all zero, and overflow."""
+        a, b, aa, ab, bb = self._sums
         if self._count < 2 or not b > 0:
             return None
-        ratio = a / b
-        variance = max(aa - 2 * ratio * ab + ratio**2 * bb, 0.0) * self._count / (self._count - 1) / b**2
+        # NumPy's numbers: Python's raise an error on overflow. Divided one by one, as b² overflows early.
+        with np.errstate(over="ignore", invalid="ignore"):
+            ratio = a / b
+            spread = np.maximum(aa / b - 2 * ratio * (ab / b) + ratio * (ratio * (bb / b)), 0.0)
+            variance = spread / b * self._count / (self._count - 1)
+        if not np.isfinite(variance):
+            return None
         return sqrt(variance / (4 * ratio)) if ratio > 0 else 0.0
 
 

@@ -112,7 +112,8 @@ def assumed(
                 if symbol not in sizes:
                     sizes[symbol] = next(primes)
             shape.append(dimension.size(sizes) if n is None else n)
-        made[name] = tuple(shape)
+        if all(size is None or size <= _LARGEST_SIZE for size in shape):
+            made[name] = tuple(shape)
     return made
 
 

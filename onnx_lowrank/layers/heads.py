@@ -429,7 +429,8 @@ class _Search:
                 if axis is None or not is_op(self._walk.node(place), ("Shape",)):
                     return READ
                 found = self._sizes.pins(place, axis, len(axes), prod(part.size for part in axes[axis]))
-                if found is None:
+                # A body of an If or Loop has node numbers of its own, and constants that only it may read.
+                if found is None or any(pin.place.scope for pin in found):
                     return COMPUTED
                 pins += [pin for pin in found if (pin.place, pin.operand) not in readers]
         return tuple(pins)

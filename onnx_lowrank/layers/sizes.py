@@ -44,8 +44,9 @@ class Sizes:
         self._shapes = shapes
 
     def of(self, tensor: Any) -> tuple[int, ...] | None:
-        """The shape of a tensor; None if a dimension is unknown."""
-        return known(shape_of(self._walk, self._shapes, tensor))
+        """The shape of a tensor; None if a dimension is unknown, or 0, which tells no axes apart."""
+        shape = known(shape_of(self._walk, self._shapes, tensor))
+        return None if shape is None or 0 in shape else shape
 
     def entry(self, place: Place, index: int) -> tuple[Size, int] | None:
         """The place and the value of a number in the target of a Reshape or Expand.

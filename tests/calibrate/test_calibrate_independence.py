@@ -33,16 +33,14 @@ def drawn(seed, blocks=40, number=30, mean=0.0):
     return [mean + rng.standard_normal((number, 12)) * SCALE for _ in range(blocks)]
 
 
-@pytest.mark.parametrize("chunk", [7, 30, 60, 1200])
+@pytest.mark.parametrize("chunk", [7, 13, 30, 50, 60, 70, 1200])
 def test_samples_in_one_batch_are_blocks(chunk):
     """A batch in chunks of any size gives what its samples give one by one."""
     blocks = drawn(2)
     accumulator = Accumulator("x", 1, 12)
-    # Smaller chunks than a sample end with the sample, as those of activations do.
-    parts = blocks if chunk < 30 else [np.concatenate(blocks)]
-    for part in parts:
-        for start in range(0, len(part), chunk):
-            accumulator.add(part[start : start + chunk, None], 30)
+    rows = np.concatenate(blocks)
+    for start in range(0, len(rows), chunk):
+        accumulator.add(rows[start : start + chunk, None], 30)
     accumulator.close_block()
     assert accumulator.moments().independent == pytest.approx(moments(blocks).independent, rel=1e-2)
 

@@ -69,6 +69,17 @@ def test_one_sample_and_an_output_of_zeros_have_none(shape, scale, expected):
     assert Noise().error is None
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_the_noise_of_huge_and_tiny_outputs_is_relative(scale):
+    y, difference = drawn(3, 6, 4)
+    assert noise((scale * y, scale * difference)) == pytest.approx(wanted(y, difference), rel=1e-9)
+
+
+def test_squares_that_overflow_tell_no_noise():
+    y, difference = drawn(3, 6, 4)
+    assert noise((1e100 * y, 1e100 * difference)) is None
+
+
 def test_no_error_has_no_noise():
     y, difference = drawn(4, 5, 4)
     assert noise((y, 0 * difference)) == 0

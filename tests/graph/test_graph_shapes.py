@@ -253,6 +253,13 @@ def test_open_dimensions_are_assumed_apart_from_each_other():
     assert sizes == {"a": (2, 9, 4), "b": (2, 12, 4)}
 
 
+def test_dimensions_beyond_any_size_are_not_assumed():
+    proto = model("g (float[N,4] a, float[M,4] b) => (float[N,4] y) { y = Add (a, b) }")
+    proto.graph.input[1].type.tensor_type.shape.dim[0].dim_param = " * ".join("abcdefghijklmnopqr")
+    opened = load(proto)
+    assert assumed(opened, infer(opened, {}), {}) == {"a": (3, 4)}
+
+
 def test_open_dimensions_without_a_name_are_alike_on_one_axis():
     proto = model("g (float[N,M] a, float[N,M] b) => (float[N,M] y) { y = Add (a, b) }")
     for value in proto.graph.input:

@@ -124,6 +124,22 @@ def test_a_scale_that_the_model_computes_from_a_head_is_pinned():
     assert (pin.value, pin.shape) == (SIZE, ())
 
 
+def test_a_scale_that_a_branch_computes_from_a_head_keeps_the_heads():
+    """A pin belongs to the main graph; a branch has node numbers of its own."""
+    then, other = (f"{{ c9 = Cast <to = 1> (n9) {result} = Sqrt (c9) }}" for result in ("r8", "r9"))
+    scale = f"""t9 = Shape (q) i9 = Constant <value_int = -1> () n9 = Gather (t9, i9)
+        f9 = If (yes) <then_branch = a () => (float r8) {then}, else_branch = b () => (float r9) {other}>
+        s1 = Div (s0, f9)"""
+    proto = bert(text=BERT.replace("s1 = Div (s0, scale)", scale), yes=np.array(True))
+    onnx.checker.check_model(proto)
+    assert set(pairs(proto)) == {"wo"}
+    assert list(reasons(proto).values()) == [products.COMPUTED]
+
+
+def test_no_elements_tell_no_heads():
+    assert not pairs(bert(), x=(2, 0, 24), mask=(2, 1, 1, 0))
+
+
 ROTATED = "q8 = Mul (q, cos) q9 = Add (q8, q) s0 = MatMul (q9, k)"
 NORMED = "q9 = LayerNormalization <axis = -1> (q, eight) s0 = MatMul (q9, k)"
 LEFT = {

@@ -27,6 +27,7 @@ from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.probe.micro import placeholder
 from onnx_lowrank.rewrite.replace import rewrite
+from onnx_lowrank.shape_sets import weights
 from rewriting import model
 from timing import Recorded, by_weights
 from tiny import decaying
@@ -247,6 +248,11 @@ def test_sets_count_alike_without_weights():
     assert one.timing.calls == ()
     again = compress(decoder(), 0.8, time=True, input_shape=PREFILL).report
     assert one.to_json() == again.to_json()
+
+
+@pytest.mark.parametrize(("given", "expected"), [((1e308, 1e308), (0.5, 0.5)), ((3, 1), (0.75, 0.25))])
+def test_weights_of_any_size_are_scaled_to_one(given, expected):
+    assert weights(given, 2) == expected
 
 
 def test_the_terminal_shows_every_set():
