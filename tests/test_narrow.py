@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from calibrating import run
 from onnx_lowrank import PlanError, compress
+from onnx_lowrank.calibrate import sensitivity
 from rewriting import DTYPES, model
 
 FEATURES, HIDDEN, COPIES = 24, 20, 60
@@ -97,6 +98,23 @@ def test_redundant_channels_go_without_loss(kind, recover):
     assert [n.op_type for n in result.model.proto.graph.node if n.op_type != "BatchNormalization"] == types
     assert result.report.reached <= 0.4
     onnx.checker.check_model(result.model.proto, full_check=True)
+
+
+def test_the_effect_of_a_layer_that_can_only_be_narrowed_is_measured(monkeypatch):
+    """Every chain of rank 8 costs more than the weight with 4 features, but fewer channels cost less."""
+    arrays = weights("mlp")
+    arrays |= {"down": arrays["down"][:, :4], "last": arrays["last"][:4]}
+    probed, original = [], sensitivity.measure
+
+    def recorded(model, walk, bindings, *args, **options):
+        probed.extend(binding.layer.id for binding in bindings)
+        return original(model, walk, bindings, *args, **options)
+
+    monkeypatch.setattr(sensitivity, "measure", recorded)
+    proto = model(MLP.replace("[N,24] y", "[N,4] y"), **arrays)
+    _, result = narrowed("mlp", 0.5, recipe="output", proto=proto, align=8)
+    assert "down" in probed
+    assert choice(result, "down").option.lowering == "narrow"
 
 
 def test_every_stored_shape_is_narrow():

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of one run, over all operators of a model that multiply by a weight.
+"""Multiply-accumulates of one run, over all convolutions and matrix products of a model.
 
 An If counts as its more expensive branch, so the bound of a plan holds on every route through the branches.
 """

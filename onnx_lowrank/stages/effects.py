@@ -77,8 +77,9 @@ def effects(
     unseen = calibration.statistics.reasons
     chosen = {table.layer: () if table.layer in unseen else _probes(table) for table in tables}
     widths = {layer: _probes(table) for layer, table in narrow.items() if layer not in unseen}
-    measured = [binding for binding in bindings if chosen[binding.layer.id]]
-    tried = {b.layer.id: (*chosen[b.layer.id], *widths.get(b.layer.id, ())) for b in measured}
+    tried = {layer: (*probes, *widths.get(layer, ())) for layer, probes in chosen.items()}
+    # Not only those with a chain: some layers can be narrowed, but no chain of them is cheaper.
+    measured = [binding for binding in bindings if tried[binding.layer.id]]
     with progress.stage("outputs", 1) as step:
         caused = _caused(model, walk, measured, tried, calibration, executor, step)
     if not caused:

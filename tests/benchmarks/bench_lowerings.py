@@ -1,9 +1,9 @@
 """Times of equivalent chains in ONNX Runtime: `python tests/benchmarks/bench_lowerings.py [--threads N]`.
 
 The time of a chain over the time of the layer, as medians of interleaved runs, for each way to write the same
-chain. Slices of a matrix: a batched MatMul after a transpose, a grouped Conv between two transposes
-(`graph/chains.py` writes both), and a MatMul that broadcasts over rows. Convolutions with a kernel of size 1:
-as Conv and as MatMul, between poolings of size 1, which make the runtime store their tensors in blocks.
+chain. Slices of a matrix: a batched MatMul after a transpose, a grouped Conv between two transposes (both as
+`operators/matrix.py` writes them), and a MatMul that broadcasts over rows. Convolutions with a kernel of size
+1: as Conv and as MatMul, between poolings of size 1, which make the runtime store their tensors in blocks.
 """
 
 from __future__ import annotations
