@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.scratch import scratch
 
 _GIB = 2**30
 
@@ -84,12 +85,12 @@ class Shelved:
 
     def __enter__(self) -> Self:
         """Make the folder."""
-        self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
-        self._shelf = Shelf(Path(self._folder.name))
+        self._resources = ExitStack()
+        self._shelf = Shelf(self._resources.enter_context(scratch()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Delete the folder."""
-        self._folder.cleanup()
+        self._resources.close()

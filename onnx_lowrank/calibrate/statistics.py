@@ -16,8 +16,6 @@ from contextlib import ExitStack, nullcontext
 from copy import copy
 from dataclasses import replace
 from math import ceil
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -35,6 +33,7 @@ from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.scratch import scratch
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
@@ -89,7 +88,8 @@ class Statistics(Mapping[str, LayerMoments]):
         self.ways: dict[str, Way] = {}
         self._layers = tuple(layers)
         self._references: dict[str, MomentsRef] = {}
-        self._folder = TemporaryDirectory(prefix="onnx-lowrank-")
+        self._resources = ExitStack()
+        self._folder = self._resources.enter_context(scratch())
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +101,7 @@ class Statistics(Mapping[str, LayerMoments]):
 
     def close(self) -> None:
         """Delete the moments on disk."""
-        self._folder.cleanup()
+        self._resources.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -156,12 +156,12 @@ class Statistics(Mapping[str, LayerMoments]):
             InputError: The disk is full.
         """
         number = len(set(self._references.values()))
-        kept = MomentsRef(Path(self._folder.name), number, of_outputs)
+        kept = MomentsRef(self._folder, number, of_outputs)
         try:
             kept.write(fit, held)
         except OSError as error:
             raise InputError(
-                f"The activation statistics cannot be written to {self._folder.name} "
+                f"The activation statistics cannot be written to {self._folder} "
                 f"({error.strerror or error}): make room there, or set TMPDIR to another folder."
             ) from error
         self._references.update(dict.fromkeys(layers, kept))

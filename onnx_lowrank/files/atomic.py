@@ -102,7 +102,7 @@ def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
         private = partial(os.open, mode=first)
         file = cleaning.enter_context(open(path, "xb", opener=private))
         # Before it was locked, another run may have mistaken it for a dead run's file and removed it.
-        if _locked(file.fileno(), waiting=True) and not os.fstat(file.fileno()).st_nlink:
+        if locked(file.fileno(), waiting=True) and not os.fstat(file.fileno()).st_nlink:
             with hidden(folder, mode) as again:
                 yield again
             return
@@ -140,12 +140,12 @@ def _remove_dead(path: Path, seen: Callable[[Path], object]) -> None:
         return
     with path.open("rb") as file:
         # If its owner renames it meanwhile, this locks the target, and there is no hidden name to remove.
-        if _locked(file.fileno()):
+        if locked(file.fileno()):
             seen(path)
             path.unlink()
 
 
-def _locked(file: int, *, waiting: bool = False) -> bool:
+def locked(file: int, *, waiting: bool = False) -> bool:
     """Lock an open file until it is closed; False if another run holds the lock or there are no locks.
 
     Args:
@@ -186,7 +186,7 @@ def _second_name(target: Path) -> Iterator[Path | None]:
         cleaning.callback(backup.unlink, missing_ok=True)
         with suppress(OSError):
             # Locked before it has the second name: the lock belongs to the file, so no run removes that name.
-            _locked(cleaning.enter_context(target.open("rb")).fileno())
+            locked(cleaning.enter_context(target.open("rb")).fileno())
         try:
             os.link(target, backup, follow_symlinks=False)
         except OSError:

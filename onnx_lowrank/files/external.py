@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.scratch import scratch
 from onnx_lowrank.files.tensors import (
     Region,
     inline,
@@ -99,12 +100,15 @@ class Spill:
         Raises:
             InputError: The folder takes no file.
         """
-        try:
-            self._file = tempfile.NamedTemporaryFile(prefix="onnx-lowrank-", suffix=".spill", dir=folder)  # noqa: SIM115
-        except OSError as error:
-            where = folder or tempfile.gettempdir()
-            raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error
-        path = Path(self._file.name).resolve()
+        with ExitStack() as stack:
+            try:
+                place = stack.enter_context(scratch(folder))
+                path = place / f"{place.stem}.spill"
+                self._file = stack.enter_context(path.open("xb"))
+            except OSError as error:
+                where = folder or tempfile.gettempdir()
+                raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error
+            self._resources = stack.pop_all()
         self.files: Mapping[str, Path] = {path.name: path}
 
     def __enter__(self) -> Self:
@@ -115,7 +119,7 @@ class Spill:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Delete the file."""
-        self._file.close()
+        self._resources.close()
 
     def tensor(self, name: str, array: NDArray[Any]) -> TensorProto:
         """Write an array to the file.

@@ -1,0 +1,69 @@
+"""Temporary folders that do not outlive a killed run by more than one run.
+
+A folder is deleted at the end of its block. A run that is killed cannot do that, and its tensors may take as
+much of the disk as the model. Therefore every run holds a lock on its folders, which the system releases when
+the run ends for any reason, and every run first removes the folders without a lock. If the system or the file
+system has no such locks, nothing is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from onnx_lowrank.files.atomic import locked
+
+_PREFIX, _SUFFIX = "onnx-lowrank-", ".scratch"
+
+
+@contextmanager
+def scratch(folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """A new, empty folder for temporary files; the end of the block deletes it with its files.
+
+    Args:
+        folder: The folder that contains it; None for the system's temporary folder.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    where = Path(tempfile.gettempdir() if folder is None else folder)
+    _sweep(where)
+    with ExitStack() as stack:
+        made = tempfile.TemporaryDirectory(prefix=_PREFIX, suffix=_SUFFIX, dir=where)
+        path = Path(stack.enter_context(made)).resolve()
+        # Before it was locked, another run may have mistaken it for a dead run's folder and removed it.
+        if _lock(path, stack, waiting=True) is not None and path.is_dir():
+            yield path
+            return
+    with scratch(folder) as again:
+        yield again
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what dead runs left in a folder; what cannot be removed stays."""
+    with suppress(OSError):
+        for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")):
+            with ExitStack() as stack:
+                if _lock(path, stack, waiting=False):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _lock(path: Path, stack: ExitStack, *, waiting: bool) -> bool | None:
+    """Lock a folder until the stack is closed.
+
+    Returns:
+        Whether it is locked; None if the folder cannot be opened.
+    """
+    if sys.platform == "win32":  # which opens no folder
+        return False
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    stack.callback(os.close, opened)
+    return locked(opened, waiting=waiting)

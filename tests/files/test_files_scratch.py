@@ -1,0 +1,89 @@
+"""Temporary folders: a killed run leaves nothing that the next run does not remove."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.external import Spill
+from onnx_lowrank.files.scratch import scratch
+
+KILLED = """
+import os, signal, sys
+from onnx_lowrank.files.scratch import scratch
+with scratch(sys.argv[1]) as folder:
+    (folder / "weights").write_bytes(b"large")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(folder) -> None:
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+def test_a_folder_goes_with_its_files(tmp_path):
+    with scratch(tmp_path) as folder:
+        (folder / "file").write_bytes(b"content")
+        assert [*tmp_path.iterdir()] == [folder]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
+    killed(tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert [path.name for path in left.iterdir()] == ["weights"]
+    with scratch(tmp_path) as folder:
+        assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_the_folders_of_living_runs_stay(tmp_path):
+    with scratch(tmp_path) as first, scratch(tmp_path) as second:
+        killed(tmp_path)
+        assert {first, second} < {*tmp_path.iterdir()}
+        with scratch(tmp_path) as third:
+            assert {*tmp_path.iterdir()} == {first, second, third}
+
+
+def test_only_folders_of_this_package_go(tmp_path):
+    (tmp_path / "onnx-lowrank-file.scratch").write_bytes(b"")
+    (tmp_path / "onnx-lowrank-link.scratch").symlink_to(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other.scratch").mkdir()
+    before = {*tmp_path.iterdir()}
+    with scratch(tmp_path):
+        pass
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_was_taken_for_a_dead_ones_is_made_again(tmp_path, monkeypatch):
+    lock, removed = os.open, []
+
+    def opened(path, flags, *mode, **more):
+        if flags & os.O_DIRECTORY and not removed:
+            removed.append(path)
+            os.rmdir(path)  # noqa: PTH106 - what another run did before the lock
+        return lock(path, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", opened)
+    with scratch(tmp_path) as folder:
+        assert folder.is_dir()
+    assert len(removed) == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_spill_is_in_such_a_folder(tmp_path):
+    killed(tmp_path)
+    with Spill(tmp_path) as spill:
+        ((name, path),) = spill.files.items()
+        assert path.name == name
+        assert [*tmp_path.iterdir()] == [path.parent]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    with pytest.raises(InputError, match="takes no temporary file"):
+        Spill(tmp_path / "absent")
