@@ -123,7 +123,7 @@ class _Job:
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
         """Measure the statistics of activations that the request needs."""
         # Most of the package serves calibration: a run without it starts much sooner.
-        from onnx_lowrank.calibrate import statistics
+        from onnx_lowrank.calibrate import measurement
         from onnx_lowrank.calibrate.calibration import Calibration
 
         feed = next(held_out(samples, 1))
@@ -133,7 +133,7 @@ class _Job:
             check_target(self.asked.target, self.found.model.name, outputs, feed, judged)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         with self.progress.stage("activations", 1) as step:
-            moments = statistics.measure(
+            moments = measurement.measure(
                 self.found.model,
                 self.found.walk,
                 bindings,

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto
 
-from onnx_lowrank.calibrate import data, statistics
+from onnx_lowrank.calibrate import data, measurement
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Option
@@ -39,7 +39,7 @@ def measured(found: Found, source: Any, **options: Any) -> Iterator[Calibration]
     model = found.model
     with (
         data.open_samples(source, specs(model.proto)) as samples,
-        statistics.measure(model, found.walk, found.bindings, samples, ENGINE, THREADS, **options) as taken,
+        measurement.measure(model, found.walk, found.bindings, samples, ENGINE, THREADS, **options) as taken,
     ):
         yield Calibration(samples, ENGINE, taken)
 

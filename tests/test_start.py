@@ -23,7 +23,7 @@ print(*sys.modules, sep="\\n")
 """
 
 LATE = {
-    "onnx_lowrank.calibrate.statistics": {"calibration": "DATA", "recipe": "activation"},
+    "onnx_lowrank.calibrate.measurement": {"calibration": "DATA", "recipe": "activation"},
     "onnx_lowrank.stages.recover": {"calibration": "DATA", "recipe": "activation"},
     "onnx_lowrank.calibrate.sensitivity": {"calibration": "DATA", "recipe": "output"},
     "onnx_lowrank.calibrate.data": {"inputs": "DATA"},

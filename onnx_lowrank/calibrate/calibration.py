@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from onnx_lowrank.calibrate.data import Samples
+from onnx_lowrank.calibrate.measurement import Statistics
 from onnx_lowrank.calibrate.originals import Originals
-from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.engines.running import Engine
 
 

@@ -26,7 +26,7 @@ from onnx_lowrank.graph.walk import Place, Walk, is_op
 from onnx_lowrank.graph.weights import Source, constant, readers, resolve
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
-from onnx_lowrank.operators.operator import Operator
+from onnx_lowrank.operators.family import Operator
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 from onnx_lowrank.graph.weights import VIEWS, constant
 from onnx_lowrank.layers.binding import Pin, Size
-from onnx_lowrank.operators.operator import known
+from onnx_lowrank.operators.family import known
 
 _LONGEST = 8
 """So many views at most lie between the size of an axis and the target that joins it with others."""

@@ -15,9 +15,9 @@ from onnx import NodeProto
 from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering
+from onnx_lowrank.operators.family import Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import Vectors
-from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
 
 _TOKENS = 3
 """Number of tokens in a sample."""

@@ -24,8 +24,8 @@ from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.graph.walk import attribute_of
+from onnx_lowrank.operators.family import Kind, Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.fragment import Fragment
-from onnx_lowrank.operators.operator import Kind, Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.window import Window
 
 _SPATIAL = {"strides": 1, "dilations": 1, "pads": 2, "output_padding": 1, "output_shape": 1}

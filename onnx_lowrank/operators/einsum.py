@@ -22,9 +22,9 @@ from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.graph.walk import attribute_of
+from onnx_lowrank.operators.family import Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import parts, row_dtype
-from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ELLIPSIS = "."

@@ -17,9 +17,9 @@ from onnx_lowrank.core.layer import Positions, Use
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.graph.walk import attribute_of
 from onnx_lowrank.operators.convolution import Conv, spatial
+from onnx_lowrank.operators.family import Operands, Shape, Site, known
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.matrix import Gemm, MatMul
-from onnx_lowrank.operators.operator import Operands, Shape, Site, known
 from onnx_lowrank.operators.window import Window
 
 _DOMAIN = "com.microsoft"

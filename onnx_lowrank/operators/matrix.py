@@ -18,9 +18,9 @@ from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.walk import attribute_of
+from onnx_lowrank.operators.family import Kind, Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import Vectors
-from onnx_lowrank.operators.operator import Kind, Operands, Operator, Sample, Shape, Site, Timed, known
 
 _ROWS = 3
 """Number of vectors in a sample."""

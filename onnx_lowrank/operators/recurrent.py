@@ -22,9 +22,9 @@ from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.graph.walk import attribute_of
+from onnx_lowrank.operators.family import Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import Vectors
-from onnx_lowrank.operators.operator import Operands, Operator, Sample, Shape, Site, Timed, known
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _R, _B, _LENGTHS, _STATES, _P = 2, 3, 4, (5, 6), 7

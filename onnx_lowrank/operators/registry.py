@@ -15,8 +15,8 @@ from pkgutil import iter_modules
 from onnx import NodeProto
 
 from onnx_lowrank import operators
+from onnx_lowrank.operators.family import Operator
 from onnx_lowrank.operators.left_alone import LEFT_ALONE
-from onnx_lowrank.operators.operator import Operator
 
 _DEFAULT = ("", "ai.onnx")
 

@@ -12,9 +12,9 @@ from onnx import NodeProto, TensorProto
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.graph.walk import attribute_of
+from onnx_lowrank.operators.family import Operands, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.matrix import Product
-from onnx_lowrank.operators.operator import Operands, Sample, Shape, Site, Timed, known
 
 _ROWS = 3
 """Number of rows that a sample looks up."""

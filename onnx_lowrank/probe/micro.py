@@ -41,7 +41,7 @@ from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find
 from onnx_lowrank.operators import registry
-from onnx_lowrank.operators.operator import Operator, Timed
+from onnx_lowrank.operators.family import Operator, Timed
 from onnx_lowrank.rewrite.replace import Replacement, rewrite
 
 _IR_VERSION = 8

@@ -22,7 +22,7 @@ from onnx_lowrank.layers.find import canonical_weight
 from onnx_lowrank.linalg.factorize import certify_product
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.convolution import spatial
-from onnx_lowrank.operators.operator import Operator
+from onnx_lowrank.operators.family import Operator
 
 _Array = NDArray[np.float64]
 

@@ -33,8 +33,8 @@ from onnx_lowrank.graph.weights import dtype_of
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.family import Operands, Site
 from onnx_lowrank.operators.fragment import Fragment
-from onnx_lowrank.operators.operator import Operands, Site
 from onnx_lowrank.rewrite.edits import Edits, Store
 from onnx_lowrank.rewrite.heads import less_of, narrow_bias, resize
 from onnx_lowrank.rewrite.narrow import narrow, narrow_weight

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.statistics import Statistics
+from onnx_lowrank.calibrate.measurement import Statistics
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk

@@ -25,7 +25,7 @@ from onnx_lowrank.work.sharing import SharedItem, fitted_together
 from onnx_lowrank.work.weights import reference
 
 if TYPE_CHECKING:
-    from onnx_lowrank.calibrate.statistics import Statistics
+    from onnx_lowrank.calibrate.measurement import Statistics
 
 Fitted = tuple[Replacement, LayerFit]
 """The factors of one layer as the rewriter needs them, and how they were made."""

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.measurement import Statistics
 from onnx_lowrank.calibrate.moments import Accumulator, merged, split
 from onnx_lowrank.calibrate.prefix import Prefix, Sight, Step
-from onnx_lowrank.calibrate.statistics import Statistics
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments
 from onnx_lowrank.core.layer import Layer, sharing
 from onnx_lowrank.core.option import Lowering, Option

@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 from onnx_lowrank.calibrate import jobs
-from onnx_lowrank.calibrate import statistics as module
-from onnx_lowrank.calibrate.statistics import measure
+from onnx_lowrank.calibrate import measurement as module
+from onnx_lowrank.calibrate.measurement import measure
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
