@@ -64,8 +64,24 @@ CROSS = f"""{HEAD}
     v0 = Reshape (f, heads) v = Transpose <perm = [0, 2, 1, 3]> (v0) {ATTEND}"""
 """One matrix for keys and values; the queries have their own."""
 
-FORMS = {"vit": VIT, "unbound": UNBOUND, "sliced": SLICED, "gpt": GPT, "nano": NANO, "equal": EQUAL}
-BOUND = ("vit", "unbound", "sliced")
+SIZED = VIT.replace(
+    "c = Reshape (c1, join)",
+    """sx = Shape (x) g0 = Gather (sx, i0) g1 = Gather (sx, i1) g2 = Gather (sx, i2)
+    u0 = Unsqueeze (g0, zeros) u1 = Unsqueeze (g1, zeros) u2 = Unsqueeze (g2, zeros)
+    back = Concat <axis = 0> (u0, u1, u2) c = Reshape (c1, back)""",
+)
+"""The same, where the size of the result is that of the input, as exporters of open batches write it."""
+
+FORMS = {
+    "vit": VIT,
+    "sized": SIZED,
+    "unbound": UNBOUND,
+    "sliced": SLICED,
+    "gpt": GPT,
+    "nano": NANO,
+    "equal": EQUAL,
+}
+BOUND = ("vit", "sized", "unbound", "sliced")
 """The forms in which all three have one size of heads."""
 
 

@@ -45,7 +45,10 @@ def test_planted_heads_shrink_to_their_rank_without_loss(name, recover):
     narrowed = result.rewritten.model.proto
     onnx.checker.check_model(narrowed, full_check=True)
     assert error(proto, narrowed) < 5e-3
-    assert [n.op_type for n in narrowed.graph.node] == [n.op_type for n in proto.graph.node]
+    # What a size of the input gave is a constant now.
+    gone = ["Gather", "Unsqueeze"] if name == "sized" else []
+    kinds = [sorted(node.op_type for node in each.graph.node) for each in (proto, narrowed)]
+    assert kinds[0] == sorted(kinds[1] + gone)
     # Below their rank, heads lose.
     _, smaller = built(proto, {"w": HEADS, "wo": HEADS})
     assert error(proto, smaller.rewritten.model.proto) > 5e-2

@@ -36,12 +36,14 @@ class Size:
         part: The input, of the Concat that joins the shape, that holds the number; None if the whole shape is
             one constant.
         index: The number's index in the constant.
+        stated: The number, if the model computes it from a size that stays; a constant takes its place.
     """
 
     place: Place
     operand: int
     part: int | None
     index: int
+    stated: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -388,7 +389,7 @@ class Search:
         found = self._sizes.entry(place, index)
         if found is None:
             followed = self._sizes.followed(place, index)
-            if followed is None:
+            if followed is None or self._is_wide:
                 return COMPUTED
             self._followed.append((followed, prod(part.size for part in after[axis])))
             return ""
@@ -401,12 +402,21 @@ class Search:
             return COMPUTED
         return ""
 
-    def _pins(self) -> tuple[Pin, ...] | str:
-        """Rule 3: the numbers that Shapes give of the tensors between; or why the heads stay."""
+    def _follow(self) -> bool:
+        """Whether the sizes that a model computes are those of axes that change, or known ones that stay."""
         for followed, expected in self._followed:
+            if followed.tensor not in self._tensors and followed.stated == expected:
+                self._changed.append(replace(followed.size, stated=expected))
+                continue
             _, known, axis = self._tensors.get(followed.tensor, (None, (), None))
             if axis != followed.axis or prod(part.size for part in known[axis]) != expected:
-                return COMPUTED
+                return False
+        return True
+
+    def _pins(self) -> tuple[Pin, ...] | str:
+        """Rule 3: the numbers that Shapes give of the tensors between; or why the heads stay."""
+        if not self._follow():
+            return COMPUTED
         readers = {followed.reader for followed, _ in self._followed}
         pins: list[Pin] = []
         for tensor, axes, axis in self._tensors.values():

@@ -24,6 +24,9 @@ from onnx_lowrank.graph.scopes import Scope, scopes
 from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op
 from onnx_lowrank.graph.weights import VIEWS, Source
 
+_BURIED = VIEWS | {"Constant", "Slice", "Concat", "Gather", "Shape"}
+"""Operators of constants and of shapes that go with their last reader."""
+
 Store = Callable[[str, NDArray[Any]], TensorProto]
 """Makes a tensor from a name and an array; for big models, it puts the bytes on disk."""
 
@@ -112,7 +115,7 @@ class Edits:
                 continue
             if place is None and key in self._walk.initializers:
                 removed += [v.name for v in self._model.proto.graph.input if not scope and v.name == name]
-            elif place is None or not is_op(self._walk.node(place), VIEWS | {"Constant", "Slice", "Concat"}):
+            elif place is None or not is_op(self._walk.node(place), _BURIED):
                 continue
             else:
                 self.scopes[scope].deleted.add(place.node)

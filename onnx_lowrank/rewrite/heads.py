@@ -122,7 +122,7 @@ def change_number(
     if concat is not None and size.part is not None:
         place, operand = concat, size.part
     tensor = walk.operand(place, operand)
-    value = constant(walk, model, tensor)
+    value = constant(walk, model, tensor) if size.stated is None else np.array([size.stated])
     if value is None or tensor is None:  # `layers.heads` could read it, so its file has changed since
         raise InputError("A shape changed while it was read: run again.")
     changed = value.copy()
