@@ -1,7 +1,8 @@
 """Smaller parts of packed matrices: their weights, biases and sizes, after all narrowings.
 
 Up to two narrowings take features from a packed matrix: that of its queries and keys, and that of its values.
-So its numbers wait here, and are stored once. The matrix comes before the layer that reads the result.
+So its numbers wait here until all parts are narrow, or until the end, and are stored once. The matrix comes
+before the layer that reads the result.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ class _Waiting:
         source: Where to store it.
         name: Its name so far.
         taken: The first feature of every part that has got smaller, and how many went.
+        left: The number of features that are in no such part.
     """
 
     values: NDArray[Any]
     axis: int
     source: Source
     name: str
+    left: int
     taken: dict[int, int] = field(default_factory=dict)
 
 
@@ -68,6 +71,8 @@ class Packs:
         self._splits: dict[Place, list[int]] = {}
         self._fused: dict[Place, list[int]] = {}
         self._scales: dict[Place, float] = {}
+        # Where to store the sizes that a node reads.
+        self._sources: dict[Place, Source] = {}
 
     def copied(self, place: Place, node: NodeProto) -> None:
         """Note that a copy takes the place of a node; its operands and attributes are set in the copy."""
@@ -96,7 +101,9 @@ class Packs:
         """
         rows = () if layer.narrowing is None else layer.narrowing.rows
         taken = {each.start: each.size - each.size * width // layer.width for each in rows}
-        self._waiting[place, operand] = _Waiting(values, axis, source, self._name(place, operand), taken)
+        left = layer.f - sum(each.size for each in rows)
+        name = self._name(place, operand)
+        self._waiting[place, operand] = _Waiting(values, axis, source, name, left, taken)
 
     def take_all(self, binding: Binding, less: Less) -> set[tuple[Place, int]]:
         """Make the features fewer that a layer takes from a packed partner.
@@ -138,14 +145,16 @@ class Packs:
             if value is None:
                 raise InputError("A constant changed while it was read: run again.")
             source = beside if isinstance(found, str) else found.source
-            waiting = self._waiting[place, operand] = _Waiting(
-                value, axis, source, self._name(place, operand)
-            )
+            name, left = self._name(place, operand), value.shape[axis]
+            waiting = self._waiting[place, operand] = _Waiting(value, axis, source, name, left)
         start = rows.start - sum(number for first, number in waiting.taken.items() if first < rows.start)
         before, part, after = np.split(waiting.values, [start, start + rows.size], waiting.axis)
         fewer = less(part, waiting.axis)
         waiting.values = np.concatenate([before, fewer, after], waiting.axis)
+        waiting.left -= rows.size
         waiting.taken[rows.start] = rows.size - fewer.shape[waiting.axis]
+        if not waiting.left:
+            self._store(place, operand)
 
     def resize(self, binding: Binding, width: int) -> None:
         """Note the sizes of the parts that a narrowing takes features from.
@@ -159,7 +168,8 @@ class Packs:
             return
         rows = layer.narrowing.rows
         lost = [each.size - each.size * width // layer.width for each in rows]
-        self._beside = binding.stored.source
+        places = [*(size.place for size in hidden.totals), *(cut.place for cut in hidden.splits)]
+        self._sources |= dict.fromkeys(places, binding.stored.source)
         for size in hidden.totals:
             self._lost[size] = self._lost.get(size, 0) + sum(lost)
         for cut, number in zip(hidden.splits, lost, strict=False):
@@ -169,20 +179,20 @@ class Packs:
             (packed,) = layer.partners or (layer,)
             widths = widths_of(self._walk.node(hidden.fused), packed.f) or ()
             sizes = self._fused.setdefault(hidden.fused, list(widths))
-            # Without a scale, the operator takes it from the size of the queries' heads.
-            stated = attribute_of(self._walk.node(hidden.fused), "scale", 0.0)
-            self._scales[hidden.fused] = stated or 1 / sqrt(widths[0] // layer.width_step)
+            if layer.packs_own:
+                # Without a scale, the operator takes it from the size of the queries' heads.
+                stated = attribute_of(self._walk.node(hidden.fused), "scale", 0.0)
+                self._scales[hidden.fused] = stated or 1 / sqrt(widths[0] // layer.width_step)
             # The parts of an Attention are the queries, the keys and the values.
             for part, number in zip((0, 1) if layer.packs_own else (2,), lost, strict=True):
                 sizes[part] -= number
 
     def flush(self) -> None:
         """Plan the edits of all that waits."""
-        for (place, operand), waiting in self._waiting.items():
-            values = np.ascontiguousarray(waiting.values)
-            self._repoint(place, operand, self._edits.keep(waiting.source, f"{waiting.name}_narrow", values))
+        for place, operand in [*self._waiting]:
+            self._store(place, operand)
         for size, lost in self._lost.items():
-            change_number(self._model, self._walk, self._edits, self._beside, size, (1, 1), lost)
+            change_number(self._model, self._walk, self._edits, self._sources[size.place], size, (1, 1), lost)
         for place, sizes in self._splits.items():
             self._resplit(place, sizes)
         for place, sizes in self._fused.items():
@@ -190,6 +200,12 @@ class Packs:
 
     def _name(self, place: Place, operand: int) -> str:
         return self._walk.origin(self._walk.operand(place, operand))[1]
+
+    def _store(self, place: Place, operand: int) -> None:
+        """Store a constant and let its node read it."""
+        waiting = self._waiting.pop((place, operand))
+        values = np.ascontiguousarray(waiting.values)
+        self._repoint(place, operand, self._edits.keep(waiting.source, f"{waiting.name}_narrow", values))
 
     def _repoint(self, place: Place, operand: int, name: str) -> None:
         if place in self._copies:
@@ -206,13 +222,15 @@ class Packs:
             return
         name = f"{self._walk.node(place).output[0]}_sizes"
         values = np.array(sizes, np.int64)
-        self._repoint(place, 1, self._edits.keep(before(self._beside, place), name, values))
+        self._repoint(place, 1, self._edits.keep(before(self._sources[place], place), name, values))
         # A Split states either the sizes of its parts or their number.
         attributes[place.node, "num_outputs"] = None
 
     def _refit(self, place: Place, sizes: list[int]) -> None:
         """Plan the new sizes of the parts of an Attention, whose scale stays as it is."""
-        changes: dict[str, Any] = {"qkv_hidden_sizes": sizes, "scale": self._scales[place]}
+        changes: dict[str, Any] = {"qkv_hidden_sizes": sizes}
+        if place in self._scales:
+            changes["scale"] = self._scales[place]
         for name, value in changes.items():
             if place in self._copies:
                 set_attribute(self._copies[place], name, value)
