@@ -18,7 +18,7 @@ from onnx_lowrank.layers.axes import INSIDE, Part
 from onnx_lowrank.layers.beside import beside
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Hidden
-from onnx_lowrank.layers.ends import End, Found
+from onnx_lowrank.layers.ends import End, Heads
 from onnx_lowrank.layers.heads import Search
 from onnx_lowrank.layers.hidden import is_plain, place_of
 from onnx_lowrank.layers.products import BIAS, BOUND, JOINED, MIXED, OTHER, blocked, products
@@ -48,7 +48,7 @@ class _Met:
 
     place: Place
     between: Between
-    found: Found | str
+    found: Heads | str
     macs: int = 0
 
 
@@ -96,7 +96,7 @@ def attention(
     return Attention(pairs, left)
 
 
-def _narrowing(model: Model, walk: Walk, shapes: Shapes, one: _Met, found: Found) -> Narrowing:
+def _narrowing(model: Model, walk: Walk, shapes: Shapes, one: _Met, found: Heads) -> Narrowing:
     """How the layer at one end of attention is narrowed with its partner."""
     rows = tuple(end.rows for end in found.packed if end.rows is not None)
     hidden, owner = found.hidden, found.owner
@@ -130,12 +130,12 @@ def _bound(ends: Sequence[_Met]) -> Iterator[tuple[_Met, str]]:
     """
     groups: dict[str, list[_Met]] = {}
     for one in ends:
-        if isinstance(one.found, Found) and one.found.is_bound:
+        if isinstance(one.found, Heads) and one.found.is_bound:
             groups.setdefault(one.found.packed[0].binding.layer.id, []).append(one)
         else:
             yield one, ""
     for group in groups.values():
-        founds = [one.found for one in group if isinstance(one.found, Found)]
+        founds = [one.found for one in group if isinstance(one.found, Heads)]
         if not _is_whole(founds):
             yield from ((replace(one, found=BOUND), "") for one in group)
             continue
@@ -143,7 +143,7 @@ def _bound(ends: Sequence[_Met]) -> Iterator[tuple[_Met, str]]:
         yield from zip(group, reversed(names), strict=True)
 
 
-def _is_whole(founds: Sequence[Found]) -> bool:
+def _is_whole(founds: Sequence[Heads]) -> bool:
     """Whether a pair of queries and keys and one of values are all that a packed matrix computes."""
     ends = [end for found in founds for end in found.packed]
     rows = {end.rows for end in ends if end.rows is not None}
@@ -183,7 +183,7 @@ def _fused(model: Model, walk: Walk, binding: Binding, search: Search, shapes: S
         return
     queries, keys, values = (Rows(sum(widths[:index]), width) for index, width in enumerate(widths))
     found = search.behind(place, values.size // heads, binding, values)
-    if isinstance(found, Found):
+    if isinstance(found, Heads):
         found = replace(found, hidden=replace(found.hidden, fused=place))
     macs = _products(walk, shapes, place)
     yield _Met(place, Between.VALUES, found, macs * values.size)
@@ -192,7 +192,7 @@ def _fused(model: Model, walk: Walk, binding: Binding, search: Search, shapes: S
         return
     parts = (Part(2, 1, heads), Part(INSIDE, 1, queries.size // heads))
     hidden = Hidden((), (), (), fused=place, ignores_shift=True)
-    both = Found(End(binding, parts, queries), End(binding, parts, keys), hidden, heads)
+    both = Heads(End(binding, parts, queries), End(binding, parts, keys), hidden, heads)
     yield _Met(place, Between.SCORES, both, macs * queries.size)
 
 

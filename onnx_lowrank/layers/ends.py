@@ -29,7 +29,7 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Heads:
     """Two layers with heads between them.
 
     Attributes:

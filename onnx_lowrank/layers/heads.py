@@ -28,7 +28,7 @@ from onnx_lowrank.graph.weights import FLOATS, constant
 from onnx_lowrank.layers.axes import INSIDE, Axes, Part, axes_of, inside, permuted, regrouped, shared_heads
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Hidden, Pin, Size
-from onnx_lowrank.layers.ends import End, Found
+from onnx_lowrank.layers.ends import End, Heads
 from onnx_lowrank.layers.hidden import channel_axis, place_of
 from onnx_lowrank.layers.packed import Cut, rows_of, uncut
 from onnx_lowrank.layers.products import (
@@ -76,7 +76,7 @@ class Search:
         # With the size that the target should have.
         self._followed: list[tuple[Followed, int]] = []
 
-    def values(self, product: Place) -> Found | str:
+    def values(self, product: Place) -> Heads | str:
         """The layer that reads the result of attention, and the one that computes the values."""
         result, right = self._walk.result(product), self._walk.operand(product, 1)
         shape, given = self._sizes.of(result), self._sizes.of(right)
@@ -93,7 +93,7 @@ class Search:
             return partner
         return self._read(result, axes, partner)
 
-    def behind(self, place: Place, head: int, partner: Binding, rows: Rows) -> Found | str:
+    def behind(self, place: Place, head: int, partner: Binding, rows: Rows) -> Heads | str:
         """The layer that reads the result of a fused Attention, whose values have heads of a size."""
         result = self._walk.result(place)
         # ONNX does not infer the shape; an operator that lays out elements anew asks for one.
@@ -106,7 +106,7 @@ class Search:
         reason = self._own_bias(partner)
         return reason or self._read(result, (*axes_of((0, 1), shape[:2]), values), End(partner, values, rows))
 
-    def _read(self, result: Any, axes: Axes, partner: End) -> Found | str:
+    def _read(self, result: Any, axes: Axes, partner: End) -> Heads | str:
         """The layer that reads the result of attention, and the one that computes the values."""
         self._cut = None
         found = self._ahead(result, axes)
@@ -117,7 +117,7 @@ class Search:
         parts = () if axis is None or len(axes) < -axis.index else axes[axis.index]
         return self._pair(End(binding, parts), partner, ignores_shift=False)
 
-    def scores(self, product: Place) -> Found | str:
+    def scores(self, product: Place) -> Heads | str:
         """The layer that computes the queries, and the one that computes the keys."""
         left, right = (self._walk.operand(product, index) for index in (0, 1))
         queries, keys = self._sizes.of(left), self._sizes.of(right)
@@ -150,7 +150,7 @@ class Search:
         scales = [p for p in between if is_op(self._walk.node(p), ("Mul", "Div"))]
         return only and axis in (-1, rank - 1) and all(self._scaled(p) is not None for p in scales)
 
-    def _pair(self, owner: End, partner: End, *, ignores_shift: bool) -> Found | str:
+    def _pair(self, owner: End, partner: End, *, ignores_shift: bool) -> Heads | str:
         """The pair, if both layers lay out their heads alike and rule 3 holds."""
         whole, ends = Part(INSIDE, 1, self._head), (owner, partner)
         if any(end.parts[-1:] != (whole,) for end in ends) or self._head < 2:
@@ -179,7 +179,7 @@ class Search:
             ignores_shift=ignores_shift,
         )
         heads = prod(part.size for part in owner.parts[:-1])
-        return Found(owner, partner, hidden, heads, frozenset(self._others))
+        return Heads(owner, partner, hidden, heads, frozenset(self._others))
 
     # --- the walk ---------------------------------------------------------------------------------
 
