@@ -253,20 +253,6 @@ class Continuation(Table, frozen=True):
     agreement: float
 
 
-class FusedOperators(Table, frozen=True):
-    """The operators of its own that ONNX Runtime's optimizer puts in place of several.
-
-    Attributes:
-        before: Their numbers in the optimized input model, by operator type.
-        after: Their numbers in the optimized compressed model; empty if the input model has none.
-        note: Why they were not counted; "" if they were.
-    """
-
-    before: dict[str, int]
-    after: dict[str, int]
-    note: str
-
-
 class Validation(Table, frozen=True):
     """The comparison of both models.
 
@@ -281,8 +267,8 @@ class Validation(Table, frozen=True):
         other: The comparison on inputs of another kind; null without --check.
         continuation: The agreement of greedy continuations; null for models without a cache of keys and
             values, and without texts.
-        fused: The operators that ONNX Runtime fuses in both models; null if the input model is no
-            transformer, or if ONNX Runtime does not run it.
+        fused: The numbers of the operators that ONNX Runtime's optimizer puts in place of several, by type;
+            null if they were not counted.
     """
 
     engine: str
@@ -294,7 +280,7 @@ class Validation(Table, frozen=True):
     alone: tuple[Output, ...]
     other: Other | None = None
     continuation: Continuation | None = None
-    fused: FusedOperators | None = None
+    fused: dict[str, Total] | None = None
 
 
 class Target(Table, frozen=True):

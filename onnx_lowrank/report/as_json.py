@@ -117,8 +117,10 @@ def _continuation(found: Continuation) -> schema.Continuation:
     return schema.Continuation(prompts=found.prompts, tokens=found.tokens, agreement=found.agreement)
 
 
-def _fused(fused: Fused) -> schema.FusedOperators:
-    return schema.FusedOperators(before=dict(fused.before), after=dict(fused.after), note=fused.note)
+def _fused(fused: Fused) -> dict[str, schema.Total] | None:
+    if fused.note:
+        return None
+    return {name: _total(Total(count, fused.after.get(name, 0))) for name, count in fused.before.items()}
 
 
 def _other(other: Other) -> schema.Other:
