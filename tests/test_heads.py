@@ -25,11 +25,12 @@ from attending import (
     inputs,
     weights,
 )
-from calibrating import made, measured, plan_of, run, seen
+from calibrating import measured, seen
+from narrowing import built, error, narrow
 from onnx_lowrank import PlanError, compress
 from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.budgets.params import parameters
-from onnx_lowrank.core.option import Fold, Lowering, Option
+from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.graph.parameters import parameters as counted
 from onnx_lowrank.layers.found import find_layers
 from rewriting import model
@@ -50,25 +51,6 @@ GEMM = BERT.replace(
     """x9 = Reshape (x, rows) v1 = Gemm <alpha = 0.5> (x9, wv, bv)
     t9 = Shape <start = 0, end = 2> (x) cut = Concat <axis = 0> (t9, heads, size)""",
 ).replace("(v1, vs)", "(v1, cut)")
-
-
-def narrow(width):
-    return Option(Fold.ENCODE, 1, width, Lowering.NARROW)
-
-
-def built(proto, widths, *, recover=False, data=None):
-    """The model with layers at given widths."""
-    found = seen(proto)
-    options = [narrow(widths[layer.id]) if layer.id in widths else None for layer in found.layers]
-    with measured(found, data or inputs()) as calibration:
-        return found, made(found, plan_of(found, options, recover=recover), calibration)
-
-
-def error(proto, other, **data):
-    """Relative error of the output, on other inputs of another length."""
-    feed = data or inputs(7, 9, seed=2)
-    wanted, given = run(proto, **feed), run(other, **feed)
-    return np.linalg.norm(wanted - given) / np.linalg.norm(wanted)
 
 
 def heads_of(proto):

@@ -104,13 +104,14 @@ def candidates(
     return Candidates(layer.id, folds, k_, j, full, costs, error, traded, grid.block, tariff)
 
 
-def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
+def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs], *, every: bool = False) -> Candidates:
     """The widths to which a layer can be narrowed, each with the saving of its partners.
 
     Args:
         layer: A layer with partners.
         errors: The errors at the widths 0 … full width, in the recipe's measure.
         grid: The block of which widths, or those of a head, are multiples; and the costs.
+        every: Whether to offer every width, also one that another width beats.
 
     Raises:
         InputError: The costs depend on an unknown dimension.
@@ -124,7 +125,7 @@ def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
     table = np.concatenate(rows, axis=1, dtype=np.int64)
     table[3, 1:] = layer.width
     error = _rounded(np.concatenate([np.zeros(1), errors[widths]]))
-    front = _pareto(table, error)
+    front = np.arange(error.size) if every else _pareto(table, error)
     folds, k, j, full, costs, _ = table[:, front]
     return Candidates(layer.id, folds, k, j, full, costs, error[front], None, grid.block, tariff)
 

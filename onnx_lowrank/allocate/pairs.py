@@ -9,7 +9,7 @@ for all choices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -46,12 +46,16 @@ class Pair:
         shares: For every member, its own cost under every narrowing. The costs of the numbers between them
             are only in the table.
         widths: For every partner, the features that it keeps under every narrowing.
+        taken: For a packed matrix among the members, the first features of the parts that get fewer.
+        bound: Id of the layer whose narrowing at the same index goes with this one; "" if there is none.
     """
 
     table: Candidates
     members: Picks
     shares: tuple[Ints, ...]
     widths: tuple[Ints, ...]
+    taken: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    bound: str = ""
 
     @property
     def tables(self) -> tuple[Candidates | None, ...]:
@@ -72,10 +76,41 @@ class Sharing:
     members: Picks
 
 
-Group = Pair | Sharing
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Two pairs that are narrowed together, with as many numbers in a head: one packed matrix has both.
+
+    Attributes:
+        pairs: The pairs; their tables have the same widths.
+    """
+
+    pairs: tuple[Pair, Pair]
+
+    @property
+    def tables(self) -> tuple[Candidates | None, ...]:
+        """The candidates of every member; None for partners that have no narrowing of their own."""
+        return tuple(self._tables.values())
+
+    @property
+    def members(self) -> Picks:
+        """Indices of the layers."""
+        return tuple(self._tables)
+
+    @property
+    def _tables(self) -> dict[int, Candidates | None]:
+        made: dict[int, Candidates | None] = {}
+        for pair in self.pairs:
+            for member, table in zip(pair.members, pair.tables, strict=True):
+                made[member] = made.get(member) or table
+        return dict(sorted(made.items()))
 
 
-def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[Costs]) -> tuple[Pair, ...]:
+Group = Pair | Sharing | Bound
+
+
+def pairs_of(
+    layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[Costs]
+) -> tuple[Pair | Bound, ...]:
     """The pairs of layers that can be narrowed, each cheaper in some width than as it is.
 
     Args:
@@ -87,14 +122,32 @@ def pairs_of(layers: Sequence[Layer], errors: Mapping[str, Floats], grid: Grid[C
         InputError: The costs depend on an unknown dimension.
     """
     numbers = {layer.id: number for number, layer in enumerate(layers)}
-    made = []
-    for layer in layers:
-        if layer.id in errors:
-            table = narrowings(layer, errors[layer.id], grid)
-            members = tuple(numbers[member.id] for member in (*layer.partners, layer))
-            partners = (partner.f * table.j // layer.width for partner in layer.partners)
-            made.append(Pair(table, members, _costs_of_widths(layer, table.j, grid), tuple(partners)))
-    return tuple(pair for pair in made if pair.table.cost.size > 1)
+    pairs = {
+        layer.id: _pair(layer, errors[layer.id], numbers, grid) for layer in layers if layer.id in errors
+    }
+    made: list[Pair | Bound] = []
+    for pair in (pair for pair in pairs.values() if pair.table.cost.size > 1):
+        other = pairs.get(pair.bound)
+        if not pair.bound:
+            made.append(pair)
+        elif other is not None and pair.members < other.members:
+            made.append(Bound((pair, other)))
+    return tuple(made)
+
+
+def _pair(layer: Layer, errors: Floats, numbers: Mapping[str, int], grid: Grid[Costs]) -> Pair:
+    """The pair of a layer with its partners."""
+    narrowing = layer.narrowing
+    if narrowing is None:
+        raise RuntimeError(f"{layer.id!r} cannot be narrowed")
+    # The widths of two tables have to be the same, so none is left out.
+    table = narrowings(layer, errors, grid, every=bool(narrowing.bound))
+    members = tuple(numbers[member.id] for member in (*layer.partners, layer))
+    layers = [layer.at_width(int(width) or layer.width)[:-1] for width in table.j]
+    kept = tuple(np.array([each.f for each in partners]) for partners in zip(*layers, strict=True))
+    rows = frozenset(each.start for each in narrowing.rows)
+    taken = {members[0]: rows} if rows else {}
+    return Pair(table, members, _costs_of_widths(layer, table.j, grid), kept, taken, narrowing.bound)
 
 
 def _costs_of_widths(layer: Layer, widths: Ints, grid: Grid[Costs]) -> tuple[Ints, ...]:
@@ -153,7 +206,7 @@ class _Unit:
     members: Picks
     tables: tuple[Candidates | None, ...]
     indices: range
-    pair: Pair | None = None
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +249,11 @@ class Classes:
         """The choice for every layer, in graph order, given a pick for every class."""
         made: dict[int, Choice] = {}
         for (_, rows), pick in zip(self._made, picks, strict=True):
+            narrowed: list[tuple[Pair, int]] = []
             for unit, index in zip(rows[pick].units, rows[pick].picks, strict=True):
-                made |= _chosen(self.layers, unit, index)
+                made |= _chosen(unit, index)
+                narrowed += [(pair, index) for pair in unit.pairs]
+            made |= _narrowed(self.layers, narrowed)
         return tuple(made[number] for number in range(len(self.layers)))
 
     @cached_property
@@ -248,10 +304,17 @@ class Classes:
 
     def _units(self, members: Picks, taken: Sequence[Group]) -> Iterator[_Unit]:
         """The groups that are taken, and the layers of the class that are in none of them."""
-        for group in taken:
+        counted: set[int] = set()
+        # A packed matrix counts once: where its own queries and keys get fewer, if they do.
+        for group in sorted(taken, key=lambda group: sum(table is None for table in group.tables)):
             size = max(0 if table is None else table.cost.size for table in group.tables)
-            pair = group if isinstance(group, Pair) else None
-            yield _Unit(group.members, group.tables, range(1, size), pair)
+            pairs = () if isinstance(group, Sharing) else (group,) if isinstance(group, Pair) else group.pairs
+            fresh = [n for n, member in enumerate(group.members) if member not in counted]
+            counted.update(group.members)
+            tables = group.tables
+            yield _Unit(
+                tuple(group.members[n] for n in fresh), tuple(tables[n] for n in fresh), range(1, size), pairs
+            )
         inside = {member for group in taken for member in group.members}
         yield from (self._alone(member) for member in members if member not in inside)
 
@@ -315,7 +378,12 @@ def _ways(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
 
 
 def _are_apart(one: Group, other: Group) -> bool:
-    return not set(one.members) & set(other.members)
+    """Whether groups have no layer in common, or take other parts of a packed matrix."""
+    common = set(one.members) & set(other.members)
+    if isinstance(one, Pair) and isinstance(other, Pair):
+        packed = one.taken.keys() & other.taken.keys()
+        common -= {member for member in packed if not one.taken[member] & other.taken[member]}
+    return not common
 
 
 def _costs(rows: Sequence[_Row], limits: Limits) -> Ints:
@@ -343,24 +411,33 @@ def _front(cost: Ints, value: Floats) -> list[int]:
     return [int(index) for index in order[wins]]
 
 
-def _chosen(layers: Sequence[Candidates], unit: _Unit, index: int) -> Mapping[int, Choice]:
-    """The choices for the layers of a unit; the partners of a narrowed layer say why they have no option."""
-    if unit.pair is not None:
-        return _narrowed(layers, unit.pair, index)
+def _chosen(unit: _Unit, index: int) -> Mapping[int, Choice]:
+    """The choices for the layers of a unit without pairs."""
     return {
         member: Choice(table.layer, table.option(index), int(table.cost[index]), float(table.error[index]))
         for member, table in zip(unit.members, unit.tables, strict=True)
-        if table is not None
+        if table is not None and not unit.pairs
     }
 
 
-def _narrowed(layers: Sequence[Candidates], pair: Pair, index: int) -> Mapping[int, Choice]:
-    """The choices for the members of a pair. Each has its own cost; the table's has the savings of all."""
-    *costs, own = (int(share[index]) for share in pair.shares)
-    *partners, member = pair.members
-    table, made = pair.table, {}
-    for partner, cost, widths in zip(partners, costs, pair.widths, strict=True):
-        reason = f"narrowed to {int(widths[index])} channels with {table.layer}"
-        made[partner] = Choice(layers[partner].layer, None, cost, 0.0, reason)
-    made[member] = Choice(table.layer, table.option(index), own, float(table.error[index]))
-    return made
+def _narrowed(layers: Sequence[Candidates], taken: Sequence[tuple[Pair, int]]) -> Mapping[int, Choice]:
+    """The choices for the members of pairs, each taken at an index of its table.
+
+    Each has its own cost; the table's has the savings of all. Partners say why they have no option.
+    """
+    made: dict[int, Choice] = {}
+    # Owners come last: a packed matrix may be the partner in one pair, and have an option by another.
+    for pair, index in taken:
+        for partner, widths in zip(pair.members[:-1], pair.widths, strict=True):
+            reason = f"narrowed to {int(widths[index])} channels with {pair.table.layer}"
+            known = made.get(partner)
+            reason = reason if known is None else f"{known.reason}, {reason}"
+            made[partner] = Choice(layers[partner].layer, None, 0, 0.0, reason)
+    for pair, index in taken:
+        table = pair.table
+        made[pair.members[-1]] = Choice(table.layer, table.option(index), 0, float(table.error[index]))
+    costs = {member: int(layers[member].cost[0]) for member in made}
+    for pair, index in taken:
+        for member, share in zip(pair.members, pair.shares, strict=True):
+            costs[member] += int(share[index]) - int(layers[member].cost[0])
+    return {member: replace(choice, cost=costs[member]) for member, choice in made.items()}

@@ -123,6 +123,19 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Neighbouring output features of a packed matrix, which computes several of queries, keys and values.
+
+    Attributes:
+        start: The first of them.
+        size: Their number.
+    """
+
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Narrowing:
     """The layers that are narrowed together with a layer, without a new operator.
 
@@ -131,12 +144,18 @@ class Narrowing:
         partners: The other layers, each of which loses output features.
         heads: The number of heads into which the layer's width is cut; widths are multiples of it.
         beside: The costs beside the layers' own weights.
+        rows: The features of a packed matrix that get fewer: those of the one partner, or if there is none,
+            the layer's own queries and keys. Empty if whole matrices get narrower.
+        bound: Id of the layer whose narrowing goes with this one, with as many numbers in a head, since the
+            graph states one size of heads for both; "" if there is none.
     """
 
     between: Between
     partners: tuple[Layer, ...]
     heads: int = 1
     beside: Beside = Beside()
+    rows: tuple[Rows, ...] = ()
+    bound: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +246,19 @@ class Layer:
     @property
     def width(self) -> int:
         """The number of channels, or of features, that narrow options lower."""
+        if self.narrowing is not None and self.packs_own:
+            return self.narrowing.rows[0].size
         return self.f if self.loses_features else self.c
 
     @property
     def loses_features(self) -> bool:
         """Whether its narrow options lower its output features, and not its input channels."""
         return self.narrowing is not None and self.narrowing.between is Between.SCORES
+
+    @property
+    def packs_own(self) -> bool:
+        """Whether its own matrix is packed, and narrow options lower its queries and keys."""
+        return self.narrowing is not None and bool(self.narrowing.rows) and not self.narrowing.partners
 
     @property
     def width_step(self) -> int:
@@ -246,11 +272,18 @@ class Layer:
         """
         # A narrow layer is written anew: its BatchNorm is folded, and its bias is the added one.
         if self.loses_features:
-            own = replace(self, f=width, freed=self.added * width // self.f)
+            f = self._fewer(self.f, width) if self.packs_own else width
+            own = replace(self, f=f, freed=self.added * f // self.f)
         else:
             own = replace(self, c=width, freed=self.added)
-        partners = (replace(layer, f=layer.f * width // self.width) for layer in self.partners)
+        partners = (replace(layer, f=self._fewer(layer.f, width)) for layer in self.partners)
         return (*partners, own)
+
+    def _fewer(self, features: int, width: int) -> int:
+        """The features of a matrix that narrowing makes fewer, at a width."""
+        rows = () if self.narrowing is None else self.narrowing.rows
+        changed = sum(each.size for each in rows) or features
+        return features - changed + changed * width // self.width
 
     def narrowed(self, width: int, cost: Callable[[Layer], int]) -> int:
         """The cost of the layer at a width, less the saving of its partners.
@@ -286,8 +319,12 @@ def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, L
     """
     narrow: dict[str, Layer] = {}
     for layer, option in options:
-        if option is not None and option.lowering is Lowering.NARROW:
-            narrow |= {less.id: less for less in layer.at_width(option.j)}
+        if option is None or option.lowering is not Lowering.NARROW:
+            continue
+        for whole, less in zip((*layer.partners, layer), layer.at_width(option.j), strict=True):
+            # Of a packed matrix, several narrowings take features.
+            known = narrow.get(less.id, whole)
+            narrow[less.id] = replace(less, f=known.f + less.f - whole.f)
     return narrow
 
 

@@ -105,6 +105,27 @@ class Continuation:
 
 
 @dataclass(frozen=True, slots=True)
+class Fused:
+    """The operators of its own that ONNX Runtime's optimizer puts in place of several.
+
+    Attributes:
+        before: Their numbers in the optimized input model, by operator type.
+        after: Their numbers in the optimized compressed model; empty if the input model has none.
+        note: Why they were not counted; "" if they were.
+    """
+
+    before: Mapping[str, int] = field(default_factory=dict)
+    after: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def lost(self) -> Mapping[str, int]:
+        """How many fewer the compressed model has, by operator type; only types that it has fewer of."""
+        fewer = {name: count - self.after.get(name, 0) for name, count in self.before.items()}
+        return {name: count for name, count in fewer.items() if count > 0}
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """The result of running both models on the same inputs.
 
@@ -118,6 +139,7 @@ class Validation:
         other: The comparison on inputs of another kind; None if the user gave none.
         continuation: The agreement of greedy continuations; None for models without a cache, and if there are
             no texts.
+        fused: The operators that ONNX Runtime fuses in both models; None if that is not compared.
     """
 
     engine: str
@@ -128,6 +150,7 @@ class Validation:
     alone: tuple[OutputError, ...] = ()
     other: Other | None = None
     continuation: Continuation | None = None
+    fused: Fused | None = None
 
     @property
     def worst(self) -> float | None:

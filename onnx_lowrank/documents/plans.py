@@ -208,12 +208,35 @@ def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
             _check_siblings(layers[layer], layers, options)
         if option is None or option.lowering is not Lowering.NARROW:
             continue
+        _check_bound(layers[layer], option, layers, options)
         for partner in layers[layer].partners:
-            if options[partner.id] is not None:
+            if _is_taken(layers[layer], layers[partner.id], options[partner.id]):
                 raise PlanError(
                     f"The plan narrows {layer!r} and decomposes {partner.id!r}, which gets narrower with "
                     "it: set fold, k and j of one of the two to null."
                 )
+
+
+def _is_taken(layer: Layer, partner: Layer, option: Option | None) -> bool:
+    """Whether the option of a partner is one that it cannot have beside a narrowing of the layer."""
+    is_packed = layer.narrowing is not None and bool(layer.narrowing.rows) and partner.packs_own
+    return option is not None and not (is_packed and option.lowering is Lowering.NARROW)
+
+
+def _check_bound(
+    layer: Layer, option: Option, layers: Mapping[str, Layer], options: Mapping[str, Option | None]
+) -> None:
+    """Check that two layers are narrowed alike whose heads have one size."""
+    bound = "" if layer.narrowing is None else layer.narrowing.bound
+    if not bound:
+        return
+    other = options[bound]
+    is_narrow = other is not None and other.lowering is Lowering.NARROW
+    if other is None or not is_narrow or other.j * layer.width != option.j * layers[bound].width:
+        raise PlanError(
+            f"The plan narrows {layer.id!r} to j = {option.j}, and {bound!r} otherwise, but their heads have "
+            "one size: give both the same j and lowering, or set them to null."
+        )
 
 
 def _check_siblings(layer: Layer, layers: Mapping[str, Layer], options: Mapping[str, Option | None]) -> None:
@@ -262,7 +285,7 @@ def _check_narrow(layer: Layer, option: Option, name: str) -> None:
 
 def _check_option(layer: Layer, option: Option) -> None:
     name = f"In the plan, layer {layer.id!r}"
-    if option.lowering is Lowering.NARROW and layer.partners:
+    if option.lowering is Lowering.NARROW and layer.narrowing is not None:
         _check_narrow(layer, option, name)
         return
     if option.lowering is Lowering.SHARED:

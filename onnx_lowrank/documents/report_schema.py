@@ -267,6 +267,8 @@ class Validation(Table, frozen=True):
         other: The comparison on inputs of another kind; null without --check.
         continuation: The agreement of greedy continuations; null for models without a cache of keys and
             values, and without texts.
+        fused: The numbers of the operators that ONNX Runtime's optimizer puts in place of several, by type;
+            null if they were not counted.
     """
 
     engine: str
@@ -278,6 +280,7 @@ class Validation(Table, frozen=True):
     alone: tuple[Output, ...]
     other: Other | None = None
     continuation: Continuation | None = None
+    fused: dict[str, Total] | None = None
 
 
 class Target(Table, frozen=True):

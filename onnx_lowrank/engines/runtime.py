@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+import onnx
+
 from onnx_lowrank.engines.engine import (
     Feed,
     RejectedError,
@@ -24,6 +26,7 @@ from onnx_lowrank.engines.engine import (
 )
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.scopes import scopes
 
 _ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
@@ -33,6 +36,14 @@ _INLINED = "_inlfunc_"
 
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 """The session option for the folder of the data files, for a model that is loaded from its bytes."""
+
+
+_OPTIMIZED_DATA = "session.optimized_model_external_initializers_file_name"
+"""The session option for the file of the weights of the optimized model."""
+
+
+OWN = "com.microsoft"
+"""The domain of the operators that the runtime's optimizer puts in place of several."""
 
 
 _NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "int4", "int2")
@@ -139,6 +150,27 @@ class Runtime:
         suffix = "_kernel_time"
         names = (event["name"] for event in events if event.get("cat") == "Node")
         return Executed(Counter(name.removesuffix(suffix) for name in names if name.endswith(suffix)))
+
+    def fused(self, model: Model) -> dict[str, int]:
+        """Count the runtime's own operators in a model once it is optimized, by operator type.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+            InputError: The provider does not start on this machine.
+        """
+        options = self._options()
+        options.intra_op_num_threads = 1  # Nothing runs, so no threads need to start.
+        options.graph_optimization_level = self.module.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        # Reading the nodes need not read the weights.
+        options.add_session_config_entry(_OPTIMIZED_DATA, "weights")
+        options.add_session_config_entry(f"{_OPTIMIZED_DATA[: -len('file_name')]}min_size_in_bytes", "1024")
+        with materialized(model) as source, TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(path)
+            self._session(source, options)
+            proto = onnx.load(path, load_external_data=False)
+        nodes = (node for scope in scopes(proto) for node in scope.nodes)
+        return dict(sorted(Counter(node.op_type for node in nodes if node.domain == OWN).items()))
 
     def _options(self, *, is_deployed: bool = False) -> Any:
         options = self.module.SessionOptions()

@@ -36,12 +36,14 @@ class Size:
         part: The input, of the Concat that joins the shape, that holds the number; None if the whole shape is
             one constant.
         index: The number's index in the constant.
+        stated: The number, if the model computes it from a size that stays; a constant takes its place.
     """
 
     place: Place
     operand: int
     part: int | None
     index: int
+    stated: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,21 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """An output of a Split of a packed matrix's features.
+
+    Attributes:
+        place: The Split.
+        output: The number of its output.
+        lengths: The sizes of all its outputs.
+    """
+
+    place: Place
+    output: int
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Hidden:
     """What lies between a layer and its partners, and changes with the width.
 
@@ -74,6 +91,10 @@ class Hidden:
         targets: Places and operands of the shapes that end with the number of features.
         sizes: The numbers in the shapes of these activations.
         pins: The numbers that the model computes from these sizes.
+        totals: The numbers in the shapes that state all features of a packed matrix.
+        splits: For the rows of a packed matrix, the Splits that cut them out; empty if all parts have one
+            size of heads.
+        fused: The Attention that holds the packed matrix; None if it is another operator.
         shared: The number of heads of the layer that meet one head of the partner.
         ignores_shift: Whether a Softmax ignores what is the same for all keys.
     """
@@ -85,5 +106,8 @@ class Hidden:
     targets: tuple[tuple[Place, int], ...] = ()
     sizes: tuple[Size, ...] = ()
     pins: tuple[Pin, ...] = ()
+    totals: tuple[Size, ...] = ()
+    splits: tuple[Piece, ...] = ()
+    fused: Place | None = None
     shared: int = 1
     ignores_shift: bool = False

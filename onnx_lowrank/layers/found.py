@@ -13,10 +13,10 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
 from onnx_lowrank.graph.walk import Place, Walk, label
+from onnx_lowrank.layers.attention import Attention, attention
 from onnx_lowrank.layers.beside import beside
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
-from onnx_lowrank.layers.heads import Attention, attention
 from onnx_lowrank.layers.hidden import hidden_channels
 from onnx_lowrank.layers.siblings import siblings
 from onnx_lowrank.layers.work import work
@@ -129,7 +129,8 @@ def find_layers(
         if unselected(_names(operator), include, exclude)
     )
     bindings = _paired(model, walk, inferred, bindings, spared)
-    bindings = tuple(_attending(binding, met) for binding in bindings)
+    taken = {binding.layer.id for binding in bindings if binding.layer.narrowing is not None}
+    bindings = tuple(_attending(binding, met, taken) for binding in bindings)
     unfixed = open_inputs(model, inferred)
     words = example(inferred, unfixed[0]) if unfixed else ""
     found = Found(model, walk, bindings, spared, skipped, scopes, unfixed, words)
@@ -172,10 +173,16 @@ def _paired(
     return tuple(map(paired, bindings))
 
 
-def _attending(binding: Binding, met: Attention) -> Binding:
-    """The layer; if attention connects it with a partner, it knows it. Hidden channels come first."""
+def _attending(binding: Binding, met: Attention, taken: Container[str]) -> Binding:
+    """The layer; if attention connects it with a partner, it knows it. Hidden channels come first.
+
+    Args:
+        binding: The layer.
+        met: The layers that attention connects.
+        taken: Ids of the layers with hidden channels before them.
+    """
     found = met.pairs.get(binding.layer.id)
-    if found is None or binding.layer.narrowing is not None:
+    if found is None or binding.layer.id in taken or found[0].bound in taken:
         return binding
     narrowing, between = found
     return replace(binding, layer=replace(binding.layer, narrowing=narrowing), hidden=between)

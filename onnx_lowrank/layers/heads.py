@@ -14,28 +14,29 @@ Rules:
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from onnx_lowrank.core.layer import Between, Narrowing
+from onnx_lowrank.core.layer import Rows
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import Shapes, assumed, infer, shape_of
-from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op, label
+from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 from onnx_lowrank.graph.weights import FLOATS, constant
 from onnx_lowrank.layers.axes import INSIDE, Axes, Part, axes_of, inside, permuted, regrouped, shared_heads
-from onnx_lowrank.layers.beside import beside
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Hidden, Pin, Size
-from onnx_lowrank.layers.hidden import channel_axis, is_plain, place_of
+from onnx_lowrank.layers.ends import End, Heads
+from onnx_lowrank.layers.hidden import channel_axis, place_of
+from onnx_lowrank.layers.packed import Cut, rows_of, uncut
 from onnx_lowrank.layers.products import (
     ANEW,
     BIAS,
     COMPUTED,
+    CUT,
+    CUTS,
     LONGEST,
     MIXED,
     NO_LAYER,
@@ -43,85 +44,14 @@ from onnx_lowrank.layers.products import (
     READ,
     SAME,
     UNKNOWN,
-    blocked,
-    products,
     reason_of,
     softmax_behind,
 )
 from onnx_lowrank.layers.sizes import Followed, Sizes
 from onnx_lowrank.operators import registry
 
-_log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """The layers that attention connects.
-
-    Attributes:
-        pairs: By the id of a layer, how it is narrowed with its partner.
-        left: By the node of attention, why its heads stay as they are.
-    """
-
-    pairs: Mapping[str, tuple[Narrowing, Hidden]]
-    left: Mapping[Place, str]
-
-
-def attention(
-    model: Model,
-    walk: Walk,
-    bindings: Sequence[Binding],
-    shapes: Shapes,
-    input_shapes: Mapping[str, tuple[int, ...]],
-) -> Attention:
-    """The layers whose heads can be narrowed.
-
-    Args:
-        model: The model.
-        walk: Its walk.
-        bindings: Its layers, in graph order.
-        shapes: Its inferred shapes.
-        input_shapes: The shapes of inputs that the user fixes.
-    """
-    met = list(products(walk))
-    if not met:
-        return Attention({}, {})
-    plain = {place_of(binding): binding for binding in bindings if is_plain(walk, binding)}
-    pairs: dict[str, tuple[Narrowing, Hidden]] = {}
-    left = {place: reason for place, _ in met if (reason := blocked(model, walk, plain, place))}
-    # Shapes take a while to infer, and no heads of a decoder with a past can be narrowed.
-    rest = [(place, between) for place, between in met if place not in left]
-    sizes = Sizes(model, walk, infer(model, assumed(model, shapes, input_shapes)) if rest else shapes)
-    for place, between in rest:
-        search = _Search(model, walk, plain, sizes)
-        found = search.values(place) if between is Between.VALUES else search.scores(place)
-        if isinstance(found, str):
-            left[place] = found
-            _log.debug("the heads at %r stay: %s", label(walk.node(place)), found)
-            continue
-        owner, partner, hidden, heads = found
-        costs = beside(model, walk, shapes, hidden, _macs(walk, shapes, place))
-        if between is Between.SCORES and bias(model, walk, owner) is not None:
-            # The queries' own bias gets narrower with them, too; nothing else reads it.
-            costs = replace(costs, stored=costs.stored + owner.layer.f, owned=costs.owned + owner.layer.f)
-        narrowing = Narrowing(between, (partner.layer,), heads, costs)
-        pairs[owner.layer.id] = narrowing, hidden
-    return Attention(pairs, left)
-
-
-def _macs(walk: Walk, shapes: Shapes, place: Place) -> int:
-    """MACs of the product; 0 if a dimension is unknown."""
-    node = walk.node(place)
-    inputs = [shape_of(walk, shapes, walk.operand(place, index)) for index in (0, 1)]
-    result = shape_of(walk, shapes, walk.result(place))
-    return registry.family(node).macs_undecomposed(node, inputs, result) or 0
-
-
-_Found = tuple[Binding, Binding, Hidden, int]
-"""A layer, its partner, what lies between, and the number of the layer's heads."""
-
-
-class _Search:
+class Search:
     """Follows the heads from one MatMul to the layers on both sides."""
 
     def __init__(self, model: Model, walk: Walk, plain: Mapping[Place, Binding], sizes: Sizes) -> None:
@@ -131,15 +61,22 @@ class _Search:
         self._sizes = sizes
         self._head = 0
         self._nodes: set[tuple[Place, int]] = set()
-        self._tensors: dict[str, tuple[Any, Axes]] = {}
+        self._tensors: dict[str, tuple[Any, Axes, int | None]] = {}
         self._constants: list[tuple[Place, int, int]] = []
         # The parts of the axes along which constants are added.
         self._biases: list[tuple[Part, ...]] = []
         self._changed: list[Size] = []
+        self._totals: list[Size] = []
+        # The cut between the layer and where the walk is; the tensors that are cut by other nodes, too.
+        self._cut: Cut | None = None
+        self._packed: set[str] = set()
+        self._others: set[Place] = set()
+        # The constants that are added to all features of a packed matrix.
+        self._wide: set[tuple[Place, int]] = set()
         # With the size that the target should have.
         self._followed: list[tuple[Followed, int]] = []
 
-    def values(self, product: Place) -> _Found | str:
+    def values(self, product: Place) -> Heads | str:
         """The layer that reads the result of attention, and the one that computes the values."""
         result, right = self._walk.result(product), self._walk.operand(product, 1)
         shape, given = self._sizes.of(result), self._sizes.of(right)
@@ -154,12 +91,33 @@ class _Search:
         partner = self._from_layer(right, axes_of(origins, given), one_bias=False)
         if isinstance(partner, str):
             return partner
-        owner = self._ahead(result, axes)
-        if isinstance(owner, str):
-            return owner
-        return self._pair(owner, partner, ignores_shift=False)
+        return self._read(result, axes, partner)
 
-    def scores(self, product: Place) -> _Found | str:
+    def behind(self, place: Place, head: int, partner: Binding, rows: Rows) -> Heads | str:
+        """The layer that reads the result of a fused Attention, whose values have heads of a size."""
+        result = self._walk.result(place)
+        # ONNX does not infer the shape; an operator that lays out elements anew asks for one.
+        shape = self._sizes.of(result) or (2, 2, rows.size)
+        if len(shape) != 3 or shape[2] != rows.size:
+            return MIXED
+        self._head = head
+        heads = Part(2, 1, rows.size // head)
+        values = (heads, Part(INSIDE, 1, head)) if heads.size > 1 else (Part(INSIDE, 1, head),)
+        reason = self._own_bias(partner)
+        return reason or self._read(result, (*axes_of((0, 1), shape[:2]), values), End(partner, values, rows))
+
+    def _read(self, result: Any, axes: Axes, partner: End) -> Heads | str:
+        """The layer that reads the result of attention, and the one that computes the values."""
+        self._cut = None
+        found = self._ahead(result, axes)
+        if isinstance(found, str):
+            return found
+        binding, axes = found
+        axis = channel_axis(self._walk, binding)
+        parts = () if axis is None or len(axes) < -axis.index else axes[axis.index]
+        return self._pair(End(binding, parts), partner, ignores_shift=False)
+
+    def scores(self, product: Place) -> Heads | str:
         """The layer that computes the queries, and the one that computes the keys."""
         left, right = (self._walk.operand(product, index) for index in (0, 1))
         queries, keys = self._sizes.of(left), self._sizes.of(right)
@@ -177,7 +135,7 @@ class _Search:
         if isinstance(owner, str):
             return owner
         # The bias of the queries is fitted with their weight.
-        del self._constants[constants:]
+        del self._constants[0 if partner.rows and owner.rows else constants :]
         return self._pair(owner, partner, ignores_shift=self._ignores_shift(product))
 
     def _ignores_shift(self, product: Place) -> bool:
@@ -192,43 +150,53 @@ class _Search:
         scales = [p for p in between if is_op(self._walk.node(p), ("Mul", "Div"))]
         return only and axis in (-1, rank - 1) and all(self._scaled(p) is not None for p in scales)
 
-    def _pair(
-        self, owner: tuple[Binding, Axes], partner: tuple[Binding, Axes], *, ignores_shift: bool
-    ) -> _Found | str:
+    def _pair(self, owner: End, partner: End, *, ignores_shift: bool) -> Heads | str:
         """The pair, if both layers lay out their heads alike and rule 3 holds."""
-        heads = []
-        for binding, axes in (owner, partner):
-            axis = channel_axis(self._walk, binding)
-            parts = () if axis is None or len(axes) < -axis.index else axes[axis.index]
-            if not parts or parts[-1] != Part(INSIDE, 1, self._head):
-                return MIXED
-            heads.append(parts[:-1])
-        if prod(owner[0].layer.kernel) != 1:
-            return NO_LAYER
-        shared = shared_heads(*heads)
-        if shared is None or self._head < 2 or owner[0].layer.id == partner[0].layer.id:
+        whole, ends = Part(INSIDE, 1, self._head), (owner, partner)
+        if any(end.parts[-1:] != (whole,) for end in ends) or self._head < 2:
             return MIXED
+        if prod(owner.binding.layer.kernel) != 1:
+            return NO_LAYER
+        shared = shared_heads(owner.parts[:-1], partner.parts[:-1])
+        is_one = owner.binding.layer.id == partner.binding.layer.id
+        if shared is None or is_one != (owner.rows is not None) or (is_one and owner.rows == partner.rows):
+            return MIXED
+        cuts = [end.cut for end in ends if end.cut is not None]
+        if len({cut.has_heads for cut in cuts}) > 1:
+            return CUT
         pins = self._pins()
         if isinstance(pins, str):
             return pins
-        names = tuple(self._walk.origin(tensor)[1] for tensor, _ in self._tensors.values())
         hidden = Hidden(
-            producers=(partner[0],),
-            constants=tuple(self._constants),
-            tensors=names,
-            sizes=tuple(self._changed),
+            producers=() if is_one else (partner.binding,),
+            constants=tuple(dict.fromkeys(self._constants)),
+            tensors=tuple(self._walk.origin(tensor)[1] for tensor, *_ in self._tensors.values()),
+            sizes=tuple(dict.fromkeys(self._changed)),
             pins=pins,
+            totals=tuple(dict.fromkeys(self._totals)),
+            splits=tuple(cut.piece for cut in cuts if cut.has_heads),
             shared=shared,
             ignores_shift=ignores_shift,
         )
-        return owner[0], partner[0], hidden, prod(part.size for part in heads[0])
+        heads = prod(part.size for part in owner.parts[:-1])
+        return Heads(owner, partner, hidden, heads, frozenset(self._others))
 
     # --- the walk ---------------------------------------------------------------------------------
+
+    def _axis(self, axes: Axes) -> int | None:
+        """The axis that narrowing changes: with the numbers of a head, or all features of a packed matrix."""
+        whole = None if self._cut is None else (self._cut.whole,)
+        return axes.index(whole) if whole in axes and self._is_wide else inside(axes, self._head)
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether a Split cuts the axis of the features, behind the tensor where the walk is."""
+        return self._cut is not None and self._cut.has_heads
 
     def _back(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
         """Walk from a tensor to the layer that computes it, and follow its axes."""
         for _ in range(LONGEST):
-            self._tensors[tensor.name] = tensor, axes
+            self._tensors[tensor.name] = tensor, axes, self._axis(axes)
             place = self._walk.producer(tensor)
             if place is None or place.scope:
                 return NO_LAYER
@@ -238,8 +206,8 @@ class _Search:
             if isinstance(operand, str):
                 return operand
             self._nodes.add((place, operand))
-            tensor = self._walk.operand(place, operand)
-            before = self._before(place, axes, self._sizes.of(tensor))
+            result, tensor = tensor, self._walk.operand(place, operand)
+            before = self._before(place, result, axes, self._sizes.of(tensor))
             if isinstance(before, str):
                 return before
             axes = before
@@ -250,7 +218,7 @@ class _Search:
     def _ahead(self, tensor: Any, axes: Axes) -> tuple[Binding, Axes] | str:
         """Walk from a tensor to the layer that reads it, and follow its axes."""
         for _ in range(LONGEST):
-            self._tensors[tensor.name] = tensor, axes
+            self._tensors[tensor.name] = tensor, axes, self._axis(axes)
             found = [r for r in self._walk.consumers(tensor) if not is_op(self._walk.node(r[0]), ("Shape",))]
             if len(found) != 1 or found[0][0].scope:
                 return READ
@@ -283,7 +251,7 @@ class _Search:
         node = self._walk.node(place)
         if is_op(node, ("Cast",)) and attribute_of(node, "to", 0) not in FLOATS:
             return OTHER
-        if is_op(node, SAME | ANEW | {"Transpose", "Expand"}):
+        if is_op(node, SAME | ANEW | CUTS | {"Transpose", "Expand"}):
             return 0
         if is_op(node, ("Mul", "Div")) and (scaled := self._scaled(place)) is not None:
             return scaled
@@ -307,11 +275,13 @@ class _Search:
                 return operand
         return None
 
-    def _before(self, place: Place, axes: Axes, sizes: tuple[int, ...] | None) -> Axes | str:
+    def _before(self, place: Place, result: Any, axes: Axes, sizes: tuple[int, ...] | None) -> Axes | str:
         """The axes of an operator's operand, given those of its result."""
         node = self._walk.node(place)
         if sizes is None:
             return UNKNOWN
+        if is_op(node, CUTS):
+            return self._uncut(place, result, axes, sizes)
         if is_op(node, ("Transpose",)):
             return permuted(axes, np.argsort(self._order(place, len(axes))).tolist()) or MIXED
         if is_op(node, ("Expand",)):
@@ -333,14 +303,25 @@ class _Search:
         if is_op(node, ANEW):
             made = regrouped(axes, sizes)
             return MIXED if made is None else self._resized(place, axes, made) or made
-        return axes if is_op(node, SAME | {"Mul", "Div"}) else OTHER
+        return axes if is_op(node, SAME | {"Mul", "Div"}) else reason_of(node)
+
+    def _uncut(self, place: Place, result: Any, axes: Axes, sizes: tuple[int, ...]) -> Axes | str:
+        """The axes before the one cut between a layer and attention."""
+        found = None if self._cut else uncut(self._walk, self._model, place, result, axes, sizes)
+        operand = self._walk.operand(place, 0)
+        if found is None or operand is None:
+            return CUT
+        self._cut, before = found
+        if not self._cut.has_heads:
+            self._packed.add(operand.name)
+        return before
 
     def _order(self, place: Place, rank: int) -> list[int]:
         return list(attribute_of(self._walk.node(place), "perm", list(range(rank))[::-1]))
 
     def _added(self, place: Place, axes: Axes) -> Axes | str:
         """Note the constant of an Add, which has one number for each feature, along the axis of the heads."""
-        axis = inside(axes, self._head)
+        axis = self._axis(axes)
         operand = 1 - (self._biased(place) or 0)
         value = constant(self._walk, self._model, self._walk.operand(place, operand))
         if axis is None or value is None:
@@ -351,6 +332,8 @@ class _Search:
         if len(value.shape) < -axis or not value.shape[axis] == features == value.size:
             return OTHER
         self._constants.append((place, operand, axis))
+        if self._cut is not None:
+            self._wide.add((place, operand))
         return axes
 
     def _own_bias(self, binding: Binding) -> str:
@@ -364,29 +347,38 @@ class _Search:
         if value is None or axis is None or value.size != binding.layer.f:
             return BIAS
         self._constants.append((place, operand, -1 if value.ndim == 1 else axis.index))
+        self._wide.add((place, operand))
         return ""
 
-    def _from_layer(self, tensor: Any, axes: Axes, *, one_bias: bool) -> tuple[Binding, Axes] | str:
+    def _from_layer(self, tensor: Any, axes: Axes, *, one_bias: bool) -> End | str:
         """The layer that computes a tensor; `one_bias` asks for none or one bias that nothing else reads."""
-        start = len(self._constants)
+        start, self._cut = len(self._constants), None
         self._biases.clear()
+        self._wide.clear()
         found = self._back(tensor, axes)
         if isinstance(found, str):
             return found
-        axis = channel_axis(self._walk, found[0])
-        if axis is None or any(parts != found[1][axis.index] for parts in self._biases):
+        binding, axis = found[0], channel_axis(self._walk, found[0])
+        features = () if axis is None else found[1][axis.index]
+        taken = None if self._cut is None else rows_of(features, self._cut)
+        if self._cut is not None and (taken is None or binding.layer.batchnorm is not None):
+            return MIXED
+        rows, parts = taken or (None, features)
+        if axis is None or any(each not in (features, parts) for each in self._biases):
             return OTHER
-        reason = self._own_bias(found[0])
-        biases = len(self._constants) - start
-        if one_bias and biases and (biases > 1 or bias(self._model, self._walk, found[0]) is None):
+        reason = self._own_bias(binding)
+        biases = {constant[:2] for constant in self._constants[start:]}
+        alone = biases if one_bias else self._wide if rows is not None else set()
+        own = bias(self._model, self._walk, binding) if alone else None
+        if alone and (own is None or alone != {(own.place, own.operand)}):
             return BIAS
-        return reason or found
+        return reason or End(binding, parts, rows, self._cut)
 
     # --- sizes ------------------------------------------------------------------------------------
 
     def _resized(self, place: Place, before: Axes, after: Axes) -> str:
         """Rule 4: note the number in the target of a Reshape or Expand; why the heads stay, or ""."""
-        first, axis = inside(before, self._head), inside(after, self._head)
+        first, axis = self._axis(before), self._axis(after)
         if first is None or axis is None:
             return MIXED
         if not is_op(self._walk.node(place), ("Reshape", "Expand")):
@@ -397,7 +389,7 @@ class _Search:
         found = self._sizes.entry(place, index)
         if found is None:
             followed = self._sizes.followed(place, index)
-            if followed is None:
+            if followed is None or self._is_wide:
                 return COMPUTED
             self._followed.append((followed, prod(part.size for part in after[axis])))
             return ""
@@ -405,26 +397,36 @@ class _Search:
         is_copied = number == 0 and before[axis : axis + 1] == after[axis : axis + 1]
         is_free = is_op(self._walk.node(place), ("Expand",)) and number == 1
         if number == prod(part.size for part in after[axis]):
-            self._changed.append(size)
+            (self._totals if self._is_wide else self._changed).append(size)
         elif number != -1 and not is_copied and not is_free:
             return COMPUTED
         return ""
 
+    def _follow(self) -> bool:
+        """Whether the sizes that a model computes are those of axes that change, or known ones that stay."""
+        for followed, expected in self._followed:
+            if followed.tensor not in self._tensors and followed.stated == expected:
+                self._changed.append(replace(followed.size, stated=expected))
+                continue
+            _, known, axis = self._tensors.get(followed.tensor, (None, (), None))
+            if axis != followed.axis or prod(part.size for part in known[axis]) != expected:
+                return False
+        return True
+
     def _pins(self) -> tuple[Pin, ...] | str:
         """Rule 3: the numbers that Shapes give of the tensors between; or why the heads stay."""
-        for followed, expected in self._followed:
-            _, known = self._tensors.get(followed.tensor, (None, ()))
-            axis = inside(known, self._head)
-            if axis != followed.axis or prod(part.size for part in known[axis]) != expected:
-                return COMPUTED
+        if not self._follow():
+            return COMPUTED
         readers = {followed.reader for followed, _ in self._followed}
         pins: list[Pin] = []
-        for tensor, axes in self._tensors.values():
+        for tensor, axes, axis in self._tensors.values():
             if self._walk.is_output(tensor):
                 return READ
-            axis = inside(axes, self._head)
             for place, operand in self._walk.consumers(tensor):
                 if (place, operand) in self._nodes:
+                    continue
+                if tensor.name in self._packed and is_op(self._walk.node(place), CUTS) and not operand:
+                    self._others.add(place)
                     continue
                 if axis is None or not is_op(self._walk.node(place), ("Shape",)):
                     return READ

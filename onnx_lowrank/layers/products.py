@@ -20,7 +20,14 @@ LONGEST = 64
 
 UNKNOWN = "the sizes between are unknown: pass --input-shape"
 READ = "other operators read the tensors between, or the model returns them"
-FUSED = "one matrix computes several of queries, keys and values: export them apart"
+CUT = (
+    "one matrix computes several of queries, keys and values, and its result is cut apart in a way that "
+    "cannot follow the size of the heads: cut it with one Split"
+)
+BOUND = (
+    "one matrix computes several of queries, keys and values, a Reshape states one size of heads for all, "
+    "and not all can be narrowed: cut it with one Split"
+)
 COMPUTED = "the size of its heads is computed while the model runs: export it as a constant"
 JOINED = "a Concat lies between: a past, or a rotation of positions"
 OTHER = "operators lie between that treat the numbers of a head differently: a rotation, or a norm"
@@ -96,7 +103,7 @@ def blocked(model: Model, walk: Walk, plain: Container[Place], product: Place) -
             if len(computed) != 1:
                 return ""
             tensor = walk.operand(place, computed[0])
-        elif is_op(node, SAME | ANEW | {"Transpose", "Expand"}):
+        elif is_op(node, SAME | ANEW | CUTS | {"Transpose", "Expand"}):
             tensor = walk.operand(place, 0)
         else:
             return reason_of(node)
@@ -108,5 +115,5 @@ def reason_of(node: NodeProto) -> str:
     if is_op(node, ("Concat",)):
         return JOINED
     if is_op(node, CUTS):
-        return FUSED
+        return CUT
     return OTHER if registry.known(node) is None else NO_LAYER

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import Shapes, shape_of
+from onnx_lowrank.graph.shapes import Shapes, infer, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of, is_op
 from onnx_lowrank.graph.weights import VIEWS, constant
 from onnx_lowrank.layers.binding import Pin, Size
@@ -27,11 +27,15 @@ class Followed:
         tensor: Name of the tensor with the axis, in the walk.
         axis: The axis.
         reader: The node and its operand that read the size.
+        size: The place of the size in the target.
+        stated: The size of the axis if the model states it, whatever the shapes of its inputs.
     """
 
     tensor: str
     axis: int
     reader: tuple[Place, int]
+    size: Size
+    stated: int | None = None
 
 
 class Sizes:
@@ -42,6 +46,7 @@ class Sizes:
         self._model = model
         self._walk = walk
         self._shapes = shapes
+        self._stated: Shapes | None = None
 
     def of(self, tensor: Any) -> tuple[int, ...] | None:
         """The shape of a tensor; None if a dimension is unknown, or 0, which tells no axes apart."""
@@ -92,9 +97,11 @@ class Sizes:
         ):
             return None
         piece = self._piece(concat, index)
-        return None if piece is None or piece[1] is not None else self._picked_by(concat, piece[0])
+        if piece is None or piece[1] is not None:
+            return None
+        return self._picked_by(concat, piece[0], Size(place, 1, piece[0], piece[2]))
 
-    def _picked_by(self, reader: Place, operand: int) -> Followed | None:
+    def _picked_by(self, reader: Place, operand: int, size: Size) -> Followed | None:
         """The size that a Gather or Slice takes out of a Shape for an operand of a node."""
         for _ in range(_LONGEST):
             tensor = self._walk.operand(reader, operand)
@@ -107,12 +114,20 @@ class Sizes:
                 picked = self._picked(place, 0, self._given(shape, len(self.of(whole) or ())))
                 if whole is None or picked is None or len(picked[0]) != 1:
                     return None
-                return Followed(whole.name, picked[0][0], (reader, operand))
+                axis = picked[0][0]
+                return Followed(whole.name, axis, (reader, operand), size, self._stated_size(whole, axis))
             is_view = is_op(self._walk.node(place), VIEWS)
             if not is_view or self._walk.consumers(tensor) != [(reader, operand)]:
                 return None
             reader, operand = place, 0
         return None
+
+    def _stated_size(self, tensor: Any, axis: int) -> int | None:
+        """The size of an axis, if the model states it."""
+        if self._stated is None:
+            self._stated = infer(self._model, {})
+        shape = shape_of(self._walk, self._stated, tensor)
+        return None if shape is None else shape[axis]
 
     def _given(self, shape: Place, rank: int) -> list[int]:
         """The axes whose sizes a Shape gives."""

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Factors
+from onnx_lowrank.core.layer import Rows
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg import selection
 from onnx_lowrank.linalg.quadratic import Quadratic
@@ -198,6 +199,75 @@ class Scores(Way):
             return np.zeros(self.queries.shape[0] * self.shared * len(lost) + 1)
         curve = np.minimum.accumulate(np.clip(np.append(lost / total, 0.0), 0.0, 1.0))
         return _in_steps(curve, len(self.queries) * self.shared)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedScores(Way):
+    """Makes queries and keys smaller that one packed matrix computes; the layer is that matrix.
+
+    With M = P P'ᵀ, q M kᵀ = (q M) (k Mᵀ)ᵀ, since M² = M. So the layer gives q M and k Mᵀ in place of q and k.
+    The encoder has the rows of q P and of k P', and every other row of the weight as it is.
+
+    Attributes:
+        scores: The subspaces.
+        rows: The features that are the queries, and those that are the keys.
+        added: The bias of all features, shape (f,); None without one.
+    """
+
+    scores: Scores
+    rows: tuple[Rows, Rows]
+    added: Floats | None = None
+
+    def fit(self, quadratic: Quadratic, shape: tuple[int, ...], width: int) -> Factors:
+        """The encoder has the rows for narrow queries and keys; the decoder has the blocks P' and P."""
+        _, f, c, *kernel = shape
+        encoder = self._given(quadratic.optimum[0], width, decoded=False)
+        ones = [1] * len(kernel)
+        decoder = np.zeros((f, len(encoder)))
+        old = new = 0
+        for rows, _, out in self._parts(width):
+            kept = rows.start - old
+            decoder[old : rows.start, new : new + kept] = np.eye(kept)
+            old, new = rows.start + rows.size, new + kept
+            size = out.shape[0] * out.shape[2]
+            decoder[rows.start : old, new : new + size] = _diagonal(out)
+            new += size
+        decoder[old:, new:] = np.eye(f - old)
+        parts = (1, 1, len(encoder), c, *ones), (1, f, 1, len(encoder), *ones)
+        return Factors(Fold.DECODE.on(tuple(kernel)), encoder.reshape(parts[0]), decoder.reshape(parts[1]))
+
+    def given(self, values: Floats, width: int) -> Floats:
+        """The projected values of queries and keys; all others are as they are."""
+        return self._given(values[:, None], width, decoded=True)[:, 0]
+
+    def shift(self, width: int) -> Floats | None:
+        """The bias is projected like the weight."""
+        return None if self.added is None else self.given(self.added, width) - self.added
+
+    def errors(self, queries: Floats, keys: Floats) -> Floats:
+        """As for queries and keys with matrices of their own."""
+        return self.scores.errors(queries, keys)
+
+    def _parts(self, width: int) -> list[tuple[Rows, Floats, Floats]]:
+        """The rows that get fewer, in their order, each with its blocks in the encoder and in the decoder."""
+        made, shared = self.scores, self.scores.shared
+        size = width // (len(made.queries) * shared)
+        into, out = made.queries[..., :size], made.keys[..., :size]
+        queries = self.rows[0], np.repeat(into, shared, axis=0), np.repeat(out, shared, axis=0)
+        return sorted((queries, (self.rows[1], out, into)), key=lambda part: part[0].start)
+
+    def _given(self, values: Floats, width: int, *, decoded: bool) -> Floats:
+        """The rows of the encoder, or those that the decoder makes of them."""
+        made, at = [], 0
+        for rows, into, out in self._parts(width):
+            heads = values[rows.start : rows.start + rows.size].reshape(*into.shape[:2], -1)
+            small = into.swapaxes(1, 2) @ heads
+            made += [
+                values[at : rows.start],
+                (out @ small if decoded else small).reshape(-1, values.shape[1]),
+            ]
+            at = rows.start + rows.size
+        return np.concatenate([*made, values[at:]])
 
 
 def scores(queries: Floats, keys: Floats, added: Floats | None = None) -> Scores:

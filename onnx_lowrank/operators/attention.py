@@ -2,11 +2,13 @@
 
 Its weight is (c, q + k + v). The chain is one encoder (c, j), shared by the three projections, and Attention
 with the narrower weight (j, q + k + v). The operator allows this: its input need not be as wide as its heads.
+Its heads get smaller as those of other packed matrices do (`layers.attention`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,12 +17,27 @@ from onnx import NodeProto
 from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering
+from onnx_lowrank.graph.walk import attribute_of
 from onnx_lowrank.operators.family import Operands, Operator, Sample, Shape, Site, Timed, known
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.geometry import Vectors
 
+_PAST = 4
+"""Index of the input that holds earlier keys and values."""
+
 _TOKENS = 3
 """Number of tokens in a sample."""
+
+
+def widths_of(node: NodeProto, features: int) -> tuple[int, ...] | None:
+    """The sizes of the queries, the keys and the values of an Attention; None if they do not fit.
+
+    Args:
+        node: The node.
+        features: The features of its weight.
+    """
+    widths = tuple(attribute_of(node, "qkv_hidden_sizes", [])) or (features // 3,) * 3
+    return widths if len(widths) == 3 and min(widths) > 0 and sum(widths) == features else None
 
 
 class Attention(Operator):
@@ -60,6 +77,30 @@ class Attention(Operator):
         """Once per token."""
         tokens = self.dense_evaluations(node, positions)
         return tokens, tokens
+
+    def macs_beside(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
+        """Those of the queries with the keys, and of the shares with the values."""
+        tokens, weight = known(inputs[0]), known(inputs[1])
+        widths = widths_of(node, weight[-1]) if weight else None
+        past = known(inputs[_PAST]) if any(node.input[_PAST : _PAST + 1]) else (2, 1, 1, 0, 1)
+        if tokens is None or widths is None or past is None or (len(tokens), len(past)) != (3, 5):
+            return None
+        batch, new, _ = tokens
+        return batch * new * (new + past[3]) * (widths[0] + widths[2])
+
+    def macs_undecomposed(
+        self, node: NodeProto, inputs: Sequence[Shape | None], leaving: Shape | None
+    ) -> int | None:
+        """Those of the three projections, too."""
+        tokens, weight = known(inputs[0]), known(inputs[1])
+        beside = self.macs_beside(node, inputs, leaving)
+        return (
+            None
+            if tokens is None or weight is None or beside is None
+            else prod((*tokens, weight[-1])) + beside
+        )
 
     def layout(
         self, layer: Layer, nodes: Sequence[NodeProto], factors: Factors, lowering: Lowering

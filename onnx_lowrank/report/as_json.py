@@ -13,6 +13,7 @@ from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.outcome import (
     Calibrated,
     Continuation,
+    Fused,
     Merge,
     Other,
     OutputError,
@@ -108,11 +109,18 @@ def _validation(validation: Validation) -> schema.Validation:
         alone=_outputs(validation.alone),
         other=_other(validation.other) if validation.other else None,
         continuation=_continuation(validation.continuation) if validation.continuation else None,
+        fused=_fused(validation.fused) if validation.fused else None,
     )
 
 
 def _continuation(found: Continuation) -> schema.Continuation:
     return schema.Continuation(prompts=found.prompts, tokens=found.tokens, agreement=found.agreement)
+
+
+def _fused(fused: Fused) -> dict[str, schema.Total] | None:
+    if fused.note:
+        return None
+    return {name: _total(Total(count, fused.after.get(name, 0))) for name, count in fused.before.items()}
 
 
 def _other(other: Other) -> schema.Other:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 
-from onnx_lowrank.core.outcome import Calibrated, OutputError, Trial, Validation
+from onnx_lowrank.core.outcome import Calibrated, Fused, OutputError, Trial, Validation
 from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import layer_table as layers
 from onnx_lowrank.report import other_table, words
@@ -216,11 +216,22 @@ def _validation(validation: Validation, names: Mapping[str, str], page: Page) ->
         page.line(f"never ran: {silent}", style="yellow", indent=2)
     elif validation.never_ran is None:
         page.line("unknown which layers in branches ran", style="dim", indent=2)
+    if validation.fused is not None:
+        _fused(validation.fused, page)
     for note in validation.notes:
         page.line(note, style="yellow", indent=2)
     if validation.other is not None:
         page.blank()
         other_table.show(validation.other, page)
+
+
+def _fused(fused: Fused, page: Page) -> None:
+    """Print the fused operators that were lost, or why they were not counted."""
+    if fused.note:
+        page.line(f"fused operators not counted: {fused.note}", style="dim", indent=2)
+    elif fused.lost:
+        parts = (f"{count} of {fused.before[name]} {name}" for name, count in fused.lost.items())
+        page.line(f"ONNX Runtime no longer fuses {', '.join(parts)}", style="yellow", indent=2)
 
 
 def _differences(output: OutputError) -> str:

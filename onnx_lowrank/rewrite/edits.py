@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,9 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.scopes import Scope, scopes
 from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op
 from onnx_lowrank.graph.weights import VIEWS, Source
+
+_BURIED = VIEWS | {"Constant", "Slice", "Concat", "Gather", "Shape"}
+"""Operators of constants and of shapes that go with their last reader."""
 
 Store = Callable[[str, NDArray[Any]], TensorProto]
 """Makes a tensor from a name and an array; for big models, it puts the bytes on disk."""
@@ -36,7 +39,7 @@ class Edit:
         before: New nodes, by the node that they precede.
         deleted: The nodes to delete.
         repointed: New inputs of nodes that stay, by node and operand.
-        regrouped: New numbers of groups of convolutions that stay, by node.
+        attributes: New attributes of nodes that stay, by node and name; None deletes an attribute.
         forgotten: Names of the tensors to delete, with their value_info and annotations.
         initializers: New initializers.
     """
@@ -44,7 +47,7 @@ class Edit:
     before: dict[int, list[NodeProto]] = field(default_factory=dict)
     deleted: set[int] = field(default_factory=set)
     repointed: dict[tuple[int, int], str] = field(default_factory=dict)
-    regrouped: dict[int, int] = field(default_factory=dict)
+    attributes: dict[tuple[int, str], Any] = field(default_factory=dict)
     forgotten: set[str] = field(default_factory=set)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -55,6 +58,7 @@ class Edits:
     Attributes:
         scopes: The edits, by the path of their scope.
         unique: Makes a free name from a name that may be taken.
+        changed: Numbers that are planned already; narrowings that go together name the same ones.
     """
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
@@ -67,6 +71,7 @@ class Edits:
         """
         self.scopes: dict[str, Edit] = {path: Edit() for path in walk.scopes}
         self.unique = FreeNames(walk).unique
+        self.changed: set[Hashable] = set()
         self._model = model
         self._walk = walk
         self._store = store
@@ -110,7 +115,7 @@ class Edits:
                 continue
             if place is None and key in self._walk.initializers:
                 removed += [v.name for v in self._model.proto.graph.input if not scope and v.name == name]
-            elif place is None or not is_op(self._walk.node(place), VIEWS | {"Constant", "Slice", "Concat"}):
+            elif place is None or not is_op(self._walk.node(place), _BURIED):
                 continue
             else:
                 self.scopes[scope].deleted.add(place.node)
@@ -139,10 +144,11 @@ def _apply(edit: Edit, scope: Scope) -> None:
     """Change one scope in place."""
     body: Any = scope.graph or scope.function
     for (index, operand), name in edit.repointed.items():
-        body.node[index].input[operand] = name
-    for index, groups in edit.regrouped.items():
-        (group,) = (attribute for attribute in body.node[index].attribute if attribute.name == "group")
-        group.i = groups
+        inputs = body.node[index].input
+        inputs.extend([""] * (operand + 1 - len(inputs)))
+        inputs[operand] = name
+    for (index, name), value in edit.attributes.items():
+        set_attribute(body.node[index], name, value)
     # The last first, so that the indices of the others stay right.
     for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
         if index in edit.deleted:
@@ -154,6 +160,19 @@ def _apply(edit: Edit, scope: Scope) -> None:
         _drop(scope.graph.initializer, lambda tensor: tensor.name in edit.forgotten)
         _drop(scope.graph.quantization_annotation, lambda note: note.tensor_name in edit.forgotten)
         scope.graph.initializer.extend(edit.initializers)
+
+
+def set_attribute(node: NodeProto, name: str, value: Any) -> None:
+    """Set an attribute of a node, in place; None deletes it."""
+    if value is None:
+        _drop(node.attribute, lambda attribute: attribute.name == name)
+        return
+    made = onnx.helper.make_attribute(name, value)
+    for attribute in node.attribute:
+        if attribute.name == name:
+            attribute.CopyFrom(made)
+            return
+    node.attribute.append(made)
 
 
 def _drop(messages: Any, is_dead: Callable[[Any], bool]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnx_lowrank.core.factors import Factors
-from onnx_lowrank.core.layer import Between, Layer
+from onnx_lowrank.core.layer import Between, Layer, Rows
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk
@@ -50,19 +50,30 @@ def _mapped(values: NDArray[Any], axis: int, maps: NDArray[np.float64]) -> NDArr
     return np.moveaxis(made, 0, axis).astype(values.dtype)
 
 
-def narrow_bias(layer: Layer, factors: Factors, values: NDArray[Any]) -> NDArray[Any]:
+def narrow_bias(layer: Layer, factors: Factors, values: NDArray[Any], width: int) -> NDArray[Any]:
     """The bias of a layer with fewer output features; of any other layer, the bias itself.
 
     Args:
         layer: The layer.
         factors: Its factors.
         values: The bias that the product of its factors needs, shape (f,), in the range of the decoder.
+        width: The width of the layer.
     """
     if not layer.loses_features or layer.narrowing is None:
         return values
-    width = factors.decoder.shape[3]
-    maps = blocks(factors.decoder.reshape(layer.f, width), layer.narrowing.heads)
-    return np.asarray(np.linalg.pinv(maps) @ values.reshape(*maps.shape[:2], 1)).reshape(-1)
+    decoder = factors.decoder.reshape(layer.f, -1)
+    step = layer.width // layer.width_step
+    made, old, new = [], 0, 0
+    for rows in sorted(layer.narrowing.rows, key=lambda each: each.start) or [Rows(0, layer.f)]:
+        # Between the parts of a packed matrix that get narrower, the decoder is the identity.
+        made.append(values[old : rows.start])
+        new += rows.start - old
+        old, small = rows.start + rows.size, rows.size * width // layer.width
+        maps = blocks(decoder[rows.start : old, new : new + small], rows.size // step)
+        part = values[rows.start : old].reshape(*maps.shape[:2], 1)
+        made.append(np.asarray(np.linalg.pinv(maps) @ part).reshape(-1))
+        new += small
+    return np.concatenate([*made, values[old:]])
 
 
 def resize(model: Model, walk: Walk, edits: Edits, binding: Binding, width: int) -> None:
@@ -78,34 +89,49 @@ def resize(model: Model, walk: Walk, edits: Edits, binding: Binding, width: int)
     hidden = binding.hidden or Hidden((), (), ())
     source = binding.stored.source
     for size in hidden.sizes:
-        _resize(model, walk, edits, source, size, (width, binding.layer.width))
+        if size not in edits.changed:
+            change_number(model, walk, edits, source, size, (width, binding.layer.width))
     for pin in hidden.pins:
+        if pin in edits.changed:
+            continue
+        edits.changed.add(pin)
         value = np.full(pin.shape, pin.value, np.int64)
         edits.scopes[""].repointed[pin.place.node, pin.operand] = edits.keep(
-            _before(source, pin.place), f"{source.name}_head_size", value
+            before(source, pin.place), f"{source.name}_head_size", value
         )
 
 
-def _resize(
-    model: Model, walk: Walk, edits: Edits, source: Source, size: Size, share: tuple[int, int]
+def change_number(
+    model: Model, walk: Walk, edits: Edits, source: Source, size: Size, share: tuple[int, int], lost: int = 0
 ) -> None:
-    """Plan the edit of one number: it falls as the width does."""
+    """Plan the edit of one number in a shape.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        edits: Receives the edit.
+        source: Where the weight of the layer is stored.
+        size: The number.
+        share: The new width and the old one; the number falls as the width does.
+        lost: How much less the number is then.
+    """
+    edits.changed.add(size)
     shape = walk.operand(size.place, size.operand)
     concat = None if size.part is None else walk.producer(shape)
     place, operand = size.place, size.operand
     if concat is not None and size.part is not None:
         place, operand = concat, size.part
     tensor = walk.operand(place, operand)
-    value = constant(walk, model, tensor)
+    value = constant(walk, model, tensor) if size.stated is None else np.array([size.stated])
     if value is None or tensor is None:  # `layers.heads` could read it, so its file has changed since
         raise InputError("A shape changed while it was read: run again.")
     changed = value.copy()
-    changed.reshape(-1)[size.index] = changed.reshape(-1)[size.index] * share[0] // share[1]
+    changed.reshape(-1)[size.index] = changed.reshape(-1)[size.index] * share[0] // share[1] - lost
     is_own = concat is None or (
         walk.consumers(shape) == [(size.place, size.operand)] and not walk.is_output(shape)
     )
     reader = place if is_own else size.place
-    stored = edits.keep(_before(source, reader), f"{walk.origin(tensor)[1]}_narrow", changed)
+    stored = edits.keep(before(source, reader), f"{walk.origin(tensor)[1]}_narrow", changed)
     if is_own:
         edits.scopes[""].repointed[place.node, operand] = stored
         edits.unread(place, operand)
@@ -119,6 +145,6 @@ def _resize(
     edits.scopes[""].repointed[size.place.node, size.operand] = copy.output[0]
 
 
-def _before(source: Source, place: Place) -> Source:
+def before(source: Source, place: Place) -> Source:
     """Where to store a number that a node reads: as the weights are, but in the node's place."""
     return source if source.place is None else replace(source, place=place)

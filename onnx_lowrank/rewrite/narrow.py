@@ -10,7 +10,7 @@ The layer's own weight is part of its `Replacement`. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,15 @@ from onnx_lowrank.operators import registry
 from onnx_lowrank.rewrite.edits import Edits
 
 
-def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, less: Less, width: int) -> None:
+def narrow(
+    model: Model,
+    walk: Walk,
+    edits: Edits,
+    hidden: Hidden,
+    less: Less,
+    width: int,
+    packed: Container[tuple[Place, int]] = (),
+) -> None:
     """Plan the edits that take features from the partners and from the constants behind them.
 
     Args:
@@ -37,14 +45,12 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, less: Less, w
         hidden: The channels between the layers.
         less: Makes the features of an array fewer, given their axis.
         width: The number of channels that stay.
+        packed: Places and operands of the constants that `rewrite.packed` makes narrower.
 
     Raises:
         InputError: A data file has changed.
     """
-    places = [*hidden.constants]
-    for producer in hidden.producers:
-        use = producer.layer.uses[0]
-        places.append((Place(use.scope, use.node), use.operand, varying_axis(walk, producer, 1)))
+    places = [each for each in changing(walk, hidden) if each[:2] not in packed]
     # Once for all its readers: two copies of a shared bias would be parameters that nobody counts.
     stored: dict[tuple[str, int], str] = {}
     for place, operand, axis in places:
@@ -58,8 +64,17 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, less: Less, w
         name = _target(walk, edits, model, hidden, walk.operand(place, operand), width)
         edits.scopes[place.scope].repointed[place.node, operand] = name
         edits.unread(place, operand)
-    edits.scopes[""].regrouped.update((place.node, width) for place in hidden.grouped)
+    edits.scopes[""].attributes.update(((place.node, "group"), width) for place in hidden.grouped)
     edits.scopes[""].forgotten.update(hidden.tensors)
+
+
+def changing(walk: Walk, hidden: Hidden) -> list[tuple[Place, int, int]]:
+    """Places and operands of the constants with the features of partners, and the axis of the features."""
+    places = [*hidden.constants]
+    for producer in hidden.producers:
+        use = producer.layer.uses[0]
+        places.append((Place(use.scope, use.node), use.operand, varying_axis(walk, producer, 1)))
+    return places
 
 
 Less = Callable[[NDArray[Any], int], NDArray[Any]]
@@ -82,20 +97,20 @@ def varying_axis(walk: Walk, binding: Binding, canonical: int) -> int:
     return next(axis for axis, step in enumerate(steps) if step.any())
 
 
-def narrow_weight(walk: Walk, binding: Binding, factors: Factors) -> NDArray[Any]:
+def narrow_weight(walk: Walk, binding: Binding, factors: Factors, width: int) -> NDArray[Any]:
     """The weight of a layer with fewer input channels or output features, as its node reads it.
 
     Args:
         walk: The model's walk.
         binding: The layer.
         factors: Its factors, one of which is the weight.
+        width: Its width.
     """
     layer = binding.layer
-    width = factors.decoder.shape[3]
     own, axis = (factors.encoder, 1) if layer.loses_features else (factors.decoder, 2)
     shape = list(layer.uses[0].laid_out)
-    shape[varying_axis(walk, binding, axis)] = width
     *_, narrow = layer.at_width(width)
+    shape[varying_axis(walk, binding, axis)] = narrow.f if layer.loses_features else narrow.c
     return _laid_out(walk, binding, own.reshape(narrow.shape), shape)
 
 

@@ -37,7 +37,8 @@ from onnx_lowrank.operators.family import Operands, Site
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.rewrite.edits import Edits, Store
 from onnx_lowrank.rewrite.heads import less_of, narrow_bias, resize
-from onnx_lowrank.rewrite.narrow import narrow, narrow_weight
+from onnx_lowrank.rewrite.narrow import narrow, narrow_weight, varying_axis
+from onnx_lowrank.rewrite.packed import Packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ def rewrite(
     writer = _Writer(model, walk, store)
     for replacement in replacements:
         writer.replace(replacement)
+    writer.packs.flush()
     proto, removed = writer.edits.apply()
     return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed, writer.proofs)
 
@@ -114,6 +116,7 @@ class _Writer:
         self._model = model
         self._walk = walk
         self.edits = Edits(model, walk, store)
+        self.packs = Packs(model, walk, self.edits)
 
     def replace(self, replacement: Replacement) -> None:
         """Plan the edits for one layer."""
@@ -146,14 +149,22 @@ class _Writer:
             raise InputError(f"The layer {layer.id!r} has no partners to narrow: choose another option.")
         factors = replacement.factors
         less = less_of(layer, factors, binding.hidden.shared)
-        narrow(self._model, self._walk, self.edits, binding.hidden, less, replacement.option.j)
-        resize(self._model, self._walk, self.edits, binding, replacement.option.j)
-        weight = narrow_weight(self._walk, binding, factors)
-        source = binding.stored.source
-        stored = self.edits.keep(source, f"{source.name}_narrow", np.ascontiguousarray(weight))
+        width, place = replacement.option.j, Place(use.scope, use.node)
+        taken = self.packs.take_all(binding, less)
+        narrow(self._model, self._walk, self.edits, binding.hidden, less, width, taken)
+        resize(self._model, self._walk, self.edits, binding, width)
+        self.packs.resize(binding, width)
+        weight = narrow_weight(self._walk, binding, factors, width)
+        source, stored = binding.stored.source, ""
+        if layer.packs_own:
+            axis = varying_axis(self._walk, binding, 1)
+            self.packs.put(place, use.operand, axis, weight, source, layer, width)
+        else:
+            stored = self.edits.keep(source, f"{source.name}_narrow", np.ascontiguousarray(weight))
         new_bias = self._new_bias(replacement, node)
         fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
         fragment.copy("narrow", node, {use.operand: stored})
+        self.packs.copied(place, fragment.nodes[-1])
         if new_bias:
             registry.family(node).set_bias(fragment.nodes[-1], new_bias)
         self._splice(fragment.nodes, use, node, layer)
@@ -202,12 +213,18 @@ class _Writer:
             raise InputError(f"The layer {layer.id!r} has no bias that can be changed: give none for it.")
         dtype, shape = dtype_of(self._walk, binding.stored), old.shape
         if replacement.option.lowering is Lowering.NARROW:
-            values = narrow_bias(layer, replacement.factors, values)
+            values = narrow_bias(layer, replacement.factors, values, replacement.option.j)
             shape = tuple(values.size if n == layer.f else n for n in shape)
         with np.errstate(over="ignore"):
             stored = values.reshape(shape).astype(dtype)
         if not np.isfinite(stored).all():
             raise InputError(f"The new bias of {layer.id!r} is not finite in {dtype}: exclude this layer.")
+        if layer.packs_own and replacement.option.lowering is Lowering.NARROW:
+            axis, source = stored.shape.index(values.size), binding.stored.source
+            # The node keeps its attributes, such as a Gemm's beta.
+            stored = stored / registry.family(node).bias_scale(node) if old.in_node else stored
+            self.packs.put(old.place, old.operand, axis, stored, source, layer, replacement.option.j)
+            return ""
         name = self.edits.keep(binding.stored.source, f"{label(node)}_bias", stored)
         self.edits.unread(old.place, old.operand)
         if old.place.node == layer.uses[0].node:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.core.outcome import OutputError, Validation
+from onnx_lowrank.engines import fused
 from onnx_lowrank.engines.batches import batches
 from onnx_lowrank.engines.checker import check
 from onnx_lowrank.engines.compare import Comparison, compare
@@ -106,6 +107,7 @@ def validate(
         )
         if measured and result.never_ran:
             notes.append(_CHECKED_ON.format(len(measured.feeds)))
+        result = replace(result, fused=fused.compare(original, compressed, engine))
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
     return result

@@ -167,7 +167,7 @@ def can_narrow(binding: Binding, statistics: Statistics) -> bool:
     layer = binding.layer
     seen = (layer, *layer.partners) if layer.loses_features else (layer,)
     found = [statistics.reference(each.id) for each in seen]
-    return bool(layer.partners) and not any(moments is None or moments.of_outputs for moments in found)
+    return layer.narrowing is not None and not any(moments is None or moments.of_outputs for moments in found)
 
 
 def width_item(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> WidthItem:
@@ -183,12 +183,13 @@ def width_item(model: Model, walk: Walk, binding: Binding, statistics: Statistic
     changeable, keys = bias(model, walk, binding), None
     added = None if changeable is None else changeable.values
     if narrowing.between is Between.SCORES:
-        (partner,) = hidden.producers
+        (partner,) = hidden.producers or (binding,)
         others, its_bias = statistics.reference(partner.layer.id), bias(model, walk, partner)
         if others is None:
             raise RuntimeError(f"the inputs of {partner.layer.id!r} were not measured")
         its_values = None if its_bias is None else its_bias.values
-        keys = Keys(reference(model, walk, partner), others, its_values, hidden.ignores_shift)
+        its_rows = narrowing.rows[-1] if narrowing.rows else None
+        keys = Keys(reference(model, walk, partner), others, its_values, hidden.ignores_shift, its_rows)
     return WidthItem(
         weight=reference(model, walk, binding),
         moments=moments,
@@ -198,6 +199,7 @@ def width_item(model: Model, walk: Walk, binding: Binding, statistics: Statistic
         shared=hidden.shared,
         added=None if keys is None else added,
         keys=keys,
+        rows=narrowing.rows[0] if binding.layer.packs_own else None,
     )
 
 

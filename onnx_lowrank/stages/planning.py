@@ -177,7 +177,7 @@ def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> Cla
     if not measures.named(recipe.measure).calibrated:
         tables = unmeasured.without_calibration(layers, tables)
     narrows = recipe.narrow and grid.costs.budget.narrows
-    errors = {layer.id: np.ones(layer.width + 1) for layer in layers if narrows and layer.partners}
+    errors = {layer.id: np.ones(layer.width + 1) for layer in layers if narrows and layer.narrowing}
     pairs = pairs_of(layers, errors, grid)
     shares = recipe.share and grid.costs.budget.shares
     groups = [names for layer in layers if shares for names in sharers(layer)]

@@ -17,7 +17,7 @@ from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs, spared
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks
-from onnx_lowrank.allocate.pairs import Group, Pair, Sharing, pairs_of, sharers, sharings_of
+from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of, sharers, sharings_of
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
@@ -209,7 +209,7 @@ class Scores:
         """
         return (*self._pairs(recipe), *self._sharings(recipe))
 
-    def _pairs(self, recipe: Recipe) -> tuple[Pair, ...]:
+    def _pairs(self, recipe: Recipe) -> tuple[Group, ...]:
         if not (recipe.narrow and self.meter.budget.narrows):
             return ()
         self._add_widths()

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Moments
-from onnx_lowrank.core.layer import Between
+from onnx_lowrank.core.layer import Between, Rows
 from onnx_lowrank.linalg import narrowing, selection
 from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.narrowing import Channels, Scores, Way
+from onnx_lowrank.linalg.narrowing import Channels, PackedScores, Scores, Way
 from onnx_lowrank.linalg.quadratic import Quadratic, matrices_of, of_weight, shrinkage
 from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.weights import WeightRef
@@ -29,12 +29,14 @@ class Keys:
         moments: The moments of its inputs.
         added: Its bias, shape (f,); None without one.
         about_mean: Whether only their deviations from the mean count.
+        rows: Their features, if their matrix is packed.
     """
 
     weight: WeightRef
     moments: MomentsRef
     added: Floats | None
     about_mean: bool
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +52,7 @@ class WidthItem:
         shared: The number of heads of the layer that meet one of the partner's.
         added: Its bias, shape (f,); only for scores.
         keys: The keys that meet its queries; only for scores.
+        rows: The features that are its queries, if its matrix is packed; it computes the keys, too.
     """
 
     weight: WeightRef
@@ -60,6 +63,7 @@ class WidthItem:
     shared: int = 1
     added: Floats | None = None
     keys: Keys | None = None
+    rows: Rows | None = None
 
     @property
     def nbytes(self) -> int:
@@ -130,13 +134,15 @@ def _problems(item: WidthItem) -> tuple[Quadratic, Quadratic | None]:
     return problem, None if held is None else of_weight(weight, held, centred=item.centred, ridge=0.0)
 
 
-def _scores(item: WidthItem) -> tuple[Scores, tuple[Floats, Floats]]:
+def _scores(item: WidthItem) -> tuple[Scores | PackedScores, tuple[Floats, Floats]]:
     """The way for queries and keys, and the moments of both on which it is judged."""
     if item.keys is None:
         raise RuntimeError("queries are narrowed with their keys alone")
     (queries, held_queries), (keys, held_keys) = _inputs(item.moments), _inputs(item.keys.moments)
     fitted = _heads(item, item.keys, _ridged(queries), _ridged(keys))
-    found = narrowing.scores(*fitted, item.added)
+    found: Scores | PackedScores = narrowing.scores(*fitted, item.added)
+    if item.rows is not None and item.keys.rows is not None:
+        found = PackedScores(narrowing.scores(*fitted), (item.rows, item.keys.rows), item.added)
     if held_queries is None or held_keys is None:
         return found, fitted
     return found, _heads(item, item.keys, held_queries, held_keys)
@@ -147,10 +153,16 @@ def _heads(item: WidthItem, keys: Keys, inputs: Moments, others: Moments) -> tup
     own, other = matrices_of(item.weight.read())[0], matrices_of(keys.weight.read())[0]
     mean = own @ inputs.mean[0] + (0.0 if item.added is None else item.added)
     about = None if keys.about_mean else other @ others.mean[0] + (0.0 if keys.added is None else keys.added)
+    own, mean = (values[_slice(item.rows)] for values in (own, mean))
+    other, about = other[_slice(keys.rows)], None if about is None else about[_slice(keys.rows)]
     return (
         narrowing.head_moments(own, inputs.second[0], item.heads * item.shared, mean),
         narrowing.head_moments(other, others.second[0], item.heads, about),
     )
+
+
+def _slice(rows: Rows | None) -> slice:
+    return slice(None) if rows is None else slice(rows.start, rows.start + rows.size)
 
 
 def _ridged(inputs: Moments) -> Moments:

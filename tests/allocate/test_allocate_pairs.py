@@ -10,7 +10,7 @@ import pytest
 
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
-from onnx_lowrank.allocate.pairs import Classes, Pair
+from onnx_lowrank.allocate.pairs import Bound, Classes, Pair
 from onnx_lowrank.allocate.solve import smallest, solve
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.plan import Aggregate
@@ -128,3 +128,75 @@ def test_several_constraints_bound_the_classes():
     assert [costs.shape[0] for costs in made.costs] == [2] * len(classes.tables)
     picks = solve(classes.tables, classes.limits(single), RECIPE).picks
     assert made.excess(picks) <= 0
+
+
+def packed(seed, *, bound):
+    """A packed matrix w1 with queries and keys of its own, and the layer w2 that reads its values."""
+    rng = np.random.default_rng(seed)
+    layers = tuple(random_table(rng, f"w{n}", 40, 4) for n in range(4))
+    drops = [np.sort(rng.choice(np.arange(1, 18), 5, replace=False))[::-1] for _ in range(3)]
+    errors = [np.sort(rng.random(5))[::-1] for _ in range(2)]
+    own = table("w1", [40, *(40 - drops[0])], [0.0, *errors[0]], _Narrow())
+    behind = table("w2", [40, *(40 - drops[1] - drops[2])], [0.0, *errors[1]], _Narrow())
+    shares = [np.array([40, *(40 - drop)]) for drop in drops]
+    scores = Pair(own, (1,), (shares[0],), (), {1: frozenset({0, 8})}, "w2" if bound else "")
+    values = Pair(
+        behind, (1, 2), (shares[1], shares[2]), (behind.j,), {1: frozenset({16})}, "w1" if bound else ""
+    )
+    return layers, scores, values
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("aggregate", [Aggregate.SUM, Aggregate.MAX])
+def test_pairs_of_a_packed_matrix_are_chosen_as_well_as_any_plan(seed, bound, aggregate):
+    layers, scores, values = packed(seed, bound=bound)
+    recipe = replace(RECIPE, aggregate=aggregate, power=1.0)
+    groups = (Bound((scores, values)),) if bound else (scores, values)
+    classes = Classes(layers, groups, recipe)
+    budget = 75 + 4 * seed
+    limits = classes.limits(Limits.single(layers, budget))
+    solution = solve(classes.tables, limits, recipe)
+    choices = classes.choices(solution.picks)
+    assert [choice.layer for choice in choices] == [t.layer for t in layers]
+    assert sum(choice.cost for choice in choices) == solution.cost <= budget
+    narrow = [choice.option is not None and choice.option.lowering is Lowering.NARROW for choice in choices]
+    if bound:
+        assert narrow[1] == narrow[2]
+        assert not narrow[1] or choices[1].option.j == choices[2].option.j
+    combine = max if aggregate is Aggregate.MAX else sum
+    best = np.inf
+    for first, last in product(range(layers[0].cost.size), range(layers[3].cost.size)):
+        ends = int(layers[0].cost[first] + layers[3].cost[last])
+        rest = [float(layers[0].error[first]), float(layers[3].error[last])]
+        plans = [
+            (int(layers[1].cost[p] + layers[2].cost[q]), [layers[1].error[p], layers[2].error[q]])
+            for p, q in product(range(layers[1].cost.size), range(layers[2].cost.size))
+        ]
+        taken = [(n, n) for n in range(1, 6)] if bound else [*product(range(6), repeat=2)]
+        for p, q in taken:
+            cost = int(scores.table.cost[p] + values.table.cost[q])
+            plans.append((cost, [scores.table.error[p], values.table.error[q]]))
+        if not bound:
+            # The values' narrowing keeps w1's own queries and keys; the queries' leaves w2 any option.
+            plans += [
+                (int(scores.table.cost[p] + layers[2].cost[q]), [scores.table.error[p], layers[2].error[q]])
+                for p, q in product(range(6), range(layers[2].cost.size))
+            ]
+        best = min([best, *(combine([*rest, *errors]) for cost, errors in plans if ends + cost <= budget)])
+    value = combine(choice.error for choice in choices)
+    assert value == pytest.approx(best, rel=1e-9)
+
+
+def test_a_packed_matrix_has_an_option_and_a_partner():
+    layers, scores, values = packed(1, bound=False)
+    tiny = [
+        replace(pair, table=replace(pair.table, error=pair.table.error * 1e-6)) for pair in (scores, values)
+    ]
+    classes = Classes(layers, tuple(tiny), RECIPE)
+    limits = classes.limits(Limits.single(layers, 130))
+    choices = classes.choices(solve(classes.tables, limits, RECIPE).picks)
+    assert {choice.option.lowering for choice in choices[1:3]} == {Lowering.NARROW}
+    first, second = (choice.option.j for choice in choices[1:3])
+    assert choices[1].cost == scores.shares[0][first] + values.shares[0][second] - 40
+    assert choices[1].reason == ""

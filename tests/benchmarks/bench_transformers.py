@@ -19,14 +19,11 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 from bench_calibrated import (
     ORIGINAL,
     PACKAGES,
@@ -46,6 +43,8 @@ from trained.subject import Subject
 
 from onnx_lowrank import budgets
 from onnx_lowrank.documents import recipes as shipped
+from onnx_lowrank.engines.runtime import runtime
+from onnx_lowrank.files.load import load
 from onnx_lowrank.request import AUTO_RECIPE
 
 REAL = Path(tempfile.gettempdir()) / "real_models"
@@ -98,7 +97,7 @@ def measure(subject: Subject, asked: Cell, threads: int, folder: Path) -> Cell:
         return cell | {kind: said.replace(str(folder / f"{subject.name}.npz"), "the calibration inputs")}
     totals = json.loads(report.read_text(encoding="utf-8"))["totals"]
     cell |= reported(report) | {name: totals[name]["ratio"] for name in _COUNTED}
-    cell |= {"scores": rounded(subject.scores(out)), "fused": fused(out, folder)}
+    cell |= {"scores": rounded(subject.scores(out)), "fused": fused(out)}
     if not threads:
         return cell
     times = {name: compared(subject.file, out, threads, shapes) for name, shapes in subject.times.items()}
@@ -125,18 +124,9 @@ def calibration_file(subject: Subject, folder: Path) -> Path:
     return path
 
 
-def fused(model: Path, folder: Path) -> dict[str, int]:
+def fused(model: Path) -> dict[str, int]:
     """How many of its own operators ONNX Runtime has in the model once it is optimized."""
-    optimized = folder / "optimized.onnx"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(optimized)
-    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(optimized, load_external_data=False).graph.node
-    for path in folder.glob("optimized.onnx*"):
-        path.unlink()
-    return dict(sorted(Counter(node.op_type for node in nodes if node.domain == "com.microsoft").items()))
+    return runtime("CPUExecutionProvider").fused(load(model))
 
 
 def rounded(scores: dict[str, float]) -> dict[str, float]:
@@ -149,7 +139,7 @@ def cells(subject: Subject, options: argparse.Namespace, results: Results) -> It
         folder = Path(name)
         asked: Cell = {"model": subject.name, "recipe": ORIGINAL, "budget": "", "ratio": 1.0}
         if not (original := results.known(asked)):
-            scores = {"scores": rounded(subject.scores(subject.file)), "fused": fused(subject.file, folder)}
+            scores = {"scores": rounded(subject.scores(subject.file)), "fused": fused(subject.file)}
             original = results.add(asked | scores)
         yield original
         for recipe in options.recipes:

@@ -6,11 +6,13 @@ import numpy as np
 import onnx
 import pytest
 
+import packing
 from attending import BERT, BUILT, CONSTANT, GQA, REPEATED, SIZE, bert, grouped
-from onnx_lowrank.core.layer import Between
+from onnx_lowrank.core.layer import Between, Rows
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers import products
 from onnx_lowrank.layers.found import find_layers
+from packing import packed
 from rewriting import model
 
 BOTH = {"wo": (Between.VALUES, ["wv"]), "wq": (Between.SCORES, ["wk"])}
@@ -178,9 +180,9 @@ LEFT = {
     ),
     "a cut": (
         "v0 = MatMul (x, wv)",
-        "v8 = MatMul (x, wide) v0, v9 = Split <axis = -1> (v8)",
+        "v8 = MatMul (x, wide) v0 = Slice (v8, zero, end, last)",
         "wo",
-        products.FUSED,
+        products.CUT,
     ),
     "a shared bias": ("q1 = Add (bq, q0)", "q1 = Add (bk, q0)", "wq", products.BIAS),
     "a bias of one head": (
@@ -207,6 +209,9 @@ def test_what_keeps_heads_as_they_are(old, new, missing, reason):
         "cos": np.linspace(0, 1, SIZE, dtype=np.float32),
         "row": np.ones((1, 1, 1), np.float32),
         "wide": np.ones((24, 48), np.float32),
+        "zero": np.array([0]),
+        "end": np.array([24]),
+        "last": np.array([-1]),
     }
     proto = bert(text=BERT.replace(old, new), **extra)
     found = pairs(proto)
@@ -266,3 +271,80 @@ def test_an_excluded_layer_keeps_the_heads_of_its_partner(layer, missing):
     assert [reason.partition(": ")[2].partition("; its heads stay: ")[2] for reason in reasons] == [
         products.NO_LAYER
     ]
+
+
+SPLIT, ATTENDED = "f = Split <axis = -1> (t)", "s0 = MatMul (q, k)"
+TAKEN = {name: f"{name} = Gather <axis = 0> (t, i{n})" for n, name in enumerate(("q", "k0", "v"))}
+CUT_LEFT = {
+    "a Slice of the features": (
+        packing.EQUAL.replace(
+            "f = Split <axis = -1> (t)", "f = Split <axis = -1> (t) g = Slice (t, n0, n1, last)"
+        ),
+        {"wo": products.READ, "w": products.READ},
+    ),
+    "another reader of one part": (
+        packing.VIT.replace("s0 = MatMul", "z = Softmax (k0) s0 = MatMul"),
+        {"wo": products.BOUND, "w": products.READ},
+    ),
+    "a norm of the queries": (
+        packing.VIT.replace(
+            "s0 = MatMul (q, k)", "n = LayerNormalization <axis = -1> (q, eight) s0 = MatMul (n, k)"
+        ),
+        {"wo": products.BOUND, "w": products.OTHER},
+    ),
+    "a part that nothing reads": (
+        packing.VIT.replace("[2, 0, 3, 1, 4]> (t2)", "[2, 0, 3, 1, 4]> (t2) g = Gather <axis = 0> (t, i2)"),
+        {"wo": products.BOUND, "w": products.BOUND},
+    ),
+    "several parts at once": (
+        packing.VIT.replace(
+            "v = Gather <axis = 0> (t, i2)", "v9 = Gather <axis = 0> (t, n2) v = Squeeze (v9, zeros)"
+        ).replace(
+            "q = Gather <axis = 0> (t, i0)", "q9 = Gather <axis = 0> (t, pick) q = Gather <axis = 0> (q9, i0)"
+        ),
+        {"wo": products.BOUND, "w": products.CUT},
+    ),
+    "a part that is cut again": (
+        packing.EQUAL.replace(
+            "a, e, f = Split <axis = -1> (t)", "h, f = Split <axis = -1> (t, uneven)"
+        ).replace("q0 = Reshape (a, heads)", "a, e = Split <axis = -1> (h) q0 = Reshape (a, heads)"),
+        {"w": products.CUT},
+    ),
+    "features of a head that are apart": (
+        packing.VIT.replace("[2, 0, 3, 1, 4]", "[3, 0, 2, 1, 4]").replace("parts)", "apart)"),
+        {"wo": products.MIXED, "w": products.MIXED},
+    ),
+    "a computed Split": (
+        packing.NANO.replace("(t, sizes)", "(t, sums)").replace("a, e", "sums = Add (sizes, pick) a, e"),
+        {"wo": products.CUT, "w": products.CUT},
+    ),
+    "a bias that others read": (
+        packing.NANO.replace("y0 = MatMul (c, wo)", "z = Neg (b) y0 = MatMul (c, wo)"),
+        {"wo": products.BIAS, "w": products.BIAS},
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "missing"), CUT_LEFT.values(), ids=CUT_LEFT)
+def test_what_keeps_the_heads_of_a_packed_matrix(text, missing):
+    extra = {
+        "last": np.array([-1]),
+        "eight": np.ones(SIZE, np.float32),
+        "pick": np.array([0, 0, 0]),
+        "uneven": np.array([48, 24]),
+        "apart": np.array([0, 0, 3, 3, SIZE]),
+    }
+    proto = packed("", text=text, **extra)
+    assert set(pairs(proto)) == {"w", "wo"} - set(missing)
+    assert set(reasons(proto).values()) == set(missing.values())
+
+
+def test_keys_and_values_of_one_matrix():
+    proto = packed("", text=packing.CROSS)
+    assert pairs(proto) == {"wo": (Between.VALUES, ["wkv"]), "wq": (Between.SCORES, ["wkv"])}
+    rows = {
+        layer.id: layer.narrowing.rows
+        for layer in find_layers(load(proto), {}, (), ()).layers
+        if layer.narrowing
+    }
+    assert rows == {"wo": (Rows(24, 24),), "wq": (Rows(0, 24),)}

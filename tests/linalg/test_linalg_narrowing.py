@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.core.factors import Moments
+from onnx_lowrank.core.layer import Rows
 from onnx_lowrank.linalg import narrowing
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import error, of_weight
@@ -212,3 +213,41 @@ def test_silent_heads_have_no_error():
     assert not way.errors(silent, silent).any()
     assert np.isfinite(way.queries).all()
     assert np.isfinite(way.keys).all()
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("width", [1, 3, SIZE])
+def test_a_packed_matrix_gives_the_scores_of_its_narrow_rows(heads, shared, width):
+    """The products of the features that the factors give are those of the encoder's rows, in float64."""
+    rng = np.random.default_rng(8)
+    many, few, c = heads * shared * SIZE, heads * SIZE, 11
+    # The keys come first, and other features lie between and behind.
+    keys, queries, f = Rows(2, few), Rows(few + 4, many), few + many + 7
+    weight, x = rng.standard_normal((1, f, c)), rng.standard_normal((200, c))
+    added = rng.standard_normal(f)
+    taken = (slice(each.start, each.start + each.size) for each in (queries, keys))
+    rows = [(x @ weight[0].T + added)[:, part] for part in taken]
+    split = [each.reshape(len(x), -1, SIZE).swapaxes(0, 1) for each in rows]
+    found = narrowing.scores(seconds(split[0]), seconds(split[1]))
+    way = narrowing.PackedScores(found, (queries, keys), added)
+    total = width * heads * shared
+    factors = way.fit(problem(weight, x), weight.shape, total)
+    small = width * heads
+    narrow = factors.encoder.reshape(f - few - many + small + total, c) @ x.T
+    first, second = slice(2, 2 + small), slice(2 + small + 2, 2 + small + 2 + total)
+    whole = compose(factors)[0] @ x.T
+    for head in range(heads * shared):
+        size = slice(head * SIZE, (head + 1) * SIZE)
+        few_size = slice(head // shared * SIZE, (head // shared + 1) * SIZE)
+        given = whole[queries.start :][: queries.size][size].T @ whole[keys.start :][: keys.size][few_size]
+        own = narrow[second][head * width : (head + 1) * width]
+        met = narrow[first][head // shared * width : (head // shared + 1) * width]
+        np.testing.assert_allclose(own.T @ met, given, rtol=1e-7, atol=1e-7)
+    rest = np.ones(f, bool)
+    for each in (queries, keys):
+        rest[each.start : each.start + each.size] = False
+    np.testing.assert_allclose(compose(factors)[0][rest], weight[0][rest], atol=1e-7)
+    np.testing.assert_allclose((added + way.shift(total))[rest], added[rest])
+    if width == SIZE:
+        np.testing.assert_allclose(compose(factors), weight, atol=1e-6)
+        np.testing.assert_allclose(way.shift(total), 0, atol=1e-8)
