@@ -116,7 +116,9 @@ class Fit(Table, frozen=True):
 
 
 class Layer(Table, frozen=True):
-    """One layer; fold, k, j, lowering, full_rank, error, certificate and fit are null if it is kept.
+    """One layer; fold, k, j, lowering, full_rank and error are null if it is kept.
+
+    Certificate and fit are null, too, unless recovery gave the weight of the kept layer new numbers.
 
     Attributes:
         id: Scope path and weight name.

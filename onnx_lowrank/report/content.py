@@ -78,7 +78,7 @@ class LayerRow:
         error: Its error in the recipe's measure; None if the layer is kept.
         certificate: Bounds on the residual of the stored factors.
         reason: Why it is kept; "" if it is rewritten.
-        fit: How its factors were made; None if that is unknown or the layer is kept.
+        fit: How its new numbers were made; None if that is unknown or it has none.
     """
 
     id: str

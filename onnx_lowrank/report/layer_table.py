@@ -57,7 +57,7 @@ def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
     if _TIME in shown:
         yield "time alone: times of the layer and of its chain outside the model, measured like the model."
     if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report)):
-        yield "fit: recovered factors make up for the errors of the layers before them."
+        yield "fit: recovered layers make up for the errors of the layers before them."
     for header, samples in ((_HELD, "held-out"), (_MEASURED, "the")):
         if header in shown:
             yield (

@@ -39,6 +39,8 @@ class Edit:
         regrouped: New numbers of groups of convolutions that stay, by node.
         forgotten: Names of the tensors to delete, with their value_info and annotations.
         initializers: New initializers.
+        renewed: New values of initializers that keep their names, by name.
+        constants: New values of Constant nodes, by node.
     """
 
     before: dict[int, list[NodeProto]] = field(default_factory=dict)
@@ -47,6 +49,8 @@ class Edit:
     regrouped: dict[int, int] = field(default_factory=dict)
     forgotten: set[str] = field(default_factory=set)
     initializers: list[TensorProto] = field(default_factory=list)
+    renewed: dict[str, TensorProto] = field(default_factory=dict)
+    constants: dict[int, TensorProto] = field(default_factory=dict)
 
 
 class Edits:
@@ -86,6 +90,14 @@ class Edits:
             index = 0 if beside.place is None else beside.place.node
             edit.before.setdefault(index, []).append(node)
         return tensor.name
+
+    def renew(self, source: Source, values: NDArray[Any]) -> None:
+        """Give a stored tensor new values of the same dtype and shape; its name stays."""
+        edit, tensor = self.scopes[source.scope], self._store(source.name, values)
+        if source.place is None:
+            edit.renewed[source.name] = tensor
+        else:
+            edit.constants[source.place.node] = tensor
 
     def unread(self, place: Place, operand: int) -> None:
         """Note that a node does not read a tensor any more."""
@@ -143,6 +155,9 @@ def _apply(edit: Edit, scope: Scope) -> None:
     for index, groups in edit.regrouped.items():
         (group,) = (attribute for attribute in body.node[index].attribute if attribute.name == "group")
         group.i = groups
+    for index, tensor in edit.constants.items():
+        del body.node[index].attribute[:]
+        body.node[index].attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
     # The last first, so that the indices of the others stay right.
     for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
         if index in edit.deleted:
@@ -151,6 +166,9 @@ def _apply(edit: Edit, scope: Scope) -> None:
             body.node.insert(index, node)
     _drop(body.value_info, lambda value: value.name in edit.forgotten)
     if scope.graph is not None:
+        for tensor in scope.graph.initializer:
+            if tensor.name in edit.renewed:
+                tensor.CopyFrom(edit.renewed[tensor.name])
         _drop(scope.graph.initializer, lambda tensor: tensor.name in edit.forgotten)
         _drop(scope.graph.quantization_annotation, lambda note: note.tensor_name in edit.forgotten)
         scope.graph.initializer.extend(edit.initializers)

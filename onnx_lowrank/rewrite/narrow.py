@@ -10,7 +10,7 @@ The layer's own weight is part of its `Replacement`. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,15 @@ from onnx_lowrank.operators import registry
 from onnx_lowrank.rewrite.edits import Edits
 
 
-def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, less: Less, width: int) -> None:
+def narrow(
+    model: Model,
+    walk: Walk,
+    edits: Edits,
+    hidden: Hidden,
+    less: Less,
+    width: int,
+    fresh: Mapping[tuple[Place, int], NDArray[Any]],
+) -> None:
     """Plan the edits that take features from the partners and from the constants behind them.
 
     Args:
@@ -37,6 +45,7 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, less: Less, w
         hidden: The channels between the layers.
         less: Makes the features of an array fewer, given their axis.
         width: The number of channels that stay.
+        fresh: New values of constants that the nodes of the partners read, by node and operand.
 
     Raises:
         InputError: A data file has changed.
@@ -51,7 +60,8 @@ def narrow(model: Model, walk: Walk, edits: Edits, hidden: Hidden, less: Less, w
         tensor = walk.operand(place, operand)
         key = ("" if tensor is None else tensor.name), axis
         if key not in stored:
-            stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, axis, less)
+            value = fresh.get((place, operand))
+            stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, value, axis, less)
         edits.scopes[place.scope].repointed[place.node, operand] = stored[key]
         edits.unread(place, operand)
     for place, operand in hidden.targets:
@@ -111,11 +121,13 @@ def _taken(
     edits: Edits,
     beside: Binding,
     tensor: Any,
+    value: NDArray[Any] | None,
     axis: int,
     less: Less,
 ) -> str:
-    """Store a constant with fewer features; returns the name of the new constant."""
-    value = None if tensor is None else constant(walk, model, tensor)
+    """Store a constant, or a new value in its place, with fewer features; returns its new name."""
+    if value is None and tensor is not None:
+        value = constant(walk, model, tensor)
     found = resolve(walk, tensor)
     source = beside.stored.source if isinstance(found, str) else found.source
     taken = np.ascontiguousarray(less(_read(value, beside), axis))

@@ -10,6 +10,7 @@ Rules:
 3. Tensors that only rewritten nodes read go with them: the weight, its views, a folded BatchNorm's
    parameters, an old bias, and their graph inputs, value_info and quantization annotations. A new bias
    takes the place and the shape of the old one; it includes a Gemm's beta, so the attribute goes.
+4. Layers that stay may get new numbers (`rewrite.refit`). They come before the layers that narrow them.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from onnx_lowrank.operators.operator import Operands, Site
 from onnx_lowrank.rewrite.edits import Edits, Store
 from onnx_lowrank.rewrite.heads import less_of, narrow_bias, resize
 from onnx_lowrank.rewrite.narrow import narrow, narrow_weight
+from onnx_lowrank.rewrite.refit import Operand, Refitted, operands, source
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,10 @@ class Rewritten:
 def rewrite(
     model: Model,
     walk: Walk,
-    replacements: Iterable[Replacement],
+    replacements: Iterable[Replacement | Refitted],
     store: Store = inline,
 ) -> Rewritten:
-    """Replace layers by their chains.
+    """Replace layers by their chains, and the numbers of layers that stay.
 
     Args:
         model: The input model; it is not changed.
@@ -98,7 +100,10 @@ def rewrite(
     """
     writer = _Writer(model, walk, store)
     for replacement in replacements:
-        writer.replace(replacement)
+        if isinstance(replacement, Refitted):
+            writer.refit(replacement)
+        else:
+            writer.replace(replacement)
     proto, removed = writer.edits.apply()
     return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed, writer.proofs)
 
@@ -111,9 +116,21 @@ class _Writer:
         self.proofs: dict[str, tuple[Option, Certificate]] = {}
         # By the siblings: the names of the nodes of their encoder, and of its result.
         self._encoders: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
+        self._fresh: dict[Operand, NDArray[Any]] = {}  # New numbers of layers that will be narrowed.
         self._model = model
         self._walk = walk
         self.edits = Edits(model, walk, store)
+
+    def refit(self, refitted: Refitted) -> None:
+        """Plan new numbers for a layer that stays; numbers that its dtype cannot hold change nothing."""
+        found = operands(self._model, self._walk, refitted) or {}
+        if refitted.is_narrowed:
+            self._fresh.update(found)
+            return
+        for operand, values in found.items():
+            stored = source(self._walk, operand)
+            if stored is not None:
+                self.edits.renew(stored, values)
 
     def replace(self, replacement: Replacement) -> None:
         """Plan the edits for one layer."""
@@ -146,11 +163,11 @@ class _Writer:
             raise InputError(f"The layer {layer.id!r} has no partners to narrow: choose another option.")
         factors = replacement.factors
         less = less_of(layer, factors, binding.hidden.shared)
-        narrow(self._model, self._walk, self.edits, binding.hidden, less, replacement.option.j)
+        narrow(self._model, self._walk, self.edits, binding.hidden, less, replacement.option.j, self._fresh)
         resize(self._model, self._walk, self.edits, binding, replacement.option.j)
         weight = narrow_weight(self._walk, binding, factors)
-        source = binding.stored.source
-        stored = self.edits.keep(source, f"{source.name}_narrow", np.ascontiguousarray(weight))
+        origin = binding.stored.source
+        stored = self.edits.keep(origin, f"{origin.name}_narrow", np.ascontiguousarray(weight))
         new_bias = self._new_bias(replacement, node)
         fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
         fragment.copy("narrow", node, {use.operand: stored})
@@ -169,10 +186,10 @@ class _Writer:
         # The operators of the chain are the layer's own.
         native = replace(replacement, option=replace(replacement.option, lowering=Lowering.NATIVE))
         arrays = registry.family(nodes[0]).layout(layer, nodes, replacement.factors, Lowering.NATIVE)
-        source = binding.stored.source
+        origin = binding.stored.source
         before = self._encoders.get(layer.siblings)
-        encoder = self.edits.keep(source, f"{source.name}_encoder", arrays[0]) if before is None else ""
-        decoder = self.edits.keep(source, f"{source.name}_decoder", arrays[1])
+        encoder = self.edits.keep(origin, f"{origin.name}_encoder", arrays[0]) if before is None else ""
+        decoder = self.edits.keep(origin, f"{origin.name}_decoder", arrays[1])
         fragment = self._fragment(native, nodes, 0, encoder, decoder, self._new_bias(replacement, nodes[0]))
         *head, last = fragment.nodes
         if before is None:

@@ -16,6 +16,7 @@ from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import Bias, bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.linalg.narrowing import Way
+from onnx_lowrank.rewrite.refit import Refitted
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.fitting import FactorsItem, fitted
@@ -27,8 +28,8 @@ from onnx_lowrank.work.weights import reference
 if TYPE_CHECKING:
     from onnx_lowrank.calibrate.statistics import Statistics
 
-Fitted = tuple[Replacement, LayerFit]
-"""The factors of one layer as the rewriter needs them, and how they were made."""
+Fitted = tuple[Replacement | Refitted, LayerFit]
+"""The new numbers of one layer as the rewriter needs them, and how they were made."""
 
 
 def fit(

@@ -26,7 +26,7 @@ from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg import selection, tied
 from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit, products
 from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.factorize import certify, factorize
+from onnx_lowrank.linalg.factorize import certify, certify_weight, factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
@@ -36,6 +36,9 @@ from onnx_lowrank.work.weights import WeightRef
 
 STEPS = 30
 """Largest number of iterations that refine factors."""
+
+Made = Factors | NDArray[Any]
+"""The new numbers of a layer: its factors, or its whole weight in canonical form."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,25 +226,26 @@ def _dense_alone(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CertificateItem:
-    """Asks for the certificate of the factors of one layer.
+    """Asks for the certificate of one layer.
 
     Attributes:
         weight: Its weight.
-        factors: Its factors as they are stored.
+        made: Its factors as they are stored, or a new weight in canonical form as it is stored.
     """
 
     weight: WeightRef
-    factors: Factors
+    made: Made
 
     @property
     def nbytes(self) -> int:
         """Approximate bytes that it takes, factors included."""
-        return self.factors.size * (8 + self.weight.dtype.itemsize) + _certifying(self.weight)
+        return self.made.size * (8 + self.weight.dtype.itemsize) + _certifying(self.weight)
 
 
 def certificate(item: CertificateItem, backend: Backend) -> Certificate:
-    """Certify factors; the host computes this for every device."""
-    return certify(item.weight.read(), item.factors)
+    """Certify factors or a weight; the host computes this for every device."""
+    weight = item.weight.read()
+    return certify(weight, item.made) if isinstance(item.made, Factors) else certify_weight(weight, item.made)
 
 
 def activation_factors(
