@@ -137,7 +137,8 @@ class Layer(Table, frozen=True):
         error: Its error in the recipe's measure.
         certificate: Bounds on the residual of the stored factors.
         reason: Why it is kept; "" if it is rewritten.
-        fit: How its factors were made.
+        fit: How its new numbers were made.
+        kept_rows: The number of rows of a table that stay as they are.
     """
 
     id: str
@@ -157,6 +158,7 @@ class Layer(Table, frozen=True):
     certificate: Certificate | None
     reason: str
     fit: Fit | None
+    kept_rows: int
 
 
 class Skipped(Table, frozen=True):

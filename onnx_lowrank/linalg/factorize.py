@@ -121,7 +121,7 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
     Returns:
         The bounds; 0 for a group whose weight and factors are zero, infinite for factors that are not finite.
     """
-    exact = Factors(factors.fold, factors.encoder.astype(np.float64), factors.decoder.astype(np.float64))
+    exact = factors.astype(np.dtype(np.float64))
     errors = map(_product_error, exact.encoder, exact.decoder)
     return _certified(weight.astype(np.float64), compose(exact), errors)
 

@@ -114,7 +114,10 @@ def _option(row: LayerRow) -> tuple[str, str, str]:
         return row.option.lowering.value, "–", f"{row.option.j} of {row.full_rank}"
     if row.option.lowering is Lowering.SHARED:
         return row.option.lowering.value, "1", f"{row.option.j} of {row.full_rank}"
-    return row.option.fold.value, str(row.option.k), f"{row.option.j} of {row.full_rank}"
+    rank = f"{row.option.j} of {row.full_rank}"
+    if row.kept:
+        rank += f", {row.kept} rows stay"
+    return row.option.fold.value, str(row.option.k), rank
 
 
 def _change(total: Total, number: Callable[[int | None], str]) -> str:

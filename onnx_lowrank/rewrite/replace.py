@@ -150,9 +150,24 @@ class _Writer:
             self.edits.keep(binding.stored.source, f"{name}_{role}", array)
             for role, array in zip(("encoder", "decoder"), arrays, strict=True)
         )
-        new_bias = self._new_bias(replacement, nodes[0])
+        names = Operands("", encoder, decoder, self._new_bias(replacement, nodes[0]), self._rows(replacement))
         self.chains[layer.id] = tuple(
-            self._chain(replacement, nodes, index, encoder, decoder, new_bias) for index in range(len(nodes))
+            self._chain(replacement, nodes, index, names) for index in range(len(nodes))
+        )
+
+    def _rows(self, replacement: Replacement) -> tuple[str, str] | None:
+        """Store the kept rows of a sparse table, and the place of every row among them."""
+        origin, rows = replacement.binding.stored.source, replacement.factors.rows
+        if rows is None:
+            return None
+        kept = rows.values.T
+        # The places of all other rows are that of the zeros behind the kept rows.
+        places = np.full(replacement.binding.layer.c, len(kept), np.int32)
+        places[rows.indices] = np.arange(len(kept))
+        table = np.concatenate([kept, np.zeros_like(kept[:1], shape=(1, kept.shape[1]))])
+        return (
+            self.edits.keep(origin, f"{origin.name}_places", places),
+            self.edits.keep(origin, f"{origin.name}_kept", table),
         )
 
     def _narrow(self, replacement: Replacement, node: NodeProto) -> tuple[str, ...]:
@@ -190,7 +205,8 @@ class _Writer:
         before = self._encoders.get(layer.siblings)
         encoder = self.edits.keep(origin, f"{origin.name}_encoder", arrays[0]) if before is None else ""
         decoder = self.edits.keep(origin, f"{origin.name}_decoder", arrays[1])
-        fragment = self._fragment(native, nodes, 0, encoder, decoder, self._new_bias(replacement, nodes[0]))
+        names = Operands("", encoder, decoder, self._new_bias(replacement, nodes[0]))
+        fragment = self._fragment(native, nodes, 0, names)
         *head, last = fragment.nodes
         if before is None:
             if not layer.has_encoder:
@@ -233,44 +249,31 @@ class _Writer:
         return ""
 
     def _chain(
-        self,
-        replacement: Replacement,
-        nodes: Sequence[NodeProto],
-        index: int,
-        encoder: str,
-        decoder: str,
-        new_bias: str,
+        self, replacement: Replacement, nodes: Sequence[NodeProto], index: int, names: Operands
     ) -> tuple[str, ...]:
         """Plan the chain of one use; returns the names of its nodes."""
         layer = replacement.binding.layer
         use, node = layer.uses[index], nodes[index]
-        fragment = self._fragment(replacement, nodes, index, encoder, decoder, new_bias)
+        fragment = self._fragment(replacement, nodes, index, names)
         self._splice(fragment.nodes, use, node, layer)
         self._release(layer, use)
         return tuple(node.name for node in fragment.nodes)
 
     def _fragment(
-        self,
-        replacement: Replacement,
-        nodes: Sequence[NodeProto],
-        index: int,
-        encoder: str,
-        decoder: str,
-        new_bias: str,
+        self, replacement: Replacement, nodes: Sequence[NodeProto], index: int, names: Operands
     ) -> Fragment:
-        """The nodes of the chain of one use."""
+        """The nodes of the chain of one use, whose input and own bias are still unnamed."""
         binding, layer = replacement.binding, replacement.binding.layer
         use, node = layer.uses[index], nodes[index]
         fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
         cast = binding.casts[index]
         if cast is not None:
-            encoder = fragment.add("encoder_cast", "Cast", [encoder], to=cast)
-            decoder = fragment.add("decoder_cast", "Cast", [decoder], to=cast)
+            names = _cast(fragment, names, cast)
         operator = registry.family(node)
         value = node.input[operator.activation(use.operand)]
         has_bias = operator.bias is not None and len(node.input) > operator.bias
         old_bias = node.input[operator.bias] if has_bias and operator.bias is not None else ""
-        names = Operands(value, encoder, decoder, new_bias or old_bias)
+        names = replace(names, value=value, bias=names.bias or old_bias)
         operator.chain(fragment, Site(layer, use, node, nodes, replacement.option), names)
         return fragment
 
@@ -297,3 +300,13 @@ class _Writer:
         if layer.batchnorm is not None:
             for operand in range(1, 5):
                 self.edits.unread(Place(use.scope, layer.batchnorm.node), operand)
+
+
+def _cast(fragment: Fragment, names: Operands, kind: int) -> Operands:
+    """Add Casts of the stored factors and kept rows to the type in which the chain computes."""
+    encoder = fragment.add("encoder_cast", "Cast", [names.encoder], to=kind)
+    decoder = fragment.add("decoder_cast", "Cast", [names.decoder], to=kind)
+    rows = names.rows
+    if rows is not None:
+        rows = rows[0], fragment.add("kept_cast", "Cast", [rows[1]], to=kind)
+    return replace(names, encoder=encoder, decoder=decoder, rows=rows)

@@ -143,7 +143,8 @@ def factors_item(
     is_inside = moments is not None and moments.of_outputs
     added = added_inside(changeable) if is_inside else None
     way = None if option.lowering is not Lowering.NARROW else _way(model, walk, binding, statistics)
-    return FactorsItem(weight, option, moments, changeable is not None, added, way)
+    per_rank = binding.layer.kept_per_rank
+    return FactorsItem(weight, option, moments, changeable is not None, added, way, per_rank)
 
 
 def _way(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> Way | WidthItem | None:
