@@ -119,15 +119,48 @@ def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs], *, every: bool =
     step = layer.width_step
     tariff = _Together(grid.costs.tariff(layer), layer.narrow_fold, Lowering.NARROW, step)
     widths = np.arange(step * grid.block, layer.width, step * grid.block, dtype=np.int64)
+    return _table(layer, errors, widths, layer.width, tariff, grid, every=every)
+
+
+def sparse_tables(layer: Layer, errors: Floats, grid: Grid[Costs], step: int) -> Candidates:
+    """The ranks at which a table keeps some rows and is cheaper than as it is.
+
+    Args:
+        layer: A layer that can keep rows.
+        errors: The errors at the ranks 0 … full rank, in the recipe's measure.
+        grid: The costs.
+        step: The number of which the ranks are multiples.
+
+    Raises:
+        InputError: The costs depend on an unknown dimension.
+    """
+    fold, tariff = layer.folds[0], _Together(grid.costs.tariff(layer), layer.folds[0], Lowering.SPARSE, step)
+    full = layer.full_rank(fold, 1)
+    ranks = np.arange(step, full, step, dtype=np.int64)
+    ranks = ranks[tariff.is_cheaper(tariff.costs(fold, 1, ranks))] if ranks.size else ranks
+    return _table(layer, errors, ranks, full, tariff, grid)
+
+
+def _table(
+    layer: Layer,
+    errors: Floats,
+    ranks: Ints,
+    full: int,
+    tariff: _Together,
+    grid: Grid[Costs],
+    *,
+    every: bool = False,
+) -> Candidates:
+    """The options of one lowering that no other of them beats (or all of them), and the kept layer."""
     rows = [np.array([[-1], [0], [0], [0], [tariff.keep], [tariff.keep]])]
-    if widths.size:
-        rows.append(_options(layer, tariff.fold, 1, widths, (tariff, tariff)))
+    if ranks.size:
+        rows.append(_options(layer, tariff.fold, 1, ranks, (tariff, tariff)))
     table = np.concatenate(rows, axis=1, dtype=np.int64)
-    table[3, 1:] = layer.width
-    error = _rounded(np.concatenate([np.zeros(1), errors[widths]]))
+    table[3, 1:] = full
+    error = _rounded(np.concatenate([np.zeros(1), errors[ranks]]))
     front = np.arange(error.size) if every else _pareto(table, error)
-    folds, k, j, full, costs, _ = table[:, front]
-    return Candidates(layer.id, folds, k, j, full, costs, error[front], None, grid.block, tariff)
+    folds, k, j, full_ranks, costs, _ = table[:, front]
+    return Candidates(layer.id, folds, k, j, full_ranks, costs, error[front], None, grid.block, tariff)
 
 
 def shared_ranks(layers: Sequence[Layer], grid: Grid[Costs]) -> Ints:
@@ -178,7 +211,7 @@ def _shared_tariffs(layers: Sequence[Layer], grid: Grid[Costs]) -> list[_Togethe
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """The costs of a layer's options that bind other layers, too: linear in the rank.
+    """The costs of a layer's options with a lowering of their own: linear in the rank.
 
     Attributes:
         layer: The costs of the layer's options.

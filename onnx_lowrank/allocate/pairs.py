@@ -65,7 +65,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Layers that can share an encoder.
+    """Layers that can share an encoder, or one layer with candidates of another lowering.
 
     Attributes:
         tables: The candidates of every layer; those at one index go together, and index 0 keeps all layers.

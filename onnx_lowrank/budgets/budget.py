@@ -99,6 +99,7 @@ class Budget(ABC):
         tolerance: The share of the ratio by which a model may exceed it before the report warns.
         narrows: Whether it counts narrower layers (`Lowering.NARROW`), so plans may have some.
         shares: Whether it counts encoders that layers share (`Lowering.SHARED`), so plans may have some.
+        keeps_rows: Whether it counts kept rows of tables (`Lowering.SPARSE`), so plans may have some.
         is_aligned: Whether ranks are multiples of the provider's block unless the user says otherwise.
     """
 
@@ -111,6 +112,7 @@ class Budget(ABC):
     tolerance: ClassVar[float] = 1e-9
     narrows: ClassVar[bool] = False
     shares: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
     is_aligned: ClassVar[bool] = False
 
     def show(self, amount: int | None) -> str:

@@ -30,7 +30,7 @@ from onnx_lowrank.allocate.cost import factor_sizes
 from onnx_lowrank.allocate.limits import Limits, Single
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
-from onnx_lowrank.core.factors import Certificate, Factors
+from onnx_lowrank.core.factors import Certificate, Factors, KeptRows
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Choice, Plan
@@ -305,10 +305,12 @@ def _placeholder(binding: Binding, option: Option, with_bias: bool) -> Replaceme
     groups, f, c, *_ = layer.shape
     encoder, decoder = fold.kernels(layer.kernel)
     zero = np.zeros((), np.dtype(layer.dtype))
+    kept = j * layer.kept_per_rank if option.lowering is Lowering.SPARSE else 0
     factors = Factors(
         fold,
         np.broadcast_to(zero, (groups, k, j, c // k, *encoder)),
         np.broadcast_to(zero, (groups, f, k, j, *decoder)),
+        KeptRows(np.arange(kept), np.broadcast_to(zero, (f, kept))) if kept else None,
     )
     longest = (_LONGEST_NUMBER,) * groups
     return Replacement(

@@ -30,7 +30,11 @@ def parameters(layer: Layer, option: Option | None = None) -> int:
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
     if option.lowering is Lowering.SHARED and not layer.has_encoder:
         encoder = 0
-    return option.j * (encoder + decoder) + layer.added
+    kept = 0
+    if option.lowering is Lowering.SPARSE:
+        # A row of zeros is added to rows that are not kept.
+        kept = (option.j * layer.kept_per_rank + 1) * layer.f
+    return option.j * (encoder + decoder) + kept + layer.added
 
 
 class Params(Budget):
@@ -42,6 +46,7 @@ class Params(Budget):
     title = "parameters"
     narrows = True
     shares = True
+    keeps_rows = True
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's parameters."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from math import ceil
@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from onnx_lowrank.calibrate.frequencies import Counts, counted, sources
 from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, takes_outputs
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import Part, split, whole
@@ -157,14 +158,28 @@ class Statistics(Mapping[str, LayerMoments]):
         """
         number = len(set(self._references.values()))
         kept = MomentsRef(self._folder, number, of_outputs)
-        try:
+        with self._writing():
             kept.write(fit, held)
+        self._references.update(dict.fromkeys(layers, kept))
+
+    def count(self, layer: str, counts: Counts) -> None:
+        """Write how often the rows of a table with moments were read to disk.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        with self._writing():
+            self._references[layer].count(counts)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 f"The activation statistics cannot be written to {self._folder} "
                 f"({error.strerror or error}): make room there, or set TMPDIR to another folder."
             ) from error
-        self._references.update(dict.fromkeys(layers, kept))
 
 
 def measure(
@@ -199,10 +214,28 @@ def measure(
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
         _Measurement(model, walk, samples, engine, threads, statistics, step).run(bindings, memory)
+        _count(model, walk, bindings, samples, statistics)
     except BaseException:
         statistics.close()
         raise
     return statistics
+
+
+def _count(
+    model: Model, walk: Walk, bindings: Iterable[Binding], samples: Samples, statistics: Statistics
+) -> None:
+    """Count how often every row of a table is read, of tables that can keep rows."""
+    tables = {
+        binding.layer.id: (names, binding.layer.c)
+        for binding in bindings
+        if binding.layer.kept_per_rank
+        and statistics.reference(binding.layer.id) is not None
+        and (names := sources(model, walk, binding))
+    }
+    if tables:
+        found = counted(tables, samples.batches(statistics.batch))
+        for layer, counts in found.items():
+            statistics.count(layer, counts)
 
 
 class _Measurement:

@@ -23,18 +23,21 @@ class Accumulator:
     Variance", 1983, merges the chunks.
     """
 
-    def __init__(self, name: str, groups: int, size: int) -> None:
+    def __init__(self, name: str, groups: int, size: int, targets: int = 0) -> None:
         """Start without vectors.
 
         Args:
             name: The origin of the vectors, for messages.
             groups: Number of groups, g.
             size: Length of a vector, n.
+            targets: Number of targets behind every vector, m; only their products with the vector are summed.
         """
         self._name = name
         self._count = 0
-        self._mean = np.zeros((groups, size))
-        self._second = np.zeros((groups, size, size))
+        self._size = size
+        self._mean = np.zeros((groups, size + targets))
+        self._second = np.zeros((groups, size + targets, size))
+        self._power = np.zeros((groups, targets))
         self._waiting: list[NDArray[Any]] = []
         self._waiting_rows = 0
         self._blocks = Blocks(groups, size)
@@ -43,7 +46,7 @@ class Accumulator:
         """Add vectors.
 
         Args:
-            rows: Array of float32 or float64, shape (number, g, n); it is not changed.
+            rows: Array of float32 or float64, shape (number, g, n + m); it is not changed.
             span: The number of vectors of every sample, if samples follow each other; None if it is unknown.
 
         Raises:
@@ -51,7 +54,7 @@ class Accumulator:
         """
         if not len(rows):
             return
-        self._blocks.add(rows, span)
+        self._blocks.add(rows[..., : self._size], span)
         # A merge updates all n² moments, so few rows are copied and merged later with others.
         if len(rows) < self._merged_at():
             self._waiting.append(rows.copy(order="K"))
@@ -70,16 +73,24 @@ class Accumulator:
 
         The vectors are in closed blocks, or all count as independent.
         """
+        pair = self.pair()
+        return None if pair is None else pair[0]
+
+    def pair(self) -> tuple[Moments, Targets] | None:
+        """The moments of the vectors, as `moments` gives them, and those of their targets."""
         if self._waiting:
             self._merge(self._taken())
         if not self._count:
             return None
-        second = self._second / self._count
-        return Moments(self._count, self._mean.copy(), second, self._blocks.independent(self._mean, second))
+        n = self._size
+        mean, second = self._mean[:, :n].copy(), self._second[:, :n] / self._count
+        inputs = Moments(self._count, mean, second, self._blocks.independent(mean, second))
+        power = self._power.sum(axis=1) / self._count
+        return inputs, Targets(self._mean[:, n:].copy(), self._second[:, n:] / self._count, power)
 
     def _merged_at(self) -> int:
-        groups, size = self._mean.shape
-        return max(1, min(2 * size, CHUNK // (8 * groups * size)))
+        groups, length = self._mean.shape
+        return max(1, min(2 * length, CHUNK // (8 * groups * length)))
 
     def _taken(self) -> NDArray[Any]:
         rows = np.concatenate(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
@@ -87,7 +98,7 @@ class Accumulator:
         return rows
 
     def _merge(self, rows: NDArray[Any]) -> None:
-        count = len(rows)
+        count, n = len(rows), self._size
         with np.errstate(over="ignore", invalid="ignore"):
             about = self._mean if self._count else rows.mean(axis=0)
             center = about.astype(rows.dtype)
@@ -95,12 +106,17 @@ class Accumulator:
             offset = centred.sum(axis=0).astype(np.float64) / count
             shift = offset + center - self._mean
             total = self._count + count
+            weight = self._count * count / total
             for group, second in enumerate(self._second):
                 part = centred[:, group]
-                second += part.T @ part
-                second -= count * np.multiply.outer(offset[group], offset[group])
-                second += self._count * count / total * np.multiply.outer(shift[group], shift[group])
-        if not np.isfinite(self._second.diagonal(axis1=1, axis2=2)).all():
+                second[:n] += part[:, :n].T @ part[:, :n]  # BLAS computes half of a symmetric product
+                second[n:] += part[:, n:].T @ part[:, :n]
+                second -= count * np.multiply.outer(offset[group], offset[group, :n])
+                second += weight * np.multiply.outer(shift[group], shift[group, :n])
+            squares = np.einsum("igm,igm->gm", *[centred[..., n:].astype(np.float64)] * 2)
+            self._power += squares - count * offset[:, n:] ** 2 + weight * shift[:, n:] ** 2
+        diagonals = self._second.diagonal(axis1=1, axis2=2), self._power
+        if not all(np.isfinite(diagonal).all() for diagonal in diagonals):
             raise InputError(
                 f"On the calibration inputs, the activations of {self._name} hold NaN, Inf or numbers whose "
                 "squares overflow: leave out the inputs that lead to them, or exclude the layer."
@@ -129,14 +145,16 @@ def merged(parts: Sequence[Moments]) -> Moments:
     return Moments(count, mean, second, min(count, 1 / variance))
 
 
-def split(joint: Moments, inputs: int) -> tuple[Moments, Targets]:
-    """Split the moments of vectors (x, y) into those of the inputs x and those of the targets y.
-
-    Args:
-        joint: Moments of the concatenated vectors.
-        inputs: Length of x, p.
-    """
-    x, y = slice(inputs), slice(inputs, None)
-    power = np.trace(joint.second[:, y, y], axis1=1, axis2=2)
-    targets = Targets(joint.mean[:, y], joint.second[:, y, x], power)
-    return Moments(joint.count, joint.mean[:, x], joint.second[:, x, x], joint.independent), targets
+def merged_pairs(parts: Sequence[tuple[Moments, Targets]]) -> tuple[Moments, Targets]:
+    """The moments of the vectors of several streams and of their targets, merged as by `merged`."""
+    (first, targets), *others = parts
+    count, mean_x = first.count, first.mean
+    mean, cross, power = targets.mean, targets.cross, targets.power
+    for inputs, part in others:
+        total = count + inputs.count
+        share, shift, shift_x = inputs.count / total, part.mean - mean, inputs.mean - mean_x
+        between = share * (1 - share)
+        cross = (1 - share) * cross + share * part.cross + between * shift[:, :, None] * shift_x[:, None, :]
+        power = (1 - share) * power + share * part.power + between * np.sum(shift**2, axis=1)
+        mean, mean_x, count = mean + share * shift, mean_x + share * shift_x, total
+    return merged([inputs for inputs, _ in parts]), Targets(mean, cross, power)

@@ -54,6 +54,7 @@ class Step:
     Attributes:
         binding: The layer.
         rectified: Whether only a Relu reads the layer's output, or its sum with `Sight.beside`.
+        changed: Whether a substituted layer changes the layer's input or what is added to its output.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Step:
         again: Callable[[int], Iterator[Sight]],
         *,
         rectified: bool,
+        changed: bool,
     ) -> None:
         self.binding = binding
         self.rectified = rectified
+        self.changed = changed
         self._sights = sights
         self._again = again
         self._started: Iterator[Sight] | None = None
@@ -176,6 +179,9 @@ class Prefix(Shelved):
                 partial(self._sights, stage),
                 partial(self._again, stage),
                 rectified=self._segments.rectified(index),
+                changed=not changed.isdisjoint(
+                    (self._segments.entering(index), self._segments.beside(index))
+                ),
             )
             yield step
             substitute = step.finish()

@@ -67,23 +67,44 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptRows:
+    """KeptRows of a table that stay as they are. The encoder is zero there.
+
+    Attributes:
+        indices: Their indices among the input channels, ascending, shape (s,).
+        values: Their numbers, as columns of the canonical weight, shape (f, s).
+    """
+
+    indices: NDArray[np.intp]
+    values: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Factors:
-    """The two arrays that replace one weight.
+    """The arrays that replace one weight.
 
     Attributes:
         fold: The fold of the weight from which they were made.
         encoder: Shape (groups, k, j, c / (groups · k), *encoder kernel).
         decoder: Shape (groups, f / groups, k, j, *decoder kernel).
+        rows: The rows of a sparse table that stay; None for all other options.
     """
 
     fold: Fold
     encoder: Array
     decoder: Array
+    rows: KeptRows | None = None
 
     @property
     def size(self) -> int:
-        """Number of parameters of both arrays."""
-        return int(prod(self.encoder.shape) + prod(self.decoder.shape))
+        """Number of parameters of all arrays."""
+        kept = 0 if self.rows is None else self.rows.values.size
+        return int(prod(self.encoder.shape) + prod(self.decoder.shape)) + kept
+
+    def astype(self, dtype: np.dtype[Any]) -> Factors:
+        """The same factors in another dtype."""
+        rows = self.rows and KeptRows(self.rows.indices, self.rows.values.astype(dtype))
+        return Factors(self.fold, self.encoder.astype(dtype), self.decoder.astype(dtype), rows)
 
 
 @dataclass(frozen=True, slots=True)

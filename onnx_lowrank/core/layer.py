@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.option import Fold, Lowering, Option
 
+_SPARSENESS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Positions:
@@ -264,6 +266,16 @@ class Layer:
     def width_step(self) -> int:
         """The number of which all widths are multiples."""
         return 1 if self.narrowing is None else self.narrowing.heads
+
+    @property
+    def kept_per_rank(self) -> int:
+        """The number of rows that a sparse table keeps for each unit of rank; 0 if the layer cannot keep any.
+
+        The kept rows take about an eighth of the numbers of the low-rank table. Between a twentieth and two
+        fifths, the errors of the tables of MiniLM and SmolLM2 hardly differed.
+        """
+        is_table = bool(self.uses) and all(use.reads_indices and not use.transposed for use in self.uses)
+        return self.c // (_SPARSENESS * self.f) if is_table else 0
 
     def at_width(self, width: int) -> tuple[Layer, ...]:
         """The partners and this layer, in this order, as they are at a width.

@@ -66,7 +66,7 @@ class Lowering(StrEnum):
     of size 1 as MatMuls. NARROW writes no chain: one factor selects channels, or has one block for each head
     of attention, so that partners of the layer take it in; the layer's own node applies the other. SHARED
     writes one encoder for all layers that read the same tensor (`Layer.siblings`), and a decoder for each of
-    them.
+    them. SPARSE writes a table as a low-rank one plus rows that stay as they are (`Layer.kept_per_rank`).
     """
 
     NATIVE = "native"
@@ -74,6 +74,7 @@ class Lowering(StrEnum):
     MATMUL = "matmul"
     NARROW = "narrow"
     SHARED = "shared"
+    SPARSE = "sparse"
 
 
 @dataclass(frozen=True, slots=True, order=True)

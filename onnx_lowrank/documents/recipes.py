@@ -38,6 +38,7 @@ class Recipe:
             layers before it produce.
         narrow: Drop channels between two layers, and make heads smaller, too (`Lowering.NARROW`).
         share: Give layers that read the same tensor one encoder, too (`Lowering.SHARED`).
+        sparse: Keep rows of embedding tables that are read most, too (`Lowering.SPARSE`).
         tables: Decompose embedding tables, too.
         temperature: With the aggregate ratio, how far layers whose block changes its input less may differ
             from the others (`calibrate.similarity`); None for one ratio.
@@ -56,6 +57,7 @@ class Recipe:
     recover: bool = False
     narrow: bool = False
     share: bool = False
+    sparse: bool = False
     tables: bool = True
     temperature: float | None = None
 
@@ -72,7 +74,7 @@ _NEEDS = (
     ("power", "aggregate", Aggregate.SUM),
     ("price", "aggregate", Aggregate.SUM),
     ("temperature", "aggregate", Aggregate.RATIO),
-    *((key, "factors", Fit.ACTIVATIONS) for key in ("temperature", "recover", "narrow", "share")),
+    *((key, "factors", Fit.ACTIVATIONS) for key in ("temperature", "recover", "narrow", "share", "sparse")),
 )
 """Keys that mean something only where another key has one value."""
 
@@ -98,6 +100,7 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recover: bool = False
     narrow: bool = False
     share: bool = False
+    sparse: bool = False
     tables: bool = True
     temperature: _Number | UnsetType = UNSET
 
@@ -118,6 +121,7 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for key, value, what in (
             ("narrow", self.narrow, "narrow layers"),
             ("share", self.share, "share encoders"),
+            ("sparse", self.sparse, "keep rows of tables"),
         ):
             if value and is_ruled:
                 raise ValueError(f"{key} is true, but a recipe with a price or a uniform rank cannot {what}")
@@ -131,6 +135,7 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             ("factors", self.factors.value, self.factors is Fit.SCALED),
             ("narrow", True, self.narrow),
             ("share", True, self.share),
+            ("sparse", True, self.sparse),
         ):
             if is_calibrated:
                 raise ValueError(
@@ -194,6 +199,7 @@ def _recipe(table: _Recipe, name: str) -> Recipe:
         recover=table.recover,
         narrow=table.narrow,
         share=table.share,
+        sparse=table.sparse,
         tables=table.tables,
         temperature=None if table.temperature is UNSET else table.temperature,
     )

@@ -116,7 +116,9 @@ class Fit(Table, frozen=True):
 
 
 class Layer(Table, frozen=True):
-    """One layer; fold, k, j, lowering, full_rank, error, certificate and fit are null if it is kept.
+    """One layer; fold, k, j, lowering, full_rank and error are null if it is kept.
+
+    Certificate and fit are null, too, unless recovery gave the weight of the kept layer new numbers.
 
     Attributes:
         id: Scope path and weight name.
@@ -135,7 +137,8 @@ class Layer(Table, frozen=True):
         error: Its error in the recipe's measure.
         certificate: Bounds on the residual of the stored factors.
         reason: Why it is kept; "" if it is rewritten.
-        fit: How its factors were made.
+        fit: How its new numbers were made.
+        kept_rows: The number of rows of a table that stay as they are.
     """
 
     id: str
@@ -155,6 +158,7 @@ class Layer(Table, frozen=True):
     certificate: Certificate | None
     reason: str
     fit: Fit | None
+    kept_rows: int
 
 
 class Skipped(Table, frozen=True):

@@ -206,8 +206,7 @@ def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> N
         factors: Its factors, in any dtype.
         inputs: Moments of the patches x.
     """
-    exact = Factors(factors.fold, factors.encoder.astype(np.float64), factors.decoder.astype(np.float64))
-    lost = weight.astype(np.float64) - compose(exact)
+    lost = weight.astype(np.float64) - compose(factors.astype(np.dtype(np.float64)))
     change: NDArray[np.float64] = np.einsum("gfp,gp->gf", lost.reshape(*lost.shape[:2], -1), inputs.mean)
     return change.reshape(-1)
 

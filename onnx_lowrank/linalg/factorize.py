@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,16 +121,30 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
     Returns:
         The bounds; 0 for a group whose weight and factors are zero, infinite for factors that are not finite.
     """
-    exact = Factors(factors.fold, factors.encoder.astype(np.float64), factors.decoder.astype(np.float64))
+    exact = factors.astype(np.dtype(np.float64))
+    errors = map(_product_error, exact.encoder, exact.decoder)
+    return _certified(weight.astype(np.float64), compose(exact), errors)
+
+
+def certify_weight(weight: NDArray[Any], stored: NDArray[Any]) -> Certificate:
+    """The bounds of `certify` for a whole weight in place of factors.
+
+    Args:
+        weight: As for `certify`.
+        stored: The new weight as stored, in canonical form with the same BatchNorm folded in.
+    """
     original = weight.astype(np.float64)
-    residual = original - compose(exact)
+    return _certified(original, stored.astype(np.float64), [0.0] * len(original))
+
+
+def _certified(
+    original: NDArray[np.float64], made: NDArray[np.float64], errors: Iterable[float]
+) -> Certificate:
+    """Bounds for a weight that is known up to an error in the Frobenius norm, one for every group."""
+    residual = original - made
     bounds = [
-        _relative_norms(
-            original[group].reshape(original.shape[1], -1),
-            residual[group].reshape(original.shape[1], -1),
-            _product_error(exact.encoder[group], exact.decoder[group]),
-        )
-        for group in range(original.shape[0])
+        _relative_norms(whole.reshape(len(whole), -1), lost.reshape(len(lost), -1), error)
+        for whole, lost, error in zip(original, residual, errors, strict=True)
     ]
     return Certificate(
         spectral=tuple(spectral for spectral, _ in bounds),

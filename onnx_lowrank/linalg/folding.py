@@ -73,7 +73,7 @@ def split(left: Array, right: Array, fold: Fold, shape: tuple[int, ...]) -> Fact
 
 
 def compose(factors: Factors) -> Array:
-    """The canonical weight, of shape (g, f, c, *kernel), that is the product of the factors."""
+    """The canonical weight, of shape (g, f, c, *kernel): the product of the factors, with the kept rows."""
     xp = array_namespace(factors.encoder, factors.decoder)
     g, k, j, width, *encoder_kernel = factors.encoder.shape
     _, f, _, _, *decoder_kernel = factors.decoder.shape
@@ -81,7 +81,10 @@ def compose(factors: Factors) -> Array:
     decoder = xp.reshape(factors.decoder, (g, f, k, j, prod(decoder_kernel)))
     left = xp.reshape(xp.permute_dims(decoder, (0, 2, 1, 4, 3)), (g, k, f * prod(decoder_kernel), j))
     right = xp.reshape(factors.encoder, (g, k, j, width * prod(encoder_kernel)))
-    return unfold(xp.matmul(left, right), factors.fold, (g, f, k * width, *kernel))
+    weight = unfold(xp.matmul(left, right), factors.fold, (g, f, k * width, *kernel))
+    if factors.rows is not None:
+        weight[:, :, factors.rows.indices] = factors.rows.values
+    return weight
 
 
 def _order(fold: Fold, n: int) -> tuple[int, ...]:

@@ -34,13 +34,15 @@ Shape = tuple[int | None, ...]
 class Operands:
     """Names of the tensors that a chain reads: its input, its two factors, its bias ("" for none).
 
-    A new bias, other than the node's own, is added as it is, without a Gemm's beta.
+    A new bias, other than the node's own, is added as it is, without a Gemm's beta. `rows` are of a sparse
+    table: the place of every row among the kept rows, and these rows with a row of zeros behind them.
     """
 
     value: str
     encoder: str
     decoder: str
     bias: str
+    rows: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,10 +81,15 @@ class Table(Product):
         return -1
 
     def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
-        """Gather of the narrow factor, then MatMul."""
+        """Gather of the narrow factor, then MatMul; a sparse table adds a kept row, or zeros."""
         first, second = self.stored_factors(fragment, site, names)
         hidden = fragment.add("encoder", "Gather", [first, names.value], axis=0)
-        fragment.add("decoder", "MatMul", [hidden, second])
+        low = fragment.add("decoder", "MatMul", [hidden, second])
+        if names.rows is not None:
+            places, rows = names.rows
+            place = fragment.add("place", "Gather", [places, names.value], axis=0)
+            kept = fragment.add("kept", "Gather", [rows, place], axis=0)
+            fragment.add("sum", "Add", [low, kept])
 
     def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample:
         """A few indices."""

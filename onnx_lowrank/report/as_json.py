@@ -87,6 +87,7 @@ def _layer(row: LayerRow) -> schema.Layer:
         certificate=schema.Certificate(**asdict(row.certificate)) if row.certificate else None,
         reason=row.reason,
         fit=_fit(row.fit) if row.fit else None,
+        kept_rows=row.kept,
     )
 
 

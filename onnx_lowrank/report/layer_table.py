@@ -57,7 +57,7 @@ def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
     if _TIME in shown:
         yield "time alone: times of the layer and of its chain outside the model, measured like the model."
     if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report)):
-        yield "fit: recovered factors make up for the errors of the layers before them."
+        yield "fit: recovered layers make up for the errors of the layers before them."
     for header, samples in ((_HELD, "held-out"), (_MEASURED, "the")):
         if header in shown:
             yield (
@@ -114,7 +114,10 @@ def _option(row: LayerRow) -> tuple[str, str, str]:
         return row.option.lowering.value, "–", f"{row.option.j} of {row.full_rank}"
     if row.option.lowering is Lowering.SHARED:
         return row.option.lowering.value, "1", f"{row.option.j} of {row.full_rank}"
-    return row.option.fold.value, str(row.option.k), f"{row.option.j} of {row.full_rank}"
+    rank = f"{row.option.j} of {row.full_rank}"
+    if row.kept:
+        rank += f", {row.kept} rows stay"
+    return row.option.fold.value, str(row.option.k), rank
 
 
 def _change(total: Total, number: Callable[[int | None], str]) -> str:

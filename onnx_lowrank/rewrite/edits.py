@@ -42,6 +42,8 @@ class Edit:
         attributes: New attributes of nodes that stay, by node and name; None deletes an attribute.
         forgotten: Names of the tensors to delete, with their value_info and annotations.
         initializers: New initializers.
+        renewed: New values of initializers that keep their names, by name.
+        constants: New values of Constant nodes, by node.
     """
 
     before: dict[int, list[NodeProto]] = field(default_factory=dict)
@@ -50,6 +52,8 @@ class Edit:
     attributes: dict[tuple[int, str], Any] = field(default_factory=dict)
     forgotten: set[str] = field(default_factory=set)
     initializers: list[TensorProto] = field(default_factory=list)
+    renewed: dict[str, TensorProto] = field(default_factory=dict)
+    constants: dict[int, TensorProto] = field(default_factory=dict)
 
 
 class Edits:
@@ -91,6 +95,14 @@ class Edits:
             index = 0 if beside.place is None else beside.place.node
             edit.before.setdefault(index, []).append(node)
         return tensor.name
+
+    def renew(self, source: Source, values: NDArray[Any]) -> None:
+        """Give a stored tensor new values of the same dtype and shape; its name stays."""
+        edit, tensor = self.scopes[source.scope], self._store(source.name, values)
+        if source.place is None:
+            edit.renewed[source.name] = tensor
+        else:
+            edit.constants[source.place.node] = tensor
 
     def unread(self, place: Place, operand: int) -> None:
         """Note that a node does not read a tensor any more."""
@@ -149,6 +161,9 @@ def _apply(edit: Edit, scope: Scope) -> None:
         inputs[operand] = name
     for (index, name), value in edit.attributes.items():
         set_attribute(body.node[index], name, value)
+    for index, tensor in edit.constants.items():
+        del body.node[index].attribute[:]  # a Constant may hold its value in another attribute
+        set_attribute(body.node[index], "value", tensor)
     # The last first, so that the indices of the others stay right.
     for index in sorted(edit.before.keys() | edit.deleted, reverse=True):
         if index in edit.deleted:
@@ -157,6 +172,9 @@ def _apply(edit: Edit, scope: Scope) -> None:
             body.node.insert(index, node)
     _drop(body.value_info, lambda value: value.name in edit.forgotten)
     if scope.graph is not None:
+        for tensor in scope.graph.initializer:
+            if tensor.name in edit.renewed:
+                tensor.CopyFrom(edit.renewed[tensor.name])
         _drop(scope.graph.initializer, lambda tensor: tensor.name in edit.forgotten)
         _drop(scope.graph.quantization_annotation, lambda note: note.tensor_name in edit.forgotten)
         scope.graph.initializer.extend(edit.initializers)

@@ -10,7 +10,7 @@ The layer's own weight is part of its `Replacement`. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ def narrow(
     hidden: Hidden,
     less: Less,
     width: int,
-    packed: Container[tuple[Place, int]] = (),
+    packed: Container[tuple[Place, int]],
+    fresh: Mapping[tuple[Place, int], NDArray[Any]],
 ) -> None:
     """Plan the edits that take features from the partners and from the constants behind them.
 
@@ -46,6 +47,7 @@ def narrow(
         less: Makes the features of an array fewer, given their axis.
         width: The number of channels that stay.
         packed: Places and operands of the constants that `rewrite.packed` makes narrower.
+        fresh: New values of constants that the nodes of the partners read, by node and operand.
 
     Raises:
         InputError: A data file has changed.
@@ -57,7 +59,8 @@ def narrow(
         tensor = walk.operand(place, operand)
         key = ("" if tensor is None else tensor.name), axis
         if key not in stored:
-            stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, axis, less)
+            value = fresh.get((place, operand))
+            stored[key] = _taken(model, walk, edits, hidden.producers[0], tensor, value, axis, less)
         edits.scopes[place.scope].repointed[place.node, operand] = stored[key]
         edits.unread(place, operand)
     for place, operand in hidden.targets:
@@ -126,11 +129,13 @@ def _taken(
     edits: Edits,
     beside: Binding,
     tensor: Any,
+    value: NDArray[Any] | None,
     axis: int,
     less: Less,
 ) -> str:
-    """Store a constant with fewer features; returns the name of the new constant."""
-    value = None if tensor is None else constant(walk, model, tensor)
+    """Store a constant, or a new value in its place, with fewer features; returns its new name."""
+    if value is None and tensor is not None:
+        value = constant(walk, model, tensor)
     found = resolve(walk, tensor)
     source = beside.stored.source if isinstance(found, str) else found.source
     taken = np.ascontiguousarray(less(_read(value, beside), axis))

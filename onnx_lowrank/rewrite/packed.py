@@ -7,6 +7,7 @@ before the layer that reads the result.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from onnx_lowrank.core.layer import Layer, Rows
-from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Place, Walk, attribute_of
 from onnx_lowrank.graph.weights import Source, constant, resolve
@@ -105,12 +105,15 @@ class Packs:
         name = self._name(place, operand)
         self._waiting[place, operand] = _Waiting(values, axis, source, name, left, taken)
 
-    def take_all(self, binding: Binding, less: Less) -> set[tuple[Place, int]]:
+    def take_all(
+        self, binding: Binding, less: Less, fresh: Mapping[tuple[Place, int], NDArray[Any]]
+    ) -> set[tuple[Place, int]]:
         """Make the features fewer that a layer takes from a packed partner.
 
         Args:
             binding: The layer.
             less: Makes them fewer.
+            fresh: New values of constants, by node and operand.
 
         Returns:
             Places and operands of the constants that are taken over.
@@ -121,29 +124,38 @@ class Packs:
         (partner,), (rows,) = layer.partners, layer.narrowing.rows
         taken = set()
         for place, operand, axis in changing(self._walk, hidden):
-            value = constant(self._walk, self._model, self._walk.operand(place, operand))
+            value = fresh.get((place, operand))
+            if value is None:
+                value = constant(self._walk, self._model, self._walk.operand(place, operand))
             if value is not None and value.shape[axis] == partner.f:
-                self._take(place, operand, axis, rows, less, hidden.producers[0].stored.source)
+                self._take(place, operand, axis, value, rows, less, hidden.producers[0].stored.source)
                 taken.add((place, operand))
         return taken
 
-    def _take(self, place: Place, operand: int, axis: int, rows: Rows, less: Less, beside: Source) -> None:
+    def _take(
+        self,
+        place: Place,
+        operand: int,
+        axis: int,
+        value: NDArray[Any],
+        rows: Rows,
+        less: Less,
+        beside: Source,
+    ) -> None:
         """Make some features of a constant fewer.
 
         Args:
             place: The node that reads it.
             operand: Its input that is the constant.
             axis: The axis of the features.
+            value: The constant.
             rows: The features.
             less: Makes them fewer.
             beside: Where to store the constant, if it is not stored anywhere.
         """
         waiting = self._waiting.get((place, operand))
         if waiting is None:
-            tensor = self._walk.operand(place, operand)
-            value, found = constant(self._walk, self._model, tensor), resolve(self._walk, tensor)
-            if value is None:
-                raise InputError("A constant changed while it was read: run again.")
+            found = resolve(self._walk, self._walk.operand(place, operand))
             source = beside if isinstance(found, str) else found.source
             name, left = self._name(place, operand), value.shape[axis]
             waiting = self._waiting[place, operand] = _Waiting(value, axis, source, name, left)

@@ -10,6 +10,7 @@ Rules:
 3. Tensors that only rewritten nodes read go with them: the weight, its views, a folded BatchNorm's
    parameters, an old bias, and their graph inputs, value_info and quantization annotations. A new bias
    takes the place and the shape of the old one; it includes a Gemm's beta, so the attribute goes.
+4. Layers that stay may get new numbers (`rewrite.refit`). They come before the layers that narrow them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from onnx_lowrank.rewrite.edits import Edits, Store
 from onnx_lowrank.rewrite.heads import less_of, narrow_bias, resize
 from onnx_lowrank.rewrite.narrow import narrow, narrow_weight, varying_axis
 from onnx_lowrank.rewrite.packed import Packs
+from onnx_lowrank.rewrite.refit import Operand, Refitted, operands, source
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,10 @@ class Rewritten:
 def rewrite(
     model: Model,
     walk: Walk,
-    replacements: Iterable[Replacement],
+    replacements: Iterable[Replacement | Refitted],
     store: Store = inline,
 ) -> Rewritten:
-    """Replace layers by their chains.
+    """Replace layers by their chains, and the numbers of layers that stay.
 
     Args:
         model: The input model; it is not changed.
@@ -99,7 +101,10 @@ def rewrite(
     """
     writer = _Writer(model, walk, store)
     for replacement in replacements:
-        writer.replace(replacement)
+        if isinstance(replacement, Refitted):
+            writer.refit(replacement)
+        else:
+            writer.replace(replacement)
     writer.packs.flush()
     proto, removed = writer.edits.apply()
     return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed, writer.proofs)
@@ -113,10 +118,22 @@ class _Writer:
         self.proofs: dict[str, tuple[Option, Certificate]] = {}
         # By the siblings: the names of the nodes of their encoder, and of its result.
         self._encoders: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
+        self._fresh: dict[Operand, NDArray[Any]] = {}  # New numbers of layers that will be narrowed.
         self._model = model
         self._walk = walk
         self.edits = Edits(model, walk, store)
         self.packs = Packs(model, walk, self.edits)
+
+    def refit(self, refitted: Refitted) -> None:
+        """Plan new numbers for a layer that stays; numbers that its dtype cannot hold change nothing."""
+        found = operands(self._model, self._walk, refitted) or {}
+        if refitted.is_narrowed:
+            self._fresh.update(found)
+            return
+        for operand, values in found.items():
+            stored = source(self._walk, operand)
+            if stored is not None:
+                self.edits.renew(stored, values)
 
     def replace(self, replacement: Replacement) -> None:
         """Plan the edits for one layer."""
@@ -136,9 +153,24 @@ class _Writer:
             self.edits.keep(binding.stored.source, f"{name}_{role}", array)
             for role, array in zip(("encoder", "decoder"), arrays, strict=True)
         )
-        new_bias = self._new_bias(replacement, nodes[0])
+        names = Operands("", encoder, decoder, self._new_bias(replacement, nodes[0]), self._rows(replacement))
         self.chains[layer.id] = tuple(
-            self._chain(replacement, nodes, index, encoder, decoder, new_bias) for index in range(len(nodes))
+            self._chain(replacement, nodes, index, names) for index in range(len(nodes))
+        )
+
+    def _rows(self, replacement: Replacement) -> tuple[str, str] | None:
+        """Store the kept rows of a sparse table, and the place of every row among them."""
+        origin, rows = replacement.binding.stored.source, replacement.factors.rows
+        if rows is None:
+            return None
+        kept = rows.values.T
+        # The places of all other rows are that of the zeros behind the kept rows.
+        places = np.full(replacement.binding.layer.c, len(kept), np.int32)
+        places[rows.indices] = np.arange(len(kept))
+        table = np.concatenate([kept, np.zeros_like(kept[:1], shape=(1, kept.shape[1]))])
+        return (
+            self.edits.keep(origin, f"{origin.name}_places", places),
+            self.edits.keep(origin, f"{origin.name}_kept", table),
         )
 
     def _narrow(self, replacement: Replacement, node: NodeProto) -> tuple[str, ...]:
@@ -150,17 +182,17 @@ class _Writer:
         factors = replacement.factors
         less = less_of(layer, factors, binding.hidden.shared)
         width, place = replacement.option.j, Place(use.scope, use.node)
-        taken = self.packs.take_all(binding, less)
-        narrow(self._model, self._walk, self.edits, binding.hidden, less, width, taken)
+        taken = self.packs.take_all(binding, less, self._fresh)
+        narrow(self._model, self._walk, self.edits, binding.hidden, less, width, taken, self._fresh)
         resize(self._model, self._walk, self.edits, binding, width)
         self.packs.resize(binding, width)
         weight = narrow_weight(self._walk, binding, factors, width)
-        source, stored = binding.stored.source, ""
+        origin, stored = binding.stored.source, ""
         if layer.packs_own:
             axis = varying_axis(self._walk, binding, 1)
-            self.packs.put(place, use.operand, axis, weight, source, layer, width)
+            self.packs.put(place, use.operand, axis, weight, origin, layer, width)
         else:
-            stored = self.edits.keep(source, f"{source.name}_narrow", np.ascontiguousarray(weight))
+            stored = self.edits.keep(origin, f"{origin.name}_narrow", np.ascontiguousarray(weight))
         new_bias = self._new_bias(replacement, node)
         fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
         fragment.copy("narrow", node, {use.operand: stored})
@@ -180,11 +212,12 @@ class _Writer:
         # The operators of the chain are the layer's own.
         native = replace(replacement, option=replace(replacement.option, lowering=Lowering.NATIVE))
         arrays = registry.family(nodes[0]).layout(layer, nodes, replacement.factors, Lowering.NATIVE)
-        source = binding.stored.source
+        origin = binding.stored.source
         before = self._encoders.get(layer.siblings)
-        encoder = self.edits.keep(source, f"{source.name}_encoder", arrays[0]) if before is None else ""
-        decoder = self.edits.keep(source, f"{source.name}_decoder", arrays[1])
-        fragment = self._fragment(native, nodes, 0, encoder, decoder, self._new_bias(replacement, nodes[0]))
+        encoder = self.edits.keep(origin, f"{origin.name}_encoder", arrays[0]) if before is None else ""
+        decoder = self.edits.keep(origin, f"{origin.name}_decoder", arrays[1])
+        names = Operands("", encoder, decoder, self._new_bias(replacement, nodes[0]))
+        fragment = self._fragment(native, nodes, 0, names)
         *head, last = fragment.nodes
         if before is None:
             if not layer.has_encoder:
@@ -233,44 +266,31 @@ class _Writer:
         return ""
 
     def _chain(
-        self,
-        replacement: Replacement,
-        nodes: Sequence[NodeProto],
-        index: int,
-        encoder: str,
-        decoder: str,
-        new_bias: str,
+        self, replacement: Replacement, nodes: Sequence[NodeProto], index: int, names: Operands
     ) -> tuple[str, ...]:
         """Plan the chain of one use; returns the names of its nodes."""
         layer = replacement.binding.layer
         use, node = layer.uses[index], nodes[index]
-        fragment = self._fragment(replacement, nodes, index, encoder, decoder, new_bias)
+        fragment = self._fragment(replacement, nodes, index, names)
         self._splice(fragment.nodes, use, node, layer)
         self._release(layer, use)
         return tuple(node.name for node in fragment.nodes)
 
     def _fragment(
-        self,
-        replacement: Replacement,
-        nodes: Sequence[NodeProto],
-        index: int,
-        encoder: str,
-        decoder: str,
-        new_bias: str,
+        self, replacement: Replacement, nodes: Sequence[NodeProto], index: int, names: Operands
     ) -> Fragment:
-        """The nodes of the chain of one use."""
+        """The nodes of the chain of one use, whose input and own bias are still unnamed."""
         binding, layer = replacement.binding, replacement.binding.layer
         use, node = layer.uses[index], nodes[index]
         fragment = Fragment(label(node), self.edits.unique, self._walk.opsets[use.scope])
         cast = binding.casts[index]
         if cast is not None:
-            encoder = fragment.add("encoder_cast", "Cast", [encoder], to=cast)
-            decoder = fragment.add("decoder_cast", "Cast", [decoder], to=cast)
+            names = _cast(fragment, names, cast)
         operator = registry.family(node)
         value = node.input[operator.activation(use.operand)]
         has_bias = operator.bias is not None and len(node.input) > operator.bias
         old_bias = node.input[operator.bias] if has_bias and operator.bias is not None else ""
-        names = Operands(value, encoder, decoder, new_bias or old_bias)
+        names = replace(names, value=value, bias=names.bias or old_bias)
         operator.chain(fragment, Site(layer, use, node, nodes, replacement.option), names)
         return fragment
 
@@ -297,3 +317,13 @@ class _Writer:
         if layer.batchnorm is not None:
             for operand in range(1, 5):
                 self.edits.unread(Place(use.scope, layer.batchnorm.node), operand)
+
+
+def _cast(fragment: Fragment, names: Operands, kind: int) -> Operands:
+    """Add Casts of the stored factors and kept rows to the type in which the chain computes."""
+    encoder = fragment.add("encoder_cast", "Cast", [names.encoder], to=kind)
+    decoder = fragment.add("decoder_cast", "Cast", [names.decoder], to=kind)
+    rows = names.rows
+    if rows is not None:
+        rows = rows[0], fragment.add("kept_cast", "Cast", [rows[1]], to=kind)
+    return replace(names, encoder=encoder, decoder=decoder, rows=rows)

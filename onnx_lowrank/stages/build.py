@@ -28,6 +28,7 @@ from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.rewrite.merge import merge
 from onnx_lowrank.rewrite.notes import stamp
+from onnx_lowrank.rewrite.refit import Refitted
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
 from onnx_lowrank.stages.fit import Fitted, fit
 from onnx_lowrank.work.executor import Executor
@@ -92,7 +93,7 @@ def _built(
     certificates: dict[str, Certificate] = {}
     fits: dict[str, LayerFit] = {}
 
-    def replacements() -> Iterator[Replacement]:
+    def replacements() -> Iterator[Replacement | Refitted]:
         with progress.stage("recover" if plan.recover else "factorize", count) as step:
             for replacement, fit in _fitted(
                 source.model, source.walk, source.bindings, plan, calibration, executor
@@ -102,7 +103,7 @@ def _built(
                 _log.debug(
                     "factors of %r: %s, fitted to %s%s%s; certificate %.4g",
                     layer,
-                    replacement.option,
+                    replacement.option if isinstance(replacement, Replacement) else "kept",
                     fit.fit,
                     ", recovered" * fit.recovered,
                     "" if fit.error is None else f" with error {fit.error:.4g}",
@@ -120,7 +121,7 @@ def _built(
 
 
 def assemble(
-    source: Layered, replacements: Iterable[Replacement], *, merging: bool
+    source: Layered, replacements: Iterable[Replacement | Refitted], *, merging: bool
 ) -> tuple[Rewritten, tuple[Merge, ...], ExitStack]:
     """Write replacements into the model, and on request multiply adjacent operators with a smaller product.
 
@@ -173,7 +174,8 @@ def _fitted(
     if plan.factors is Fit.SCALED:
         yield from fit(model, walk, chosen, options, calibration.statistics.scaled(), executor)
         return
-    from onnx_lowrank.stages.recover import can_recover, recover  # Runs without calibration never recover.
+    # Runs without calibration never recover.
+    from onnx_lowrank.stages.recover import can_recover, recover, refittable
 
     statistics = calibration.statistics
     walked = [b for b in chosen if plan.recover and can_recover(model, walk, b, statistics)]
@@ -189,7 +191,8 @@ def _fitted(
     alone = [binding for binding in chosen if binding.layer.id not in ids]
     yield from fit(model, walk, alone, options, statistics, executor)
     if walked:
-        yield from recover(model, walk, walked, options, calibration, executor)
+        kept = refittable(model, walk, bindings, walked, options, statistics)
+        yield from recover(model, walk, [*walked, *kept], options, calibration, executor)
 
 
 def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputError, ...]:

@@ -16,6 +16,7 @@ from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import Bias, bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.linalg.narrowing import Way
+from onnx_lowrank.rewrite.refit import Refitted
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.fitting import FactorsItem, fitted
@@ -27,8 +28,8 @@ from onnx_lowrank.work.weights import reference
 if TYPE_CHECKING:
     from onnx_lowrank.calibrate.measurement import Statistics
 
-Fitted = tuple[Replacement, LayerFit]
-"""The factors of one layer as the rewriter needs them, and how they were made."""
+Fitted = tuple[Replacement | Refitted, LayerFit]
+"""The new numbers of one layer as the rewriter needs them, and how they were made."""
 
 
 def fit(
@@ -142,7 +143,8 @@ def factors_item(
     is_inside = moments is not None and moments.of_outputs
     added = added_inside(changeable) if is_inside else None
     way = None if option.lowering is not Lowering.NARROW else _way(model, walk, binding, statistics)
-    return FactorsItem(weight, option, moments, changeable is not None, added, way)
+    per_rank = binding.layer.kept_per_rank
+    return FactorsItem(weight, option, moments, changeable is not None, added, way, per_rank)
 
 
 def _way(model: Model, walk: Walk, binding: Binding, statistics: Statistics) -> Way | WidthItem | None:

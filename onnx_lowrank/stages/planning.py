@@ -59,12 +59,17 @@ def replay(plan: Plan, model: Model, layers: Sequence[Layer], meter: Meter) -> P
         InputError: The model cannot be counted.
     """
     plans.check(plan, model.sha256, layers)
-    is_shared = any(c.option is not None and c.option.lowering is Lowering.SHARED for c in plan.choices)
-    if is_shared and not meter.budget.shares:
-        raise PlanError(
-            f"The plan shares encoders, and the budget {meter.budget.name} does not count them: set the "
-            "lowering of every shared layer to null."
-        )
+    used = {choice.option.lowering for choice in plan.choices if choice.option is not None}
+    budget = meter.budget
+    for lowering, is_counted, what in (
+        (Lowering.SHARED, budget.shares, "shares encoders"),
+        (Lowering.SPARSE, budget.keeps_rows, "keeps rows of tables"),
+    ):
+        if lowering in used and not is_counted:
+            raise PlanError(
+                f"The plan {what}, and the budget {budget.name} does not count them: set the lowering of "
+                f"every {lowering} layer to null."
+            )
     by_id = {choice.layer: choice for choice in plan.choices}
     if meter.budget.is_measured:
         if not plans.is_edited(plan):

@@ -311,6 +311,9 @@ def _row(
         certificate=certificate,
         reason=choice.reason,
         fit=fit,
+        kept=option.j * layer.kept_per_rank
+        if option is not None and option.lowering is Lowering.SPARSE
+        else 0,
     )
 
 

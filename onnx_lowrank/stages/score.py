@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs, spared
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks
+from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks, sparse_tables
 from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of, sharers, sharings_of
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.factors import Fit
@@ -26,6 +26,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.linalg import sparse
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.fit import can_narrow, shared_item, width_item
@@ -35,6 +36,7 @@ from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.narrowing import WidthItem, width_errors
 from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
 from onnx_lowrank.work.sharing import SharedItem, shared_errors
+from onnx_lowrank.work.sparse import SparseItem, sparse_errors
 from onnx_lowrank.work.weights import reference
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Known:
         unknown: Why these errors could not be measured, a sentence; "" if they were.
         widths: Relative errors of narrow layers, at the widths 0 … full width; None until computed.
         narrow_effects: The errors at the model's outputs that some of these cause; empty until measured.
+        sparse: Relative errors of a table that keeps rows, at the ranks 0, 1, …; None until computed.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -76,6 +79,7 @@ class Known:
     unknown: str = ""
     widths: NDArray[np.float64] | None = None
     narrow_effects: Effects = ()
+    sparse: NDArray[np.float64] | None = None
 
     def evidence(self) -> Evidence:
         """All results, for a measure to choose from."""
@@ -207,7 +211,41 @@ class Scores:
         Raises:
             InputError: The model cannot be counted, or the moments are not finite.
         """
-        return (*self._pairs(recipe), *self._sharings(recipe))
+        return (*self._pairs(recipe), *self._sharings(recipe), *self._sparse(recipe))
+
+    def _sparse(self, recipe: Recipe) -> Iterator[Sharing]:
+        """The tables that can keep rows, each a group of its own."""
+        if not (recipe.sparse and self.meter.budget.keeps_rows):
+            return
+        self._add_sparse()
+        for number, (layer, known) in enumerate(zip(self._layers, self._known, strict=True)):
+            if known.sparse is not None and not known.unknown:
+                error = self._error(recipe, number, known.sparse)
+                table = sparse_tables(layer, error, self._grid, sparse.step(layer.f, self._grid.block))
+                if table.cost.size > 1:
+                    yield Sharing((table,), (number,))
+
+    def _add_sparse(self) -> None:
+        """Compute the errors of all tables that can keep rows and are not known yet."""
+        statistics, chosen = _calibrated(self._calibration).statistics, []
+        for known, binding in zip(self._known, self._bindings, strict=True):
+            moments = statistics.reference(binding.layer.id)
+            # The errors of looked-up rows, not of their deviations from the mean, decide which rows stay.
+            is_centred = bias(self._model, self._walk, binding) is not None
+            if known.sparse is None and moments is not None and moments.has_counts and not is_centred:
+                chosen.append((known, binding, moments))
+
+        def items() -> Iterator[SparseItem]:
+            for _, binding, moments in chosen:
+                layer, weight = binding.layer, reference(self._model, self._walk, binding)
+                yield SparseItem(weight, moments, layer.kept_per_rank, sparse.step(layer.f, self._grid.block))
+
+        if not chosen:
+            return
+        with self._progress.stage("tables", len(chosen)) as advance:
+            for (known, _, _), found in zip(chosen, self._executor.map(sparse_errors, items()), strict=True):
+                known.sparse = found
+                advance()
 
     def _pairs(self, recipe: Recipe) -> tuple[Group, ...]:
         if not (recipe.narrow and self.meter.budget.narrows):

@@ -23,19 +23,23 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.linalg import selection, tied
+from onnx_lowrank.linalg import selection, sparse, tied
 from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit, products
 from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.factorize import certify, factorize
+from onnx_lowrank.linalg.factorize import certify, certify_weight, factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef, input_problem, tied_problem
 from onnx_lowrank.work.narrowing import WidthItem, way_of
+from onnx_lowrank.work.sparse import sparse_factors
 from onnx_lowrank.work.weights import WeightRef
 
 STEPS = 30
 """Largest number of iterations that refine factors."""
+
+Made = Factors | NDArray[Any]
+"""The new numbers of a layer: its factors, or its whole weight in canonical form."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +54,7 @@ class FactorsItem:
         added: The bias that its node adds to its outputs, shape (f,), if the moments of outputs include it;
             None otherwise.
         way: The way to make it narrower, or the question for it; narrow options need it.
+        per_rank: The rows of a table that stay for each unit of rank; sparse options need it.
     """
 
     weight: WeightRef
@@ -58,6 +63,7 @@ class FactorsItem:
     centred: bool = False
     added: NDArray[np.float64] | None = None
     way: Way | WidthItem | None = None
+    per_rank: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +115,8 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     """
     weight, dtype = item.weight.read(), item.weight.dtype
     moments = LayerMoments() if item.moments is None else item.moments.read()
+    if item.option.lowering is Lowering.SPARSE:
+        return _sparse(item, weight, moments)
     way = _way(item.way)
     factors = activation_factors(
         weight, item.option, moments, backend, centred=item.centred, steps=STEPS, way=way
@@ -121,6 +129,15 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     lost = _lost(item, weight, item.option, stored, moments, way) if item.centred else None
     loss = held_error(weight, stored, moments, centred=item.centred)
     return FittedLayer(stored, certify(weight, stored), LayerFit(moments.fit, error=loss), lost)
+
+
+def _sparse(item: FactorsItem, weight: NDArray[Any], moments: LayerMoments) -> FittedLayer:
+    """A low-rank table with kept rows."""
+    factors = sparse_factors(weight, moments, item.option.j, item.per_rank)
+    stored = stored_as(factors, item.weight.dtype)
+    counts = moments.counts if moments.held_counts is None else moments.held_counts
+    loss = None if counts is None else sparse.error(weight, compose(exact(stored)), counts)
+    return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.ACTIVATIONS, error=loss))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,25 +240,26 @@ def _dense_alone(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CertificateItem:
-    """Asks for the certificate of the factors of one layer.
+    """Asks for the certificate of one layer.
 
     Attributes:
         weight: Its weight.
-        factors: Its factors as they are stored.
+        made: Its factors as they are stored, or a new weight in canonical form as it is stored.
     """
 
     weight: WeightRef
-    factors: Factors
+    made: Made
 
     @property
     def nbytes(self) -> int:
         """Approximate bytes that it takes, factors included."""
-        return self.factors.size * (8 + self.weight.dtype.itemsize) + _certifying(self.weight)
+        return self.made.size * (8 + self.weight.dtype.itemsize) + _certifying(self.weight)
 
 
 def certificate(item: CertificateItem, backend: Backend) -> Certificate:
-    """Certify factors; the host computes this for every device."""
-    return certify(item.weight.read(), item.factors)
+    """Certify factors or a weight; the host computes this for every device."""
+    weight = item.weight.read()
+    return certify(weight, item.made) if isinstance(item.made, Factors) else certify_weight(weight, item.made)
 
 
 def activation_factors(
@@ -335,7 +353,7 @@ def held_error(
 
 def stored_as(factors: Factors, dtype: np.dtype[Any]) -> Factors:
     """Convert factors to the dtype in which they are stored."""
-    return Factors(factors.fold, factors.encoder.astype(dtype), factors.decoder.astype(dtype))
+    return factors.astype(dtype)
 
 
 def exact(factors: Factors) -> Factors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from onnx_lowrank.linalg.scaled import of_scaled
 from onnx_lowrank.linalg.tied import Tied, tied
 
 _PARTS = ("count", "mean", "second", "independent")
-_FIT, _HELD = "fit", "held"
+_FIT, _HELD, _COUNTS = "fit", "held", "counts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class LayerMoments:
         least: The least ridge that moments of outputs need (`linalg.quadratic.shrinkage`).
         reason: Why the layer has no moments, a sentence; "" if it has some.
         fit: What factors are fitted to with them: ACTIVATIONS or SCALED.
+        counts: How often the samples to fit to read every row of a table, shape (c,); None if it is unknown.
+        held_counts: The same of the held-out samples.
     """
 
     inputs: Moments | None = None
@@ -43,6 +46,8 @@ class LayerMoments:
     least: float = 0.0
     reason: str = ""
     fit: Fit = Fit.ACTIVATIONS
+    counts: NDArray[np.int64] | None = None
+    held_counts: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,11 @@ class MomentsRef:
         return self._path(_HELD, "count").exists()
 
     @property
+    def has_counts(self) -> bool:
+        """Whether the folder has counts of the rows of a table."""
+        return self._path(_FIT, _COUNTS).exists()
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the moments take in memory; 0 if the folder was deleted."""
         paths = (self._path(share, part) for share in (_FIT, _HELD) for part in _PARTS)
@@ -87,7 +97,9 @@ class MomentsRef:
         fit, held = self._read(_FIT), self._read(_HELD)
         own = LayerMoments(outputs=fit, held_outputs=held) if self.of_outputs else LayerMoments(fit, held)
         transposed = None if self.transposed is None else self.transposed.read()
-        return replace(own, transposed=transposed, least=self.least, fit=self.fit)
+        counts, held_counts = self._counts(_FIT), self._counts(_HELD)
+        known = replace(own, counts=counts, held_counts=held_counts)
+        return replace(known, transposed=transposed, least=self.least, fit=self.fit)
 
     def write(self, fit: Moments, held: Moments | None) -> None:
         """Write moments to the folder.
@@ -100,6 +112,19 @@ class MomentsRef:
                 for part in _PARTS:
                     value = getattr(moments, part)
                     np.save(self._path(share, part), np.nan if value is None else value)
+
+    def count(self, counts: Mapping[bool, NDArray[np.int64]]) -> None:
+        """Write how often the rows of a table were read, by whether the samples are held out.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        for held, numbers in counts.items():
+            np.save(self._path(_HELD if held else _FIT, _COUNTS), numbers)
+
+    def _counts(self, share: str) -> NDArray[np.int64] | None:
+        path = self._path(share, _COUNTS)
+        return np.load(path) if path.exists() else None
 
     def _read(self, share: str) -> Moments | None:
         if not self._path(share, "count").exists():

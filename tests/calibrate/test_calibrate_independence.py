@@ -7,7 +7,7 @@ import pytest
 
 import onnx_lowrank
 from onnx_lowrank.calibrate.independence import Blocks
-from onnx_lowrank.calibrate.moments import Accumulator, merged, split
+from onnx_lowrank.calibrate.moments import Accumulator, merged
 from onnx_lowrank.linalg.quadratic import shrinkage
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 from tiny import built, decaying
@@ -149,7 +149,6 @@ def test_streams_are_worth_what_their_variances_say():
     assert joint.independent == pytest.approx(1 / (share**2 / 100 + (1 - share) ** 2 / 600), rel=1e-12)
     assert merged([parts[0], _without(parts[1])]).independent is None
     assert merged(parts[:1]).independent == pytest.approx(100)
-    assert split(joint, 5)[0].independent == joint.independent
 
 
 @pytest.mark.parametrize("worth", [None, 12.5])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.calibrate import moments as module
-from onnx_lowrank.calibrate.moments import Accumulator, merged, split
+from onnx_lowrank.calibrate.moments import Accumulator, merged, merged_pairs
 from onnx_lowrank.errors import InputError
 
 
@@ -127,19 +127,58 @@ def test_what_is_not_finite_names_the_layer(value, row):
         streamed(rows, (100, 400))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_split(groups):
+def paired(x, y, cuts=()):
+    """The moments of vectors and targets, as they come in the parts between the cuts."""
+    accumulator = Accumulator("layer 'w'", *x.shape[1:], y.shape[2])
+    for part in np.split(np.concatenate([x, y], axis=2), list(cuts)):
+        accumulator.add(part)
+    return accumulator.pair()
+
+
+def with_targets(groups):
+    """Vectors, and targets that depend on them."""
     rng = np.random.default_rng(10)
     x = correlated(11, 400, groups, 7, "float64", offset=2.0)
     weight = rng.standard_normal((groups, 3, 7))
-    y = np.einsum("gfp,rgp->rgf", weight, x) + rng.standard_normal((400, groups, 3)) + 5.0
-    inputs, targets = split(streamed(np.concatenate([x, y], axis=2)), 7)
-    assert_close(inputs, x, 1e-12)
+    return x, np.einsum("gfp,rgp->rgf", weight, x) + rng.standard_normal((400, groups, 3)) + 5.0
+
+
+def assert_pair(pair, x, y, rtol):
+    """Whether the moments are those of a direct computation."""
+    inputs, targets = pair
+    assert_close(inputs, x, rtol)
     centred = y - y.mean(axis=0)
-    cross = np.einsum("rgf,rgp->gfp", centred, x - x.mean(axis=0)) / 400
-    np.testing.assert_allclose(targets.mean, y.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(targets.cross, cross, rtol=1e-11, atol=1e-11)
-    np.testing.assert_allclose(targets.power, np.mean((centred**2).sum(axis=2), axis=0), rtol=1e-12)
+    cross = np.einsum("rgf,rgp->gfp", centred, x - x.mean(axis=0)) / len(x)
+    np.testing.assert_allclose(targets.mean, y.mean(axis=0), rtol=rtol)
+    np.testing.assert_allclose(targets.cross, cross, rtol=10 * rtol, atol=10 * rtol)
+    np.testing.assert_allclose(targets.power, np.mean((centred**2).sum(axis=2), axis=0), rtol=rtol)
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (3, 20, 390)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_targets_beside_vectors(groups, cuts):
+    x, y = with_targets(groups)
+    assert_pair(paired(x, y, cuts), x, y, 1e-12)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e200])
+def test_a_target_that_is_not_finite_names_the_layer(value):
+    x, y = with_targets(2)
+    y[7, 1, 2] = value
+    with pytest.raises(InputError, match="activations of layer 'w' hold NaN"):
+        paired(x, y)
+
+
+def test_no_vectors_have_no_pair():
+    assert Accumulator("w", 1, 2, 3).pair() is None
+
+
+@pytest.mark.parametrize("parts", [(400,), (1, 399), (10, 90, 250, 50)])
+def test_merged_pairs_are_the_whole(parts):
+    x, y = with_targets(2)
+    cuts = np.cumsum(parts)[:-1]
+    pairs = [paired(*part) for part in zip(np.split(x, cuts), np.split(y, cuts), strict=True)]
+    assert_pair(merged_pairs(pairs), x, y, 1e-11)
 
 
 @pytest.mark.parametrize("parts", [(5,), (5, 40), (1, 2, 3, 60)])

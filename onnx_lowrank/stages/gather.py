@@ -1,0 +1,149 @@
+"""Moments of the tensors around one layer of a walk, over both shares of the calibration inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.calibrate.moments import Accumulator, merged_pairs
+from onnx_lowrank.calibrate.prefix import Sight
+from onnx_lowrank.operators.geometry import Geometry, outputs, patches
+from onnx_lowrank.stages.targets import Changes, Share
+from onnx_lowrank.work.executor import Threads
+
+T = TypeVar("T")
+
+_LANES = 4  # Not the number of cores, or sums would have other bits on other machines.
+_LANE_BYTES = 2**28  # The most that the sums of one lane may take; larger sums have only one lane.
+
+
+def sums_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of the moments of a layer's inputs and targets, for its canonical shape (g, f, c, *kernel)."""
+    g, f, *rest = shape
+    p = prod(rest)
+    return 8 * g * p * (p + f)
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """A layer's squared error behind a Relu on held-out inputs, and targets that lower it."""
+
+    loss: float
+    shares: dict[bool, Share]
+
+
+@dataclass(frozen=True, slots=True)
+class Gatherer:
+    """Sums the tensors around one layer.
+
+    Attributes:
+        layer: The layer's id.
+        geometry: The geometry of its operator.
+        shape: Its canonical shape, (g, f, c, *kernel).
+        threads: Where to compute.
+    """
+
+    layer: str
+    geometry: Geometry
+    shape: tuple[int, ...]
+    threads: Threads
+
+    def shares(self, sights: Iterator[Sight]) -> dict[bool, Share]:
+        """The moments of both shares, by whether they are held out.
+
+        Raises:
+            InputError: The activations are not finite.
+        """
+        g, f, *rest = self.shape
+        p = prod(rest)
+        lanes = _LANES if sums_bytes(self.shape) <= _LANE_BYTES else 1
+        sums: list[dict[bool, Accumulator]] = [{} for _ in range(lanes)]
+
+        def add(lane: dict[bool, Accumulator], sight: Sight) -> None:
+            if sight.held not in lane:
+                lane[sight.held] = Accumulator(f"layer {self.layer!r}", g, p, f)
+            for x, y, beside in _rows(self.geometry, sight):
+                target = y if beside is None else y + (beside[0] - beside[1])
+                lane[sight.held].add(np.concatenate([x, target], axis=2))
+            # A sight does not tell samples apart, so its whole batch counts as one block.
+            lane[sight.held].close_block()
+
+        self._in_lanes(sights, sums, add)
+        return {held: _share(sums, held) for held in (False, True)}
+
+    def behind_relu(
+        self,
+        sights: Iterator[Sight],
+        shares: Mapping[bool, Share],
+        weight: NDArray[np.float64],
+        added: NDArray[np.float64] | float,
+        bias: NDArray[np.float64] | float,
+    ) -> Behind:
+        """The held-out error of a map of the layer behind the Relu, and targets that lower it.
+
+        If both models are below zero there, the error is zero, and the target is the layer's output. If only
+        the original is, the target is zero.
+
+        Args:
+            sights: The tensors around the layer.
+            shares: The moments that `shares` gave.
+            weight: The canonical weight of the map, shape (g, f, c, *kernel).
+            added: The bias that a node behind the layer adds in the original, shape (g · f,).
+            bias: The whole bias of the map, shape (g · f,).
+        """
+        sums = [{held: Changes(share) for held, share in shares.items()} for _ in range(_LANES)]
+        matrices = weight.reshape(*self.shape[:2], -1).astype(np.float32)
+        before, total = (self._grouped(values) for values in (added, bias))
+
+        def add(lane: dict[bool, Changes], sight: Sight) -> None:
+            for x, y, beside in _rows(self.geometry, sight):
+                given = np.swapaxes(np.swapaxes(x, 0, 1) @ np.swapaxes(matrices, 1, 2), 0, 1) + total
+                wanted, got, linear = y + before, given, y
+                if beside is not None:
+                    linear = y + (beside[0] - beside[1])
+                    wanted, got = wanted + beside[0], given + beside[1]
+                lost = wanted - got
+                # Not `lost` below zero in the original: there every output up to 0 is as good as another.
+                excess = np.where(wanted > 0, lost, np.minimum(-got, 0))
+                lane[sight.held].add(x, linear, excess - lost, np.maximum(wanted, 0) - np.maximum(got, 0))
+
+        self._in_lanes(sights, sums, add)
+        whole = {held: Changes.merged([lane[held] for lane in sums]) for held in shares}
+        return Behind(whole[True].lost, {held: changes.share() for held, changes in whole.items()})
+
+    def _grouped(self, values: NDArray[np.float64] | float) -> NDArray[np.float32]:
+        """Values of the output features in the shape of a row, (g, f)."""
+        g, f = self.shape[:2]
+        return np.broadcast_to(np.asarray(values), g * f).reshape(g, f).astype(np.float32)
+
+    def _in_lanes(self, sights: Iterator[Sight], lanes: Sequence[T], add: Callable[[T, Sight], None]) -> None:
+        """Add every batch to one of the lanes, in turn; the lanes work in parallel."""
+        # Batch n always goes to lane n modulo the number of lanes, or the bits would depend on the threads.
+        while group := list(islice(sights, len(lanes))):
+            self.threads.each(lambda item: add(*item), zip(lanes, group, strict=False))
+
+
+def _rows(
+    form: Geometry, sight: Sight
+) -> Iterator[tuple[NDArray[Any], NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]]:
+    """Chunks of x̂ (rows, g, p), of y (rows, g, f), and of the residuals added to y in both models."""
+    y = np.concatenate(list(outputs(form, sight.y)))
+    beside = None
+    if sight.beside is not None:
+        beside = tuple(np.concatenate(list(outputs(form, value))) for value in sight.beside)
+    start = 0
+    for x in patches(form, sight.x_hat):
+        part = slice(start, start + len(x))
+        yield x, y[part], None if beside is None else (beside[0][part], beside[1][part])
+        start += len(x)
+
+
+def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool) -> Share:
+    parts = [lane[held].pair() for lane in sums if held in lane]
+    return Share(*merged_pairs([part for part in parts if part is not None]))
