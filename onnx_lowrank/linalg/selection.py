@@ -124,7 +124,7 @@ class _Surgeon:
 
 def _root(own: Floats) -> Floats:
     """The lower triangle R with R Rᵀ; that of one element is its root."""
-    return np.sqrt(own) if own.size == 1 else np.linalg.cholesky(own)
+    return np.asarray(np.sqrt(own) if own.size == 1 else np.linalg.cholesky(own))
 
 
 def _divided(values: Floats, root: Floats) -> Floats:
