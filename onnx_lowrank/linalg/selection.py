@@ -11,13 +11,15 @@ tr(W_i (C⁻¹)_ii⁻¹ W_iᵀ) where channel i goes and the others are refitted
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.quadratic import Quadratic, error
+from onnx_lowrank.linalg.quadratic import Quadratic
 
 Indices = NDArray[np.intp]
 Floats = NDArray[np.float64]
@@ -45,8 +47,7 @@ def order(quadratic: Quadratic, channels: int) -> Indices:
     Returns:
         Shape (channels,).
     """
-    inverse = np.linalg.inv(quadratic.second[0])
-    weight = quadratic.cross[0] @ inverse
+    inverse, weight = np.linalg.inv(quadratic.second[0]), quadratic.optimum[0]
     left, dropped = np.arange(channels), []
     while left.size > 1:
         count = min(_BLOCK, left.size - 1)
@@ -84,7 +85,7 @@ class _Surgeon:
         growth = np.where(self._alive, self._growth(), np.inf)
         channel = int(np.argmin(growth))
         elements = slice(channel * size, (channel + 1) * size)
-        root = np.linalg.cholesky(self._own[channel])
+        root = _root(self._own[channel])
         left = self._inverse[:, elements] - self._left @ self._left[elements].T
         right = self._weight[:, elements] - self._right @ self._left[elements].T
         left, right = _divided(left, root), _divided(right, root)
@@ -121,6 +122,11 @@ class _Surgeon:
         return inverse, self._weight[:, elements] - self._right @ left.T
 
 
+def _root(own: Floats) -> Floats:
+    """The lower triangle R with R Rᵀ; that of one element is its root."""
+    return np.asarray(np.sqrt(own) if own.size == 1 else np.linalg.cholesky(own))
+
+
 def _divided(values: Floats, root: Floats) -> Floats:
     """X R⁻ᵀ for a triangle R, which mostly has one element; there a solver takes longer than a division."""
     if root.size == 1:
@@ -147,45 +153,60 @@ def errors(quadratic: Quadratic, kept: Indices, held: Quadratic | None = None) -
     Returns:
         Shape (channels + 1,), at the widths 0 … channels; never increasing.
     """
-    curve = _fitted_errors(quadratic, kept)
+    if float(quadratic.power[0]) <= 0:
+        return np.zeros(kept.size + 1)
+    elements = _elements(quadratic, kept, kept.size)
+    # The leading blocks of one triangle are the triangles of all widths. Each column of X L⁻ᵀ is the part of
+    # the outputs that only its element explains beside those before it.
+    lower = np.linalg.cholesky(quadratic.second[0][np.ix_(elements, elements)])
+    explained = scipy.linalg.solve_triangular(lower, quadratic.cross[0][:, elements].T, lower=True)
+    gains = np.sum(explained**2, axis=1).reshape(kept.size, -1).sum(axis=1)
+    curve = np.append(1.0, np.clip(1 - np.cumsum(gains) / float(quadratic.power[0]), 0.0, 1.0))
     if held is None or not curve.any():
         return curve
     widths = np.unique(np.linspace(1, kept.size, _JUDGED + 1).astype(int))[:-1]
-    shown = np.array([_held_error(quadratic, kept[:width], kept.size, held) for width in widths])
+    shown = _held_errors(lower, explained, held, elements, widths * (elements.size // kept.size))
     scale = np.interp(np.arange(kept.size + 1), widths, shown / np.maximum(curve[widths], _SMALL))
     judged: NDArray[np.float64] = np.minimum.accumulate(np.minimum(curve * scale, 1.0))
     judged[0] = 1.0
     return judged
 
 
-def _held_error(quadratic: Quadratic, kept: Indices, channels: int, held: Quadratic) -> float:
-    """The error on held-out inputs of the weight that is refitted to some channels."""
-    weight = np.zeros(quadratic.cross.shape)
-    elements, columns = _refitted(quadratic, kept, channels)
-    weight[0][:, elements] = columns
-    return error(held, weight)
+def _held_errors(
+    lower: Floats, explained: Floats, held: Quadratic, elements: Indices, numbers: NDArray[np.intp]
+) -> Floats:
+    """The errors on held-out inputs of the weights that are refitted to the first elements.
+
+    Args:
+        lower: L of the moments of all elements, in their order.
+        explained: L⁻¹ Xᵀ.
+        held: The error on held-out inputs.
+        elements: The order of the elements.
+        numbers: The numbers of elements of the refits.
+    """
+    second = held.second[0][np.ix_(elements, elements)]
+    cross = held.cross[0][:, elements].T
+    power = float(np.sum(held.power))
+    errors = []
+    for number in numbers:
+        first = slice(0, number)
+        weight = scipy.linalg.solve_triangular(lower[first, first], explained[first], trans=1, lower=True)
+        lost = power + float(np.sum(weight * (second[first, first] @ weight - 2 * cross[first])))
+        errors.append(max(lost / power, 0.0) if power > 0 else inf if lost > 0 else 0.0)
+    return np.array(errors)
+
+
+def _elements(quadratic: Quadratic, kept: Indices, channels: int) -> Indices:
+    """The elements of patches that belong to some of the channels, in the order of these channels."""
+    return np.arange(quadratic.second.shape[1]).reshape(channels, -1)[kept].reshape(-1)
 
 
 def _refitted(quadratic: Quadratic, kept: Indices, channels: int) -> tuple[Indices, Floats]:
     """The elements of the kept channels, and the columns of the best weight that reads only these."""
-    elements = np.arange(quadratic.second.shape[1]).reshape(channels, -1)[kept].reshape(-1)
+    elements = _elements(quadratic, kept, channels)
     second = quadratic.second[0][np.ix_(elements, elements)]
     columns = scipy.linalg.solve(second, quadratic.cross[0][:, elements].T, assume_a="pos").T
     return elements, columns
-
-
-def _fitted_errors(quadratic: Quadratic, kept: Indices) -> NDArray[np.float64]:
-    """The relative error for every width on the inputs of the fit."""
-    total = float(quadratic.power[0])
-    if total <= 0:
-        return np.zeros(kept.size + 1)
-    second, cross = quadratic.second[0], quadratic.cross[0]
-    elements = np.arange(second.shape[0]).reshape(kept.size, -1)[kept].reshape(-1)
-    # Each column of X L⁻ᵀ is the part of the outputs that only its element explains beside those before it.
-    lower = np.linalg.cholesky(second[np.ix_(elements, elements)])
-    explained = scipy.linalg.solve_triangular(lower, cross[:, elements].T, lower=True)
-    gains = np.sum(explained**2, axis=1).reshape(kept.size, -1).sum(axis=1)
-    return np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)])
 
 
 def fit(quadratic: Quadratic, shape: tuple[int, ...], kept: Indices) -> Factors:

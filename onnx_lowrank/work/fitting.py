@@ -192,13 +192,12 @@ def dense(item: DenseItem, backend: Backend) -> list[Dense]:
     """
     weight = item.weight.read()
     moments = LayerMoments() if item.moments is None else item.moments.read()
-    chains = [option for option in item.options if option.lowering is not Lowering.NARROW]
-    alone = [option for option in item.options if option not in chains]
     if moments.inputs is None:
-        chains, alone = [], [*item.options]
+        return [_dense_alone(item, weight, option, moments, backend) for option in item.options]
+    chains = [option for option in item.options if option.lowering is not Lowering.NARROW]
+    narrow = [option for option in item.options if option.lowering is Lowering.NARROW]
     found = _products(item, weight, chains, moments, backend) if chains else []
-    way = _way(item.way) if alone else None
-    return [*found, *(_dense_alone(item, weight, option, moments, backend, way) for option in alone)]
+    return [*found, *(_narrowed(item, weight, narrow, moments) if narrow else ())]
 
 
 def _products(
@@ -222,19 +221,38 @@ def _products(
     return found
 
 
+def _narrowed(
+    item: DenseItem, weight: NDArray[Any], options: Sequence[Option], moments: LayerMoments
+) -> list[Dense]:
+    """The products under narrow options, all from one problem."""
+    way = _way(item.way)
+    if way is None:
+        raise RuntimeError("a narrow option needs the way to make its layer narrower")
+    problem = input_problem(weight, moments, centred=item.centred, least=selection.RIDGE)
+    made = ((option, way.fit(problem, weight.shape, option.j)) for option in options)
+    return [_composed(item, weight, option, factors, moments, way) for option, factors in made]
+
+
 def _dense_alone(
+    item: DenseItem, weight: NDArray[Any], option: Option, moments: LayerMoments, backend: Backend
+) -> Dense:
+    """The product under one option, from moments of outputs or from the weight alone."""
+    factors = activation_factors(weight, option, moments, backend, centred=item.centred, steps=0)
+    factors = factors or factorize(weight, option, backend, item.weight.dtype)
+    return _composed(item, weight, option, factors, moments, None)
+
+
+def _composed(
     item: DenseItem,
     weight: NDArray[Any],
     option: Option,
+    factors: Factors,
     moments: LayerMoments,
-    backend: Backend,
     way: Way | None,
 ) -> Dense:
-    """The product under one option, from moments of outputs or from the weight alone."""
-    factors = activation_factors(weight, option, moments, backend, centred=item.centred, steps=0, way=way)
-    factors = factors or factorize(weight, option, backend, item.weight.dtype)
+    """The product of factors, and the change of the bias that goes with them."""
     lost = _lost(item, weight, option, factors, moments, way) if item.centred else None
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # a value beyond the range of the dtype becomes infinite
         return Dense(compose(factors).astype(item.weight.dtype), lost)
 
 
@@ -291,7 +309,7 @@ def activation_factors(
         problem = input_problem(weight, moments, centred=centred, least=least)
         held = None
         # Held-out activations do not judge scaled factors, whose error is another one.
-        if moments.held is not None and moments.fit is Fit.ACTIVATIONS:
+        if steps and not is_narrow and moments.held is not None and moments.fit is Fit.ACTIVATIONS:
             held = of_weight(weight, moments.held, centred=centred, ridge=0.0)
         return fit(problem, weight.shape, option, backend, held, steps if held is not None else 0, way)
     if is_narrow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,7 +14,7 @@ from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg import tied
 from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.quadratic import shrinkage
+from onnx_lowrank.linalg.quadratic import Quadratic, shrinkage
 from onnx_lowrank.linalg.spectra import spectra
 from onnx_lowrank.work.moments import MomentsRef, input_problem, tied_problem
 from onnx_lowrank.work.weights import WeightRef
@@ -111,14 +111,52 @@ def activation_errors(item: ActivationItem, backend: Backend) -> ActivationError
         return ActivationErrors({(Fold.ENCODE, 1): tied.errors(both)}, both.power)
     if moments.inputs is not None:
         problem = input_problem(weight, moments, centred=item.centred)
-        table = {
-            (fold, k): errors(problem, weight.shape, fold, k, top, backend)
-            for (fold, k), top in item.tops.items()
-        }
-        return ActivationErrors(table, float(np.sum(problem.power)))
+        return ActivationErrors(_curves(problem, item, backend), float(np.sum(problem.power)))
     if moments.outputs is None:
         raise RuntimeError(f"the moments {item.moments.number} were not written")
     ridge = shrinkage(moments.outputs, moments.least)
     encode_errors = output_errors(moments.outputs, weight, centred=item.centred, ridge=ridge)
     power = float(np.trace(moments.outputs.second, axis1=1, axis2=2).sum())
     return ActivationErrors({(Fold.ENCODE, 1): encode_errors}, power)
+
+
+def _curves(
+    problem: Quadratic, item: ActivationItem, backend: Backend
+) -> dict[tuple[Fold, int], NDArray[np.float64]]:
+    """The errors of every fold for ascending slice counts, up to the first that pays nowhere.
+
+    Factors with k slices of rank j are also factors with fewer slices of a higher rank, which are a little
+    larger. So if k slices would make a layer smaller at no more error, some of the counts below k would too.
+    """
+    table: dict[tuple[Fold, int], NDArray[np.float64]] = {}
+    for fold in dict.fromkeys(fold for fold, _ in item.tops):
+        fewer: list[tuple[int, NDArray[np.float64]]] = []
+        for k in sorted(k for other, k in item.tops if other is fold):
+            curve = errors(problem, item.weight.shape, fold, k, item.tops[fold, k], backend)
+            table[fold, k] = curve
+            size = _size(item.weight.shape, fold, k)
+            if fewer and not _pays(curve, size, fewer):
+                break
+            fewer.append((size, curve))
+    return table
+
+
+def _size(shape: tuple[int, ...], fold: Fold, k: int) -> int:
+    """Parameters of the factors per unit of rank."""
+    _, f, c, *kernel = shape
+    encoder, decoder = fold.kernels(tuple(kernel))
+    return c * prod(encoder) + k * f * prod(decoder)
+
+
+def _pays(curve: NDArray[np.float64], size: int, fewer: Sequence[tuple[int, NDArray[np.float64]]]) -> bool:
+    """Whether a curve has an error below those of all others at the same number of parameters.
+
+    Args:
+        curve: The errors at the ranks 0, 1, …
+        size: The number of parameters per unit of rank.
+        fewer: Sizes and curves of the others. Between their ranks, the errors are interpolated: otherwise a
+            curve would pay for its finer steps alone.
+    """
+    parameters = np.arange(len(curve)) * size
+    others = [np.interp(parameters / other, np.arange(len(errors)), errors) for other, errors in fewer]
+    return bool(np.any(curve < np.min(others, axis=0)))

@@ -127,6 +127,25 @@ def test_items_of_external_weights_are_small(tmp_path):
         assert item.nbytes > 4 * size * size
 
 
+def test_slice_counts_are_tried_until_one_pays_nowhere(tmp_path):
+    rng = np.random.default_rng(3)
+    moments = moments_of(tmp_path, 1, 16)
+    counts = (1, 2, 4, 8)
+    tops = {(Fold.ENCODE, k): 16 // k for k in counts}
+
+    def tried(weight):
+        return activation_errors(ActivationItem(refer(weight), moments, True, tops), CPU).relative
+
+    low = rng.standard_normal((1, 12, 3)) @ rng.standard_normal((1, 3, 16))
+    assert list(tried(low)) == [(Fold.ENCODE, 1), (Fold.ENCODE, 2)]
+    # Every quarter of the columns has rank 1: four slices of rank 1 are exact, where one needs rank 4.
+    quarters = rng.standard_normal((1, 12, 4, 1)) * rng.standard_normal((1, 1, 4, 4))
+    found = tried(quarters.reshape(1, 12, 16))
+    assert list(found) == list(tops)
+    assert found[Fold.ENCODE, 4][1] < 1e-9
+    assert found[Fold.ENCODE, 1][3] > 1e-3
+
+
 def spectra_case(shape, wanted):
     return lambda folder: (singular_values, WeightItem(weight_of(shape), wanted))
 
