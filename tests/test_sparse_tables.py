@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -149,6 +150,14 @@ def test_small_tables_and_tied_ones_keep_no_rows():
     text = "g (int64[N] x) => (float[] y) { e = Gather (w, x) y = Gemm <transB = 1> (e, w) }"
     tied = seen(model(text, w=(640, 8)))
     assert [layer.kept_per_rank for layer in (*small.layers, *tied.layers)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("features", "block", "step"), [(384, 1, 12), (384, 16, 16), (8, 1, 1), (2048, 8, 64)]
+)
+def test_about_32_ranks_are_tried(features, block, step):
+    (layer,) = seen(model("g (int64[N] x) => (float[] y) { y = Gather (w, x) }", w=(40, 8))).layers
+    assert replace(layer, f=features).sparse_step(block) == step
 
 
 def compressed(ratio=0.7, **options):

@@ -122,19 +122,19 @@ def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs], *, every: bool =
     return _table(layer, errors, widths, layer.width, tariff, grid, every=every)
 
 
-def sparse_tables(layer: Layer, errors: Floats, grid: Grid[Costs], step: int) -> Candidates:
+def sparse_tables(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
     """The ranks at which a table keeps some rows and is cheaper than as it is.
 
     Args:
         layer: A layer that can keep rows.
         errors: The errors at the ranks 0 … full rank, in the recipe's measure.
-        grid: The costs.
-        step: The number of which the ranks are multiples.
+        grid: The block of which ranks are multiples, and the costs.
 
     Raises:
         InputError: The costs depend on an unknown dimension.
     """
-    fold, tariff = layer.folds[0], _Together(grid.costs.tariff(layer), layer.folds[0], Lowering.SPARSE, step)
+    fold, step = layer.folds[0], layer.sparse_step(grid.block)
+    tariff = _Together(grid.costs.tariff(layer), fold, Lowering.SPARSE, step)
     full = layer.full_rank(fold, 1)
     ranks = np.arange(step, full, step, dtype=np.int64)
     ranks = ranks[tariff.is_cheaper(tariff.costs(fold, 1, ranks))] if ranks.size else ranks

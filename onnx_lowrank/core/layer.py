@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.option import Fold, Lowering, Option
 
 _SPARSENESS = 8
+_SPARSE_RANKS = 32  # each takes an eigendecomposition
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +277,14 @@ class Layer:
         """
         is_table = bool(self.uses) and all(use.reads_indices and not use.transposed for use in self.uses)
         return self.c // (_SPARSENESS * self.f) if is_table else 0
+
+    def sparse_step(self, block: int) -> int:
+        """The number of which the ranks of a sparse table are multiples.
+
+        Args:
+            block: The number of which all ranks are multiples.
+        """
+        return block * ceil(self.f / (_SPARSE_RANKS * block))
 
     def at_width(self, width: int) -> tuple[Layer, ...]:
         """The partners and this layer, in this order, as they are at a width.

@@ -11,7 +11,6 @@ table stay one curve over the rank.
 
 from __future__ import annotations
 
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -24,18 +23,6 @@ from onnx_lowrank.linalg.folding import split
 from onnx_lowrank.linalg.quadratic import matrices_of
 
 Floats = NDArray[np.float64]
-
-_POINTS = 32  # ranks with known errors: each takes an eigendecomposition
-
-
-def step(features: int, block: int) -> int:
-    """The number of which the ranks of a sparse table are multiples.
-
-    Args:
-        features: Length of a row.
-        block: The number of which all ranks are multiples.
-    """
-    return block * ceil(features / (_POINTS * block))
 
 
 def row_weights(weight: NDArray[Any], counts: NDArray[np.integer], ridge: float) -> Floats:

@@ -26,7 +26,6 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
-from onnx_lowrank.linalg import sparse
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.fit import can_narrow, shared_item, width_item
@@ -36,7 +35,6 @@ from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.narrowing import WidthItem, width_errors
 from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
 from onnx_lowrank.work.sharing import SharedItem, shared_errors
-from onnx_lowrank.work.sparse import SparseItem, sparse_errors
 from onnx_lowrank.work.weights import reference
 
 if TYPE_CHECKING:
@@ -68,7 +66,6 @@ class Known:
         unknown: Why these errors could not be measured, a sentence; "" if they were.
         widths: Relative errors of narrow layers, at the widths 0 … full width; None until computed.
         narrow_effects: The errors at the model's outputs that some of these cause; empty until measured.
-        sparse: Relative errors of a table that keeps rows, at the ranks 0, 1, …; None until computed.
     """
 
     spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
@@ -79,7 +76,6 @@ class Known:
     unknown: str = ""
     widths: NDArray[np.float64] | None = None
     narrow_effects: Effects = ()
-    sparse: NDArray[np.float64] | None = None
 
     def evidence(self) -> Evidence:
         """All results, for a measure to choose from."""
@@ -130,6 +126,8 @@ class Scores:
         self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
         # Relative errors with a shared encoder, at the ranks 0, 1, …, for the layers of every group.
         self._shared: dict[tuple[str, ...], Sequence[NDArray[np.float64]]] = {}
+        # Relative errors of tables that keep rows, at the ranks 0, 1, …, by id; None until computed.
+        self._kept_rows: Mapping[str, NDArray[np.float64]] | None = None
         self._timed = set[Recipe]()
         self._probed = False
         self._scaled: Scores | None = None
@@ -211,41 +209,25 @@ class Scores:
         Raises:
             InputError: The model cannot be counted, or the moments are not finite.
         """
-        return (*self._pairs(recipe), *self._sharings(recipe), *self._sparse(recipe))
+        return (*self._pairs(recipe), *self._sharings(recipe), *self._tables(recipe))
 
-    def _sparse(self, recipe: Recipe) -> Iterator[Sharing]:
+    def _tables(self, recipe: Recipe) -> Iterator[Sharing]:
         """The tables that can keep rows, each a group of its own."""
         if not (recipe.sparse and self.meter.budget.keeps_rows):
             return
-        self._add_sparse()
-        for number, (layer, known) in enumerate(zip(self._layers, self._known, strict=True)):
-            if known.sparse is not None and not known.unknown:
-                error = self._error(recipe, number, known.sparse)
-                table = sparse_tables(layer, error, self._grid, sparse.step(layer.f, self._grid.block))
+        if self._kept_rows is None:
+            from onnx_lowrank.stages import tables  # Runs without calibration keep no rows.
+
+            statistics, block = _calibrated(self._calibration).statistics, self._grid.block
+            self._kept_rows = tables.errors(
+                self._model, self._walk, self._bindings, statistics, block, self._executor, self._progress
+            )
+        for number, layer in enumerate(self._layers):
+            curve = self._kept_rows.get(layer.id)
+            if curve is not None and not self._known[number].unknown:
+                table = sparse_tables(layer, self._error(recipe, number, curve), self._grid)
                 if table.cost.size > 1:
                     yield Sharing((table,), (number,))
-
-    def _add_sparse(self) -> None:
-        """Compute the errors of all tables that can keep rows and are not known yet."""
-        statistics, chosen = _calibrated(self._calibration).statistics, []
-        for known, binding in zip(self._known, self._bindings, strict=True):
-            moments = statistics.reference(binding.layer.id)
-            # The errors of looked-up rows, not of their deviations from the mean, decide which rows stay.
-            is_centred = bias(self._model, self._walk, binding) is not None
-            if known.sparse is None and moments is not None and moments.has_counts and not is_centred:
-                chosen.append((known, binding, moments))
-
-        def items() -> Iterator[SparseItem]:
-            for _, binding, moments in chosen:
-                layer, weight = binding.layer, reference(self._model, self._walk, binding)
-                yield SparseItem(weight, moments, layer.kept_per_rank, sparse.step(layer.f, self._grid.block))
-
-        if not chosen:
-            return
-        with self._progress.stage("tables", len(chosen)) as advance:
-            for (known, _, _), found in zip(chosen, self._executor.map(sparse_errors, items()), strict=True):
-                known.sparse = found
-                advance()
 
     def _pairs(self, recipe: Recipe) -> tuple[Group, ...]:
         if not (recipe.narrow and self.meter.budget.narrows):

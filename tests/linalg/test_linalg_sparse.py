@@ -117,13 +117,6 @@ def test_the_error_told_counts_the_rows_that_are_read():
     assert sparse.error(np.zeros_like(weight), made, read) == 0
 
 
-@pytest.mark.parametrize(
-    ("features", "block", "expected"), [(384, 1, 12), (384, 16, 16), (8, 1, 1), (2048, 8, 64)]
-)
-def test_a_few_ranks_are_tried(features, block, expected):
-    assert sparse.step(features, block) == expected
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_the_certificate_holds(dtype):
     weight = table().astype(dtype)
