@@ -178,7 +178,7 @@ def test_a_run_chooses_kept_rows_and_counts_them():
     assert totals.after == after <= 0.7 * totals.before
     new = ids(9)
     wanted, given = run(proto, x=new), run(result.model.proto, x=new)
-    assert 0 < np.linalg.norm(given - wanted) / np.linalg.norm(wanted) < 0.2
+    assert 0 < np.linalg.norm(given - wanted) / np.linalg.norm(wanted) < 0.3
 
 
 def test_the_table_of_layers_tells_the_kept_rows():
