@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from onnx_lowrank.calibrate.frequencies import FLOOR, Counts, counted, sources
+from onnx_lowrank.calibrate.frequencies import Counts, counted, sources
 from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, takes_outputs
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import Part, split, whole
@@ -163,14 +163,13 @@ class Statistics(Mapping[str, LayerMoments]):
         self._references.update(dict.fromkeys(layers, kept))
 
     def count(self, layer: str, counts: Counts) -> None:
-        """Write how often the rows of a table with moments were read to disk, and raise its ridge.
+        """Write how often the rows of a table with moments were read to disk.
 
         Raises:
             InputError: The disk is full.
         """
         with self._writing():
             self._references[layer].count(counts)
-        self._references[layer] = replace(self._references[layer], least=FLOOR)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

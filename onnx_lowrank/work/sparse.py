@@ -60,7 +60,7 @@ def sparse_factors(weight: NDArray[Any], moments: LayerMoments, j: int, per_rank
 
 
 def _weights(weight: NDArray[Any], moments: LayerMoments) -> NDArray[np.float64]:
-    """The weights of the rows: what the samples read, and a floor."""
+    """The weights of the rows, with the floor that moments of the looked-up rows give in any fit."""
     if moments.counts is None or moments.outputs is None:
         raise PlanError(
             "A plan that keeps rows of a table needs inputs that show which are read: pass --calibration."
