@@ -1137,7 +1137,7 @@ def test_calibration_tries_several_recipes_and_keeps_the_best(run, folder):
     assert report["recipe"]["name"] == best["recipe"]
     assert {trial["ratio"] for trial in report["trials"]} == {0.5}
     for row in report["layers"]:
-        assert (row["fit"] is None) == (row["fold"] is None)
+        assert row["fit"] is not None or row["fold"] is None
     assert report == report_of(run("-q", *CALIBRATED, "--pass", "auto", "--report", "-"))
 
 

@@ -449,7 +449,9 @@ def test_external_data_gives_what_inline_data_gives(external, tmp_path, temporar
     out = tmp_path / "out" / "small.onnx"
     out.parent.mkdir()
     with compress(external, 0.5) as result:
-        assert len(files(temporary)) == 1, "the factors are on disk"
+        assert sum(content is not None for content in files(temporary).values()) == 1, (
+            "the factors are on disk"
+        )
         assert not any(t.raw_data for t in result.proto.graph.initializer if t.name.endswith("coder"))
         result.save(out)
         result.save(out)
@@ -491,7 +493,7 @@ def test_a_closed_result_says_that_it_cannot_be_saved(external, tmp_path, tempor
 
 def test_a_forgotten_result_leaves_nothing_on_disk(external, temporary):
     result = compress(external, 0.5)
-    assert len(files(temporary)) == 1
+    assert sum(content is not None for content in files(temporary).values()) == 1
     del result
     gc.collect()
     assert files(temporary) == {}

@@ -222,7 +222,10 @@ def edited(tmp_path, **changes):
     [
         ({"w": {"k": 2}}, "'w' cannot be cut into k = 2 slices"),
         ({"w": {"j": 9}}, "cannot have rank j = 9: choose one between 1 and 8"),
-        ({"v": {"fold": "encode", "k": 1, "j": 2, "lowering": "sparse"}}, "'v' is no table with many rows"),
+        (
+            {"v": {"fold": "encode", "k": 1, "j": 2, "lowering": "sparse"}},
+            "'v' cannot be lowered as sparse: choose one of native",
+        ),
         ({"budget": "bytes"}, "The plan keeps rows of tables, and the budget bytes does not count them"),
     ],
 )

@@ -291,15 +291,13 @@ def _check_option(layer: Layer, option: Option) -> None:
     if option.lowering is Lowering.SHARED:
         _check_shared(layer, option, name)
         return
-    is_sparse = option.lowering is Lowering.SPARSE
-    if is_sparse and not layer.kept_per_rank:
-        raise PlanError(f"{name} is no table with many rows, so it keeps none: choose another lowering.")
+    keeps_rows = option.lowering is Lowering.SPARSE and layer.kept_per_rank
     if option.fold not in layer.folds:
         raise PlanError(f"{name} has no fold {option.fold}: choose one of {', '.join(layer.folds)}.")
     if option.k not in layer.slices:
         slices = ", ".join(map(str, layer.slices))
         raise PlanError(f"{name} cannot be cut into k = {option.k} slices: choose one of {slices}.")
-    if not is_sparse and option.lowering not in layer.lowerings(option.k):
+    if not keeps_rows and option.lowering not in layer.lowerings(option.k):
         ways = ", ".join(layer.lowerings(option.k))
         raise PlanError(f"{name} cannot be lowered as {option.lowering}: choose one of {ways}.")
     full = layer.full_rank(option.fold, option.k)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, BinaryIO, Self
+from weakref import finalize
 
 import onnx
 from numpy.typing import NDArray
@@ -108,7 +109,8 @@ class Spill:
             except OSError as error:
                 where = folder or tempfile.gettempdir()
                 raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error
-            self._resources = stack.pop_all()
+            # A result that is forgotten, not closed, leaves nothing on disk either.
+            self._close = finalize(self, stack.pop_all().close)
         self.files: Mapping[str, Path] = {path.name: path}
 
     def __enter__(self) -> Self:
@@ -119,7 +121,7 @@ class Spill:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Delete the file."""
-        self._resources.close()
+        self._close()
 
     def tensor(self, name: str, array: NDArray[Any]) -> TensorProto:
         """Write an array to the file.

@@ -13,7 +13,7 @@ from onnx_lowrank.stages import targets
 from onnx_lowrank.stages import walked as module
 from onnx_lowrank.work.fitting import activation_factors
 from onnx_lowrank.work.weights import reference
-from rewriting import model
+from rewriting import constants, model, tensors
 
 NORM = {"s": np.linspace(0.5, 2, 8), "t": np.linspace(-1, 1, 8), "m": np.full(8, 0.1), "v": np.full(8, 0.8)}
 NORM = {name: values.astype(np.float32) for name, values in NORM.items()}
@@ -504,7 +504,7 @@ def test_weights_in_constants_and_loop_bodies_are_reached():
           y = Loop (n, c, x) <body = l (int64 i, bool p, float[4,8] h) => (bool o, float[4,8] z) {
             o = Identity (p) m = MatMul (h, w) z = Tanh (m) }> }"""
     )
-    stored(proto.graph, *stored(w=(8, 8)))
+    constants(proto.graph, *tensors(w=(8, 8)))
     found = seen(proto)
     feeds = [{"n": np.array(3), "x": wide(seed, 4)} for seed in range(10)]
     with measured(found, feeds) as calibration:
