@@ -198,7 +198,7 @@ def sharings_of(
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What is chosen together: one layer (index 0 keeps it), or a group (index 0 is not taken).
+    """A unit of choice: one layer (index 0 keeps it), or a group (index 0 is not taken).
 
     The partners of a narrowed layer have no table; the pair has their costs.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from onnx_lowrank.layers.binding import Binding
 
 _TRANSPOSED = "\0transposed"
-"""What follows the layer's id in the id of its second part."""
+"""The end of the id of a layer's second part, behind the layer's id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ def dearest(
 ) -> tuple[int | None, Mapping[str, int]]:
     """The largest count over all routes through the branches, and the route that has it.
 
-    Of the branches of an If, the one with the larger count counts. The body of a Loop or Scan counts once. A
+    An If counts as its branch with the larger count. The body of a Loop or Scan counts once. A
     function counts once per call, and not at all without calls.
 
     Args:

@@ -194,7 +194,7 @@ def _rest(name: str) -> str:
 def prompts(known: Decoder, feeds: Iterable[Feed]) -> list[Ids]:
     """The first halves of the texts in feeds, without padding, each of shape (tokens,); at most `PROMPTS`.
 
-    Of a half longer than `LONGEST` its end is taken.
+    A half that is longer than `LONGEST` loses its beginning.
 
     Args:
         known: The decoder.

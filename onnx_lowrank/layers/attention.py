@@ -44,7 +44,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class _Met:
-    """What was found at a node of attention: two layers, or why its heads stay."""
+    """A node of attention: its two layers, or the reason why its heads stay."""
 
     place: Place
     between: Between
@@ -124,7 +124,7 @@ def _macs(walk: Walk, shapes: Shapes, place: Place) -> int:
 
 
 def _bound(ends: Sequence[_Met]) -> Iterator[tuple[_Met, str]]:
-    """What was found, with the layers that go together: their packed matrix has one size of heads.
+    """The nodes of attention, with the layers that go together: their packed matrix has one size of heads.
 
     All features of such a matrix have to get fewer, as many in every head.
     """
@@ -165,7 +165,7 @@ def _is_fused(walk: Walk, binding: Binding) -> bool:
 
 
 def _fused(model: Model, walk: Walk, binding: Binding, search: Search, shapes: Shapes) -> Iterator[_Met]:
-    """What the Attention that holds a layer's matrix connects."""
+    """The layers that an Attention connects, given the layer with its matrix."""
     place, layer = place_of(binding), binding.layer
     node = walk.node(place)
     widths, heads = widths_of(node, layer.f), attribute_of(node, "num_heads", 0)

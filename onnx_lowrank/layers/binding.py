@@ -80,7 +80,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """What lies between a layer and its partners, and changes with the width.
+    """The parts of a model between a layer and its partners that change with the width.
 
     Attributes:
         producers: The partners, in graph order.

@@ -30,7 +30,7 @@ WHICH = -2
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a node takes out of a packed tensor.
+    """The part that a node takes out of a packed tensor.
 
     Attributes:
         piece: The node, its output, and the sizes of all its outputs.

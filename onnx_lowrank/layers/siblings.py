@@ -40,7 +40,7 @@ def siblings(walk: Walk, bindings: Sequence[Binding]) -> dict[str, tuple[str, ..
 
 
 def _input(walk: Walk, binding: Binding) -> Hashable | None:
-    """What a layer reads and how (rule 2); None if it can share no encoder."""
+    """The tensor that a layer reads, and the way it reads it (rule 2); None if it can share no encoder."""
     layer = binding.layer
     if len(layer.uses) > 1 or layer.uses[0].scope or layer.groups > 1 or binding.casts[0] is not None:
         return None

@@ -129,7 +129,7 @@ def _ratios(report: Content) -> str:
 
 
 def _asked(report: Content) -> str:
-    """What the user asked for: a ratio or a target."""
+    """The user's goal: a ratio or a target."""
     wanted = []
     if report.target_error is not None:
         wanted.append(f"output error at most {report.target_error:g}")

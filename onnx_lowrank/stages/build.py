@@ -88,7 +88,7 @@ def build(
 def _built(
     source: Layered, plan: Plan, calibration: Calibration | None, executor: Executor, progress: Progress
 ) -> Built:
-    """What `build` makes of a plan, taken by its word."""
+    """The model of a plan, with operators merged exactly as the plan says."""
     count = sum(choice.option is not None for choice in plan.choices)
     certificates: dict[str, Certificate] = {}
     fits: dict[str, LayerFit] = {}

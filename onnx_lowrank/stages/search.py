@@ -312,7 +312,7 @@ def _better(one: _Outcome, other: _Outcome, target: Target) -> _Outcome:
 
 
 def _content(plan: Plan) -> Hashable:
-    """What a model depends on, of its plan."""
+    """The parts of a plan that determine its model."""
     options = tuple((choice.layer, choice.option) for choice in plan.choices)
     return options, plan.factors, plan.recover, plan.merge
 

@@ -29,7 +29,7 @@ class Claim(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user gives to read sources; each field has the name of its option.
+    """The user's options for reading sources; each field has the name of its option.
 
     Attributes:
         tokenizer: The tokenizer of a text, a file of the library `tokenizers`.
@@ -49,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a model needs of a source.
+    """The needs of a model that a source must meet.
 
     Attributes:
         specs: The model's inputs.
