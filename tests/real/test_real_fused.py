@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 
 from onnx_lowrank import compress
+from onnx_lowrank.budgets.macs import dearest_macs
+from onnx_lowrank.files.load import load
+from onnx_lowrank.layers.found import find_layers
 from rewriting import run
 
 FOLDER = Path(tempfile.gettempdir()) / "real_models"
+
+
+def path_of(name):
+    path = FOLDER / f"{name}.onnx"
+    if not path.exists():
+        pytest.skip(f"{path} is missing: build.py of the real models writes it")
+    return path
 
 
 def sentences(number, seed):
@@ -23,9 +33,7 @@ def sentences(number, seed):
 
 @pytest.mark.parametrize("name", ["minilm_fused", "minilm_fused_fp16"])
 def test_half_of_the_parameters_go(name):
-    path = FOLDER / f"{name}.onnx"
-    if not path.exists():
-        pytest.skip(f"{path} is missing: build.py of the real models writes it")
+    path = path_of(name)
     options = {"recipe": "activation", "calibration": sentences(20, 1), "recover": False}
     with compress(path, 0.5, **options) as result:
         table = next(row for row in result.report.layers if row.op == "EmbedLayerNormalization")
@@ -35,3 +43,11 @@ def test_half_of_the_parameters_go(name):
         assert types.count("Attention") == 6
         (given,) = run(result.proto, sentences(2, 2))
         np.testing.assert_allclose(np.linalg.norm(given, axis=1), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["minilm_fused", "minilm_fused_fp16"])
+def test_macs_are_those_of_the_model_before_it_was_fused(name):
+    shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (1, 64))
+    before, after = (find_layers(load(path_of(n)), shapes, (), ()) for n in ("minilm", name))
+    counts = [dearest_macs(found.work, found.options())[0] for found in (before, after)]
+    assert counts[0] == counts[1] is not None
