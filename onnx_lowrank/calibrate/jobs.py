@@ -38,11 +38,19 @@ def moments_bytes(shape: tuple[int, int]) -> int:
     return 2 * (second + min(2 * second, CHUNK)) + 2 * second // groups
 
 
-def takes_outputs(part: Part, memory: int) -> bool | str:
-    """Whether to measure the outputs instead of the inputs; or the reason why neither is possible."""
+def takes_outputs(part: Part, memory: int, *, is_looked_up: bool) -> bool | str:
+    """Whether to measure the outputs instead of the inputs; or the reason why neither is possible.
+
+    Args:
+        part: The part of a layer.
+        memory: Bytes for unfinished moments.
+        is_looked_up: Whether it is a table whose indices are inputs of the model (`calibrate.lookups`).
+    """
     layer = part.binding.layer
     if part.reason:
         return part.reason
+    if not is_looked_up and any(use.reads_indices and not use.is_linear for use in layer.uses):
+        return "its indices are computed, so nothing shows which rows it looks up: make them inputs"
     is_linear = all(use.is_linear for use in layer.uses)
     reads_indices = any(use.reads_indices for use in layer.uses)
     kinds = (True,) if reads_indices else (False, True) if is_linear else (False,)

@@ -3,7 +3,8 @@
 Each layer gets the moments of its input patches, separately for the samples to fit to and for the held-out
 ones. If the moments do not fit into memory, or if the layer is a table with indices as inputs, it gets the
 moments of its outputs instead. A table has far more rows than features, so these are small; they are the
-moments of one-hot inputs, which are diagonal and hold the frequencies of the rows, seen through the table.
+moments of one-hot inputs, which are diagonal and hold the frequencies of the rows, seen through the table. If
+the indices are inputs of the model, its rows are looked up here, without a run (`calibrate.lookups`).
 A weight that some uses apply transposed (a tied embedding) is measured twice, where both kinds of uses have
 the same features (`linalg.tied`). Finished moments are on disk, so memory holds only unfinished ones.
 """
@@ -15,18 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 
-from onnx_lowrank.calibrate.frequencies import Counts, counted, sources
 from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, takes_outputs
-from onnx_lowrank.calibrate.moments import Accumulator
-from onnx_lowrank.calibrate.parts import Part, split, whole
+from onnx_lowrank.calibrate.lookups import Counts, Lookup, lookup
+from onnx_lowrank.calibrate.parts import Part, split
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.calibrate.tasks import Lookups, Task
 from onnx_lowrank.core.factors import Fit, Moments
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
@@ -40,8 +42,7 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
 from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE
-from onnx_lowrank.operators.geometry import outputs, patches
-from onnx_lowrank.probe.instrument import Instrumented, instrument
+from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 from onnx_lowrank.probe.suffix import Cuts
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
@@ -214,28 +215,10 @@ def measure(
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
         _Measurement(model, walk, samples, engine, threads, statistics, step).run(bindings, memory)
-        _count(model, walk, bindings, samples, statistics)
     except BaseException:
         statistics.close()
         raise
     return statistics
-
-
-def _count(
-    model: Model, walk: Walk, bindings: Iterable[Binding], samples: Samples, statistics: Statistics
-) -> None:
-    """Count how often every row of a table is read, of tables that can keep rows."""
-    tables = {
-        binding.layer.id: (names, binding.layer.c)
-        for binding in bindings
-        if binding.layer.kept_per_rank
-        and statistics.reference(binding.layer.id) is not None
-        and (names := sources(model, walk, binding))
-    }
-    if tables:
-        found = counted(tables, samples.batches(statistics.batch))
-        for layer, counts in found.items():
-            statistics.count(layer, counts)
 
 
 class _Measurement:
@@ -265,13 +248,16 @@ class _Measurement:
     def run(self, bindings: Sequence[Binding], memory: int) -> None:
         """Measure all layers; layers that read the same tensors are measured once."""
         parts = [part for binding in bindings for part in split(binding)]
+        whole = {binding.layer.id: binding for binding in bindings}
+        tables = {part.id: lookup(self._model, self._walk, whole[part.layer], part) for part in parts}
         for part in parts:
-            choice = takes_outputs(part, memory)
+            choice = takes_outputs(part, memory, is_looked_up=tables[part.id] is not None)
             if isinstance(choice, str):
                 self._statistics.reasons[part.id] = choice
             else:
                 self._of_outputs[part.id] = choice
-        chosen = {part.id: part.binding for part in parts if part.id in self._of_outputs}
+        known = {part.id: part.binding for part in parts if part.id in self._of_outputs}
+        chosen = {name: binding for name, binding in known.items() if tables[name] is None}
         instrumented = self._instrumented(chosen.values())
         self._statistics.reasons.update(instrumented.reasons)
         jobs = self._jobs(instrumented, chosen)
@@ -283,7 +269,31 @@ class _Measurement:
                 self._relay = stack.enter_context(Relay(self._model, self._walk, groups))
             for number, group in enumerate(groups):
                 self._measure(group, number, len(groups))
+        found = {name: table for name in known if (table := tables[name]) is not None}
+        counted = {name for name, binding in whole.items() if binding.layer.kept_per_rank}
+        self._look_up(found, known, counted, memory)
         self._statistics.join(parts)
+
+    def _look_up(
+        self, tables: Mapping[str, Lookup], bindings: Mapping[str, Binding], counted: set[str], memory: int
+    ) -> None:
+        """Measure the rows of tables that the inputs look up, and count those of some; nothing runs."""
+        jobs: dict[Job, str] = {}
+        for name, table in tables.items():
+            binding = bindings[name]
+            sights = tuple(
+                (Tap(f"{name}:{index}"), geometry(self._walk, binding, index))
+                for index in range(len(table.names))
+            )
+            jobs[Job(sights, True, measured_shape(binding.layer, of_outputs=True))] = name
+        for group in grouped(jobs, memory):
+            tasks = [Lookups(job, jobs[job], tables[jobs[job]]) for job in group]
+            for batch in self._samples.batches(self._statistics.batch):
+                self._threads.each(partial(Lookups.look_up, batch=batch), tasks)
+            for task in tasks:
+                self._finish(task)
+                for name in counted.intersection(task.layers) - self._statistics.reasons.keys():
+                    self._statistics.count(name, task.counts)
 
     def _instrumented(self, bindings: Iterable[Binding]) -> Instrumented:
         bindings = tuple(bindings)
@@ -351,7 +361,7 @@ class _Measurement:
         """Run all batches, and write the moments to disk."""
         instrumented = self._instrumented(bindings)
         jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
-        tasks = [_Task(job, layers) for job, layers in jobs.items()]
+        tasks = [Task(job, layers) for job, layers in jobs.items()]
         relay, model = self._relay, instrumented.model
         part = (
             model if relay is None else relay.part(number, model, [t.name for j in jobs for t, _ in j.sights])
@@ -367,8 +377,17 @@ class _Measurement:
                 _add(tasks, found, batch, self._threads)
                 self._step((number + done / (max(done, expected) + 1)) / passes)
         for task in tasks:
-            task.finish(self._statistics)
+            self._finish(task)
         self._step((number + 1) / passes)
+
+    def _finish(self, task: Task) -> None:
+        """Write the moments of a task to disk and free their memory."""
+        fit, held = task.moments()
+        if fit is None:
+            reason = "it does not run on the calibration inputs: give inputs that reach it"
+            self._statistics.reasons.update(dict.fromkeys(task.layers, reason))
+        else:
+            self._statistics.store(task.layers, fit, held, of_outputs=task.job.of_outputs)
 
     def _batch_size(self, run: Run, relay: Relay | None) -> int:
         """The number of samples whose tapped tensors take about `_TAPPED` bytes, judged by the first sample.
@@ -383,41 +402,7 @@ class _Measurement:
         return max(1, _TAPPED // max(1, taken, given * _GROWTH // _SHARE))
 
 
-class _Task:
-    """A job in progress."""
-
-    def __init__(self, job: Job, layers: Sequence[str]) -> None:
-        self._job = job
-        self._layers = layers
-        self._shares: dict[bool, Accumulator] = {}
-
-    def add(self, found: Mapping[str, Any], batch: Batch) -> None:
-        """Add the tapped tensors of one batch."""
-        held, sizes = batch.held, {len(array) for array in batch.feed.values() if array.ndim}
-        number = sizes.pop() if len(sizes) == 1 else 1
-        if held not in self._shares:
-            self._shares[held] = Accumulator(f"layer {whole(self._layers[0])!r}", *self._job.shape)
-        cut = outputs if self._job.of_outputs else patches
-        for tap, form in self._job.sights:
-            value, span = found[tap.name], None
-            if number > 1 and not tap.depth and value.ndim and len(value) % number == 0:
-                # Samples follow each other, also where their tokens are rows of one axis.
-                span = sum(len(rows) for rows in cut(form, value[: len(value) // number])) or None
-            for rows in cut(form, value, tap.depth):
-                self._shares[held].add(rows, span)
-        self._shares[held].close_block()
-
-    def finish(self, statistics: Statistics) -> None:
-        """Write the moments to disk and free their memory."""
-        fit, held = (self._shares.pop(h).moments() if h in self._shares else None for h in (False, True))
-        if fit is None:
-            reason = "it does not run on the calibration inputs: give inputs that reach it"
-            statistics.reasons.update(dict.fromkeys(self._layers, reason))
-        else:
-            statistics.store(self._layers, fit, held, of_outputs=self._job.of_outputs)
-
-
-def _add(tasks: Sequence[_Task], found: Mapping[str, Any], batch: Batch, threads: Threads) -> None:
+def _add(tasks: Sequence[Task], found: Mapping[str, Any], batch: Batch, threads: Threads) -> None:
     """Add a batch to all tasks, in parallel; no task holds its tensors when this returns."""
     threads.each(lambda task: task.add(found, batch), tasks)
 

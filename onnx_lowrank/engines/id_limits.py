@@ -12,6 +12,8 @@ _HANDS_ON = frozenset(("Cast", "Concat", "Expand", "Flatten", "Identity", "Pad",
 _HANDS_ON |= frozenset(("Split", "Squeeze", "Transpose", "Unsqueeze"))
 # Operators whose output has the shape of their first input, so the length of a table stays the same.
 _KEEPS_SHAPE = frozenset(("Cast", "DequantizeLinear", "Identity"))
+# The inputs of operators that look entries up: the table and the ids.
+_LOOKS_UP = {"Gather": ((0, 1),), "EmbedLayerNormalization": ((2, 0), (4, 1), (3, 8))}
 
 
 @dataclass(slots=True)
@@ -52,12 +54,13 @@ class _Walk:
             sources = node.input if node.op_type == "Concat" else [first]
             reaching = frozenset().union(*(names.ids.get(name, frozenset()) for name in sources))
             names.ids.update((output, reaching) for output in node.output if reaching)
-        if node.op_type == "Gather":
-            self.look_up(node, names)
+        for table, ids in _LOOKS_UP.get(node.op_type, ()):
+            if max(table, ids) < len(node.input):
+                self.look_up(node, node.input[table], node.input[ids], names)
 
-    def look_up(self, node: NodeProto, names: _Names) -> None:
-        """Record the limit that a Gather sets for the inputs whose ids reach its indices."""
-        table, indices = names.dims.get(node.input[0]), names.ids.get(node.input[1], frozenset())
+    def look_up(self, node: NodeProto, entries: str, selected: str, names: _Names) -> None:
+        """Record the limit that a table sets for the inputs whose ids select its entries."""
+        table, indices = names.dims.get(entries), names.ids.get(selected, frozenset())
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
         if table and -len(table) <= axis < len(table):
             for name in indices:
@@ -79,7 +82,7 @@ class _Walk:
 
 
 def id_limits(proto: ModelProto) -> dict[str, int]:
-    """For each graph input whose values select entries of a constant by Gather: the number of entries.
+    """For each graph input whose values select entries of a constant table: the number of entries.
 
     If an input selects from several constants, the smallest number counts.
     """

@@ -14,6 +14,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, outline
 from onnx_lowrank.graph.constants import infer_shapes
 from onnx_lowrank.graph.dimensions import parse, solve
+from onnx_lowrank.graph.runtime_shapes import know_runtime
 from onnx_lowrank.graph.scopes import scopes
 from onnx_lowrank.graph.walk import Walk
 
@@ -42,9 +43,7 @@ def infer(model: Model, input_shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
             f"The model has the text {error.object!r}, which is no UTF-8: export it again."
         ) from error
     _fix(proto, input_shapes)
-    # If the inference fails, the shapes stated in the model are used.
-    with suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        proto = infer_shapes(proto)
+    proto = _inferred(proto)
     shapes: dict[tuple[str, str], Shape] = {}
     for scope in scopes(proto):
         if scope.graph is not None:
@@ -54,6 +53,18 @@ def infer(model: Model, input_shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
                 if value.type.tensor_type.HasField("shape"):
                     shapes[scope.path, value.name] = _shape(value)
     return shapes
+
+
+def _inferred(proto: ModelProto) -> ModelProto:
+    """A light copy with its shapes; where the inference fails, with the shapes that it states."""
+    known = ModelProto()
+    known.CopyFrom(proto)
+    know_runtime(known)
+    # A function that does not fit its node makes the whole inference fail, so it is tried without, too.
+    for copy in (known, proto):
+        with suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            return infer_shapes(copy)
+    return proto
 
 
 def _shape(value: ValueInfoProto) -> Shape:

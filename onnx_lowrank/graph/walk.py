@@ -140,6 +140,13 @@ class Walk:
         outputs = self._nodes[place].outputs
         return outputs[0] if outputs and outputs[0].name else None
 
+    def read_outputs(self, place: Place) -> frozenset[str]:
+        """The names of a node's outputs that a node reads or a graph returns."""
+        pairs = zip(self.node(place).output, self._nodes[place].outputs, strict=True)
+        return frozenset(
+            name for name, tensor in pairs if name and (tensor.outputs or self.is_output(tensor))
+        )
+
     def producer(self, tensor: Any) -> Place | None:
         """The node that computes a tensor; None for inputs and initializers."""
         return self._places[id(tensor.inputs[0])] if tensor.inputs else None

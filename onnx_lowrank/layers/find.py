@@ -144,9 +144,12 @@ def _examine(model: Model, walk: Walk, place: Place) -> _Seen | str | None:
         return registry.left_alone(node) or foreign(walk, place)
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its attributes come from the function's caller: inline the functions first"
+    needed = {index for operand in operator.operands for index in (operand, operator.activation(operand))}
     # Not the first output alone: models often read only the last state of a recurrent node.
-    if not any(node.output) or not all(node.input[:2]) or len(node.input) < 2:
+    if not any(node.output) or not all(any(node.input[index : index + 1]) for index in needed):
         return "it lacks an input or its output: repair the export"
+    if (unfit := operator.unfit(node, walk.opsets[place.scope])) is not None:
+        return unfit
     reason = COMPUTED
     for operand in operator.operands:
         found = resolve(walk, walk.operand(place, operand))

@@ -55,6 +55,7 @@ class Site:
         node: Its node.
         nodes: The nodes of all uses, in their order.
         option: The option of the factors.
+        read: The names of its node's outputs that a node reads or a graph returns.
     """
 
     layer: Layer
@@ -62,6 +63,7 @@ class Site:
     node: NodeProto
     nodes: Sequence[NodeProto]
     option: Option
+    read: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,10 @@ class Operator(ABC):
     def on_right(self, operand: int) -> bool:
         """Whether the weight is on the right, so that it multiplies rows of the activation."""
         return True
+
+    def unfit(self, node: NodeProto, opset: int) -> str | None:
+        """The reason why no chain can replace a node, whatever its weight is; None if there is none."""
+        return None
 
     def kind(self, node: NodeProto) -> str:
         """The kind of a use; all uses of one weight must have the same kind."""

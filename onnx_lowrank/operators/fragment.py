@@ -70,11 +70,13 @@ class Fragment:
         """Append a Reshape to a constant shape (0 copies an input axis)."""
         return self.add(role, "Reshape", [value, self.integers(f"{role}_shape", shape)])
 
-    def along(self, op: str, role: str, value: str, axis: int) -> str:
-        """Append a Squeeze or Unsqueeze; its axes are an attribute before opset 13."""
+    def along(
+        self, op: str, role: str, value: str, axis: int, output: str | None = None, **attributes: Any
+    ) -> str:
+        """Append a Squeeze, an Unsqueeze or a ReduceSum; its axes are an attribute before opset 13."""
         if self._opset < 13:
-            return self.add(role, op, [value], axes=[axis])
-        return self.add(role, op, [value, self.integers(f"{role}_axes", [axis])])
+            return self.add(role, op, [value], output, axes=[axis], **attributes)
+        return self.add(role, op, [value, self.integers(f"{role}_axes", [axis])], output, **attributes)
 
     def integers(self, role: str, values: Sequence[int]) -> str:
         """Append a Constant node of int64 numbers."""

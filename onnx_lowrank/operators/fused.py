@@ -1,26 +1,23 @@
 """FusedMatMul, FusedGemm and FusedConv, into which ONNX Runtime's optimizer fuses the neighbouring nodes.
 
-Their chains end with the fused operator, which keeps the scale and the activation function. Shape inference
-does not know these operators, so their families compute the positions.
+Their chains end with the fused operator, which keeps the scale and the activation function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from onnx_lowrank.core.layer import Positions, Use
+from onnx_lowrank.core.layer import Use
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.graph.walk import attribute_of
-from onnx_lowrank.operators.convolution import Conv, spatial
-from onnx_lowrank.operators.family import Operands, Shape, Site, known
+from onnx_lowrank.operators.convolution import Conv
+from onnx_lowrank.operators.family import Operands, Shape, Site
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.matrix import Gemm, MatMul
-from onnx_lowrank.operators.window import Window
 
 _DOMAIN = "com.microsoft"
 
@@ -60,14 +57,6 @@ class FusedMatMul(MatMul):
         """Never: its chain has one slice."""
         return False
 
-    def positions(
-        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
-    ) -> Positions | None:
-        """The number of vectors, from the activation if the result's shape is unknown."""
-        if (found := super().positions(node, operand, entering, leaving, features)) is not None:
-            return found
-        return _rows(self, node, operand, entering)
-
     def scale(self, node: NodeProto) -> float:
         """Its alpha."""
         return float(attribute_of(node, "alpha", 1.0))
@@ -96,14 +85,6 @@ class FusedGemm(Gemm):
     def folds_batchnorm(self, operand: int, opset: int) -> bool:
         """Its activation function stands between."""
         return False
-
-    def positions(
-        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
-    ) -> Positions | None:
-        """The number of vectors, from the activation if the result's shape is unknown."""
-        if (found := super().positions(node, operand, entering, leaving, features)) is not None:
-            return found
-        return _rows(self, node, operand, entering)
 
     def _last(self, fragment: Fragment, site: Site, pair: list[str], bias: str) -> None:
         node = site.node
@@ -134,29 +115,6 @@ class FusedConv(Conv):
         """Only the native one."""
         return (Lowering.NATIVE,)
 
-    def positions(
-        self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
-    ) -> Positions | None:
-        """The positions of the kernel, from the image if the result's shape is unknown."""
-        if (found := super().positions(node, operand, entering, leaving, features)) is not None:
-            return found
-        image, kernel = known(entering), spatial(node, "kernel_shape")
-        if image is None or len(image) != 2 + len(kernel):
-            return None
-        n = len(kernel)
-        window = Window(
-            groups=1,
-            kernel=tuple(kernel),
-            strides=tuple(spatial(node, "strides") or [1] * n),
-            dilations=tuple(spatial(node, "dilations") or [1] * n),
-            pads=tuple(spatial(node, "pads") or [0] * 2 * n),
-            auto_pad=attribute_of(node, "auto_pad", "NOTSET"),
-            transposed=False,
-            output_padding=(0,) * n,
-            output_shape=(),
-        )
-        return Positions(image[0], image[2:], tuple(count for _, count in window.spans(image[2:])))
-
     def _last(
         self, fragment: Fragment, site: Site, op: str, inputs: list[str], geometry: dict[str, Any]
     ) -> None:
@@ -164,13 +122,3 @@ class FusedConv(Conv):
         shaped = ("kernel_shape", "strides", "dilations", "pads", "auto_pad", "group")
         fragment.copy("decoder", _without(site.node, *shaped), dict(enumerate(inputs)))
         fragment.set_attributes(geometry)
-
-
-def _rows(operator: MatMul | Gemm, node: NodeProto, operand: int, entering: Shape | None) -> Positions | None:
-    """The number of vectors in the activation of a matrix product."""
-    shape = known(entering)
-    if shape is None:
-        return None
-    activation = operator.activation(operand)
-    are_rows = len(shape) == 1 or operator.on_right(operand) != operator.transposes(node, activation)
-    return Positions(prod(shape) // max(1, shape[-1 if are_rows else -2]))

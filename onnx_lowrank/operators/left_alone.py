@@ -13,6 +13,5 @@ LEFT_ALONE: dict[tuple[str, str], str] = {
         for op in ("QGemm", "MatMulNBits", "DynamicQuantizeMatMul", "QAttention")
     },
     **dict.fromkeys((("com.microsoft.nchwc", "Conv"), ("com.microsoft", "NhwcFusedConv")), _FUSED),
-    ("com.microsoft", "EmbedLayerNormalization"): _FUSED,
 }
 """The reasons, by domain and operator type. A registered family takes precedence over an entry here."""

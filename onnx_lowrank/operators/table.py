@@ -81,15 +81,24 @@ class Table(Product):
         return -1
 
     def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
-        """Gather of the narrow factor, then MatMul; a sparse table adds a kept row, or zeros."""
+        """The looked-up rows."""
+        self.looked_up(fragment, site, names)
+
+    def looked_up(self, fragment: Fragment, site: Site, names: Operands) -> str:
+        """Gather of the narrow factor, then MatMul; a sparse table adds a kept row, or zeros.
+
+        Returns:
+            The name of the looked-up rows.
+        """
         first, second = self.stored_factors(fragment, site, names)
         hidden = fragment.add("encoder", "Gather", [first, names.value], axis=0)
         low = fragment.add("decoder", "MatMul", [hidden, second])
-        if names.rows is not None:
-            places, rows = names.rows
-            place = fragment.add("place", "Gather", [places, names.value], axis=0)
-            kept = fragment.add("kept", "Gather", [rows, place], axis=0)
-            fragment.add("sum", "Add", [low, kept])
+        if names.rows is None:
+            return low
+        places, rows = names.rows
+        place = fragment.add("place", "Gather", [places, names.value], axis=0)
+        kept = fragment.add("kept", "Gather", [rows, place], axis=0)
+        return fragment.add("sum", "Add", [low, kept])
 
     def sample(self, layer: Layer, use: Use, node: NodeProto) -> Sample:
         """A few indices."""

@@ -291,20 +291,21 @@ class _Writer:
         has_bias = operator.bias is not None and len(node.input) > operator.bias
         old_bias = node.input[operator.bias] if has_bias and operator.bias is not None else ""
         names = replace(names, value=value, bias=names.bias or old_bias)
-        operator.chain(fragment, Site(layer, use, node, nodes, replacement.option), names)
+        read = self._walk.read_outputs(Place(use.scope, use.node))
+        operator.chain(fragment, Site(layer, use, node, nodes, replacement.option, read), names)
         return fragment
 
     def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
-        """Put a chain in a node's place; its last node takes the node's name, notes and output."""
+        """Put a chain in a node's place; its last node takes the node's name, notes and first output."""
         edit = self.edits.scopes[use.scope]
         last = chain[-1]
-        del last.output[:]
-        last.output.extend(node.output)
+        last.output[0] = node.output[0]
         if layer.batchnorm is not None:
             norm = self._walk.node(Place(use.scope, layer.batchnorm.node))
             last.output[0] = norm.output[0]
             edit.deleted.add(layer.batchnorm.node)
-            edit.forgotten.add(node.output[0])
+        made = {name for link in chain for name in link.output}
+        edit.forgotten.update(name for name in node.output if name and name not in made)
         last.name = node.name or last.name
         last.doc_string = node.doc_string
         last.metadata_props.extend(node.metadata_props)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_lowrank.calibrate import jobs
+from onnx_lowrank.calibrate import jobs, tasks
 from onnx_lowrank.calibrate import measurement as module
 from onnx_lowrank.calibrate.measurement import measure
 from onnx_lowrank.engines.reference import Reference
@@ -260,8 +260,8 @@ def test_same_bits_whatever_the_threads(workers):
 
 def test_layers_that_read_the_same_are_measured_once(monkeypatch):
     made = []
-    original = module.Accumulator
-    monkeypatch.setattr(module, "Accumulator", lambda *a: made.append(a) or original(*a))
+    original = tasks.Accumulator
+    monkeypatch.setattr(tasks, "Accumulator", lambda *a: made.append(a) or original(*a))
     proto = model(
         "g (float[N,6] x) => (float[] a, float[] b, float[] c) { a = MatMul (x, q) b = MatMul (x, k) c = Gemm <alpha = 2.0> (x, v) }",  # noqa: E501
         q=(6, 4), k=(6, 5), v=(6, 6),
@@ -290,6 +290,39 @@ def test_a_table_is_measured_by_what_it_gives():
     assert result.inputs is result.held is None
     assert_moments(result.outputs, rows_of(table[shares(indices)[0]]))
     assert_moments(result.held_outputs, rows_of(table[shares(indices)[1]]))
+
+
+class Idle:
+    """An engine that runs nothing."""
+
+    def open(self, model):
+        raise AssertionError("the model ran")
+
+
+VIEWED = "t = Transpose (i) s = Reshape (t, n) c = Cast <to = 6> (s)"
+
+
+@pytest.mark.parametrize("nodes", ["c = Identity (i)", VIEWED])
+def test_a_table_is_looked_up_without_a_run(nodes):
+    table = draw(RNG, (30, 6))
+    proto = model(f"g (int64[N,3] i) => (float[] y) {{ {nodes} y = Gather (w, c) }}", w=table, n=[3, -1])
+    seen, indices = found(proto), np.random.default_rng(23).integers(-30, 30, (25, 3))
+    with measure(seen.model, seen.walk, seen.bindings, Samples(i=indices), Idle(), THREADS) as statistics:
+        known = statistics["w"]
+    assert_moments(known.outputs, rows_of(table[shares(indices)[0]]))
+    assert_moments(known.held_outputs, rows_of(table[shares(indices)[1]]))
+
+
+@pytest.mark.parametrize("nodes", ["c = Mul (i, two)", "f = Cast <to = 1> (i) c = Cast <to = 7> (f)"])
+def test_a_table_with_computed_indices_is_measured_in_a_run(nodes):
+    table = draw(RNG, (30, 6))
+    proto = model(
+        f"g (int64[N,3] i) => (float[] y) {{ {nodes} y = Gather (w, c) }}", w=table, two=np.int64(1)
+    )
+    indices = np.random.default_rng(23).integers(0, 30, (25, 3))
+    (result,) = measured(proto, Samples(i=indices)).values()
+    assert_moments(result.outputs, rows_of(table[shares(indices)[0]]))
+    assert result.counts is None
 
 
 def test_groups_of_an_operator():

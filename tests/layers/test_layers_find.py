@@ -302,7 +302,6 @@ REASONS = {
     "computed slices": (X, "z = Shape (x) a = Slice (w, s, m) n = Slice (z, t, u) b = Slice (w, m, n) v = Concat <axis = 0> (b, a) y = MatMul (x, v)", {"w": W, "t": [1], "u": [2]} | HALVES, "views"),
     "a slice also read": (X, "a = Slice (w, s, m) b = Slice (w, m, e) v = Concat <axis = 0> (b, a) y = MatMul (x, v) z = Relu (a)", {"w": W} | HALVES, "also read by Slice"),
     "recurrent": ("float[3,1,8] x", "y, h = GRU <hidden_size = 3> (x, w, r)", {"w": (1, 12, 8), "r": (1, 12, 4)}, "does not fit"),
-    "fused": (X, "y = com.microsoft.EmbedLayerNormalization (x, w)", {"w": W}, "fused"),
     "several casts": (X, "u = Cast <to = 10> (w) v = Cast <to = 1> (u) y = MatMul (x, v)", {"w": W}, "several Casts"),
     "integer operator": ("int8[3,8] x", "y = MatMulInteger (x, w)", {"w": np.ones(W, np.int8)}, "before quantizing"),
 }  # fmt: skip

@@ -190,7 +190,9 @@ def test_moments_of_outputs_stand_in_for_those_of_inputs(name, monkeypatch):
     (binding,) = found.bindings
     weight = reference(found.model, found.walk, binding).read()
     option, share = Option(binding.layer.folds[0], 1, 3), held_out(x)[1]
-    monkeypatch.setattr("onnx_lowrank.calibrate.measurement.takes_outputs", lambda layer, memory: True)
+    monkeypatch.setattr(
+        "onnx_lowrank.calibrate.measurement.takes_outputs", lambda part, memory, is_looked_up: True
+    )
     with measured(found, x) as calibration:
         moments = calibration.statistics[binding.layer.id]
         assert moments.inputs is None

@@ -1,0 +1,84 @@
+"""Measurements in progress: they add up the vectors of one batch after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnx_lowrank.calibrate.jobs import Job
+from onnx_lowrank.calibrate.lookups import Counts, Lookup
+from onnx_lowrank.calibrate.moments import Accumulator
+from onnx_lowrank.calibrate.parts import whole
+from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.core.factors import Moments
+from onnx_lowrank.operators.geometry import outputs, patches
+
+
+class Task:
+    """A job in progress.
+
+    Attributes:
+        job: The job.
+        layers: The ids of its layers.
+    """
+
+    def __init__(self, job: Job, layers: Sequence[str]) -> None:
+        """Start without vectors."""
+        self.job = job
+        self.layers = layers
+        self._shares: dict[bool, Accumulator] = {}
+
+    def add(self, found: Mapping[str, Any], batch: Batch) -> None:
+        """Add the tapped tensors of one batch.
+
+        Raises:
+            InputError: They hold NaN, Inf or numbers whose squares overflow.
+        """
+        held, sizes = batch.held, {len(array) for array in batch.feed.values() if array.ndim}
+        number = sizes.pop() if len(sizes) == 1 else 1
+        if held not in self._shares:
+            self._shares[held] = Accumulator(f"layer {whole(self.layers[0])!r}", *self.job.shape)
+        cut = outputs if self.job.of_outputs else patches
+        for tap, form in self.job.sights:
+            value, span = found[tap.name], None
+            if number > 1 and not tap.depth and value.ndim and len(value) % number == 0:
+                # Samples follow each other, also where their tokens are rows of one axis.
+                span = sum(len(rows) for rows in cut(form, value[: len(value) // number])) or None
+            for rows in cut(form, value, tap.depth):
+                self._shares[held].add(rows, span)
+        self._shares[held].close_block()
+
+    def moments(self) -> tuple[Moments | None, Moments | None]:
+        """The moments of the samples to fit to and of the held-out ones; frees the memory of the sums."""
+        fit, held = (self._shares.pop(h).moments() if h in self._shares else None for h in (False, True))
+        return fit, held
+
+
+class Lookups(Task):
+    """The measurement of the rows of one table, which the inputs look up, with the counts of all rows.
+
+    Attributes:
+        counts: The counts so far.
+    """
+
+    def __init__(self, job: Job, layer: str, table: Lookup) -> None:
+        """Start without rows.
+
+        Args:
+            job: The job; it has a tap for each use of the table, and reads no tensors of the model.
+            layer: The id of the table.
+            table: The table.
+        """
+        super().__init__(job, [layer])
+        self._table = table
+        self.counts: Counts = {}
+
+    def look_up(self, batch: Batch) -> None:
+        """Add the rows that one batch looks up.
+
+        Raises:
+            InputError: An index lies outside the table, or the rows hold NaN or Inf.
+        """
+        rows = zip(self.job.sights, self._table.rows(batch.feed), strict=True)
+        self.add({tap.name: values for (tap, _), values in rows}, batch)
+        self.counts[batch.held] = self.counts.get(batch.held, 0) + self._table.counts(batch.feed)
