@@ -244,6 +244,7 @@ class _Measurement:
         self._of_outputs: dict[str, bool] = {}
         self._sizes: list[int] = []
         self._relay: Relay | None = None
+        self._tables: dict[str, Lookup] = {}
 
     def run(self, bindings: Sequence[Binding], memory: int) -> None:
         """Measure all layers; layers that read the same tensors are measured once."""
@@ -257,6 +258,7 @@ class _Measurement:
             else:
                 self._of_outputs[part.id] = choice
         known = {part.id: part.binding for part in parts if part.id in self._of_outputs}
+        self._tables = {name: table for name in known if (table := tables[name]) is not None}
         chosen = {name: binding for name, binding in known.items() if tables[name] is None}
         instrumented = self._instrumented(chosen.values())
         self._statistics.reasons.update(instrumented.reasons)
@@ -269,17 +271,14 @@ class _Measurement:
                 self._relay = stack.enter_context(Relay(self._model, self._walk, groups))
             for number, group in enumerate(groups):
                 self._measure(group, number, len(groups))
-        found = {name: table for name in known if (table := tables[name]) is not None}
         counted = {name for name, binding in whole.items() if binding.layer.kept_per_rank}
-        self._look_up(found, known, counted, memory)
+        self._look_up(known, counted, memory)
         self._statistics.join(parts)
 
-    def _look_up(
-        self, tables: Mapping[str, Lookup], bindings: Mapping[str, Binding], counted: set[str], memory: int
-    ) -> None:
+    def _look_up(self, bindings: Mapping[str, Binding], counted: set[str], memory: int) -> None:
         """Measure the rows of tables that the inputs look up, and count those of some; nothing runs."""
         jobs: dict[Job, str] = {}
-        for name, table in tables.items():
+        for name, table in self._tables.items():
             binding = bindings[name]
             sights = tuple(
                 (Tap(f"{name}:{index}"), geometry(self._walk, binding, index))
@@ -287,7 +286,7 @@ class _Measurement:
             )
             jobs[Job(sights, True, measured_shape(binding.layer, of_outputs=True))] = name
         for group in grouped(jobs, memory):
-            tasks = [Lookups(job, jobs[job], tables[jobs[job]]) for job in group]
+            tasks = [Lookups(job, jobs[job], self._tables[jobs[job]]) for job in group]
             for batch in self._samples.batches(self._statistics.batch):
                 self._threads.each(partial(Lookups.look_up, batch=batch), tasks)
             for task in tasks:
@@ -398,6 +397,8 @@ class _Measurement:
         first = next(iter(self._samples.batches(1)))
         found = run(first.feed if relay is None else relay.fed(first.feed))
         taken = sum(value.nbytes for value in found.values() if isinstance(value, np.ndarray))
+        # The rows of tables are not tapped, but the model computes them all the same.
+        taken += sum(rows.nbytes for table in self._tables.values() for rows in table.rows(first.feed))
         given = sum(value.nbytes for value in first.feed.values())
         return max(1, _TAPPED // max(1, taken, given * _GROWTH // _SHARE))
 

@@ -68,7 +68,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class KeptRows:
-    """KeptRows of a table that stay as they are. The encoder is zero there.
+    """Rows of a table that stay as they are. The encoder is zero there.
 
     Attributes:
         indices: Their indices among the input channels, ascending, shape (s,).

@@ -234,8 +234,8 @@ def _check_bound(
     is_narrow = other is not None and other.lowering is Lowering.NARROW
     if other is None or not is_narrow or other.j * layer.width != option.j * layers[bound].width:
         raise PlanError(
-            f"The plan narrows {layer.id!r} to j = {option.j}, and {bound!r} otherwise, but their heads have "
-            "one size: give both the same j and lowering, or set them to null."
+            f"The plan narrows {layer.id!r} to j = {option.j}, and {bound!r} differently, but their "
+            "heads have one size: give both the same j and lowering, or set them to null."
         )
 
 

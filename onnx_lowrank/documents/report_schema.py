@@ -158,7 +158,7 @@ class Layer(Table, frozen=True):
     certificate: Certificate | None
     reason: str
     fit: Fit | None
-    kept_rows: int
+    kept_rows: int = 0
 
 
 class Skipped(Table, frozen=True):

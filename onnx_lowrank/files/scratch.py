@@ -37,7 +37,8 @@ def scratch(folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
         made = tempfile.TemporaryDirectory(prefix=_PREFIX, suffix=_SUFFIX, dir=where)
         path = Path(stack.enter_context(made)).resolve()
         # Before it was locked, another run may have mistaken it for a dead run's folder and removed it.
-        if _lock(path, stack, waiting=True) is not None and path.is_dir():
+        _lock(path, stack, waiting=True)
+        if path.is_dir():
             yield path
             return
     with scratch(folder) as again:

@@ -5,7 +5,8 @@ Rules:
 1. No node changes: a tensor with new numbers takes the place of the old one, with its name, dtype and shape.
 2. So the node reads the stored weight itself, without views between, and nothing else reads it.
 3. A BatchNorm behind the layer stays: the new weight is divided by its scale, and its bias takes up the
-   change of the layer's bias.
+   change of the layer's bias. Features that it nearly erases keep their numbers: divided by a tiny scale, new
+   ones would be huge.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ Operand = tuple[Place, int]
 """A node and the index of one of its inputs."""
 
 _BATCHNORM_BIAS = 2
+_ERASED = 1e-3  # the scale of a feature over the median of all, up to which it keeps its numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +66,53 @@ def can_refit(model: Model, walk: Walk, binding: Binding) -> bool:
     """
     use, norm, added = binding.layer.uses[0], binding.layer.batchnorm, bias(model, walk, binding)
     value = _own(model, walk, Place(use.scope, use.node), use.operand)
+    # Zeros have no relative change, which a certificate needs.
+    if value is None or not np.any(value):
+        return False
     # A family may store more numbers than the canonical weight has, or others.
-    if value is None or not np.array_equal(_laid_out(walk, binding, read(model, walk, binding)), value):
+    if not np.array_equal(_laid_out(walk, binding, read(model, walk, binding)), value):
         return False
     if norm is not None:
         return _own(model, walk, Place(use.scope, norm.node), _BATCHNORM_BIAS) is not None
     return added is None or _own(model, walk, added.place, added.operand) is not None
 
 
-def operands(model: Model, walk: Walk, refitted: Refitted) -> Mapping[Operand, NDArray[Any]] | None:
-    """The new values of the constants that the layer's nodes read; None if one is out of range.
+def fixed_features(binding: Binding) -> NDArray[np.bool_]:
+    """The output features that keep their numbers (rule 3), shape (f,)."""
+    norm = binding.layer.batchnorm
+    if norm is None:
+        return np.zeros(binding.layer.f, bool)
+    size = np.abs(norm.scale)
+    return np.asarray(size <= _ERASED * np.median(size))
+
+
+def operands(
+    model: Model,
+    walk: Walk,
+    binding: Binding,
+    weight: NDArray[Any],
+    values: NDArray[np.float64] | None,
+) -> Mapping[Operand, NDArray[Any]] | None:
+    """The new values of the constants that a layer's nodes read; None if one is out of range.
 
     Args:
         model: The model.
         walk: Its walk.
-        refitted: The layer, for which `can_refit` holds.
+        binding: The layer, for which `can_refit` holds.
+        weight: Its new weight, as in `Refitted`.
+        values: Its new bias, as in `Refitted`.
     """
-    binding, use = refitted.binding, refitted.binding.layer.uses[0]
-    place, norm = Place(use.scope, use.node), binding.layer.batchnorm
-    weight = refitted.weight
+    use, norm = binding.layer.uses[0], binding.layer.batchnorm
+    place = Place(use.scope, use.node)
     with np.errstate(over="ignore"):
         if norm is not None:
-            ones = [1] * len(weight.shape[2:])
-            scale = norm.scale.reshape(*weight.shape[:2], *ones)
-            old = read(model, walk, binding)
-            weight = np.where(scale == 0, old, weight / np.where(scale == 0, 1.0, scale)).astype(old.dtype)
+            shape = *weight.shape[:2], *[1] * len(weight.shape[2:])
+            old, fixed = read(model, walk, binding), fixed_features(binding).reshape(shape)
+            scale = np.where(fixed, 1.0, norm.scale.reshape(shape))
+            weight = np.where(fixed, old, weight / scale).astype(old.dtype)
         found = {(place, use.operand): np.ascontiguousarray(_laid_out(walk, binding, weight))}
-        if refitted.bias is not None:
-            found |= _biased(model, walk, refitted.binding, refitted.bias)
+        if values is not None:
+            found |= _biased(model, walk, binding, values)
     return found if all(np.isfinite(value).all() for value in found.values()) else None
 
 

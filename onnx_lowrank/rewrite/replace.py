@@ -125,8 +125,10 @@ class _Writer:
         self.packs = Packs(model, walk, self.edits)
 
     def refit(self, refitted: Refitted) -> None:
-        """Plan new numbers for a layer that stays; numbers that its dtype cannot hold change nothing."""
-        found = operands(self._model, self._walk, refitted) or {}
+        """Plan new numbers for a layer that stays."""
+        found = operands(self._model, self._walk, refitted.binding, refitted.weight, refitted.bias)
+        if found is None:
+            raise RuntimeError(f"{refitted.binding.layer.id!r} cannot store its new numbers")
         if refitted.is_narrowed:
             self._fresh.update(found)
             return

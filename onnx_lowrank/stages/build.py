@@ -109,7 +109,8 @@ def _built(
                     "" if fit.error is None else f" with error {fit.error:.4g}",
                     max(replacement.certificate.spectral),
                 )
-                step()
+                if isinstance(replacement, Replacement):
+                    step()
                 yield replacement
 
     run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}

@@ -19,7 +19,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def can_recover(model: Model, walk: Walk, binding: Binding, statistics: Statisti
 def refittable(
     model: Model,
     walk: Walk,
-    bindings: Iterable[Binding],
+    bindings: Sequence[Binding],
     recovered: Sequence[Binding],
     options: Mapping[str, Option],
     statistics: Statistics,
@@ -88,10 +88,15 @@ def refittable(
         statistics: The moments of the layers.
     """
     most = max(sums_bytes(binding.layer.shape) for binding in recovered)
+    walked = {binding.layer.id for binding in recovered}
+    # A layer that is narrowed, but not recovered, is written before the walk, with its partners as they are.
+    early = ((b.layer, options.get(b.layer.id)) for b in bindings if b.layer.id not in walked)
+    narrowed = narrow_layers(early).keys()
     return [
         binding
         for binding in bindings
         if binding.layer.id not in options
+        and binding.layer.id not in narrowed
         and sums_bytes(binding.layer.shape) <= most
         and can_recover(model, walk, binding, statistics)
         and can_refit(model, walk, binding)

@@ -32,6 +32,7 @@ from onnx_lowrank.linalg.quadratic import (
     of_weight,
     shrinkage,
 )
+from onnx_lowrank.rewrite.refit import fixed_features, operands
 from onnx_lowrank.stages.fit import shared_item, way_to
 from onnx_lowrank.stages.gather import Behind, Gatherer
 from onnx_lowrank.stages.targets import Share
@@ -89,6 +90,9 @@ class Recovered:
 class Walked(ABC, Generic[M]):
     """Fits one layer of the walk by the rules 1, 2 and 4."""
 
+    _keeps_plain = False
+    """Whether the plain result is the layer's own map, which stays without a better one."""
+
     def __init__(
         self, model: Model, walk: Walk, binding: Binding, calibration: Calibration, threads: Threads
     ) -> None:
@@ -114,13 +118,14 @@ class Walked(ABC, Generic[M]):
         fitted, plain = self._threads.each(
             lambda make: make(), (lambda: self._fitted(shares, ridge, STEPS), self._plain)
         )
-        is_better = error(judge, self._product(fitted)) <= error(judge, self._product(plain))
+        errors = [error(judge, self._product(made)) for made in (fitted, plain)]
+        is_better = errors[0] < errors[1] if self._keeps_plain else errors[0] <= errors[1]
         taken = fitted if is_better else plain
         best = first = _Map(taken, self._product(taken), self._shifted(taken, shares[False]))
         if step.rectified and first.bias is not None:
             best = self._rectified(step, shares, first, ridge)
         recovered = is_better or best is not first
-        if not recovered and self._keeps(taken):
+        if self._keeps_plain and not (recovered and self._can_store(best)):
             return None
         step.substitute(best.weight, None if best.bias is None else best.bias - self._added_behind())
         loss = error(judge, best.weight)
@@ -149,9 +154,9 @@ class Walked(ABC, Generic[M]):
     def _shifted(self, made: M, share: Share) -> NDArray[np.float64] | None:
         """The bias that goes with a result, shape (f,)."""
 
-    def _keeps(self, plain: M) -> bool:
-        """Whether the plain result is the layer's own map."""
-        return False
+    def _can_store(self, best: _Map[M]) -> bool:
+        """Whether the model can store a result."""
+        return True
 
     @property
     def _centred(self) -> bool:
@@ -193,13 +198,24 @@ class Walked(ABC, Generic[M]):
 class Refit(Walked[NDArray[Any]]):
     """Fits a layer that the plan keeps (rule 5)."""
 
+    _keeps_plain = True
+
+    def __init__(
+        self, model: Model, walk: Walk, binding: Binding, calibration: Calibration, threads: Threads
+    ) -> None:
+        super().__init__(model, walk, binding, calibration, threads)
+        self._model, self._walk = model, walk
+        self._fixed = fixed_features(binding)
+
     def _ridge(self, shares: Mapping[bool, Share]) -> float:
         return _best_ridge(self._weight, shares, centred=self._centred)
 
     def _fitted(self, shares: Mapping[bool, Share], ridge: float, steps: int) -> NDArray[Any]:
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
+        made = problem.optimum.reshape(self._weight.shape)
+        fixed = self._fixed.reshape(*made.shape[:2], *[1] * len(made.shape[2:]))
         with np.errstate(over="ignore"):  # the judge refuses infinite numbers
-            return problem.optimum.reshape(self._weight.shape).astype(self._dtype)
+            return np.where(fixed, self._weight, made).astype(self._dtype)
 
     def _plain(self) -> NDArray[Any]:
         return self._weight
@@ -210,10 +226,12 @@ class Refit(Walked[NDArray[Any]]):
     def _shifted(self, made: NDArray[Any], share: Share) -> NDArray[np.float64] | None:
         if self._bias is None:
             return None
-        return self._bias.values if made is self._weight else self._mean_shift(self._product(made), share)
+        if made is self._weight:
+            return self._bias.values
+        return np.where(self._fixed, self._bias.values, self._mean_shift(self._product(made), share))
 
-    def _keeps(self, plain: NDArray[Any]) -> bool:
-        return True
+    def _can_store(self, best: _Map[NDArray[Any]]) -> bool:
+        return operands(self._model, self._walk, self._binding, best.made, best.bias) is not None
 
 
 class Recovery(Walked[Factors]):

@@ -378,6 +378,65 @@ def test_the_batchnorm_of_a_kept_layer_stays():
     assert 0 < lost[1] < 0.99 * lost[0]
 
 
+def erasing(scale):
+    """A kept convolution with a BatchNorm whose first feature has a scale of its own."""
+    scales = np.ones(8, np.float32)
+    scales[0] = scale
+    proto = model(
+        """g (float[N,8,6,6] x) => (float[N,8,6,6] y) {
+            h = Conv <pads = [1,1,1,1]> (x, w, b) r = Relu (h) c = Conv (r, k)
+            d = BatchNormalization (c, s, t, m, v) e = Add (d, r) f = Relu (e) y = Conv (f, l) }""",
+        w=(8, 8, 3, 3), k=(8, 8, 1, 1), l=(8, 8, 1, 1), b=BIAS, **(NORM | {"s": scales}),
+    )  # fmt: skip
+    return proto, drawn(1, (8, 6, 6), 200)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-20, -1e-6])
+def test_features_that_a_batchnorm_erases_keep_their_numbers(scale):
+    proto, x = erasing(scale)
+    plain, walked = without_and_with(proto, x, (3, None, None))
+    before, after = stored(plain.rewritten.model.proto), stored(walked.rewritten.model.proto)
+    np.testing.assert_array_equal(after["k"][0], before["k"][0])
+    assert after["t"][0] == before["t"][0]
+    assert not np.array_equal(after["k"][1:], before["k"][1:])
+    assert np.abs(after["k"]).max() < 100
+    new = drawn(2, (8, 6, 6), 200)
+    wanted = run(proto, x=new)
+    lost = [np.linalg.norm(run(b.rewritten.model.proto, x=new) - wanted) for b in (plain, walked)]
+    assert 0 < lost[1] < 0.99 * lost[0]
+
+
+def test_new_numbers_that_the_type_cannot_hold_change_nothing(monkeypatch):
+    proto, x = erasing(1.0)
+    monkeypatch.setattr(module, "operands", lambda *_: None)
+    walked = without_and_with(proto, x, (3, None, None))[1]
+    assert len(walked.fits) == 1
+    np.testing.assert_array_equal(stored(walked.rewritten.model.proto)["k"], arrays(proto)["k"])
+
+
+def test_a_weight_of_zeros_stays():
+    proto = model("g (float[N,8] x) => (float[] y) { h = MatMul (x, w) e = MatMul (h, k) y = Add (e, h) }",
+                  w=(8, 8), k=np.zeros((8, 8), np.float32))  # fmt: skip
+    assert len(without_and_with(proto, wide(1), (3, None))[1].fits) == 1
+
+
+def test_a_partner_of_a_narrow_layer_that_is_not_recovered_stays():
+    proto = model(
+        """g (float[N,8] x) => (float[] y, float[] z) {
+            a = MatMul (x, w) h = LpNormalization (a) c = Gemm (h, k, b2) r = Tanh (c)
+            y = Gemm (r, o, b3) q = LpNormalization (y) z = Gemm (q, p, b3) }""",
+        w=(8, 8), k=(8, 8), b2=BIAS / 8, o=(8, 8), b3=BIAS, p=(8, 8),
+    )  # fmt: skip
+    found = seen(proto)
+    narrow = Option(found.layers[2].narrow_fold, 1, 5, Lowering.NARROW)
+    with measured(found, wide(1, 2000)) as calibration:
+        plan = plan_of(found, [Option(Fold.ENCODE, 1, 4), None, narrow, None], recover=True)
+        built = made(found, plan, calibration)
+    assert "k" not in built.fits
+    narrowed = stored(built.rewritten.model.proto)["k_narrow"]
+    assert {tuple(column) for column in narrowed.T} <= {tuple(column) for column in arrays(proto)["k"].T}
+
+
 UNTOUCHED = {
     "shared": ("c = MatMul (r, k) e = Relu (c) d = MatMul (e, k)", {"k": (8, 8)}),
     "viewed": ("t = Transpose <perm = [1,0]> (k) d = MatMul (r, t)", {"k": (8, 8)}),
