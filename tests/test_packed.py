@@ -228,7 +228,11 @@ NULL = dict.fromkeys(("fold", "k", "j", "lowering"))
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("vit", {"wo": {"j": 6}}, "narrows 'w' to j = 12, and 'wo' differently, but their heads have one"),
+        (
+            "vit",
+            {"wo": {"j": 6}},
+            "narrows 'w' to j = 12, and 'wo' differently, but their heads have one size",
+        ),
         ("vit", {"wo": NULL}, "narrows 'w' to j = 12, and 'wo' differently"),
         ("vit", {"w": NULL}, "narrows 'wo' to j = 12, and 'w' differently"),
         (

@@ -128,7 +128,7 @@ def sparse_tables(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates
     Args:
         layer: A layer that can keep rows.
         errors: The errors at the ranks 0 … full rank, in the recipe's measure.
-        grid: The block of which ranks are multiples, and the costs.
+        grid: The step between ranks, and the costs.
 
     Raises:
         InputError: The costs depend on an unknown dimension.
@@ -168,7 +168,7 @@ def shared_ranks(layers: Sequence[Layer], grid: Grid[Costs]) -> Ints:
 
     Args:
         layers: Siblings, in graph order.
-        grid: The block of which ranks are multiples, and the costs.
+        grid: The step between ranks, and the costs.
 
     Raises:
         InputError: The costs depend on an unknown dimension.

@@ -103,7 +103,7 @@ def _narrowing(model: Model, walk: Walk, shapes: Shapes, one: _Met, found: Heads
     partners = () if owner.rows is not None else (found.partner.binding.layer,)
     own = bias(model, walk, found.packed[0].binding) if found.packed else None
     if own is not None:
-        # Of a packed matrix's bias, only a part gets narrower.
+        # Only a part of a packed matrix's bias gets narrower.
         rest = tuple(each for each in hidden.constants if each[:2] != (own.place, own.operand))
         hidden = replace(hidden, constants=rest)
     costs = beside(model, walk, shapes, hidden, one.macs)

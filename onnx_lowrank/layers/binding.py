@@ -17,7 +17,7 @@ class Binding:
         layer: The layer.
         stored: The weight as the first use reads it.
         casts: For each use, the element type to which the stored weight is cast, or None.
-        hidden: What lies between the layer and the partners that are narrowed with it; None without partners.
+        hidden: The parts between the layer and the partners that are narrowed with it; None without partners.
     """
 
     layer: Layer

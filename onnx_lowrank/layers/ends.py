@@ -35,7 +35,7 @@ class Heads:
     Attributes:
         owner: The layer that reads the result, or computes the queries.
         partner: The layer that computes the values, or the keys; it may be the same.
-        hidden: What lies between.
+        hidden: The parts between.
         heads: The number of the owner's heads.
         others: The nodes that cut other parts out of a packed matrix whose parts have one size of heads.
     """

@@ -34,7 +34,7 @@ def errors(
         walk: Its walk.
         bindings: Its layers.
         statistics: Their moments, with the counts of rows.
-        block: The number of which ranks are multiples.
+        block: The step between ranks.
         executor: Runs the computations.
         progress: Where to show progress.
 

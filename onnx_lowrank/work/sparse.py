@@ -25,7 +25,7 @@ class SparseItem:
         weight: The table.
         moments: Its moments, with the counts of its rows.
         per_rank: The rows that stay for each unit of rank.
-        every: The number of which the ranks are multiples.
+        every: The step between the ranks.
     """
 
     weight: WeightRef

@@ -171,6 +171,18 @@ def test_what_is_not_tapped_takes_memory_too(monkeypatch, growth):
     assert samples.sizes[1] == batch == wanted
 
 
+def test_rows_that_are_looked_up_take_memory_though_they_are_not_tapped(monkeypatch):
+    monkeypatch.setattr(module, "_TAPPED", 20_000)
+    proto = model(
+        """g (int64[N,16] x) => (float[N,4] y) {
+            e = Gather (w, x) r = ReduceMax <axes = [1], keepdims = 0> (e) y = MatMul (r, v) }""",
+        opset=13, w=(50, 32), v=(32, 4),
+    )  # fmt: skip
+    samples = Samples(x=np.random.default_rng(0).integers(0, 50, (40, 16)))
+    tapped, rows = 4 * 32, 4 * 16 * 32
+    assert batch_of(proto, samples) == 20_000 // (tapped + rows)
+
+
 def test_several_passes_share_one_batch(monkeypatch):
     """A pass starts from tensors of the pass before it; the first one taps the large inputs."""
     monkeypatch.setattr(module, "_TAPPED", 50_000)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,16 +9,8 @@ from onnx_lowrank import compress
 from onnx_lowrank.budgets.macs import dearest_macs
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
+from packaged import path_of
 from rewriting import run
-
-FOLDER = Path(tempfile.gettempdir()) / "real_models"
-
-
-def path_of(name):
-    path = FOLDER / f"{name}.onnx"
-    if not path.exists():
-        pytest.skip(f"{path} is missing: build.py of the real models writes it")
-    return path
 
 
 def sentences(number, seed):

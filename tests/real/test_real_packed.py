@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -13,15 +10,7 @@ from calibrating import made, measured, plan_of, run
 from narrowing import narrow
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
-
-FOLDER = Path(tempfile.gettempdir()) / "real_models"
-
-
-def path_of(name):
-    path = FOLDER / f"{name}.onnx"
-    if not path.exists():
-        pytest.skip(f"{path} is missing: build.py of the real models writes it")
-    return path
+from packaged import path_of
 
 
 def attending(path):
