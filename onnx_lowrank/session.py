@@ -17,6 +17,7 @@ from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.outcome import Calibrated, Continuation, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.padding import NO_PADDING
 from onnx_lowrank.engines.running import Engine, calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import BudgetError
@@ -312,6 +313,7 @@ class _Job:
             return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
 
         given, others = self.material.given, self.material.others
+        padding = NO_PADDING if calibration is None else calibration.statistics.padding
         held = None
         if calibration is not None and (given is None or others is not None):
             held = self._held(built, calibration, trials)
@@ -323,6 +325,7 @@ class _Job:
             alone=alone,
             inputs=given,
             measured=held if given is None else None,
+            padding=padding,
             input_shapes=self.material.shapes,
             provider=self.setting.provider,
             max_error=self.setting.max_error,
@@ -335,7 +338,7 @@ class _Job:
         familiar, kind = (validation.outputs, "inputs") if given is not None else ((), "")
         if held is not None and calibration is not None:
             familiar, kind = held.outputs, "held-out" if calibration.samples.held else "calibration"
-        other = compare_on(others, self.found.model, rewritten.model, familiar, kind)
+        other = compare_on(others, self.found.model, rewritten.model, familiar, kind, padding)
         return replace(validation, other=other)
 
     def _continuation(self, compressed: Model, calibration: Calibration | None) -> Continuation | None:

@@ -38,41 +38,43 @@ class Blocks:
         self._gram = np.zeros((4, 4, groups, _PAIRS))
         self._total = np.zeros((4, groups, _PAIRS))
         self._blocks = 0
+        self._sample: int | None = None  # that of the open block
 
     @np.errstate(over="ignore", invalid="ignore")
-    def add(self, rows: NDArray[Any], span: int | None = None) -> None:
-        """Add vectors to the open block.
+    def add(self, rows: NDArray[Any], samples: NDArray[np.intp] | None = None) -> None:
+        """Add vectors.
 
         Args:
             rows: Shape (number, g, n).
-            span: The number of vectors of every sample, if samples follow each other; None adds all of them
-                to one block.
+            samples: The number of the sample of every vector, ascending: vectors of one number in a row are a
+                block, also over several calls. None adds all of them to the open block.
         """
         if not len(rows):
             return
         if self._center is None:
             self._center = rows.mean(axis=0)  # near the mean, so that no digits cancel
         centred = np.swapaxes(rows - self._center, 0, 1)
-        left, right = centred @ self._left, centred @ self._right
-        opened = int(self._open[3].flat[0])
-        first = len(rows) if span is None else min(-opened % span, len(rows))
-        self._open += _sums(left[:, :first], right[:, :first], 1)[:, :, 0]
-        if span is None:
-            return
-        if opened + first == span:
+        starts = np.zeros(1, np.intp)
+        if samples is not None:
+            if self._sample not in (None, samples[0]):
+                self.close()
+            starts = np.flatnonzero(np.concatenate([[True], np.diff(samples) != 0]))
+        sums = _sums(centred @ self._left, centred @ self._right, starts)
+        self._open += sums[:, :, 0]
+        if len(starts) > 1:
             self.close()
-        # Chunks need not end where samples end: the rows behind the last whole sample open the next block.
-        number = (len(rows) - first) // span
-        last = first + number * span
-        if number:
-            self._closed(_sums(left[:, first:last], right[:, first:last], number))
-        self._open += _sums(left[:, last:], right[:, last:], 1)[:, :, 0]
+            if len(starts) > 2:
+                self._closed(sums[:, :, 1:-1])
+            # Chunks need not end where samples end: the next one may have more vectors of the last sample.
+            self._open += sums[:, :, -1]
+        self._sample = None if samples is None else int(samples[-1])
 
     def close(self) -> None:
         """End the open block; the next vectors belong to another one."""
         if self._open[3].any():
             self._closed(self._open[:, :, None])
             self._open = np.zeros_like(self._open)
+        self._sample = None
 
     def _closed(self, sums: NDArray[np.float64]) -> None:
         """Add the sums of closed blocks, shape (4, g, blocks, pairs)."""
@@ -103,16 +105,15 @@ class Blocks:
         return float(worth.min())
 
 
-def _sums(left: NDArray[Any], right: NDArray[Any], number: int) -> NDArray[np.float64]:
-    """Sums over blocks of the same size of (a x)(b x), a x, b x and 1; shape (4, g, number, pairs).
+def _sums(left: NDArray[Any], right: NDArray[Any], starts: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Sums over blocks of (a x)(b x), a x, b x and 1; shape (4, g, blocks, pairs).
 
     Args:
         left: a x of every vector, shape (g, vectors, pairs).
         right: b x, likewise.
-        number: Number of blocks.
+        starts: The first vector of every block.
     """
-    groups, vectors, pairs = left.shape
-    shape = groups, number, vectors // number, pairs
-    left, right = left.reshape(shape), right.reshape(shape)
-    sums = np.stack([each.sum(axis=2, dtype=np.float64) for each in (left * right, left, right)])
-    return np.concatenate([sums, np.full((1, *sums.shape[1:]), float(shape[2]))])
+    given = (left * right, left, right)
+    sums = np.stack([np.add.reduceat(each, starts, axis=1, dtype=np.float64) for each in given])
+    counts = np.diff(starts, append=left.shape[1]).astype(np.float64)
+    return np.concatenate([sums, np.broadcast_to(counts[:, None], (1, *sums.shape[1:]))])

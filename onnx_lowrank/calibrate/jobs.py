@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.parts import Part
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.operators.geometry import CHUNK, Geometry
+from onnx_lowrank.operators.geometry import CHUNK, Geometry, outputs, patches
 from onnx_lowrank.probe.instrument import Tap
 
 
@@ -24,6 +27,10 @@ class Job:
     sights: tuple[tuple[Tap, Geometry], ...]
     of_outputs: bool
     shape: tuple[int, int]
+
+    def cut(self, form: Geometry, value: NDArray[Any], depth: int = 0) -> Iterator[NDArray[Any]]:
+        """The vectors of one tensor, in chunks of shape (vectors, groups, length)."""
+        return (outputs if self.of_outputs else patches)(form, value, depth)
 
 
 def measured_shape(layer: Layer, *, of_outputs: bool) -> tuple[int, int]:

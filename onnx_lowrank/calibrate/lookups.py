@@ -50,9 +50,15 @@ class Lookup:
         """
         return [self.table[indices] for indices in self._indices(feed)]
 
-    def counts(self, feed: Feed) -> NDArray[np.int64]:
-        """How often a feed looks up every row, shape (c,)."""
-        found = np.concatenate([indices.ravel() for indices in self._indices(feed)])
+    def counts(self, feed: Feed, shown: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """How often a feed looks up every row, shape (c,).
+
+        Args:
+            feed: The inputs of the model.
+            shown: The indices that count, of their shape; None for all.
+        """
+        which = ... if shown is None else shown
+        found = np.concatenate([indices[which].ravel() for indices in self._indices(feed)])
         return np.bincount(found, minlength=len(self.table))
 
     def _indices(self, feed: Feed) -> list[NDArray[np.int64]]:

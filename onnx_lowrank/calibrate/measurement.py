@@ -23,6 +23,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from onnx_lowrank.calibrate.ignored import find_padding
 from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, takes_outputs
 from onnx_lowrank.calibrate.lookups import Counts, Lookup, lookup
 from onnx_lowrank.calibrate.parts import Part, split
@@ -32,6 +33,7 @@ from onnx_lowrank.calibrate.tasks import Lookups, Task
 from onnx_lowrank.core.factors import Fit, Moments
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
@@ -81,6 +83,7 @@ class Statistics(Mapping[str, LayerMoments]):
         reasons: For each layer without moments, the reason.
         batch: The number of samples that were run at a time.
         ways: For layers that can be narrowed, the way to do it, once known.
+        padding: The padding of the inputs, which counts in no moments.
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
@@ -88,6 +91,7 @@ class Statistics(Mapping[str, LayerMoments]):
         self.reasons: dict[str, str] = {}
         self.batch = _UNMEASURED
         self.ways: dict[str, Way] = {}
+        self.padding = NO_PADDING
         self._layers = tuple(layers)
         self._references: dict[str, MomentsRef] = {}
         self._resources = ExitStack()
@@ -263,6 +267,9 @@ class _Measurement:
         instrumented = self._instrumented(chosen.values())
         self._statistics.reasons.update(instrumented.reasons)
         jobs = self._jobs(instrumented, chosen)
+        self._statistics.padding = find_padding(
+            instrumented.model, jobs, self._tables, self._samples, self._engine
+        )
         position = Cuts(self._model, self._walk).position
         order = sorted(jobs, key=lambda job: min(position(chosen[layer]) for layer in jobs[job]))
         groups = [[chosen[layer] for job in group for layer in jobs[job]] for group in grouped(order, memory)]
@@ -288,7 +295,8 @@ class _Measurement:
         for group in grouped(jobs, memory):
             tasks = [Lookups(job, jobs[job], self._tables[jobs[job]]) for job in group]
             for batch in self._samples.batches(self._statistics.batch):
-                self._threads.each(partial(Lookups.look_up, batch=batch), tasks)
+                look_up = partial(Lookups.look_up, batch=batch, padding=self._statistics.padding)
+                self._threads.each(look_up, tasks)
             for task in tasks:
                 self._finish(task)
                 for name in counted.intersection(task.layers) - self._statistics.reasons.keys():
@@ -373,7 +381,7 @@ class _Measurement:
             expected = ceil(self._samples.count / size)
             for done, batch in enumerate(self._samples.batches(size), 1):
                 found = run(batch.feed) if relay is None else relay.run(run, done, batch.feed)
-                _add(tasks, found, batch, self._threads)
+                _add(tasks, found, batch, self._statistics.padding, self._threads)
                 self._step((number + done / (max(done, expected) + 1)) / passes)
         for task in tasks:
             self._finish(task)
@@ -403,9 +411,11 @@ class _Measurement:
         return max(1, _TAPPED // max(1, taken, given * _GROWTH // _SHARE))
 
 
-def _add(tasks: Sequence[Task], found: Mapping[str, Any], batch: Batch, threads: Threads) -> None:
+def _add(
+    tasks: Sequence[Task], found: Mapping[str, Any], batch: Batch, padding: Padding, threads: Threads
+) -> None:
     """Add a batch to all tasks, in parallel; no task holds its tensors when this returns."""
-    threads.each(lambda task: task.add(found, batch), tasks)
+    threads.each(lambda task: task.add(found, batch, padding), tasks)
 
 
 def _nothing(feed: Feed) -> dict[str, Any]:

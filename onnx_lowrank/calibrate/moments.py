@@ -42,19 +42,19 @@ class Accumulator:
         self._waiting_rows = 0
         self._blocks = Blocks(groups, size)
 
-    def add(self, rows: NDArray[Any], span: int | None = None) -> None:
+    def add(self, rows: NDArray[Any], samples: NDArray[np.intp] | None = None) -> None:
         """Add vectors.
 
         Args:
             rows: Array of float32 or float64, shape (number, g, n + m); it is not changed.
-            span: The number of vectors of every sample, if samples follow each other; None if it is unknown.
+            samples: The number of the sample of every vector, ascending; None if it is unknown.
 
         Raises:
             InputError: The vectors hold NaN, Inf or numbers whose squares overflow.
         """
         if not len(rows):
             return
-        self._blocks.add(rows[..., : self._size], span)
+        self._blocks.add(rows[..., : self._size], samples)
         # A merge updates all n² moments, so few rows are copied and merged later with others.
         if len(rows) < self._merged_at():
             self._waiting.append(rows.copy(order="K"))

@@ -20,6 +20,7 @@ from onnx.helper import np_dtype_to_tensor_dtype
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.calibrate.shelf import Key, Shelved
 from onnx_lowrank.engines.engine import Feed, UnsupportedError
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
@@ -39,6 +40,7 @@ class Sight:
         beside: The tensor that an Add adds to y, in the original model and in the compressed prefix, both of
             y's shape; None if there is none.
         held: Whether the batch is held out.
+        shown: Whether each vector of the layer counts, shape (vectors,); None if all do.
     """
 
     x: NDArray[Any] | None
@@ -46,6 +48,7 @@ class Sight:
     y: NDArray[Any]
     beside: tuple[NDArray[Any], NDArray[Any]] | None
     held: bool
+    shown: NDArray[np.bool_] | None = None
 
 
 class Step:
@@ -139,7 +142,13 @@ class Prefix(Shelved):
     """
 
     def __init__(
-        self, model: Model, walk: Walk, bindings: Iterable[Binding], batches: Iterable[Batch], engine: Engine
+        self,
+        model: Model,
+        walk: Walk,
+        bindings: Iterable[Binding],
+        batches: Iterable[Batch],
+        engine: Engine,
+        padding: Padding = NO_PADDING,
     ) -> None:
         """Prepare the walk; nothing runs yet.
 
@@ -150,12 +159,15 @@ class Prefix(Shelved):
                 main graph.
             batches: The calibration inputs, at least one batch; they are read once.
             engine: Runs the segments.
+            padding: The padding of the inputs.
         """
+        self._padding = padding
         self._segments = Segments(model, walk, bindings)
         self._batches = batches
         self._engine = engine
         self._kinds: dict[str, int] = {}
         self._held: list[bool] = []
+        self._shown: list[NDArray[np.bool_] | None] = []
 
     def steps(self) -> Iterator[Step]:
         """The layers, one after the other; each is finished before the next one starts.
@@ -196,6 +208,8 @@ class Prefix(Shelved):
                 made = run({name: batch.feed[name] for name in segment.inputs})
                 self._keep(number, {name: made.get(name, batch.feed.get(name)) for name in segments.cut(0)})
                 self._held.append(batch.held)
+                shown = self._padding.shown(batch.feed)
+                self._shown.append(None if shown is None else shown.ravel())
                 # The number of batches is unknown, and the tensors of later cuts need room, too: ask for as
                 # much again.
                 shelf.require(shelf.used)
@@ -220,7 +234,8 @@ class Prefix(Shelved):
                 self._keep(number, remade, changed=True)
                 x_hat = shelf.get((x, x in stage.changed), number)
                 whole = shelf.get((x, False), number) if original else None
-                sight = Sight(whole, x_hat, made[y], self._beside(stage, made[y].shape, number), held)
+                beside = self._beside(stage, made[y].shape, number)
+                sight = Sight(whole, x_hat, made[y], beside, held, self._counting(stage, number))
                 self._keep(number, {_TARGET: made[y]})
                 if number == 0:
                     shelf.require((shelf.used - used) * (len(self._held) - 1))
@@ -235,7 +250,13 @@ class Prefix(Shelved):
         for number in sorted(number for share in shares for number in share[::every]):
             held = self._held[number]
             x_hat, y = shelf.get((name, name in stage.changed), number), shelf.get((_TARGET, False), number)
-            yield Sight(None, x_hat, y, self._beside(stage, y.shape, number), held)
+            beside = self._beside(stage, y.shape, number)
+            yield Sight(None, x_hat, y, beside, held, self._counting(stage, number))
+
+    def _counting(self, stage: _Stage, number: int) -> NDArray[np.bool_] | None:
+        """Whether each vector of the layer counts, in one batch."""
+        layer = self._segments.bindings[stage.index].layer.id
+        return self._shown[number] if layer in self._padding.layers else None
 
     def _clear(self, stage: _Stage) -> None:
         """Delete the tensors that no later step reads."""

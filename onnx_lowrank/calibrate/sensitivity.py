@@ -24,6 +24,7 @@ from onnx_lowrank.calibrate.measurement import Samples
 from onnx_lowrank.calibrate.shares import spaced
 from onnx_lowrank.calibrate.tails import Tails
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.engines.spread import Spread, is_batched
 from onnx_lowrank.files.load import Model
@@ -81,6 +82,7 @@ def measure(
     samples: Samples,
     engine: Engine,
     *,
+    padding: Padding = NO_PADDING,
     trials: int = 5,
     step: Callable[[float], None] | None = None,
 ) -> Sensitivities:
@@ -93,6 +95,7 @@ def measure(
         substitutes: Gives the substitutes of a layer; they are used one by one, and not kept.
         samples: The calibration inputs. Only samples to fit to are used; `probe` gives their number.
         engine: Runs the model.
+        padding: The padding of the inputs; errors there do not count.
         trials: The approximate number of substitutes of a layer.
         step: Receives the share of the work that is done, after every layer.
 
@@ -112,6 +115,7 @@ def measure(
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
     groups = [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
+    counted = _Counted(padding, feeds)
     tails = Tails(model, walk, groups, feeds, engine, MEMORY)
     compared: frozenset[str] = frozenset()
     for number, group in enumerate(groups):
@@ -121,7 +125,7 @@ def measure(
         tail, given = tails.tail(number, overridable.model) if compared else (overridable.model, feeds)
         try:
             with engine.open(tail) as run:
-                trial = _Trial(run, given, compared)
+                trial = _Trial(run, given, compared, counted)
                 compared = trial.compared
                 for binding in opened:
                     fed = (overridable.feeds(binding, substitute) for substitute in substitutes(binding))
@@ -189,13 +193,30 @@ class _Output:
 
     Attributes:
         name: The name of the output.
-        values: Its values in every batch.
+        values: Its values in every batch; NaN where they do not count.
         power: Σ ‖y − ȳ‖², or Σ ‖y‖² if that is zero.
     """
 
     name: str
     values: Sequence[NDArray[Any]]
     power: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """The elements of outputs that count: those without padding.
+
+    Attributes:
+        padding: The padding of the inputs.
+        feeds: The inputs of the whole model, batch by batch.
+    """
+
+    padding: Padding
+    feeds: Sequence[Feed]
+
+    def of(self, name: str, values: Sequence[Any]) -> Sequence[NDArray[Any]]:
+        """An output of every batch, with NaN for the elements that do not count."""
+        return [self.padding.hide(name, v, feed) for v, feed in zip(values, self.feeds, strict=True)]
 
 
 class _Trial:
@@ -205,7 +226,7 @@ class _Trial:
         compared: The outputs of the whole model that are compared.
     """
 
-    def __init__(self, run: Run, feeds: Sequence[Feed], compared: Set[str]) -> None:
+    def __init__(self, run: Run, feeds: Sequence[Feed], compared: Set[str], counted: _Counted) -> None:
         """Run the unchanged model, or the tail of one.
 
         Args:
@@ -213,8 +234,10 @@ class _Trial:
             feeds: Its inputs.
             compared: The outputs of the whole model that are compared. Those that the tail does not return
                 have no error.
+            counted: The elements of outputs that count.
         """
         self._run = run
+        self._counted = counted
         self._feeds = feeds
         given = [run(feed) for feed in feeds]
         outputs = (self._output(name, [values[name] for values in given]) for name in given[0])
@@ -245,7 +268,7 @@ class _Trial:
         """One output, or None if it cannot be compared."""
         if not all(isinstance(v, np.ndarray) and v.dtype.name in FLOATS.values() for v in values):
             return None
-        spread = Spread()
+        values, spread = self._counted.of(name, values), Spread()
         for feed, value in zip(self._feeds, values, strict=True):
             spread.add(value.astype(np.float64), batched=is_batched(feed, value))
         power = spread.power() or spread.energy

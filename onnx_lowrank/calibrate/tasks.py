@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from onnx_lowrank.calibrate.jobs import Job
 from onnx_lowrank.calibrate.lookups import Counts, Lookup
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import whole
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.core.factors import Moments
-from onnx_lowrank.operators.geometry import outputs, patches
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 
 
 class Task:
@@ -28,8 +30,8 @@ class Task:
         self.layers = layers
         self._shares: dict[bool, Accumulator] = {}
 
-    def add(self, found: Mapping[str, Any], batch: Batch) -> None:
-        """Add the tapped tensors of one batch.
+    def add(self, found: Mapping[str, Any], batch: Batch, padding: Padding = NO_PADDING) -> None:
+        """Add the tapped tensors of one batch, without padding.
 
         Raises:
             InputError: They hold NaN, Inf or numbers whose squares overflow.
@@ -38,14 +40,19 @@ class Task:
         number = sizes.pop() if len(sizes) == 1 else 1
         if held not in self._shares:
             self._shares[held] = Accumulator(f"layer {whole(self.layers[0])!r}", *self.job.shape)
-        cut = outputs if self.job.of_outputs else patches
+        shown = padding.shown(batch.feed) if padding.layers.issuperset(self.layers) else None
         for tap, form in self.job.sights:
-            value, span = found[tap.name], None
+            value, samples = found[tap.name], None
             if number > 1 and not tap.depth and value.ndim and len(value) % number == 0:
                 # Samples follow each other, also where their tokens are rows of one axis.
-                span = sum(len(rows) for rows in cut(form, value[: len(value) // number])) or None
-            for rows in cut(form, value, tap.depth):
-                self._shares[held].add(rows, span)
+                span = sum(len(rows) for rows in self.job.cut(form, value[: len(value) // number]))
+                samples = np.repeat(np.arange(number), span)
+            start = 0
+            for rows in self.job.cut(form, value, tap.depth):
+                part = slice(start, start + len(rows))
+                start += len(rows)
+                kept = slice(None) if shown is None else shown.ravel()[part]
+                self._shares[held].add(rows[kept], None if samples is None else samples[part][kept])
         self._shares[held].close_block()
 
     def moments(self) -> tuple[Moments | None, Moments | None]:
@@ -73,12 +80,13 @@ class Lookups(Task):
         self._table = table
         self.counts: Counts = {}
 
-    def look_up(self, batch: Batch) -> None:
-        """Add the rows that one batch looks up.
+    def look_up(self, batch: Batch, padding: Padding) -> None:
+        """Add the rows that one batch looks up, without those of padding.
 
         Raises:
             InputError: An index lies outside the table, or the rows hold NaN or Inf.
         """
         rows = zip(self.job.sights, self._table.rows(batch.feed), strict=True)
-        self.add({tap.name: values for (tap, _), values in rows}, batch)
-        self.counts[batch.held] = self.counts.get(batch.held, 0) + self._table.counts(batch.feed)
+        self.add({tap.name: values for (tap, _), values in rows}, batch, padding)
+        shown = padding.shown(batch.feed) if padding.layers.issuperset(self.layers) else None
+        self.counts[batch.held] = self.counts.get(batch.held, 0) + self._table.counts(batch.feed, shown)

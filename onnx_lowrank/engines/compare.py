@@ -14,6 +14,7 @@ from onnx_lowrank.core.outcome import OutputError
 from onnx_lowrank.engines.classes import Classes
 from onnx_lowrank.engines.embedding import Embedding
 from onnx_lowrank.engines.noise import Noise
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.spread import Spread, is_batched
 from onnx_lowrank.errors import ValidationError
 
@@ -21,7 +22,10 @@ _EMPTY = "It has no elements."
 
 
 def compare(
-    wanted: Mapping[str, Any], got: Mapping[str, Any], feed: Mapping[str, NDArray[Any]]
+    wanted: Mapping[str, Any],
+    got: Mapping[str, Any],
+    feed: Mapping[str, NDArray[Any]],
+    padding: Padding = NO_PADDING,
 ) -> tuple[OutputError, ...]:
     """Compare the outputs of the input model with the compressed model's, on one feed.
 
@@ -31,11 +35,12 @@ def compare(
         wanted: The input model's outputs by name.
         got: The compressed model's outputs by name.
         feed: The inputs of both models; their lengths tell which axes of the outputs count samples.
+        padding: The padding of the inputs; errors there do not count.
 
     Raises:
         ValidationError: The compressed model gives NaN or Inf where the input model does not.
     """
-    comparison = Comparison()
+    comparison = Comparison(padding)
     comparison.add(wanted, got, feed)
     return comparison.errors()
 
@@ -43,7 +48,13 @@ def compare(
 class Comparison:
     """The differences between the outputs of two models over many feeds."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding: Padding = NO_PADDING) -> None:
+        """Start without outputs.
+
+        Args:
+            padding: The padding of the inputs; errors there do not count.
+        """
+        self._padding = padding
         self._sums: dict[str, _Sums] = {}
 
     def add(
@@ -58,8 +69,7 @@ class Comparison:
             ours, theirs = dict(_leaves(name, value)), dict(_leaves(name, got.get(name)))
             for leaf in ours:
                 if leaf in theirs:
-                    y = ours[leaf]
-                    self._sums_of(leaf).add(y, theirs[leaf], feed)
+                    self._sums_of(leaf).add(ours[leaf], theirs[leaf], feed, self._padding)
             if ours.keys() != theirs.keys():
                 self._sums_of(name).fault = f"It has {len(theirs)} elements, the input model's {len(ours)}."
 
@@ -110,7 +120,9 @@ class _Sums:
     classes: Classes = field(default_factory=Classes)
     embedding: Embedding = field(default_factory=Embedding)
 
-    def add(self, y: NDArray[Any], z: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> None:
+    def add(
+        self, y: NDArray[Any], z: NDArray[Any], feed: Mapping[str, NDArray[Any]], padding: Padding
+    ) -> None:
         if y.shape != z.shape:
             self.fault = self.fault or f"Its shape is {z.shape}, the input model's {y.shape}."
             return
@@ -121,6 +133,8 @@ class _Sums:
             return
         self.is_exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
         y, z = _wide(y), _wide(z)
+        y, given = padding.hide(self.name, y, feed), y
+        self.size -= int(np.count_nonzero(np.isnan(y) & ~np.isnan(given)))
         finite = np.isfinite(y)
         lost = int(np.count_nonzero(finite & ~np.isfinite(z)))
         if lost:
@@ -137,7 +151,7 @@ class _Sums:
         batched = is_batched(feed, y)
         self.spread.add(y, batched=batched)
         if self.is_exact:
-            self._agree(y == z)
+            self._agree((y == z)[finite])
             return
         shown = y if finite.all() else np.where(finite, y, 0.0)
         self.noise.add(shown - np.where(finite, z, 0.0), shown, batched=batched)

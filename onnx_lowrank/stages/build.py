@@ -203,7 +203,7 @@ def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputE
         ValidationError: The compressed model gives NaN or Inf, and the input model does not.
         InputError: The model fails on the calibration inputs.
     """
-    comparison = Comparison()
+    comparison = Comparison(calibration.statistics.padding)
     samples, engine, originals = calibration.samples, calibration.engine, calibration.originals
     with ExitStack() as stack:
         # Not opened before a batch needs it: an earlier comparison may have computed all outputs.

@@ -17,6 +17,7 @@ from onnx_lowrank.engines.compare import Comparison, compare
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import describe, read, specs
 from onnx_lowrank.engines.made import make
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run
@@ -59,6 +60,7 @@ def validate(
     alone: Alone,
     inputs: str | Path | Mapping[str, Any] | None = None,
     measured: Measured | None = None,
+    padding: Padding = NO_PADDING,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     provider: str = "CPUExecutionProvider",
     max_error: float | None = None,
@@ -75,6 +77,7 @@ def validate(
         alone: Cuts a rewritten layer out of both models.
         inputs: An .npz file or a mapping of arrays, by input name; None makes inputs.
         measured: A comparison to take over; None makes one.
+        padding: The padding of inputs; errors there do not count.
         input_shapes: Shapes of inputs to make, for dimensions that the model leaves open.
         provider: ONNX Runtime's execution provider.
         max_error: Bound on the largest relative error over the outputs; each output must have an error.
@@ -102,7 +105,9 @@ def validate(
         result = Validation(
             engine=run.engine.name,
             inputs=measured.source if measured else _described(whole or run.feed, given is not None),
-            outputs=measured.outputs if measured else _compared(original, compressed, run, got, used),
+            outputs=measured.outputs
+            if measured
+            else _compared(original, compressed, run, got, used, padding),
             never_ran=_never_ran(compressed, nodes, run, used),
         )
         if measured and result.never_ran:
@@ -199,7 +204,12 @@ def fault(engine: Engine, error: Exception) -> ValidationError:
 
 
 def _compared(
-    original: Model, compressed: Model, run: _Run, got: Mapping[str, Any], feeds: tuple[Feed, ...]
+    original: Model,
+    compressed: Model,
+    run: _Run,
+    got: Mapping[str, Any],
+    feeds: tuple[Feed, ...],
+    padding: Padding,
 ) -> tuple[OutputError, ...]:
     """Compare the outputs on all feeds; of several feeds, only the outputs on one are in memory.
 
@@ -209,14 +219,20 @@ def _compared(
         run: The run of the input model on the first feed.
         got: The outputs of the compressed model on the first feed.
         feeds: All feeds.
+        padding: The padding of the inputs.
     """
     if len(feeds) == 1:
-        return compare(run.outputs, got, run.feed)
-    return compared(original, compressed, run.engine, feeds)
+        return compare(run.outputs, got, run.feed, padding)
+    return compared(original, compressed, run.engine, feeds, padding=padding)
 
 
 def compared(
-    original: Model, compressed: Model, engine: Engine, feeds: Iterable[Feed], purpose: str = "given"
+    original: Model,
+    compressed: Model,
+    engine: Engine,
+    feeds: Iterable[Feed],
+    purpose: str = "given",
+    padding: Padding = NO_PADDING,
 ) -> tuple[OutputError, ...]:
     """Compare the outputs of both models on feeds, one after the other.
 
@@ -226,12 +242,13 @@ def compared(
         engine: Runs both.
         feeds: The inputs.
         purpose: The inputs in messages, an adjective.
+        padding: The padding of the inputs; errors there do not count.
 
     Raises:
         InputError: The input model fails on a feed.
         ValidationError: Only the compressed model fails, or only it gives NaN or Inf.
     """
-    comparison = Comparison()
+    comparison = Comparison(padding)
     with engine.open(original) as theirs, engine.open(compressed) as ours:
         for feed in feeds:
             try:

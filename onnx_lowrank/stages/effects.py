@@ -115,6 +115,7 @@ def _caused(
             substitutes,
             calibration.samples,
             calibration.engine,
+            padding=calibration.statistics.padding,
             trials=len(PROBED),
             step=step,
         )

@@ -132,7 +132,10 @@ class Gatherer:
 def _rows(
     form: Geometry, sight: Sight
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]]:
-    """Chunks of x̂ (rows, g, p), of y (rows, g, f), and of the residuals added to y in both models."""
+    """Chunks of x̂ (rows, g, p), of y (rows, g, f), and of the residuals added to y in both models.
+
+    Rows that do not count are left out.
+    """
     y = np.concatenate(list(outputs(form, sight.y)))
     beside = None
     if sight.beside is not None:
@@ -140,8 +143,10 @@ def _rows(
     start = 0
     for x in patches(form, sight.x_hat):
         part = slice(start, start + len(x))
-        yield x, y[part], None if beside is None else (beside[0][part], beside[1][part])
         start += len(x)
+        kept = slice(None) if sight.shown is None else sight.shown[part]
+        both = None if beside is None else (beside[0][part][kept], beside[1][part][kept])
+        yield x[kept], y[part][kept], both
 
 
 def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool) -> Share:

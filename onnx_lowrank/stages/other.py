@@ -13,6 +13,7 @@ from onnx_lowrank.calibrate.sources.source import Need
 from onnx_lowrank.core.outcome import Other, OutputError
 from onnx_lowrank.engines.batches import batch_size
 from onnx_lowrank.engines.engine import RejectedError
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run
 from onnx_lowrank.files.load import Model
@@ -67,7 +68,12 @@ def open_others(source: Source, need: Need, model: Model, provider: str, files: 
 
 
 def compare_on(
-    others: Others, original: Model, compressed: Model, familiar: tuple[OutputError, ...], kind: str
+    others: Others,
+    original: Model,
+    compressed: Model,
+    familiar: tuple[OutputError, ...],
+    kind: str,
+    padding: Padding = NO_PADDING,
 ) -> Other:
     """Compare the outputs of both models on inputs of another kind.
 
@@ -77,11 +83,12 @@ def compare_on(
         compressed: The compressed model.
         familiar: The errors on inputs of the familiar kind; empty without such inputs.
         kind: See `Other`.
+        padding: The padding of the inputs; errors there do not count.
 
     Raises:
         InputError: The input model fails on a sample.
         ValidationError: Only the compressed model fails, or only it gives NaN or Inf.
     """
     feeds = (batch.feed for batch in others.samples.batches(others.batch))
-    outputs = compared(original, compressed, others.engine, feeds, PURPOSE)
+    outputs = compared(original, compressed, others.engine, feeds, PURPOSE, padding)
     return Other(others.samples.extent, outputs, familiar, kind, others.samples.warnings)

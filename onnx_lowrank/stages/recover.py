@@ -131,7 +131,7 @@ def recover(
     waiting: deque[tuple[Binding, Recovered]] = deque()
     encoders = Encoders(model, walk, bindings, options, executor.threads)
     narrowed = narrow_layers((binding.layer, options.get(binding.layer.id)) for binding in bindings)
-    with Prefix(model, walk, bindings, batches, calibration.engine) as prefix:
+    with Prefix(model, walk, bindings, batches, calibration.engine, calibration.statistics.padding) as prefix:
 
         def items() -> Iterator[CertificateItem]:
             for step in prefix.steps():

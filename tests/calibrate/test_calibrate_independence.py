@@ -40,7 +40,9 @@ def test_samples_in_one_batch_are_blocks(chunk):
     accumulator = Accumulator("x", 1, 12)
     rows = np.concatenate(blocks)
     for start in range(0, len(rows), chunk):
-        accumulator.add(rows[start : start + chunk, None], 30)
+        accumulator.add(
+            rows[start : start + chunk, None], np.arange(start, min(start + chunk, len(rows))) // 30
+        )
     accumulator.close_block()
     assert accumulator.moments().independent == pytest.approx(moments(blocks).independent, rel=1e-2)
 

@@ -1,0 +1,59 @@
+"""Padding: positions of a text that a mask hides, and that the model ignores.
+
+Texts of several lengths are made one array by padding. The activations at these positions, often half of all,
+change no result, so nothing should be fitted to them and no error there counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.engines.engine import Feed
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """The padding of a model's inputs.
+
+    Attributes:
+        mask: The input that hides positions with 0, shape (samples, positions); "" if none does.
+        axes: For each output with elements of hidden positions, the axis of the positions; the first axis
+            counts the samples.
+        layers: The layers with a vector for every position, samples first. Hidden positions change no other
+            vector of theirs.
+    """
+
+    mask: str = ""
+    axes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    layers: frozenset[str] = frozenset()
+
+    def shown(self, feed: Feed) -> NDArray[np.bool_] | None:
+        """Whether each position counts, shape (samples, positions); None if all do."""
+        if not self.mask or self.mask not in feed:
+            return None
+        shown = np.asarray(feed[self.mask]) != 0
+        return None if shown.all() else shown
+
+    def hide(self, output: str, values: NDArray[Any], feed: Feed) -> NDArray[Any]:
+        """An output with NaN at hidden positions, which leaves them out of comparisons.
+
+        Args:
+            output: The name of the output.
+            values: Its elements, floats.
+            feed: The inputs that gave it.
+        """
+        shown, axis = self.shown(feed), self.axes.get(output)
+        if shown is None or axis is None or (len(values), values.shape[axis]) != shown.shape:
+            return values
+        hidden = np.array(values)
+        np.moveaxis(hidden, axis, 1)[~shown] = np.nan
+        return hidden
+
+
+NO_PADDING = Padding()
