@@ -384,8 +384,9 @@ def _summary(calibration: Calibration) -> Calibrated:
     engine = calibration.engine
     known = isinstance(engine, Runtime)
     slow = () if known else (f"ONNX Runtime cannot run the model, and {engine.name} calibrates it slowly.",)
+    mask = calibration.statistics.padding.mask
     return Calibrated(
-        source=samples.description,
+        source=samples.description + (f", without the positions that {mask!r} hides" if mask else ""),
         samples=samples.count,
         held=samples.held,
         unmeasured=tuple(reasons.items()),

@@ -165,3 +165,11 @@ def test_rounding_is_no_difference():
     ]
     assert _differs(value, np.array([1.0, np.nan, np.inf, np.nan, 0.0])).tolist()[1]
     assert _differs(value, value[:3]).all()
+
+
+def test_the_report_tells_which_positions_are_left_out():
+    with onnx_lowrank.compress(
+        encoder(), ratio=0.6, recipe="activation", calibration=texts(NUMBER)
+    ) as result:
+        source = result.report.calibration.source
+    assert source == "arrays: 40 samples, 8 held out, without the positions that 'attention_mask' hides"
