@@ -178,9 +178,15 @@ def test_no_recover(recipe):
 
 
 def test_recovery_is_told_layer_by_layer(results):
+    kept = [name for name in RECOVERING if results[name].plan.recover]
+    assert kept
     for name in RECOVERING:
+        # Held-out inputs may turn the recovery of a whole model down.
+        trials = results[name].report.trials
+        assert [trial.recovered for trial in trials] == [False, True]
+        assert trials[1].chosen == (trials[1].error < trials[0].error) == (name in kept)
+    for name in kept:
         result = results[name]
-        assert result.plan.recover
         fits = {row.id: row.fit for row in result.report.layers if row.option}
         assert fits["conv2"].recovered
         assert all(fit.fit is Fit.ACTIVATIONS and 0 < fit.error < 1 for fit in fits.values())
@@ -280,7 +286,9 @@ def test_a_plan_is_replayed_without_recovery(results):
 @pytest.mark.parametrize("name", [*CALIBRATED, "schatten", "auto"])
 def test_a_dry_run_makes_the_same_plan(results, name):
     dry = compress(cnn(ONE), 0.5, recipe=name, calibration=X, dry_run=True)
-    assert dry.plan == results[name].plan
+    made = results[name].plan
+    # Held-out inputs may turn recovery down, which takes the model.
+    assert made in (dry.plan, plans.sealed(replace(dry.plan, recover=False)))
     assert dry.proto == cnn(ONE)
     assert dry.report.validation is None
     assert dry.report.calibration == results[name].report.calibration

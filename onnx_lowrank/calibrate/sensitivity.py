@@ -48,7 +48,7 @@ _FEWEST_VECTORS = 8
 """Vectors of every output that a trial compares at least."""
 _FEWEST_SAMPLES = 2
 _MOST_SAMPLES = 128
-_PASSES = 5
+_PASSES = 3
 """The most that all trials together cost, in runs of all calibration samples."""
 
 
@@ -83,7 +83,7 @@ def measure(
     engine: Engine,
     *,
     padding: Padding = NO_PADDING,
-    trials: int = 5,
+    trials: int = 3,
     step: Callable[[float], None] | None = None,
 ) -> Sensitivities:
     """Measure the effect of every layer's substitutes on the model's outputs.
@@ -139,7 +139,7 @@ def measure(
 
 
 def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
-    """The number of samples for each trial, so that all trials together cost at most 5 runs of all samples.
+    """The number of samples for each trial, so that all trials together cost at most 3 runs of all samples.
 
     Args:
         samples: Number of calibration samples.
@@ -148,7 +148,7 @@ def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
         rows: The least number of vectors that an output has for each sample, as for each token of a text.
 
     Returns:
-        5 · samples / (layers · trials), but at most 128, and enough for 8 vectors of every output, and for 2
+        3 · samples / (layers · trials), but at most 128, and enough for 8 vectors of every output, and for 2
         samples.
     """
     fewest = max(-(-_FEWEST_VECTORS // max(rows, 1)), _FEWEST_SAMPLES)
