@@ -7,7 +7,8 @@ the unchanged model:
     error = mean over the float outputs of Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖²,
 
 with the mean output ȳ over the samples. For an output that does not vary, the denominator is Σ ‖y‖². Outputs
-that are not float, that are all zero, or whose shape a substitute changes are left out.
+that are not float, that are all zero, or whose shape a substitute changes are left out; so are the caches of
+a decoder (`engines.pasts.caches`): errors of keys and values count by the scores that they change.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from onnx_lowrank.calibrate.shares import spaced
 from onnx_lowrank.calibrate.tails import Tails
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
+from onnx_lowrank.engines.pasts import caches
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.engines.spread import Spread, is_batched
 from onnx_lowrank.files.load import Model
@@ -115,7 +117,7 @@ def measure(
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
     groups = [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
-    counted = _Counted(padding, feeds)
+    counted = _Counted(padding, feeds, caches(model.proto))
     tails = Tails(model, walk, groups, feeds, engine, MEMORY)
     compared: frozenset[str] = frozenset()
     for number, group in enumerate(groups):
@@ -209,10 +211,12 @@ class _Counted:
     Attributes:
         padding: The padding of the inputs.
         feeds: The inputs of the whole model, batch by batch.
+        unseen: The outputs that do not count.
     """
 
     padding: Padding
     feeds: Sequence[Feed]
+    unseen: frozenset[str]
 
     def of(self, name: str, values: Sequence[Any]) -> Sequence[NDArray[Any]]:
         """An output of every batch, with NaN for the elements that do not count."""
@@ -240,7 +244,8 @@ class _Trial:
         self._counted = counted
         self._feeds = feeds
         given = [run(feed) for feed in feeds]
-        outputs = (self._output(name, [values[name] for values in given]) for name in given[0])
+        names = [name for name in given[0] if name not in counted.unseen]
+        outputs = (self._output(name, [values[name] for values in given]) for name in names)
         self._outputs = [output for output in outputs if output is not None]
         self.compared = frozenset(compared).union(output.name for output in self._outputs)
 

@@ -33,6 +33,7 @@ class OutputError:
             at most 2,048 rows. None for other outputs, and for fewer than three rows.
         noise: The standard error of `relative` over the samples (`engines.noise`). None for integers,
             booleans and strings, for a single sample, and if y is zero.
+        is_cache: Whether a decoder keeps it for its next call (`engines.pasts.caches`).
     """
 
     name: str
@@ -45,6 +46,7 @@ class OutputError:
     cosine: float | None = None
     neighbours: float | None = None
     noise: float | None = None
+    is_cache: bool = False
 
     @property
     def kept(self) -> float | None:
@@ -180,8 +182,8 @@ class Trial:
 
     @property
     def error(self) -> float | None:
-        """The `largest_error` of the outputs."""
-        return largest_error(self.outputs)
+        """The `largest_error` of the outputs that are no cache."""
+        return largest_error(output for output in self.outputs if not output.is_cache)
 
     @property
     def agreement(self) -> float | None:

@@ -1,15 +1,20 @@
-"""The past of a decoder among its inputs: their roles, and whether its length fits the others."""
+"""The past of a decoder among its inputs and outputs: roles, and whether its length fits the others."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from onnx import ModelProto
+
 from onnx_lowrank.engines.engine import Feed
-from onnx_lowrank.engines.inputs import Spec
+from onnx_lowrank.engines.inputs import Spec, outputs
 from onnx_lowrank.engines.made import is_past, is_position, past_axis
 
 _READ = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MASKS = ("attention_mask", "decoder_attention_mask")
+_RANK = 4  # samples, heads, positions, features; or more, with keys and values in one
+_PRESENT = re.compile(r"present([._]?(key|value|kv|state|[0-9])|$)")
 
 
 def named_role(spec: Spec) -> str | None:
@@ -28,6 +33,21 @@ def named_role(spec: Spec) -> str | None:
     if "token_type" in name or "segment" in name:
         return "types"
     return "positions" if is_position(spec) else None
+
+
+def caches(proto: ModelProto) -> frozenset[str]:
+    """The outputs that a decoder keeps for its next call, like present.0.key; none if there are no others.
+
+    They are keys and values of its layers. The errors there are errors inside the model: they matter as far
+    as they change the other outputs, and a decoder has many more of them.
+    """
+    given = outputs(proto)
+    found = {
+        spec.name
+        for spec in given
+        if _PRESENT.match(spec.name.lower()) is not None and (spec.shape is None or len(spec.shape) >= _RANK)
+    }
+    return frozenset(found) if len(found) < len(given) else frozenset()
 
 
 def uneven(wanted: Sequence[Spec], feed: Feed) -> str | None:
