@@ -14,6 +14,7 @@ from onnx_lowrank import cli
 from onnx_lowrank.errors import InputError
 
 KEYS = ("past_key_values_0_key", "past_key_values_0_value")
+KEYS_OUT = ("present_0_key", "present_0_value")
 
 
 def data(number, length, past, seed=0):
@@ -114,3 +115,13 @@ def test_a_0_where_the_model_or_the_batch_has_none(run, shape, sentence):
     assert code == 2
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_the_scores_alone_choose_between_recipes():
+    """The report shows the errors of the caches, but a trial's error is that of the logits."""
+    with onnx_lowrank.compress(decoder(), ratio=0.6, calibration=data(40, 6, 0)) as result:
+        trials = [trial for trial in result.report.trials if trial.outputs]
+    for trial in trials:
+        by_name = {output.name: output for output in trial.outputs}
+        assert trial.error == by_name["logits"].centred
+        assert trial.caches == set(KEYS_OUT) < by_name.keys()

@@ -33,7 +33,6 @@ class OutputError:
             at most 2,048 rows. None for other outputs, and for fewer than three rows.
         noise: The standard error of `relative` over the samples (`engines.noise`). None for integers,
             booleans and strings, for a single sample, and if y is zero.
-        is_cache: Whether a decoder keeps it for its next call (`engines.pasts.caches`).
     """
 
     name: str
@@ -46,7 +45,6 @@ class OutputError:
     cosine: float | None = None
     neighbours: float | None = None
     noise: float | None = None
-    is_cache: bool = False
 
     @property
     def kept(self) -> float | None:
@@ -171,6 +169,7 @@ class Trial:
         outputs: One error per output of the model; empty if the recipe does not reach the ratio.
         chosen: Whether its model is the result.
         note: A sentence that says why `outputs` is empty.
+        caches: The outputs that a decoder keeps for its next call; their errors do not judge the plan.
     """
 
     recipe: str
@@ -179,11 +178,12 @@ class Trial:
     outputs: tuple[OutputError, ...] = ()
     chosen: bool = False
     note: str = ""
+    caches: frozenset[str] = frozenset()
 
     @property
     def error(self) -> float | None:
-        """The `largest_error` of the outputs that are no cache."""
-        return largest_error(output for output in self.outputs if not output.is_cache)
+        """The `largest_error` of the outputs that are no caches."""
+        return largest_error(output for output in self.outputs if output.name not in self.caches)
 
     @property
     def agreement(self) -> float | None:

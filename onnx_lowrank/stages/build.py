@@ -19,7 +19,6 @@ from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.compare import Comparison
 from onnx_lowrank.engines.engine import Feed, Run
-from onnx_lowrank.engines.pasts import caches
 from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
@@ -215,8 +214,7 @@ def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputE
                 feed = batch.feed
                 wanted = originals.outputs(number, partial(_run, original, feed))
                 comparison.add(wanted, compressed(feed), feed)
-    kept = caches(model.proto)
-    return tuple(replace(output, is_cache=output.name in kept) for output in comparison.errors())
+    return comparison.errors()
 
 
 def _run(opened: Callable[[], Run], feed: Feed) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from onnx_lowrank.documents import plans
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.engines.compare import compare
 from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.pasts import caches
 from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.progress import Labelled, Progress
@@ -282,7 +283,8 @@ class Search:
         except ValidationError:
             built.resources.close()
             raise
-        trial = Trial(recipe.name, ratio, recipe.recover, outputs)
+        kept = caches(self._source.model.proto)
+        trial = Trial(recipe.name, ratio, recipe.recover, outputs, caches=kept)
         _log.debug(
             "recipe %r at ratio %g%s: output error %s, agreement %s",
             recipe.name,

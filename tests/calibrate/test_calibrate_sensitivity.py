@@ -281,6 +281,16 @@ def test_the_mean_goes_over_the_outputs_that_can_be_compared(name):
     np.testing.assert_allclose(both["w"], share * alone["w"], rtol=1e-2 if "half" in name else 1e-5)
 
 
+def test_the_caches_of_a_decoder_do_not_count():
+    """A layer that changes them alone has no effect; one that changes the scores has that on the scores."""
+    text = "g (float[N,8] x) => (float[N,5] y, float[A,B,C,D] present.0.key) { y = MatMul (x, w) k = MatMul (x, u) present.0.key = Unsqueeze (k, axes) }"
+    alone = measured(model("g (float[N,8] x) => (float[N,5] y) { y = MatMul (x, w) }", w=(8, 5)), samples())
+    text = text.replace("present.0.key", "present_0")
+    both = measured(model(text, w=(8, 5), u=(8, 6), axes=np.array([1, 2])), samples())
+    np.testing.assert_allclose(both["w"], alone["w"], rtol=1e-6)
+    assert both["u"].tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("nodes", "output"),
     [

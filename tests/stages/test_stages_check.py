@@ -670,6 +670,9 @@ class TestCentred:
         assert Trial("a", 0.5, outputs=(floats, whole)).agreement == 0.5
         assert Trial("a", 0.5, outputs=(replace(floats, centred=None), whole)).error == 0.1
         assert Trial("a", 0.5, outputs=(whole,)).error is None
+        cache = replace(floats, name="present", centred=0.9)
+        assert Trial("a", 0.5, outputs=(floats, cache)).error == 0.9
+        assert Trial("a", 0.5, outputs=(floats, cache), caches=frozenset({"present"})).error == 0.4
 
 
 def test_what_was_measured_on_more_inputs_is_judged():

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
@@ -44,7 +45,9 @@ class World:
         monkeypatch.setattr(module, "build", self.build)
         monkeypatch.setattr(module, "judge", self.judge)
         monkeypatch.setattr(module, "_content", lambda plan: plan)
-        self.search = Search(SimpleNamespace(model=None), None, None, None, Silent())
+        self.search = Search(
+            SimpleNamespace(model=SimpleNamespace(proto=onnx.ModelProto())), None, None, None, Silent()
+        )
 
     def make(self, found, goal, scores, progress):
         result = self.outcome(goal.recipe.name, goal.ratio)
