@@ -15,6 +15,7 @@ from onnx_lowrank import compress
 from onnx_lowrank.core.layer import Between, Rows
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.graph.parameters import parameters as counted
+from onnx_lowrank.layers import products
 from onnx_lowrank.layers.found import find_layers
 from packing import attended, weights
 
@@ -164,26 +165,50 @@ def test_the_products_with_a_past_are_counted():
 
 
 KEPT = {
-    "a past": ("c, r = com.microsoft.Attention <num_heads = 3> (x, w, b, , past)", set()),
-    "a rotation": ("c = com.microsoft.Attention <num_heads = 3, do_rotary = 1> (x, w, b, m)", {"wo"}),
+    "a past": (
+        "c, r = com.microsoft.Attention <num_heads = 3> (x, w, b, , past)",
+        set(),
+        products.PAST,
+    ),
+    "a rotation": (
+        "c = com.microsoft.Attention <num_heads = 3, do_rotary = 1> (x, w, b, m)",
+        {"wo"},
+        products.OTHER,
+    ),
     "wrong sizes": (
         "c = com.microsoft.Attention <num_heads = 3, qkv_hidden_sizes = [9, 9]> (x, w, b)",
         set(),
+        products.UNEQUAL,
     ),
-    "no heads": ("c = com.microsoft.Attention <num_heads = 0> (x, w, b)", set()),
-    "heads that do not fit": ("c = com.microsoft.Attention <num_heads = 5> (x, w, b)", set()),
-    "a computed bias": ("h = Neg (b) c = com.microsoft.Attention <num_heads = 3> (x, w, h)", set()),
+    "no heads": ("c = com.microsoft.Attention <num_heads = 0> (x, w, b)", set(), products.UNEQUAL),
+    "heads that do not fit": (
+        "c = com.microsoft.Attention <num_heads = 5> (x, w, b)",
+        set(),
+        products.UNEQUAL,
+    ),
+    "a computed bias": (
+        "h = Neg (b) c = com.microsoft.Attention <num_heads = 3> (x, w, h)",
+        set(),
+        products.BIAS,
+    ),
     "another reader": (
         "c = com.microsoft.Attention <num_heads = 3> (x, w, b, m) z = Softmax (c)",
         {"w"},
+        products.READ,
     ),
 }
 
 
-@pytest.mark.parametrize(("node", "pairs"), KEPT.values(), ids=KEPT)
-def test_what_keeps_heads_as_they_are(node, pairs):
+@pytest.mark.parametrize(("node", "pairs", "reason"), KEPT.values(), ids=KEPT)
+def test_heads_stay_as_they_are_and_the_report_says_why(node, pairs, reason):
     made = {name: value for name, value in weights().items() if name in ("w", "b", "wo", "bo")}
     text = f"{node} y0 = MatMul (c, wo) y = Add (y0, bo)"
     proto = model(f"{X}, float[2,B,3,P,8] past", text, **made)
     found = find_layers(seen(proto).model, {}, (), ())
     assert {layer.id for layer in found.layers if layer.narrowing} == pairs
+    listed = {(item.op, item.weight): item.reason for item in found.skipped}
+    assert listed["Attention", "w"] == f"its heads stay: {reason}"
+
+
+def test_attention_with_smaller_heads_is_not_listed():
+    assert not find_layers(seen(attention()).model, {}, (), ()).skipped

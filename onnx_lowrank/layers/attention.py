@@ -21,7 +21,7 @@ from onnx_lowrank.layers.binding import Binding, Hidden
 from onnx_lowrank.layers.ends import End, Heads
 from onnx_lowrank.layers.heads import Search
 from onnx_lowrank.layers.hidden import is_plain, place_of
-from onnx_lowrank.layers.products import BIAS, BOUND, JOINED, MIXED, OTHER, blocked, products
+from onnx_lowrank.layers.products import BIAS, BOUND, OTHER, PAST, UNEQUAL, blocked, products
 from onnx_lowrank.layers.sizes import Sizes
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.attention import widths_of
@@ -171,9 +171,9 @@ def _fused(model: Model, walk: Walk, binding: Binding, search: Search, shapes: S
     widths, heads = widths_of(node, layer.f), attribute_of(node, "num_heads", 0)
     own = bias(model, walk, binding)
     if any(node.input[4:5]) or any(node.input[6:]) or any(node.output[1:]):
-        reason = JOINED
+        reason = PAST
     elif widths is None or heads < 1 or any(n % heads for n in widths) or widths[0] != widths[1]:
-        reason = MIXED
+        reason = UNEQUAL
     elif own is None and any(node.input[2:3]):
         reason = BIAS
     else:

@@ -128,6 +128,7 @@ def find_layers(
         for operator in skipped
         if unselected(_names(operator), include, exclude)
     )
+    skipped += tuple(_with_own_heads(walk, bindings, met.left))
     bindings = _paired(model, walk, inferred, bindings, spared)
     taken = {binding.layer.id for binding in bindings if binding.layer.narrowing is not None}
     bindings = tuple(_attending(binding, met, taken) for binding in bindings)
@@ -192,6 +193,15 @@ def _with_heads(operator: Skipped, reasons: Mapping[str, str]) -> Skipped:
     """An operator that is left alone; one of attention also says why its heads stay as they are."""
     reason = "" if operator.scope else reasons.get(operator.name, "")
     return replace(operator, reason=f"{operator.reason}; its heads stay: {reason}") if reason else operator
+
+
+def _with_own_heads(walk: Walk, bindings: Sequence[Binding], left: Mapping[Place, str]) -> Iterator[Skipped]:
+    """The operators with a layer of their own whose heads stay as they are, each with the reason."""
+    for binding in bindings:
+        (use, *_) = binding.layer.uses
+        if reason := left.get(Place(use.scope, use.node)):
+            name = label(walk.node(Place(use.scope, use.node)))
+            yield Skipped(use.scope, name, use.op, binding.layer.id, f"its heads stay: {reason}")
 
 
 def _idle(binding: Binding, running: Container[str]) -> Binding:

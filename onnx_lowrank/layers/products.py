@@ -34,6 +34,8 @@ OTHER = "operators lie between that treat the numbers of a head differently: a r
 NO_LAYER = "no layer that can be narrowed computes or reads it"
 BIAS = "other operators read its bias, or it is computed"
 MIXED = "its heads are not laid out one after the other"
+PAST = "it reads or gives a past, or reads positions whose sizes are those of its heads"
+UNEQUAL = "its queries, keys and values cannot be cut into equal heads"
 
 
 _MASKS = frozenset({"Cast", "Dropout", "Identity", "Where", "Mul", "Div", "Add"})
