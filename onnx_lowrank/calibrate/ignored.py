@@ -1,10 +1,14 @@
 """Finds the padding that a model ignores: it tries the model with other ids there.
 
 A mask among the inputs says which positions are hidden; its name alone does not show that the model obeys it,
-or which axes of its tensors count positions. So the model runs twice on a few samples, the second time with
-ids of shown positions in place of the hidden ones. If its outputs are equal at all shown positions, and those
-without positions are equal as a whole, it ignores hidden positions. A layer whose vectors at hidden
-positions, and no others, differ has a vector for every position.
+or which axes of its tensors count positions. So the model runs twice on two samples, the second time with
+ids of shown positions in place of the hidden ones. It ignores hidden positions if
+
+1. its outputs are equal at all shown positions, and those without positions are equal as a whole, and
+2. the inputs of its layers are equal at all shown positions: outputs alone may be blind to a change.
+
+A layer whose vectors at hidden positions, and no others, differ has a vector for every position. Where
+anything is in doubt, no position is left out.
 """
 
 from __future__ import annotations
@@ -29,8 +33,11 @@ from onnx_lowrank.files.load import Model
 
 _log = logging.getLogger(__name__)
 
-_SAMPLES, _BATCHES = 4, 64
+_SAMPLES, _BATCHES = 2, 64
+_MEMORY = 2**29
+"""The most bytes of outputs and taps of two samples; a model that gives more is not tried."""
 _EQUAL = 1e-3  # of the largest element: float16 rounds sums of attention in another order
+_SIDES = ("encoder", "decoder")
 
 
 class _Samples(Protocol):
@@ -53,70 +60,94 @@ def find_padding(
         samples: The inputs.
         engine: Runs the model.
     """
-    wanted = specs(model.proto)
-    masks = [spec.name for spec in wanted if named_role(spec) == "mask"]
-    feed = _hiding(masks[0], samples) if len(masks) == 1 else None
-    if feed is None:
+    wanted = {spec.name: spec for spec in specs(model.proto)}
+    masks = [spec for spec in wanted.values() if named_role(spec) == "mask"]
+    tried = _tried(masks[0], wanted, samples) if len(masks) == 1 else None
+    if tried is None:
         return NO_PADDING
-    shown = feed[masks[0]] != 0
-    changed = _changed(feed, wanted, shown)
-    if not changed:
-        return NO_PADDING
+    (feed, changed), mask = tried, masks[0].name
+    shown = feed[mask] != 0
     try:
         with engine.open(model) as run:
-            before, after = run(feed), run({**feed, **changed})
+            before = run(feed)
+            if sum(v.nbytes for v in before.values() if isinstance(v, np.ndarray)) > _MEMORY:
+                return NO_PADDING
+            after = run({**feed, **changed})
     except (UnsupportedError, RejectedError) as error:
-        _log.debug("whether %r hides positions is unknown: %s", masks[0], error)
+        _log.debug("whether %r hides positions is unknown: %s", mask, error)
         return NO_PADDING
     taps = {tap.name for job in jobs for tap, _ in job.sights}
-    axes = _axes({name: pair for name, pair in _pairs(before, after) if name not in taps}, shown)
-    if axes is None:
-        _log.debug("positions that %r hides change other results: they count as all others", masks[0])
+    axes = _axes({name: (value, after[name]) for name, value in before.items() if name not in taps}, shown)
+    follows = {job: _follows(job, before, after, shown) for job in jobs}
+    if axes is None or None in follows.values():
+        _log.debug("positions that %r hides change other results: they count as all others", mask)
         return NO_PADDING
-    layers = {name for job, names in jobs.items() if _follows(job, before, after, shown) for name in names}
-    layers.update(name for name, table in tables.items() if set(table.names) <= changed.keys())
-    _log.debug("positions that %r hides change nothing: %d layers leave them out", masks[0], len(layers))
-    return Padding(masks[0], axes, frozenset(layers))
+    layers = {name for job, names in jobs.items() if follows[job] for name in names}
+    layers.update(
+        name
+        for name, table in tables.items()
+        if all(read in changed and feed[read].shape == shown.shape for read in table.names)
+    )
+    if not layers and not axes:
+        return NO_PADDING
+    _log.debug("positions that %r hides change nothing: %d layers leave them out", mask, len(layers))
+    return Padding(mask, axes, frozenset(layers))
 
 
-def _hiding(mask: str, samples: _Samples) -> Feed | None:
-    """The first few samples that have hidden positions and shown ones; None if none of the first has."""
+def _tried(
+    mask: Spec, wanted: Mapping[str, Spec], samples: _Samples
+) -> tuple[Feed, dict[str, NDArray[Any]]] | None:
+    """A few samples with hidden positions and the inputs to change there; None if there are none.
+
+    Two samples with different masks, as one sample does not show whether a tensor counts samples or positions
+    first; one sample if all batches have only one.
+    """
+    single = None
+    are_single = True
     for batch in islice(samples.batches(_SAMPLES), _BATCHES):
-        values = np.asarray(batch.feed[mask])
-        if values.ndim != 2 or not np.isin(values, (0, 1)).all():
+        shown = np.asarray(batch.feed[mask.name])
+        if shown.ndim != 2 or not np.isin(shown, (0, 1)).all():
             return None
-        if values.any() and not values.all():
-            return batch.feed
-    return None
+        are_single &= len(shown) == 1
+        if not shown.any() or shown.all() or not (changed := _changed(batch.feed, mask, wanted, shown != 0)):
+            continue
+        if len(np.unique(shown, axis=0)) > 1:
+            return batch.feed, changed
+        single = single or (batch.feed, changed)
+    return single if are_single else None
 
 
-def _changed(feed: Feed, wanted: Sequence[Spec], shown: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+def _changed(
+    feed: Feed, mask: Spec, wanted: Mapping[str, Spec], shown: NDArray[np.bool_]
+) -> dict[str, NDArray[Any]]:
     """The inputs with a value for every position, with those of shown positions in place of hidden ones."""
     found = {}
-    for spec in wanted:
-        values = np.asarray(feed[spec.name])
-        if named_role(spec) is None and values.shape[:2] == shown.shape:
-            found[spec.name] = other = values.copy()
-            given = values[shown]
+    for name, spec in wanted.items():
+        values = np.asarray(feed[name])
+        if named_role(spec) is None and values.shape[:2] == shown.shape and _is_masked(spec, mask):
+            other, given = values.copy(), values[shown]
             other[~shown] = given[np.arange(np.count_nonzero(~shown)) % len(given)]
+            if not np.array_equal(other, values):
+                found[name] = other
     return found
 
 
-def _pairs(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> Iterable[tuple[str, tuple[NDArray[Any], NDArray[Any]]]]:
-    """The arrays of numbers of both runs, by name."""
-    for name, value in before.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind not in "OSU":
-            yield name, (value, after[name])
+def _is_masked(spec: Spec, mask: Spec) -> bool:
+    """Whether a mask may belong to an input: not if one is of the encoder and the other of the decoder."""
+    # Their lengths do not show it: by chance, both sides may have as many positions.
+    sides = {name if (name := each.name.lower().split("_")[0]) in _SIDES else "" for each in (spec, mask)}
+    return len(sides) == 1
 
 
-def _axes(
-    outputs: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], shown: NDArray[np.bool_]
-) -> dict[str, int] | None:
-    """The axis of positions of every output that hidden positions change; None if they change others."""
+def _axes(outputs: Mapping[str, tuple[Any, Any]], shown: NDArray[np.bool_]) -> dict[str, int] | None:
+    """The axis of positions of every output that hidden positions change.
+
+    None if they change other elements, and if an output is no array of numbers, which could hide that.
+    """
     found = {}
     for name, (value, other) in outputs.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind in "OSU":
+            return None
         differs = _differs(value, other)
         if not differs.any():
             continue
@@ -128,28 +159,41 @@ def _axes(
     return found
 
 
-def _follows(job: Job, before: Mapping[str, Any], after: Mapping[str, Any], shown: NDArray[np.bool_]) -> bool:
-    """Whether the vectors of a job are those of the positions, and differ at hidden positions alone."""
+def _follows(
+    job: Job, before: Mapping[str, Any], after: Mapping[str, Any], shown: NDArray[np.bool_]
+) -> bool | None:
+    """Whether the vectors of a job are those of the positions, and differ at hidden positions alone.
+
+    None if vectors of shown positions differ: then the model does not ignore hidden ones.
+    """
+    follows = True
     for tap, form in job.sights:
-        if tap.depth:
-            return False
-        rows, others = (np.concatenate([*job.cut(form, made[tap.name])]) for made in (before, after))
-        if len(rows) != shown.size:
-            return False
-        differs = np.array([row.any() for row in _differs(rows, others)])
-        if not differs.any() or differs[shown.ravel()].any():
-            return False
-    return True
+        rows, others = ([*job.cut(form, made[tap.name], tap.depth)] for made in (before, after))
+        if tap.depth or sum(map(len, rows)) != shown.size or sum(map(len, others)) != shown.size:
+            follows = False
+            continue
+        both = zip(rows, others, strict=True)
+        differs = np.concatenate([_differs(a, b).reshape(len(a), -1).any(axis=1) for a, b in both])
+        if differs[shown.ravel()].any():
+            # Positions may come first, and the samples second.
+            if differs[shown.T.ravel()].any():
+                return None
+            follows = False
+        follows &= bool(differs.any())
+    return follows
 
 
 def _differs(value: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each element differs by more than rounding; all do if the shapes differ."""
+    """Whether each element differs, floats by more than rounding; all do if the shapes differ."""
     if value.shape != other.shape:
         return np.ones(value.shape, np.bool_)
-    value, other = value.astype(np.float64), other.astype(np.float64)
+    if value.dtype.kind in "biu":
+        return np.asarray(value != other)
+    if value.dtype.kind != "c" and value.dtype.itemsize < 4:
+        value, other = value.astype(np.float32), other.astype(np.float32)
     finite = np.isfinite(value)
     scale = np.abs(value[finite]).max(initial=0.0)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         is_far = ~(np.abs(value - other) <= _EQUAL * scale)
     # Infinite elements, such as those of masks, are compared as they are.
     is_other: NDArray[np.bool_] = np.where(finite, is_far, (value != other) & ~np.isnan(value))

@@ -55,10 +55,12 @@ class Lookup:
 
         Args:
             feed: The inputs of the model.
-            shown: The indices that count, of their shape; None for all.
+            shown: Whether each index counts; None for all. Indices of another shape all count.
         """
-        which = ... if shown is None else shown
-        found = np.concatenate([indices[which].ravel() for indices in self._indices(feed)])
+        given = self._indices(feed)
+        if shown is not None:
+            given = [indices[shown] if indices.shape == shown.shape else indices for indices in given]
+        found = np.concatenate([indices.ravel() for indices in given])
         return np.bincount(found, minlength=len(self.table))
 
     def _indices(self, feed: Feed) -> list[NDArray[np.int64]]:

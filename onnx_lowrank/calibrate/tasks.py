@@ -40,13 +40,16 @@ class Task:
         number = sizes.pop() if len(sizes) == 1 else 1
         if held not in self._shares:
             self._shares[held] = Accumulator(f"layer {whole(self.layers[0])!r}", *self.job.shape)
-        shown = padding.shown(batch.feed) if padding.layers.issuperset(self.layers) else None
+        given = padding.shown(batch.feed) if padding.layers.issuperset(self.layers) else None
         for tap, form in self.job.sights:
-            value, samples = found[tap.name], None
-            if number > 1 and not tap.depth and value.ndim and len(value) % number == 0:
+            value, samples, shown = found[tap.name], None, None
+            is_cut = not tap.depth and value.ndim and len(value) % number == 0
+            if is_cut and (number > 1 or given is not None):
                 # Samples follow each other, also where their tokens are rows of one axis.
                 span = sum(len(rows) for rows in self.job.cut(form, value[: len(value) // number]))
                 samples = np.repeat(np.arange(number), span)
+                # Not if a feed of other shapes has other vectors than those of positions.
+                shown = given if given is not None and given.size == samples.size else None
             start = 0
             for rows in self.job.cut(form, value, tap.depth):
                 part = slice(start, start + len(rows))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from onnx import ModelProto
 
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.engines.inputs import Spec, outputs
 from onnx_lowrank.engines.made import is_past, is_position, past_axis
+from onnx_lowrank.graph.weights import FLOATS
 
 _READ = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _MASKS = ("attention_mask", "decoder_attention_mask")
@@ -36,7 +39,7 @@ def named_role(spec: Spec) -> str | None:
 
 
 def caches(proto: ModelProto) -> frozenset[str]:
-    """The outputs that a decoder keeps for its next call, like present.0.key; none if there are no others.
+    """The outputs that a decoder keeps for its next call, like present.0.key; none without other floats.
 
     They are keys and values of its layers. The errors there are errors inside the model: they matter as far
     as they change the other outputs, and a decoder has many more of them.
@@ -47,7 +50,13 @@ def caches(proto: ModelProto) -> frozenset[str]:
         for spec in given
         if _PRESENT.match(spec.name.lower()) is not None and (spec.shape is None or len(spec.shape) >= _RANK)
     }
-    return frozenset(found) if len(found) < len(given) else frozenset()
+    others = (spec.dtype for spec in given if spec.name not in found)
+    return frozenset(found) if any(kind is not None and _is_float(kind) for kind in others) else frozenset()
+
+
+def _is_float(kind: np.dtype[Any]) -> bool:
+    # Not its kind: bfloat16 has one of its own.
+    return kind.name in FLOATS.values()
 
 
 def uneven(wanted: Sequence[Spec], feed: Feed) -> str | None:

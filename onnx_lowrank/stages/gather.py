@@ -140,11 +140,12 @@ def _rows(
     beside = None
     if sight.beside is not None:
         beside = tuple(np.concatenate(list(outputs(form, value))) for value in sight.beside)
+    shown = sight.shown if sight.shown is not None and len(sight.shown) == len(y) else None
     start = 0
     for x in patches(form, sight.x_hat):
         part = slice(start, start + len(x))
         start += len(x)
-        kept = slice(None) if sight.shown is None else sight.shown[part]
+        kept = slice(None) if shown is None else shown[part]
         both = None if beside is None else (beside[0][part][kept], beside[1][part][kept])
         yield x[kept], y[part][kept], both
 

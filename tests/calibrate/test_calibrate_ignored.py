@@ -173,3 +173,127 @@ def test_the_report_tells_which_positions_are_left_out():
     ) as result:
         source = result.report.calibration.source
     assert source == "arrays: 40 samples, 8 held out, without the positions that 'attention_mask' hides"
+
+
+CROSS = """g (int64[B,L] input_ids, int64[B,S] encoder_attention_mask, float[B,S,16] encoder_hidden_states)
+    => (float[B,L,16] logits) {
+    x = Gather (words, input_ids)
+    m0 = Cast <to = 1> (encoder_attention_mask) m1 = Sub (one, m0) m2 = Mul (m1, low) m = Unsqueeze (m2, axis)
+    q = MatMul (x, wq) k = MatMul (encoder_hidden_states, wk) v = MatMul (encoder_hidden_states, wv)
+    kt = Transpose <perm = [0, 2, 1]> (k) s0 = MatMul (q, kt) s1 = Add (s0, m) p = Softmax <axis = -1> (s1)
+    c = MatMul (p, v) o = MatMul (c, wo) logits = Add (o, x) }"""
+
+
+def crossed(number, length, source):
+    rng = np.random.default_rng(3)
+    mask = (np.arange(source) < rng.integers(2, source + 1, (number, 1))).astype(np.int64)
+    return {
+        "input_ids": rng.integers(1, WORDS, (number, length)),
+        "encoder_attention_mask": mask,
+        "encoder_hidden_states": rng.standard_normal((number, source, 16)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("length", [6, 8])
+def test_the_mask_of_an_encoder_hides_no_tokens_of_the_decoder(length):
+    """Also where both have as many positions."""
+    found = padding_of(encoder(CROSS), crossed(NUMBER, length, 8))
+    assert found.layers == {"wk", "wv"}
+    assert found.axes == {}
+
+
+def test_feeds_of_other_lengths_count_by_their_own_positions():
+    feeds = [texts(4, seed=seed) for seed in range(8)]
+    feeds += [{name: values[:, :7] for name, values in texts(4, seed=9).items()} for _ in range(2)]
+    with measured(seen(encoder()), feeds) as calibration:
+        known, padding = calibration.statistics["wq"], calibration.statistics.padding
+    assert padding.layers == LAYERS
+    counts = [int(feed["attention_mask"].sum()) for feed in feeds]
+    held = [(n + 1) % 5 == 0 for n in range(10)]
+    assert known.inputs.count == sum(n for n, is_held in zip(counts, held, strict=True) if not is_held)
+    assert known.held.count == sum(n for n, is_held in zip(counts, held, strict=True) if is_held)
+
+
+def test_ids_of_several_codebooks_all_count():
+    """A table with several ids for a position has more vectors than positions."""
+    text = POOLED.replace("int64[B,L] input_ids", "int64[B,L,2] input_ids").replace(
+        "x = Gather (words, input_ids)",
+        "x0 = Gather (words, input_ids) x = ReduceSum <keepdims = 0> (x0, last)",
+    )
+    data = texts(NUMBER)
+    data["input_ids"] = np.stack([data["input_ids"], data["input_ids"][::-1]], axis=2)
+    with measured(seen(encoder(text)), data) as calibration:
+        assert calibration.statistics.padding.layers == LAYERS - {"words"}
+        fit = np.arange(NUMBER) % 5 != 4
+        assert calibration.statistics["words"].outputs.count == 2 * LENGTH * fit.sum()
+
+
+def test_a_layer_that_gets_no_vectors_is_measured_without_padding():
+    """An expert that sees no token of the tried samples."""
+    text = POOLED.replace(
+        "h0 = MatMul (r, w1)",
+        """h0 = MatMul (r, w1) far = Equal (input_ids, rare) where = NonZero (far)
+        at = Transpose <perm = [1, 0]> (where) few = GatherND (r, at) e = MatMul (few, we)
+        """,
+    ).replace(
+        "hidden = Add (f, r)", "hidden0 = Add (f, r) e1 = ScatterND (hidden0, at, e) hidden = Identity (e1)"
+    )
+    data = texts(NUMBER)
+    data["input_ids"][data["input_ids"] == WORDS - 1] = 1
+    data["input_ids"][-2, 0] = WORDS - 1
+    rng = np.random.default_rng(5)
+    proto = encoder(text)
+    for name, values, kind in (
+        ("we", rng.standard_normal((16, 16)), TensorProto.FLOAT),
+        ("rare", np.array(WORDS - 1), TensorProto.INT64),
+    ):
+        proto.graph.initializer.append(helper.make_tensor(name, kind, values.shape, values.ravel().tolist()))
+    found = padding_of(proto, data)
+    assert "we" not in found.layers
+    assert {"wq", "w1"} <= found.layers
+
+
+@pytest.mark.parametrize(
+    ("nodes", "output"),
+    [
+        ("y = SequenceConstruct (pooled)", "seq(float[B,16]) y"),
+        ("sure = Mul (pooled, none) y = Add (sure, one)", "float[B,16] y"),
+        ("big = Mul (pooled, none) far = Add (big, many) y = Cast <to = 7> (far)", "int64[B,16] y"),
+    ],
+    ids=["sequence", "saturated", "integers"],
+)
+def test_an_output_that_is_blind_proves_nothing(nodes, output):
+    """Attention does not obey the mask, which only the layers' inputs show."""
+    text = UNMASKED.replace("(float[B,16] pooled)", f"({output})").replace("number) }", f"number) {nodes} }}")
+    proto = encoder(text)
+    for name, value in (("none", 1e-6), ("many", 30000.0)):
+        proto.graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [], [value]))
+    assert padding_of(proto, texts(NUMBER)) == NO_PADDING
+
+
+def test_positions_before_samples_are_not_taken_for_samples():
+    """PyTorch's attention computes with the positions first."""
+    text = POOLED.replace(
+        "h0 = MatMul (r, w1)",
+        "t = Transpose <perm = [1, 0, 2]> (r) g0 = MatMul (t, w1) h0 = Transpose <perm = [1, 0, 2]> (g0)",
+    )
+    assert padding_of(encoder(text), texts(NUMBER)).layers == LAYERS - {"w1"}
+    feeds = [texts(5, seed=seed) for seed in range(8)]
+    feeds[0] = {name: values[:1] for name, values in feeds[0].items()}
+    assert padding_of(encoder(text), feeds).layers == LAYERS - {"w1"}
+
+
+def test_single_samples_are_enough_where_all_feeds_have_one():
+    feeds = [{name: values[n : n + 1] for name, values in texts(NUMBER).items()} for n in range(NUMBER)]
+    assert padding_of(encoder(), feeds).layers == LAYERS
+
+
+def test_padding_with_the_ids_of_the_text_is_not_tried():
+    data = texts(NUMBER)
+    data["input_ids"][:] = 7
+    assert padding_of(encoder(HIDDEN_STATES), data) == NO_PADDING
+
+
+def test_a_model_with_large_outputs_is_not_tried(monkeypatch):
+    monkeypatch.setattr("onnx_lowrank.calibrate.ignored._MEMORY", 100)
+    assert padding_of(encoder(), texts(NUMBER)) == NO_PADDING

@@ -57,3 +57,11 @@ def test_a_cache_of_unknown_rank_is_one():
 
 def test_a_model_that_gives_nothing_else_is_judged_by_it():
     assert caches(graph(**{"present.0.key": CACHE, "present.0.value": CACHE})) == frozenset()
+
+
+def test_a_model_that_gives_only_integers_beside_is_judged_by_its_caches():
+    proto = graph(ids=[None, None], **{"present.0.key": CACHE})
+    proto.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    assert caches(proto) == frozenset()
+    proto.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    assert caches(proto) == {"present.0.key"}
