@@ -9,6 +9,7 @@ Rules:
 3. Layers in functions and in the bodies of other operators cannot be tapped: there is no way for a tensor
    to leave them. They are listed with the reason.
 4. Nodes and outputs are only appended, so every place of the model is the same place in the copy.
+5. Dropout passes its input on (`probe.inference`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from onnx_lowrank.graph.scopes import Scope, scopes
 from onnx_lowrank.graph.walk import FreeNames, Place, Walk, is_op, label
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
+from onnx_lowrank.probe.inference import without_dropout
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class _Taps:
     def __init__(self, model: Model, walk: Walk) -> None:
         self.proto = ModelProto()
         self.proto.CopyFrom(model.proto)
+        without_dropout(self.proto.graph)
         self._walk = walk
         self._scopes: dict[str, Scope] = {scope.path: scope for scope in scopes(self.proto)}
         self._unique = FreeNames(walk).unique

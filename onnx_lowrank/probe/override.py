@@ -35,6 +35,7 @@ from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import read
 from onnx_lowrank.operators import registry
+from onnx_lowrank.probe.inference import without_dropout
 from onnx_lowrank.probe.segments import Substitute
 
 _FIRST_IR = 4
@@ -199,6 +200,7 @@ def _copy(source: ModelProto) -> ModelProto:
     """A copy of a model without initializers that are inputs (rule 4)."""
     proto = ModelProto()
     proto.CopyFrom(source)
+    without_dropout(proto.graph)
     proto.ir_version = max(proto.ir_version, _FIRST_IR)
     stored = {tensor.name for tensor in proto.graph.initializer}
     stored |= {tensor.values.name for tensor in proto.graph.sparse_initializer}

@@ -29,6 +29,7 @@ from onnx_lowrank.graph.walk import Walk, is_op
 from onnx_lowrank.graph.weights import dtype_of, viewed
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
+from onnx_lowrank.probe.inference import without_dropout
 
 # fmt: off
 RANDOM = frozenset({
@@ -212,6 +213,7 @@ class Segments:
             self._entries.get(name) or make_tensor_value_info(name, kinds[name], None) for name in inputs
         )
         graph.output.extend(ValueInfoProto(name=name) for name in outputs)
+        without_dropout(graph)
         return Segment(self._alone(graph), inputs, outputs)
 
     def _alone(self, graph: GraphProto) -> Model:

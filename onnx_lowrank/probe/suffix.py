@@ -19,6 +19,7 @@ from onnx.helper import make_tensor_value_info
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.probe.inference import without_dropout
 from onnx_lowrank.probe.segments import RANDOM
 
 
@@ -68,6 +69,7 @@ class Cuts:
         """A copy of the model that also returns some of its tensors."""
         proto = ModelProto()
         proto.CopyFrom(self._model.proto)
+        without_dropout(proto.graph)
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)
         return replace(self._model, proto=proto, path=None)
