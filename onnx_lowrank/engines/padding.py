@@ -49,7 +49,10 @@ class Padding:
             feed: The inputs that gave it.
         """
         shown, axis = self.shown(feed), self.axes.get(output)
-        if shown is None or axis is None or (len(values), values.shape[axis]) != shown.shape:
+        if shown is None or axis is None:
+            return values
+        # Slices, as another feed may give an output of fewer axes.
+        if values.shape[:1] + values.shape[axis : axis + 1] != shown.shape:
             return values
         hidden = np.array(values)
         np.moveaxis(hidden, axis, 1)[~shown] = np.nan

@@ -28,6 +28,8 @@ def test_hidden_positions_are_not_numbers():
         (Padding("mask", {"other": 1}), (3, 4, 5)),
         (Padding("mask", {"y": 1}), (3, 5, 4)),
         (Padding("absent", {"y": 1}), (3, 4, 5)),
+        (Padding("mask", {"y": 2}), (3, 4)),
+        (Padding("mask", {"y": 1}), ()),
     ],
 )
 def test_outputs_without_positions_stay(padding, shape):
