@@ -71,6 +71,7 @@ def find_padding(
         with engine.open(model) as run:
             before = run(feed)
             if sum(v.nbytes for v in before.values() if isinstance(v, np.ndarray)) > _MEMORY:
+                _log.debug("whether %r hides positions is not tried: the model gives too much", mask)
                 return NO_PADDING
             after = run({**feed, **changed})
     except (UnsupportedError, RejectedError) as error:
