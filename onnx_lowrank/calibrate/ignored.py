@@ -14,16 +14,16 @@ anything is in doubt, no position is left out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.jobs import Job
 from onnx_lowrank.calibrate.lookups import Lookup
-from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.calibrate.shares import Samples
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import Spec, specs
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
@@ -40,15 +40,11 @@ _EQUAL = 1e-3  # of the largest element: float16 rounds sums of attention in ano
 _SIDES = ("encoder", "decoder")
 
 
-class _Samples(Protocol):
-    def batches(self, size: int) -> Iterable[Batch]: ...
-
-
 def find_padding(
     model: Model,
     jobs: Mapping[Job, Sequence[str]],
     tables: Mapping[str, Lookup],
-    samples: _Samples,
+    samples: Samples,
     engine: Engine,
 ) -> Padding:
     """Find the padding of calibration inputs; none where hidden positions change a result.
@@ -96,7 +92,7 @@ def find_padding(
 
 
 def _tried(
-    mask: Spec, wanted: Mapping[str, Spec], samples: _Samples
+    mask: Spec, wanted: Mapping[str, Spec], samples: Samples
 ) -> tuple[Feed, dict[str, NDArray[Any]]] | None:
     """A few samples with hidden positions and the inputs to change there; None if there are none.
 

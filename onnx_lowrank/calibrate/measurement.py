@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from math import ceil
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, takes_outp
 from onnx_lowrank.calibrate.lookups import Counts, Lookup, lookup
 from onnx_lowrank.calibrate.parts import Part, split
 from onnx_lowrank.calibrate.relay import Relay
-from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.calibrate.shares import Batch, Samples
 from onnx_lowrank.calibrate.tasks import Lookups, Task
 from onnx_lowrank.core.factors import Fit, Moments
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
@@ -61,17 +61,6 @@ _TAPPED = 2**28
 """The approximate bytes of the tapped tensors of one batch."""
 
 _GROWTH, _SHARE = 32, 4  # a first convolution makes 64 channels of 3; a batch may take 4 times _TAPPED
-
-
-class Samples(Protocol):
-    """Calibration inputs that can be read repeatedly."""
-
-    @property
-    def count(self) -> int:
-        """Number of samples."""
-
-    def batches(self, size: int) -> Iterable[Batch]:
-        """The samples, in batches of at most `size` if the model allows that."""
 
 
 class Statistics(Mapping[str, LayerMoments]):

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.measurement import Samples
-from onnx_lowrank.calibrate.shares import spaced
+from onnx_lowrank.calibrate.shares import Samples, spaced
 from onnx_lowrank.calibrate.tails import Tails
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING, Padding

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,17 @@ class Batch:
 
     feed: Feed
     held: bool
+
+
+class Samples(Protocol):
+    """Calibration inputs that can be read repeatedly."""
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+
+    def batches(self, size: int) -> Iterable[Batch]:
+        """The samples, in batches of at most `size` if the model allows that."""
 
 
 def spaced(total: int, most: int | None) -> NDArray[np.intp]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.jobs import Job
 from onnx_lowrank.calibrate.lookups import Counts, Lookup
@@ -40,7 +41,7 @@ class Task:
         number = sizes.pop() if len(sizes) == 1 else 1
         if held not in self._shares:
             self._shares[held] = Accumulator(f"layer {whole(self.layers[0])!r}", *self.job.shape)
-        given = padding.shown(batch.feed) if padding.layers.issuperset(self.layers) else None
+        given = self._shown(batch, padding)
         for tap, form in self.job.sights:
             value, samples, shown = found[tap.name], None, None
             is_cut = not tap.depth and value.ndim and len(value) % number == 0
@@ -57,6 +58,10 @@ class Task:
                 kept = slice(None) if shown is None else shown.ravel()[part]
                 self._shares[held].add(rows[kept], None if samples is None else samples[part][kept])
         self._shares[held].close_block()
+
+    def _shown(self, batch: Batch, padding: Padding) -> NDArray[np.bool_] | None:
+        """Whether each position counts for the layers, shape (samples, positions); None if all do."""
+        return padding.shown(batch.feed) if padding.layers.issuperset(self.layers) else None
 
     def moments(self) -> tuple[Moments | None, Moments | None]:
         """The moments of the samples to fit to and of the held-out ones; frees the memory of the sums."""
@@ -91,5 +96,5 @@ class Lookups(Task):
         """
         rows = zip(self.job.sights, self._table.rows(batch.feed), strict=True)
         self.add({tap.name: values for (tap, _), values in rows}, batch, padding)
-        shown = padding.shown(batch.feed) if padding.layers.issuperset(self.layers) else None
-        self.counts[batch.held] = self.counts.get(batch.held, 0) + self._table.counts(batch.feed, shown)
+        counts = self._table.counts(batch.feed, self._shown(batch, padding))
+        self.counts[batch.held] = self.counts.get(batch.held, 0) + counts

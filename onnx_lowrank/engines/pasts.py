@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from onnx import ModelProto
 
 from onnx_lowrank.engines.engine import Feed
@@ -50,13 +48,8 @@ def caches(proto: ModelProto) -> frozenset[str]:
         for spec in given
         if _PRESENT.match(spec.name.lower()) is not None and (spec.shape is None or len(spec.shape) >= _RANK)
     }
-    others = (spec.dtype for spec in given if spec.name not in found)
-    return frozenset(found) if any(kind is not None and _is_float(kind) for kind in others) else frozenset()
-
-
-def _is_float(kind: np.dtype[Any]) -> bool:
-    # Not its kind: bfloat16 has one of its own.
-    return kind.name in FLOATS.values()
+    others = {spec.dtype.name for spec in given if spec.name not in found and spec.dtype is not None}
+    return frozenset() if others.isdisjoint(FLOATS.values()) else frozenset(found)
 
 
 def uneven(wanted: Sequence[Spec], feed: Feed) -> str | None:
