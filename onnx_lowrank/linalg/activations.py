@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Array, Factors, Moments
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.linalg import projection
-from onnx_lowrank.linalg.backend import Backend, array_namespace
+from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvectors
 from onnx_lowrank.linalg.factorize import balance
 from onnx_lowrank.linalg.folding import compose, split, unfold
 from onnx_lowrank.linalg.narrowing import Way
@@ -175,7 +175,7 @@ def output_fit(
     with backend.alone():
         array = backend.asarray(second)
         xp = array_namespace(array)
-        _, vectors = xp.linalg.eigh(array)
+        vectors = eigenvectors(array)
         left = vectors[:, None, :, vectors.shape[-1] - j :]
         right = xp.matmul(xp.matrix_transpose(left), backend.asarray(matrices)[:, None])
         return _factors(_product_svd(left, right), Fold.ENCODE, weight.shape, backend)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Array, Certificate, Factors
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.linalg.backend import Backend, array_namespace
+from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvectors
 from onnx_lowrank.linalg.folding import compose, fold, split
 
 _UNIT = 2.0**-53  # unit roundoff u of float64
@@ -79,7 +79,7 @@ def _gram_svd(matrices: Array, j: int) -> tuple[Array, Array, Array]:
     if rows > cols:
         v, sigma, ut = _gram_svd(xp.matrix_transpose(matrices), j)
         return xp.matrix_transpose(ut), sigma, xp.matrix_transpose(v)
-    _, vectors = xp.linalg.eigh(xp.matmul(matrices, xp.matrix_transpose(matrices)))
+    vectors = eigenvectors(xp.matmul(matrices, xp.matrix_transpose(matrices)))
     u = xp.flip(vectors[..., rows - j :], axis=-1)
     projected = xp.matmul(xp.matrix_transpose(u), matrices)
     sigma = xp.linalg.vector_norm(projected, axis=-1)

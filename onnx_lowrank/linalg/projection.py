@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.backend import Backend, array_namespace, solve_triangular
+from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvectors, solve_triangular
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.quadratic import Quadratic
 from onnx_lowrank.linalg.spectra import diagonal_blocks
@@ -97,7 +97,7 @@ def encoder(problem: Problem, j: int) -> Array:
     matrices = problem.optimum
     if matrices.shape[-2] > q:
         _, matrices = xp.linalg.qr(matrices)
-    _, vectors = xp.linalg.eigh(matrices @ columns @ xp.matrix_transpose(matrices))
+    vectors = eigenvectors(matrices @ columns @ xp.matrix_transpose(matrices))
     u = xp.flip(vectors[..., vectors.shape[-1] - j :], axis=-1)
     return xp.matmul(xp.matrix_transpose(u), matrices)
 

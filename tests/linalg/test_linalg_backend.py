@@ -16,6 +16,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg.backend import (
     Backend,
     array_namespace,
+    eigenvectors,
     of_each,
     one_blas_thread,
     resolve,
@@ -152,6 +153,33 @@ def test_matrices_of_a_stack_give_the_same_bits_one_by_one(stack, size):
     assert (whole == np.linalg.svdvals(matrices)).all()
     assert (parts == whole).all()
     assert counts == ([int(np.prod(stack))] if size == 300 and np.prod(stack) > 1 else [])
+
+
+@pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
+@pytest.mark.parametrize("size", [4, 300])
+def test_eigenvectors_diagonalize_every_matrix(stack, size):
+    check_eigenvectors(CPU, stack, size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
+@pytest.mark.parametrize("size", [4, 300])
+def test_a_gpu_solves_small_stacks_and_large_matrices(stack, size, cuda):
+    check_eigenvectors(cuda, stack, size)
+
+
+def check_eigenvectors(backend, stack, size):
+    half = np.random.default_rng(1).standard_normal((*stack, size, size))
+    matrices = half @ np.swapaxes(half, -1, -2)
+    values = backend.to_numpy(of_each(backend.xp.linalg.eigvalsh, backend.asarray(matrices), backend))
+    vectors = backend.to_numpy(eigenvectors(backend.asarray(matrices)))
+    assert (np.diff(values) > 0).all()
+    np.testing.assert_allclose(
+        np.swapaxes(vectors, -1, -2) @ matrices @ vectors,
+        values[..., None] * np.eye(size),
+        rtol=0,
+        atol=1e-10 * np.max(values),
+    )
 
 
 def check_triangular(backend):
