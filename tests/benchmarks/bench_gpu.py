@@ -11,9 +11,8 @@ language model has it. The jobs:
 - `command-cuda`, `command-cpu`: the whole command at ratio 0.5, validation included.
 
 A loop over layers stops at the limit; then the JSON has the share of the layers that it did. Beside the times
-stands the floor: the operations of the Gram matrices and of their tridiagonal forms (n² m and 4/3 n³; G. Golub
-and C. Van Loan, Matrix Computations, 4th ed., section 8.3) over the measured rate of a float64 product on the
-GPU.
+stands the floor: the operations of the Gram matrices (n² m) and of their tridiagonal forms (4/3 n³; G. Golub
+and C. Van Loan, Matrix Computations, 4th ed., section 8.3), over the measured rate of a float64 product.
 """
 
 from __future__ import annotations
