@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.calibrate.measurement import Statistics
 from onnx_lowrank.calibrate.originals import Originals
+from onnx_lowrank.calibrate.shares import Samples as Batches
+from onnx_lowrank.calibrate.trimming import Trimmed
 from onnx_lowrank.engines.running import Engine
 
 
@@ -25,3 +27,14 @@ class Calibration:
     engine: Engine
     statistics: Statistics
     originals: Originals = field(default_factory=Originals)
+
+    @property
+    def trimmed(self) -> Batches:
+        """The samples without removable padding, for sums over the vectors of layers."""
+        return Trimmed(self.samples, self.statistics.padding)
+
+    @property
+    def compared(self) -> Batches:
+        """The samples for comparisons of outputs."""
+        # The mean of every position's output needs outputs of one shape.
+        return self.samples if self.statistics.padding.axes else self.trimmed

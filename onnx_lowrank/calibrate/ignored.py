@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.calibrate.differences import differs
 from onnx_lowrank.calibrate.jobs import Job
 from onnx_lowrank.calibrate.lookups import Lookup
 from onnx_lowrank.calibrate.shares import Samples
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.calibrate.trimming import removable
+from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import Spec, specs
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.pasts import named_role
@@ -36,7 +39,6 @@ _log = logging.getLogger(__name__)
 _SAMPLES, _BATCHES = 2, 64
 _MEMORY = 2**29
 """The most bytes of outputs and taps of two samples; a model that gives more is not tried."""
-_EQUAL = 1e-3  # of the largest element: float16 rounds sums of attention in another order
 _SIDES = ("encoder", "decoder")
 
 
@@ -61,18 +63,30 @@ def find_padding(
     tried = _tried(masks[0], wanted, samples) if len(masks) == 1 else None
     if tried is None:
         return NO_PADDING
-    (feed, changed), mask = tried, masks[0].name
-    shown = feed[mask] != 0
     try:
         with engine.open(model) as run:
-            before = run(feed)
-            if sum(v.nbytes for v in before.values() if isinstance(v, np.ndarray)) > _MEMORY:
-                _log.debug("whether %r hides positions is not tried: the model gives too much", mask)
-                return NO_PADDING
-            after = run({**feed, **changed})
+            return _found(run, masks[0].name, *tried, jobs, tables, tuple(wanted.values()))
     except (UnsupportedError, RejectedError) as error:
-        _log.debug("whether %r hides positions is unknown: %s", mask, error)
+        _log.debug("whether %r hides positions is unknown: %s", masks[0].name, error)
         return NO_PADDING
+
+
+def _found(
+    run: Run,
+    mask: str,
+    feed: Feed,
+    changed: Mapping[str, NDArray[Any]],
+    jobs: Mapping[Job, Sequence[str]],
+    tables: Mapping[str, Lookup],
+    wanted: tuple[Spec, ...],
+) -> Padding:
+    """The padding of a feed, by a run with the changed inputs."""
+    shown = feed[mask] != 0
+    before = run(feed)
+    if sum(v.nbytes for v in before.values() if isinstance(v, np.ndarray)) > _MEMORY:
+        _log.debug("whether %r hides positions is not tried: the model gives too much", mask)
+        return NO_PADDING
+    after = run({**feed, **changed})
     taps = {tap.name for job in jobs for tap, _ in job.sights}
     axes = _axes({name: (value, after[name]) for name, value in before.items() if name not in taps}, shown)
     follows = {job: _follows(job, before, after, shown) for job in jobs}
@@ -87,8 +101,15 @@ def find_padding(
     )
     if not layers and not axes:
         return NO_PADDING
-    _log.debug("positions that %r hides change nothing: %d layers leave them out", mask, len(layers))
-    return Padding(mask, axes, frozenset(layers))
+    padding = Padding(mask, axes, frozenset(layers))
+    trimmed = replace(padding, removable=removable(run, padding, feed, jobs, wanted))
+    _log.debug(
+        "positions that %r hides change nothing: %d layers leave them out%s",
+        mask,
+        len(layers),
+        ", and runs end with the last shown one" if trimmed.removable else "",
+    )
+    return trimmed
 
 
 def _tried(
@@ -145,11 +166,11 @@ def _axes(outputs: Mapping[str, tuple[Any, Any]], shown: NDArray[np.bool_]) -> d
     for name, (value, other) in outputs.items():
         if not isinstance(value, np.ndarray) or value.dtype.kind in "OSU":
             return None
-        differs = _differs(value, other)
-        if not differs.any():
+        changed = differs(value, other)
+        if not changed.any():
             continue
         fit = [axis for axis in range(1, value.ndim) if (len(value), value.shape[axis]) == shown.shape]
-        axis = next((axis for axis in fit if not np.moveaxis(differs, axis, 1)[shown].any()), None)
+        axis = next((axis for axis in fit if not np.moveaxis(changed, axis, 1)[shown].any()), None)
         if axis is None:
             return None
         found[name] = axis
@@ -170,28 +191,11 @@ def _follows(
             follows = False
             continue
         both = zip(rows, others, strict=True)
-        differs = np.concatenate([_differs(a, b).reshape(len(a), -1).any(axis=1) for a, b in both])
-        if differs[shown.ravel()].any():
+        changed = np.concatenate([differs(a, b).reshape(len(a), -1).any(axis=1) for a, b in both])
+        if changed[shown.ravel()].any():
             # Positions may come first, and the samples second.
-            if differs[shown.T.ravel()].any():
+            if changed[shown.T.ravel()].any():
                 return None
             follows = False
-        follows &= bool(differs.any())
+        follows &= bool(changed.any())
     return follows
-
-
-def _differs(value: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each element differs, floats by more than rounding; all do if the shapes differ."""
-    if value.shape != other.shape:
-        return np.ones(value.shape, np.bool_)
-    if value.dtype.kind in "biu":
-        return np.asarray(value != other)
-    if value.dtype.kind != "c" and value.dtype.itemsize < 4:
-        value, other = value.astype(np.float32), other.astype(np.float32)
-    finite = np.isfinite(value)
-    scale = np.abs(value[finite]).max(initial=0.0)
-    with np.errstate(invalid="ignore", over="ignore"):
-        is_far = ~(np.abs(value - other) <= _EQUAL * scale)
-    # Infinite elements, such as those of masks, are compared as they are.
-    is_other: NDArray[np.bool_] = np.where(finite, is_far, (value != other) & ~np.isnan(value))
-    return is_other

@@ -30,6 +30,7 @@ from onnx_lowrank.calibrate.parts import Part, split
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch, Samples
 from onnx_lowrank.calibrate.tasks import Lookups, Task
+from onnx_lowrank.calibrate.trimming import Trimmed
 from onnx_lowrank.core.factors import Fit, Moments
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
@@ -271,6 +272,10 @@ class _Measurement:
         self._look_up(known, counted, memory)
         self._statistics.join(parts)
 
+    @property
+    def _trimmed(self) -> Samples:
+        return Trimmed(self._samples, self._statistics.padding)
+
     def _look_up(self, bindings: Mapping[str, Binding], counted: set[str], memory: int) -> None:
         """Measure the rows of tables that the inputs look up, and count those of some; nothing runs."""
         jobs: dict[Job, str] = {}
@@ -283,7 +288,7 @@ class _Measurement:
             jobs[Job(sights, True, measured_shape(binding.layer, of_outputs=True))] = name
         for group in grouped(jobs, memory):
             tasks = [Lookups(job, jobs[job], self._tables[jobs[job]]) for job in group]
-            for batch in self._samples.batches(self._statistics.batch):
+            for batch in self._trimmed.batches(self._statistics.batch):
                 look_up = partial(Lookups.look_up, batch=batch, padding=self._statistics.padding)
                 self._threads.each(look_up, tasks)
             for task in tasks:
@@ -368,7 +373,7 @@ class _Measurement:
             self._sizes.append(size)
             self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
-            for done, batch in enumerate(self._samples.batches(size), 1):
+            for done, batch in enumerate(self._trimmed.batches(size), 1):
                 found = run(batch.feed) if relay is None else relay.run(run, done, batch.feed)
                 _add(tasks, found, batch, self._statistics.padding, self._threads)
                 self._step((number + done / (max(done, expected) + 1)) / passes)

@@ -63,7 +63,7 @@ def _measured(
     tapped = Cuts(model, walk).returning(name for name in names if name not in given)
     sums = np.zeros((len(blocks), 2))
     with calibration.engine.open(tapped) as run:
-        for batch in calibration.samples.batches(calibration.statistics.batch):
+        for batch in calibration.trimmed.batches(calibration.statistics.batch):
             if batch.held:
                 continue
             made = {**batch.feed, **run(batch.feed)}

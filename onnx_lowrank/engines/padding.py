@@ -27,11 +27,14 @@ class Padding:
             counts the samples.
         layers: The layers with a vector for every position, samples first. Hidden positions change no other
             vector of theirs.
+        removable: The inputs, with the mask, whose second axis counts positions and may end behind the last
+            shown one; none if the model needs all positions.
     """
 
     mask: str = ""
     axes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     layers: frozenset[str] = frozenset()
+    removable: frozenset[str] = frozenset()
 
     def shown(self, feed: Feed) -> NDArray[np.bool_] | None:
         """Whether each position counts, shape (samples, positions); None if all do."""
@@ -39,6 +42,19 @@ class Padding:
             return None
         shown = np.asarray(feed[self.mask]) != 0
         return None if shown.all() else shown
+
+    def ends(self, feed: Feed) -> NDArray[np.intp]:
+        """The number of positions up to the last shown one, at least 1, of every sample: shape (samples,)."""
+        shown = np.asarray(feed[self.mask]) != 0
+        ends: NDArray[np.intp] = np.where(shown, np.arange(1, shown.shape[1] + 1), 1).max(axis=1, initial=1)
+        return ends
+
+    def trim(self, feed: Feed) -> Feed:
+        """A feed without the positions behind the last one that a sample shows, if they are removable."""
+        if not self.removable:
+            return feed
+        end = int(self.ends(feed).max())
+        return {name: array[:, :end] if name in self.removable else array for name, array in feed.items()}
 
     def hide(self, output: str, values: NDArray[Any], feed: Feed) -> NDArray[Any]:
         """An output with NaN at hidden positions, which leaves them out of comparisons.

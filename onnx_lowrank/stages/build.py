@@ -209,7 +209,7 @@ def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputE
         # Not opened before a batch needs it: an earlier comparison may have computed all outputs.
         original = cache(lambda: stack.enter_context(engine.open(model)))
         compressed = stack.enter_context(engine.open(built.rewritten.model))
-        for number, batch in enumerate(samples.batches(calibration.statistics.batch)):
+        for number, batch in enumerate(calibration.compared.batches(calibration.statistics.batch)):
             if batch.held or not samples.held:
                 feed = batch.feed
                 wanted = originals.outputs(number, partial(_run, original, feed))

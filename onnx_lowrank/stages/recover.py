@@ -126,8 +126,7 @@ def recover(
     Raises:
         InputError: The model fails on the calibration inputs, or the disk is full.
     """
-    samples, statistics = calibration.samples, calibration.statistics
-    batches = samples.batches(statistics.batch)
+    batches = calibration.trimmed.batches(calibration.statistics.batch)
     waiting: deque[tuple[Binding, Recovered]] = deque()
     encoders = Encoders(model, walk, bindings, options, executor.threads)
     narrowed = narrow_layers((binding.layer, options.get(binding.layer.id)) for binding in bindings)

@@ -8,8 +8,10 @@ from onnx import TensorProto, helper
 
 import onnx_lowrank
 from calibrating import measured, seen
-from onnx_lowrank.calibrate.ignored import _axes, _differs
-from onnx_lowrank.engines.padding import NO_PADDING
+from onnx_lowrank.calibrate import ignored
+from onnx_lowrank.calibrate.differences import differs
+from onnx_lowrank.calibrate.ignored import _axes
+from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from padded import HIDDEN_STATES, LENGTH, POOLED, UNMASKED, WORDS, encoder, texts, weights
 
 NUMBER = 40
@@ -155,16 +157,16 @@ def test_the_axis_of_a_cache_is_the_third():
 
 def test_rounding_is_no_difference():
     value = np.array([1.0, -3.0, np.inf, np.nan, 0.0])
-    assert not _differs(value, value * (1 + 1e-5)).any()
-    assert _differs(value, np.array([1.0, -3.0, 1.0, np.nan, 0.1])).tolist() == [
+    assert not differs(value, value * (1 + 1e-5)).any()
+    assert differs(value, np.array([1.0, -3.0, 1.0, np.nan, 0.1])).tolist() == [
         False,
         False,
         True,
         False,
         True,
     ]
-    assert _differs(value, np.array([1.0, np.nan, np.inf, np.nan, 0.0])).tolist()[1]
-    assert _differs(value, value[:3]).all()
+    assert differs(value, np.array([1.0, np.nan, np.inf, np.nan, 0.0])).tolist()[1]
+    assert differs(value, value[:3]).all()
 
 
 def test_the_report_tells_which_positions_are_left_out():
@@ -297,3 +299,80 @@ def test_padding_with_the_ids_of_the_text_is_not_tried():
 def test_a_model_with_large_outputs_is_not_tried(monkeypatch):
     monkeypatch.setattr("onnx_lowrank.calibrate.ignored._MEMORY", 100)
     assert padding_of(encoder(), texts(NUMBER)) == NO_PADDING
+
+
+def test_runs_end_with_the_last_shown_position():
+    found = padding_of(encoder(), texts(NUMBER))
+    assert found.removable == {"input_ids", "attention_mask"}
+    data = texts(NUMBER)
+    trimmed = found.trim({name: values[:3] for name, values in data.items()})
+    length = data["attention_mask"][:3].sum(axis=1).max()
+    assert {name: values.shape for name, values in trimmed.items()} == {
+        "input_ids": (3, length),
+        "attention_mask": (3, length),
+    }
+
+
+def test_every_sample_ends_with_its_last_shown_position_and_has_one_at_least():
+    padding = Padding("m", removable=frozenset({"m", "i"}))
+    feed = {"m": np.array([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]), "i": np.arange(12).reshape(3, 4)}
+    assert padding.ends(feed).tolist() == [2, 1, 3]
+    assert padding.trim(feed)["i"].tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("int64[B,L] input_ids", "int64[B,10] input_ids"),
+        ("h0 = MatMul (r, w1)", "flat = Reshape (r, rows) g0 = MatMul (flat, w1) h0 = Reshape (g0, back)"),
+        ("pooled = Div (total, number)", "s = Shape (x) n0 = Gather (s, one_axis) n = Cast <to = 1> (n0) "
+         "p0 = Div (total, number) pooled = Mul (p0, n)"),
+    ],
+    ids=["fixed input", "constant in a Reshape", "number of positions in the result"],
+)  # fmt: skip
+def test_a_model_that_needs_all_positions_keeps_them(old, new):
+    proto = encoder(POOLED.replace(old, new))
+    for name, sizes in (("rows", [-1, 16]), ("back", [-1, LENGTH, 40]), ("one_axis", [1])):
+        proto.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(sizes)], sizes))
+    found = padding_of(proto, texts(NUMBER))
+    assert found.layers == LAYERS
+    assert found.removable == frozenset()
+
+
+@pytest.mark.parametrize("text", [POOLED, HIDDEN_STATES], ids=["pooled", "hidden"])
+def test_texts_of_like_length_share_a_batch_and_all_are_seen_once(text):
+    data = texts(NUMBER) | {"input_ids": np.arange(NUMBER * LENGTH).reshape(NUMBER, LENGTH) % WORDS}
+    lengths = data["attention_mask"].sum(axis=1)
+    with measured(seen(encoder(text)), data) as calibration:
+        batches = list(calibration.trimmed.batches(4))
+        compared = list(calibration.compared.batches(4))
+    assert calibration.trimmed.count == NUMBER
+    seen_rows = [tuple(row[:3]) for batch in batches for row in batch.feed["input_ids"]]
+    assert sorted(seen_rows) == sorted(tuple(row[:3]) for row in data["input_ids"])
+    assert sum(len(batch.feed["input_ids"]) for batch in batches if batch.held) == NUMBER // 5
+    taken = sum(batch.feed["input_ids"].size for batch in batches)
+    assert lengths.sum() <= taken < 0.5 * (lengths.sum() + NUMBER * LENGTH)
+    widths = {batch.feed["input_ids"].shape[1] for batch in compared}
+    assert (widths == {LENGTH}) == (text is HIDDEN_STATES)
+
+
+def test_feeds_of_one_sample_are_trimmed_alone():
+    data = texts(NUMBER)
+    feeds = [{name: values[n : n + 1] for name, values in data.items()} for n in range(NUMBER)]
+    with measured(seen(encoder()), feeds) as calibration:
+        found = [batch.feed["input_ids"].shape for batch in calibration.trimmed.batches(1)]
+    assert sorted(found) == sorted((1, length) for length in data["attention_mask"].sum(axis=1))
+
+
+def test_trimmed_samples_give_the_same_moments(monkeypatch):
+    data = texts(NUMBER)
+    with measured(seen(encoder()), data) as calibration:
+        trimmed = {name: calibration.statistics[name] for name in LAYERS - {"words"}}
+    monkeypatch.setattr(ignored, "removable", lambda *_: frozenset())
+    with measured(seen(encoder()), data) as calibration:
+        assert calibration.statistics.padding.removable == frozenset()
+        for name, known in trimmed.items():
+            other = calibration.statistics[name]
+            assert known.inputs.count == other.inputs.count
+            np.testing.assert_allclose(known.inputs.second, other.inputs.second, rtol=1e-4, atol=1e-5)
+            assert known.inputs.independent == pytest.approx(other.inputs.independent, rel=1e-3)
