@@ -6,9 +6,10 @@ the unchanged model:
 
     error = mean over the float outputs of Σ ‖y − ŷ‖² / Σ ‖y − ȳ‖²,
 
-with the mean output ȳ over the samples. For an output that does not vary, the denominator is Σ ‖y‖². Outputs
-that are not float, that are all zero, or whose shape a substitute changes are left out; so are the caches of
-a decoder (`engines.pasts.caches`): errors of keys and values count by the scores that they change.
+with the mean output ȳ over the samples. For an output that does not vary, the denominator is Σ ‖y‖². The
+scores of a language model are compared as distributions (`calibrate.divergence`). Outputs that are not float,
+that are all zero, or whose shape a substitute changes are left out; so are the caches of a decoder
+(`engines.pasts.caches`): errors of keys and values count by the scores that they change.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.calibrate.divergence import are_token_scores, divergence, log_shares
+from onnx_lowrank.calibrate.divergence import spread as divergence_spread
 from onnx_lowrank.calibrate.shares import Samples, spaced
 from onnx_lowrank.calibrate.tails import Tails
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
@@ -194,13 +197,22 @@ class _Output:
 
     Attributes:
         name: The name of the output.
-        values: Its values in every batch; NaN where they do not count.
-        power: Σ ‖y − ȳ‖², or Σ ‖y‖² if that is zero.
+        values: Its values in every batch, log p for scores of tokens; NaN where they do not count.
+        power: Σ ‖y − ȳ‖², or Σ ‖y‖² if that is zero; Σ KL(p ‖ p̄) for scores of tokens.
+        has_scores: Whether it holds scores of tokens.
     """
 
     name: str
     values: Sequence[NDArray[Any]]
     power: float
+    has_scores: bool = False
+
+    def residual(self, batch: int, given: Any) -> float:
+        """The error of one batch before it is divided; infinite if it is not finite, NaN for other shapes."""
+        wanted = self.values[batch]
+        if given.shape != wanted.shape:
+            return np.nan
+        return divergence(wanted, given) if self.has_scores else _residual(wanted, given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +276,7 @@ class _Trial:
         residuals = np.zeros(len(self._outputs))
         for batch, feed in enumerate(self._feeds):
             given = self._run({**feed, **override})
-            residuals += [_residual(output.values[batch], given[output.name]) for output in self._outputs]
+            residuals += [output.residual(batch, given[output.name]) for output in self._outputs]
         with np.errstate(over="ignore"):
             return np.minimum(residuals / [output.power for output in self._outputs], LOST)
 
@@ -272,6 +284,11 @@ class _Trial:
         """One output, or None if it cannot be compared."""
         if not all(isinstance(v, np.ndarray) and v.dtype.name in FLOATS.values() for v in values):
             return None
+        feeds = self._counted.feeds
+        if all(map(are_token_scores, values, feeds)) and all(np.isfinite(v).all() for v in values):
+            values = self._counted.of(name, [log_shares(v) for v in values])
+            power = divergence_spread(values)
+            return _Output(name, values, power, True) if 0 < power < np.inf else None
         values, spread = self._counted.of(name, values), Spread()
         for feed, value in zip(self._feeds, values, strict=True):
             spread.add(value.astype(np.float64), batched=is_batched(feed, value))
@@ -284,9 +301,7 @@ def _energy(values: NDArray[Any]) -> float:
 
 
 def _residual(wanted: NDArray[Any], given: Any) -> float:
-    """‖y − ŷ‖² over the finite elements of y; infinite if ŷ is not finite there, NaN if the shapes differ."""
-    if given.shape != wanted.shape:
-        return np.nan
+    """‖y − ŷ‖² over the finite elements of y; infinite if ŷ is not finite there."""
     finite = np.isfinite(wanted)
     if not np.isfinite(given[finite]).all():
         return np.inf

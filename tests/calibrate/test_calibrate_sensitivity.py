@@ -291,6 +291,29 @@ def test_the_caches_of_a_decoder_do_not_count():
     assert both["u"].tolist() == [0.0, 0.0]
 
 
+def test_scores_of_tokens_are_compared_as_distributions():
+    """A change of all scores of a position by one number has no effect; the squares would be large."""
+    text = (
+        "g (int64[N,L] ids) => (float[N,L,20] scores) { x = Gather (words, ids) scores = MatMul (x, head) }"
+    )
+    rng = np.random.default_rng(0)
+    proto = model(text, words=(20, 6), head=(6, 20))
+    seen = found(proto)
+    rows = Rows(rng.integers(0, 20, (8, 5)), name="ids")
+
+    def substitutes(binding: Binding) -> Iterator[Substitute]:
+        weight = read(seen.model, seen.walk, binding).astype(np.float64)
+        if binding.layer.id == "head":
+            yield Substitute(weight + drawn(1, 1, 1, 6))
+        yield Substitute(weight + 0.1 * drawn(2, *weight.shape))
+
+    errors = measure(seen.model, seen.walk, seen.bindings, substitutes, rows, ENGINE)
+    assert not errors.reasons
+    assert errors["head"][0] < 1e-5
+    assert errors["head"][1] > 1e-4
+    assert errors["words"][0] > 1e-4
+
+
 @pytest.mark.parametrize(
     ("nodes", "output"),
     [
