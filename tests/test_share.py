@@ -183,7 +183,8 @@ def edited(tmp_path, **changes):
     for row in table["layers"]:
         row.update(changes.get(row["id"], {}))
     (tmp_path / "plan.json").write_text(json.dumps(table))
-    return compress(proto, plan=tmp_path / "plan.json", calibration=source("attention"))
+    shape = {"x": (4, CHANNELS)}
+    return compress(proto, plan=tmp_path / "plan.json", calibration=source("attention"), input_shape=shape)
 
 
 def rows(**values):
@@ -255,7 +256,7 @@ def test_a_plan_shares_among_those_that_are_alike(apart, recover):
         ({"wk": {"lowering": None}, "wv": {"lowering": None}}, "'wq' shares an encoder with no other layer"),
         (rows(k=2), "can share an encoder with fold encode and k = 1 only"),
         (rows(j=33), "cannot have rank j = 33: choose one between 1 and 32"),
-        ({"budget": "bytes"}, "budget bytes does not count them"),
+        ({"budget": "latency"}, "budget latency does not count them"),
         ({"factors": "weights"}, "needs moments of their inputs: pass --calibration"),
     ],
 )
