@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto
+from onnx import ModelProto, NodeProto
 
 from onnx_lowrank.core.factors import Certificate, Factors
 from onnx_lowrank.core.layer import Layer, Use
@@ -105,8 +105,7 @@ def rewrite(
             writer.refit(replacement)
         else:
             writer.replace(replacement)
-    writer.packs.flush()
-    proto, removed = writer.edits.apply()
+    proto, removed = writer.finish()
     return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed, writer.proofs)
 
 
@@ -123,6 +122,7 @@ class _Writer:
         self._walk = walk
         self.edits = Edits(model, walk, store)
         self.packs = Packs(model, walk, self.edits)
+        self._turns = {place: turn for turn, place in enumerate(walk.places())}
 
     def refit(self, refitted: Refitted) -> None:
         """Plan new numbers for a layer that stays."""
@@ -137,11 +137,19 @@ class _Writer:
             if stored is not None:
                 self.edits.renew(stored, values)
 
+    def finish(self) -> tuple[ModelProto, tuple[str, ...]]:
+        """Apply all edits; returns the new model and the deleted graph inputs."""
+        self.edits.turn = len(self._turns)
+        self.packs.flush()
+        return self.edits.apply()
+
     def replace(self, replacement: Replacement) -> None:
         """Plan the edits for one layer."""
         binding, layer = replacement.binding, replacement.binding.layer
-        nodes = [self._walk.node(Place(use.scope, use.node)) for use in layer.uses]
+        places = [Place(use.scope, use.node) for use in layer.uses]
+        nodes = [self._walk.node(place) for place in places]
         operator = registry.family(nodes[0])
+        self.edits.turn = self._turns[places[0]]
         self.proofs[layer.id] = replacement.option, replacement.certificate
         if replacement.option.lowering is Lowering.NARROW:
             self.chains[layer.id] = (self._narrow(replacement, nodes[0]),)

@@ -13,8 +13,10 @@ from onnx_lowrank import BudgetError, compress
 from onnx_lowrank.budgets.bytes import BUDGET
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import narrow_layers
-from onnx_lowrank.core.option import Lowering, Option
+from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Choice, Plan
+from onnx_lowrank.files.load import load
+from onnx_lowrank.layers.found import find_layers
 from rewriting import model
 
 MLP = """g (float[N,48] x) => (float[N,48] y) {
@@ -29,6 +31,12 @@ CONV = """g (float[N,12,6,6] x) => (float[N,12,6,6] y) {
 QKV = """g (float[N,96] x) => (float[N,64] y) {
     q = MatMul (x, wq) k = MatMul (x, wk) b = Add (k, bk) v = MatMul (x, wv)
     s = Mul (q, b) y = Add (s, v) }"""
+
+
+MIXED = """g (float[N,{c}] x) => (float[N,{c}] y) {{
+    n0 = MatMul (x, first) n = Tanh (n0) q0 = MatMul (n, wq) q = Tanh (q0) k0 = MatMul (n, wk) k = Tanh (k0)
+    v0 = MatMul (n, wv) v = Tanh (v0) s0 = Mul (q, k) s = Add (s0, v) p0 = MatMul (s, last) p = Tanh (p0)
+    h = MatMul (p, up) a = Relu (h) y = MatMul (a, down) }}"""
 
 
 def drawn(**shapes):
@@ -111,13 +119,22 @@ def widths(layer):
     return sorted({step, layer.width // step // 2 * step or step, layer.width - step})
 
 
-def follow(proto, choices, data, **options):
-    """Compress by choices."""
-    found = seen(proto)
-    plan = Plan(
-        found.model.sha256, "activation", "activation", 1.0, "bytes", tuple(choices), factors=Fit.ACTIVATIONS
+def plan_of(found, choices, *, recover=False):
+    return Plan(
+        model=found.model.sha256,
+        recipe="activation",
+        measure="activation",
+        ratio=1.0,
+        budget="bytes",
+        choices=tuple(choices),
+        factors=Fit.ACTIVATIONS,
+        recover=recover,
     )
-    return compress(proto, plan=plan, calibration=data, device="cpu", **options)
+
+
+def follow(proto, choices, data):
+    """Compress by choices."""
+    return compress(proto, plan=plan_of(seen(proto), choices), calibration=data, device="cpu")
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -204,6 +221,25 @@ def test_files_keep_to_the_ratio(name, ratio, way, recover, is_external, tmp_pat
         result.save_plan(tmp_path / "plan.json")
     with compress(given, plan=tmp_path / "plan.json", calibration=data, device="cpu") as again:
         assert again.plan == result.plan
+
+
+@pytest.mark.parametrize("recover", [True, False])
+@pytest.mark.parametrize(("c", "f", "hidden"), [(237, 287, 240), (184, 137, 311)])
+def test_the_padding_of_a_data_file_does_not_depend_on_the_order_of_the_work(c, f, hidden, recover, tmp_path):
+    """Layers that share are made after the others without recovery, but their tensors stay in graph order."""
+    made = drawn(first=(c, c), wq=(c, f), wk=(c, f), wv=(c, f), last=(f, c), up=(c, hidden), down=(hidden, c))
+    given = external(model(MIXED.format(c=c), **made), tmp_path / "in")
+    found = find_layers(load(given), {}, (), ())
+    shared, native = Option(Fold.ENCODE, 1, 7, Lowering.SHARED, "wk"), Option(Fold.ENCODE, 1, 3)
+    narrow = Option(found.layers[-1].narrow_fold, 1, 100, Lowering.NARROW)
+    options = {"first": native, "wq": native, "wk": shared, "wv": shared, "last": native, "down": narrow}
+    choices = [Choice(each.id, options.get(each.id), 0, 0.0) for each in found.layers]
+    plan = plan_of(found, choices, recover=recover)
+    with compress(given, plan=plan, calibration=feed(400, c), device="cpu") as result:
+        size = saved(result, tmp_path / "out")
+        # Every reference to the data file counts with the longest name.
+        named = len(result.proto.graph.initializer) * (255 - len(f"out.onnx.{16 * 'x'}.data"))
+        assert 0 <= BUDGET.on(found).of_model(choices) - size - named <= 600
 
 
 def test_the_smallest_ratio_is_reached(tmp_path):
