@@ -183,7 +183,8 @@ def edited(tmp_path, **changes):
     for row in table["layers"]:
         row.update(changes.get(row["id"], {}))
     (tmp_path / "plan.json").write_text(json.dumps(table))
-    return compress(proto, plan=tmp_path / "plan.json", calibration=source("attention"))
+    shape = {"x": (4, CHANNELS)}
+    return compress(proto, plan=tmp_path / "plan.json", calibration=source("attention"), input_shape=shape)
 
 
 def rows(**values):
@@ -210,8 +211,19 @@ def test_some_layers_may_leave_the_group(tmp_path):
     assert "wk_encoder" not in stored
 
 
+def test_the_first_layer_may_leave_the_group(tmp_path):
+    result = edited(tmp_path, wq={"lowering": None}, wk={"encoder": "wk"}, wv={"encoder": "wk"})
+    stored = {t.name: tuple(t.dims) for t in result.model.proto.graph.initializer}
+    assert stored["wq_encoder"] == stored["wk_encoder"] == (CHANNELS, RANK)
+    assert "wv_encoder" not in stored
+    assert result.report.totals.amount("params").after == FEATURES + sum(
+        np.prod(stored[f"{name}_{role}"])
+        for name, role in [("wq", "encoder"), ("wk", "encoder"), *((name, "decoder") for name in WEIGHTS)]
+    )
+
+
 @pytest.mark.parametrize("recover", [True, False])
-@pytest.mark.parametrize("apart", ["wk", "wv"])
+@pytest.mark.parametrize("apart", WEIGHTS)
 def test_a_plan_shares_among_those_that_are_alike(apart, recover):
     known = weights("attention")
     rng = np.random.default_rng(11)
@@ -235,13 +247,16 @@ def test_a_plan_shares_among_those_that_are_alike(apart, recover):
         ({"wk": {"j": 5}}, "'wq' shares an encoder with 'wk', whose option differs: give both the same"),
         (
             {"wq": {"lowering": None}},
-            "'wk' shares an encoder, and 'wq', the first that reads its input, does",
+            "'wk' has the encoder 'wq', and the first layer with it is 'wk': set encoder to 'wk' for all",
         ),
-        ({"wq": {"fold": None, "k": None, "j": None}}, "the first that reads its input, does not: give both"),
+        ({"wq": {"fold": None, "k": None, "j": None}}, "the first layer with it is 'wk': set encoder to"),
+        ({"wk": {"encoder": None}}, "'wk' has the encoder '', and the first layer with it is 'wk'"),
+        (rows(encoder="wk"), "'wq' has the encoder 'wk', and the first layer with it is 'wq'"),
+        ({"wv": {"encoder": "wv"}}, "'wv' shares an encoder with no other layer"),
         ({"wk": {"lowering": None}, "wv": {"lowering": None}}, "'wq' shares an encoder with no other layer"),
         (rows(k=2), "can share an encoder with fold encode and k = 1 only"),
         (rows(j=33), "cannot have rank j = 33: choose one between 1 and 32"),
-        ({"budget": "bytes"}, "budget bytes does not count them"),
+        ({"budget": "latency"}, "budget latency does not count them"),
         ({"factors": "weights"}, "needs moments of their inputs: pass --calibration"),
     ],
 )

@@ -39,6 +39,7 @@ class Candidates:
         tariff: The source of the costs; None if all chains use the native operators.
         reason: Why there is no choice but to keep the layer, if neither costs nor ranks are the reason.
         yields: How much of its cost it gives up under the aggregate ratio, relative to other layers.
+        encoder: For options that share an encoder, the id of the first layer of those that share it.
     """
 
     layer: str
@@ -53,6 +54,7 @@ class Candidates:
     tariff: Tariff | None = None
     reason: str = ""
     yields: float = 1.0
+    encoder: str = ""
 
     def only_keep(self, reason: str) -> Candidates:
         """The same layer with no choice but to keep it, for a reason, a phrase."""
@@ -65,7 +67,8 @@ class Candidates:
         if index == 0:
             return None
         fold, k, j = _FOLDS[self.fold[index]], int(self.k[index]), int(self.j[index])
-        return Option(fold, k, j, Lowering.NATIVE if self.tariff is None else self.tariff.lowering(fold, k))
+        way = Lowering.NATIVE if self.tariff is None else self.tariff.lowering(fold, k)
+        return Option(fold, k, j, way, self.encoder)
 
 
 def candidates(
@@ -201,12 +204,16 @@ def sharings(layers: Sequence[Layer], errors: Sequence[Floats], grid: Grid[Costs
         folds, k, j, full, costs, _ = rows
         full[1:] = shared_full_rank(layers)
         known = _rounded(np.concatenate([np.zeros(1), error[ranks]]))
-        made.append(Candidates(layer.id, folds, k, j, full, costs, known, None, grid.block, tariff))
+        shared = Candidates(layer.id, folds, k, j, full, costs, known, None, grid.block, tariff)
+        made.append(replace(shared, encoder=tariff.encoder))
     return tuple(made)
 
 
 def _shared_tariffs(layers: Sequence[Layer], grid: Grid[Costs]) -> list[_Together]:
-    return [_Together(grid.costs.tariff(layer), layer.shared_fold, Lowering.SHARED) for layer in layers]
+    return [
+        _Together(grid.costs.tariff(layer), layer.shared_fold, Lowering.SHARED, encoder=layers[0].id)
+        for layer in layers
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,19 +225,21 @@ class _Together:
         fold: The fold of these options.
         way: Their lowering.
         step: The number of which their ranks are multiples.
+        encoder: The id of the first of the layers that share an encoder; "" if none do.
     """
 
     layer: Tariff
     fold: Fold
     way: Lowering
     step: int = 1
+    encoder: str = ""
 
     @property
     def keep(self) -> int:
         return self.layer.keep
 
     def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
-        first, second = (self.cost(Option(fold, k, n * self.step, self.way)) for n in (1, 2))
+        first, second = (self.cost(Option(fold, k, n * self.step, self.way, self.encoder)) for n in (1, 2))
         return first + (ranks // self.step - 1) * (second - first)
 
     def cost(self, option: Option | None) -> int:

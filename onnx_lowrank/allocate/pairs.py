@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import combinations
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.measures import Floats
 
 Picks = tuple[int, ...]
-
-_FEW = 3
-"""With at most so many siblings beside the first, every set that has the first may share an encoder."""
 
 _MOST_WAYS = 64
 """The most ways to take groups of one class; beyond it, the groups with the least weight are left out."""
@@ -161,18 +157,6 @@ def _costs_of_widths(layer: Layer, widths: Ints, grid: Grid[Costs]) -> tuple[Int
         costs = first + (widths // step - 1) * (second - first)
         made.append(np.where(widths > 0, costs, grid.costs.tariff(whole).keep))
     return tuple(made)
-
-
-def sharers(layer: Layer) -> tuple[tuple[str, ...], ...]:
-    """The sets of siblings that may share the encoder of the first of them, by their ids.
-
-    All of them, and where there are few, every set of two or more with the first one.
-    """
-    if not layer.has_encoder:
-        return ()
-    first, *others = layer.siblings
-    sizes = range(1, len(others) + 1) if len(others) <= _FEW else (len(others),)
-    return tuple((first, *chosen) for size in sizes for chosen in combinations(others, size))
 
 
 def sharings_of(

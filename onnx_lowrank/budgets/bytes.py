@@ -12,6 +12,11 @@ Rules:
    without padding. These extra bytes are the same, within a few, for all ranks and for all k above 1. The
    model of the whole plan (rule 2) decides: if it exceeds the limit, the constraint is tightened.
 4. A kept layer costs the bytes of all tensors that rewriting it would remove, in their own dtypes.
+5. A narrow layer costs what it costs when it is kept, less the bytes that the model loses when this layer and
+   its partners alone are narrowed. The contents of tensors are linear in the width; all beside them counts as
+   at the full width, whose numbers have the most digits.
+6. A layer that shares the encoder of another one costs the bytes of its decoder, and the bytes that rewriting
+   it adds beside to a model in which the other one is rewritten already.
 """
 
 from __future__ import annotations
@@ -65,6 +70,8 @@ class Bytes(Budget):
     order = 3
     figure = "bytes"
     title = "file bytes"
+    narrows = True
+    shares = True
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's bytes."""
@@ -91,7 +98,9 @@ class _Meter(Counted):
         self._source = source
         self._bindings = {binding.layer.id: binding for binding in source.bindings}
         self._known: dict[str, tuple[int, bool]] = {}
-        self._beside: dict[tuple[str, Fold, bool, Lowering], int] = {}
+        self._beside: dict[tuple[str, Fold, bool, Lowering, str], int] = {}
+        # The bytes of a layer that is narrowed to its full width, and how many of them each step of it takes.
+        self._narrow: dict[str, tuple[int, int]] = {}
 
     @cached_property
     def total(self) -> int:
@@ -119,9 +128,14 @@ class _Meter(Counted):
         return int(model.ByteSize())
 
     def of_layer(self, layer: Layer, option: Option | None) -> int:
-        """The bytes of a layer (rules 3 and 4)."""
+        """The bytes of a layer (rules 3 to 6)."""
         if option is None:
-            return self._freed(layer)[0]
+            # A layer that a narrowing leaves has fewer bytes than the one in the model.
+            lost = self._bindings[layer.id].layer.size - layer.size
+            return self._freed(layer)[0] - lost * np.dtype(layer.dtype).itemsize
+        if option.lowering is Lowering.NARROW:
+            whole, slope = self._narrow_line(layer)
+            return whole - (layer.width - option.j) // layer.width_step * slope
         return _factor_bytes(layer, option) + self._added(layer, option)
 
     def of_model(self, choices: Sequence[Choice]) -> int:
@@ -155,21 +169,45 @@ class _Meter(Counted):
 
     def _added(self, layer: Layer, option: Option) -> int:
         """The bytes that an option adds beside its factors."""
-        key = layer.id, option.fold, option.k > 1, option.lowering
+        key = layer.id, option.fold, option.k > 1, option.lowering, option.encoder
         if key not in self._beside:
             # This option has the most digits of all in its names and shapes.
             k = max(layer.slices) if option.k > 1 else 1
-            longest = replace(option, k=k, j=layer.full_rank(option.fold, 1))
-            freed, new_bias = self._freed(layer)
-            grown = self._grown(self._rewritten([self._replacement(layer, longest, new_bias)]))
-            self._beside[key] = max(0, grown + freed - self._shared - _factor_bytes(layer, longest))
+            is_shared = option.lowering is Lowering.SHARED
+            j = layer.matrix(option.fold, 1)[1] if is_shared else layer.full_rank(option.fold, 1)
+            longest = replace(option, k=k, j=j)
+            made, known = [layer], self._shared
+            if not layer.has_encoder(option):
+                first = self._bindings[option.encoder].layer
+                made, known = [first, layer], self._grown_by([first], longest)
+            grown = self._grown_by(made, longest)
+            self._beside[key] = max(0, grown + self._freed(layer)[0] - known - _factor_bytes(layer, longest))
         return self._beside[key]
+
+    def _narrow_line(self, layer: Layer) -> tuple[int, int]:
+        """The bytes of a layer that is narrowed to its full width, and those of each step of it (rule 5)."""
+        if layer.id not in self._narrow:
+            step, option = layer.width_step, Option(layer.narrow_fold, 1, layer.width, Lowering.NARROW)
+            whole, least = (
+                self._rewritten([self._replacement(layer, replace(option, j=width), new_bias=True)])
+                for width in (layer.width, step)
+            )
+            steps = layer.width // step - 1
+            slope = (self._scales.stored(whole) - self._scales.stored(least)) // steps if steps else 0
+            self._narrow[layer.id] = self._freed(layer)[0] + self._grown(whole) - self._shared, slope
+        return self._narrow[layer.id]
+
+    def _grown_by(self, layers: Sequence[Layer], option: Option) -> int:
+        """The bytes by which the model grows if only these layers are rewritten, all with one option."""
+        made = [self._replacement(layer, option, self._freed(layer)[1]) for layer in layers]
+        return self._grown(self._rewritten(made))
 
     def _replacement(self, layer: Layer, option: Option, new_bias: bool) -> Replacement:
         """A layer's replacement without numbers, with a new bias if it is wanted and possible."""
-        binding = self._bindings[layer.id]
-        # A BatchNorm's bias is replaced by zeros, too: its own may not be finite in the stored dtype.
-        if new_bias or layer.batchnorm is not None:
+        binding, is_narrow = self._bindings[layer.id], option.lowering is Lowering.NARROW
+        # A BatchNorm's bias is replaced by zeros, too: its own may not be finite in the stored dtype. A
+        # narrow layer always gets a new bias, which can have fewer features.
+        if new_bias or is_narrow or layer.batchnorm is not None:
             new_bias = bias(self._source.model, self._source.walk, binding) is not None
         return _placeholder(binding, option, new_bias)
 
@@ -254,6 +292,12 @@ class _Scales:
         weights = (self._weights[index] for _, index in self._hung(skeleton))
         return {weight.place: weight.contents for weight in weights if weight.place is not None}.items()
 
+    def stored(self, skeleton: ModelProto) -> int:
+        """The bytes of the contents of all tensors of a skeleton."""
+        weights = (self._weights[index] for _, index in self._hung(skeleton))
+        contents = sum(weight.contents for weight in weights if weight.place is None)
+        return contents + sum(size for _, size in self._outsiders(skeleton))
+
     def contents(self, skeleton: ModelProto) -> int:
         """The bytes of the contents of those tensors of a skeleton that come from the input model."""
         return sum(
@@ -302,6 +346,8 @@ class _Scales:
 def _placeholder(binding: Binding, option: Option, with_bias: bool) -> Replacement:
     """A layer's replacement without numbers, with the longest certificate."""
     layer, fold, k, j = binding.layer, option.fold, option.k, option.j
+    if option.lowering is Lowering.NARROW and layer.packs_own:
+        j = layer.at_width(j)[-1].f  # The decoder has the other features, too.
     groups, f, c, *_ = layer.shape
     encoder, decoder = fold.kernels(layer.kernel)
     zero = np.zeros((), np.dtype(layer.dtype))
@@ -320,6 +366,8 @@ def _placeholder(binding: Binding, option: Option, with_bias: bool) -> Replaceme
 
 def _factor_bytes(layer: Layer, option: Option) -> int:
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
+    if not layer.has_encoder(option):
+        encoder = 0
     return option.j * (encoder + decoder) * np.dtype(layer.dtype).itemsize
 
 

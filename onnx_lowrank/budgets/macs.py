@@ -56,7 +56,7 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
     if option.lowering is Lowering.NARROW:
         return _narrow_macs(layer, option.j)
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
-    if option.lowering is Lowering.SHARED and not layer.has_encoder:
+    if not layer.has_encoder(option):
         encoder = 0
     at_encoder, at_decoder = use.evaluations.factors[option.fold]
     return option.j * (encoder * at_encoder + decoder * at_decoder)

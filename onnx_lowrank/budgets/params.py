@@ -28,7 +28,7 @@ def parameters(layer: Layer, option: Option | None = None) -> int:
         beside = layer.beside.stored * option.j // layer.width - layer.beside.owned
         return layer.narrowed(option.j, parameters) + beside
     encoder, decoder = factor_sizes(layer, option.fold, option.k)
-    if option.lowering is Lowering.SHARED and not layer.has_encoder:
+    if not layer.has_encoder(option):
         encoder = 0
     kept = 0
     if option.lowering is Lowering.SPARSE:

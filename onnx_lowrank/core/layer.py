@@ -228,13 +228,9 @@ class Layer:
         """The fold of an encoder that siblings share: it holds the whole kernel."""
         return Fold.ENCODE.on(self.kernel)
 
-    @property
-    def has_encoder(self) -> bool:
-        """Whether an encoder that siblings share counts as this layer's: it is the first of them.
-
-        The first one takes part wherever some share, so costs do not depend on which of the others do.
-        """
-        return self.siblings[:1] == (self.id,)
+    def has_encoder(self, option: Option) -> bool:
+        """Whether the encoder of an option counts as this layer's: another layer's may be shared."""
+        return option.lowering is not Lowering.SHARED or option.encoder == self.id
 
     @property
     def partners(self) -> tuple[Layer, ...]:
@@ -357,14 +353,18 @@ def shared_full_rank(layers: Sequence[Layer]) -> int:
 
 
 def sharing(layer: Layer, options: Mapping[str, Option | None]) -> tuple[str, ...]:
-    """The ids of the siblings of a layer that share its encoder in a plan, in graph order.
+    """The ids of the layers that share the encoder of a layer in a plan, in graph order; empty if none do.
 
     Args:
         layer: The layer.
         options: The options of the plan, by id.
     """
+    own = options.get(layer.id)
+    if own is None or own.lowering is not Lowering.SHARED:
+        return ()
+    way = own.lowering, own.encoder
     chosen = ((name, options.get(name)) for name in layer.siblings)
-    return tuple(name for name, option in chosen if option and option.lowering is Lowering.SHARED)
+    return tuple(name for name, option in chosen if option and (option.lowering, option.encoder) == way)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,8 @@ class Lowering(StrEnum):
     matrices. CONV writes the slices of a matrix as a grouped Conv. MATMUL writes a convolution with a kernel
     of size 1 as MatMuls. NARROW writes no chain: one factor selects channels, or has one block for each head
     of attention, so that partners of the layer take it in; the layer's own node applies the other. SHARED
-    writes one encoder for all layers that read the same tensor (`Layer.siblings`), and a decoder for each of
-    them. SPARSE writes a table as a low-rank one plus rows that stay as they are (`Layer.kept_per_rank`).
+    writes one encoder for several layers that read the same tensor (`Layer.siblings`), and a decoder for each
+    of them. SPARSE writes a table as a low-rank one plus rows that stay as they are (`Layer.kept_per_rank`).
     """
 
     NATIVE = "native"
@@ -79,12 +79,22 @@ class Lowering(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Option:
-    """One way to decompose a layer: fold, number of slices k, rank j of every slice, and its operators."""
+    """One way to decompose a layer: fold, number of slices k, rank j of every slice, and its operators.
+
+    Attributes:
+        fold: Which kernel axes belong to the encoder.
+        k: The number of slices.
+        j: The rank of every slice.
+        lowering: The operators of the chain.
+        encoder: For a shared encoder, the id of the first layer that shares it, in graph order: the encoder
+            counts as this layer's, and is written before it. "" for other lowerings.
+    """
 
     fold: Fold
     k: int
     j: int
     lowering: Lowering = Lowering.NATIVE
+    encoder: str = ""
 
     def __str__(self) -> str:
         """The option as short text: encode k=2 j=16, with the lowering unless it is native."""

@@ -1,9 +1,10 @@
 """Plan files: JSON that can be saved, edited and replayed.
 
 To edit a plan, change fold, k and j of a layer, or set all three to null to keep the layer. A lowering of
-null is the native one. The key merge says whether adjacent operators are multiplied. The other keys can stay:
-costs are computed again, except times, and the digest shows that proofs about the original plan no longer
-hold.
+null is the native one. A layer with the lowering shared has the key encoder, the id of the first layer that
+shares the same encoder. The key merge says whether adjacent operators are multiplied. The other keys can
+stay: costs are computed again, except times, and the digest shows that proofs about the original plan no
+longer hold.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class _Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     k: int | None
     j: int | None
     lowering: Lowering | None
+    encoder: str | None = None
     cost: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2⁶³ − 1")]
     error: float | None
     reason: str
@@ -104,8 +106,10 @@ def _text(value: object) -> str:
 def _row(choice: Choice) -> dict[str, Any]:
     option = choice.option
     values = (None,) * 4 if option is None else (option.fold, option.k, option.j, option.lowering)
-    row = (choice.layer, *values, choice.cost, _finite(choice.error), choice.reason)
-    return dict(zip(_Layer.__struct_fields__, row, strict=True))
+    encoder = "" if option is None else option.encoder
+    row = (choice.layer, *values, encoder, choice.cost, _finite(choice.error), choice.reason)
+    pairs = zip(_Layer.__struct_fields__, row, strict=True)
+    return {key: value for key, value in pairs if encoder or key != "encoder"}
 
 
 def _solver_row(solver: Solver) -> dict[str, Any]:
@@ -161,7 +165,9 @@ def _solver(table: _Solver) -> Solver:
 def _choice(row: _Layer) -> Choice:
     option = None
     if row.fold is not None and row.k is not None and row.j is not None:
-        option = Option(row.fold, row.k, row.j, row.lowering or Lowering.NATIVE)
+        way = row.lowering or Lowering.NATIVE
+        encoder = row.encoder or "" if way is Lowering.SHARED else ""
+        option = Option(row.fold, row.k, row.j, way, encoder)
     return Choice(row.id, option, row.cost, nan if row.error is None else row.error, row.reason)
 
 
@@ -205,7 +211,7 @@ def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
     options = {choice.layer: choice.option for choice in plan.choices}
     for layer, option in options.items():
         if option is not None and option.lowering is Lowering.SHARED:
-            _check_siblings(layers[layer], layers, options)
+            _check_siblings(layers[layer], option, layers, options)
         if option is None or option.lowering is not Lowering.NARROW:
             continue
         _check_bound(layers[layer], option, layers, options)
@@ -239,23 +245,27 @@ def _check_bound(
         )
 
 
-def _check_siblings(layer: Layer, layers: Mapping[str, Layer], options: Mapping[str, Option | None]) -> None:
-    """Check that the layers that share an encoder have one option, and that the first sibling is there."""
-    option, name = options[layer.id], f"In the plan, layer {layer.id!r}"
-    names = sharing(layer, options)
-    first, advice = layer.siblings[0], "give both the same fold, k, j and lowering."
-    others = [other for other in names if other != layer.id]
-    if first not in names:
+def _check_siblings(
+    layer: Layer, option: Option, layers: Mapping[str, Layer], options: Mapping[str, Option | None]
+) -> None:
+    """Check that the layers that share an encoder have one option, which names the first of them."""
+    name, names = f"In the plan, layer {layer.id!r}", sharing(layer, options)
+    if option.encoder != names[0]:
         raise PlanError(
-            f"{name} shares an encoder, and {first!r}, the first that reads its input, does not: {advice}"
+            f"{name} has the encoder {option.encoder!r}, and the first layer with it is {names[0]!r}: set "
+            f"encoder to {names[0]!r} for all that share it."
         )
+    others = [other for other in names if other != layer.id]
     if not others:
         raise PlanError(f"{name} shares an encoder with no other layer: choose another lowering.")
     for other in others:
         if options[other] != option:
-            raise PlanError(f"{name} shares an encoder with {other!r}, whose option differs: {advice}")
+            raise PlanError(
+                f"{name} shares an encoder with {other!r}, whose option differs: give both the same fold, k, "
+                "j and lowering."
+            )
     full = shared_full_rank([layers[each] for each in names])
-    if option is not None and not 1 <= option.j <= full:
+    if not 1 <= option.j <= full:
         raise PlanError(f"{name} cannot have rank j = {option.j}: choose one between 1 and {full}.")
 
 

@@ -8,6 +8,7 @@ right singular vectors of the stack whitened by C. The decoders are least square
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,28 @@ def stacked(
     scales = np.sqrt(np.divide(powers.mean(), powers, where=powers > 0, out=np.zeros_like(powers)))
     scaled = [weight.astype(np.float64) * scale for weight, scale in zip(weights, scales, strict=True)]
     return of_weight(np.concatenate(scaled, axis=1), inputs, centred=all(centred), ridge=ridge)
+
+
+def likeness(members: Sequence[Quadratic]) -> NDArray[np.float64]:
+    """How alike the outputs of layers are: 1 if they differ by a rotation and a factor, 0 if uncorrelated.
+
+    This is linear CKA, ‖W_i C W_jᵀ‖² / (‖W_i C W_iᵀ‖ ‖W_j C W_jᵀ‖) in Frobenius norms (Kornblith, Norouzi,
+    Lee and Hinton, Similarity of neural network representations revisited, ICML 2019).
+
+    Args:
+        members: The errors of the layers, with the same moments C of their inputs (`problems`).
+
+    Returns:
+        Shape (layers, layers), symmetric, with ones on the diagonal. Outputs that are all zero are like no
+        others.
+    """
+    number = len(members)
+    found = np.zeros((number, number))
+    for i, j in combinations_with_replacement(range(number), 2):
+        found[i, j] = found[j, i] = np.sum((members[i].cross[0] @ members[j].optimum[0].T) ** 2)
+    norms = np.sqrt(np.outer(np.diag(found), np.diag(found)))
+    alike = np.divide(found, norms, where=norms > 0, out=np.eye(number))
+    return np.clip(alike, 0.0, 1.0)
 
 
 def errors(

@@ -4,7 +4,8 @@ Rules:
 
 1. A new tensor is stored where a given tensor is stored (initializer or Constant node), under a new name
    that collides with nothing. Before IR 4, initializers had to be inputs of the graph, so there new tensors
-   are Constant nodes.
+   are Constant nodes. New initializers come in the order of their turns, whatever order they are made in:
+   so the padding between them is known beforehand.
 2. A tensor that has lost all its readers goes with its views, its graph input, its value_info and its
    quantization annotations.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import onnx
@@ -41,7 +43,7 @@ class Edit:
         repointed: New inputs of nodes that stay, by node and operand.
         attributes: New attributes of nodes that stay, by node and name; None deletes an attribute.
         forgotten: Names of the tensors to delete, with their value_info and annotations.
-        initializers: New initializers.
+        initializers: New initializers, each with its turn.
         renewed: New values of initializers that keep their names, by name.
         constants: New values of Constant nodes, by node.
     """
@@ -51,7 +53,7 @@ class Edit:
     repointed: dict[tuple[int, int], str] = field(default_factory=dict)
     attributes: dict[tuple[int, str], Any] = field(default_factory=dict)
     forgotten: set[str] = field(default_factory=set)
-    initializers: list[TensorProto] = field(default_factory=list)
+    initializers: list[tuple[int, TensorProto]] = field(default_factory=list)
     renewed: dict[str, TensorProto] = field(default_factory=dict)
     constants: dict[int, TensorProto] = field(default_factory=dict)
 
@@ -63,6 +65,7 @@ class Edits:
         scopes: The edits, by the path of their scope.
         unique: Makes a free name from a name that may be taken.
         changed: Numbers that are planned already; narrowings that go together name the same ones.
+        turn: The place of the next new initializers among all new ones.
     """
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
@@ -76,6 +79,7 @@ class Edits:
         self.scopes: dict[str, Edit] = {path: Edit() for path in walk.scopes}
         self.unique = FreeNames(walk).unique
         self.changed: set[Hashable] = set()
+        self.turn = 0
         self._model = model
         self._walk = walk
         self._store = store
@@ -86,7 +90,7 @@ class Edits:
         edit = self.scopes[beside.scope]
         tensor = self._store(self.unique(name), values)
         if beside.place is None and self._model.proto.ir_version >= 4:
-            edit.initializers.append(tensor)
+            edit.initializers.append((self.turn, tensor))
         else:
             node = onnx.helper.make_node(
                 "Constant", [], [tensor.name], self.unique(f"{tensor.name}/constant")
@@ -177,7 +181,7 @@ def _apply(edit: Edit, scope: Scope) -> None:
                 tensor.CopyFrom(edit.renewed[tensor.name])
         _drop(scope.graph.initializer, lambda tensor: tensor.name in edit.forgotten)
         _drop(scope.graph.quantization_annotation, lambda note: note.tensor_name in edit.forgotten)
-        scope.graph.initializer.extend(edit.initializers)
+        scope.graph.initializer.extend(tensor for _, tensor in sorted(edit.initializers, key=itemgetter(0)))
 
 
 def set_attribute(node: NodeProto, name: str, value: Any) -> None:

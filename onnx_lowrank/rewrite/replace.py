@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto
+from onnx import ModelProto, NodeProto
 
 from onnx_lowrank.core.factors import Certificate, Factors
 from onnx_lowrank.core.layer import Layer, Use
@@ -105,8 +105,7 @@ def rewrite(
             writer.refit(replacement)
         else:
             writer.replace(replacement)
-    writer.packs.flush()
-    proto, removed = writer.edits.apply()
+    proto, removed = writer.finish()
     return Rewritten(replace(model, proto=proto, path=None), writer.chains, removed, writer.proofs)
 
 
@@ -116,13 +115,14 @@ class _Writer:
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
         self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
         self.proofs: dict[str, tuple[Option, Certificate]] = {}
-        # By the siblings: the names of the nodes of their encoder, and of its result.
-        self._encoders: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
+        # By the first layer that shares it: the names of the nodes of an encoder, and of its result.
+        self._encoders: dict[str, tuple[tuple[str, ...], str]] = {}
         self._fresh: dict[Operand, NDArray[Any]] = {}  # New numbers of layers that will be narrowed.
         self._model = model
         self._walk = walk
         self.edits = Edits(model, walk, store)
         self.packs = Packs(model, walk, self.edits)
+        self._turns = {place: turn for turn, place in enumerate(walk.places())}
 
     def refit(self, refitted: Refitted) -> None:
         """Plan new numbers for a layer that stays."""
@@ -137,11 +137,19 @@ class _Writer:
             if stored is not None:
                 self.edits.renew(stored, values)
 
+    def finish(self) -> tuple[ModelProto, tuple[str, ...]]:
+        """Apply all edits; returns the new model and the deleted graph inputs."""
+        self.edits.turn = len(self._turns)
+        self.packs.flush()
+        return self.edits.apply()
+
     def replace(self, replacement: Replacement) -> None:
         """Plan the edits for one layer."""
         binding, layer = replacement.binding, replacement.binding.layer
-        nodes = [self._walk.node(Place(use.scope, use.node)) for use in layer.uses]
+        places = [Place(use.scope, use.node) for use in layer.uses]
+        nodes = [self._walk.node(place) for place in places]
         operator = registry.family(nodes[0])
+        self.edits.turn = self._turns[places[0]]
         self.proofs[layer.id] = replacement.option, replacement.certificate
         if replacement.option.lowering is Lowering.NARROW:
             self.chains[layer.id] = (self._narrow(replacement, nodes[0]),)
@@ -206,25 +214,27 @@ class _Writer:
         return (fragment.nodes[-1].name,)
 
     def _share(self, replacement: Replacement, nodes: Sequence[NodeProto]) -> tuple[str, ...]:
-        """Plan a decoder in a node's place, behind the encoder that the first of its siblings writes.
+        """Plan a decoder in a node's place, behind the encoder that the first of its group writes.
 
         Returns the names of the nodes from the encoder on.
         """
         binding, layer = replacement.binding, replacement.binding.layer
+        first = replacement.option.encoder
         # The operators of the chain are the layer's own.
-        native = replace(replacement, option=replace(replacement.option, lowering=Lowering.NATIVE))
+        own = replace(replacement.option, lowering=Lowering.NATIVE, encoder="")
+        native = replace(replacement, option=own)
         arrays = registry.family(nodes[0]).layout(layer, nodes, replacement.factors, Lowering.NATIVE)
         origin = binding.stored.source
-        before = self._encoders.get(layer.siblings)
+        before = self._encoders.get(first)
         encoder = self.edits.keep(origin, f"{origin.name}_encoder", arrays[0]) if before is None else ""
         decoder = self.edits.keep(origin, f"{origin.name}_decoder", arrays[1])
         names = Operands("", encoder, decoder, self._new_bias(replacement, nodes[0]))
         fragment = self._fragment(native, nodes, 0, names)
         *head, last = fragment.nodes
         if before is None:
-            if not layer.has_encoder:
-                raise RuntimeError(f"{layer.siblings[0]!r} has to be written before {layer.id!r}")
-            before = self._encoders[layer.siblings] = tuple(node.name for node in head), head[-1].output[0]
+            if not layer.has_encoder(replacement.option):
+                raise RuntimeError(f"{first!r} has to be written before {layer.id!r}")
+            before = self._encoders[first] = tuple(node.name for node in head), head[-1].output[0]
         else:
             # The encoder of this chain is the one that is there already.
             last.input[list(last.input).index(head[-1].output[0])] = before[1]

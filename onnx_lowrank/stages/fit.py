@@ -79,7 +79,8 @@ def _together(
 ) -> Iterator[Fitted]:
     """The factors of layers that share encoders, group by group."""
     by_id = {binding.layer.id: binding for binding in bindings}
-    groups = [[by_id[name] for name in sharing(b.layer, options)] for b in bindings if b.layer.has_encoder]
+    first = [binding.layer for binding in bindings if binding.layer.has_encoder(options[binding.layer.id])]
+    groups = [[by_id[name] for name in sharing(layer, options)] for layer in first]
 
     def items() -> Iterator[SharedItem]:
         for group in groups:

@@ -12,9 +12,10 @@ import numpy as np
 
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.joins import FEW, families, joins
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
-from onnx_lowrank.allocate.pairs import Classes, pairs_of, sharers, sharings_of
+from onnx_lowrank.allocate.pairs import Classes, pairs_of, sharings_of
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer, narrow_layers
@@ -131,6 +132,8 @@ def check_reach(
     for recipe in recipes:
         if recipe.price not in (None, meter.budget.name):
             return  # The ratio that such a recipe reaches depends on the errors.
+        if recipe.share and meter.budget.shares and any(len(layer.siblings) > FEW for layer in layers):
+            return  # Calibration decides which of many siblings may share, and so what they can save.
         goal = Goal(ratio, recipe)
         classes = _unscored(layers, recipe, grid)
         choices = classes.choices(_within(meter, classes, goal, limit, smallest).picks)
@@ -185,7 +188,7 @@ def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> Cla
     errors = {layer.id: np.ones(layer.width + 1) for layer in layers if narrows and layer.narrowing}
     pairs = pairs_of(layers, errors, grid)
     shares = recipe.share and grid.costs.budget.shares
-    groups = [names for layer in layers if shares for names in sharers(layer)]
+    groups = [names for family in families(layers) if shares for names in joins(family)]
     sizes = {layer.id: layer.size + 1 for layer in layers}
     ones = {names: [np.ones(sizes[names[0]] * len(names)) for _ in names] for names in groups}
     return Classes(tuple(tables), (*pairs, *sharings_of(layers, ones, grid)), recipe)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs, spared
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks, sparse_tables
-from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of, sharers, sharings_of
+from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, sparse_tables
+from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of, sharings_of
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
@@ -28,13 +28,12 @@ from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.stages.fit import can_narrow, shared_item, width_item
+from onnx_lowrank.stages.fit import can_narrow, width_item
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.narrowing import WidthItem, width_errors
 from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
-from onnx_lowrank.work.sharing import SharedItem, shared_errors
 from onnx_lowrank.work.weights import reference
 
 if TYPE_CHECKING:
@@ -124,8 +123,8 @@ class Scores:
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
         self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
-        # Relative errors with a shared encoder, at the ranks 0, 1, …, for the layers of every group.
-        self._shared: dict[tuple[str, ...], Sequence[NDArray[np.float64]]] = {}
+        # Relative errors with a shared encoder, at the ranks 0, 1, …, by set of layers; None until computed.
+        self._shared: Mapping[tuple[str, ...], Sequence[NDArray[np.float64]]] | None = None
         # Relative errors of tables that keep rows, at the ranks 0, 1, …, by id; None until computed.
         self._kept_rows: Mapping[str, NDArray[np.float64]] | None = None
         self._timed = set[Recipe]()
@@ -141,7 +140,7 @@ class Scores:
             scaled = replace(self._calibration, statistics=self._calibration.statistics.scaled())
             self._scaled = made = copy(self)
             made._calibration, made._probed = scaled, False
-            made._known, made._shared = [Known() for _ in self._layers], {}
+            made._known, made._shared = [Known() for _ in self._layers], None
         return self._scaled
 
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
@@ -243,7 +242,13 @@ class Scores:
     def _sharings(self, recipe: Recipe) -> tuple[Sharing, ...]:
         if not (recipe.share and self.meter.budget.shares):
             return ()
-        self._add_shared()
+        if self._shared is None:
+            from onnx_lowrank.stages import joins  # Runs without calibration join no layers.
+
+            known, grid = _calibrated(self._calibration).statistics, self._grid
+            self._shared = joins.errors(
+                self._model, self._walk, self._bindings, grid, known, self._executor, self._progress
+            )
         errors = {}
         for names, curves in self._shared.items():
             members = [self._numbers[name] for name in names]
@@ -259,33 +264,6 @@ class Scores:
         known, key = self._known[number], (self._layers[number].shared_fold, 1)
         evidence = Evidence({}, {key: curve}, known.power, known.effects if caused is None else caused)
         return measures.named(recipe.measure).errors(evidence, relative=recipe.relative)[key]
-
-    def _add_shared(self) -> None:
-        """Compute the errors of all layers with a shared encoder that are not known yet."""
-        statistics = _calibrated(self._calibration).statistics
-        chosen: list[tuple[tuple[str, ...], MomentsRef, int]] = []
-        for names in (names for layer in self._layers for names in sharers(layer)):
-            if names in self._shared:
-                continue
-            found = statistics.shared_inputs(names)
-            ranks = shared_ranks([self._layers[self._numbers[name]] for name in names], self._grid)
-            if found is not None and ranks.size:
-                chosen.append((names, found, int(ranks[-1])))
-
-        def items() -> Iterator[SharedItem]:
-            for names, found, top in chosen:
-                bindings = [self._bindings[self._numbers[name]] for name in names]
-                yield shared_item(self._model, self._walk, bindings, top, found)
-
-        if not chosen:
-            return
-        begin = monotonic()
-        with self._progress.stage("shared", len(chosen)) as step:
-            computed = self._executor.map(shared_errors, items())
-            for (names, _, _), curves in zip(chosen, computed, strict=True):
-                self._shared[names] = curves
-                step()
-        _log.debug("computed the errors of %d shared encoders in %.2f s", len(chosen), monotonic() - begin)
 
     def _add_widths(self) -> None:
         """Compute the errors of all narrow layers that are not known yet."""

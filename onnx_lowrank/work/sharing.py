@@ -1,4 +1,4 @@
-"""Work items for layers that share an encoder: the errors of all ranks, and the factors of all layers."""
+"""Work items for layers that can share an encoder: their likeness, errors of all ranks, factors of all."""
 
 from __future__ import annotations
 
@@ -58,6 +58,18 @@ def shared_errors(item: SharedItem, backend: Backend) -> list[NDArray[np.float64
     stack = shared.stacked(weights, inputs, item.centred, ridge)
     members = shared.problems(weights, inputs, item.centred, ridge)
     return shared.errors(stack, members, [weight.shape for weight in item.weights], item.j, backend)
+
+
+def likeness(item: SharedItem, backend: Backend) -> NDArray[np.float64]:
+    """How alike the outputs of the layers are (`linalg.shared.likeness`), whatever the rank.
+
+    Raises:
+        InputError: The moments are not finite.
+        PlanError: There are no moments of the inputs.
+    """
+    weights, (_, inputs) = [weight.read() for weight in item.weights], _moments(item)
+    centred = [all(item.centred)] * len(weights)
+    return shared.likeness(shared.problems(weights, inputs, centred, shrinkage(inputs, INPUT_RIDGE)))
 
 
 def fitted_together(item: SharedItem, backend: Backend) -> list[FittedLayer]:

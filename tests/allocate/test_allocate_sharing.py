@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.allocate import pairs
+from onnx_lowrank.allocate.joins import families, joins
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.allocate.pairs import Classes, Pair, Sharing
@@ -69,9 +70,15 @@ def attention(rng):
 
 
 def subsets(rng):
-    """Every set of three layers that has the first of them."""
+    """Every set of three layers."""
     layers = tuple(drawn(rng, f"w{n}", 40, 4) for n in range(4))
-    return layers, tuple(sharing(rng, members, 5, 40) for members in ((0, 1), (0, 2), (0, 1, 2)))
+    return layers, tuple(sharing(rng, members, 5, 40) for members in joins((0, 1, 2)))
+
+
+def partitions(rng):
+    """Every set of four layers, so also two sets at once."""
+    layers = tuple(drawn(rng, f"w{n}", 40, 2) for n in range(4))
+    return layers, tuple(sharing(rng, members, 3, 40) for members in joins((0, 1, 2, 3)))
 
 
 def chain(rng):
@@ -102,7 +109,7 @@ def brute(layers, groups):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("kind", [gated, attention, subsets, chain])
+@pytest.mark.parametrize("kind", [gated, attention, subsets, partitions, chain])
 @pytest.mark.parametrize(("aggregate", "power"), [("sum", 1.0), ("sum", 3.0), ("max", 1.0)])
 def test_no_combination_beats_the_plan(seed, kind, aggregate, power):
     layers, groups = kind(np.random.default_rng(seed))
@@ -125,15 +132,43 @@ def test_no_combination_beats_the_plan(seed, kind, aggregate, power):
         assert solution.objective == pytest.approx(value, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("number", "sets"), [(2, 1), (3, 3), (4, 7), (5, 1)])
-def test_few_siblings_may_share_in_every_set_with_the_first(number, sets):
+@pytest.mark.parametrize(("number", "sets"), [(2, 1), (3, 4), (4, 11), (5, 1)])
+def test_few_siblings_may_share_in_every_set(number, sets):
     names = tuple(f"w{n}" for n in range(number))
-    layer = Layer("w0", "MatMul", 4, 4, (), 1, "float32", (Fold.ENCODE,), (1,), (), siblings=names)
-    found = pairs.sharers(layer)
+    found = joins(names)
     assert len(set(found)) == len(found) == sets
     assert names in found
-    assert all(each[0] == "w0" and len(each) > 1 for each in found)
-    assert pairs.sharers(replace(layer, id="w1")) == ()
+    assert all(len(each) > 1 and list(each) == sorted(each) for each in found)
+
+
+def test_a_family_is_counted_once():
+    alone = Layer("w", "MatMul", 4, 4, (), 1, "float32", (Fold.ENCODE,), (1,), ())
+    names = ("w0", "w1", "w2")
+    layers = [replace(alone, id=name, siblings=names) for name in names]
+    assert families([*layers, alone]) == (names,)
+
+
+def test_many_siblings_share_in_the_sets_of_a_tree():
+    """The outputs of w0 and w3 are most alike, then those of w1 and w4; w2 is like none."""
+    likeness = np.full((5, 5), 0.1) + 0.9 * np.eye(5)
+    likeness[0, 3] = likeness[3, 0] = 0.9
+    likeness[1, 4] = likeness[4, 1] = 0.8
+    likeness[2] = likeness[:, 2] = 0.0
+    names = tuple(f"w{n}" for n in range(5))
+    assert joins(names, likeness) == (names, ("w0", "w1", "w3", "w4"), ("w1", "w4"), ("w0", "w3"))
+
+
+@pytest.mark.parametrize("number", [5, 8, 9, 40])
+def test_the_sets_of_many_siblings_are_few_and_nested_or_apart(number):
+    rng = np.random.default_rng(number)
+    likeness = rng.random((number, number))
+    names = tuple(f"w{n:02}" for n in range(number))
+    found = joins(names, (likeness + likeness.T) / 2)
+    assert len(set(found)) == len(found) == min(number - 1, 7)
+    assert names == found[0]
+    for one, other in combinations([set(each) for each in found], 2):
+        assert one > other or not one & other
+    assert all(list(each) == sorted(each) for each in found)
 
 
 def test_a_shared_group_has_one_rank():

@@ -104,3 +104,25 @@ def test_the_encoder_has_the_size_of_the_weights():
         stack = shared.stacked(weights, moments, [False] * 3, RIDGE)
         encoder = shared.encoder(stack, (1, 7, 12), 5, CPU)
         assert 0.1 < np.sqrt(np.mean(encoder**2)) / np.sqrt(scale) < 10
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("centred", [True, False])
+def test_likeness_is_that_of_the_outputs(shapes, centred):
+    """Linear CKA of outputs that are drawn so that their moments are exact."""
+    weights, moments = drawn(shapes, seed=4)
+    members = shared.problems(weights, moments, [centred] * len(weights), RIDGE)
+    root = scipy.linalg.sqrtm(members[0].second[0]).real  # Its rows are samples with these moments.
+    outputs = [root @ weight.reshape(shape[1], -1).T for weight, shape in zip(weights, shapes, strict=True)]
+    grams = [each @ each.T for each in outputs]
+    wanted = [[np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)) for b in grams] for a in grams]
+    np.testing.assert_allclose(shared.likeness(members), wanted, rtol=1e-9)
+
+
+def test_rotated_outputs_are_alike_and_those_without_power_are_like_no_others():
+    rng = np.random.default_rng(5)
+    (one, _, _), moments = drawn([(1, 6, 12), (1, 6, 12), (1, 6, 12)])
+    turned = 3 * np.einsum("ij,gjc->gic", scipy.linalg.qr(rng.standard_normal((6, 6)))[0], one)
+    members = shared.problems([one, turned, np.zeros_like(one)], moments, [False] * 3, RIDGE)
+    wanted = [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    np.testing.assert_allclose(shared.likeness(members), wanted, atol=1e-12)
