@@ -188,6 +188,10 @@ class Layer:
         narrowing: The layers that can be narrowed together with this one; None if there are none.
         siblings: Ids of the layers that read the same tensor in the same way, this one included, in graph
             order. They can share an encoder. Empty if there is no other.
+        addends: Ids of the layers whose results are added up, this one included, in graph order. They can
+            share a decoder. Empty if there is no other.
+        summed_bias: Parameters, without the factors', that rewriting adds if the layers of its sum share a
+            decoder: those of the sum of their biases, less the biases that go. The first layer has all.
     """
 
     id: str
@@ -207,6 +211,8 @@ class Layer:
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
     narrowing: Narrowing | None = None
     siblings: tuple[str, ...] = ()
+    addends: tuple[str, ...] = ()
+    summed_bias: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
