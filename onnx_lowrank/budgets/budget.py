@@ -98,7 +98,8 @@ class Budget(ABC):
             model has to keep the ratio. Only budgets with a formula can be prices.
         tolerance: The share of the ratio by which a model may exceed it before the report warns.
         narrows: Whether it counts narrower layers (`Lowering.NARROW`), so plans may have some.
-        shares: Whether it counts encoders that layers share (`Lowering.SHARED`), so plans may have some.
+        shares: Whether it counts factors that layers share (`Lowering.SHARED`, `Lowering.SUMMED`), so plans
+            may have some.
         keeps_rows: Whether it counts kept rows of tables (`Lowering.SPARSE`), so plans may have some.
         is_aligned: Whether ranks are multiples of the provider's block unless the user says otherwise.
     """

@@ -231,16 +231,25 @@ class Layer:
 
     @property
     def shared_fold(self) -> Fold:
-        """The fold of an encoder that siblings share: it holds the whole kernel."""
+        """The fold of layers that share a factor: the encoder holds the whole kernel."""
         return Fold.ENCODE.on(self.kernel)
 
-    @property
-    def has_encoder(self) -> bool:
-        """Whether an encoder that siblings share counts as this layer's: it is the first of them.
+    def joinable(self, lowering: Lowering) -> tuple[str, ...]:
+        """Ids of the layers that can share the factor of a lowering, this one included, in graph order."""
+        match lowering:
+            case Lowering.SHARED:
+                return self.siblings
+            case Lowering.SUMMED:
+                return self.addends
+            case _:
+                return ()
+
+    def holds_factor(self, lowering: Lowering) -> bool:
+        """Whether a factor that layers share counts as this layer's: it is the first of them.
 
         The first one takes part wherever some share, so costs do not depend on which of the others do.
         """
-        return self.siblings[:1] == (self.id,)
+        return self.joinable(lowering)[:1] == (self.id,)
 
     @property
     def partners(self) -> tuple[Layer, ...]:
@@ -356,21 +365,31 @@ def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, L
     return narrow
 
 
-def shared_full_rank(layers: Sequence[Layer]) -> int:
-    """The rank at which an encoder that layers share is exact for all of them."""
-    _, columns = layers[0].matrix(layers[0].shared_fold, 1)
-    return min(columns, sum(layer.f for layer in layers))
+def shared_full_rank(layers: Sequence[Layer], lowering: Lowering) -> int:
+    """The rank at which a factor that layers share is exact for all of them.
+
+    Args:
+        layers: The layers.
+        lowering: SHARED if they share an encoder, SUMMED if they share a decoder.
+    """
+    sizes = [layer.matrix(layer.shared_fold, 1) for layer in layers]
+    rows, columns = sizes[0]
+    if lowering is Lowering.SUMMED:
+        return min(rows, sum(own for _, own in sizes))
+    return min(columns, sum(own for own, _ in sizes))
 
 
 def sharing(layer: Layer, options: Mapping[str, Option | None]) -> tuple[str, ...]:
-    """The ids of the siblings of a layer that share its encoder in a plan, in graph order.
+    """The ids of the layers that share a factor with a layer in a plan, itself included, in graph order.
 
     Args:
         layer: The layer.
         options: The options of the plan, by id.
     """
-    chosen = ((name, options.get(name)) for name in layer.siblings)
-    return tuple(name for name, option in chosen if option and option.lowering is Lowering.SHARED)
+    own = options.get(layer.id)
+    joinable = () if own is None else layer.joinable(own.lowering)
+    chosen = ((name, options.get(name)) for name in joinable)
+    return tuple(name for name, option in chosen if own and option and option.lowering is own.lowering)
 
 
 @dataclass(frozen=True, slots=True)

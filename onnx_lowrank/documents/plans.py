@@ -201,11 +201,11 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
 
 
 def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
-    """Check that partners of narrowed layers are kept, and that layers that share an encoder agree."""
+    """Check that partners of narrowed layers are kept, and that layers that share a factor agree."""
     options = {choice.layer: choice.option for choice in plan.choices}
     for layer, option in options.items():
-        if option is not None and option.lowering is Lowering.SHARED:
-            _check_siblings(layers[layer], layers, options)
+        if option is not None and option.lowering in _WORDS:
+            _check_joined(layers[layer], layers, options)
         if option is None or option.lowering is not Lowering.NARROW:
             continue
         _check_bound(layers[layer], option, layers, options)
@@ -239,33 +239,43 @@ def _check_bound(
         )
 
 
-def _check_siblings(layer: Layer, layers: Mapping[str, Layer], options: Mapping[str, Option | None]) -> None:
-    """Check that the layers that share an encoder have one option, and that the first sibling is there."""
+_WORDS = {
+    Lowering.SHARED: ("an encoder", "the first that reads its input"),
+    Lowering.SUMMED: ("a decoder", "whose result is added to its own"),
+}
+"""The factor that layers share, and the layer that has to take part."""
+
+
+def _check_joined(layer: Layer, layers: Mapping[str, Layer], options: Mapping[str, Option | None]) -> None:
+    """Check that the layers that share a factor have one option, and that those that have to be are there."""
     option, name = options[layer.id], f"In the plan, layer {layer.id!r}"
-    names = sharing(layer, options)
-    first, advice = layer.siblings[0], "give both the same fold, k, j and lowering."
+    if option is None:
+        return
+    names, advice = sharing(layer, options), "give both the same fold, k, j and lowering."
+    factor, which = _WORDS[option.lowering]
+    joinable = layer.joinable(option.lowering)
+    # The decoder of a sum stands behind all of its layers.
+    needed = joinable if option.lowering is Lowering.SUMMED else joinable[:1]
+    for other in needed:
+        if other not in names:
+            raise PlanError(f"{name} shares {factor}, and {other!r}, {which}, does not: {advice}")
     others = [other for other in names if other != layer.id]
-    if first not in names:
-        raise PlanError(
-            f"{name} shares an encoder, and {first!r}, the first that reads its input, does not: {advice}"
-        )
     if not others:
-        raise PlanError(f"{name} shares an encoder with no other layer: choose another lowering.")
+        raise PlanError(f"{name} shares {factor} with no other layer: choose another lowering.")
     for other in others:
         if options[other] != option:
-            raise PlanError(f"{name} shares an encoder with {other!r}, whose option differs: {advice}")
-    full = shared_full_rank([layers[each] for each in names])
-    if option is not None and not 1 <= option.j <= full:
+            raise PlanError(f"{name} shares {factor} with {other!r}, whose option differs: {advice}")
+    full = shared_full_rank([layers[each] for each in names], option.lowering)
+    if not 1 <= option.j <= full:
         raise PlanError(f"{name} cannot have rank j = {option.j}: choose one between 1 and {full}.")
 
 
 def _check_shared(layer: Layer, option: Option, name: str) -> None:
-    if not layer.siblings:
+    if not layer.joinable(option.lowering):
         raise PlanError(f"{name} reads a tensor that no other layer reads so: choose another lowering.")
     if (option.fold, option.k) != (layer.shared_fold, 1):
-        raise PlanError(
-            f"{name} can share an encoder with fold {layer.shared_fold} and k = 1 only: set these."
-        )
+        factor, _ = _WORDS[option.lowering]
+        raise PlanError(f"{name} can share {factor} with fold {layer.shared_fold} and k = 1 only: set these.")
 
 
 def _check_narrow(layer: Layer, option: Option, name: str) -> None:
@@ -288,7 +298,7 @@ def _check_option(layer: Layer, option: Option) -> None:
     if option.lowering is Lowering.NARROW and layer.narrowing is not None:
         _check_narrow(layer, option, name)
         return
-    if option.lowering is Lowering.SHARED:
+    if option.lowering is Lowering.SHARED or (option.lowering is Lowering.SUMMED and layer.addends):
         _check_shared(layer, option, name)
         return
     keeps_rows = option.lowering is Lowering.SPARSE and layer.kept_per_rank

@@ -112,7 +112,7 @@ def _option(row: LayerRow) -> tuple[str, str, str]:
         return "keep", "–", "–"
     if row.option.lowering is Lowering.NARROW:
         return row.option.lowering.value, "–", f"{row.option.j} of {row.full_rank}"
-    if row.option.lowering is Lowering.SHARED:
+    if row.option.lowering in (Lowering.SHARED, Lowering.SUMMED):
         return row.option.lowering.value, "1", f"{row.option.j} of {row.full_rank}"
     rank = f"{row.option.j} of {row.full_rank}"
     if row.kept:

@@ -12,9 +12,10 @@ import numpy as np
 
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.joined import joined, sharings_of
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
-from onnx_lowrank.allocate.pairs import Classes, pairs_of, sharers, sharings_of
+from onnx_lowrank.allocate.pairs import Classes, pairs_of
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer, narrow_layers
@@ -63,6 +64,7 @@ def replay(plan: Plan, model: Model, layers: Sequence[Layer], meter: Meter) -> P
     budget = meter.budget
     for lowering, is_counted, what in (
         (Lowering.SHARED, budget.shares, "shares encoders"),
+        (Lowering.SUMMED, budget.shares, "shares decoders"),
         (Lowering.SPARSE, budget.keeps_rows, "keeps rows of tables"),
     ):
         if lowering in used and not is_counted:
@@ -185,9 +187,9 @@ def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> Cla
     errors = {layer.id: np.ones(layer.width + 1) for layer in layers if narrows and layer.narrowing}
     pairs = pairs_of(layers, errors, grid)
     shares = recipe.share and grid.costs.budget.shares
-    groups = [names for layer in layers if shares for names in sharers(layer)]
+    groups = [group for layer in layers if shares for group in joined(layer)]
     sizes = {layer.id: layer.size + 1 for layer in layers}
-    ones = {names: [np.ones(sizes[names[0]] * len(names)) for _ in names] for names in groups}
+    ones = {group: [np.ones(sum(sizes[name] for name in group[1])) for _ in group[1]] for group in groups}
     return Classes(tuple(tables), (*pairs, *sharings_of(layers, ones, grid)), recipe)
 
 

@@ -278,8 +278,9 @@ def _full_ranks(run: Run) -> dict[str, int]:
         match option.lowering:
             case Lowering.NARROW:
                 full[layer.id] = layer.width
-            case Lowering.SHARED:
-                full[layer.id] = shared_full_rank([layers[name] for name in sharing(layer, options)])
+            case Lowering.SHARED | Lowering.SUMMED:
+                group = [layers[name] for name in sharing(layer, options)]
+                full[layer.id] = shared_full_rank(group, option.lowering)
             case _:
                 full[layer.id] = layer.full_rank(option.fold, option.k)
     return full

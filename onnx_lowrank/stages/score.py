@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs, spared
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.joined import Joined, joined, sharings_of
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, shared_ranks, sparse_tables
-from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of, sharers, sharings_of
+from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
@@ -28,13 +29,13 @@ from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.stages.fit import can_narrow, shared_item, width_item
+from onnx_lowrank.stages.fit import can_join, can_narrow, joined_item, width_item
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
+from onnx_lowrank.work.joined import JoinedItem, joined_errors
 from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.narrowing import WidthItem, width_errors
 from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
-from onnx_lowrank.work.sharing import SharedItem, shared_errors
 from onnx_lowrank.work.weights import reference
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ class Scores:
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
         self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
-        # Relative errors with a shared encoder, at the ranks 0, 1, …, for the layers of every group.
-        self._shared: dict[tuple[str, ...], Sequence[NDArray[np.float64]]] = {}
+        # Relative errors with a shared factor, at the ranks 0, 1, …, for the layers of every group.
+        self._shared: dict[Joined, Sequence[NDArray[np.float64]]] = {}
         # Relative errors of tables that keep rows, at the ranks 0, 1, …, by id; None until computed.
         self._kept_rows: Mapping[str, NDArray[np.float64]] | None = None
         self._timed = set[Recipe]()
@@ -204,7 +205,7 @@ class Scores:
         return {name: max(exp(-s / recipe.temperature), _LEAST_YIELD) for name, s in excess.items()}
 
     def groups(self, recipe: Recipe) -> tuple[Group, ...]:
-        """The layers that a recipe may narrow together or give one encoder; call `candidates` before.
+        """The layers that a recipe may narrow together or give one factor; call `candidates` before.
 
         Raises:
             InputError: The model cannot be counted, or the moments are not finite.
@@ -245,11 +246,11 @@ class Scores:
             return ()
         self._add_shared()
         errors = {}
-        for names, curves in self._shared.items():
-            members = [self._numbers[name] for name in names]
+        for group, curves in self._shared.items():
+            members = [self._numbers[name] for name in group[1]]
             if not any(self._known[number].unknown for number in members):
                 pairs = zip(members, curves, strict=True)
-                errors[names] = [self._error(recipe, number, curve) for number, curve in pairs]
+                errors[group] = [self._error(recipe, number, curve) for number, curve in pairs]
         return sharings_of(self._layers, errors, self._grid)
 
     def _error(
@@ -261,31 +262,31 @@ class Scores:
         return measures.named(recipe.measure).errors(evidence, relative=recipe.relative)[key]
 
     def _add_shared(self) -> None:
-        """Compute the errors of all layers with a shared encoder that are not known yet."""
+        """Compute the errors of all layers with a shared factor that are not known yet."""
         statistics = _calibrated(self._calibration).statistics
-        chosen: list[tuple[tuple[str, ...], MomentsRef, int]] = []
-        for names in (names for layer in self._layers for names in sharers(layer)):
-            if names in self._shared:
+        chosen: list[tuple[Joined, int]] = []
+        for group in (group for layer in self._layers for group in joined(layer)):
+            if group in self._shared or not can_join(group, statistics):
                 continue
-            found = statistics.shared_inputs(names)
-            ranks = shared_ranks([self._layers[self._numbers[name]] for name in names], self._grid)
-            if found is not None and ranks.size:
-                chosen.append((names, found, int(ranks[-1])))
+            lowering, names = group
+            ranks = shared_ranks([self._layers[self._numbers[name]] for name in names], lowering, self._grid)
+            if ranks.size:
+                chosen.append((group, int(ranks[-1])))
 
-        def items() -> Iterator[SharedItem]:
-            for names, found, top in chosen:
+        def items() -> Iterator[JoinedItem]:
+            for (lowering, names), top in chosen:
                 bindings = [self._bindings[self._numbers[name]] for name in names]
-                yield shared_item(self._model, self._walk, bindings, top, found)
+                yield joined_item(self._model, self._walk, bindings, lowering, top, statistics)
 
         if not chosen:
             return
         begin = monotonic()
         with self._progress.stage("shared", len(chosen)) as step:
-            computed = self._executor.map(shared_errors, items())
-            for (names, _, _), curves in zip(chosen, computed, strict=True):
-                self._shared[names] = curves
+            computed = self._executor.map(joined_errors, items())
+            for (group, _), curves in zip(chosen, computed, strict=True):
+                self._shared[group] = curves
                 step()
-        _log.debug("computed the errors of %d shared encoders in %.2f s", len(chosen), monotonic() - begin)
+        _log.debug("computed the errors of %d shared factors in %.2f s", len(chosen), monotonic() - begin)
 
     def _add_widths(self) -> None:
         """Compute the errors of all narrow layers that are not known yet."""
