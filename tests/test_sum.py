@@ -275,15 +275,18 @@ def test_an_excluded_layer_stays():
     assert distance(run(proto, x=x), run(result.model.proto, x=x)) < 1e-5
 
 
-def test_the_report_shows_that_a_decoder_is_shared():
+def test_the_report_names_the_layers_that_share():
     _, result = summed()
     layers = result.report.layers
     assert {row.full_rank for row in layers} == {FEATURES}
     assert [row.params.after for row in layers] == [RANK * (CHANNELS + FEATURES), RANK * CHANNELS]
+    assert {row.joined for row in layers} == {("wa", "wb")}
+    assert [row["joined"] for row in json.loads(result.report.to_json())["layers"]] == [["wa", "wb"]] * 2
     console = Console(width=160, record=True, file=StringIO())
     show(result.report, console)
     text = console.export_text()
     assert re.search(rf"summed\s+1\s+{RANK} of {FEATURES}", text)
+    assert "summed: one decoder for all of wa, wb." in text
 
 
 def test_the_certificate_is_that_of_the_stored_factors():

@@ -253,6 +253,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
     certificates = {} if built is None else built.certificates
     fits = {} if built is None else built.fits
     narrow, full = narrow_layers(run.found.options(run.plan.choices)), _full_ranks(run)
+    options = {choice.layer: choice.option for choice in run.plan.choices}
     return tuple(
         _row(
             binding.layer,
@@ -262,6 +263,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
             fits.get(choice.layer),
             narrow.get(choice.layer),
             full.get(choice.layer),
+            sharing(binding.layer, options),
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
@@ -294,6 +296,7 @@ def _row(
     fit: LayerFit | None,
     narrow: Layer | None,
     full: int | None,
+    joined: tuple[str, ...],
 ) -> LayerRow:
     option = choice.option
     after = (layer, option) if narrow is None else (narrow, None)
@@ -315,6 +318,7 @@ def _row(
         kept=option.j * layer.kept_per_rank
         if option is not None and option.lowering is Lowering.SPARSE
         else 0,
+        joined=joined,
     )
 
 
