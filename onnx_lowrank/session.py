@@ -368,7 +368,7 @@ class _Job:
 _REFUSED = 1.02
 """A model that takes more than this share of the input model's time is slower; noise alone is smaller."""
 
-_TOGETHER = (Lowering.NARROW, Lowering.SHARED)
+_TOGETHER = (Lowering.NARROW, Lowering.SHARED, Lowering.SUMMED)
 """The ways to rewrite a layer that change the nodes of others, too."""
 
 _CHANCES = 3

@@ -117,6 +117,14 @@ def factor_sizes(layer: Layer, fold: Fold, k: int) -> tuple[int, int]:
     return layer.c * prod(encoder), k * layer.f * prod(decoder)
 
 
+def own_sizes(layer: Layer, option: Option) -> tuple[int, int]:
+    """`factor_sizes` of an option, with 0 for a factor that counts as another layer's."""
+    encoder, decoder = factor_sizes(layer, option.fold, option.k)
+    if layer.holds_factor(option):
+        return encoder, decoder
+    return (0, decoder) if option.lowering is Lowering.SHARED else (encoder, 0)
+
+
 def spared(layer: Layer, recipe: Recipe) -> str:
     """Why a recipe gives a layer no chain of its own, a phrase; "" if it may."""
     if not recipe.folds:

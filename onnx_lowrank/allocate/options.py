@@ -166,53 +166,57 @@ def _table(
     return Candidates(layer.id, folds, k, j, full_ranks, costs, error[front], None, grid.block, tariff)
 
 
-def shared_ranks(layers: Sequence[Layer], grid: Grid[Costs]) -> Ints:
-    """The ranks of an encoder that layers share, ascending, at which all together are cheaper than kept.
+def shared_ranks(layers: Sequence[Layer], lowering: Lowering, grid: Grid[Costs]) -> Ints:
+    """The ranks of a factor that layers share, ascending, at which all together are cheaper than kept.
 
     Args:
-        layers: Siblings, in graph order.
+        layers: Layers that can share it, in graph order.
+        lowering: SHARED if it is an encoder, SUMMED if it is a decoder.
         grid: The step between ranks, and the costs.
 
     Raises:
         InputError: The costs depend on an unknown dimension.
     """
-    tariffs = _shared_tariffs(layers, grid)
-    ranks = np.arange(grid.block, shared_full_rank(layers), grid.block, dtype=np.int64)
+    tariffs = _shared_tariffs(layers, lowering, grid)
+    ranks = np.arange(grid.block, shared_full_rank(layers, lowering), grid.block, dtype=np.int64)
     if not ranks.size:
         return ranks
     total = sum(tariff.costs(tariff.fold, 1, ranks) for tariff in tariffs)
     return ranks[total < sum(tariff.keep for tariff in tariffs)]
 
 
-def sharings(layers: Sequence[Layer], errors: Sequence[Floats], grid: Grid[Costs]) -> tuple[Candidates, ...]:
-    """For every layer, its candidates with a shared encoder; those at one index have the same rank.
+def sharings(
+    layers: Sequence[Layer], lowering: Lowering, errors: Sequence[Floats], grid: Grid[Costs]
+) -> tuple[Candidates, ...]:
+    """For every layer, its candidates with a shared factor; those at one index have the same rank.
 
     Args:
-        layers: Siblings, in graph order.
+        layers: As for `shared_ranks`.
+        lowering: As for `shared_ranks`.
         errors: For each, its errors at the ranks 0, 1, …, in the recipe's measure.
         grid: As for `shared_ranks`.
 
     Raises:
         InputError: The costs depend on an unknown dimension.
     """
-    ranks, made = shared_ranks(layers, grid), []
-    for layer, tariff, error in zip(layers, _shared_tariffs(layers, grid), errors, strict=True):
+    ranks, made = shared_ranks(layers, lowering, grid), []
+    for layer, tariff, error in zip(layers, _shared_tariffs(layers, lowering, grid), errors, strict=True):
         rows = np.zeros((6, ranks.size + 1), dtype=np.int64)
         rows[:, 0] = -1, 0, 0, 0, tariff.keep, tariff.keep
         if ranks.size:
             rows[:, 1:] = _options(layer, tariff.fold, 1, ranks, (tariff, tariff))
         folds, k, j, full, costs, _ = rows
-        full[1:] = shared_full_rank(layers)
+        full[1:] = shared_full_rank(layers, lowering)
         known = _rounded(np.concatenate([np.zeros(1), error[ranks]]))
         shared = Candidates(layer.id, folds, k, j, full, costs, known, None, grid.block, tariff)
         made.append(replace(shared, encoder=tariff.encoder))
     return tuple(made)
 
 
-def _shared_tariffs(layers: Sequence[Layer], grid: Grid[Costs]) -> list[_Together]:
+def _shared_tariffs(layers: Sequence[Layer], lowering: Lowering, grid: Grid[Costs]) -> list[_Together]:
+    encoder = layers[0].id if lowering is Lowering.SHARED else ""
     return [
-        _Together(grid.costs.tariff(layer), layer.shared_fold, Lowering.SHARED, encoder=layers[0].id)
-        for layer in layers
+        _Together(grid.costs.tariff(layer), layer.shared_fold, lowering, encoder=encoder) for layer in layers
     ]
 
 

@@ -1,4 +1,4 @@
-"""Options of several layers at once: they are narrowed together, share an encoder, or are chosen one by one.
+"""Options of several layers at once: they are narrowed together, share a factor, or are chosen one by one.
 
 Groups that have a layer in common, and their layers, become one class of the knapsack. A candidate takes some
 groups that have no layer in common, with an option for each, and an option for every other layer. All such
@@ -17,7 +17,7 @@ import numpy as np
 from onnx_lowrank.allocate.cost import Costs, Ints
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
-from onnx_lowrank.allocate.options import Candidates, narrowings, sharings
+from onnx_lowrank.allocate.options import Candidates, narrowings
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.plan import Aggregate, Choice
 from onnx_lowrank.documents.recipes import Recipe
@@ -61,15 +61,18 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Layers that can share an encoder, or one layer with candidates of another lowering.
+    """Layers that can share a factor, or one layer with candidates of another lowering.
 
     Attributes:
         tables: The candidates of every layer; those at one index go together, and index 0 keeps all layers.
         members: Indices of the layers.
+        is_sum: Whether they share a decoder. Such groups are left out first of a class that would have too
+            many candidates: they connect layers of other groups.
     """
 
     tables: tuple[Candidates, ...]
     members: Picks
+    is_sum: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,27 +162,6 @@ def _costs_of_widths(layer: Layer, widths: Ints, grid: Grid[Costs]) -> tuple[Int
     return tuple(made)
 
 
-def sharings_of(
-    layers: Sequence[Layer], errors: Mapping[tuple[str, ...], Sequence[Floats]], grid: Grid[Costs]
-) -> tuple[Sharing, ...]:
-    """The groups of layers that can share an encoder, each cheaper at some rank than as it is.
-
-    Args:
-        layers: All layers, in graph order.
-        errors: For the layers of every group, by their ids, the errors at the ranks 0, 1, … of their encoder.
-        grid: The ranks to choose from, and their costs.
-
-    Raises:
-        InputError: The costs depend on an unknown dimension.
-    """
-    numbers = {layer.id: number for number, layer in enumerate(layers)}
-    made = []
-    for names, curves in errors.items():
-        members = tuple(numbers[name] for name in names)
-        made.append(Sharing(sharings([layers[n] for n in members], curves, grid), members))
-    return tuple(group for group in made if group.tables[0].cost.size > 1)
-
-
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """A unit of choice: one layer (index 0 keeps it), or a group (index 0 is not taken).
@@ -254,6 +236,12 @@ class Classes:
         found = None if not groups else self._class(members, groups)
         if found is not None:
             yield members[0], found
+            return
+        fewer = [group for group in groups if not (isinstance(group, Sharing) and group.is_sum)]
+        if len(fewer) < len(groups):
+            for part, inside in _clusters(len(self.layers), fewer):
+                if part[0] in members:
+                    yield from self._classes(part, inside)
             return
         for member in members:
             unit = self._alone(member)

@@ -17,7 +17,7 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Bounds, Limits, Single
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.core.layer import Layer
-from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.outcome import Timing
 from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.engines.engine import Feed
@@ -98,7 +98,8 @@ class Budget(ABC):
             model has to keep the ratio. Only budgets with a formula can be prices.
         tolerance: The share of the ratio by which a model may exceed it before the report warns.
         narrows: Whether it counts narrower layers (`Lowering.NARROW`), so plans may have some.
-        shares: Whether it counts encoders that layers share (`Lowering.SHARED`), so plans may have some.
+        shares: The factors that layers share (`Lowering.SHARED`, `Lowering.SUMMED`) that it counts, so plans
+            may have some.
         keeps_rows: Whether it counts kept rows of tables (`Lowering.SPARSE`), so plans may have some.
         is_aligned: Whether ranks are multiples of the provider's block unless the user says otherwise.
     """
@@ -111,7 +112,7 @@ class Budget(ABC):
     is_measured: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-9
     narrows: ClassVar[bool] = False
-    shares: ClassVar[bool] = False
+    shares: ClassVar[frozenset[Lowering]] = frozenset()
     keeps_rows: ClassVar[bool] = False
     is_aligned: ClassVar[bool] = False
 

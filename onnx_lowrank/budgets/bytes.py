@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.allocate.cost import factor_sizes
+from onnx_lowrank.allocate.cost import own_sizes
 from onnx_lowrank.allocate.limits import Limits, Single
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
@@ -71,7 +71,7 @@ class Bytes(Budget):
     figure = "bytes"
     title = "file bytes"
     narrows = True
-    shares = True
+    shares = frozenset((Lowering.SHARED,))
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's bytes."""
@@ -177,7 +177,7 @@ class _Meter(Counted):
             j = layer.matrix(option.fold, 1)[1] if is_shared else layer.full_rank(option.fold, 1)
             longest = replace(option, k=k, j=j)
             made, known = [layer], self._shared
-            if not layer.has_encoder(option):
+            if not layer.holds_factor(option):
                 first = self._bindings[option.encoder].layer
                 made, known = [first, layer], self._grown_by([first], longest)
             grown = self._grown_by(made, longest)
@@ -365,10 +365,7 @@ def _placeholder(binding: Binding, option: Option, with_bias: bool) -> Replaceme
 
 
 def _factor_bytes(layer: Layer, option: Option) -> int:
-    encoder, decoder = factor_sizes(layer, option.fold, option.k)
-    if not layer.has_encoder(option):
-        encoder = 0
-    return option.j * (encoder + decoder) * np.dtype(layer.dtype).itemsize
+    return option.j * sum(own_sizes(layer, option)) * np.dtype(layer.dtype).itemsize
 
 
 BUDGET = Bytes()

@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from onnx_lowrank.allocate.cost import Ints, factor_sizes
+from onnx_lowrank.allocate.cost import Ints, own_sizes
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
@@ -55,9 +55,7 @@ def use_macs(layer: Layer, use: Use, option: Option | None = None) -> int | None
         return layer.size * use.evaluations.dense
     if option.lowering is Lowering.NARROW:
         return _narrow_macs(layer, option.j)
-    encoder, decoder = factor_sizes(layer, option.fold, option.k)
-    if not layer.has_encoder(option):
-        encoder = 0
+    encoder, decoder = own_sizes(layer, option)
     at_encoder, at_decoder = use.evaluations.factors[option.fold]
     return option.j * (encoder * at_encoder + decoder * at_decoder)
 
@@ -132,7 +130,7 @@ class Macs(Budget):
     figure = "macs"
     title = "MACs"
     narrows = True
-    shares = True
+    shares = frozenset((Lowering.SHARED, Lowering.SUMMED))
     unknown = "MACs need the shapes that the model leaves open: pass --input-shape NAME=1,3,224,224."
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from onnx_lowrank.allocate.cost import factor_sizes
+from onnx_lowrank.allocate.cost import own_sizes
 from onnx_lowrank.budgets.budget import Budget, Counted, Run, Tools
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Lowering, Option
@@ -27,14 +27,13 @@ def parameters(layer: Layer, option: Option | None = None) -> int:
     if option.lowering is Lowering.NARROW:
         beside = layer.beside.stored * option.j // layer.width - layer.beside.owned
         return layer.narrowed(option.j, parameters) + beside
-    encoder, decoder = factor_sizes(layer, option.fold, option.k)
-    if not layer.has_encoder(option):
-        encoder = 0
+    encoder, decoder = own_sizes(layer, option)
     kept = 0
     if option.lowering is Lowering.SPARSE:
         # A row of zeros is added to rows that are not kept.
         kept = (option.j * layer.kept_per_rank + 1) * layer.f
-    return option.j * (encoder + decoder) + kept + layer.added
+    added = layer.summed_bias if option.lowering is Lowering.SUMMED else layer.added
+    return option.j * (encoder + decoder) + kept + added
 
 
 class Params(Budget):
@@ -45,7 +44,7 @@ class Params(Budget):
     figure = "params"
     title = "parameters"
     narrows = True
-    shares = True
+    shares = frozenset((Lowering.SHARED, Lowering.SUMMED))
     keeps_rows = True
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:

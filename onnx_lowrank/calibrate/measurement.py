@@ -6,7 +6,8 @@ moments of its outputs instead. A table has far more rows than features, so thes
 moments of one-hot inputs, which are diagonal and hold the frequencies of the rows, seen through the table. If
 the indices are inputs of the model, its rows are looked up here, without a run (`calibrate.lookups`).
 A weight that some uses apply transposed (a tied embedding) is measured twice, where both kinds of uses have
-the same features (`linalg.tied`). Finished moments are on disk, so memory holds only unfinished ones.
+the same features (`linalg.tied`). Where results of layers are added up, the sum is measured, too
+(`linalg.sums`). Finished moments are on disk, so memory holds only unfinished ones.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from typing import Any, Self
 import numpy as np
 
 from onnx_lowrank.calibrate.ignored import find_padding
-from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, takes_outputs
+from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, moments_bytes, takes_outputs
 from onnx_lowrank.calibrate.lookups import Counts, Lookup, lookup
-from onnx_lowrank.calibrate.parts import Part, split
+from onnx_lowrank.calibrate.parts import Part, is_sum, split, summed, sums
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch, Samples
 from onnx_lowrank.calibrate.tasks import Lookups, Task
@@ -120,6 +121,10 @@ class Statistics(Mapping[str, LayerMoments]):
         found = {self.reference(layer) for layer in layers}
         only = found.pop()
         return None if found or only is None or not only.of_inputs else only
+
+    def summed_outputs(self, layers: Sequence[str]) -> MomentsRef | None:
+        """The moments of the sum of the results of layers, in graph order; None if they are unknown."""
+        return self.reference(summed(layers))
 
     def scaled(self) -> Statistics:
         """The same for scaled factors, which need moments of inputs; the files stay with this object."""
@@ -254,6 +259,9 @@ class _Measurement:
         known = {part.id: part.binding for part in parts if part.id in self._of_outputs}
         self._tables = {name: table for name in known if (table := tables[name]) is not None}
         chosen = {name: binding for name, binding in known.items() if tables[name] is None}
+        for binding in sums(bindings):
+            if moments_bytes(measured_shape(binding.layer, of_outputs=True)) <= memory:
+                chosen[binding.layer.id], self._of_outputs[binding.layer.id] = binding, True
         instrumented = self._instrumented(chosen.values())
         self._statistics.reasons.update(instrumented.reasons)
         jobs = self._jobs(instrumented, chosen)
@@ -271,6 +279,8 @@ class _Measurement:
         counted = {name for name, binding in whole.items() if binding.layer.kept_per_rank}
         self._look_up(known, counted, memory)
         self._statistics.join(parts)
+        for name in filter(is_sum, chosen):
+            self._statistics.reasons.pop(name, None)
 
     @property
     def _trimmed(self) -> Samples:
@@ -298,11 +308,13 @@ class _Measurement:
 
     def _instrumented(self, bindings: Iterable[Binding]) -> Instrumented:
         bindings = tuple(bindings)
+        outputs = [b for b in bindings if self._of_outputs[b.layer.id]]
         return instrument(
             self._model,
             self._walk,
             [b for b in bindings if not self._of_outputs[b.layer.id]],
-            [b for b in bindings if self._of_outputs[b.layer.id]],
+            [b for b in outputs if not is_sum(b.layer.id)],
+            [b for b in outputs if is_sum(b.layer.id)],
         )
 
     def _jobs(self, instrumented: Instrumented, bindings: Mapping[str, Binding]) -> dict[Job, list[str]]:

@@ -7,12 +7,16 @@ show the same features, the results of one and the inputs of the other. Each kin
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_lowrank.layers.binding import Binding
 
 _TRANSPOSED = "\0transposed"
 """The end of the id of a layer's second part, behind the layer's id."""
+
+_SUMMED = "\0summed"
+"""The end of the id of the measurement of a sum, behind the id of the first of its layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +69,25 @@ def split(binding: Binding) -> tuple[Part, ...]:
 
 def whole(part: str) -> str:
     """The id of the layer to which the part with this id belongs."""
-    return part.removesuffix(_TRANSPOSED)
+    return part.removesuffix(_TRANSPOSED).removesuffix(_SUMMED)
+
+
+def sums(bindings: Iterable[Binding]) -> Iterator[Binding]:
+    """The sums to measure: the last layer of each, with the id of the sum.
+
+    Its outputs stand for the sum: all of the sum is known where it runs.
+    """
+    for binding in bindings:
+        addends = binding.layer.addends
+        if addends[-1:] == (binding.layer.id,):
+            yield replace(binding, layer=replace(binding.layer, id=summed(addends)))
+
+
+def summed(layers: Sequence[str]) -> str:
+    """The id of the measurement of the sum of layers, given their ids in graph order."""
+    return layers[0] + _SUMMED
+
+
+def is_sum(name: str) -> bool:
+    """Whether an id is that of a sum."""
+    return name.endswith(_SUMMED)

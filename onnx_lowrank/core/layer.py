@@ -188,6 +188,10 @@ class Layer:
         narrowing: The layers that can be narrowed together with this one; None if there are none.
         siblings: Ids of the layers that read the same tensor in the same way, this one included, in graph
             order. They can share an encoder. Empty if there is no other.
+        addends: Ids of the layers whose results are added up, this one included, in graph order. They can
+            share a decoder. Empty if there is no other.
+        summed_bias: Parameters, without the factors', that rewriting adds if the layers of its sum share a
+            decoder: those of the sum of their biases, less the biases that go. The first layer has all.
     """
 
     id: str
@@ -207,6 +211,8 @@ class Layer:
     sliced: tuple[Lowering, ...] = (Lowering.NATIVE,)
     narrowing: Narrowing | None = None
     siblings: tuple[str, ...] = ()
+    addends: tuple[str, ...] = ()
+    summed_bias: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -225,12 +231,28 @@ class Layer:
 
     @property
     def shared_fold(self) -> Fold:
-        """The fold of an encoder that siblings share: it holds the whole kernel."""
+        """The fold of layers that share a factor: the encoder holds the whole kernel."""
         return Fold.ENCODE.on(self.kernel)
 
-    def has_encoder(self, option: Option) -> bool:
-        """Whether the encoder of an option counts as this layer's: another layer's may be shared."""
-        return option.lowering is not Lowering.SHARED or option.encoder == self.id
+    def joinable(self, lowering: Lowering) -> tuple[str, ...]:
+        """Ids of the layers that can share the factor of a lowering, this one included, in graph order."""
+        match lowering:
+            case Lowering.SHARED:
+                return self.siblings
+            case Lowering.SUMMED:
+                return self.addends
+            case _:
+                return ()
+
+    def holds_factor(self, option: Option) -> bool:
+        """Whether a factor that layers share counts as this layer's; True if the option shares none."""
+        match option.lowering:
+            case Lowering.SHARED:
+                return option.encoder == self.id
+            case Lowering.SUMMED:
+                return self.addends[:1] == (self.id,)
+            case _:
+                return True
 
     @property
     def partners(self) -> tuple[Layer, ...]:
@@ -346,24 +368,34 @@ def narrow_layers(options: Iterable[tuple[Layer, Option | None]]) -> dict[str, L
     return narrow
 
 
-def shared_full_rank(layers: Sequence[Layer]) -> int:
-    """The rank at which an encoder that layers share is exact for all of them."""
-    _, columns = layers[0].matrix(layers[0].shared_fold, 1)
-    return min(columns, sum(layer.f for layer in layers))
+def shared_full_rank(layers: Sequence[Layer], lowering: Lowering) -> int:
+    """The rank at which a factor that layers share is exact for all of them.
+
+    Args:
+        layers: The layers.
+        lowering: SHARED if they share an encoder, SUMMED if they share a decoder.
+    """
+    sizes = [layer.matrix(layer.shared_fold, 1) for layer in layers]
+    rows, columns = sizes[0]
+    if lowering is Lowering.SUMMED:
+        return min(rows, sum(own for _, own in sizes))
+    return min(columns, sum(own for own, _ in sizes))
 
 
 def sharing(layer: Layer, options: Mapping[str, Option | None]) -> tuple[str, ...]:
-    """The ids of the layers that share the encoder of a layer in a plan, in graph order; empty if none do.
+    """The ids of the layers that share a factor with a layer in a plan, itself included, in graph order.
+
+    Empty if none do.
 
     Args:
         layer: The layer.
         options: The options of the plan, by id.
     """
     own = options.get(layer.id)
-    if own is None or own.lowering is not Lowering.SHARED:
+    if own is None:
         return ()
     way = own.lowering, own.encoder
-    chosen = ((name, options.get(name)) for name in layer.siblings)
+    chosen = ((name, options.get(name)) for name in layer.joinable(own.lowering))
     return tuple(name for name, option in chosen if option and (option.lowering, option.encoder) == way)
 
 

@@ -66,7 +66,9 @@ class Lowering(StrEnum):
     of size 1 as MatMuls. NARROW writes no chain: one factor selects channels, or has one block for each head
     of attention, so that partners of the layer take it in; the layer's own node applies the other. SHARED
     writes one encoder for several layers that read the same tensor (`Layer.siblings`), and a decoder for each
-    of them. SPARSE writes a table as a low-rank one plus rows that stay as they are (`Layer.kept_per_rank`).
+    of them. SUMMED writes an encoder for each of the layers whose results are added (`Layer.addends`), and
+    one decoder behind the sum. SPARSE writes a table as a low-rank one plus rows that stay as they are
+    (`Layer.kept_per_rank`).
     """
 
     NATIVE = "native"
@@ -74,6 +76,7 @@ class Lowering(StrEnum):
     MATMUL = "matmul"
     NARROW = "narrow"
     SHARED = "shared"
+    SUMMED = "summed"
     SPARSE = "sparse"
 
 

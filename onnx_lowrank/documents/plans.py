@@ -207,11 +207,11 @@ def check(plan: Plan, model: str, layers: Sequence[Layer]) -> None:
 
 
 def _check_kept(plan: Plan, layers: Mapping[str, Layer]) -> None:
-    """Check that partners of narrowed layers are kept, and that layers that share an encoder agree."""
+    """Check that partners of narrowed layers are kept, and that layers that share a factor agree."""
     options = {choice.layer: choice.option for choice in plan.choices}
     for layer, option in options.items():
-        if option is not None and option.lowering is Lowering.SHARED:
-            _check_siblings(layers[layer], option, layers, options)
+        if option is not None and option.lowering in _FACTORS:
+            _check_joined(layers[layer], option, layers, options)
         if option is None or option.lowering is not Lowering.NARROW:
             continue
         _check_bound(layers[layer], option, layers, options)
@@ -245,37 +245,44 @@ def _check_bound(
         )
 
 
-def _check_siblings(
+_FACTORS = {Lowering.SHARED: "an encoder", Lowering.SUMMED: "a decoder"}
+"""The factor that layers share."""
+
+
+def _check_joined(
     layer: Layer, option: Option, layers: Mapping[str, Layer], options: Mapping[str, Option | None]
 ) -> None:
-    """Check that the layers that share an encoder have one option, which names the first of them."""
+    """Check that the layers that share a factor have one option, and that those that have to be are there."""
     name, names = f"In the plan, layer {layer.id!r}", sharing(layer, options)
-    if option.encoder != names[0]:
+    factor, advice = _FACTORS[option.lowering], "give both the same fold, k, j and lowering."
+    if option.lowering is Lowering.SHARED and option.encoder != names[0]:
         raise PlanError(
             f"{name} has the encoder {option.encoder!r}, and the first layer with it is {names[0]!r}: set "
             f"encoder to {names[0]!r} for all that share it."
         )
+    # The decoder of a sum stands behind all of its layers.
+    for other in layer.addends if option.lowering is Lowering.SUMMED else ():
+        if other not in names:
+            raise PlanError(
+                f"{name} shares {factor}, and {other!r}, whose result is added to its own, does not: {advice}"
+            )
     others = [other for other in names if other != layer.id]
     if not others:
-        raise PlanError(f"{name} shares an encoder with no other layer: choose another lowering.")
+        raise PlanError(f"{name} shares {factor} with no other layer: choose another lowering.")
     for other in others:
         if options[other] != option:
-            raise PlanError(
-                f"{name} shares an encoder with {other!r}, whose option differs: give both the same fold, k, "
-                "j and lowering."
-            )
-    full = shared_full_rank([layers[each] for each in names])
+            raise PlanError(f"{name} shares {factor} with {other!r}, whose option differs: {advice}")
+    full = shared_full_rank([layers[each] for each in names], option.lowering)
     if not 1 <= option.j <= full:
         raise PlanError(f"{name} cannot have rank j = {option.j}: choose one between 1 and {full}.")
 
 
 def _check_shared(layer: Layer, option: Option, name: str) -> None:
-    if not layer.siblings:
+    if not layer.joinable(option.lowering):
         raise PlanError(f"{name} reads a tensor that no other layer reads so: choose another lowering.")
     if (option.fold, option.k) != (layer.shared_fold, 1):
-        raise PlanError(
-            f"{name} can share an encoder with fold {layer.shared_fold} and k = 1 only: set these."
-        )
+        factor = _FACTORS[option.lowering]
+        raise PlanError(f"{name} can share {factor} with fold {layer.shared_fold} and k = 1 only: set these.")
 
 
 def _check_narrow(layer: Layer, option: Option, name: str) -> None:
@@ -298,7 +305,7 @@ def _check_option(layer: Layer, option: Option) -> None:
     if option.lowering is Lowering.NARROW and layer.narrowing is not None:
         _check_narrow(layer, option, name)
         return
-    if option.lowering is Lowering.SHARED:
+    if option.lowering is Lowering.SHARED or (option.lowering is Lowering.SUMMED and layer.addends):
         _check_shared(layer, option, name)
         return
     keeps_rows = option.lowering is Lowering.SPARSE and layer.kept_per_rank

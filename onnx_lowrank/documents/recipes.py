@@ -37,7 +37,8 @@ class Recipe:
         recover: Fit every layer so that it gives the original outputs for the inputs that the compressed
             layers before it produce.
         narrow: Drop channels between two layers, and make heads smaller, too (`Lowering.NARROW`).
-        share: Give layers that read the same tensor one encoder, too (`Lowering.SHARED`).
+        share: Give layers that read the same tensor one encoder, too (`Lowering.SHARED`), and layers whose
+            results are added one decoder (`Lowering.SUMMED`).
         sparse: Keep rows of embedding tables that are read most, too (`Lowering.SPARSE`).
         tables: Decompose embedding tables, too.
         temperature: With the aggregate ratio, how far layers whose block changes its input less may differ

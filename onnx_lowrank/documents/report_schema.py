@@ -1,7 +1,6 @@
 """The JSON report: its keys in order, and the meaning of each key.
 
-`as_json` writes these tables and `documents.reports` reads them. A value that is unknown, infinite
-or NaN is null.
+`as_json` writes these tables and `documents.reports` reads them. Unknown, infinite and NaN values are null.
 """
 
 from __future__ import annotations
@@ -139,6 +138,7 @@ class Layer(Table, frozen=True):
         reason: Why it is kept; "" if it is rewritten.
         fit: How its new numbers were made.
         kept_rows: The number of rows of a table that stay as they are.
+        joined: Ids of all layers that share a factor with it, itself included; empty if there is no other.
     """
 
     id: str
@@ -159,6 +159,7 @@ class Layer(Table, frozen=True):
     reason: str
     fit: Fit | None
     kept_rows: int = 0
+    joined: tuple[str, ...] = ()
 
 
 class Skipped(Table, frozen=True):
@@ -269,8 +270,7 @@ class Validation(Table, frozen=True):
         notes: Sentences for the user.
         alone: One error per rewritten layer, run alone, if no engine could run the model.
         other: The comparison on inputs of another kind; null without --check.
-        continuation: The agreement of greedy continuations; null for models without a cache of keys and
-            values, and without texts.
+        continuation: The agreement of greedy continuations; null for models without a cache or texts.
         fused: The numbers of the operators that ONNX Runtime's optimizer puts in place of several, by type;
             null if they were not counted.
     """

@@ -18,12 +18,29 @@ class Binding:
         stored: The weight as the first use reads it.
         casts: For each use, the element type to which the stored weight is cast, or None.
         hidden: The parts between the layer and the partners that are narrowed with it; None without partners.
+        sum: The operators that add up its result and those of `Layer.addends`; None without such layers.
     """
 
     layer: Layer
     stored: Stored
     casts: tuple[int | None, ...]
     hidden: Hidden | None = None
+    sum: Sum | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """The operators that add up the results of layers, in the main graph.
+
+    Attributes:
+        results: Names of the results, in the order of the layers.
+        nodes: The operators, in graph order; the last one gives the sum.
+        others: Places and operands of all further addends.
+    """
+
+    results: tuple[str, ...]
+    nodes: tuple[Place, ...]
+    others: tuple[tuple[Place, int], ...]
 
 
 @dataclass(frozen=True, slots=True)

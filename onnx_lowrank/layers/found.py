@@ -19,6 +19,7 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import find, matches, unselected
 from onnx_lowrank.layers.hidden import hidden_channels
 from onnx_lowrank.layers.siblings import siblings
+from onnx_lowrank.layers.sums import with_sums
 from onnx_lowrank.layers.work import work
 
 
@@ -120,6 +121,7 @@ def find_layers(
     scopes = work(walk, inferred, places)
     ran = running(scopes)
     bindings = _acquainted(walk, tuple(_idle(binding, ran) for binding in bindings))
+    bindings = with_sums(model, walk, inferred, bindings)
     met = attention(model, walk, bindings, inferred, shapes)
     reasons = {label(walk.node(place)): reason for place, reason in met.left.items()}
     skipped = tuple(_with_heads(operator, reasons) for operator in skipped)

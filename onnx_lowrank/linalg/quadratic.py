@@ -76,7 +76,7 @@ def of_weight(weight: NDArray[Any], inputs: Moments, *, centred: bool, ridge: fl
     """
     matrices = matrices_of(weight)
     second = about(inputs.mean, inputs.mean, inputs.second, centred)
-    _add_to_diagonal(second, ridges(_input_power(second), ridge))
+    _add_to_diagonal(second, ridges(input_power(second), ridge))
     cross = matrices @ second
     return Quadratic(second, cross, np.einsum("gfp,gfp->g", cross, matrices), matrices)
 
@@ -95,7 +95,7 @@ def of_targets(
     """
     matrices = matrices_of(weight)
     second = about(inputs.mean, inputs.mean, inputs.second, centred)
-    level = ridges(_input_power(second), ridge)
+    level = ridges(input_power(second), ridge)
     _add_to_diagonal(second, level)
     cross = about(targets.mean, inputs.mean, targets.cross, centred) + level[:, None, None] * matrices
     return Quadratic(second, cross, _power(targets, centred) + level * np.sum(matrices**2, axis=(1, 2)))
@@ -154,7 +154,7 @@ def best_ridge(
     def held_error(ridge: float) -> float:
         if total <= 0:
             return start
-        inverse = 1 / (values + ridges(_input_power(second), ridge)[:, None])
+        inverse = 1 / (values + ridges(input_power(second), ridge)[:, None])
         change = np.einsum("gp,gp->", inverse, np.matvec(square, inverse) - 2 * linear)
         return max(start + float(change) / total, 0.0)
 
@@ -191,6 +191,12 @@ def about(
     return moments.copy() if centred else moments + left[:, :, None] * right[:, None, :]
 
 
+def input_power(second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean power of an element of the inputs, shape (g,), from their second moments, (g, p, p)."""
+    power: NDArray[np.float64] = np.trace(second, axis1=1, axis2=2) / second.shape[-1]
+    return power
+
+
 def _power(targets: Targets, centred: bool) -> NDArray[np.float64]:
     return targets.power if centred else targets.power + np.sum(targets.mean**2, axis=1)
 
@@ -202,11 +208,6 @@ def ridges(power: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
     """
     mean = float(np.mean(power))
     return np.where(power > 0, ridge * power, _DEAD * mean if mean > 0 else 1.0)
-
-
-def _input_power(second: NDArray[np.float64]) -> NDArray[np.float64]:
-    power: NDArray[np.float64] = np.trace(second, axis1=1, axis2=2) / second.shape[-1]
-    return power
 
 
 def _add_to_diagonal(second: NDArray[np.float64], level: NDArray[np.float64]) -> None:

@@ -52,7 +52,8 @@ class Instrumented:
     Attributes:
         model: The copy: the model's own outputs, then the taps. Its weights are the model's.
         inputs: For each layer with wanted inputs, the activation that the weight meets, per use.
-        outputs: For each layer with wanted outputs, the result, behind a folded BatchNorm, per use.
+        outputs: For each layer with wanted outputs, the result, behind a folded BatchNorm, per use. For each
+            layer with a wanted sum, this sum.
         reasons: For each of the other layers, the reason why it cannot be tapped.
     """
 
@@ -63,7 +64,11 @@ class Instrumented:
 
 
 def instrument(
-    model: Model, walk: Walk, inputs: Iterable[Binding], outputs: Iterable[Binding] = ()
+    model: Model,
+    walk: Walk,
+    inputs: Iterable[Binding],
+    outputs: Iterable[Binding] = (),
+    sums: Iterable[Binding] = (),
 ) -> Instrumented:
     """Copy a model and add outputs for the activations and the results of layers.
 
@@ -72,6 +77,7 @@ def instrument(
         walk: Its walk.
         inputs: The layers with wanted activations; none of them reads indices.
         outputs: The layers with wanted results.
+        sums: Layers whose `Binding.sum` of results is wanted.
     """
     inputs, outputs = tuple(inputs), tuple(outputs)
     reasons = {
@@ -82,6 +88,7 @@ def instrument(
     taps = _Taps(model, walk)
     read = {b.layer.id: taps.tap(b, _activation) for b in inputs if b.layer.id not in reasons}
     given = {b.layer.id: taps.tap(b, _result) for b in outputs if b.layer.id not in reasons}
+    given |= {binding.layer.id: (taps.add_up(binding),) for binding in sums}
     return Instrumented(replace(model, proto=taps.proto, path=None), read, given, reasons)
 
 
@@ -137,6 +144,18 @@ class _Taps:
                 self._made[key] = self._lift(*key, cast or binding.stored.source.tensor.data_type)
             taps.append(self._made[key])
         return tuple(taps)
+
+    def add_up(self, binding: Binding) -> Tap:
+        """Append Adds of the results of a sum's layers, all in the main graph, and tap the last one."""
+        if binding.sum is None:
+            raise RuntimeError(f"the result of {binding.layer.id!r} is in no sum")
+        total, *others = binding.sum.results
+        for other in others:
+            name = self._unique(f"{total}_sum")
+            node = onnx.helper.make_node("Add", [total, other], [name], self._unique(f"{name}/add"))
+            self.proto.graph.node.append(node)
+            total = name
+        return self._lift("", total, binding.stored.source.tensor.data_type)
 
     def _lift(self, path: str, name: str, kind: int) -> Tap:
         scope = self._scopes[path]

@@ -88,6 +88,7 @@ def _layer(row: LayerRow) -> schema.Layer:
         reason=row.reason,
         fit=_fit(row.fit) if row.fit else None,
         kept_rows=row.kept,
+        joined=row.joined,
     )
 
 

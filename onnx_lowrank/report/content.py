@@ -80,6 +80,7 @@ class LayerRow:
         reason: Why it is kept; "" if it is rewritten.
         kept: Number of rows of a table that stay as they are.
         fit: How its new numbers were made; None if that is unknown or it has none.
+        joined: Ids of all layers that share a factor with it, itself included; empty if there is no other.
     """
 
     id: str
@@ -97,6 +98,7 @@ class LayerRow:
     reason: str = ""
     fit: LayerFit | None = None
     kept: int = 0
+    joined: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

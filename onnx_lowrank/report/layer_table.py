@@ -15,6 +15,7 @@ from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
 
 _NAME_ROOM = 16
+_GROUPS = 3
 _COMPACT = frozenset(("operator", "weight"))
 _HELD, _MEASURED = "held-out", "measured"
 _TIME, _PREDICTED = "time alone", "predicted"
@@ -52,6 +53,8 @@ def show(report: Content, page: Page) -> None:
 def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
     """Explanations of the columns whose headers do not explain them."""
     yield f"error: {report.measure}, {named(report.measure).legend}."
+    for way, factor in ((Lowering.SHARED, "encoder"), (Lowering.SUMMED, "decoder")):
+        yield from _joined(report, way, factor)
     if "bound" in shown:
         yield "bound: certified ‖W − Ŵ‖/‖W‖, spectral norm, of the factors as stored."
     if _TIME in shown:
@@ -64,6 +67,16 @@ def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
                 f"{header}: ‖y − ŷ‖²/‖y‖² of the layer's output y on {samples} calibration inputs; about the "
                 "mean if the layer's bias keeps the mean."
             )
+
+
+def _joined(report: Content, way: Lowering, factor: str) -> Iterator[str]:
+    """The layers that share a factor: the first groups of them."""
+    names = {row.id: row.name for row in report.layers}
+    rows = [row for row in report.layers if row.option is not None and row.option.lowering is way]
+    groups = [", ".join(names[name] for name in group) for group in dict.fromkeys(row.joined for row in rows)]
+    if any(groups):
+        more = f"; and {len(groups) - _GROUPS} more" if len(groups) > _GROUPS else ""
+        yield f"{way}: one {factor} for all of {'; '.join(groups[:_GROUPS])}{more}."
 
 
 def _columns(report: Content, number: Callable[[int | None], str]) -> list[Column]:
@@ -112,7 +125,7 @@ def _option(row: LayerRow) -> tuple[str, str, str]:
         return "keep", "–", "–"
     if row.option.lowering is Lowering.NARROW:
         return row.option.lowering.value, "–", f"{row.option.j} of {row.full_rank}"
-    if row.option.lowering is Lowering.SHARED:
+    if row.option.lowering in (Lowering.SHARED, Lowering.SUMMED):
         return row.option.lowering.value, "1", f"{row.option.j} of {row.full_rank}"
     rank = f"{row.option.j} of {row.full_rank}"
     if row.kept:

@@ -3,7 +3,8 @@
 Rules:
 
 1. The new proto is a copy of the input's. Chains replace the nodes of the layers that the plan names, in
-   their places. The last node of a chain keeps the node's name, doc string, metadata and output.
+   their places. The last node of a chain keeps the node's name, doc string, metadata and output. Of a sum's
+   layers, only encoders do, and one decoder stands in the place of the sum (`rewrite.sums`).
 2. Factors are stored where the weight was stored (initializer or Constant node), in its dtype, under new
    names that collide with nothing. Before IR 4, initializers had to be inputs of the graph, so there the
    factors are Constant nodes.
@@ -32,7 +33,7 @@ from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.graph.weights import dtype_of
 from onnx_lowrank.layers.bias import bias
-from onnx_lowrank.layers.binding import Binding
+from onnx_lowrank.layers.binding import Binding, Sum
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.family import Operands, Site
 from onnx_lowrank.operators.fragment import Fragment
@@ -41,6 +42,7 @@ from onnx_lowrank.rewrite.heads import less_of, narrow_bias, resize
 from onnx_lowrank.rewrite.narrow import narrow, narrow_weight, varying_axis
 from onnx_lowrank.rewrite.packed import Packs
 from onnx_lowrank.rewrite.refit import Operand, Refitted, operands, source
+from onnx_lowrank.rewrite.sums import Encoded, add_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ class _Writer:
         self.proofs: dict[str, tuple[Option, Certificate]] = {}
         # By the first layer that shares it: the names of the nodes of an encoder, and of its result.
         self._encoders: dict[str, tuple[tuple[str, ...], str]] = {}
+        # By the ids of the layers of a sum: those that are written, with the biases that move behind the sum.
+        self._sums: dict[tuple[str, ...], dict[str, tuple[Encoded, NDArray[Any] | None]]] = {}
         self._fresh: dict[Operand, NDArray[Any]] = {}  # New numbers of layers that will be narrowed.
         self._model = model
         self._walk = walk
@@ -156,6 +160,9 @@ class _Writer:
             return
         if replacement.option.lowering is Lowering.SHARED:
             self.chains[layer.id] = (self._share(replacement, nodes),)
+            return
+        if replacement.option.lowering is Lowering.SUMMED:
+            self._encode(replacement, nodes)
             return
         arrays = operator.layout(layer, nodes, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
@@ -232,7 +239,7 @@ class _Writer:
         fragment = self._fragment(native, nodes, 0, names)
         *head, last = fragment.nodes
         if before is None:
-            if not layer.has_encoder(replacement.option):
+            if not layer.holds_factor(replacement.option):
                 raise RuntimeError(f"{first!r} has to be written before {layer.id!r}")
             before = self._encoders[first] = tuple(node.name for node in head), head[-1].output[0]
         else:
@@ -242,6 +249,53 @@ class _Writer:
         self._splice([*head, last], layer.uses[0], nodes[0], layer)
         self._release(layer, layer.uses[0])
         return (*before[0], last.name)
+
+    def _encode(self, replacement: Replacement, nodes: Sequence[NodeProto]) -> None:
+        """Plan an encoder in a node's place; after the last layer of its sum, plan what adds them up, too."""
+        binding, layer = replacement.binding, replacement.binding.layer
+        if binding.sum is None:
+            raise RuntimeError(f"the result of {layer.id!r} is in no sum")
+        native = replace(replacement, option=replace(replacement.option, lowering=Lowering.NATIVE))
+        arrays = registry.family(nodes[0]).layout(layer, nodes, replacement.factors, Lowering.NATIVE)
+        origin, decoder = binding.stored.source, ""
+        encoder = self.edits.keep(origin, f"{origin.name}_encoder", arrays[0])
+        if layer.holds_factor(replacement.option):
+            decoder = self.edits.keep(origin, f"{origin.name}_decoder", arrays[1])
+        *head, last = self._fragment(native, nodes, 0, Operands("", encoder, decoder, "")).nodes
+        value = head[-1].output[0]
+        self._put(head, layer.uses[0], nodes[0], layer)
+        self._release(layer, layer.uses[0])
+        parts = self._sums.setdefault(layer.addends, {})
+        encoded = Encoded(tuple(node.name for node in head), value, last)
+        parts[layer.id] = encoded, self._moved_bias(replacement, nodes[0])
+        if len(parts) == len(layer.addends):
+            self._add_up(binding, binding.sum, nodes[0])
+
+    def _add_up(self, binding: Binding, added: Sum, node: NodeProto) -> None:
+        """Plan the sum of the encoders of its layers, and its decoder, with a bias of one layer's shape."""
+        layer = binding.layer
+        parts = [self._sums[layer.addends][name] for name in layer.addends]
+        moved = [values for _, values in parts if values is not None]
+        name = ""
+        if moved:
+            self.edits.turn = self._turns[added.nodes[-1]]
+            shape = registry.family(node).bias_shape(layer.uses[0], layer.uses[0].laid_out, layer.f)
+            values = np.sum(np.asarray(moved, np.float64), axis=0).reshape(shape)
+            stored = _finite(values, dtype_of(self._walk, binding.stored), layer)
+            name = self.edits.keep(binding.stored.source, f"{label(node)}_bias", stored)
+        encoded = [part for part, _ in parts]
+        decoder = add_up(self._walk, self.edits, added, encoded, name)
+        for other, part in zip(layer.addends, encoded, strict=True):
+            self.chains[other] = ((*part.names, decoder),)
+
+    def _moved_bias(self, replacement: Replacement, node: NodeProto) -> NDArray[Any] | None:
+        """The bias that a node of a sum does not add any more, shape (f,); one behind the node is renewed."""
+        old = bias(self._model, self._walk, replacement.binding)
+        if old is None or not old.in_node:
+            self._new_bias(replacement, node)
+            return None
+        self.edits.unread(old.place, old.operand)
+        return old.values if replacement.bias is None else replacement.bias
 
     def _new_bias(self, replacement: Replacement, node: NodeProto) -> str:
         """Store a layer's new bias in the dtype of its computation; returns the bias's name for the chain.
@@ -260,10 +314,7 @@ class _Writer:
         if replacement.option.lowering is Lowering.NARROW:
             values = narrow_bias(layer, replacement.factors, values, replacement.option.j)
             shape = tuple(values.size if n == layer.f else n for n in shape)
-        with np.errstate(over="ignore"):
-            stored = values.reshape(shape).astype(dtype)
-        if not np.isfinite(stored).all():
-            raise InputError(f"The new bias of {layer.id!r} is not finite in {dtype}: exclude this layer.")
+        stored = _finite(values.reshape(shape), dtype, layer)
         if layer.packs_own and replacement.option.lowering is Lowering.NARROW:
             axis, source = stored.shape.index(values.size), binding.stored.source
             # The node keeps its attributes, such as a Gemm's beta.
@@ -309,15 +360,19 @@ class _Writer:
 
     def _splice(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
         """Put a chain in a node's place; its last node takes the node's name, notes and first output."""
+        norm = None if layer.batchnorm is None else self._walk.node(Place(use.scope, layer.batchnorm.node))
+        chain[-1].output[0] = (node if norm is None else norm).output[0]
+        self._put(chain, use, node, layer)
+
+    def _put(self, chain: list[NodeProto], use: Use, node: NodeProto, layer: Layer) -> None:
+        """Put nodes in a node's place; the last one takes the node's name and notes."""
         edit = self.edits.scopes[use.scope]
-        last = chain[-1]
-        last.output[0] = node.output[0]
+        last, gone = chain[-1], list(node.output)
         if layer.batchnorm is not None:
-            norm = self._walk.node(Place(use.scope, layer.batchnorm.node))
-            last.output[0] = norm.output[0]
+            gone += self._walk.node(Place(use.scope, layer.batchnorm.node)).output
             edit.deleted.add(layer.batchnorm.node)
         made = {name for link in chain for name in link.output}
-        edit.forgotten.update(name for name in node.output if name and name not in made)
+        edit.forgotten.update(name for name in gone if name and name not in made)
         last.name = node.name or last.name
         last.doc_string = node.doc_string
         last.metadata_props.extend(node.metadata_props)
@@ -330,6 +385,15 @@ class _Writer:
         if layer.batchnorm is not None:
             for operand in range(1, 5):
                 self.edits.unread(Place(use.scope, layer.batchnorm.node), operand)
+
+
+def _finite(values: NDArray[Any], dtype: np.dtype[Any], layer: Layer) -> NDArray[Any]:
+    """The new bias of a layer in the dtype of its computation."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise InputError(f"The new bias of {layer.id!r} is not finite in {dtype}: exclude this layer.")
+    return stored
 
 
 def _cast(fragment: Fragment, names: Operands, kind: int) -> Operands:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.layer import sharing
-from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import Merge, OutputError
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
@@ -181,12 +180,8 @@ def _fitted(
     statistics = calibration.statistics
     walked = [b for b in chosen if plan.recover and can_recover(model, walk, b, statistics)]
     ids = {binding.layer.id for binding in walked}
-    # Layers that share an encoder are recovered together or not at all.
-    split = {
-        b.layer.id
-        for b in walked
-        if options[b.layer.id].lowering is Lowering.SHARED and not ids.issuperset(sharing(b.layer, options))
-    }
+    # Layers that share a factor are recovered together or not at all.
+    split = {b.layer.id for b in walked if not ids.issuperset(sharing(b.layer, options))}
     walked = [b for b in walked if b.layer.id not in split]
     ids -= split
     alone = [binding for binding in chosen if binding.layer.id not in ids]

@@ -20,9 +20,11 @@ from onnx_lowrank.rewrite.refit import Refitted
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.fitting import FactorsItem, fitted
+from onnx_lowrank.work.joins import JoinedItem, fitted_jointly
 from onnx_lowrank.work.moments import MomentsRef
 from onnx_lowrank.work.narrowing import Keys, WidthItem, way_of
-from onnx_lowrank.work.sharing import SharedItem, fitted_together
+from onnx_lowrank.work.sharing import SharedItem
+from onnx_lowrank.work.sums import SummedItem
 from onnx_lowrank.work.weights import reference
 
 if TYPE_CHECKING:
@@ -53,8 +55,8 @@ def fit(
     Raises:
         InputError: The moments are not finite, or a data file has changed.
     """
-    together = [b for b in bindings if options[b.layer.id].lowering is Lowering.SHARED]
-    bindings = [b for b in bindings if options[b.layer.id].lowering is not Lowering.SHARED]
+    together = [b for b in bindings if sharing(b.layer, options)]
+    bindings = [b for b in bindings if not sharing(b.layer, options)]
     biases = [None if statistics is None else bias(model, walk, binding) for binding in bindings]
 
     def items() -> Iterator[FactorsItem]:
@@ -77,22 +79,57 @@ def _together(
     statistics: Statistics | None,
     executor: Executor,
 ) -> Iterator[Fitted]:
-    """The factors of layers that share encoders, group by group."""
+    """The factors of layers that share a factor, group by group."""
     by_id = {binding.layer.id: binding for binding in bindings}
-    first = [binding.layer for binding in bindings if binding.layer.has_encoder(options[binding.layer.id])]
-    groups = [[by_id[name] for name in sharing(layer, options)] for layer in first]
+    holders = [b for b in bindings if b.layer.holds_factor(options[b.layer.id])]
+    groups = [[by_id[name] for name in sharing(b.layer, options)] for b in holders]
 
-    def items() -> Iterator[SharedItem]:
+    def items() -> Iterator[JoinedItem]:
         for group in groups:
-            names = [binding.layer.id for binding in group]
-            moments = None if statistics is None else statistics.shared_inputs(names)
-            yield shared_item(model, walk, group, options[names[0]].j, moments)
+            option = options[group[0].layer.id]
+            yield joined_item(model, walk, group, option.lowering, option.j, statistics)
 
-    for group, made in zip(groups, executor.map(fitted_together, items()), strict=True):
+    for group, made in zip(groups, executor.map(fitted_jointly, items()), strict=True):
         for binding, layer in zip(group, made, strict=True):
             changeable, option = bias(model, walk, binding), options[binding.layer.id]
             shifted = None if changeable is None or layer.lost is None else changeable.values + layer.lost
             yield Replacement(binding, option, layer.factors, layer.certificate, shifted), layer.fit
+
+
+def joined_item(
+    model: Model,
+    walk: Walk,
+    bindings: Sequence[Binding],
+    lowering: Lowering,
+    j: int,
+    statistics: Statistics | None,
+) -> JoinedItem:
+    """The work item of layers that share a factor of rank j.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        bindings: The layers, in graph order.
+        lowering: SHARED if they share an encoder, SUMMED if they share a decoder.
+        j: The rank.
+        statistics: The moments; None if they are unknown.
+
+    Raises:
+        InputError: A data file has changed.
+    """
+    names = [binding.layer.id for binding in bindings]
+    if lowering is Lowering.SHARED:
+        return shared_item(
+            model, walk, bindings, j, None if statistics is None else statistics.shared_inputs(names)
+        )
+    weights = tuple(reference(model, walk, binding) for binding in bindings)
+    biases = [bias(model, walk, binding) for binding in bindings]
+    inside = [own.values for own in biases if own is not None and own.in_node]
+    moments = None if statistics is None else statistics.summed_outputs(names)
+    inputs = tuple(None if statistics is None else statistics.reference(name) for name in names)
+    centred = tuple(own is not None for own in biases)
+    added = np.sum([np.zeros(bindings[0].layer.f), *inside], axis=0)
+    return SummedItem(weights, j, moments, inputs, centred, added)
 
 
 def shared_item(

@@ -12,10 +12,10 @@ import numpy as np
 
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.grid import Grid
-from onnx_lowrank.allocate.joins import FEW, families, joins
+from onnx_lowrank.allocate.joins import FEW, joined, sharings_of
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
-from onnx_lowrank.allocate.pairs import Classes, pairs_of, sharings_of
+from onnx_lowrank.allocate.pairs import Classes, pairs_of
 from onnx_lowrank.allocate.solve import Solution, smallest, solve
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer, narrow_layers
@@ -63,7 +63,8 @@ def replay(plan: Plan, model: Model, layers: Sequence[Layer], meter: Meter) -> P
     used = {choice.option.lowering for choice in plan.choices if choice.option is not None}
     budget = meter.budget
     for lowering, is_counted, what in (
-        (Lowering.SHARED, budget.shares, "shares encoders"),
+        (Lowering.SHARED, Lowering.SHARED in budget.shares, "shares encoders"),
+        (Lowering.SUMMED, Lowering.SUMMED in budget.shares, "shares decoders"),
         (Lowering.SPARSE, budget.keeps_rows, "keeps rows of tables"),
     ):
         if lowering in used and not is_counted:
@@ -132,7 +133,8 @@ def check_reach(
     for recipe in recipes:
         if recipe.price not in (None, meter.budget.name):
             return  # The ratio that such a recipe reaches depends on the errors.
-        if recipe.share and meter.budget.shares and any(len(layer.siblings) > FEW for layer in layers):
+        shares = recipe.share and Lowering.SHARED in meter.budget.shares
+        if shares and any(len(layer.siblings) > FEW for layer in layers):
             return  # Calibration decides which of many siblings may share, and so what they can save.
         goal = Goal(ratio, recipe)
         classes = _unscored(layers, recipe, grid)
@@ -187,10 +189,9 @@ def _unscored(layers: Sequence[Layer], recipe: Recipe, grid: Grid[Meter]) -> Cla
     narrows = recipe.narrow and grid.costs.budget.narrows
     errors = {layer.id: np.ones(layer.width + 1) for layer in layers if narrows and layer.narrowing}
     pairs = pairs_of(layers, errors, grid)
-    shares = recipe.share and grid.costs.budget.shares
-    groups = [names for family in families(layers) if shares for names in joins(family)]
+    groups = joined(layers, grid.costs.budget.shares) if recipe.share else ()
     sizes = {layer.id: layer.size + 1 for layer in layers}
-    ones = {names: [np.ones(sizes[names[0]] * len(names)) for _ in names] for names in groups}
+    ones = {group: [np.ones(sum(sizes[name] for name in group[1])) for _ in group[1]] for group in groups}
     return Classes(tuple(tables), (*pairs, *sharings_of(layers, ones, grid)), recipe)
 
 

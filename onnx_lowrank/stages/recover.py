@@ -8,7 +8,8 @@ Rules:
 2. Held-out inputs are the judge. The ridge is the best one for them, refinement continues while their error
    falls, and the layer's factors for its own inputs (`work.fitting`) are taken if they do better.
 3. Layers that share an encoder get it from the inputs x̂ of the first of them. Each of their decoders is then
-   fitted by the rules above.
+   fitted by the rules above. Layers that share a decoder get the one for their inputs in the original model
+   (`linalg.sums`), and each of their encoders is fitted so.
 4. Before a Relu, only the error behind it counts: the layer is refitted to lower that error.
    This is the nonlinear asymmetric reconstruction of Zhang, Zou, He, Sun, "Accelerating Very Deep
    Convolutional Networks for Classification and Detection", 2016, by majorization.
@@ -38,7 +39,7 @@ from onnx_lowrank.rewrite.refit import Refitted, can_refit
 from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.stages.fit import Fitted
 from onnx_lowrank.stages.gather import sums_bytes
-from onnx_lowrank.stages.walked import Encoders, Recovered, Recovery, Refit
+from onnx_lowrank.stages.walked import Joint, Recovered, Recovery, Refit
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.fitting import CertificateItem, certificate
 from onnx_lowrank.work.weights import reference
@@ -128,7 +129,7 @@ def recover(
     """
     batches = calibration.trimmed.batches(calibration.statistics.batch)
     waiting: deque[tuple[Binding, Recovered]] = deque()
-    encoders = Encoders(model, walk, bindings, options, executor.threads)
+    joint = Joint(model, walk, bindings, options, calibration.statistics, executor.threads)
     narrowed = narrow_layers((binding.layer, options.get(binding.layer.id)) for binding in bindings)
     with Prefix(model, walk, bindings, batches, calibration.engine, calibration.statistics.padding) as prefix:
 
@@ -141,7 +142,7 @@ def recover(
                     if step.changed:
                         recovered = Refit(model, walk, binding, calibration, executor.threads).run(step)
                 else:
-                    layer = Recovery(model, walk, binding, option, calibration, executor.threads, encoders)
+                    layer = Recovery(model, walk, binding, option, calibration, executor.threads, joint)
                     recovered = layer.run(step)
                 if recovered is not None:
                     waiting.append((binding, recovered))

@@ -253,6 +253,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
     certificates = {} if built is None else built.certificates
     fits = {} if built is None else built.fits
     narrow, full = narrow_layers(run.found.options(run.plan.choices)), _full_ranks(run)
+    options = {choice.layer: choice.option for choice in run.plan.choices}
     return tuple(
         _row(
             binding.layer,
@@ -262,6 +263,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
             fits.get(choice.layer),
             narrow.get(choice.layer),
             full.get(choice.layer),
+            sharing(binding.layer, options),
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
@@ -278,8 +280,9 @@ def _full_ranks(run: Run) -> dict[str, int]:
         match option.lowering:
             case Lowering.NARROW:
                 full[layer.id] = layer.width
-            case Lowering.SHARED:
-                full[layer.id] = shared_full_rank([layers[name] for name in sharing(layer, options)])
+            case Lowering.SHARED | Lowering.SUMMED:
+                group = [layers[name] for name in sharing(layer, options)]
+                full[layer.id] = shared_full_rank(group, option.lowering)
             case _:
                 full[layer.id] = layer.full_rank(option.fold, option.k)
     return full
@@ -293,6 +296,7 @@ def _row(
     fit: LayerFit | None,
     narrow: Layer | None,
     full: int | None,
+    joined: tuple[str, ...],
 ) -> LayerRow:
     option = choice.option
     after = (layer, option) if narrow is None else (narrow, None)
@@ -314,6 +318,7 @@ def _row(
         kept=option.j * layer.kept_per_rank
         if option is not None and option.lowering is Lowering.SPARSE
         else 0,
+        joined=joined,
     )
 
 

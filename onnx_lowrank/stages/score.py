@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from onnx_lowrank import measures
 from onnx_lowrank.allocate.cost import Costs, spared
 from onnx_lowrank.allocate.grid import Grid
+from onnx_lowrank.allocate.joins import Joined, sharings_of
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, sparse_tables
-from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of, sharings_of
+from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Fold
@@ -123,8 +124,8 @@ class Scores:
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
         self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
-        # Relative errors with a shared encoder, at the ranks 0, 1, …, by set of layers; None until computed.
-        self._shared: Mapping[tuple[str, ...], Sequence[NDArray[np.float64]]] | None = None
+        # Relative errors with a shared factor, at the ranks 0, 1, …, by set of layers; None until computed.
+        self._shared: Mapping[Joined, Sequence[NDArray[np.float64]]] | None = None
         # Relative errors of tables that keep rows, at the ranks 0, 1, …, by id; None until computed.
         self._kept_rows: Mapping[str, NDArray[np.float64]] | None = None
         self._timed = set[Recipe]()
@@ -203,7 +204,7 @@ class Scores:
         return {name: max(exp(-s / recipe.temperature), _LEAST_YIELD) for name, s in excess.items()}
 
     def groups(self, recipe: Recipe) -> tuple[Group, ...]:
-        """The layers that a recipe may narrow together or give one encoder; call `candidates` before.
+        """The layers that a recipe may narrow together or give one factor; call `candidates` before.
 
         Raises:
             InputError: The model cannot be counted, or the moments are not finite.
@@ -250,11 +251,11 @@ class Scores:
                 self._model, self._walk, self._bindings, grid, known, self._executor, self._progress
             )
         errors = {}
-        for names, curves in self._shared.items():
-            members = [self._numbers[name] for name in names]
+        for group, curves in self._shared.items():
+            members = [self._numbers[name] for name in group[1]]
             if not any(self._known[number].unknown for number in members):
                 pairs = zip(members, curves, strict=True)
-                errors[names] = [self._error(recipe, number, curve) for number, curve in pairs]
+                errors[group] = [self._error(recipe, number, curve) for number, curve in pairs]
         return sharings_of(self._layers, errors, self._grid)
 
     def _error(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.measurement import Statistics
 from onnx_lowrank.calibrate.prefix import Sight, Step
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments
 from onnx_lowrank.core.layer import Layer, sharing
@@ -21,7 +22,7 @@ from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
-from onnx_lowrank.linalg import selection, shared
+from onnx_lowrank.linalg import selection, shared, sums
 from onnx_lowrank.linalg.activations import fit
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import (
@@ -33,11 +34,12 @@ from onnx_lowrank.linalg.quadratic import (
     shrinkage,
 )
 from onnx_lowrank.rewrite.refit import fixed_features, operands
-from onnx_lowrank.stages.fit import shared_item, way_to
+from onnx_lowrank.stages.fit import joined_item, shared_item, way_to
 from onnx_lowrank.stages.gather import Behind, Gatherer
 from onnx_lowrank.stages.targets import Share
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.fitting import STEPS, Made, activation_factors, exact, stored_as
+from onnx_lowrank.work.joins import fitted_jointly
 from onnx_lowrank.work.sharing import stored_encoder
 from onnx_lowrank.work.weights import reference
 
@@ -47,8 +49,8 @@ _FEW_STEPS = 12  # Refinement steps for targets that have changed a little.
 _SEEN = 256  # Approximate number of samples that show the error behind a Relu.
 
 
-class Encoders:
-    """The encoders that layers share, each made once (rule 3)."""
+class Joint:
+    """The factors that layers share, each made once (rule 3)."""
 
     def __init__(
         self,
@@ -56,12 +58,14 @@ class Encoders:
         walk: Walk,
         bindings: Sequence[Binding],
         options: Mapping[str, Option],
+        statistics: Statistics,
         threads: Threads,
     ) -> None:
         self._bindings = {binding.layer.id: binding for binding in bindings}
-        self._options = options
+        self._options, self._statistics = options, statistics
         self._model, self._walk, self._threads = model, walk, threads
         self._made: dict[tuple[str, ...], NDArray[Any]] = {}
+        self._sums: dict[str, Factors] = {}
 
     def encoder(self, layer: Layer, j: int, inputs: Moments) -> NDArray[Any]:
         """The encoder of a layer's group, as stored; from these moments if it is not made yet."""
@@ -70,6 +74,15 @@ class Encoders:
             item = shared_item(self._model, self._walk, [self._bindings[name] for name in key], j, None)
             self._made[key] = stored_encoder(item, inputs, self._threads.backend)
         return self._made[key]
+
+    def summed(self, layer: Layer, j: int) -> Factors:
+        """The factors of a layer of a sum, as stored, that do not know the compressed layers before it."""
+        if layer.id not in self._sums:
+            group = [self._bindings[name] for name in layer.addends]
+            item = joined_item(self._model, self._walk, group, Lowering.SUMMED, j, self._statistics)
+            made = fitted_jointly(item, self._threads.backend)
+            self._sums |= {name: fit.factors for name, fit in zip(layer.addends, made, strict=True)}
+        return self._sums[layer.id]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +258,12 @@ class Recovery(Walked[Factors]):
         option: Option,
         calibration: Calibration,
         threads: Threads,
-        encoders: Encoders,
+        joint: Joint,
     ) -> None:
         super().__init__(model, walk, binding, calibration, threads)
-        self._encoders = encoders
+        self._joint = joint
         self._encoder: NDArray[Any] | None = None
+        self._summed: Factors | None = None
         self._option = option
         self._moments = calibration.statistics[binding.layer.id]
         # As the plan was made, although other inputs are fitted to now: a replay makes the same model.
@@ -258,7 +272,9 @@ class Recovery(Walked[Factors]):
 
     def _prepare(self, shares: Mapping[bool, Share]) -> None:
         if self._option.lowering is Lowering.SHARED:
-            self._encoder = self._encoders.encoder(self._binding.layer, self._option.j, shares[False].inputs)
+            self._encoder = self._joint.encoder(self._binding.layer, self._option.j, shares[False].inputs)
+        if self._option.lowering is Lowering.SUMMED:
+            self._summed = self._joint.summed(self._binding.layer, self._option.j)
 
     def _ridge(self, shares: Mapping[bool, Share]) -> float:
         """The ridge of least error on the held-out share; for a narrow layer, that of its own inputs."""
@@ -271,6 +287,9 @@ class Recovery(Walked[Factors]):
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
         if self._encoder is not None:
             return self._decoded(problem, self._encoder)
+        if self._summed is not None:
+            decoder, backend = self._summed.decoder, self._threads.backend
+            return stored_as(sums.encoded(problem, self._weight.shape, decoder, backend), self._dtype)
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         factors = fit(
             problem, self._weight.shape, self._option, self._threads.backend, judge, steps, self._way
@@ -283,6 +302,8 @@ class Recovery(Walked[Factors]):
         return stored_as(factors, self._dtype)
 
     def _plain(self) -> Factors:
+        if self._summed is not None:
+            return self._summed
         inputs = self._moments.inputs
         if self._encoder is not None and inputs is not None:
             ridge = shrinkage(inputs, INPUT_RIDGE)

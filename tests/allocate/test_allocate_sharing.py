@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.allocate import pairs
-from onnx_lowrank.allocate.joins import families, joins
+from onnx_lowrank.allocate.joins import families, joined, joins
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.allocate.pairs import Classes, Pair, Sharing
@@ -87,6 +87,13 @@ def chain(rng):
     return layers, (sharing(rng, (0, 1), 4, 30), sharing(rng, (1, 3), 4, 30), sharing(rng, (2, 3, 4), 3, 30))
 
 
+def parallel(rng):
+    """The layers of a sum (1, 4) are also in a pair and in a group that shares an encoder."""
+    layers, groups = gated(rng)
+    added = sharing(rng, (1, 4), 5, 40)
+    return layers, (*groups, replace(added, is_sum=True))
+
+
 def brute(layers, groups):
     """All plans: (cost, errors)."""
     for count in range(len(groups) + 1):
@@ -109,7 +116,7 @@ def brute(layers, groups):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("kind", [gated, attention, subsets, partitions, chain])
+@pytest.mark.parametrize("kind", [gated, attention, subsets, partitions, chain, parallel])
 @pytest.mark.parametrize(("aggregate", "power"), [("sum", 1.0), ("sum", 3.0), ("max", 1.0)])
 def test_no_combination_beats_the_plan(seed, kind, aggregate, power):
     layers, groups = kind(np.random.default_rng(seed))
@@ -202,3 +209,30 @@ def test_large_clusters_stay_apart(monkeypatch, name):
     solution = solve(classes.tables, limits, RECIPE)
     best = min(sum(errors) for cost, errors in brute(layers, ()) if cost <= budget)
     assert sum(c.error for c in classes.choices(solution.picks)) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_cluster_that_is_too_large_loses_its_sums_first(monkeypatch):
+    layers, groups = parallel(np.random.default_rng(4))
+
+    def tables(chosen, limit):
+        monkeypatch.setattr(pairs, "_MOST_COMBINATIONS", limit)
+        return [(t.layer, list(t.cost), list(t.error)) for t in Classes(layers, chosen, RECIPE).tables]
+
+    # The least limit with which the other groups are there.
+    limit = next(n for n in range(1, 4**5) if len(tables(groups[:-1], n)) < len(layers))
+    assert tables(groups, limit) == tables(groups[:-1], limit)
+    assert len(tables(groups, 4**7)) < len(tables(groups, limit))
+    assert len(tables(groups, limit - 1)) == len(layers)
+
+
+def test_the_layers_of_a_sum_share_all_together():
+    names = ("w0", "w1", "w2")
+    layer = Layer("w0", "MatMul", 4, 4, (), 1, "float32", (Fold.ENCODE,), (1,), (), addends=names)
+    layers = [replace(layer, id=name) for name in names]
+    assert joined(layers, [Lowering.SUMMED]) == ((Lowering.SUMMED, names),)
+    assert joined(layers, [Lowering.SHARED]) == ()
+    siblings = ("w0", "w3")
+    both = [replace(each, siblings=siblings if each.id in siblings else ()) for each in layers]
+    shared, summed = (Lowering.SHARED, siblings), (Lowering.SUMMED, names)
+    assert joined(both, [Lowering.SUMMED, Lowering.SHARED]) == (shared, summed)
+    assert joined(both, [Lowering.SHARED]) == (shared,)

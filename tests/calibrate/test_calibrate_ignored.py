@@ -102,6 +102,17 @@ def test_moments_are_those_of_shown_positions_alone():
         np.testing.assert_allclose(moments.second[0], np.cov(kept.T, bias=True), atol=1e-5)
 
 
+def test_sums_of_results_count_shown_positions_alone():
+    text = POOLED.replace("r = Add (o, x)", "").replace("MatMul (r, w1)", "MatMul (x, w1)")
+    text = text.replace("hidden = Add (f, r)", "both = Add (o, f) hidden = Add (both, x)")
+    data = texts(NUMBER)
+    with measured(seen(encoder(text)), data) as calibration:
+        known = calibration.statistics.summed_outputs(("wo", "w2")).read()
+    held = np.arange(NUMBER) % 5 == 4
+    for moments, share in ((known.outputs, ~held), (known.held_outputs, held)):
+        assert moments.count == data["attention_mask"][share].sum() < data["attention_mask"][share].size
+
+
 def test_samples_of_several_lengths_are_blocks():
     """The number of independent vectors is that of texts without padding, one after the other."""
     data = texts(NUMBER)

@@ -16,7 +16,9 @@ from onnx_lowrank.calibrate.measurement import measure
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.find import read
+from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.work.executor import Threads
 from rewriting import constants, draw, found, model, tensors
@@ -542,3 +544,30 @@ def test_a_failure_leaves_nothing_on_disk(monkeypatch, tmp_path):
 def test_no_layers():
     proto = model("g (float[N,6] x) => (float[] y) { y = Relu (x) }")
     assert measured(proto, Samples(x=draw(RNG, (5, 6)))) == {}
+
+
+ADDED = """g (float[N,6] x) => (float[] y) { t = Tanh (x)
+    a = Gemm (x, first, p) b0 = Gemm (t, second) b = Add (b0, q) c = Add (a, t) s = Add (c, b)
+    r = Relu (s) y = MatMul (r, last) }"""
+
+
+@pytest.mark.parametrize("memory", [2**30, jobs.moments_bytes((1, 6)), jobs.moments_bytes((1, 6)) - 1])
+def test_the_sum_of_results_without_what_is_added_behind(memory):
+    """Also where every pass runs a part of the model; not where the moments of the sum do not fit."""
+    shapes = {"first": (6, 6), "second": (6, 6), "last": (6, 3), "p": (6,), "q": (6,)}
+    known = {name: draw(RNG, shape) for name, shape in shapes.items()}
+    proto, x = model(ADDED, **known), draw(RNG, (50, 6))
+    seen = find_layers(load(proto), {}, (), ())
+    with measure(
+        seen.model, seen.walk, seen.bindings, Samples(x=x), ENGINE, THREADS, memory=memory
+    ) as statistics:
+        found = statistics.summed_outputs(("first", "second"))
+        assert set(statistics) == {"first", "second", "last"}
+        assert set(statistics.reasons) <= set(statistics)
+        if memory < jobs.moments_bytes((1, 6)):
+            assert found is None
+            return
+        rows = x @ known["first"] + known["p"] + np.tanh(x) @ known["second"]
+        moments = found.read()
+        for taken, expected in zip((moments.outputs, moments.held_outputs), shares(rows), strict=True):
+            assert_moments(taken, rows_of(expected))

@@ -10,7 +10,7 @@ from rich.console import Console
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.layer import Skipped
-from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.outcome import Calibrated, LayerTime, OutputError, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import words
@@ -242,6 +242,25 @@ def test_json_holds_everything():
     ]
     assert (loaded["worst"], loaded["outputs"]) == (None, [])
     assert [error["name"] for error in loaded["alone"]] == ["layer w"]
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (0, ""),
+        (2, "summed: one decoder for all of layer0, layer1."),
+        (8, "layer0, layer1; layer2, layer3; layer4, layer5; and 1 more."),
+    ],
+)
+def test_the_legend_names_the_layers_that_share_a_factor(number, told):
+    option = Option(Fold.ENCODE, 1, 7, Lowering.SUMMED)
+    rows = [replace(row(i), id=f"w{i}", name=f"layer{i}") for i in range(9)]
+    for i in range(number):
+        group = (f"w{i // 2 * 2}", f"w{i // 2 * 2 + 1}")
+        rows[i] = replace(rows[i], option=option, joined=group)
+    text = " ".join(printed(report(layers=tuple(rows)), 200).split())
+    assert told in text
+    assert ("summed:" in text) == (number > 0)
 
 
 def test_json_is_stable_and_ends_with_a_newline():
