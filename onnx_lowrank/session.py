@@ -142,6 +142,8 @@ class _Job:
                 engine,
                 self.executor.threads,
                 step=step,
+                # A replay measures what the run measured, so this cannot depend on the recipe.
+                with_sums=Lowering.SUMMED in self.asked.budget.shares,
             )
         _log.debug(
             "calibration on %s; it runs on %s, %d layers are measured, %d are not",

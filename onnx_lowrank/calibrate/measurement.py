@@ -192,6 +192,7 @@ def measure(
     *,
     memory: int = MEMORY,
     step: Callable[[float], None] | None = None,
+    with_sums: bool = True,
 ) -> Statistics:
     """Measure the moments of every layer's inputs, or those of its outputs.
 
@@ -206,6 +207,7 @@ def measure(
         threads: Sum the moments.
         memory: Bytes for unfinished moments; layers that do not fit together take several passes.
         step: Receives the share of the work that is done, after every batch.
+        with_sums: Whether to measure the sums of layers' results, too.
 
     Raises:
         InputError: The model fails on the inputs, the activations hold NaN or Inf, or the disk is full.
@@ -213,7 +215,9 @@ def measure(
     bindings = tuple(bindings)
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
-        _Measurement(model, walk, samples, engine, threads, statistics, step).run(bindings, memory)
+        _Measurement(model, walk, samples, engine, threads, statistics, step).run(
+            bindings, sums(bindings) if with_sums else (), memory
+        )
     except BaseException:
         statistics.close()
         raise
@@ -245,8 +249,8 @@ class _Measurement:
         self._relay: Relay | None = None
         self._tables: dict[str, Lookup] = {}
 
-    def run(self, bindings: Sequence[Binding], memory: int) -> None:
-        """Measure all layers; layers that read the same tensors are measured once."""
+    def run(self, bindings: Sequence[Binding], added: Iterable[Binding], memory: int) -> None:
+        """Measure all layers, and the sums; layers that read the same tensors are measured once."""
         parts = [part for binding in bindings for part in split(binding)]
         whole = {binding.layer.id: binding for binding in bindings}
         tables = {part.id: lookup(self._model, self._walk, whole[part.layer], part) for part in parts}
@@ -259,7 +263,7 @@ class _Measurement:
         known = {part.id: part.binding for part in parts if part.id in self._of_outputs}
         self._tables = {name: table for name in known if (table := tables[name]) is not None}
         chosen = {name: binding for name, binding in known.items() if tables[name] is None}
-        for binding in sums(bindings):
+        for binding in added:
             if moments_bytes(measured_shape(binding.layer, of_outputs=True)) <= memory:
                 chosen[binding.layer.id], self._of_outputs[binding.layer.id] = binding, True
         instrumented = self._instrumented(chosen.values())
