@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from itertools import product
 
 import numpy as np
@@ -10,10 +11,12 @@ import onnx
 import pytest
 import scipy
 from onnx import numpy_helper
+from rich.console import Console
 
 from calibrating import measured, run, seen
 from onnx_lowrank import BudgetError, PlanError, compress
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, shrinkage
+from onnx_lowrank.report.terminal import show
 from rewriting import model
 
 CHANNELS, FEATURES, RANK = 32, 24, 6
@@ -179,6 +182,18 @@ def test_many_layers_name_the_smallest_ratio_after_calibration():
     assert least <= caught.value.smallest_ratio < least + 0.001
     again = compress(proto, caught.value.smallest_ratio, recipe="activation", calibration=source())
     assert sets(again.plan) == {"a": "abcdef"}
+
+
+def test_the_report_names_the_sets_of_one_input():
+    names, body = siblings(4)
+    weights = planted(np.random.default_rng(5), "xyxy")
+    proto = model(body, **{n: w.astype(np.float32) for n, w in zip(names, weights, strict=True)})
+    ratio = (RANK * (2 * CHANNELS + 4 * FEATURES) + 1) / (4 * CHANNELS * FEATURES)
+    result = compress(proto, ratio, recipe="activation", calibration=source(), recover=False)
+    console = Console(width=160, record=True, file=StringIO())
+    show(result.report, console)
+    assert "shared: one encoder for all of a, c; b, d." in console.export_text()
+    assert [row.joined for row in result.report.layers] == [("a", "c"), ("b", "d")] * 2
 
 
 def test_two_sets_of_one_rank_stay_two_when_a_layer_changes_its_set(tmp_path):

@@ -275,6 +275,61 @@ def test_an_excluded_layer_stays():
     assert distance(run(proto, x=x), run(result.model.proto, x=x)) < 1e-5
 
 
+BOTH = """g (float[N,32] x) => (float[N,24] y) {
+    p = MatMul (x, wp) q = MatMul (x, wq) t = Tanh (p) u = Tanh (q)
+    a = MatMul (t, wa) b = MatMul (u, wb) s = Add (a, b) y = Tanh (s) }"""
+
+
+def both(**options):
+    """Two layers share an encoder and two others a decoder: no other plan for the ratio is exact."""
+    rng = np.random.default_rng(9)
+    rows = rng.standard_normal((CHANNELS, RANK)) / CHANNELS**0.5
+    known = weights("plain")
+    for name in ("wp", "wq"):
+        known[name] = (rows @ rng.standard_normal((RANK, CHANNELS)) / RANK**0.5).astype(np.float32)
+    proto = model(BOTH, **known)
+    return summed("plain", proto, (RANK * (5 * CHANNELS + FEATURES) + 1) / elements(proto), **options)
+
+
+@pytest.mark.parametrize("recover", [True, False])
+def test_layers_share_encoders_and_decoders_in_one_plan(tmp_path, recover):
+    proto, result = both(recover=recover)
+    ways = {c.layer: (c.option.lowering, c.option.encoder, c.option.j) for c in result.plan.choices}
+    shared, added = ("shared", "wp", RANK), ("summed", "", RANK)
+    assert ways == {"wp": shared, "wq": shared, "wa": added, "wb": added}
+    x = inputs("plain", seed=2)
+    assert distance(run(proto, x=x), run(result.model.proto, x=x)) < 1e-5
+    onnx.checker.check_model(result.model.proto, full_check=True)
+    assert result.report.totals.amount("params").after == elements(result.model.proto)
+    factors = ["wp_encoder", "wp_decoder", "wq_decoder", "wa_encoder", "wa_decoder", "wb_encoder"]
+    assert [tensor.name for tensor in result.model.proto.graph.initializer] == factors
+    assert [row.joined for row in result.report.layers] == [("wp", "wq")] * 2 + [("wa", "wb")] * 2
+    result.save_plan(tmp_path / "plan.json")
+    again = compress(proto, plan=tmp_path / "plan.json", calibration=source("plain"))
+    assert again.plan == result.plan
+    assert again.model.proto.SerializeToString() == result.model.proto.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("excluded", "way", "params"),
+    [
+        ("wq", "summed", CHANNELS**2 + RANK * (4 * CHANNELS + FEATURES)),
+        ("wb", "shared", CHANNELS * FEATURES + RANK * (4 * CHANNELS + FEATURES)),
+    ],
+)
+def test_an_excluded_layer_leaves_the_other_kind_of_sharing(excluded, way, params):
+    proto, _ = both()
+    _, result = summed("plain", proto, (params + 1) / elements(proto), exclude=[excluded])
+    ways = [choice.option.lowering for choice in result.plan.choices if choice.option is not None]
+    assert ways.count(way) == 2
+    assert {"summed", "shared"} & set(ways) == {way}
+
+
+def test_bytes_do_not_count_shared_decoders():
+    _, result = summed(ratio=0.9, budget="bytes")
+    assert "summed" not in {c.option.lowering for c in result.plan.choices if c.option is not None}
+
+
 def test_the_report_names_the_layers_that_share():
     _, result = summed()
     layers = result.report.layers
