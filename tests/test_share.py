@@ -250,7 +250,10 @@ def test_a_plan_shares_among_those_that_are_alike(apart, recover):
             "'wk' has the encoder 'wq', and the first layer with it is 'wk': set encoder to 'wk' for all",
         ),
         ({"wq": {"fold": None, "k": None, "j": None}}, "the first layer with it is 'wk': set encoder to"),
-        ({"wk": {"encoder": None}}, "'wk' has the encoder '', and the first layer with it is 'wk'"),
+        (
+            {"wk": {"encoder": None}},
+            "'wk' has no encoder, and the first layer with none is 'wk': set encoder to 'wk'",
+        ),
         (rows(encoder="wk"), "'wq' has the encoder 'wk', and the first layer with it is 'wq'"),
         ({"wv": {"encoder": "wv"}}, "'wv' shares an encoder with no other layer"),
         ({"wk": {"lowering": None}, "wv": {"lowering": None}}, "'wq' shares an encoder with no other layer"),

@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 from rich.console import Console
 
-from calibrating import run
+from calibrating import run, seen
 from onnx_lowrank import PlanError, compress
 from onnx_lowrank.report.terminal import show
 from rewriting import DTYPES, model
@@ -354,3 +354,19 @@ def test_the_certificate_is_that_of_the_stored_factors():
         product = stored[f"{row.id}_encoder"].astype(float) @ decoder.astype(float)
         bound = np.linalg.norm(weight - product, 2) / np.linalg.norm(weight, 2)
         assert bound <= row.certificate.spectral[0] <= bound * (1 + 1e-6) + 1e-9
+
+
+def test_float16_layers_whose_sum_alone_overflows_are_compressed():
+    """The model adds what keeps the sum small between both layers."""
+    rng, large = np.random.default_rng(0), np.full(24, 40000, np.float16)
+    body = """g (float16[N,32] x) => (float16[N,24] y) { t = Tanh (x)
+        a = Gemm (x, wa, ba) b = Gemm (t, wb, bb) r0 = Add (a, r) y = Add (r0, b) }"""
+    matrices = {name: (rng.standard_normal((32, 24)) / 6).astype(np.float16) for name in ("wa", "wb")}
+    proto = model(body, **matrices, ba=large, bb=large, r=-large)
+    data = {"x": rng.standard_normal((500, 32)).astype(np.float16)}
+    with compress(proto, 0.6, calibration=data, recipe="activation") as result:
+        assert result.report.totals.amount("params").ratio <= 0.6
+    small = {"ba": large / 2, "bb": large / 2 - 10000, "r": -large}
+    for biases, addends in (({"ba": large, "bb": large, "r": -large}, ()), (small, ("wa", "wb"))):
+        found = seen(model(body, **matrices, **biases))
+        assert [layer.addends for layer in found.layers] == [addends, addends]

@@ -17,20 +17,33 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnx_lowrank.engines.id_limits import id_limits
+from onnx_lowrank.engines.inputs import specs
+from onnx_lowrank.engines.pasts import named_role
 
 _ROWS = 64  # that are in memory as distributions
 
 
-def are_token_scores(scores: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> bool:
+def vocabularies(proto: ModelProto) -> dict[str, int]:
+    """For each input of token ids, the number of tokens: the rows of the table that they look up."""
+    ids = {spec.name for spec in specs(proto) if named_role(spec) is None}
+    return {name: rows for name, rows in id_limits(proto).items() if name in ids}
+
+
+def are_token_scores(
+    scores: NDArray[Any], feed: Mapping[str, NDArray[Any]], vocabulary: Mapping[str, int]
+) -> bool:
     """Whether an output has an element for every token of the vocabulary, at each position of the ids.
 
     Args:
         scores: The output.
         feed: The inputs of the model.
+        vocabulary: The number of tokens for each input of ids.
     """
     return scores.ndim == 3 and any(
-        ids.dtype.kind in "iu" and ids.shape == scores.shape[:2] and 0 < ids.max(initial=0) < scores.shape[2]
-        for ids in feed.values()
+        scores.shape == (*feed[name].shape, tokens) for name, tokens in vocabulary.items() if name in feed
     )
 
 
@@ -75,5 +88,6 @@ def spread(batches: Sequence[NDArray[np.float32]]) -> float:
 def _divergence(log_p: NDArray[Any], log_q: NDArray[Any]) -> float:
     """Σ p (log p − log q); terms with p = 0 are 0."""
     p = np.exp(log_p)
-    terms = np.where(p > 0, p * (log_p - log_q), 0)
+    with np.errstate(invalid="ignore"):  # 0 · ∞ where both are 0
+        terms = np.where(p > 0, p * (log_p - log_q), 0)
     return max(float(terms.sum(dtype=np.float64)), 0.0)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.divergence import are_token_scores, divergence, log_shares
+from onnx_lowrank.calibrate.divergence import are_token_scores, divergence, log_shares, vocabularies
 from onnx_lowrank.calibrate.divergence import spread as divergence_spread
 from onnx_lowrank.calibrate.shares import Samples, spaced
 from onnx_lowrank.calibrate.tails import Tails
@@ -115,11 +115,13 @@ def measure(
     try:
         with engine.open(model) as run:
             feeds = _chosen(run, samples, partial(probe, samples.count, len(bindings), trials))
+            # The mean of every position's output needs outputs of one shape.
+            feeds = feeds if padding.axes else [padding.trim(feed) for feed in feeds]
     except (UnsupportedError, RejectedError) as error:
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
     groups = [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
-    counted = _Counted(padding, feeds, caches(model.proto))
+    counted = _Counted(padding, feeds, caches(model.proto), vocabularies(model.proto))
     tails = Tails(model, walk, groups, feeds, engine, MEMORY)
     compared: frozenset[str] = frozenset()
     for number, group in enumerate(groups):
@@ -223,11 +225,13 @@ class _Counted:
         padding: The padding of the inputs.
         feeds: The inputs of the whole model, batch by batch.
         unseen: The outputs that do not count.
+        vocabulary: The number of tokens for each input of ids.
     """
 
     padding: Padding
     feeds: Sequence[Feed]
     unseen: frozenset[str]
+    vocabulary: Mapping[str, int]
 
     def of(self, name: str, values: Sequence[Any]) -> Sequence[NDArray[Any]]:
         """An output of every batch, with NaN for the elements that do not count."""
@@ -285,7 +289,10 @@ class _Trial:
         if not all(isinstance(v, np.ndarray) and v.dtype.name in FLOATS.values() for v in values):
             return None
         feeds = self._counted.feeds
-        if all(map(are_token_scores, values, feeds)) and all(np.isfinite(v).all() for v in values):
+        tokens = self._counted.vocabulary
+        if all(are_token_scores(v, f, tokens) for v, f in zip(values, feeds, strict=True)) and all(
+            np.isfinite(v).all() for v in values
+        ):
             values = self._counted.of(name, [log_shares(v) for v in values])
             power = divergence_spread(values)
             return _Output(name, values, power, True) if 0 < power < np.inf else None

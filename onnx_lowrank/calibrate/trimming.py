@@ -54,8 +54,13 @@ class Trimmed:
         if not self.padding.removable:
             yield from self.samples.batches(size)
             return
+        read = {False: 0, True: 0}
         for batch in self.samples.batches(_SORTED * size):
-            yield from self._parts(batch, size)
+            parts = list(self._parts(batch, size))
+            # Every n-th batch stands for all, so a batch of the shortest texts must not always come first.
+            first = read[batch.held] % len(parts)
+            read[batch.held] += 1
+            yield from parts[first:] + parts[:first]
 
     def _parts(self, batch: Batch, size: int) -> Iterator[Batch]:
         ends = self.padding.ends(batch.feed)

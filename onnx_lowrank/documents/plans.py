@@ -256,9 +256,10 @@ def _check_joined(
     name, names = f"In the plan, layer {layer.id!r}", sharing(layer, options)
     factor, advice = _FACTORS[option.lowering], "give both the same fold, k, j and lowering."
     if option.lowering is Lowering.SHARED and option.encoder != names[0]:
+        given = f"the encoder {option.encoder!r}" if option.encoder else "no encoder"
         raise PlanError(
-            f"{name} has the encoder {option.encoder!r}, and the first layer with it is {names[0]!r}: set "
-            f"encoder to {names[0]!r} for all that share it."
+            f"{name} has {given}, and the first layer with {'it' if option.encoder else 'none'} is "
+            f"{names[0]!r}: set encoder to {names[0]!r} for all that share it."
         )
     # The decoder of a sum stands behind all of its layers.
     for other in layer.addends if option.lowering is Lowering.SUMMED else ():

@@ -85,7 +85,7 @@ def too_large(weight: NDArray[Any], batchnorm: BatchNorm | None) -> str | None:
     with np.errstate(over="ignore"):
         scaled = largest if batchnorm is None else largest * np.abs(batchnorm.scale.reshape(largest.shape))
         norm = float(np.max(scaled)) * sqrt(weight.size)
-        bound = min(np.square(_largest_of(weight.dtype)), _LARGEST_NORM)
+        bound = min(np.square(largest_of(weight.dtype)), _LARGEST_NORM)
     if norm <= bound:
         return None
     behind = "" if batchnorm is None else " with the BatchNormalization behind it"
@@ -95,7 +95,8 @@ def too_large(weight: NDArray[Any], batchnorm: BatchNorm | None) -> str | None:
     )
 
 
-def _largest_of(dtype: np.dtype[Any]) -> np.float64:
+def largest_of(dtype: np.dtype[Any]) -> np.float64:
+    """The largest number of a dtype of floats."""
     # NumPy's finfo knows no bfloat16.
     return np.float64(finfo(dtype).max)  # type: ignore[no-untyped-call]
 

@@ -10,20 +10,24 @@ Rules:
    have one shape, as far as it is known, so the sum has as many positions as each of them.
 4. All can be decomposed in the fold whose encoder holds the whole kernel.
 5. A bias that a node adds can change (`layers.bias`): all of them move behind the sum as one. At most two are
-   no part of a BatchNorm, so that no layer costs less than nothing.
+   no part of a BatchNorm, so that no layer costs less than nothing. Their sum is within half of the dtype's
+   range, which leaves room for its correction.
 6. Of several groups of such layers in one tree, the largest one counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, is_op
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Sum
+from onnx_lowrank.layers.prepare import largest_of
 from onnx_lowrank.operators import registry
 
 _ALIGNED = 7
@@ -108,7 +112,7 @@ def _tree(
     results = {walk.node(place).input[operand] for place, operand in chosen}
     layers = [named[name][0] for name in sorted(results, key=lambda name: _node(named[name][0]))]
     biases = [binding for binding in layers if _bias_inside(model, walk, binding)]
-    if len(layers) < 2 or len(biases) > _MOST_BIASES:
+    if len(layers) < 2 or len(biases) > _MOST_BIASES or not _can_store_bias(model, walk, layers):
         return
     others = tuple(leaf for leaf in leaves if leaf not in chosen)
     added = Sum(tuple(_result(walk, binding) for binding in layers), nodes, others)
@@ -144,3 +148,12 @@ def _bias_inside(model: Model, walk: Walk, binding: Binding) -> bool:
     """Whether a layer's own node adds a bias that no BatchNorm takes in."""
     own = bias(model, walk, binding)
     return own is not None and own.in_node and binding.layer.batchnorm is None
+
+
+def _can_store_bias(model: Model, walk: Walk, layers: Sequence[Binding]) -> bool:
+    """Whether the bias behind a sum is far from the largest number of its dtype."""
+    known = [
+        own.values for binding in layers if (own := bias(model, walk, binding)) is not None and own.in_node
+    ]
+    largest = largest_of(np.dtype(layers[0].layer.dtype)) if layers else 0.0
+    return bool(np.all(np.abs(sum(known, np.zeros(1))) <= largest / 2))

@@ -14,13 +14,13 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from onnx_lowrank.core.layer import Use
 from onnx_lowrank.files.load import Model
@@ -146,16 +146,27 @@ class _Taps:
         return tuple(taps)
 
     def add_up(self, binding: Binding) -> Tap:
-        """Append Adds of the results of a sum's layers, all in the main graph, and tap the last one."""
+        """Append Adds of the results of a sum's layers, all in the main graph, and tap the last one.
+
+        Sums of float16 are those of float32: the model may add what keeps its own sum small in between.
+        """
         if binding.sum is None:
             raise RuntimeError(f"the result of {binding.layer.id!r} is in no sum")
-        total, *others = binding.sum.results
+        kind, results = binding.stored.source.tensor.data_type, binding.sum.results
+        if kind in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            kind = TensorProto.FLOAT
+            results = tuple(self._appended("Cast", [result], to=kind) for result in results)
+        total, *others = results
         for other in others:
-            name = self._unique(f"{total}_sum")
-            node = onnx.helper.make_node("Add", [total, other], [name], self._unique(f"{name}/add"))
-            self.proto.graph.node.append(node)
-            total = name
-        return self._lift("", total, binding.stored.source.tensor.data_type)
+            total = self._appended("Add", [total, other])
+        return self._lift("", total, kind)
+
+    def _appended(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Append a node to the main graph; the name of its output."""
+        name = self._unique(f"{inputs[0]}_sum")
+        node = onnx.helper.make_node(op, inputs, [name], self._unique(f"{name}/{op.lower()}"), **attributes)
+        self.proto.graph.node.append(node)
+        return name
 
     def _lift(self, path: str, name: str, kind: int) -> Tap:
         scope = self._scopes[path]

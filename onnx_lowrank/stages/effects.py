@@ -114,7 +114,7 @@ def _caused(
             walk,
             bindings,
             substitutes,
-            calibration.compared,
+            calibration.samples,
             calibration.engine,
             padding=calibration.statistics.padding,
             trials=len(PROBED),

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 import onnx_lowrank
 from calibrating import measured, seen
-from onnx_lowrank.calibrate import ignored
+from onnx_lowrank.calibrate import ignored, sensitivity
 from onnx_lowrank.calibrate.differences import differs
 from onnx_lowrank.calibrate.ignored import _axes
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
@@ -387,3 +387,26 @@ def test_trimmed_samples_give_the_same_moments(monkeypatch):
             assert known.inputs.count == other.inputs.count
             np.testing.assert_allclose(known.inputs.second, other.inputs.second, rtol=1e-4, atol=1e-5)
             assert known.inputs.independent == pytest.approx(other.inputs.independent, rel=1e-3)
+
+
+def test_every_fourth_batch_stands_for_all_lengths():
+    """Recovery looks behind a Relu on every n-th batch only."""
+    data = texts(1600)
+    with measured(seen(encoder()), data) as calibration:
+        widths = [b.feed["input_ids"].shape[1] for b in calibration.trimmed.batches(16) if not b.held]
+    assert np.mean(widths[::4]) == pytest.approx(np.mean(widths), rel=0.05)
+    assert len(set(widths[::4])) > 2
+
+
+def test_probes_see_texts_of_all_lengths(monkeypatch):
+    data, chosen, choose = texts(120), [], sensitivity._chosen
+
+    def choosing(*arguments):
+        chosen.extend(choose(*arguments))
+        return chosen
+
+    monkeypatch.setattr(sensitivity, "_chosen", choosing)
+    with onnx_lowrank.compress(encoder(), ratio=0.6, recipe="output", calibration=data):
+        pass
+    lengths = np.concatenate([feed["attention_mask"].sum(axis=1) for feed in chosen])
+    assert lengths.mean() == pytest.approx(data["attention_mask"].sum(axis=1).mean(), rel=0.15)
