@@ -17,6 +17,7 @@ from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
 from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.family import Operator
 
 
 def siblings(walk: Walk, bindings: Sequence[Binding]) -> dict[str, tuple[str, ...]]:
@@ -39,19 +40,26 @@ def siblings(walk: Walk, bindings: Sequence[Binding]) -> dict[str, tuple[str, ..
     return found
 
 
-def _input(walk: Walk, binding: Binding) -> Hashable | None:
-    """The tensor that a layer reads, and the way it reads it (rule 2); None if it can share no encoder."""
+def plain(walk: Walk, binding: Binding) -> tuple[Place, Operator] | None:
+    """The node and the operator of a layer that can share a factor (rules 1 and 3); None for other layers."""
     layer = binding.layer
     if len(layer.uses) > 1 or layer.uses[0].scope or layer.groups > 1 or binding.casts[0] is not None:
         return None
     if layer.shared_fold not in layer.folds or 1 not in layer.slices:
         return None
-    (use,) = layer.uses
-    place = Place(use.scope, use.node)
-    node = walk.node(place)
-    operator = registry.family(node)
-    tensor = walk.operand(place, operator.activation(use.operand))
-    if tensor is None or operator.product is None or not operator.is_linear:
+    place = Place(layer.uses[0].scope, layer.uses[0].node)
+    operator = registry.family(walk.node(place))
+    return (place, operator) if operator.product is not None and operator.is_linear else None
+
+
+def _input(walk: Walk, binding: Binding) -> Hashable | None:
+    """The tensor that a layer reads, and the way it reads it (rule 2); None if it can share no encoder."""
+    known, layer = plain(walk, binding), binding.layer
+    if known is None:
         return None
-    way = node.op_type, use.operand, geometry(walk, binding, 0)
+    (place, operator), (use,) = known, layer.uses
+    tensor = walk.operand(place, operator.activation(use.operand))
+    if tensor is None:
+        return None
+    way = walk.node(place).op_type, use.operand, geometry(walk, binding, 0)
     return (*walk.origin(tensor), *way, layer.c, layer.kernel, layer.dtype)

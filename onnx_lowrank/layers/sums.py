@@ -28,7 +28,7 @@ from onnx_lowrank.graph.walk import Place, Walk, is_op
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding, Sum
 from onnx_lowrank.layers.prepare import largest_of
-from onnx_lowrank.operators import registry
+from onnx_lowrank.layers.siblings import plain
 
 _ALIGNED = 7
 """The first opset whose Add aligns the last axes of its operands."""
@@ -61,17 +61,12 @@ def with_sums(model: Model, walk: Walk, shapes: Shapes, bindings: tuple[Binding,
 
 def _decoder(model: Model, walk: Walk, shapes: Shapes, binding: Binding) -> Hashable | None:
     """What the decoder of a layer has to fit (rule 3); None if a rule of one layer fails."""
-    layer = binding.layer
-    if len(layer.uses) > 1 or layer.uses[0].scope or layer.groups > 1 or binding.casts[0] is not None:
+    known, layer = plain(walk, binding), binding.layer
+    if known is None:
         return None
-    if layer.shared_fold not in layer.folds or 1 not in layer.slices:
-        return None
-    (use,) = layer.uses
-    place = Place(use.scope, use.node)
-    node = walk.node(place)
-    operator = registry.family(node)
-    shape = shape_of(walk, shapes, walk.result(place))
-    if operator.product is None or not operator.is_linear or operator.scale(node) != 1 or shape is None:
+    (place, operator), (use,) = known, layer.uses
+    node, shape = walk.node(place), shape_of(walk, shapes, walk.result(place))
+    if operator.scale(node) != 1 or shape is None:
         return None
     has_bias = operator.bias is not None and walk.operand(place, operator.bias) is not None
     if has_bias and bias(model, walk, binding) is None:
