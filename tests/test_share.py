@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from calibrating import run
+from editing import edited_plan
 from onnx_lowrank import PlanError, compress
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.report.terminal import show
@@ -177,14 +178,9 @@ def test_a_shared_plan_is_replayed_to_the_same_bytes(tmp_path, recover):
 def edited(tmp_path, **changes):
     """Replay the plan of `attention` with changes of its rows, by layer, or of its other keys."""
     proto, result = shared(recover=False)
-    result.save_plan(tmp_path / "plan.json")
-    table = json.loads((tmp_path / "plan.json").read_text())
-    table.update({key: value for key, value in changes.items() if key in table})
-    for row in table["layers"]:
-        row.update(changes.get(row["id"], {}))
-    (tmp_path / "plan.json").write_text(json.dumps(table))
     shape = {"x": (4, CHANNELS)}
-    return compress(proto, plan=tmp_path / "plan.json", calibration=source("attention"), input_shape=shape)
+    plan = edited_plan(result, tmp_path, **changes)
+    return compress(proto, plan=plan, calibration=source("attention"), input_shape=shape)
 
 
 def rows(**values):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from io import StringIO
 
@@ -13,6 +12,7 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from calibrating import made, measured, plan_of, run, seen
+from editing import edited_plan
 from onnx_lowrank import PlanError, compress
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.documents import recipes
@@ -208,13 +208,7 @@ def test_a_plan_is_replayed_to_the_same_bytes(tmp_path):
 
 def edited(tmp_path, **changes):
     proto, result = compressed()
-    result.save_plan(tmp_path / "plan.json")
-    table = json.loads((tmp_path / "plan.json").read_text())
-    table.update({key: value for key, value in changes.items() if key in table})
-    for row in table["layers"]:
-        row.update(changes.get(row["id"], {}))
-    (tmp_path / "plan.json").write_text(json.dumps(table))
-    return proto, tmp_path / "plan.json"
+    return proto, edited_plan(result, tmp_path, **changes)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from calibrating import run, seen
+from editing import edited_plan
 from onnx_lowrank import PlanError, compress
 from onnx_lowrank.report.terminal import show
 from rewriting import DTYPES, model
@@ -226,13 +227,7 @@ def test_a_plan_is_replayed_to_the_same_bytes(tmp_path, recover):
 def edited(tmp_path, **changes):
     """Replay the plan of `matmul` with changes of its rows, by layer, or of its other keys."""
     proto, result = summed(recover=False)
-    result.save_plan(tmp_path / "plan.json")
-    table = json.loads((tmp_path / "plan.json").read_text())
-    table.update({key: value for key, value in changes.items() if key in table})
-    for row in table["layers"]:
-        row.update(changes.get(row["id"], {}))
-    (tmp_path / "plan.json").write_text(json.dumps(table))
-    return compress(proto, plan=tmp_path / "plan.json", calibration=source("matmul"))
+    return compress(proto, plan=edited_plan(result, tmp_path, **changes), calibration=source("matmul"))
 
 
 def test_an_edited_rank_is_kept(tmp_path):

@@ -6,8 +6,8 @@ nothing in them, while ‖y − ŷ‖² is almost only their sum. So scores are 
 
     error = Σ KL(p ‖ p̂) / Σ KL(p ‖ p̄),
 
-summed over the positions; p̄ is the mean of all p. By Σ KL(p ‖ p̂), the cross-entropy, the logarithm of the
-perplexity, grows on texts that the original model writes.
+summed over the positions; p̄ is the mean of all p. The logarithm of the perplexity is a cross-entropy: on
+texts that the original model writes, it grows by the mean of KL(p ‖ p̂).
 """
 
 from __future__ import annotations

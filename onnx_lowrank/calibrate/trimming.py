@@ -22,7 +22,8 @@ from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedErr
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.engines.padding import Padding
 
-_SORTED = 4  # Batches among which texts are ordered by their lengths: half of a mean text's padding stays.
+_SORTED = 4
+"""Batches among which texts are ordered by their lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +101,11 @@ def removable(
     shown = np.asarray(trimmed[padding.mask])[0] != 0
     taps = {tap.name for job in jobs for tap, _ in job.sights}
     outputs = (name for name in before if name not in taps)
-    is_same = all(
+    are_outputs_same = all(
         _is_same_output(before[name], after[name], padding.axes.get(name), shown) for name in outputs
     )
-    return (
-        names if is_same and all(_is_same_input(job, before, after, shown) for job in jobs) else frozenset()
-    )
+    are_inputs_same = all(_is_same_input(job, before, after, shown) for job in jobs)
+    return names if are_outputs_same and are_inputs_same else frozenset()
 
 
 def _counts_positions(spec: Spec, values: NDArray[Any], shape: tuple[int, ...]) -> bool:
