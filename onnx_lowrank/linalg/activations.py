@@ -26,7 +26,7 @@ def errors(
     """The relative error of the factors of `fit` without refinement, for every rank at once.
 
     The encoder of rank j is the first j rows of the encoder of rank `top`, so one Cholesky factorization
-    serves all ranks.
+    serves all ranks, and where the encoder is the best one, eigenvalues alone.
 
     Args:
         quadratic: The error to minimize.
@@ -44,7 +44,10 @@ def errors(
         return np.zeros(top + 1)
     with on_device(quadratic, backend):
         problem = projection.folded(quadratic, shape, fold, k, backend)
-        gains = backend.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
+        if projection.is_exact(problem):
+            gains = backend.to_numpy(projection.exact_gains(problem, top, backend))
+        else:
+            gains = backend.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
     return np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)])
 
 

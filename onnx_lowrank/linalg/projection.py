@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvectors, solve_triangular
+from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvectors, of_each, solve_triangular
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.quadratic import Quadratic
 from onnx_lowrank.linalg.spectra import diagonal_blocks
@@ -90,16 +90,25 @@ def encoder(problem: Problem, j: int) -> Array:
     K_i is the mean over the taps of the moments of the columns. Where M_i is higher than wide, its R
     factor stands for it: M = Q R has U = Q U_R, so Uᵀ M = U_Rᵀ R.
     """
-    g, k, taps, q, p = problem.second.shape
-    xp = array_namespace(problem.second)
-    blocks = diagonal_blocks(xp.reshape(problem.second, (g, 1, p, p)), k * taps)
-    columns = xp.mean(xp.reshape(blocks, (g, k, taps, q, q)), axis=2)
-    matrices = problem.optimum
-    if matrices.shape[-2] > q:
-        _, matrices = xp.linalg.qr(matrices)
-    vectors = eigenvectors(matrices @ columns @ xp.matrix_transpose(matrices))
+    matrices, weighted = _weighted(problem)
+    vectors = eigenvectors(weighted)
+    xp = array_namespace(vectors)
     u = xp.flip(vectors[..., vectors.shape[-1] - j :], axis=-1)
     return xp.matmul(xp.matrix_transpose(u), matrices)
+
+
+def is_exact(problem: Problem) -> bool:
+    """Whether no other encoder has less error than that of `encoder`: with one slice and one tap."""
+    _, k, taps, _, _ = problem.second.shape
+    return bool(k * taps == 1)
+
+
+def exact_gains(problem: Problem, j: int, backend: Backend) -> Array:
+    """The result of `gains` for an encoder that is exact: the j largest eigenvalues of M C Mᵀ."""
+    _, weighted = _weighted(problem)
+    xp = array_namespace(weighted)
+    values = of_each(xp.linalg.eigvalsh, weighted, backend)
+    return xp.sum(xp.flip(values, axis=-1)[..., :j], axis=(0, 1))
 
 
 def gains(problem: Problem, encoder: Array) -> Array:
@@ -209,6 +218,18 @@ class _Lowest:
             return False
         self._encoder, self._lowest = encoder, value
         return True
+
+
+def _weighted(problem: Problem) -> tuple[Array, Array]:
+    """M_i, or its R factor where M_i is higher than wide, and M_i K_i M_iᵀ; see `encoder`."""
+    g, k, taps, q, p = problem.second.shape
+    xp = array_namespace(problem.second)
+    blocks = diagonal_blocks(xp.reshape(problem.second, (g, 1, p, p)), k * taps)
+    columns = xp.mean(xp.reshape(blocks, (g, k, taps, q, q)), axis=2)
+    matrices = problem.optimum
+    if matrices.shape[-2] > q:
+        _, matrices = xp.linalg.qr(matrices)
+    return matrices, matrices @ columns @ xp.matrix_transpose(matrices)
 
 
 def _image(problem: Problem, encoder: Array) -> Array:
