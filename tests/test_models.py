@@ -17,6 +17,7 @@ MODELS = Path(__file__).parents[1] / "models"
 sys.path.insert(0, str(MODELS))
 
 import evaluate_digits  # noqa: E402
+import large  # noqa: E402
 import zoo  # noqa: E402
 from builder import Builder, Parameter  # noqa: E402
 
@@ -263,3 +264,31 @@ def test_evaluation_prints_one_line_per_model(
     monkeypatch.setattr(sys, "argv", ["evaluate_digits.py", str(DIGITS), str(DIGITS)])
     evaluate_digits.main()
     assert capsys.readouterr().out == f"{DIGITS}: {evaluate_digits.top1(str(DIGITS)):.4f}\n" * 2
+
+
+def test_the_large_model_has_the_same_bytes_each_time_and_at_least_the_size_asked_for(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        large.write(tmp_path / name / "m.onnx", 2**20, width=32)
+    first, second = (tmp_path / name / "m.onnx.data" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    assert (tmp_path / "a" / "m.onnx").read_bytes() == (tmp_path / "b" / "m.onnx").read_bytes()
+    assert 2**20 <= first.stat().st_size < 2**20 + 2**18
+    onnx.checker.check_model(tmp_path / "a" / "m.onnx", full_check=True)
+
+
+def test_every_fourth_block_of_the_large_model_has_planted_spectra(tmp_path: Path) -> None:
+    large.write(tmp_path / "m.onnx", 2**21, width=64)
+    model = onnx.load(tmp_path / "m.onnx")
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    shares = []
+    for block in range(5):
+        sigma = np.linalg.svdvals(weights[f"blocks.{block}.up.weight"])
+        shares.append(float(np.sum(sigma[4:] ** 2) / np.sum(sigma**2)))
+    assert max(shares[0], shares[4]) < 0.01
+    assert min(shares[1:4]) > 0.5
+
+
+def test_the_large_model_refuses_other_widths(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="width is 24"):
+        large.write(tmp_path / "m.onnx", 2**20, width=24)
