@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.parted import Parted, is_large
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import InputError
@@ -14,7 +15,12 @@ from onnx_lowrank.files.load import Model
 
 _log = logging.getLogger(__name__)
 
-Engine = Runtime | Reference
+Engine = Runtime | Reference | Parted
+
+
+def fitting_engine(model: Model, engine: Runtime) -> Runtime | Parted:
+    """The engine itself, or one that runs a model part by part if a session would hold too much of it."""
+    return Parted(engine) if is_large(model) else engine
 
 
 def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed, dict[str, Any]]:

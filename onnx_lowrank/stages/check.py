@@ -20,7 +20,7 @@ from onnx_lowrank.engines.made import make
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.reference import Reference
-from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run
+from onnx_lowrank.engines.running import Engine, calibrating_engine, first_run, fitting_engine
 from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import InputError, ValidationError
 from onnx_lowrank.files.load import Model, ModelProto
@@ -154,10 +154,13 @@ def _check(original: Model, compressed: Model) -> tuple[str, ...]:
 
 def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, notes: list[str]) -> _Run | None:
     """Run the input model; return None if no engine can, with the reasons in the notes."""
+    fitting = fitting_engine(model, engine)
     try:
-        return _Run(engine, *first_run(engine, model, feeds()))
+        return _Run(fitting, *first_run(fitting, model, feeds()))
     except UnsupportedError as error:
-        notes.append(f"{engine.name} cannot run the input model: {error}.")
+        notes.append(f"{fitting.name} cannot run the input model: {error}.")
+        if fitting is not engine:
+            return None  # The reference implementation would hold all of it.
     except RejectedError as error:
         if given:
             wanted = specs(model.proto)
