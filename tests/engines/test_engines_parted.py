@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+import large
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import large
 from onnx_lowrank.engines import parted
 from onnx_lowrank.engines.engine import UnsupportedError
 from onnx_lowrank.engines.parted import Parted, is_large, parts
