@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array, Spectra
 from onnx_lowrank.core.option import Fold
+from onnx_lowrank.linalg import banded
 from onnx_lowrank.linalg.backend import Backend, array_namespace, of_each
 from onnx_lowrank.linalg.folding import fold as fold_slices
+from onnx_lowrank.linalg.gram import row_grams
 
 
 def spectra(
@@ -46,7 +48,8 @@ def spectra(
     """
     values = _by_svd if (stored or weight.dtype) == np.float64 else partial(_by_gram, backend)
     with backend.alone():
-        array = backend.asarray(weight)
+        # The host converts a weight block by block, a device takes it as a whole.
+        array = weight if backend.xp is np and values is not _by_svd else backend.asarray(weight)
         return {
             (fold, k): backend.to_numpy(sigma)
             for fold, counts in wanted.items()
@@ -67,39 +70,65 @@ def _by_gram(
     encoder, decoder = fold.kernels(tuple(kernel))
     rows, cols = f * prod(decoder), c * prod(encoder)
     wide = {k for k in counts if cols // k >= rows}
-    for k, gram in _row_grams(weight, fold, wide):
+    for k, gram in _row_grams(weight, fold, wide, backend):
         yield k, _singular_values(gram, backend)
-    for k, gram in _column_grams(weight, fold, set(counts) - wide):
+    for k, gram in _column_grams(weight, fold, set(counts) - wide, backend):
         yield k, _singular_values(gram, backend)
 
 
-def _row_grams(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
+def _row_grams(
+    weight: Array, fold: Fold, counts: Iterable[int], backend: Backend
+) -> Iterator[tuple[int, Array]]:
     """M Mᵀ of every slice, finest slices first: shape (g, k, rows, rows) for each k."""
-    xp = array_namespace(weight)
+    order = sorted(counts, reverse=True)
+    sources = _sources(order, lambda finer, k: finer % k == 0)
     grams: dict[int, Array] = {}
-    for k in sorted(counts, reverse=True):
-        finer = next((n for n in reversed(grams) if n % k == 0), None)
+    for k in order:
+        finer = sources[k]
         if finer is None:
-            matrices = fold_slices(weight, fold, k)
-            grams[k] = xp.matmul(matrices, xp.matrix_transpose(matrices))
+            gram = row_grams(fold_slices(weight, fold, k), backend)
         else:
+            xp = array_namespace(grams[finer])
             g, _, rows, _ = grams[finer].shape
-            grams[k] = xp.sum(xp.reshape(grams[finer], (g, k, finer // k, rows, rows)), axis=2)
-        yield k, grams[k]
+            gram = xp.sum(xp.reshape(grams[finer], (g, k, finer // k, rows, rows)), axis=2)
+        _keep(grams, k, gram, sources)
+        yield k, gram
 
 
-def _column_grams(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
+def _column_grams(
+    weight: Array, fold: Fold, counts: Iterable[int], backend: Backend
+) -> Iterator[tuple[int, Array]]:
     """Mᵀ M of every slice, coarsest slices first: shape (g, k, cols, cols) for each k."""
-    xp = array_namespace(weight)
+    order = sorted(counts)
+    sources = _sources(order, lambda coarser, k: k % coarser == 0)
     grams: dict[int, Array] = {}
-    for k in sorted(counts):
-        coarser = next((n for n in reversed(grams) if k % n == 0), None)
+    for k in order:
+        coarser = sources[k]
         if coarser is None:
             matrices = fold_slices(weight, fold, k)
-            grams[k] = xp.matmul(xp.matrix_transpose(matrices), matrices)
+            gram = row_grams(array_namespace(matrices).matrix_transpose(matrices), backend)
         else:
-            grams[k] = diagonal_blocks(grams[coarser], k // coarser)
-        yield k, grams[k]
+            gram = diagonal_blocks(grams[coarser], k // coarser)
+        _keep(grams, k, gram, sources)
+        yield k, gram
+
+
+def _sources(order: Sequence[int], nests: Callable[[int, int], bool]) -> dict[int, int | None]:
+    """For every number of slices, the closest earlier one whose Gram matrices give its own; None for none."""
+    return {
+        k: next((other for other in reversed(order[:number]) if nests(other, k)), None)
+        for number, k in enumerate(order)
+    }
+
+
+def _keep(grams: dict[int, Array], k: int, gram: Array, sources: Mapping[int, int | None]) -> None:
+    """Keep Gram matrices as long as others follow from them; for a large layer they are gigabytes."""
+    last = {source: other for other, source in sources.items() if source is not None}
+    source = sources[k]
+    if source is not None and last[source] == k:
+        del grams[source]
+    if k in last:
+        grams[k] = gram
 
 
 def diagonal_blocks(gram: Array, count: int) -> Array:
@@ -115,6 +144,15 @@ def diagonal_blocks(gram: Array, count: int) -> Array:
 def _singular_values(gram: Array, backend: Backend) -> Array:
     xp = array_namespace(gram)
     # A 1×1 matrix is its own eigenvalue; there can be thousands, and a call of LAPACK for each is slow.
-    ascending = gram[..., 0] if gram.shape[-1] == 1 else of_each(xp.linalg.eigvalsh, gram, backend)
+    ascending = gram[..., 0] if gram.shape[-1] == 1 else of_each(_eigenvalues, gram, backend)
     descending = xp.flip(ascending, axis=-1)
     return xp.sqrt(xp.maximum(descending, xp.zeros_like(descending)))
+
+
+def _eigenvalues(matrices: Array) -> Array:
+    """The eigenvalues of every symmetric matrix of a stack, ascending."""
+    xp, size = array_namespace(matrices), matrices.shape[-1]
+    if xp is not np or size < banded.LEAST:
+        return xp.linalg.eigvalsh(matrices)
+    flat = matrices.reshape(-1, size, size)
+    return np.array([banded.eigenvalues(matrix) for matrix in flat]).reshape(matrices.shape[:-1])
