@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_lowrank import compress
 from onnx_lowrank.engines import parted
 from onnx_lowrank.engines.engine import UnsupportedError
 from onnx_lowrank.engines.parted import Parted, is_large, parts
@@ -129,3 +130,36 @@ def test_a_model_with_external_data_runs_in_parts(
     assert fitting.name == "ONNX Runtime CPUExecutionProvider, in parts"
     with engine.open(model) as whole, fitting.open(model) as divided:
         np.testing.assert_allclose(divided(ids)["logits"], whole(ids)["logits"], rtol=0, atol=1e-4)
+
+
+def test_a_run_compares_the_outputs_of_a_large_model(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.onnx"
+    large.write(path, 2**18, width=32)
+    found = []
+    for whole in (2**29, 2**14):
+        monkeypatch.setattr(parted, "_WHOLE", whole)
+        with compress(path, 0.8) as result:
+            found.append(result.report.validation)
+    (one, two) = found
+    assert (one.engine, two.engine) == (
+        "ONNX Runtime CPUExecutionProvider",
+        "ONNX Runtime CPUExecutionProvider, in parts",
+    )
+    assert [output.name for output in two.outputs] == ["logits"]
+    assert two.outputs[0].relative == pytest.approx(one.outputs[0].relative, rel=1e-3)
+    assert (one.never_ran, two.never_ran) == ((), ())
+
+
+@pytest.mark.usefixtures("tight")
+def test_layers_of_a_large_model_that_cannot_run_in_parts_run_alone(tmp_path) -> None:
+    nodes = [
+        helper.make_node("SequenceConstruct", ["x", "a"], ["s"]),
+        helper.make_node("MatMul", ["x", "b"], ["y"]),
+        helper.make_node("ConcatFromSequence", ["s"], ["z"], axis=0),
+        helper.make_node("Concat", ["z", "y"], ["w"], axis=0),
+    ]
+    with compress(model_of(nodes, ["w"], ("a", "b")).proto, 0.8) as result:
+        validation = result.report.validation
+    assert validation.engine.startswith("layers alone")
+    assert [output.name for output in validation.alone] == ["layer b"]
+    assert any("in parts cannot run the input model" in note for note in validation.notes)
