@@ -23,7 +23,7 @@ from onnx_lowrank.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-_LARGE = 256
+LARGE = 256
 """The least number of rows and columns for which a thread, or a call of a GPU's solver, per matrix pays."""
 
 
@@ -120,7 +120,7 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
     """
     *stack, rows, cols = matrices.shape
     shared = backend.shared if prod(stack) > 1 else None
-    if min(rows, cols) < _LARGE or (shared is None and not _is_slow_on_stacks(matrices)):
+    if min(rows, cols) < LARGE or (shared is None and not _is_slow_on_stacks(matrices)):
         return function(matrices)
     return _one_by_one(function, matrices, shared or _in_turn)
 
@@ -134,7 +134,7 @@ def eigenvectors(matrices: Array) -> Array:
     Returns:
         The same shape, on the device of the matrices.
     """
-    if matrices.shape[-1] < _LARGE or not _is_slow_on_stacks(matrices):
+    if matrices.shape[-1] < LARGE or not _is_slow_on_stacks(matrices):
         return _eigenvectors(matrices)
     return _one_by_one(_eigenvectors, matrices, _in_turn)
 

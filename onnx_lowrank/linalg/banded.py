@@ -13,6 +13,8 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from onnx_lowrank.linalg.backend import one_blas_thread
+
 Floats = NDArray[np.float64]
 
 LEAST = 3000
@@ -32,8 +34,9 @@ def eigenvalues(matrix: Floats, width: int = _WIDTH) -> Floats:
         matrix: Shape (n, n).
         width: The number of diagonals below the main one in the band, at least 1.
     """
-    band = _band(matrix, width)
-    values = scipy.linalg.eigvals_banded(band, lower=True, overwrite_a_band=True, check_finite=False)
+    with one_blas_thread(solvers=True):
+        band = _band(matrix, width)
+        values = scipy.linalg.eigvals_banded(band, lower=True, overwrite_a_band=True, check_finite=False)
     return np.asarray(values, np.float64)
 
 

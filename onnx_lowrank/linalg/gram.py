@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.linalg.backend import Backend, array_namespace, of_each
 
-_BLOCK = 1 << 24
+BLOCK = 1 << 24
 """Elements of a block that is converted at once."""
 
 _COLUMNS = 256
@@ -49,6 +49,6 @@ def column_blocks(matrices: Array) -> Iterator[NDArray[np.float64]]:
         matrices: Shape (..., rows, cols), any real dtype.
     """
     *stack, rows, cols = matrices.shape
-    step = max(_COLUMNS, _BLOCK // max(1, prod(stack) * rows))
+    step = max(_COLUMNS, BLOCK // max(1, prod(stack) * rows))
     for begin in range(0, cols, step):
         yield matrices[..., begin : begin + step].astype(np.float64, copy=False)

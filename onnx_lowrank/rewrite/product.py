@@ -19,7 +19,7 @@ from onnx_lowrank.files.load import Model, array
 from onnx_lowrank.graph.walk import Place, attribute_of
 from onnx_lowrank.graph.weights import Source
 from onnx_lowrank.layers.find import canonical_weight
-from onnx_lowrank.linalg.factorize import certify_product
+from onnx_lowrank.linalg.certificate import certify_product
 from onnx_lowrank.operators import registry
 from onnx_lowrank.operators.convolution import spatial
 from onnx_lowrank.operators.family import Operator

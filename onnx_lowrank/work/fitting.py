@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Certificate, Factors, Fit, LayerFit
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.linalg import selection, sparse, tied
+from onnx_lowrank.linalg import gram, selection, sparse, tied
 from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit, products
 from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.factorize import certify, certify_weight, factorize
+from onnx_lowrank.linalg.certificate import certify, certify_weight, taken
+from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.narrowing import Way
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, error, of_weight, shrinkage
@@ -68,18 +69,25 @@ class FactorsItem:
     @property
     def nbytes(self) -> int:
         """Approximate bytes that the fit or the certificate takes, whichever is more."""
-        taken = self.weight.nbytes
+        needed = self.weight.nbytes
         if self.moments is None:
-            taken += 24 * self.weight.size + self._grams()
+            needed += self.weight.nbytes + 8 * min(self.weight.size, gram.BLOCK)
+            needed += 24 * self._factors() + self._grams()
         elif self.moments.of_outputs or self.moments.transposed is not None:
-            taken += 24 * self.weight.size + 4 * self.moments.nbytes
+            needed += 24 * self.weight.size + 4 * self.moments.nbytes
         else:
             g, f, *rest = self.weight.shape
             p = prod(rest)
             _, decoder = self.option.fold.kernels(self.weight.shape[3:])
             n = self.option.k * prod(decoder) * self.option.j
-            taken += self.moments.nbytes + 8 * g * (5 * p**2 + 10 * f * p + 4 * n * p + 4 * n**2)
-        return max(taken, _certifying(self.weight))
+            needed += self.moments.nbytes + 8 * g * (5 * p**2 + 10 * f * p + 4 * n * p + 4 * n**2)
+        return max(needed, _certifying(self.weight))
+
+    def _factors(self) -> int:
+        """Number of elements of the factors."""
+        g, f, c, *kernel = self.weight.shape
+        encoder, decoder = self.option.fold.kernels(tuple(kernel))
+        return g * self.option.j * (c * prod(encoder) + self.option.k * f * prod(decoder))
 
     def _grams(self) -> int:
         """Bytes of the Gram matrices of the slices, of their eigenvectors, and of LAPACK's workspace."""
@@ -380,6 +388,5 @@ def exact(factors: Factors) -> Factors:
 
 
 def _certifying(weight: WeightRef) -> int:
-    """Bytes that a certificate takes: the weight, Ŵ and the difference in float64, and Gram matrices."""
-    _, f, *rest = weight.shape
-    return weight.nbytes + 32 * weight.size + 40 * min(f, prod(rest)) ** 2
+    """Bytes that a certificate takes, the weight included."""
+    return weight.nbytes + taken(weight.shape)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Spectra
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg import tied
+from onnx_lowrank.linalg import gram, tied
 from onnx_lowrank.linalg.activations import errors, output_errors
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.quadratic import Quadratic, shrinkage
@@ -34,8 +34,9 @@ class WeightItem:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the computation takes: the weight three times, and the Gram matrices of one fold."""
-        return self.weight.nbytes + 16 * self.weight.size + max(map(self._grams, self.wanted), default=0)
+        """Bytes of the computation: the weight and a copy, a block, and the Gram matrices of one fold."""
+        block = 8 * min(self.weight.size, gram.BLOCK)
+        return 2 * self.weight.nbytes + block + max(map(self._grams, self.wanted), default=0)
 
     def _grams(self, fold: Fold) -> int:
         """Bytes of the Gram matrices of all k, which stay, and of the solver's copy of the largest ones."""

@@ -13,7 +13,7 @@ from onnx_lowrank.core.factors import Fit, LayerFit
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg import sums
 from onnx_lowrank.linalg.backend import Backend
-from onnx_lowrank.linalg.factorize import certify
+from onnx_lowrank.linalg.certificate import certify
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, shrinkage
 from onnx_lowrank.work.fitting import FittedLayer, held_error, lost_mean, stored_as
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef

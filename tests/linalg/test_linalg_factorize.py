@@ -13,7 +13,8 @@ from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg.backend import Backend, resolve
-from onnx_lowrank.linalg.factorize import certify, certify_product, factorize
+from onnx_lowrank.linalg.certificate import certify, certify_product
+from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
 
 CPU = resolve("cpu")

@@ -18,7 +18,7 @@ CPU = resolve("cpu")
 def test_integers_give_the_exact_matrix(
     dtype: type, is_transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gram, "_BLOCK", 64)
+    monkeypatch.setattr(gram, "BLOCK", 64)
     monkeypatch.setattr(gram, "_COLUMNS", 4)
     whole = np.random.default_rng(0).integers(-4, 5, (2, 3, 5, 23)).astype(np.int64)
     matrices = whole.astype(dtype)
@@ -30,7 +30,7 @@ def test_integers_give_the_exact_matrix(
 
 
 def test_blocks_hold_all_columns_in_order_and_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram, "_BLOCK", 60)
+    monkeypatch.setattr(gram, "BLOCK", 60)
     monkeypatch.setattr(gram, "_COLUMNS", 4)
     matrices = np.arange(2 * 3 * 47, dtype=np.float32).reshape(2, 3, 47)
     blocks = list(column_blocks(matrices))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.linalg import sparse
-from onnx_lowrank.linalg.factorize import certify
+from onnx_lowrank.linalg.certificate import certify
 from onnx_lowrank.linalg.folding import compose
 
 ROWS, FEATURES = 400, 12

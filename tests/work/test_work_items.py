@@ -13,7 +13,7 @@ import pytest
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
-from onnx_lowrank.linalg.factorize import certify
+from onnx_lowrank.linalg.certificate import certify
 from onnx_lowrank.work.executor import Processes, Threads
 from onnx_lowrank.work.fitting import CertificateItem, DenseItem, FactorsItem, certificate, dense, fitted
 from onnx_lowrank.work.moments import MomentsRef
