@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
@@ -78,12 +80,14 @@ def run(
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not behave like the input model.
     """
-    executing = executor(setting.workers, setting.backend)
     solvers = setting.calibration is not None
-    with one_blas_thread(solvers=solvers), executing as running, ExitStack() as stack:
+    with one_blas_thread(solvers=solvers), ExitStack() as stack:
         with progress.stage("find layers"):
             material = read(model, setting, stack)
         found = material.found
+        # Statistics of activations may take many times a weight, so their items are bounded otherwise.
+        largest = None if solvers else _largest(found)
+        running = stack.enter_context(executor(setting.workers, setting.backend, largest))
         asked.budget.check(found)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
@@ -97,6 +101,11 @@ def run(
         job = _Job(material, asked, setting, running, progress, grid, compared)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
+
+
+def _largest(found: Found) -> int:
+    """Bytes of the largest weight of a model's layers."""
+    return max((layer.size * np.dtype(layer.dtype).itemsize for layer in found.layers), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,9 @@ _log = logging.getLogger(__name__)
 _SHARE = 4
 """Items take at most 1 / _SHARE of the memory that is free when the executor starts."""
 
+_LEAST, _TIMES = 2**28, 8
+"""They take at most _LEAST bytes and _TIMES those of the largest weight, although more may be free."""
+
 
 class Item(Protocol):
     """The part of an item that an executor uses."""
@@ -91,9 +94,18 @@ class Executor(Protocol):
     ) -> None: ...
 
 
-def executor(workers: int, backend: Backend) -> Executor:
-    """The executor that `--workers` asks for: this number of processes, or threads if it is 0."""
+def executor(workers: int, backend: Backend, largest: int | None) -> Executor:
+    """The executor that `--workers` asks for: this number of processes, or threads if it is 0.
+
+    Args:
+        workers: The number of processes.
+        backend: Where to compute.
+        largest: Bytes of the largest weight: items take a bounded multiple of it, for a model of any size.
+            None for a share of the free memory.
+    """
     budget = free_memory() // _SHARE
+    if largest is not None:
+        budget = min(budget, _LEAST + _TIMES * largest)
     number, kind = (workers, "processes") if workers else (cores(), "threads")
     _log.debug("computes layers in %d %s, with at most %.2f GiB in flight", number, kind, budget / 2**30)
     return Processes(workers, backend, budget=budget) if workers else Threads(backend, budget=budget)

@@ -310,12 +310,12 @@ def test_workers_choose_the_kind(monkeypatch, caplog):
     monkeypatch.setattr(module, "cores", lambda: 5)
     with (
         caplog.at_level(logging.DEBUG, "onnx_lowrank"),
-        executor(0, CPU) as threads,
-        executor(3, CPU) as others,
+        executor(0, CPU, None) as threads,
+        executor(3, CPU, 2**27) as others,
     ):
         assert [record.getMessage() for record in caplog.records] == [
             "computes layers in 5 threads, with at most 2.00 GiB in flight",
-            "computes layers in 3 processes, with at most 2.00 GiB in flight",
+            "computes layers in 3 processes, with at most 1.25 GiB in flight",
         ]
         assert isinstance(threads, Threads)
         assert isinstance(others, Processes)
