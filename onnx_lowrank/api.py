@@ -41,7 +41,7 @@ class Result:
         return self.model.proto
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the compressed model: two files if it exceeds 2 GB or has external data, else one.
+        """Write the compressed model: two files if it exceeds 1.5 GiB or has external data, else one.
 
         Raises:
             InputError: The target cannot be written.

@@ -37,6 +37,7 @@ ModelProto = onnx.ModelProto
 
 
 _PROTOBUF_LIMIT = 2**31 - 1
+_LARGEST_INLINE = 3 * 2**29
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +119,13 @@ def _spilled(model: Model, resources: ExitStack | None) -> Model:
 def inlined(model: Model) -> Model:
     """A model with all tensors in its proto that belong there; it needs no temporary file any more.
 
+    A model of over 1.5 GiB stays as it is. Serialized with its tensors, it would be in memory twice, and near
+    the 2 GB of protobuf. So it is saved with a data file.
+
     Raises:
         InputError: The file has gone.
     """
-    if not model.temporary:
+    if not model.temporary or stored_bytes(model) > _LARGEST_INLINE:
         return model
     own = {name: file for name, file in model.files.items() if name in model.temporary}
     others = {name: file for name, file in model.files.items() if name not in model.temporary}

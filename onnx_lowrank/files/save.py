@@ -49,8 +49,8 @@ def check_target(model: Model, path: str | os.PathLike[str]) -> None:
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write a model beside its target and rename it over the target; a failure changes nothing.
 
-    A model with external data, or one that exceeds protobuf's 2 GB, becomes `path` and
-    `path`.DIGEST.data. A target that is a symbolic link is replaced, not followed.
+    A model with external data, one that exceeds protobuf's 2 GB, or a loaded one of over 1.5 GiB, becomes
+    `path` and `path`.DIGEST.data. A target that is a symbolic link is replaced, not followed.
 
     Raises:
         InputError: The target cannot be written, or is a data file that the model itself reads.

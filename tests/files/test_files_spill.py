@@ -17,6 +17,7 @@ from onnx_lowrank import compress
 from onnx_lowrank.engines.engine import materialized
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import external
+from onnx_lowrank.files import load as loading
 from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import array, inlined, load, stored_bytes
 from onnx_lowrank.files.save import save
@@ -250,6 +251,22 @@ before = peak()
 compress(sys.argv[1], 0.99, include=["w0"], device="cpu")
 print(peak() - before)
 """
+
+
+def test_a_model_that_is_too_large_to_be_inline_gets_a_data_file(tmp_path, temporary, all_large, monkeypatch):
+    source, limit = tmp_path / "in.onnx", 100
+    proto = linear()
+    onnx.save(proto, source)
+    weight = numpy_helper.to_array(proto.graph.initializer[0])
+    for size, files in ((stored_bytes(load(source)), 1), (limit, 2)):
+        monkeypatch.setattr(loading, "_LARGEST_INLINE", size)
+        folder = tmp_path / str(files)
+        folder.mkdir()
+        with ExitStack() as resources:
+            save(load(source, resources), folder / "out.onnx")
+        assert len(list(folder.iterdir())) == files
+        (saved,) = onnx.load(folder / "out.onnx").graph.initializer
+        np.testing.assert_array_equal(numpy_helper.to_array(saved), weight)
 
 
 @pytest.mark.slow
