@@ -333,7 +333,7 @@ def _spectral_below(matrix: _Measured) -> float:
     x = x / np.max(np.abs(x))
     length = float(np.linalg.norm(x)) * (1 + _gamma(n + 4))
     images = [float(np.linalg.norm(_image(block, x, -matrix.exponent))) for block in matrix.blocks()]
-    image = math.hypot(*images) * (1 - _gamma(matrix.longer + 8))
+    image = math.hypot(*images) * (1 - _gamma(matrix.longer + 2 * len(images) + 2))
     return (image / length - _gamma(n) * matrix.size.above) * (1 - 8 * _UNIT)
 
 
