@@ -135,6 +135,7 @@ class _Job:
         # Most of the package serves calibration: a run without it starts much sooner.
         from onnx_lowrank.calibrate import measurement
         from onnx_lowrank.calibrate.calibration import Calibration
+        from onnx_lowrank.calibrate.variety import varied
 
         feed = next(held_out(samples, 1))
         engine, outputs = calibrating_engine(self.found.model, feed, self.setting.provider)
@@ -142,12 +143,13 @@ class _Job:
             judged = samples.held or samples.count
             check_target(self.asked.target, self.found.model.name, outputs, feed, judged)
         bindings = self.found.bindings if self.asked.fits_activations else ()
+        fitted = varied(self.found.model.proto, samples)
         with self.progress.stage("activations", 1) as step:
             moments = measurement.measure(
                 self.found.model,
                 self.found.walk,
                 bindings,
-                samples,
+                fitted,
                 engine,
                 self.executor.threads,
                 step=step,
@@ -161,7 +163,7 @@ class _Job:
             len(bindings) - len(moments.reasons),
             len(moments.reasons),
         )
-        return Calibration(samples, engine, stack.enter_context(moments))
+        return Calibration(samples, fitted, engine, stack.enter_context(moments))
 
     def run(self, calibration: Calibration | None) -> Made:
         """Make the plan and, except in a dry run, the model; a slower model is made again with fewer layers.

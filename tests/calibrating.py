@@ -12,6 +12,7 @@ from onnx import ModelProto
 
 from onnx_lowrank.calibrate import data, measurement
 from onnx_lowrank.calibrate.calibration import Calibration
+from onnx_lowrank.calibrate.variety import varied
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.core.plan import Choice, Plan
@@ -37,11 +38,12 @@ def seen(proto: ModelProto) -> Found:
 def measured(found: Found, source: Any, **options: Any) -> Iterator[Calibration]:
     """Calibration by any data that compress() takes."""
     model = found.model
-    with (
-        data.open_samples(source, specs(model.proto)) as samples,
-        measurement.measure(model, found.walk, found.bindings, samples, ENGINE, THREADS, **options) as taken,
-    ):
-        yield Calibration(samples, ENGINE, taken)
+    with data.open_samples(source, specs(model.proto)) as samples:
+        fitted = varied(model.proto, samples)
+        with measurement.measure(
+            model, found.walk, found.bindings, fitted, ENGINE, THREADS, **options
+        ) as statistics:
+            yield Calibration(samples, fitted, ENGINE, statistics)
 
 
 def plan_of(

@@ -18,23 +18,26 @@ class Calibration:
 
     Attributes:
         samples: The inputs.
+        varied: The inputs with further texts to fit to (`calibrate.variety`).
         engine: The engine that runs the model on them.
         statistics: The moments of every layer.
         originals: The input model's outputs on the batches of `statistics.batch` samples.
     """
 
     samples: Samples
+    varied: Batches
     engine: Engine
     statistics: Statistics
     originals: Originals = field(default_factory=Originals)
 
     @property
     def trimmed(self) -> Batches:
-        """The samples without removable padding, for sums over the vectors of layers."""
-        return Trimmed(self.samples, self.statistics.padding)
+        """The inputs to fit to without removable padding, for sums over the vectors of layers."""
+        return Trimmed(self.varied, self.statistics.padding)
 
     @property
     def compared(self) -> Batches:
         """The samples for comparisons of outputs."""
         # The mean of every position's output needs outputs of one shape.
-        return self.samples if self.statistics.padding.axes else self.trimmed
+        padding = self.statistics.padding
+        return self.samples if padding.axes else Trimmed(self.samples, padding)

@@ -10,6 +10,9 @@ with the mean output ȳ over the samples. For an output that does not vary, the 
 scores of a language model are compared as distributions (`calibrate.divergence`). Outputs that are not float,
 that are all zero, or whose shape a substitute changes are left out; so are the caches of a decoder
 (`engines.pasts.caches`): errors of keys and values count by the scores that they change.
+
+Texts with removable padding are tried on the shorter ones: they take less time. In a pooled output, the
+errors of many tokens average out, so short texts err most, and decide.
 """
 
 from __future__ import annotations
@@ -22,15 +25,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.divergence import are_token_scores, divergence, log_shares, vocabularies
+from onnx_lowrank.calibrate.divergence import are_token_scores, divergence, log_shares
 from onnx_lowrank.calibrate.divergence import spread as divergence_spread
 from onnx_lowrank.calibrate.shares import Samples, spaced
 from onnx_lowrank.calibrate.tails import Tails
+from onnx_lowrank.calibrate.trimming import Trimmed
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.pasts import caches
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.engines.spread import Spread, is_batched
+from onnx_lowrank.engines.vocabularies import vocabularies
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.graph.weights import FLOATS
@@ -114,9 +119,9 @@ def measure(
     outcomes: dict[str, NDArray[np.float64] | str] = {}
     try:
         with engine.open(model) as run:
-            feeds = _chosen(run, samples, partial(probe, samples.count, len(bindings), trials))
             # The mean of every position's output needs outputs of one shape.
-            feeds = feeds if padding.axes else [padding.trim(feed) for feed in feeds]
+            read = samples if padding.axes else Trimmed(samples, padding, shortest=True)
+            feeds = _chosen(run, read, partial(probe, samples.count, len(bindings), trials))
     except (UnsupportedError, RejectedError) as error:
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})

@@ -114,7 +114,7 @@ def _caused(
             walk,
             bindings,
             substitutes,
-            calibration.samples,
+            calibration.varied,
             calibration.engine,
             padding=calibration.statistics.padding,
             trials=len(PROBED),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, rel_entr, softmax
 
-from onnx_lowrank.calibrate.divergence import are_token_scores, divergence, log_shares, spread, vocabularies
+from onnx_lowrank.calibrate.divergence import are_token_scores, divergence, log_shares, spread
+from onnx_lowrank.engines.vocabularies import vocabularies
 from padded import HIDDEN_STATES, WORDS, D, encoder, texts
 from rewriting import model
 

@@ -1,0 +1,194 @@
+"""Texts with random tokens: which change, where, and how much."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibrating import measured, seen
+from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.calibrate.variety import varied
+from rewriting import model
+
+WORDS, LENGTH = 2000, 40
+TEXT = """g (int64[N,L] input_ids, int64[N,L] attention_mask) => (float[N,L,6] y)
+    { a = Gather (words, input_ids) y = MatMul (a, w) }"""
+FIRST, LAST = 1, 2
+
+
+class Texts:
+    """Texts in batches, every fifth batch held out."""
+
+    def __init__(self, ids, mask=None):
+        self.ids, self.mask, self.count = ids, np.ones_like(ids) if mask is None else mask, len(ids)
+
+    def batches(self, size):
+        for number, start in enumerate(range(0, self.count, size)):
+            part = slice(start, start + size)
+            yield Batch({"input_ids": self.ids[part], "attention_mask": self.mask[part]}, number % 5 == 4)
+
+
+def proto(words=WORDS):
+    return model(TEXT, words=(words, 6), w=(6, 6))
+
+
+def texts(number, seed=0, words=WORDS):
+    ids = np.random.default_rng(seed).integers(10, words, (number, LENGTH))
+    ids[:, 0], ids[:, -1] = FIRST, LAST
+    return ids
+
+
+def copies(samples, size=7):
+    """The original texts, their copies with other tokens, and whether each is held out."""
+    found = []
+    batches = list(varied(proto(), samples).batches(size))
+    given = [batch.feed["input_ids"] for batch in samples.batches(size)]
+    for before, batch in pairwise(batches):
+        ids = batch.feed["input_ids"]
+        if not any(ids is whole or np.array_equal(ids, whole) for whole in given):
+            near = [next(row for row in before.feed["input_ids"] if _is_copy(row, copy)) for copy in ids]
+            found += [(row, copy, batch.held) for row, copy in zip(near, ids, strict=True)]
+            assert before.held == batch.held
+    return [np.array(column) for column in zip(*found, strict=True)]
+
+
+def _is_copy(row, copy):
+    return np.mean(row == copy) > 0.3
+
+
+def test_a_third_of_the_texts_of_either_share_is_repeated():
+    samples = Texts(texts(100))
+    whole, _, held = copies(samples)
+    assert len(whole) == pytest.approx(100 / 3, abs=1)
+    shares = [batch.held for batch in samples.batches(7) for _ in batch.feed["input_ids"]]
+    assert held.sum() == pytest.approx(sum(shares) / 3, abs=1)
+    assert len(np.unique(whole, axis=0)) == len(whole)
+
+
+def test_all_given_texts_are_read():
+    samples = Texts(texts(60))
+    read = np.concatenate([batch.feed["input_ids"] for batch in varied(proto(), samples).batches(7)])
+    assert {tuple(row) for row in samples.ids} <= {tuple(row) for row in read}
+
+
+def test_half_of_the_share_of_tokens_that_the_texts_lack_is_replaced():
+    ids = texts(100)
+    unseen = 1 - len(np.unique(ids)) / WORDS
+    assert 0.1 < unseen < 0.9
+    whole, other, _ = copies(Texts(ids))
+    assert (whole != other)[:, 1:-1].mean() == pytest.approx(unseen / 2, abs=0.04)
+
+
+def test_marks_of_the_beginning_and_end_stay():
+    whole, other, _ = copies(Texts(texts(60)))
+    assert (whole != other).any()
+    np.testing.assert_array_equal(other[:, [0, -1]], whole[:, [0, -1]])
+
+
+def test_hidden_positions_stay():
+    ids = texts(60)
+    mask = np.ones_like(ids)
+    mask[:, 20:] = 0
+    whole, other, _ = copies(Texts(ids, mask))
+    assert (whole[:, :20] != other[:, :20]).any()
+    np.testing.assert_array_equal(other[:, 20:], whole[:, 20:])
+
+
+@given(size=st.integers(1, 50), seed=st.integers(0, 5))
+def test_every_pass_reads_the_same_texts(size, seed):
+    samples = varied(proto(), Texts(texts(40, seed)))
+    passes = [[batch.feed["input_ids"] for batch in samples.batches(size)] for _ in range(2)]
+    for one, other in zip(*passes, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_new_tokens_come_from_the_whole_vocabulary():
+    whole, other, _ = copies(Texts(texts(100)))
+    new = other[whole != other]
+    assert new.min() < 50
+    assert new.max() > WORDS - 50
+    assert new.max() < WORDS
+
+
+def test_texts_that_hold_every_token_are_not_repeated():
+    samples = Texts(np.array([np.random.default_rng(row).permutation(20) for row in range(30)]))
+    assert varied(proto(20), samples) is samples
+
+
+def test_ids_outside_the_table_stay():
+    ids = texts(60)
+    ids[:, 5], ids[:, 6] = -np.arange(1, 61), WORDS + np.arange(60)
+    whole, other, _ = copies(Texts(ids))
+    np.testing.assert_array_equal(other[:, 5:7], whole[:, 5:7])
+
+
+def test_the_given_texts_are_not_changed():
+    ids = texts(60)
+    before = ids.copy()
+    list(varied(proto(), Texts(ids)).batches(7))
+    np.testing.assert_array_equal(ids, before)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_batches_that_the_model_fixes_are_repeated_whole(size):
+    text = f"""g (int64[{size},{LENGTH}] input_ids) => (float[{size},{LENGTH},6] y)
+        {{ y = Gather (words, input_ids) }}"""
+
+    class Fixed:
+        count = 24 * size
+
+        def batches(self, _):
+            return (Batch({"input_ids": part}, False) for part in texts(self.count).reshape(24, size, LENGTH))
+
+    sizes = [len(b.feed["input_ids"]) for b in varied(model(text, words=(WORDS, 6)), Fixed()).batches(99)]
+    assert sizes == [size] * 32
+
+
+def test_texts_of_a_model_without_an_axis_of_samples_are_repeated():
+    text = "g (int64[L] ids) => (float[L,6] y) { y = Gather (words, ids) }"
+
+    class Single:
+        count = 30
+
+        def batches(self, size):
+            return (Batch({"ids": row}, False) for row in texts(self.count))
+
+    assert len(list(varied(model(text, words=(WORDS, 6)), Single()).batches(1))) == 40
+
+
+def test_images_are_not_repeated():
+    text = "g (float[N,4] x) => (float[N,6] y) { y = MatMul (x, w) }"
+    samples = object()
+    assert varied(model(text, w=(4, 6)), samples) is samples
+
+
+def test_positions_and_types_stay():
+    text = """g (int64[N,L] input_ids, int64[N,L] token_type_ids, int64[N,L] position_ids) => (float[N,L,6] y)
+        { a = Gather (words, input_ids) b = Gather (types, token_type_ids)
+        c = Gather (places, position_ids) d = Add (a, b) y = Add (d, c) }"""
+
+    class Several:
+        count = 9
+
+        def batches(self, size):
+            ids = texts(9)
+            yield Batch({"input_ids": ids, "token_type_ids": ids % 9, "position_ids": ids % 80}, False)
+
+    found = varied(model(text, words=(WORDS, 6), types=(9, 6), places=(80, 6)), Several())
+    first, copy = found.batches(9)
+    assert (copy.feed["input_ids"] != first.feed["input_ids"][::3]).any()
+    np.testing.assert_array_equal(copy.feed["token_type_ids"], first.feed["token_type_ids"][::3])
+    np.testing.assert_array_equal(copy.feed["position_ids"], first.feed["position_ids"][::3])
+
+
+def test_moments_hold_other_tokens_and_comparisons_do_not():
+    found = seen(proto())
+    data = {"input_ids": texts(60), "attention_mask": np.ones((60, LENGTH), np.int64)}
+    with measured(found, data) as calibration:
+        compared = np.concatenate([batch.feed["input_ids"] for batch in calibration.compared.batches(7)])
+        counts = calibration.statistics["words"].counts
+    assert len(compared) == 60
+    assert np.isin(compared, data["input_ids"]).all()
+    assert not np.isin(np.flatnonzero(counts), data["input_ids"]).all()
