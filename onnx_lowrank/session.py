@@ -155,6 +155,7 @@ class _Job:
                 step=step,
                 # A replay measures what the run measured, so this cannot depend on the recipe.
                 with_sums=Lowering.SUMMED in self.asked.budget.shares,
+                looked_up=samples,
             )
         _log.debug(
             "calibration on %s; it runs on %s, %d layers are measured, %d are not",

@@ -40,6 +40,7 @@ def measured(found: Found, source: Any, **options: Any) -> Iterator[Calibration]
     model = found.model
     with data.open_samples(source, specs(model.proto)) as samples:
         fitted = varied(model.proto, samples)
+        options = {"looked_up": samples, **options}
         with measurement.measure(
             model, found.walk, found.bindings, fitted, ENGINE, THREADS, **options
         ) as statistics:

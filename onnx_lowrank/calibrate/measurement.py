@@ -193,6 +193,7 @@ def measure(
     memory: int = MEMORY,
     step: Callable[[float], None] | None = None,
     with_sums: bool = True,
+    looked_up: Samples | None = None,
 ) -> Statistics:
     """Measure the moments of every layer's inputs, or those of its outputs.
 
@@ -208,6 +209,7 @@ def measure(
         memory: Bytes for unfinished moments; layers that do not fit together take several passes.
         step: Receives the share of the work that is done, after every batch.
         with_sums: Whether to measure the sums of layers' results, too.
+        looked_up: The inputs that tell how often the rows of tables are read; by default the same.
 
     Raises:
         InputError: The model fails on the inputs, the activations hold NaN or Inf, or the disk is full.
@@ -215,7 +217,7 @@ def measure(
     bindings = tuple(bindings)
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
-        _Measurement(model, walk, samples, engine, threads, statistics, step).run(
+        _Measurement(model, walk, samples, looked_up or samples, engine, threads, statistics, step).run(
             bindings, sums(bindings) if with_sums else (), memory
         )
     except BaseException:
@@ -232,6 +234,7 @@ class _Measurement:
         model: Model,
         walk: Walk,
         samples: Samples,
+        looked_up: Samples,
         engine: Engine,
         threads: Threads,
         statistics: Statistics,
@@ -240,6 +243,7 @@ class _Measurement:
         self._model = model
         self._walk = walk
         self._samples = samples
+        self._looked_up = looked_up
         self._engine = engine
         self._threads = threads
         self._statistics = statistics
@@ -302,7 +306,7 @@ class _Measurement:
             jobs[Job(sights, True, measured_shape(binding.layer, of_outputs=True))] = name
         for group in grouped(jobs, memory):
             tasks = [Lookups(job, jobs[job], self._tables[jobs[job]]) for job in group]
-            for batch in self._trimmed.batches(self._statistics.batch):
+            for batch in Trimmed(self._looked_up, self._statistics.padding).batches(self._statistics.batch):
                 look_up = partial(Lookups.look_up, batch=batch, padding=self._statistics.padding)
                 self._threads.each(look_up, tasks)
             for task in tasks:

@@ -6,7 +6,8 @@ directions that other texts need. So some texts are read a second time, with ran
 1. Every third text is repeated. Its copy belongs to the same share: it is fitted to, or judges the fit.
 2. At most half of its tokens are replaced. Their share is half of the share of the vocabulary that the texts
    lack: texts that hold nearly all tokens are not repeated.
-3. Tokens that most texts hold stay (marks of their beginning and end), and so do hidden positions.
+3. Copies do not count where the rows of tables are weighed by how often they are read.
+4. Tokens that most texts hold stay (marks of their beginning and end), and so do hidden positions.
 """
 
 from __future__ import annotations

@@ -76,11 +76,12 @@ def test_the_error_of_a_tied_table_is_that_of_its_factors_at_both_uses(monkeypat
     with measured(found, x) as calibration:
         table = candidates(found, ACTIVATION, calibration)["table"]
         moments = calibration.statistics["table"]
+        texts = [batch.feed["i"] for batch in calibration.varied.batches(99) if not batch.held]
     binding = next(b for b in found.bindings if b.layer.id == "table")
     weight = read(found.model, found.walk, binding).astype(np.float64)
     rows = weight[0].T
     fit = x[np.arange(len(x)) % 5 != 4].ravel()
-    features = _features(found.model.proto, x[np.arange(len(x)) % 5 != 4])
+    features = _features(found.model.proto, np.concatenate(texts))
     assert table.cost.size > 4
     for pick in range(1, table.cost.size):
         option = table.option(pick)
