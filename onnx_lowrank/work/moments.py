@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Fit, Moments
+from onnx_lowrank.files.keeping import digest
 from onnx_lowrank.linalg.quadratic import INPUT_RIDGE, Quadratic, of_weight, shrinkage
 from onnx_lowrank.linalg.scaled import of_scaled
 from onnx_lowrank.linalg.tied import Tied, tied
@@ -92,6 +94,11 @@ class MomentsRef:
         own = sum(path.stat().st_size for path in paths if path.exists())
         return own + (0 if self.transposed is None else self.transposed.nbytes)
 
+    @property
+    def content(self) -> object:
+        """A digest of the moments, wherever they are."""
+        return _digest(self)
+
     def read(self) -> LayerMoments:
         """Read the moments."""
         fit, held = self._read(_FIT), self._read(_HELD)
@@ -134,6 +141,12 @@ class MomentsRef:
 
     def _path(self, share: str, part: str) -> Path:
         return self.folder / f"{self.number}.{share}.{part}.npy"
+
+
+@lru_cache(maxsize=4096)
+def _digest(reference: MomentsRef) -> str:
+    """A digest of moments; one after the other, many layers ask for those that they share."""
+    return digest(reference.read())
 
 
 def input_problem(

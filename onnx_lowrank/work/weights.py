@@ -51,6 +51,11 @@ class WeightRef:
         """Bytes that reading takes: the stored bytes, and a float64 copy if a BatchNorm scales the weight."""
         return self.size * (self.dtype.itemsize + (0 if self.scale is None else 8))
 
+    @property
+    def content(self) -> object:
+        """All that determines the weight and its layout; another place of equal bytes changes nothing."""
+        return self._bytes(), self.dtype, self.shape, self.strides, self.scale
+
     def read(self) -> NDArray[Any]:
         """Read the weight: mapped from its file without a copy, or a float64 copy if a BatchNorm scales it.
 
