@@ -13,173 +13,48 @@ the same features (`linalg.tied`). Where results of layers are added up, the sum
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from copy import copy
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from math import ceil
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from onnx_lowrank.calibrate.ignored import find_padding
 from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, moments_bytes, takes_outputs
-from onnx_lowrank.calibrate.lookups import Counts, Lookup, lookup
-from onnx_lowrank.calibrate.parts import Part, is_sum, split, summed, sums
+from onnx_lowrank.calibrate.lookups import Lookup, lookup
+from onnx_lowrank.calibrate.measured import UNMEASURED, Statistics
+from onnx_lowrank.calibrate.parts import is_sum, split, sums
+from onnx_lowrank.calibrate.passes import Passes
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.shares import Batch, Samples
 from onnx_lowrank.calibrate.tasks import Lookups, Task
 from onnx_lowrank.calibrate.trimming import Trimmed
-from onnx_lowrank.core.factors import Fit, Moments
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
-from onnx_lowrank.engines.padding import NO_PADDING, Padding
+from onnx_lowrank.engines.padding import Padding
 from onnx_lowrank.engines.pasts import unmasked
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.keeping import Keeper
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.files.scratch import scratch
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
-from onnx_lowrank.linalg.narrowing import Way
-from onnx_lowrank.linalg.quadratic import INPUT_RIDGE
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 from onnx_lowrank.probe.suffix import Cuts
 from onnx_lowrank.work.executor import Threads
-from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 
 _log = logging.getLogger(__name__)
 
 MEMORY = 2**30
 """The most bytes of unfinished moments, over all layers."""
 
-_UNMEASURED = 32
-"""Samples to run at a time if nothing is measured."""
-
 _TAPPED = 2**28
 """The approximate bytes of the tapped tensors of one batch."""
 
 _GROWTH, _SHARE = 32, 4  # a first convolution makes 64 channels of 3; a batch may take 4 times _TAPPED
-
-
-class Statistics(Mapping[str, LayerMoments]):
-    """The moments of all layers by id, on disk; each access reads them.
-
-    Use it as a context manager: it keeps a temporary folder.
-
-    Attributes:
-        reasons: For each layer without moments, the reason.
-        batch: The number of samples that were run at a time.
-        ways: For layers that can be narrowed, the way to do it, once known.
-        padding: The padding of the inputs, which counts in no moments.
-    """
-
-    def __init__(self, layers: Iterable[str]) -> None:
-        """Start without moments of these layers."""
-        self.reasons: dict[str, str] = {}
-        self.batch = _UNMEASURED
-        self.ways: dict[str, Way] = {}
-        self.padding = NO_PADDING
-        self._layers = tuple(layers)
-        self._references: dict[str, MomentsRef] = {}
-        self._resources = ExitStack()
-        self._folder = self._resources.enter_context(scratch())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Delete the moments on disk."""
-        self._resources.close()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, layer: str) -> LayerMoments:
-        """The moments of one layer, read from disk."""
-        if layer in self.reasons:
-            return LayerMoments(reason=self.reasons[layer])
-        return self._references[layer].read()
-
-    def reference(self, layer: str) -> MomentsRef | None:
-        """The place of the moments of one layer on disk; None if it has none."""
-        return self._references.get(layer)
-
-    def shared_inputs(self, layers: Sequence[str]) -> MomentsRef | None:
-        """The moments of the inputs of layers that read the same tensor; None if one has others or none."""
-        found = {self.reference(layer) for layer in layers}
-        only = found.pop()
-        return None if found or only is None or not only.of_inputs else only
-
-    def summed_outputs(self, layers: Sequence[str]) -> MomentsRef | None:
-        """The moments of the sum of the results of layers, in graph order; None if they are unknown."""
-        return self.reference(summed(layers))
-
-    def scaled(self) -> Statistics:
-        """The same for scaled factors, which need moments of inputs; the files stay with this object."""
-        made, found = copy(self), self._references
-        kept = made._references = {n: replace(r, fit=Fit.SCALED) for n, r in found.items() if r.of_inputs}
-        made.reasons = self.reasons | {n: "its inputs were not measured" for n in found if n not in kept}
-        return made
-
-    def join(self, parts: Sequence[Part]) -> None:
-        """Give every layer the moments of its parts, and tables their least ridge."""
-        for part in parts:
-            known, reason = self._references.pop(part.id, None), self.reasons.pop(part.id, "")
-            own = self._references.pop(part.layer, None) if part.id != part.layer else None
-            if known is None or part.layer in self.reasons:
-                self.reasons.setdefault(part.layer, reason)
-                continue
-            if any(use.reads_indices for use in part.binding.layer.uses):
-                known = replace(known, least=INPUT_RIDGE)
-            self._references[part.layer] = known if own is None else replace(own, transposed=known)
-
-    def has_inputs(self, layer: str) -> bool:
-        """Whether a layer has moments of its inputs, for both shares."""
-        known = self._references.get(layer)
-        return known is not None and not known.of_outputs and known.has_held
-
-    def store(self, layers: Iterable[str], fit: Moments, held: Moments | None, *, of_outputs: bool) -> None:
-        """Write moments, which several layers may share, to disk.
-
-        Raises:
-            InputError: The disk is full.
-        """
-        number = len(set(self._references.values()))
-        kept = MomentsRef(self._folder, number, of_outputs)
-        with self._writing():
-            kept.write(fit, held)
-        self._references.update(dict.fromkeys(layers, kept))
-
-    def count(self, layer: str, counts: Counts) -> None:
-        """Write how often the rows of a table with moments were read to disk.
-
-        Raises:
-            InputError: The disk is full.
-        """
-        with self._writing():
-            self._references[layer].count(counts)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"The activation statistics cannot be written to {self._folder} "
-                f"({error.strerror or error}): make room there, or set TMPDIR to another folder."
-            ) from error
 
 
 def measure(
@@ -191,6 +66,7 @@ def measure(
     threads: Threads,
     *,
     memory: int = MEMORY,
+    keeper: Keeper | None = None,
     step: Callable[[float], None] | None = None,
     with_sums: bool = True,
     looked_up: Samples | None = None,
@@ -207,6 +83,7 @@ def measure(
         engine: Runs the model.
         threads: Sum the moments.
         memory: Bytes for unfinished moments; layers that do not fit together take several passes.
+        keeper: Keeps the moments of finished passes, for the same model and samples; None to keep none.
         step: Receives the share of the work that is done, after every batch.
         with_sums: Whether to measure the sums of layers' results, too.
         looked_up: The inputs that tell how often the rows of tables are read; by default the same.
@@ -217,7 +94,9 @@ def measure(
     bindings = tuple(bindings)
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
-        _Measurement(model, walk, samples, looked_up or samples, engine, threads, statistics, step).run(
+        _Measurement(
+            model, walk, samples, looked_up or samples, engine, threads, statistics, keeper, step
+        ).run(
             bindings, sums(bindings) if with_sums else (), memory
         )
     except BaseException:
@@ -238,6 +117,7 @@ class _Measurement:
         engine: Engine,
         threads: Threads,
         statistics: Statistics,
+        keeper: Keeper | None,
         step: Callable[[float], None] | None,
     ) -> None:
         self._model = model
@@ -247,10 +127,13 @@ class _Measurement:
         self._engine = engine
         self._threads = threads
         self._statistics = statistics
+        self._keeper = keeper
         self._step = step or _silent
         self._of_outputs: dict[str, bool] = {}
         self._sizes: list[int] = []
+        self._groups: Sequence[Sequence[Binding]] = ()
         self._relay: Relay | None = None
+        self._relayed = 0  # the number of passes that have run their parts
         self._tables: dict[str, Lookup] = {}
 
     def run(self, bindings: Sequence[Binding], added: Iterable[Binding], memory: int) -> None:
@@ -278,17 +161,38 @@ class _Measurement:
         )
         position = Cuts(self._model, self._walk).position
         order = sorted(jobs, key=lambda job: min(position(chosen[layer]) for layer in jobs[job]))
-        groups = [[chosen[layer] for job in group for layer in jobs[job]] for group in grouped(order, memory)]
-        with ExitStack() as stack:
-            if len(groups) > 1:
-                self._relay = stack.enter_context(Relay(self._model, self._walk, groups))
-            for number, group in enumerate(groups):
-                self._measure(group, number, len(groups))
+        self._groups = [
+            [chosen[layer] for job in group for layer in jobs[job]] for group in grouped(order, memory)
+        ]
+        self._measure_all([(job, jobs[job]) for job in order])
         counted = {name for name, binding in whole.items() if binding.layer.kept_per_rank}
         self._look_up(known, counted, memory)
         self._statistics.join(parts)
         for name in filter(is_sum, chosen):
             self._statistics.reasons.pop(name, None)
+
+    def _measure_all(self, jobs: Sequence[tuple[Job, Sequence[str]]]) -> None:
+        """Measure one group of layers after the other, except those that are known from an earlier run.
+
+        Args:
+            jobs: The measurements of all groups, with their layers.
+        """
+        names = [[binding.layer.id for binding in group] for group in self._groups]
+        passes = Passes(self._keeper, self._statistics, "activations", (names, jobs))
+        with ExitStack() as stack:
+            if len(names) > 1:
+                self._relay = stack.enter_context(Relay(self._model, self._walk, self._groups))
+            for number, group in enumerate(self._groups):
+                known, before = passes.known(number, names[number]), len(self._sizes)
+                if known is None:
+                    self._measure(group, number, len(names))
+                    sizes = tuple(self._sizes[before:])
+                    passes.keep(number, names[number], sizes, is_relayed=self._relay is not None)
+                else:
+                    self._sizes += known.sizes
+                    self._statistics.batch = min(self._sizes, default=UNMEASURED)
+                    self._relay = self._relay if known.is_relayed else None
+                    self._step((number + 1) / len(names))
 
     @property
     def _trimmed(self) -> Samples:
@@ -304,7 +208,14 @@ class _Measurement:
                 for index in range(len(table.names))
             )
             jobs[Job(sights, True, measured_shape(binding.layer, of_outputs=True))] = name
-        for group in grouped(jobs, memory):
+        groups = list(grouped(jobs, memory))
+        described = [[(job, jobs[job]) for job in group] for group in groups]
+        known = described, self._statistics.batch, counted
+        passes = Passes(self._keeper, self._statistics, "tables", known)
+        for number, group in enumerate(groups):
+            names = [jobs[job] for job in group]
+            if passes.known(number, names) is not None:
+                continue
             tasks = [Lookups(job, jobs[job], self._tables[jobs[job]]) for job in group]
             for batch in Trimmed(self._looked_up, self._statistics.padding).batches(self._statistics.batch):
                 look_up = partial(Lookups.look_up, batch=batch, padding=self._statistics.padding)
@@ -313,6 +224,7 @@ class _Measurement:
                 self._finish(task)
                 for name in counted.intersection(task.layers) - self._statistics.reasons.keys():
                     self._statistics.count(name, task.counts)
+            passes.keep(number, names)
 
     def _instrumented(self, bindings: Iterable[Binding]) -> Instrumented:
         bindings = tuple(bindings)
@@ -380,9 +292,24 @@ class _Measurement:
 
     def _pass(self, bindings: Sequence[Binding], number: int, passes: int) -> None:
         """Run all batches, and write the moments to disk."""
+        while self._relay is not None and self._relayed < number:
+            # The moments of an earlier pass are known, but this one starts from tensors that it leaves.
+            self._run(self._groups[self._relayed], self._relayed, None)
+
+        def done(share: float) -> None:
+            self._step((number + share) / passes)
+
+        for task in self._run(bindings, number, done):
+            self._finish(task)
+        done(1.0)
+
+    def _run(
+        self, bindings: Sequence[Binding], number: int, step: Callable[[float], None] | None
+    ) -> Sequence[Task]:
+        """Run all batches of one pass; without `step` nothing is measured."""
         instrumented = self._instrumented(bindings)
         jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
-        tasks = [Task(job, layers) for job, layers in jobs.items()]
+        tasks = [Task(job, layers) for job, layers in jobs.items()] if step else []
         relay, model = self._relay, instrumented.model
         part = (
             model if relay is None else relay.part(number, model, [t.name for j in jobs for t, _ in j.sights])
@@ -396,10 +323,10 @@ class _Measurement:
             for done, batch in enumerate(self._trimmed.batches(size), 1):
                 found = run(batch.feed) if relay is None else relay.run(run, done, batch.feed)
                 _add(tasks, found, batch, self._statistics.padding, self._threads)
-                self._step((number + done / (max(done, expected) + 1)) / passes)
-        for task in tasks:
-            self._finish(task)
-        self._step((number + 1) / passes)
+                if step:
+                    step(done / (max(done, expected) + 1))
+        self._relayed = number + 1
+        return tasks
 
     def _finish(self, task: Task) -> None:
         """Write the moments of a task to disk and free their memory."""

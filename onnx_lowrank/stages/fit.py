@@ -28,7 +28,7 @@ from onnx_lowrank.work.sums import SummedItem
 from onnx_lowrank.work.weights import reference
 
 if TYPE_CHECKING:
-    from onnx_lowrank.calibrate.measurement import Statistics
+    from onnx_lowrank.calibrate.measured import Statistics
 
 Fitted = tuple[Replacement | Refitted, LayerFit]
 """The new numbers of one layer as the rewriter needs them, and how they were made."""

@@ -13,7 +13,7 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.joins import FEW, Joined, Names, families, joined
 from onnx_lowrank.allocate.options import shared_ranks
 from onnx_lowrank.budgets.budget import Meter
-from onnx_lowrank.calibrate.measurement import Statistics
+from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk

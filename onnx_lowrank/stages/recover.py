@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.measurement import Statistics
+from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.calibrate.prefix import Prefix
 from onnx_lowrank.core.factors import Factors
 from onnx_lowrank.core.layer import narrow_layers

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.measurement import Statistics
+from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.calibrate.prefix import Sight, Step
 from onnx_lowrank.core.factors import Factors, Fit, LayerFit, Moments
 from onnx_lowrank.core.layer import Layer, sharing
