@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from onnx_lowrank.calibrate.data import Samples
-from onnx_lowrank.calibrate.measurement import Statistics
+from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.calibrate.originals import Originals
 from onnx_lowrank.calibrate.shares import Samples as Batches
 from onnx_lowrank.calibrate.trimming import Trimmed
 from onnx_lowrank.engines.running import Engine
+from onnx_lowrank.files.keeping import Keeper
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Calibration:
         engine: The engine that runs the model on them.
         statistics: The moments of every layer.
         originals: The input model's outputs on the batches of `statistics.batch` samples.
+        keeper: Keeps values that depend on the model and the inputs; None keeps none.
     """
 
     samples: Samples
@@ -29,6 +31,7 @@ class Calibration:
     engine: Engine
     statistics: Statistics
     originals: Originals = field(default_factory=Originals)
+    keeper: Keeper | None = None
 
     @property
     def trimmed(self) -> Batches:

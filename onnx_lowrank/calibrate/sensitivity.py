@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,45 @@ _PASSES = 3
 """The most that all trials together cost, in runs of all calibration samples."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The outcome of one layer.
+
+    Attributes:
+        found: The output errors of its substitutes, in their order; or the reason why there are none.
+        compared: The outputs of the whole model that are compared, known since the layer's group ran.
+        is_failure: Whether the session of its group failed at this layer, or before it.
+    """
+
+    found: NDArray[np.float64] | str
+    compared: frozenset[str]
+    is_failure: bool = False
+
+
+class Memory(Protocol):
+    """Keeps outcomes for other runs."""
+
+    def get(self, layer: str) -> Outcome | None:
+        """The outcome of a layer, if it is known."""
+
+    def put(self, layer: str, outcome: Outcome) -> None:
+        """Keep the outcome of a layer."""
+
+
+class _Nothing:
+    """Keeps no outcomes."""
+
+    def get(self, layer: str) -> Outcome | None:
+        return None
+
+    def put(self, layer: str, outcome: Outcome) -> None:
+        pass
+
+
+NOTHING = _Nothing()
+"""The memory that keeps no outcomes."""
+
+
 class Sensitivities(Mapping[str, NDArray[np.float64]]):
     """For each measured layer, by id: the output errors of its substitutes, in their order.
 
@@ -93,6 +132,7 @@ def measure(
     *,
     padding: Padding = NO_PADDING,
     trials: int = 3,
+    memory: Memory = NOTHING,
     step: Callable[[float], None] | None = None,
 ) -> Sensitivities:
     """Measure the effect of every layer's substitutes on the model's outputs.
@@ -106,6 +146,7 @@ def measure(
         engine: Runs the model.
         padding: The padding of the inputs; errors there do not count.
         trials: The approximate number of substitutes of a layer.
+        memory: Gives and takes outcomes, so that known ones are not measured again.
         step: Receives the share of the work that is done, after every layer.
 
     Returns:
@@ -116,7 +157,10 @@ def measure(
         InputError: A data file has changed, or a substitute has a bias but its layer has no bias that can be
             changed.
     """
-    outcomes: dict[str, NDArray[np.float64] | str] = {}
+    groups = _groups(bindings)
+    outcomes = _known(groups, memory)
+    if len(outcomes) == len(bindings):
+        return _sensitivities(outcomes)
     try:
         with engine.open(model) as run:
             # The mean of every position's output needs outputs of one shape.
@@ -125,28 +169,28 @@ def measure(
     except (UnsupportedError, RejectedError) as error:
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
-    groups = [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
     counted = _Counted(padding, feeds, caches(model.proto), vocabularies(model.proto))
     tails = Tails(model, walk, groups, feeds, engine, MEMORY)
     compared: frozenset[str] = frozenset()
     for number, group in enumerate(groups):
-        overridable = Overridable(model, walk, group)
-        outcomes.update(overridable.reasons)
-        opened = [b for b in group if b.layer.id in overridable.inputs]
-        tail, given = tails.tail(number, overridable.model) if compared else (overridable.model, feeds)
-        try:
-            with engine.open(tail) as run:
-                trial = _Trial(run, given, compared, counted)
-                compared = trial.compared
-                for binding in opened:
-                    fed = (overridable.feeds(binding, substitute) for substitute in substitutes(binding))
-                    outcomes[binding.layer.id] = trial.errors(fed)
-                    if step is not None:
-                        step(len(outcomes) / len(bindings))
-        except (UnsupportedError, RejectedError) as error:
-            reason = f"{engine.name} does not run the model with its weights as inputs ({error})"
-            outcomes.update({b.layer.id: reason for b in opened if b.layer.id not in outcomes})
-    return Sensitivities(outcomes)
+        missing = [binding for binding in group if binding.layer.id not in outcomes]
+        if missing:
+            overridable = Overridable(model, walk, group)
+            tail = tails.tail(number, overridable.model) if compared else (overridable.model, feeds)
+            trying = _Trying(overridable, *tail, compared, counted, engine)
+            for layer, outcome in trying.outcomes(missing, substitutes):
+                outcomes[layer] = outcome
+                memory.put(layer, outcome)
+                if step is not None:
+                    step(len(outcomes) / len(bindings))
+        compared = outcomes[group[-1].layer.id].compared
+    return _sensitivities(outcomes)
+
+
+def unknown(bindings: Sequence[Binding], memory: Memory) -> Sequence[Binding]:
+    """The layers whose substitutes `measure` tries, in order: all others have known outcomes."""
+    known = _known(_groups(bindings), memory)
+    return [binding for binding in bindings if binding.layer.id not in known]
 
 
 def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
@@ -164,6 +208,25 @@ def probe(samples: int, layers: int, trials: int, rows: int = 1) -> int:
     """
     fewest = max(-(-_FEWEST_VECTORS // max(rows, 1)), _FEWEST_SAMPLES)
     return min(max(_PASSES * samples // max(layers * trials, 1), fewest), _MOST_SAMPLES)
+
+
+def _groups(bindings: Sequence[Binding]) -> Sequence[Sequence[Binding]]:
+    return [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
+
+
+def _known(groups: Iterable[Sequence[Binding]], memory: Memory) -> dict[str, Outcome]:
+    """The known outcomes, by id; a group whose session failed is known as a whole, or not at all."""
+    known: dict[str, Outcome] = {}
+    for group in groups:
+        names = [binding.layer.id for binding in group]
+        found = {name: outcome for name in names if (outcome := memory.get(name)) is not None}
+        if len(found) == len(names) or not any(outcome.is_failure for outcome in found.values()):
+            known.update(found)
+    return known
+
+
+def _sensitivities(outcomes: Mapping[str, Outcome]) -> Sensitivities:
+    return Sensitivities({layer: outcome.found for layer, outcome in outcomes.items()})
 
 
 def _chosen(run: Run, samples: Samples, number: Callable[[int], int]) -> list[Feed]:
@@ -241,6 +304,50 @@ class _Counted:
     def of(self, name: str, values: Sequence[Any]) -> Sequence[NDArray[Any]]:
         """An output of every batch, with NaN for the elements that do not count."""
         return [self.padding.hide(name, v, feed) for v, feed in zip(values, self.feeds, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trying:
+    """A session in which some layers of a group are overridden.
+
+    Attributes:
+        overridable: The model with the group's weights as inputs.
+        tail: The part of it that runs.
+        given: The inputs of the tail.
+        compared: The outputs of the whole model that are compared, as far as they are known.
+        counted: The elements of outputs that count.
+        engine: Runs the tail.
+    """
+
+    overridable: Overridable
+    tail: Model
+    given: Sequence[Feed]
+    compared: frozenset[str]
+    counted: _Counted
+    engine: Engine
+
+    def outcomes(
+        self, bindings: Iterable[Binding], substitutes: Callable[[Binding], Iterable[Substitute]]
+    ) -> Iterator[tuple[str, Outcome]]:
+        """The outcomes of layers, with their ids; those of layers that cannot be overridden come last."""
+        reasons, compared = self.overridable.reasons, self.compared
+        left = [binding for binding in bindings if binding.layer.id not in reasons]
+        closed = [binding.layer.id for binding in bindings if binding.layer.id in reasons]
+        try:
+            with self.engine.open(self.tail) as run:
+                trial = _Trial(run, self.given, compared, self.counted)
+                compared = trial.compared
+                while left:
+                    binding = left[0]
+                    fed = (self.overridable.feeds(binding, made) for made in substitutes(binding))
+                    outcome = Outcome(trial.errors(fed), compared)
+                    yield left.pop(0).layer.id, outcome
+        except (UnsupportedError, RejectedError) as error:
+            reason = f"{self.engine.name} does not run the model with its weights as inputs ({error})"
+            for binding in left:
+                yield binding.layer.id, Outcome(reason, compared, is_failure=True)
+        for layer in closed:
+            yield layer, Outcome(reasons[layer], compared)
 
 
 class _Trial:

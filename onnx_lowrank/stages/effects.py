@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from types import MappingProxyType
 
@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.calibrate import sensitivity
 from onnx_lowrank.calibrate.calibration import Calibration
-from onnx_lowrank.calibrate.measurement import Statistics
+from onnx_lowrank.calibrate.measured import Statistics
+from onnx_lowrank.calibrate.outcomes import Outcomes
+from onnx_lowrank.calibrate.sensitivity import NOTHING, Memory, unknown
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
-from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.bias import Bias, bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.segments import Substitute
 from onnx_lowrank.progress import Progress
@@ -103,8 +105,22 @@ def _caused(
     step: Callable[[float], None],
 ) -> sensitivity.Sensitivities:
     """The errors at the model's outputs that options of some layers cause, in their order."""
-    options = [[option for option, _ in tried[binding.layer.id]] for binding in bindings]
-    with closing(_substitutes(model, walk, bindings, options, calibration.statistics, executor)) as made:
+    statistics, samples = calibration.statistics, calibration.samples
+    biases = {binding.layer.id: bias(model, walk, binding) for binding in bindings}
+
+    def item(binding: Binding) -> DenseItem:
+        options = [option for option, _ in tried[binding.layer.id]]
+        return _item(model, walk, binding, options, biases[binding.layer.id], statistics)
+
+    memory: Memory = NOTHING
+    if calibration.keeper is not None:
+        layers = [binding.layer.id for binding in bindings]
+        keeper = calibration.keeper.of("effects", statistics.padding, layers)
+        memory = Outcomes(keeper, {b.layer.id: keeper.key(b.layer.id, item(b)) for b in bindings})
+    missing = unknown(bindings, memory)
+    known = len(bindings) - len(missing)
+    _log.debug("the effects of %d layers are in the cache, %d are measured", known, len(missing))
+    with closing(_substitutes(missing, item, biases, executor)) as made:
         # Layers that cannot be overridden are passed over, and their substitutes with them.
         def substitutes(binding: Binding) -> list[Substitute]:
             return next(found for layer, found in made if layer == binding.layer.id)
@@ -114,10 +130,11 @@ def _caused(
             walk,
             bindings,
             substitutes,
-            calibration.varied,
+            samples,
             calibration.engine,
-            padding=calibration.statistics.padding,
+            padding=statistics.padding,
             trials=len(PROBED),
+            memory=memory,
             step=step,
         )
 
@@ -156,28 +173,32 @@ def _assumed(measured: Sequence[Effects]) -> list[Effects]:
     return [layer or ((1.0, usual),) for layer in measured]
 
 
-def _substitutes(
+def _item(
     model: Model,
     walk: Walk,
-    bindings: Sequence[Binding],
-    options: Sequence[Sequence[Option]],
+    binding: Binding,
+    options: Sequence[Option],
+    changeable: Bias | None,
     statistics: Statistics,
+) -> DenseItem:
+    """The work item of a layer's substitutes."""
+    item = factors_item(model, walk, binding, options[0], changeable, statistics)
+    way = statistics.ways.get(binding.layer.id)
+    return DenseItem(item.weight, tuple(options), item.moments, item.centred, item.added, way)
+
+
+def _substitutes(
+    bindings: Sequence[Binding],
+    item: Callable[[Binding], DenseItem],
+    biases: Mapping[str, Bias | None],
     executor: Executor,
 ) -> Generator[tuple[str, list[Substitute]]]:
     """Each layer's dense weights and biases under its options, without refinement.
 
     The executor makes those of the next layers while a layer is measured.
     """
-    biases = [bias(model, walk, binding) for binding in bindings]
-
-    def items() -> Iterator[DenseItem]:
-        for binding, tried, changeable in zip(bindings, options, biases, strict=True):
-            item = factors_item(model, walk, binding, tried[0], changeable, statistics)
-            way = statistics.ways.get(binding.layer.id)
-            yield DenseItem(item.weight, tuple(tried), item.moments, item.centred, item.added, way)
-
-    for binding, changeable, made in zip(bindings, biases, executor.map(dense, items()), strict=True):
-        added = added_inside(changeable)
+    for binding, made in zip(bindings, executor.map(dense, map(item, bindings)), strict=True):
+        added = added_inside(biases[binding.layer.id])
         yield (
             binding.layer.id,
             [
