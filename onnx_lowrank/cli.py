@@ -250,12 +250,14 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     help="Threads per operator while times are measured; by default the runtime chooses.",
 )
 @click.option(
-    "--no-cache",
-    "cache",
-    is_flag=True,
-    callback=lambda ctx, param, value: not value,
-    help="Neither read nor write the cache of measured times.",
+    "--cache",
+    type=click.Path(),
+    callback=values.given_path,
+    metavar="DIR",
+    help="Keep results in DIR for other runs: spectra, statistics of activations, errors, measured times; "
+    "by default in the user's cache folder, for models above 1 GiB, and times for all.",
 )
+@click.option("--no-cache", is_flag=True, help="Neither read nor write results of other runs.")
 @click.option(
     "--workers",
     callback=values.count,
@@ -292,6 +294,8 @@ def command(
     report: Path | None,
     dry_run: bool,
     quiet: bool,
+    cache: Path | None,
+    no_cache: bool,
     **options: Any,
 ) -> None:
     """Make IN.onnx smaller by low-rank decomposition and write it to OUT.onnx."""
@@ -301,12 +305,15 @@ def command(
         )
     if out is None and not dry_run:
         raise click.UsageError("OUT.onnx is missing: name the file to write, or pass --dry-run.")
+    if no_cache and cache is not None:
+        raise click.UsageError("--cache and --no-cache contradict each other: leave one of them out.")
+    options["cache"] = not no_cache if cache is None else cache
     out = None if dry_run else out
     check_outputs(source, out, save_plan, report)
     console = Console(stderr=True)
     progress = Silent() if quiet else Terminal(console)
     with (
-        shown(console, ctx.obj["verbose"]),
+        shown(console, ctx.obj["verbose"] or -quiet),
         compress(source, dry_run=dry_run, progress=progress, **options) as result,
     ):
         write(result, out, save_plan, report)

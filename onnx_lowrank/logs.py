@@ -55,16 +55,17 @@ def shown(console: Console, verbosity: int) -> Iterator[None]:
 
     Args:
         console: The console.
-        verbosity: 0 for none, 1 for decisions, 2 or more for details, with times and the modules' names.
+        verbosity: Below 0 for none, 0 for warnings, 1 for decisions, 2 or more for details, with times and
+            the modules' names.
     """
-    if verbosity <= 0:
+    if verbosity < 0:
         yield
         return
     lines, level = _Lines(console), ROOT.level
     if verbosity > 1:
         lines.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(name)s: %(message)s", "%H:%M:%S"))
     ROOT.addHandler(lines)
-    ROOT.setLevel(logging.DEBUG if verbosity == 1 else DETAIL)
+    ROOT.setLevel({0: logging.WARNING, 1: logging.DEBUG}.get(verbosity, DETAIL))
     try:
         yield
     finally:

@@ -62,8 +62,9 @@ class Options(TypedDict, total=False):
             False.
         threads: Number of threads per operator while times are measured; 0, the default, leaves it to the
             runtime.
-        cache: Whether times of layers may be read from the user's cache folder and written there; by default
-            True.
+        cache: A folder that keeps results for other runs (spectra, statistics of activations, errors, times
+            of layers), whatever the size of the model. True, the default, is the user's cache folder; it
+            keeps times, and all else for models above 1 GiB alone. False keeps nothing.
         workers: Number of processes that compute the work of the layers; 0, the default, uses threads of this
             process. With processes, a script must guard its call by `if __name__ == "__main__":`.
         dry_run: Make the plan and the report only; the model stays as it is. By default False.
@@ -93,7 +94,7 @@ class Options(TypedDict, total=False):
     provider: str
     time: bool
     threads: int
-    cache: bool
+    cache: bool | str | os.PathLike[str]
     workers: int
     dry_run: bool
     tokenizer: str | os.PathLike[str] | None

@@ -99,7 +99,8 @@ class Setting:
         provider: ONNX Runtime's execution provider.
         time: Whether the finished model is timed against the input model under every budget.
         threads: Number of threads per operator while times are measured; 0 leaves it to the runtime.
-        cache: Whether measured times may be read from disk and written there.
+        cache: The folder that keeps results for other runs; True for the user's cache folder, which keeps
+            those of large models only, and times; False for none.
         workers: Number of processes that compute work items; 0 uses threads of this process.
         dry_run: Whether only the plan is made.
         options: What the user gives to read texts and images.
@@ -118,7 +119,7 @@ class Setting:
     provider: str
     time: bool
     threads: int
-    cache: bool
+    cache: bool | Path
     workers: int
     dry_run: bool
     options: source.Options
@@ -208,7 +209,7 @@ def setting(asked: Request, options: Options) -> Setting:
         time=options["time"],
         threads=thread_count(options["threads"]),
         workers=worker_count(options["workers"]),
-        cache=_flag("cache", options["cache"]),
+        cache=_cache(options["cache"]),
         backend=resolve(options["device"]),
         dry_run=dry_run,
         options=options_of(options["tokenizer"], options["mean"], options["std"]),
@@ -347,7 +348,6 @@ def _refuse_clock(options: Options, sets: int) -> None:
     """
     given = {
         "--threads": thread_count(options["threads"]) > 0,
-        "--no-cache": not _flag("cache", options["cache"]),
         "a second --input-shape for an input": sets > 1,
         "--weights": options["weights"] is not None,
     }
@@ -357,6 +357,29 @@ def _refuse_clock(options: Options, sets: int) -> None:
             f"{' and '.join(names)} would do nothing, as nothing is timed: pass --time or --budget latency, "
             f"or leave {'it' if len(names) == 1 else 'them'} out."
         )
+
+
+def _cache(given: bool | str | os.PathLike[str]) -> bool | Path:
+    """Check the cache.
+
+    Raises:
+        InputError: It is neither a flag nor a path, or a file is in the place of its folder.
+    """
+    if isinstance(given, bool):
+        return given
+    require("cache", given, (str, os.PathLike), "a folder, True or False")
+    folder = Path(given).absolute()
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"The cache {given} cannot be used ({reason}): name another folder.") from error
+    found = next(path for path in (folder, *folder.parents) if path.exists())
+    if not found.is_dir():
+        raise InputError(f"The cache {given} cannot be used, as {found} is a file: name a folder.")
+    return folder
 
 
 def _flag(name: str, given: bool) -> bool:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from platformdirs import user_cache_path
 
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
@@ -23,7 +24,9 @@ from onnx_lowrank.engines.padding import NO_PADDING
 from onnx_lowrank.engines.running import Engine, calibrating_engine
 from onnx_lowrank.engines.runtime import Runtime, runtime
 from onnx_lowrank.errors import BudgetError
-from onnx_lowrank.files.load import Model, ModelProto, inlined
+from onnx_lowrank.files.keeping import Keeper, environment
+from onnx_lowrank.files.load import Model, ModelProto, inlined, stored_bytes
+from onnx_lowrank.files.store import Store
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.linalg.backend import one_blas_thread
@@ -93,12 +96,17 @@ def run(
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
             stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
+        keeper = _keeper(found.model, setting)
         tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
             planning.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
         compared = timing.comparison(grid.costs, found.model, tools)
-        job = _Job(material, asked, setting, running, progress, grid, compared)
+        if keeper is not None:
+            from onnx_lowrank.work.kept import Kept  # It loads the work items of all stages.
+
+            running = Kept(running, keeper)
+        job = _Job(material, asked, setting, running, progress, grid, compared, keeper)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
 
@@ -119,6 +127,7 @@ class _Job:
     progress: Progress
     grid: Grid[Meter]
     compared: timing.Comparison | None
+    keeper: Keeper | None
 
     @property
     def gauge(self) -> Gauge | None:
@@ -133,7 +142,7 @@ class _Job:
     def calibrated(self, samples: Samples, stack: ExitStack) -> Calibration:
         """Measure the statistics of activations that the request needs."""
         # Most of the package serves calibration: a run without it starts much sooner.
-        from onnx_lowrank.calibrate import measurement
+        from onnx_lowrank.calibrate import measurement, passes
         from onnx_lowrank.calibrate.calibration import Calibration
         from onnx_lowrank.calibrate.variety import varied
 
@@ -144,6 +153,11 @@ class _Job:
             check_target(self.asked.target, self.found.model.name, outputs, feed, judged)
         bindings = self.found.bindings if self.asked.fits_activations else ()
         fitted = varied(self.found.model.proto, samples)
+        keeper = None
+        if self.keeper is not None and bindings:
+            chosen = self.setting.include, self.setting.exclude, self.material.shapes
+            data = self.found.model.sha256, passes.digest_of(samples)
+            keeper = self.keeper.of("calibration", engine.name, data, chosen)
         with self.progress.stage("activations", 1) as step:
             moments = measurement.measure(
                 self.found.model,
@@ -152,6 +166,7 @@ class _Job:
                 fitted,
                 engine,
                 self.executor.threads,
+                keeper=keeper,
                 step=step,
                 # A replay measures what the run measured, so this cannot depend on the recipe.
                 with_sums=Lowering.SUMMED in self.asked.budget.shares,
@@ -164,7 +179,7 @@ class _Job:
             len(bindings) - len(moments.reasons),
             len(moments.reasons),
         )
-        return Calibration(samples, fitted, engine, stack.enter_context(moments))
+        return Calibration(samples, fitted, engine, stack.enter_context(moments), keeper=keeper)
 
     def run(self, calibration: Calibration | None) -> Made:
         """Make the plan and, except in a dry run, the model; a slower model is made again with fewer layers.
@@ -378,6 +393,21 @@ class _Job:
         source = f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
         return Measured(outputs, tuple(held_out(samples, _SHOWN)), source)
 
+
+def _keeper(model: Model, setting: Setting) -> Keeper | None:
+    """Keeps results of a run for others; None if none are kept."""
+    if not setting.cache or (setting.cache is True and stored_bytes(model) <= _LARGE):
+        return None
+    folder = user_cache_path("onnx-lowrank") if setting.cache is True else setting.cache
+    _log.debug("results are kept in %s", folder)
+    return Keeper(Store(folder / _RESULTS), environment(setting.provider, setting.backend.name))
+
+
+_RESULTS = "results"
+"""The folder of results in the cache, beside the database of times."""
+
+_LARGE = 2**30
+"""Bytes of a model above which results are kept unasked: smaller models take little time."""
 
 _REFUSED = 1.02
 """A model that takes more than this share of the input model's time is slower; noise alone is smaller."""

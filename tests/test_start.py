@@ -27,6 +27,7 @@ LATE = {
     "onnx_lowrank.stages.recover": {"calibration": "DATA", "recipe": "activation"},
     "onnx_lowrank.calibrate.sensitivity": {"calibration": "DATA", "recipe": "output"},
     "onnx_lowrank.calibrate.data": {"inputs": "DATA"},
+    "onnx_lowrank.work.kept": {"cache": "FOLDER"},
     "onnx_lowrank.budgets.latency.stopwatch": {"time": True, "cache": False},
 }
 """Modules that only some runs need, each with the options of such a run."""
@@ -35,8 +36,9 @@ NEVER = ("numpy.f2py", "onnx.reference", "scipy.optimize")
 """Modules that no run of this model needs; they take long to import."""
 
 
-def loaded(options):
+def loaded(options, folder=""):
     text = RUN.replace("OPTIONS", repr(options)).replace("'DATA'", "{'x': np.ones((40, 16), np.float32)}")
+    text = text.replace("'FOLDER'", repr(str(folder)))
     ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     return set(ran.stdout.split("\n"))
 
@@ -47,5 +49,5 @@ def test_a_run_without_data_and_times_loads_little():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", LATE)
-def test_the_runs_that_need_a_module_load_it(module):
-    assert module in loaded(LATE[module])
+def test_the_runs_that_need_a_module_load_it(module, tmp_path):
+    assert module in loaded(LATE[module], tmp_path)

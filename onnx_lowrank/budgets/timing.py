@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_lowrank.budgets.budget import Meter, Tools
@@ -18,14 +19,14 @@ Comparison = Callable[[Model], Timing]
 """Times the input model and a finished model in turns."""
 
 
-def stopwatch(model: Model, provider: str, threads: int, *, caching: bool) -> Stopwatch:
+def stopwatch(model: Model, provider: str, threads: int, *, caching: bool | Path) -> Stopwatch:
     """A stopwatch for a model and its layers.
 
     Args:
         model: The input model.
         provider: ONNX Runtime's execution provider.
         threads: The number of threads per operator; 0 leaves it to the runtime.
-        caching: Whether times are read from disk and written there.
+        caching: The folder of known times; True for the user's cache folder, False for none.
     """
     from onnx_lowrank.budgets.latency.stopwatch import Stopwatch  # Most runs time nothing.
 

@@ -105,7 +105,7 @@ def _caused(
     step: Callable[[float], None],
 ) -> sensitivity.Sensitivities:
     """The errors at the model's outputs that options of some layers cause, in their order."""
-    statistics, samples = calibration.statistics, calibration.samples
+    statistics, samples = calibration.statistics, calibration.varied
     biases = {binding.layer.id: bias(model, walk, binding) for binding in bindings}
 
     def item(binding: Binding) -> DenseItem:

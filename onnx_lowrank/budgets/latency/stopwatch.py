@@ -6,6 +6,7 @@ import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from time import perf_counter_ns
 from typing import TypeVar
 
@@ -49,7 +50,7 @@ class Stopwatch:
         threads: int = 0,
         *,
         warm: bool = False,
-        caching: bool = True,
+        caching: bool | Path = True,
         clock: Clock = perf_counter_ns,
     ) -> None:
         """Prepare; nothing is measured yet.
@@ -58,14 +59,16 @@ class Stopwatch:
             engine: The runtime that runs the models.
             threads: The number of threads for one operator; 0 leaves it to the runtime.
             warm: Whether every run finds the weights of its model in the processor's caches.
-            caching: Whether times are read from disk and written there.
+            caching: The folder from which times are read and to which they are written; True for the user's
+                cache folder, False for none.
             clock: Gives the time.
         """
         self.engine = engine
         self.threads = threads
         self.warm = warm
         self._clock = clock
-        self.cache = Cache.for_environment(_environment(engine, threads, warm)) if caching else Cache(None)
+        folder, known = None if caching is True else caching, _environment(engine, threads, warm)
+        self.cache = Cache(None) if folder is False else Cache.for_environment(known, folder)
 
     @property
     def name(self) -> str:
