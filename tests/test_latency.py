@@ -214,6 +214,12 @@ def test_threads_and_cache_go_to_the_stopwatch(watches, threads, words, cache, b
     assert result.report.timing.engine.endswith(f", {words}")
 
 
+def test_the_folder_of_the_cache_goes_to_the_stopwatch(watches, tmp_path):
+    compress(cnn(), 0.6, time=True, input_shape=SHAPE, cache=tmp_path)
+    ((_, options),) = watches
+    assert options["caching"] == tmp_path
+
+
 @pytest.mark.parametrize(("size", "warm"), [(10**9, True), (14_000, False)])
 def test_small_models_find_their_weights_in_the_caches(watches, monkeypatch, size, warm):
     monkeypatch.setattr("onnx_lowrank.budgets.timing.cache_bytes", lambda: size)

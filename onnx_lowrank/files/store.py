@@ -61,7 +61,8 @@ class Entry:
 
     Attributes:
         text: Bytes of any meaning.
-        arrays: Arrays of numbers, of any shape. Their order in memory is C or Fortran, and stays.
+        arrays: Arrays of numbers, of any shape. The order of their axes in memory stays, as sums follow it; a
+            view that skips or reverses elements is read in C order.
     """
 
     text: bytes
@@ -168,11 +169,11 @@ class Store:
 
 def _write(file: BinaryIO, key: str, entry: Entry) -> None:
     """Write magic, key, digest of the rest; sizes as a line of JSON, text, arrays."""
-    orders = ["F" if a.flags.f_contiguous and not a.flags.c_contiguous else "C" for a in entry.arrays]
-    stored = [np.asarray(a, order=o) for a, o in zip(entry.arrays, orders, strict=True)]  # type: ignore[call-overload]
-    described = [[a.dtype.str, o, *a.shape] for a, o in zip(stored, orders, strict=True)]
+    orders = [_order(array) for array in entry.arrays]
+    stored = [np.asarray(a.transpose(o), order="C") for a, o in zip(entry.arrays, orders, strict=True)]
+    described = [[a.dtype.str, o, *a.shape] for a, o in zip(entry.arrays, orders, strict=True)]
     head = json.dumps([len(entry.text), *described]).encode() + b"\n"
-    parts = [head, entry.text, *(a.ravel(order="K").view(np.uint8).data for a in stored)]
+    parts: list[Any] = [head, entry.text, *(array.reshape(-1).view(np.uint8).data for array in stored)]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -208,7 +209,7 @@ def _read(file: BinaryIO, key: str, largest: int) -> Entry:
         flat = np.empty(prod(shape), dtype)
         _fill(file, flat.view(np.uint8).data, digest)
         try:
-            arrays.append(flat.reshape(shape, order=order))  # type: ignore[call-overload]
+            arrays.append(flat.reshape([shape[axis] for axis in order]).transpose(np.argsort(order)))
         except ValueError as error:  # An empty array may have sizes or axes beyond NumPy's limits.
             raise _DamageError("it describes an array that cannot be") from error
     if digest.digest() != wanted:
@@ -216,22 +217,28 @@ def _read(file: BinaryIO, key: str, largest: int) -> Entry:
     return Entry(bytes(text), tuple(arrays))
 
 
-def _described(head: bytes) -> tuple[int, list[tuple[np.dtype[Any], str, tuple[int, ...]]]]:
-    """The bytes of the text, and the dtypes, orders and shapes of the arrays.
+def _order(array: NDArray[Any]) -> list[int]:
+    """The axes of an array as they follow each other in memory; as they are if it has gaps there."""
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    return order if array.transpose(order).flags.c_contiguous else list(range(array.ndim))
+
+
+def _described(head: bytes) -> tuple[int, list[tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...]]]]:
+    """The bytes of the text, and the dtypes, orders of axes and shapes of the arrays.
 
     Raises:
         _DamageError: The line describes no entry.
     """
     try:
         size, *arrays = json.loads(head)
-        described = [(np.dtype(_checked(kind)), order, tuple(shape)) for kind, order, *shape in arrays]
+        described = [(np.dtype(_checked(kind)), tuple(order), tuple(shape)) for kind, order, *shape in arrays]
     except (ValueError, TypeError, RecursionError) as error:
         raise _DamageError("it describes no arrays") from error
-    numbers = [size, *(number for _, _, shape in described for number in shape)]
+    numbers = [size, *(number for _, order, shape in described for number in (*order, *shape))]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise _DamageError("it describes sizes that are none")
-    if any(order not in ("C", "F") for _, order, _ in described):
-        raise _DamageError("it describes unknown orders")
+    if any(sorted(order) != list(range(len(shape))) for _, order, shape in described):
+        raise _DamageError("it describes axes that are none")
     return size, described
 
 

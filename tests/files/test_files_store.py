@@ -43,10 +43,20 @@ def test_what_is_written_is_read(tmp_path_factory, text, values):
         assert read.flags.c_contiguous == value.flags.c_contiguous
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0)])
+def test_the_order_of_axes_in_memory_stays(store, axes):
+    value = np.arange(24.0).reshape(2, 3, 4).transpose(axes)
+    store.put(KEY, Entry(b"", (value,)))
+    (found,) = store.get(KEY).arrays
+    assert np.array_equal(found, value)
+    assert found.strides == value.strides
+
+
 def test_views_are_read_in_c_order(store):
     view = np.arange(24.0).reshape(2, 3, 4)[:, ::-1, ::2]
     store.put(KEY, Entry(b"", (view,)))
     assert np.array_equal(store.get(KEY).arrays[0], view)
+    assert store.get(KEY).arrays[0].flags.c_contiguous
 
 
 def test_an_entry_is_private_and_has_no_other_file_beside_it(store):
@@ -98,13 +108,18 @@ def forged(head: bytes, rest: bytes = b"") -> bytes:
         b"[true]",
         b"[-1]",
         b"[1e400]",
-        b'[0, ["|O8", "C", 0]]',
-        b'[0, ["<f8", "K", 0]]',
-        b'[0, ["<f8", "C", -1, -1]]',
-        b'[0, ["<f8", "C", 0, 4611686018427387904, 4611686018427387904]]',
-        b'[0, ["<f8", "C", 4611686018427387904]]',
-        b'[0, ["<f8", "C"' + b", 0" * 70 + b"]]",
-        b'[0, ["<f8", "C", 99999999999999999999]]',
+        b'[0, ["|O8", [0], 0]]',
+        b'[0, ["<f8", "C", 0]]',
+        b'[0, ["<f8", [], 0]]',
+        b'[0, ["<f8", [1], 0]]',
+        b'[0, ["<f8", [0, 0], 0, 0]]',
+        b'[0, ["<f8", ["0"], 0]]',
+        b'[0, ["<f8", [[]], 0]]',
+        b'[0, ["<f8", [0, 1], -1, -1]]',
+        b'[0, ["<f8", [0, 1, 2], 0, 4611686018427387904, 4611686018427387904]]',
+        b'[0, ["<f8", [0], 4611686018427387904]]',
+        b'[0, ["<f8", %s%s]]' % (str(list(range(70))).encode(), b", 0" * 70),
+        b'[0, ["<f8", [0], 99999999999999999999]]',
         b"[" * 30_000,
     ],
 )
@@ -116,7 +131,7 @@ def test_a_forged_description_allocates_nothing(store, head):
 
 def test_a_larger_entry_than_expected_is_not_read(store):
     store.folder.mkdir()
-    place(store).write_bytes(forged(b'[0, ["<f8", "C", 4]]', bytes(32)))
+    place(store).write_bytes(forged(b'[0, ["<f8", [0], 4]]', bytes(32)))
     assert store.get(KEY, 31) is None
     assert store.get(KEY, 32) is not None
 

@@ -227,6 +227,16 @@ def test_without_caching_nothing_is_written(folder):
     assert files(folder) == {}
 
 
+def test_times_are_kept_in_a_chosen_folder(folder):
+    machine, layer = Machine(), alone()
+    for _ in range(2):
+        timed = watch(machine, caching=folder / "chosen")
+        assert timed.chains(layer, OPTIONS, PACE) == pytest.approx(ratios(layer), rel=1e-6)
+        timed.cache.save()
+    assert len(machine.opened) == 1 + len(OPTIONS)
+    assert set(files(folder)) == {"chosen", "chosen/times.sqlite"}
+
+
 def test_lowerings_are_told_apart():
     layer, machine = alone(), Machine()
     both = [Option(Fold.ENCODE, 2, 1, lowering) for lowering in (Lowering.NATIVE, Lowering.CONV)]
