@@ -835,6 +835,7 @@ def test_the_help_fits_80_columns_and_names_everything(run, monkeypatch):
 def test_every_option_is_an_argument_of_compress():
     arguments = {"model", "ratio", *DEFAULTS}
     own = {"source", "out", "save_plan", "report", "quiet", "verbose", "list_passes", "version", "help"}
+    own.add("no_cache")  # `cache=False`
     assert {option.name for option in cli.command.params} - own <= arguments
 
 
