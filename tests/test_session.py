@@ -264,7 +264,7 @@ def test_one_glob_may_be_a_plain_string(names):
         ({"ratio": 0.5, "threads": -1}, InputError, "--threads is -1"),
         ({"ratio": 0.5, "threads": 1025}, InputError, "--threads is 1025"),
         ({"ratio": 0.5, "threads": "2"}, InputError, "threads is '2'"),
-        ({"ratio": 0.5, "cache": 1}, InputError, "cache is 1: give True or False"),
+        ({"ratio": 0.5, "cache": 1}, InputError, "cache is '1' of type int: give a folder, True or False"),
         ({"ratio": 0.5, "budget": "macs"}, InputError, "MACs are unknown"),
         ({"ratio": 0.5, "recipe": "magic"}, RecipeError, "no recipe 'magic'"),
         ({"ratio": 0.5, "device": "tpu"}, InputError, "no device 'tpu'"),
