@@ -96,9 +96,7 @@ def measure(
     try:
         _Measurement(
             model, walk, samples, looked_up or samples, engine, threads, statistics, keeper, step
-        ).run(
-            bindings, sums(bindings) if with_sums else (), memory
-        )
+        ).run(bindings, sums(bindings) if with_sums else (), memory)
     except BaseException:
         statistics.close()
         raise
