@@ -218,6 +218,7 @@ class _Measured:
         size: Bounds on its Frobenius norm.
         gram: The Gram matrix of its smaller side, shape (n, n).
         longer: The length of its other side.
+        is_high: Whether it has more rows than columns, so that the blocks hold rows.
     """
 
     blocks: Callable[[], Iterator[Floats]]
@@ -226,6 +227,7 @@ class _Measured:
     size: _Bounds
     gram: Floats
     longer: int
+    is_high: bool
 
 
 def _measured(blocks: Callable[[], Iterator[Floats]], is_high: bool) -> _Measured:
@@ -237,7 +239,7 @@ def _measured(blocks: Callable[[], Iterator[Floats]], is_high: bool) -> _Measure
         _, size, gram, longer = _summed((np.ldexp(block, -exponent) for block in blocks()), is_high)
     else:
         exponent = 0
-    return _Measured(blocks, largest, exponent, size, gram, longer)
+    return _Measured(blocks, largest, exponent, size, gram, longer, is_high)
 
 
 def _summed(blocks: Iterator[Floats], is_high: bool) -> tuple[float, _Bounds, Floats, int]:
@@ -332,14 +334,15 @@ def _spectral_below(matrix: _Measured) -> float:
         x = np.asarray(np.linalg.solve(shift * np.eye(n) - matrix.gram, start), np.float64)
     x = x / np.max(np.abs(x))
     length = float(np.linalg.norm(x)) * (1 + _gamma(n + 4))
-    images = [float(np.linalg.norm(_image(block, x, -matrix.exponent))) for block in matrix.blocks()]
+    images = [float(np.linalg.norm(_image(matrix, block, x))) for block in matrix.blocks()]
     image = math.hypot(*images) * (1 - _gamma(matrix.longer + 2 * len(images) + 2))
     return (image / length - _gamma(n) * matrix.size.above) * (1 - 8 * _UNIT)
 
 
-def _image(block: Floats, x: Floats, exponent: int) -> Floats:
-    safe = np.ldexp(block, exponent) if exponent else block
-    return safe.T @ x if len(safe) == len(x) else safe @ x
+def _image(matrix: _Measured, block: Floats, x: Floats) -> Floats:
+    safe = np.ldexp(block, -matrix.exponent) if matrix.exponent else block
+    # Not by the lengths: a block of a high matrix may be square.
+    return safe @ x if matrix.is_high else safe.T @ x
 
 
 def _top(gram: Floats) -> tuple[float, Floats | None]:

@@ -21,7 +21,7 @@ def drawn(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("block", [1, 7, 40, 200])
+@pytest.mark.parametrize("block", [1, 7, 40, 144, 200])
 @pytest.mark.parametrize(
     ("shape", "fold", "k"),
     [
