@@ -127,6 +127,7 @@ class _Measurement:
         self._statistics = statistics
         self._keeper = keeper
         self._step = step or _silent
+        self._has_failed = False
         self._of_outputs: dict[str, bool] = {}
         self._sizes: list[int] = []
         self._groups: Sequence[Sequence[Binding]] = ()
@@ -185,7 +186,9 @@ class _Measurement:
                 if known is None:
                     self._measure(group, number, len(names))
                     sizes = tuple(self._sizes[before:])
-                    passes.keep(number, names[number], sizes, is_relayed=self._relay is not None)
+                    # A failure, as for lack of memory, may be gone in the next run.
+                    if not self._has_failed:
+                        passes.keep(number, names[number], sizes, is_relayed=self._relay is not None)
                 else:
                     self._sizes += known.sizes
                     self._statistics.batch = min(self._sizes, default=UNMEASURED)
@@ -259,6 +262,7 @@ class _Measurement:
                 self._measure(bindings, number, passes)
                 return
             self._check_data()
+            self._has_failed = True
             outside = [b for b in bindings if not any(use.scope for use in b.layer.uses)]
             inside = [b for b in bindings if b not in outside]
             reason = f"{self._engine.name} does not run the model with its activations as outputs ({error})"
@@ -276,7 +280,7 @@ class _Measurement:
         feed: Feed = {}
         try:
             with self._engine.open(self._model) as run:
-                for batch in self._samples.batches(1):
+                for batch in self._looked_up.batches(1):
                     feed = batch.feed
                     run(feed)
         except UnsupportedError:

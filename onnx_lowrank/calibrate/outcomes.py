@@ -19,7 +19,6 @@ class _Kept:
     errors: NDArray[np.float64] | None
     reason: str
     compared: tuple[str, ...]
-    is_failure: bool
 
 
 class Outcomes:
@@ -45,9 +44,9 @@ class Outcomes:
         """Keep the outcome of a layer."""
         found, compared = outcome.found, tuple(sorted(outcome.compared))
         errors, reason = (None, found) if isinstance(found, str) else (found, "")
-        self._keeper.put(self._keys[layer], _Kept(errors, reason, compared, outcome.is_failure))
+        self._keeper.put(self._keys[layer], _Kept(errors, reason, compared))
 
 
 def _outcome(kept: _Kept) -> Outcome:
     found = kept.reason if kept.errors is None else kept.errors
-    return Outcome(found, frozenset(kept.compared), kept.is_failure)
+    return Outcome(found, frozenset(kept.compared))

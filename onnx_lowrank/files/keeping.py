@@ -84,7 +84,7 @@ def digest(*parts: Any) -> str:
 def _add(value: Any, update: Callable[[Any], object]) -> None:
     """Add a value to a digest, with its type and length, so that different values differ as bytes."""
     if isinstance(value, np.ndarray) and value.dtype != object:
-        update(f"array {value.dtype.name} {value.shape}\n".encode())
+        update(f"array {value.dtype.str} {value.shape}\n".encode())
         update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     elif isinstance(value, (*_SIMPLE, np.dtype)):
         text = repr(value).encode(errors="surrogatepass")

@@ -57,7 +57,7 @@ def drop(folder, names):
     """Lose the outcomes of layers."""
     keeper = Keeper(Store(folder), "test")
     for name in names:
-        (folder / f"{keeper.key(name)}.entry").unlink()
+        (folder / f"{keeper.key(name)}.entry").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,16 @@ def test_a_session_that_fails_fails_as_a_whole(tmp_path, lost):
     assert outcomes(tmp_path, Probing(), engine) == whole
 
 
+def test_a_failure_is_not_kept(tmp_path, alone):
+    assert outcomes(tmp_path, Probing(), Refusing("w1")) != alone
+    assert outcomes(tmp_path, Probing()) == alone
+
+
 def test_an_outcome_comes_back(tmp_path):
     keeper = Keeper(Store(tmp_path), "test")
     keys = {name: keeper.key(name) for name in ("a", "b")}
     first = Outcomes(keeper, keys)
-    made = {"a": Outcome(np.arange(3.0), frozenset("yx")), "b": Outcome("no", frozenset(), is_failure=True)}
+    made = {"a": Outcome(np.arange(3.0), frozenset("yx")), "b": Outcome("no", frozenset())}
     for layer, outcome in made.items():
         first.put(layer, outcome)
     second = Outcomes(keeper, keys)

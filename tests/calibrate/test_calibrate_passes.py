@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from test_calibrate_measurement import Samples, chain
@@ -11,6 +13,7 @@ from onnx_lowrank.calibrate import measurement as module
 from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.calibrate.measurement import measure
 from onnx_lowrank.calibrate.passes import Pass, Passes, digest_of
+from onnx_lowrank.engines.engine import RejectedError
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.files.keeping import Keeper, digest
 from onnx_lowrank.files.store import Store
@@ -70,6 +73,32 @@ def test_an_interrupted_measurement_goes_on_at_the_first_missing_pass(tmp_path, 
     measured.clear()
     assert digests(proto, samples, Keeper(Store(tmp_path))) == alone
     assert measured == []
+
+
+class Failing:
+    """ONNX Runtime, without memory for more than one output."""
+
+    name = ENGINE.name
+
+    @contextmanager
+    def open(self, proto):
+        with ENGINE.open(proto) as run:
+
+            def checked(feed):
+                if len(made := run(feed)) > 1:
+                    raise RejectedError("no memory")
+                return made
+
+            yield checked
+
+
+def test_a_pass_that_failed_is_measured_again(tmp_path):
+    proto, names = chain(PASSES)
+    samples = Samples(h0=draw(np.random.default_rng(8), (40, 6)))
+    alone, keeper = digests(proto, samples, memory=2**30), Keeper(Store(tmp_path))
+    failed = digests(proto, samples, keeper, memory=2**30, engine=Failing())
+    assert all(failed[0][name] != alone[0][name] for name in names)
+    assert digests(proto, samples, keeper, memory=2**30) == alone
 
 
 @pytest.mark.parametrize("number", range(2 * PASSES))
