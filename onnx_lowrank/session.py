@@ -152,7 +152,7 @@ class _Job:
             judged = samples.held or samples.count
             check_target(self.asked.target, self.found.model.name, outputs, feed, judged)
         bindings = self.found.bindings if self.asked.fits_activations else ()
-        fitted = varied(self.found.model.proto, samples)
+        fitted = varied(self.found.model, samples, engine)
         keeper = None
         if self.keeper is not None and bindings:
             chosen = self.setting.include, self.setting.exclude, self.material.shapes

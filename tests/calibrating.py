@@ -39,7 +39,7 @@ def measured(found: Found, source: Any, **options: Any) -> Iterator[Calibration]
     """Calibration by any data that compress() takes."""
     model = found.model
     with data.open_samples(source, specs(model.proto)) as samples:
-        fitted = varied(model.proto, samples)
+        fitted = varied(model, samples, ENGINE)
         options = {"looked_up": samples, **options}
         with measurement.measure(
             model, found.walk, found.bindings, fitted, ENGINE, THREADS, **options

@@ -30,7 +30,9 @@ from onnx_lowrank.calibrate.divergence import spread as divergence_spread
 from onnx_lowrank.calibrate.shares import Samples, spaced
 from onnx_lowrank.calibrate.tails import Tails
 from onnx_lowrank.calibrate.trimming import Trimmed
+from onnx_lowrank.engines.batches import samples as samples_of
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
+from onnx_lowrank.engines.inputs import Spec, specs
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
 from onnx_lowrank.engines.pasts import caches
 from onnx_lowrank.engines.running import Engine
@@ -165,7 +167,9 @@ def measure(
         with engine.open(model) as run:
             # The mean of every position's output needs outputs of one shape.
             read = samples if padding.axes else Trimmed(samples, padding, shortest=True)
-            feeds = _chosen(run, read, partial(probe, samples.count, len(bindings), trials))
+            feeds = _chosen(
+                run, read, specs(model.proto), partial(probe, samples.count, len(bindings), trials)
+            )
     except (UnsupportedError, RejectedError) as error:
         reason = f"{engine.name} does not run the model ({error})"
         return Sensitivities({binding.layer.id: reason for binding in bindings})
@@ -180,7 +184,9 @@ def measure(
             trying = _Trying(overridable, *tail, compared, counted, engine)
             for layer, outcome in trying.outcomes(missing, substitutes):
                 outcomes[layer] = outcome
-                memory.put(layer, outcome)
+                # A failure, as for lack of memory, may be gone in the next run.
+                if not outcome.is_failure:
+                    memory.put(layer, outcome)
                 if step is not None:
                     step(len(outcomes) / len(bindings))
         compared = outcomes[group[-1].layer.id].compared
@@ -215,26 +221,22 @@ def _groups(bindings: Sequence[Binding]) -> Sequence[Sequence[Binding]]:
 
 
 def _known(groups: Iterable[Sequence[Binding]], memory: Memory) -> dict[str, Outcome]:
-    """The known outcomes, by id; a group whose session failed is known as a whole, or not at all."""
-    known: dict[str, Outcome] = {}
-    for group in groups:
-        names = [binding.layer.id for binding in group]
-        found = {name: outcome for name in names if (outcome := memory.get(name)) is not None}
-        if len(found) == len(names) or not any(outcome.is_failure for outcome in found.values()):
-            known.update(found)
-    return known
+    """The known outcomes, by id."""
+    names = [binding.layer.id for group in groups for binding in group]
+    return {name: outcome for name in names if (outcome := memory.get(name)) is not None}
 
 
 def _sensitivities(outcomes: Mapping[str, Outcome]) -> Sensitivities:
     return Sensitivities({layer: outcome.found for layer, outcome in outcomes.items()})
 
 
-def _chosen(run: Run, samples: Samples, number: Callable[[int], int]) -> list[Feed]:
+def _chosen(run: Run, samples: Samples, inputs: tuple[Spec, ...], number: Callable[[int], int]) -> list[Feed]:
     """Batches evenly spaced over the data; fewer if memory is short.
 
     Args:
         run: Runs the model.
         samples: The data.
+        inputs: The inputs of the model.
         number: Gives the number of wanted samples for the rows of a sample's outputs.
     """
     first = next(iter(samples.batches(1))).feed
@@ -242,8 +244,13 @@ def _chosen(run: Run, samples: Samples, number: Callable[[int], int]) -> list[Fe
     taken = max(_bytes(first) + _bytes(given), 1)
     wanted = number(_rows(given))
     size = max(1, min(wanted, _BATCH, MEMORY // taken))
-    held = [batch.held for batch in samples.batches(size)]
-    in_batch = samples.count / len(held)  # more than `size` if the model fixes the batch size
+    held, sizes = [], []
+    for batch in samples.batches(size):
+        held.append(batch.held)
+        if (rows := samples_of(batch.feed, inputs)) is not None:
+            sizes.append(rows)
+    # Without sizes, a batch is one sample, or as many as the model fixes.
+    in_batch = float(np.mean(sizes)) if sizes else samples.count / len(held)
     most = max(1, min(round(wanted / in_batch), MEMORY // (size * taken)))
     places = set(spaced(held.count(False), most).tolist())
     fit = (batch.feed for batch in samples.batches(size) if not batch.held)

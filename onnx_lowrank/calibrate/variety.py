@@ -15,19 +15,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
+from math import prod
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from onnx_lowrank.calibrate.shares import Batch, Samples
 from onnx_lowrank.engines.batches import samples as samples_of
-from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import Spec, specs
 from onnx_lowrank.engines.pasts import named_role
+from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.engines.vocabularies import vocabularies
+from onnx_lowrank.files.load import Model
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ _MOST = 0.5
 
 _LEAST = 0.05
 """The least share of replaced tokens that is worth the time of a repeated text."""
+
+_TRIED = 8  # copies that the model must take
 
 _READ = 64  # texts at a time to count tokens
 
@@ -87,6 +92,18 @@ class Varied:
                 feed = batch.feed if number is None else _every(batch.feed, first)
                 yield replace(batch, feed=self._changed(feed))
 
+    def are_taken(self, model: Model, engine: Engine) -> bool:
+        """Whether a model takes the first copies: it may be undefined for some tokens."""
+        feeds = (self._changed(batch.feed) for batch in self.samples.batches(1))
+        try:
+            with engine.open(model) as run:
+                for feed in islice(feeds, _TRIED):
+                    run(feed)
+        except (UnsupportedError, RejectedError) as error:
+            _log.debug("texts are not repeated, as the model does not take other tokens: %s", error)
+            return False
+        return True
+
     def _changed(self, feed: Feed) -> Feed:
         changed = {
             name: _replaced(feed[name], tokens, self._shown(feed, feed[name].shape))
@@ -103,14 +120,19 @@ class Varied:
         return shown
 
 
-def varied(proto: ModelProto, samples: Samples) -> Samples:
-    """Samples to fit to, with further texts; the same samples if the model reads no tokens that they lack.
+def varied(model: Model, samples: Samples, engine: Engine) -> Samples:
+    """Samples to fit to, with further texts if the model reads tokens that they lack, and takes others.
 
     Args:
-        proto: The model.
+        model: The model.
         samples: The samples.
+        engine: Runs the model.
     """
-    sizes = vocabularies(proto)
+    proto = model.proto
+    known = vocabularies(proto)
+    sizes = {
+        spec.name: known[spec.name] for spec in specs(proto) if spec.name in known and _is_text(spec, known)
+    }
     if not sizes:
         return samples
     seen = {name: np.zeros((2, size), np.int64) for name, size in sizes.items()}
@@ -129,7 +151,15 @@ def varied(proto: ModelProto, samples: Samples) -> Samples:
     tokens = {name: found for name, found in tokens.items() if found.share >= _LEAST}
     for name, found in tokens.items():
         _log.debug("texts are repeated with %.0f %% other tokens in %r", 100 * found.share, name)
-    return Varied(samples, tokens, specs(proto)) if tokens else samples
+    made = Varied(samples, tokens, specs(proto))
+    return made if tokens and made.are_taken(model, engine) else samples
+
+
+def _is_text(spec: Spec, vocabulary: Mapping[str, int]) -> bool:
+    """Whether an input holds tokens as integers that can be any of them, several for every sample."""
+    has_rows = spec.shape is None or len(spec.shape) > 1
+    is_whole = spec.dtype is not None and spec.dtype.kind in "iu"
+    return has_rows and is_whole and np.iinfo(spec.dtype).max >= vocabulary[spec.name] - 1
 
 
 def _every(feed: Feed, first: int) -> Feed:
@@ -139,7 +169,7 @@ def _every(feed: Feed, first: int) -> Feed:
 
 def _rows(ids: NDArray[Any]) -> NDArray[Any]:
     """The ids of every text; one text if they have no axis for several."""
-    return ids.reshape(len(ids), -1) if ids.ndim > 1 else ids.reshape(1, -1)
+    return ids.reshape(len(ids), prod(ids.shape[1:])) if ids.ndim > 1 else ids.reshape(1, ids.size)
 
 
 def _replaced(ids: NDArray[Any], tokens: Tokens, shown: NDArray[np.bool_]) -> NDArray[Any]:

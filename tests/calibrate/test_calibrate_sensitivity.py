@@ -571,3 +571,20 @@ def test_bfloat16_is_measured_by_the_reference_engine():
     w, noise = weights(proto)["w"], drawn(9, 1, 5, 8)[0].T
     x = rows.x.astype(np.float64)
     np.testing.assert_allclose(error, relative(x @ w, x @ (w + noise)), rtol=0.05)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(42, 42), (64, 64), (128, 128)])
+def test_batches_of_several_sizes_give_the_number_of_samples_that_is_wanted(wanted, expected):
+    """A batch of texts and one of copies of some of them take turns."""
+
+    class Samples:
+        count = 2000
+
+        def batches(self, size):
+            for number in range(250):
+                rows = min(size, 16 if number % 2 else 6)
+                yield Batch({"x": np.zeros((rows, 4), np.float32)}, number % 5 == 4)
+
+    proto = model("g (float[N,4] x) => (float[N,6] y) { y = MatMul (x, w) }", w=(4, 6))
+    chosen = sensitivity._chosen(lambda feed: {"y": feed["x"]}, Samples(), specs(proto), lambda rows: wanted)
+    assert sum(len(feed["x"]) for feed in chosen) == pytest.approx(expected, rel=0.3)

@@ -1,5 +1,6 @@
 """Texts with random tokens: which change, where, and how much."""
 
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrating import measured, seen
+from calibrating import ENGINE, measured, seen
+from onnx_lowrank.calibrate import variety
 from onnx_lowrank.calibrate.shares import Batch
-from onnx_lowrank.calibrate.variety import varied
+from onnx_lowrank.files.load import load
 from rewriting import model
 
 WORDS, LENGTH = 2000, 40
@@ -30,6 +32,18 @@ class Texts:
             yield Batch({"input_ids": self.ids[part], "attention_mask": self.mask[part]}, number % 5 == 4)
 
 
+class Accepting:
+    """An engine that takes all ids."""
+
+    @contextmanager
+    def open(self, model):
+        yield lambda feed: {}
+
+
+def varied(proto, samples, engine=ENGINE):
+    return variety.varied(load(proto), samples, engine)
+
+
 def proto(words=WORDS):
     return model(TEXT, words=(words, 6), w=(6, 6))
 
@@ -40,10 +54,10 @@ def texts(number, seed=0, words=WORDS):
     return ids
 
 
-def copies(samples, size=7):
+def copies(samples, size=7, engine=ENGINE):
     """The original texts, their copies with other tokens, and whether each is held out."""
     found = []
-    batches = list(varied(proto(), samples).batches(size))
+    batches = list(varied(proto(), samples, engine).batches(size))
     given = [batch.feed["input_ids"] for batch in samples.batches(size)]
     for before, batch in pairwise(batches):
         ids = batch.feed["input_ids"]
@@ -120,7 +134,7 @@ def test_texts_that_hold_every_token_are_not_repeated():
 def test_ids_outside_the_table_stay():
     ids = texts(60)
     ids[:, 5], ids[:, 6] = -np.arange(1, 61), WORDS + np.arange(60)
-    whole, other, _ = copies(Texts(ids))
+    whole, other, _ = copies(Texts(ids), engine=Accepting())
     np.testing.assert_array_equal(other[:, 5:7], whole[:, 5:7])
 
 
@@ -146,16 +160,49 @@ def test_batches_that_the_model_fixes_are_repeated_whole(size):
     assert sizes == [size] * 32
 
 
-def test_texts_of_a_model_without_an_axis_of_samples_are_repeated():
-    text = "g (int64[L] ids) => (float[L,6] y) { y = Gather (words, ids) }"
+@pytest.mark.parametrize(
+    ("kind", "shape", "words"),
+    [("float", "N,L", WORDS), ("int8", "N,L", WORDS), ("int64", "L", WORDS)],
+    ids=["floats", "too few bits", "one token for each sample"],
+)
+def test_inputs_that_hold_no_text_are_not_repeated(kind, shape, words):
+    text = f"""g ({kind}[{shape}] ids) => (float[{shape},6] y) {{
+        i = Cast <to = 7> (ids) y = Gather (words, i) }}"""
+    samples = object()
+    assert varied(model(text, words=(words, 6)), samples) is samples
 
-    class Single:
-        count = 30
 
+def test_small_integers_are_repeated():
+    text = "g (uint8[N,L] ids) => (float[N,L,6] y) { i = Cast <to = 7> (ids) y = Gather (words, i) }"
+
+    class Bytes(Texts):
         def batches(self, size):
-            return (Batch({"ids": row}, False) for row in texts(self.count))
+            for batch in super().batches(size):
+                yield Batch({"ids": batch.feed["input_ids"].astype(np.uint8)}, batch.held)
 
-    assert len(list(varied(model(text, words=(WORDS, 6)), Single()).batches(1))) == 40
+    ids = texts(30) % 100
+    first, copy, *_ = varied(model(text, words=(256, 6)), Bytes(ids)).batches(7)
+    assert copy.feed["ids"].dtype == np.uint8
+    assert copy.feed["ids"].max() > 100
+    assert copy.feed["ids"].shape == (3, *first.feed["ids"].shape[1:])
+
+
+def test_a_model_that_takes_no_other_tokens_gets_none():
+    """The ids also choose from another table, which is smaller than that of the tokens."""
+    text = """g (int64[N,L] input_ids, int64[N,L] attention_mask) => (float[N,L,6] y)
+        { t = Transpose (places) a = Gather (words, input_ids) b = Gather (t, input_ids) y = Add (a, b) }"""
+    samples = Texts(texts(60) % 50)
+    assert varied(model(text, words=(WORDS, 6), places=(6, 50)), samples) is samples
+
+
+def test_a_batch_without_texts_stays():
+    class Empty(Texts):
+        def batches(self, size):
+            yield from super().batches(size)
+            yield Batch({"input_ids": np.zeros((0, 5), np.int64), "attention_mask": np.zeros((0, 5))}, False)
+
+    *_, last = varied(proto(), Empty(texts(60))).batches(7)
+    assert last.feed["input_ids"].shape == (0, 5)
 
 
 def test_images_are_not_repeated():
