@@ -156,7 +156,7 @@ class _Job:
         keeper = None
         if self.keeper is not None and bindings:
             chosen = self.setting.include, self.setting.exclude, self.material.shapes
-            data = self.found.model.sha256, passes.digest_of(samples)
+            data = self.found.model.sha256, passes.digest_of(fitted)
             keeper = self.keeper.of("calibration", engine.name, data, chosen)
         with self.progress.stage("activations", 1) as step:
             moments = measurement.measure(
