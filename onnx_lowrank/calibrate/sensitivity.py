@@ -160,7 +160,7 @@ def measure(
             changed.
     """
     groups = _groups(bindings)
-    outcomes = _known(groups, memory)
+    outcomes = _known(bindings, memory)
     if len(outcomes) == len(bindings):
         return _sensitivities(outcomes)
     try:
@@ -195,7 +195,7 @@ def measure(
 
 def unknown(bindings: Sequence[Binding], memory: Memory) -> Sequence[Binding]:
     """The layers whose substitutes `measure` tries, in order: all others have known outcomes."""
-    known = _known(_groups(bindings), memory)
+    known = _known(bindings, memory)
     return [binding for binding in bindings if binding.layer.id not in known]
 
 
@@ -220,9 +220,9 @@ def _groups(bindings: Sequence[Binding]) -> Sequence[Sequence[Binding]]:
     return [bindings[start : start + _GROUP] for start in range(0, len(bindings), _GROUP)]
 
 
-def _known(groups: Iterable[Sequence[Binding]], memory: Memory) -> dict[str, Outcome]:
+def _known(bindings: Sequence[Binding], memory: Memory) -> dict[str, Outcome]:
     """The known outcomes, by id."""
-    names = [binding.layer.id for group in groups for binding in group]
+    names = (binding.layer.id for binding in bindings)
     return {name: outcome for name in names if (outcome := memory.get(name)) is not None}
 
 
