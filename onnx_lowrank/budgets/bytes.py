@@ -17,6 +17,8 @@ Rules:
    at the full width, whose numbers have the most digits.
 6. A layer that shares the encoder of another one costs the bytes of its decoder, and the bytes that rewriting
    it adds beside to a model in which the other one is rewritten already.
+7. Layers that share a decoder are rewritten together or not at all. The first of them costs all bytes that
+   this adds beside the factors.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class Bytes(Budget):
     figure = "bytes"
     title = "file bytes"
     narrows = True
-    shares = frozenset((Lowering.SHARED,))
+    shares = frozenset((Lowering.SHARED, Lowering.SUMMED))
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's bytes."""
@@ -128,7 +130,7 @@ class _Meter(Counted):
         return int(model.ByteSize())
 
     def of_layer(self, layer: Layer, option: Option | None) -> int:
-        """The bytes of a layer (rules 3 to 6)."""
+        """The bytes of a layer (rules 3 to 7)."""
         if option is None:
             # A layer that a narrowing leaves has fewer bytes than the one in the model.
             lost = self._bindings[layer.id].layer.size - layer.size
@@ -176,13 +178,19 @@ class _Meter(Counted):
             is_shared = option.lowering is Lowering.SHARED
             j = layer.matrix(option.fold, 1)[1] if is_shared else layer.full_rank(option.fold, 1)
             longest = replace(option, k=k, j=j)
-            made, known = [layer], self._shared
-            if not layer.holds_factor(option):
-                first = self._bindings[option.encoder].layer
-                made, known = [first, layer], self._grown_by([first], longest)
-            grown = self._grown_by(made, longest)
-            self._beside[key] = max(0, grown + self._freed(layer)[0] - known - _factor_bytes(layer, longest))
+            before, made = self._steps(layer, option)
+            known = self._grown_by(before, longest) if before else self._shared
+            grown = self._grown_by([*before, *made], longest) if made else known
+            grown += sum(self._freed(each)[0] - _factor_bytes(each, longest) for each in made)
+            self._beside[key] = max(0, grown - known)
         return self._beside[key]
+
+    def _steps(self, layer: Layer, option: Option) -> tuple[list[Layer], list[Layer]]:
+        """The layers rewritten before a layer, and those rewritten with it (rules 6 and 7)."""
+        if option.lowering is Lowering.SUMMED:
+            held = layer.addends if layer.holds_factor(option) else ()
+            return [], [self._bindings[name].layer for name in held]
+        return [] if layer.holds_factor(option) else [self._bindings[option.encoder].layer], [layer]
 
     def _narrow_line(self, layer: Layer) -> tuple[int, int]:
         """The bytes of a layer that is narrowed to its full width, and those of each step of it (rule 5)."""

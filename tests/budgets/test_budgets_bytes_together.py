@@ -1,4 +1,4 @@
-"""What the files weigh when layers are narrowed together or share an encoder."""
+"""What the files weigh when layers are narrowed together or share a factor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 import attending
 import packing
+import summing
 from calibrating import seen
 from onnx_lowrank import BudgetError, compress
 from onnx_lowrank.budgets.bytes import BUDGET
@@ -92,6 +93,13 @@ def gqa():
 
 def packed(form):
     return lambda: (packing.packed(form), attending.inputs())
+
+
+def added():
+    """Three layers, large enough, with one column space of dimension 16."""
+    columns, made = drawn(columns=(16, 64))["columns"], drawn(wa=(96, 16), wb=(96, 16), wc=(96, 16), bb=64)
+    body = summing.THREE.replace("32]", "96]").replace("24]", "64]")
+    return model(body, **made | {n: made[n] @ columns for n in ("wa", "wb", "wc")}), feed(2000, 96)
 
 
 MADE = {"mlp": mlp, "gated": gated, "conv": conv, "bert": bert, "shapes": built_shapes, "gqa": gqa}
@@ -189,11 +197,28 @@ def test_the_lines_of_layers_that_share_are_what_their_model_weighs(names, tmp_p
         assert whole - 900 <= size <= whole
 
 
+@pytest.mark.parametrize("kind", summing.BODIES)
+def test_the_lines_of_layers_that_share_a_decoder_are_what_their_model_weighs(kind, tmp_path):
+    proto = model(summing.BODIES[kind], **summing.weights(kind))
+    found = seen(proto)
+    meter = BUDGET.on(found)
+    for j in (1, 7, 20):
+        option = Option(found.layers[0].shared_fold, 1, j, Lowering.SUMMED)
+        choices = [Choice(each.id, option, 0, 0.0) for each in found.layers]
+        whole = meter.of_model(choices)
+        linear = meter.total + meter._shared
+        linear += sum(meter.tariff(each).cost(option) - meter.tariff(each).keep for each in found.layers)
+        assert whole - 16 <= linear <= whole + 64
+        size = saved(follow(proto, choices, summing.source(kind)), tmp_path / f"{j}")
+        assert whole - 900 <= size <= whole
+
+
 RATIOS = [
     ("mlp", 0.45, "narrow"),
     ("gated", 0.45, "narrow"),
     ("conv", 0.45, "narrow"),
     ("qkv", 0.35, "shared"),
+    ("added", 0.3, "summed"),
 ]
 """The padding between the tensors of a data file would weigh more than what smaller models save."""
 
@@ -208,7 +233,7 @@ RATIOS = [
     ],
 )
 def test_files_keep_to_the_ratio(name, ratio, way, recover, is_external, tmp_path):
-    proto, data = {**MADE, "qkv": qkv}[name]()
+    proto, data = {**MADE, "qkv": qkv, "added": added}[name]()
     given = external(proto, tmp_path / "in") if is_external else proto
     options = {"budget": "bytes", "recipe": "activation", "calibration": data, "device": "cpu"}
     planned = compress(given, ratio, dry_run=True, recover=recover, **options).report.totals.amount("bytes")
@@ -243,8 +268,8 @@ def test_the_padding_of_a_data_file_does_not_depend_on_the_order_of_the_work(c, 
 
 
 def test_the_smallest_ratio_is_reached(tmp_path):
-    for name in ("mlp", "conv", "qkv"):
-        proto, data = {**MADE, "qkv": qkv}[name]()
+    for name in ("mlp", "conv", "qkv", "added"):
+        proto, data = {**MADE, "qkv": qkv, "added": added}[name]()
         options = {"budget": "bytes", "recipe": "activation", "calibration": data, "device": "cpu"}
         with pytest.raises(BudgetError) as caught:
             compress(proto, 0.01, **options)
