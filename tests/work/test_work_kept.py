@@ -113,7 +113,7 @@ ITEMS = [WeightItem(weight_of((1, 6, 8), seed), {Fold.ENCODE: (1, 2)}) for seed 
 ALONE = [digest(found) for found in THREADS.map(singular_values, ITEMS)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(range(8)), max_size=12), st.lists(st.sampled_from(range(8)), max_size=12))
 def test_results_come_in_the_order_of_the_items(tmp_path_factory, known, asked):
     keeper = Keeper(Store(tmp_path_factory.mktemp("store")), "test")
