@@ -428,9 +428,10 @@ def _summary(calibration: Calibration) -> Calibrated:
     engine = calibration.engine
     known = isinstance(engine, Runtime)
     slow = () if known else (f"ONNX Runtime cannot run the model, and {engine.name} calibrates it slowly.",)
-    mask = calibration.statistics.padding.mask
+    mask, is_varied = calibration.statistics.padding.mask, calibration.varied is not samples
+    source = samples.description + (f", without the positions that {mask!r} hides" if mask else "")
     return Calibrated(
-        source=samples.description + (f", without the positions that {mask!r} hides" if mask else ""),
+        source=source + (", every third read again with other tokens" if is_varied else ""),
         samples=samples.count,
         held=samples.held,
         unmeasured=tuple(reasons.items()),

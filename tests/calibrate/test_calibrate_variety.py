@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrating import ENGINE, measured, seen
+from onnx_lowrank import compress
 from onnx_lowrank.calibrate import variety
 from onnx_lowrank.calibrate.shares import Batch
 from onnx_lowrank.files.load import load
@@ -241,3 +242,12 @@ def test_moments_hold_copies_and_neither_comparisons_nor_counts_of_rows_do():
     counts = np.bincount(data["input_ids"][fitted].ravel(), minlength=WORDS)
     np.testing.assert_array_equal(moments["words"].counts, counts)
     assert moments["w"].inputs.count == 64 * LENGTH
+
+
+@pytest.mark.parametrize(("words", "told"), [(WORDS, True), (20, False)])
+def test_the_report_tells_that_texts_are_read_again(words, told):
+    ids = np.random.default_rng(0).integers(0, words, (40, LENGTH))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    made = compress(model(TEXT, words=(words, 6), w=(6, 6)), 0.9, recipe="activation", calibration=feeds)
+    again = ", every third read again with other tokens"
+    assert made.report.calibration.source == "arrays: 40 samples, 8 held out" + (again if told else "")
