@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from calibrating import run
 from onnx_lowrank import BudgetError, InputError, cli, compress
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.documents import plans
 from onnx_lowrank.stages.search import AUTO
-from rewriting import model
+from rewriting import DTYPES, model
 from tiny import CNN, DIGITS, cnn, files
 
 CALIBRATED = ("output", "activation", "pca")
@@ -655,3 +655,18 @@ def test_a_branch_that_never_runs_is_not_taken_for_free(recipe):
         assert result.report.recipe == "schatten"
         assert max(ranks.values()) < 24, "both are cut, as if both mattered"
         assert "nothing of 1 of the rewritten layers" in told[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "double"])
+def test_recovery_works_in_every_type(dtype):
+    """ONNX Runtime has no MatMul of bfloat16, so ONNX's reference evaluator runs that model."""
+    code = TensorProto.DataType.Value(dtype.upper())
+    body = f"""g (float[N,16] x) => (float[N,6] y) {{ c = Cast <to = {code}> (x)
+        a = MatMul (c, w1) r = Relu (a) b = MatMul (r, w2) y = Cast <to = 1> (b) }}"""
+    rng = np.random.default_rng(3)
+    weights = {n: rng.standard_normal(shape) / 2 for n, shape in {"w1": (16, 24), "w2": (24, 6)}.items()}
+    proto = model(body, **{name: weight.astype(DTYPES[dtype]) for name, weight in weights.items()})
+    data = {"x": rng.standard_normal((50, 16)).astype(np.float32)}
+    result = compress(proto, 0.7, recipe="activation", calibration=data, device="cpu")
+    assert any(trial.recovered for trial in result.report.trials)
+    assert result.report.validation.worst < 0.5

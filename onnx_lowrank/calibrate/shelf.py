@@ -31,6 +31,7 @@ class Shelf:
         self.used = 0
         self._folder = folder
         self._numbers: dict[Key, int] = {}
+        self._dtypes: dict[Key, np.dtype[Any]] = {}
 
     def put(self, key: Key, batch: int, value: NDArray[Any]) -> None:
         """Write an array.
@@ -45,12 +46,14 @@ class Shelf:
                 f"{self._folder.parent} cannot be written ({error.strerror}): make room there, or use fewer "
                 "inputs with --calibration-samples."
             ) from error
+        self._dtypes[key] = value.dtype
         self.used += self._path(key, batch).stat().st_size
 
     def get(self, key: Key, batch: int) -> NDArray[Any]:
         """Read an array."""
         array: NDArray[Any] = np.load(self._path(key, batch), allow_pickle=False)
-        return array
+        # A file keeps the bits of bfloat16, but not its name.
+        return array.view(self._dtypes[key]) if array.dtype.kind == "V" else array
 
     def drop(self, key: Key, batch: int) -> None:
         """Delete an array."""
