@@ -435,5 +435,5 @@ def _summary(calibration: Calibration) -> Calibrated:
         samples=samples.count,
         held=samples.held,
         unmeasured=tuple(reasons.items()),
-        warnings=(*samples.warnings, *slow),
+        warnings=(*samples.warnings, *slow, *calibration.succession.warnings),
     )

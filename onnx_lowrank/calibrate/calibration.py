@@ -8,6 +8,7 @@ from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.calibrate.originals import Originals
 from onnx_lowrank.calibrate.shares import Samples as Batches
+from onnx_lowrank.calibrate.succession import Succession
 from onnx_lowrank.calibrate.trimming import Trimmed
 from onnx_lowrank.engines.running import Engine
 from onnx_lowrank.files.keeping import Keeper
@@ -23,6 +24,7 @@ class Calibration:
         engine: The engine that runs the model on them.
         statistics: The moments of every layer.
         originals: The input model's outputs on the batches of `statistics.batch` samples.
+        succession: The likeness of the compared samples to those before them.
         keeper: Keeps values that depend on the model and the inputs; None keeps none.
     """
 
@@ -31,6 +33,7 @@ class Calibration:
     engine: Engine
     statistics: Statistics
     originals: Originals = field(default_factory=Originals)
+    succession: Succession = field(default_factory=Succession)
     keeper: Keeper | None = None
 
     @property
@@ -44,3 +47,9 @@ class Calibration:
         # The mean of every position's output needs outputs of one shape.
         padding = self.statistics.padding
         return self.samples if padding.axes else Trimmed(self.samples, padding)
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether `compared` gives the samples in the user's order, not in that of their lengths."""
+        padding = self.statistics.padding
+        return bool(padding.axes) or not padding.removable

@@ -209,6 +209,8 @@ def judge(model: Model, built: Built, calibration: Calibration) -> tuple[OutputE
                 feed = batch.feed
                 wanted = originals.outputs(number, partial(_run, original, feed))
                 comparison.add(wanted, compressed(feed), feed)
+                if calibration.is_in_order:
+                    calibration.succession.add(number, wanted, feed)
     return comparison.errors()
 
 
