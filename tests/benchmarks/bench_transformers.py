@@ -73,13 +73,13 @@ def subjects(real: Path, names: Sequence[str]) -> Iterator[Subject]:
             yield subject
 
 
-def measure(subject: Subject, asked: Cell, threads: int, folder: Path) -> Cell:
+def measure(subject: Subject, asked: Cell, options: argparse.Namespace, folder: Path) -> Cell:
     """Run the command once, then score and time what it writes.
 
     Args:
         subject: The model.
         asked: The cell's model, recipe, budget and ratio.
-        threads: Threads of the timed runs; 0 times nothing.
+        options: The threads of the timed runs, of which 0 times nothing, and the cache.
         folder: Where to write files.
 
     Returns:
@@ -89,8 +89,9 @@ def measure(subject: Subject, asked: Cell, threads: int, folder: Path) -> Cell:
     out, report = folder / "out.onnx", folder / "report.json"
     for old in folder.glob("out.onnx*"):
         old.unlink()
-    usage, code, message = launched(command(subject, asked, out, report))
-    cell = asked | usage
+    kept = ["--no-cache"] if options.cache is None else ["--cache", str(options.cache)]
+    usage, code, message = launched(command(subject, asked, out, report) + kept)
+    cell = asked | usage | ({} if options.cache is None else {"cached": True})
     if code:
         kind = "refused" if code in (_WRONG, UNREACHABLE) else "failed"
         said = message.removeprefix("onnx-lowrank: ").replace(str(subject.file), subject.name)
@@ -98,10 +99,10 @@ def measure(subject: Subject, asked: Cell, threads: int, folder: Path) -> Cell:
     totals = json.loads(report.read_text(encoding="utf-8"))["totals"]
     cell |= reported(report) | {name: totals[name]["ratio"] for name in _COUNTED}
     cell |= {"scores": rounded(subject.scores(out)), "fused": fused(out)}
-    if not threads:
+    if not options.threads:
         return cell
-    times = {name: compared(subject.file, out, threads, shapes) for name, shapes in subject.times.items()}
-    return cell | {"threads": threads, "times": times}
+    times = {name: compared(subject.file, out, options.threads, shapes) for name, shapes in subject.times.items()}
+    return cell | {"threads": options.threads, "times": times}
 
 
 def command(subject: Subject, asked: Cell, out: Path, report: Path) -> list[str]:
@@ -146,7 +147,7 @@ def cells(subject: Subject, options: argparse.Namespace, results: Results) -> It
             for budget, ratio in rows(subject, options):
                 asked = {"model": subject.name, "recipe": recipe, "budget": budget, "ratio": ratio}
                 known = results.known(asked)
-                yield known or results.add(measure(subject, asked, options.threads, folder))
+                yield known or results.add(measure(subject, asked, options, folder))
 
 
 def rows(subject: Subject, options: argparse.Namespace) -> Iterator[tuple[str, float]]:
@@ -189,6 +190,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="threads of the timed runs; 0: none"
     )
+    parser.add_argument("--cache", type=Path, help="a folder of results that all rows share")
     parser.add_argument("--real", type=Path, default=REAL, help="the folder that build.py wrote")
     parser.add_argument("--json", type=Path, default=RESULTS, help="the cells; by default the tracked file")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page; by default the tracked file")

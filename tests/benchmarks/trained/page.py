@@ -15,7 +15,8 @@ shared/real_models writes them as ONNX. Every row is one run of the command. Tes
 data. A score with "other" is on data of another kind than the calibration data. Beside a score stands the
 goal in brackets. "Time", "prefill" and "decode" are ratios to the original's time, both models run in
 turns; the cores are shared with other machines, so a time is known to about 0.05. "Fused" counts the
-operators of ONNX Runtime's own in the optimized model.
+operators of ONNX Runtime's own in the optimized model. Seconds with a star are those of a run that found
+results of other rows in the cache.
 """
 
 Cell = Mapping[str, Any]
@@ -88,7 +89,8 @@ def _costs(subject: Subject, cell: Cell, times: Sequence[str]) -> list[str]:
         for name in times
     ]
     fused = ", ".join(f"{number} {name}" for name, number in cell.get("fused", {}).items())
-    usage = [f"{cell['seconds']:.0f} s", f"{cell['peak_mb']:.0f}"] if "seconds" in cell else ["–", "–"]
+    mark = "*" if cell.get("cached") else ""
+    usage = [f"{cell['seconds']:.0f} s{mark}", f"{cell['peak_mb']:.0f}"] if "seconds" in cell else ["–", "–"]
     return [*shares, *ratios, fused or "–", *usage]
 
 
