@@ -23,7 +23,7 @@ from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block
-from onnx_lowrank.linalg.backend import Backend, resolve
+from onnx_lowrank.linalg.backend import check_device
 from onnx_lowrank.options import Inputs, Options, require
 from onnx_lowrank.stages.search import AUTO, Target
 
@@ -95,7 +95,7 @@ class Setting:
         include: Globs of the layers and nodes to decompose; empty for all.
         exclude: Globs of the layers and nodes to leave alone.
         max_error: The largest accepted relative error of an output; None for any.
-        backend: Where the linear algebra runs.
+        device: Where the linear algebra runs: auto, cpu or cuda.
         provider: ONNX Runtime's execution provider.
         time: Whether the finished model is timed against the input model under every budget.
         threads: Number of threads per operator while times are measured; 0 leaves it to the runtime.
@@ -115,7 +115,7 @@ class Setting:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     max_error: float | None
-    backend: Backend
+    device: str
     provider: str
     time: bool
     threads: int
@@ -210,7 +210,7 @@ def setting(asked: Request, options: Options) -> Setting:
         threads=thread_count(options["threads"]),
         workers=worker_count(options["workers"]),
         cache=_cache(options["cache"]),
-        backend=resolve(options["device"]),
+        device=check_device(options["device"]),
         dry_run=dry_run,
         options=options_of(options["tokenizer"], options["mean"], options["std"]),
     )

@@ -29,7 +29,8 @@ from onnx_lowrank.files.load import Model, ModelProto, inlined, stored_bytes
 from onnx_lowrank.files.store import Store
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found
-from onnx_lowrank.linalg.backend import one_blas_thread
+from onnx_lowrank.linalg.backend import one_blas_thread, resolve
+from onnx_lowrank.linalg.spectra import operations
 from onnx_lowrank.material import Material, held_out, read
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
@@ -90,13 +91,14 @@ def run(
         found = material.found
         # Statistics of activations may take many times a weight, so their items are bounded otherwise.
         largest = None if solvers else _largest(found)
-        running = stack.enter_context(executor(setting.workers, setting.backend, largest))
+        backend = resolve(setting.device, _operations(found))
+        running = stack.enter_context(executor(setting.workers, backend, largest))
         asked.budget.check(found)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
             stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
-        keeper = _keeper(found.model, setting)
+        keeper = _keeper(found.model, setting, backend.name)
         tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
@@ -114,6 +116,11 @@ def run(
 def _largest(found: Found) -> int:
     """Bytes of the largest weight of a model's layers."""
     return max((layer.size * np.dtype(layer.dtype).itemsize for layer in found.layers), default=0)
+
+
+def _operations(found: Found) -> float:
+    """Operations of all spectra of a model's layers; fits to activations take a multiple of them."""
+    return sum(operations(layer.shape, dict.fromkeys(layer.folds, layer.slices)) for layer in found.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,13 +401,13 @@ class _Job:
         return Measured(outputs, tuple(held_out(samples, _SHOWN)), source)
 
 
-def _keeper(model: Model, setting: Setting) -> Keeper | None:
+def _keeper(model: Model, setting: Setting, device: str) -> Keeper | None:
     """Keeps results of a run for others; None if none are kept."""
     if not setting.cache or (setting.cache is True and stored_bytes(model) <= _LARGE):
         return None
     folder = user_cache_path("onnx-lowrank") if setting.cache is True else setting.cache
     _log.debug("results are kept in %s", folder)
-    return Keeper(Store(folder / _RESULTS), environment(setting.provider, setting.backend.name))
+    return Keeper(Store(folder / _RESULTS), environment(setting.provider, device))
 
 
 _RESULTS = "results"

@@ -42,12 +42,12 @@ def errors(
     total = float(np.sum(quadratic.power))
     if total <= 0:
         return np.zeros(top + 1)
-    with on_device(quadratic, backend):
-        problem = projection.folded(quadratic, shape, fold, k, backend)
+    with lane(quadratic, backend) as place:
+        problem = projection.folded(quadratic, shape, fold, k, place)
         if projection.is_exact(problem):
-            gains = backend.to_numpy(projection.exact_gains(problem, top, backend))
+            gains = place.to_numpy(projection.exact_gains(problem, top, place))
         else:
-            gains = backend.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
+            gains = place.to_numpy(projection.gains(problem, projection.encoder(problem, top)))
     return np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)])
 
 
@@ -84,17 +84,17 @@ def fit(
         if way is None:
             raise RuntimeError("a narrow option needs the way to make its layer narrower")
         return way.fit(quadratic, shape, option.j)
-    with on_device(quadratic, backend):
-        problem = projection.folded(quadratic, shape, option.fold, option.k, backend)
+    with lane(quadratic, backend) as place:
+        problem = projection.folded(quadratic, shape, option.fold, option.k, place)
         if option.j == min(problem.optimum.shape[-2:]):
             xp = array_namespace(problem.optimum)
-            return _factors(xp.linalg.svd(problem.optimum, full_matrices=False), option.fold, shape, backend)
+            return _factors(xp.linalg.svd(problem.optimum, full_matrices=False), option.fold, shape, place)
         encoder = projection.encoder(problem, option.j)
         if steps and not (option.fold.on(shape[3:]) is Fold.ENCODE and option.k == 1):
-            score = None if held is None else partial(_held_error, held, problem, option.fold, shape, backend)
-            encoder = projection.refine(problem, encoder, backend, score, steps)
+            score = None if held is None else partial(_held_error, held, problem, option.fold, shape, place)
+            encoder = projection.refine(problem, encoder, place, score, steps)
         svd = _product_svd(projection.solve(problem, encoder).left, encoder)
-        return _factors(svd, option.fold, shape, backend)
+        return _factors(svd, option.fold, shape, place)
 
 
 def products(
@@ -114,19 +114,19 @@ def products(
     Yields:
         The products in the order of the options, each of the weight's shape.
     """
-    with on_device(quadratic, backend):
+    with lane(quadratic, backend) as place:
         known: dict[tuple[Fold, int], tuple[projection.Problem, Array]] = {}
         for option in options:
             key = option.fold, option.k
             if key not in known:
-                problem = projection.folded(quadratic, shape, *key, backend)
+                problem = projection.folded(quadratic, shape, *key, place)
                 top = max(other.j for other in options if (other.fold, other.k) == key)
                 known[key] = problem, projection.encoder(problem, top)
             problem, encoder = known[key]
             encoder = encoder[..., : option.j, :]
             xp = array_namespace(encoder)
             product = xp.matmul(projection.solve(problem, encoder).left, encoder)
-            yield backend.to_numpy(unfold(product, option.fold, shape))
+            yield place.to_numpy(unfold(product, option.fold, shape))
 
 
 def output_errors(
@@ -175,13 +175,13 @@ def output_fit(
         Float64 NumPy arrays, balanced.
     """
     second, matrices = _output_moments(outputs, weight, centred, ridge)
-    with backend.alone():
-        array = backend.asarray(second)
+    with backend.lane(second.shape[-1]) as place:
+        array = place.asarray(second)
         xp = array_namespace(array)
         vectors = eigenvectors(array)
         left = vectors[:, None, :, vectors.shape[-1] - j :]
-        right = xp.matmul(xp.matrix_transpose(left), backend.asarray(matrices)[:, None])
-        return _factors(_product_svd(left, right), Fold.ENCODE, weight.shape, backend)
+        right = xp.matmul(xp.matrix_transpose(left), place.asarray(matrices)[:, None])
+        return _factors(_product_svd(left, right), Fold.ENCODE, weight.shape, place)
 
 
 def output_error(outputs: Moments, factors: Factors, *, centred: bool) -> float:
@@ -214,10 +214,10 @@ def corrected_mean(weight: NDArray[Any], factors: Factors, inputs: Moments) -> N
     return change.reshape(-1)
 
 
-def on_device(quadratic: Quadratic, backend: Backend) -> AbstractContextManager[object]:
-    """Take `Backend.alone` after the host has computed the quadratic's minimizer."""
+def lane(quadratic: Quadratic, backend: Backend) -> AbstractContextManager[Backend]:
+    """Take `Backend.lane` after the host has computed the quadratic's minimizer."""
     _ = quadratic.optimum
-    return backend.alone()
+    return backend.lane(quadratic.second.shape[-1])
 
 
 def _held_error(

@@ -1,4 +1,4 @@
-"""The device of the linear algebra; only this module imports CuPy."""
+"""The place of the linear algebra: NumPy on the CPU, or a device for large matrices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from math import prod
-from threading import Lock, RLock
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import inf, prod
+from threading import Lock
+from typing import Any, TypeVar
 
 import array_api_compat
 import numpy as np
@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.linalg.device import Device, packed
 
 _log = logging.getLogger(__name__)
 
@@ -30,34 +31,85 @@ LARGE = 256
 Shared = Callable[[Callable[[int], Array], int], list[Array]]
 """Applies a function to the numbers 0 … n − 1, in the calling thread and in idle threads."""
 
-_DEVICE = RLock()
+R = TypeVar("R")
+
+_PAYS = 2e11
+"""The operations of all spectra of a model from which a GPU pays unasked: a few cores do as many while its
+libraries load. The number of cores does not count, as it must not change a result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A device for the linear algebra.
+    """A place for the linear algebra.
 
     Attributes:
         name: "cpu" or "cuda".
         xp: Its array API namespace: NumPy, or array-api-compat's CuPy.
         shared: Runs the parts of one task in idle threads, too; None if there are no other threads.
+        device: The device that holds arrays; None if the namespace's arrays are those of the host.
+        nbytes: Bytes of the device's memory that the current computation takes.
     """
 
     name: str
     xp: Any
     shared: Shared | None = field(default=None, compare=False, repr=False)
+    device: Device | None = field(default=None, compare=False, repr=False)
+    nbytes: int = field(default=0, compare=False, repr=False)
 
-    def alone(self) -> AbstractContextManager[object]:
-        """Reserve a GPU for one thread, because its memory holds one layer; no-op on the CPU."""
-        return _DEVICE if self.name == "cuda" else nullcontext()
+    @contextmanager
+    def lane(self, size: int) -> Iterator[Backend]:
+        """The place for matrices of a size: this one, with room in the device's memory, or the CPU.
+
+        Args:
+            size: The smaller number of rows and columns of the largest matrix.
+        """
+        if self.device is None:
+            yield self
+        elif size < self.device.least:
+            yield self._host()
+        else:
+            with self.device.lane(self.nbytes):
+                yield self
+
+    def attempt(self, function: Callable[[Backend], R], nbytes: int) -> R:
+        """Apply a function to this place; to the CPU, with a warning, if the device cannot compute it.
+
+        Args:
+            function: Computes something.
+            nbytes: Approximate bytes that this takes.
+        """
+        if self.device is None:
+            return function(self)
+        if nbytes > self.device.capacity:
+            needed, has = nbytes / 2**30, self.device.capacity / 2**30
+            reason = f"needs {needed:.1f} GiB, and the GPU has room for {has:.1f} GiB"
+        else:
+            try:
+                return function(replace(self, nbytes=nbytes))
+            except self.device.failures as error:
+                reason = f"failed on the GPU ({error})"
+        _log.warning("A computation %s, so the CPU takes it over.", reason)
+        return function(self._host())
+
+    def held(self, array: NDArray[Any]) -> Array:
+        """An array of any real dtype where this place computes, without a copy in float64."""
+        if self.device is None:
+            return array
+        contiguous, axes = packed(array)
+        return self.xp.permute_dims(self.device.upload(contiguous), axes)
 
     def asarray(self, array: NDArray[Any]) -> Array:
-        """Put a NumPy array of any real dtype on the device, as float64."""
-        return self.xp.asarray(array.astype(np.float64, copy=False))
+        """An array of any real dtype where this place computes, as float64."""
+        return as_float64(self.held(array))
 
     def to_numpy(self, array: Array) -> NDArray[Any]:
-        """Copy an array from the device to NumPy, without changing its dtype."""
-        return np.asarray(array.get() if self.name == "cuda" else array)
+        """Copy an array to the host, without changing its dtype."""
+        if self.device is None or isinstance(array, np.ndarray):
+            return np.asarray(array)
+        return self.device.download(array)
+
+    def _host(self) -> Backend:
+        return Backend("cpu", np, self.shared)
 
 
 def array_namespace(*arrays: Array) -> Any:
@@ -68,31 +120,57 @@ def array_namespace(*arrays: Array) -> Any:
     return array_api_compat.array_namespace(*arrays)
 
 
-def resolve(device: str) -> Backend:
-    """The backend that `--device` asks for.
+def as_float64(array: Array) -> Array:
+    """An array of any real dtype in float64, where it is."""
+    if isinstance(array, np.ndarray):
+        return array.astype(np.float64, copy=False)
+    xp = array_namespace(array)
+    return xp.astype(array, xp.float64, copy=False)
+
+
+def check_device(device: str) -> str:
+    """The name of a device, if it can be used.
 
     Args:
-        device: "cpu", "cuda", or "auto": CUDA if CuPy and a device are available, otherwise the CPU.
+        device: As for `resolve`.
 
     Raises:
         InputError: The name is unknown, or it is "cuda" and CuPy or a device is missing.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"There is no device {device!r}: choose auto, cpu or cuda.")
-    if device != "cpu":
-        missing = _missing_cuda()
-        if missing is None:
-            from array_api_compat import cupy
+    missing = _missing_cuda() if device == "cuda" else None
+    if missing is not None:
+        raise InputError(
+            f"The device 'cuda' cannot be used, because {missing}: install what it needs with "
+            '`pip install "onnx-lowrank[gpu]"` on a machine with an NVIDIA GPU, or choose --device cpu.'
+        )
+    return device
 
-            _log.debug("linear algebra runs on CUDA")
-            return Backend("cuda", cupy)
-        if device == "cuda":
-            raise InputError(
-                f"The device 'cuda' cannot be used, because {missing}: install what it needs with "
-                '`pip install "onnx-lowrank[gpu]"` on a machine with an NVIDIA GPU, or choose --device cpu.'
-            )
-        _log.debug("linear algebra runs on the CPU: %s", missing)
-    return Backend("cpu", np)
+
+def resolve(device: str, operations: float = inf, *, share: float = 1.0) -> Backend:
+    """The backend that `--device` asks for.
+
+    Args:
+        device: "cpu", "cuda", or "auto": CUDA if CuPy and a device are available and the work is large enough
+            for it, otherwise the CPU.
+        operations: Floating-point operations of the work (`linalg.spectra.operations`).
+        share: The share of the device's free memory that belongs to this process.
+
+    Raises:
+        InputError: As for `check_device`.
+    """
+    if check_device(device) == "auto":
+        missing = "the work is too small for a GPU" if operations < _PAYS else _missing_cuda()
+        device = "cpu" if missing else "cuda"
+        _log.debug("linear algebra runs on %s%s", device, f": {missing}" if missing else "")
+    if device == "cpu":
+        return Backend("cpu", np)
+    from array_api_compat import cupy
+
+    from onnx_lowrank.linalg.cuda import Cuda
+
+    return Backend("cuda", cupy, device=Cuda(share=share))
 
 
 def _missing_cuda() -> str | None:
@@ -119,7 +197,8 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
         backend: The device of the matrices, with the idle threads.
     """
     *stack, rows, cols = matrices.shape
-    shared = backend.shared if prod(stack) > 1 else None
+    # Other threads have no stream of the device.
+    shared = backend.shared if prod(stack) > 1 and array_namespace(matrices) is np else None
     if min(rows, cols) < LARGE or (shared is None and not _is_slow_on_stacks(matrices)):
         return function(matrices)
     return _one_by_one(function, matrices, shared or _in_turn)
@@ -173,7 +252,7 @@ def solve_triangular(lower: Array, right: Array, *, transposed: bool = False) ->
     """
     xp = array_namespace(lower)
     if array_api_compat.is_cupy_array(lower):
-        from cupyx.scipy.linalg import solve_triangular as solve
+        from onnx_lowrank.linalg.cuda import solve_triangular as solve
     else:
         solve, lower, right = scipy.linalg.solve_triangular, np.asarray(lower), np.asarray(right)
     trans = int(transposed)

@@ -11,7 +11,7 @@ from onnx_lowrank.core.factors import Array, Factors
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg.backend import LARGE, Backend, array_namespace, eigenvectors
-from onnx_lowrank.linalg.folding import fold, split
+from onnx_lowrank.linalg.folding import fold, side, split
 from onnx_lowrank.linalg.gram import column_blocks, row_grams
 
 
@@ -44,9 +44,8 @@ def factorize(
             "choose a divisor of them."
         )
     is_exact = (stored or weight.dtype) == np.float64
-    with backend.alone():
-        # The host converts a weight block by block, a device takes it as a whole.
-        array = weight if backend.xp is np and not is_exact else backend.asarray(weight)
+    with backend.lane(side(weight.shape, option.fold, option.k)) as place:
+        array = place.asarray(weight) if is_exact else place.held(weight)
         matrices = fold(array, option.fold, option.k)
         full = min(matrices.shape[-2:])
         if not 1 <= option.j <= full:
@@ -54,10 +53,10 @@ def factorize(
                 f"Rank j = {option.j} is out of range for fold {option.fold} with k = {option.k}: choose "
                 f"one between 1 and the full rank {full}."
             )
-        parts = _lapack_svd(matrices, option.j) if is_exact else _gram_svd(matrices, option.j, backend)
+        parts = _lapack_svd(matrices, option.j) if is_exact else _gram_svd(matrices, option.j, place)
         left, right = balance(*parts)
         factors = split(left, right, option.fold, weight.shape)
-        return Factors(factors.fold, backend.to_numpy(factors.encoder), backend.to_numpy(factors.decoder))
+        return Factors(factors.fold, place.to_numpy(factors.encoder), place.to_numpy(factors.decoder))
 
 
 def _lapack_svd(matrices: Array, j: int) -> tuple[Array, Array, Array]:
@@ -92,11 +91,10 @@ def _projected(matrices: Array, j: int, backend: Backend) -> tuple[Array, Array,
     xp = array_namespace(matrices)
     vectors = eigenvectors(row_grams(matrices, backend))
     u = xp.flip(vectors[..., matrices.shape[-2] - j :], axis=-1)
-    if xp is np:
-        projected = np.concatenate([u.mT @ part for part in column_blocks(matrices)], axis=-1)
-    else:
-        projected = xp.matmul(xp.matrix_transpose(u), matrices)
-    sigma = xp.linalg.vector_norm(projected, axis=-1)
+    transposed = xp.matrix_transpose(u)
+    projected = xp.concat([xp.matmul(transposed, part) for part in column_blocks(matrices)], axis=-1)
+    # Not `vector_norm`: CuPy compiles a kernel for it, which takes longer than all factors of a model.
+    sigma = xp.sqrt(xp.sum(projected * projected, axis=-1))
     divisor = xp.where(sigma > 0, sigma, xp.ones_like(sigma))
     return u, sigma, projected / divisor[..., None]
 

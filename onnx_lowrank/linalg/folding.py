@@ -33,6 +33,13 @@ def fold(weight: Array, fold: Fold, k: int) -> Array:
     return xp.reshape(xp.permute_dims(sliced, order), (g, k, f * prod(decoder), c // k * prod(encoder)))
 
 
+def side(shape: tuple[int, ...], fold: Fold, k: int) -> int:
+    """The smaller number of rows and columns of the k slices of a canonical weight of this shape."""
+    _, f, c, *kernel = shape
+    encoder, decoder = fold.kernels(tuple(kernel))
+    return min(f * prod(decoder), c // k * prod(encoder))
+
+
 def unfold(matrices: Array, fold: Fold, shape: tuple[int, ...]) -> Array:
     """The inverse of `fold`.
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array
-from onnx_lowrank.linalg.backend import Backend, array_namespace, of_each
+from onnx_lowrank.linalg.backend import Backend, array_namespace, as_float64, of_each
 
 BLOCK = 1 << 24
 """Elements of a block that is converted at once."""
@@ -22,27 +21,30 @@ def row_grams(matrices: Array, backend: Backend) -> Array:
     """M Mᵀ of every matrix of a stack, in float64.
 
     Args:
-        matrices: Shape (..., rows, cols); of NumPy any real dtype, otherwise float64.
+        matrices: Shape (..., rows, cols), any real dtype.
         backend: The device of the matrices, with the idle threads.
 
     Returns:
         Shape (..., rows, rows).
     """
-    xp = array_namespace(matrices)
-    if xp is not np:
-        return xp.matmul(matrices, xp.matrix_transpose(matrices))
+    if array_namespace(matrices) is not np:
+        return _row_grams(matrices)
     return of_each(_row_grams, matrices, backend)
 
 
 def _row_grams(matrices: Array) -> Array:
+    xp = array_namespace(matrices)
     total: Array = None
     for part in column_blocks(matrices):
-        gram = part @ part.mT
-        total = gram if total is None else np.add(total, gram, out=total)
+        gram = part @ xp.matrix_transpose(part)
+        if total is None:
+            total = gram
+        else:
+            total += gram
     return total
 
 
-def column_blocks(matrices: Array) -> Iterator[NDArray[np.float64]]:
+def column_blocks(matrices: Array) -> Iterator[Array]:
     """The columns of every matrix of a stack in float64, block by block.
 
     Args:
@@ -51,4 +53,4 @@ def column_blocks(matrices: Array) -> Iterator[NDArray[np.float64]]:
     *stack, rows, cols = matrices.shape
     step = max(_COLUMNS, BLOCK // max(1, prod(stack) * rows))
     for begin in range(0, cols, step):
-        yield matrices[..., begin : begin + step].astype(np.float64, copy=False)
+        yield as_float64(matrices[..., begin : min(begin + step, cols)])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Factors, Moments
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg import projection
-from onnx_lowrank.linalg.activations import balanced, on_device
+from onnx_lowrank.linalg.activations import balanced, lane
 from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.folding import split
 from onnx_lowrank.linalg.quadratic import Quadratic, of_weight
@@ -100,14 +100,14 @@ def errors(
         For every layer e / e(0) at the ranks 0 … top; never increasing.
     """
     found = []
-    with on_device(stack, backend):
-        rows = projection.encoder(_folded(stack, shapes[0], backend), top)
+    with lane(stack, backend) as place:
+        rows = projection.encoder(_folded(stack, shapes[0], place), top)
         for member, shape in zip(members, shapes, strict=True):
             total = float(member.power[0])
             if total <= 0:
                 found.append(np.zeros(top + 1))
                 continue
-            gains = backend.to_numpy(projection.gains(_folded(member, shape, backend), rows))
+            gains = place.to_numpy(projection.gains(_folded(member, shape, place), rows))
             found.append(np.concatenate([np.ones(1), np.clip(1 - np.cumsum(gains) / total, 0.0, 1.0)]))
     return found
 
@@ -124,11 +124,11 @@ def encoder(stack: Quadratic, shape: tuple[int, ...], j: int, backend: Backend) 
     Returns:
         Shape (1, 1, j, c, *kernel).
     """
-    with on_device(stack, backend):
-        problem = _folded(stack, shape, backend)
+    with lane(stack, backend) as place:
+        problem = _folded(stack, shape, place)
         rows = projection.encoder(problem, j)
         _, right = balanced(projection.solve(problem, rows).left, rows)
-        return backend.to_numpy(right).reshape(1, 1, j, *shape[2:])
+        return place.to_numpy(right).reshape(1, 1, j, *shape[2:])
 
 
 def fit(member: Quadratic, shape: tuple[int, ...], shared: NDArray[Any], backend: Backend) -> Factors:
@@ -144,11 +144,11 @@ def fit(member: Quadratic, shape: tuple[int, ...], shared: NDArray[Any], backend
         Float64 arrays; the encoder has the values of `shared`.
     """
     fold = Fold.ENCODE.on(tuple(shape[3:]))
-    with on_device(member, backend):
-        rows = backend.asarray(shared.reshape(1, 1, shared.shape[2], -1))
-        left = projection.solve(_folded(member, shape, backend), rows).left
+    with lane(member, backend) as place:
+        rows = place.asarray(shared.reshape(1, 1, shared.shape[2], -1))
+        left = projection.solve(_folded(member, shape, place), rows).left
         factors = split(left, rows, fold, shape)
-        return Factors(fold, backend.to_numpy(factors.encoder), backend.to_numpy(factors.decoder))
+        return Factors(fold, place.to_numpy(factors.encoder), place.to_numpy(factors.decoder))
 
 
 def _folded(quadratic: Quadratic, shape: tuple[int, ...], backend: Backend) -> projection.Problem:

@@ -15,6 +15,7 @@ from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg import banded
 from onnx_lowrank.linalg.backend import Backend, array_namespace, of_each
 from onnx_lowrank.linalg.folding import fold as fold_slices
+from onnx_lowrank.linalg.folding import side
 from onnx_lowrank.linalg.gram import row_grams
 
 
@@ -46,15 +47,36 @@ def spectra(
     Returns:
         For every wanted (fold, k) the singular values, descending, of shape (g, k, min(rows, cols)).
     """
-    values = _by_svd if (stored or weight.dtype) == np.float64 else partial(_by_gram, backend)
-    with backend.alone():
-        # The host converts a weight block by block, a device takes it as a whole.
-        array = weight if backend.xp is np and values is not _by_svd else backend.asarray(weight)
+    is_exact = (stored or weight.dtype) == np.float64
+    with backend.lane(max((side(weight.shape, fold, 1) for fold in wanted), default=0)) as place:
+        values = _by_svd if is_exact else partial(_by_gram, place)
+        array = place.asarray(weight) if is_exact else place.held(weight)
         return {
-            (fold, k): backend.to_numpy(sigma)
+            (fold, k): place.to_numpy(sigma)
             for fold, counts in wanted.items()
             for k, sigma in values(array, fold, counts)
         }
+
+
+def operations(shape: tuple[int, ...], wanted: Mapping[Fold, Sequence[int]]) -> float:
+    """Floating-point operations of `spectra`: the Gram matrices that follow from no others, and eigenvalues.
+
+    A Gram matrix of n × m takes n² m operations, half of those of a product, and its tridiagonal form 4/3 n³
+    (G. Golub and C. Van Loan, Matrix Computations, 4th ed., section 8.3).
+
+    Args:
+        shape: Shape of the canonical weight, (g, f, c, *kernel).
+        wanted: For every fold the numbers of slices k.
+    """
+    g, f, c, *kernel = shape
+    total = 0.0
+    for fold, counts in wanted.items():
+        encoder, decoder = fold.kernels(tuple(kernel))
+        rows, cols = f * prod(decoder), c * prod(encoder)
+        sides = {k: min(rows, cols // k) for k in counts}
+        total += g * max((n * rows * cols for n in sides.values()), default=0)
+        total += g * sum(4 / 3 * k * n**3 for k, n in sides.items())
+    return total
 
 
 def _by_svd(weight: Array, fold: Fold, counts: Iterable[int]) -> Iterator[tuple[int, Array]]:
@@ -142,6 +164,8 @@ def diagonal_blocks(gram: Array, count: int) -> Array:
 
 
 def _singular_values(gram: Array, backend: Backend) -> Array:
+    if backend.device is not None and gram.shape[-1] < backend.device.least:
+        gram = backend.to_numpy(gram)
     xp = array_namespace(gram)
     # A 1×1 matrix is its own eigenvalue; there can be thousands, and a call of LAPACK for each is slow.
     ascending = gram[..., 0] if gram.shape[-1] == 1 else of_each(_eigenvalues, gram, backend)

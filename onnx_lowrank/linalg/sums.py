@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array, Factors, Moments
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.activations import balanced, on_device
+from onnx_lowrank.linalg.activations import balanced, lane
 from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvectors
 from onnx_lowrank.linalg.quadratic import Quadratic, about, input_power, matrices_of, ridges
 
@@ -79,10 +79,10 @@ def errors(outputs: Outputs, top: int, backend: Backend) -> list[NDArray[np.floa
     Returns:
         For every layer e / e(0) at the ranks 0 … top, e(0) the power of its outputs.
     """
-    with backend.alone():
-        vectors = eigenvectors(backend.asarray(outputs.total))
-        seconds = (backend.asarray(second) for second in (outputs.total, *outputs.own))
-        lost, *alone = [_tails(second, vectors, backend)[: top + 1] for second in seconds]
+    with backend.lane(len(outputs.total)) as place:
+        vectors = eigenvectors(place.asarray(outputs.total))
+        seconds = (place.asarray(second) for second in (outputs.total, *outputs.own))
+        lost, *alone = [_tails(second, vectors, place)[: top + 1] for second in seconds]
     total = np.sum(alone, axis=0)
     share = np.divide(lost, total, where=total > 0, out=np.zeros_like(lost))
     powers = [float(np.trace(second)) for second in outputs.own]
@@ -105,11 +105,11 @@ def fit(outputs: Outputs, weights: Sequence[NDArray[Any]], j: int, backend: Back
         Float64 NumPy arrays; the decoder is balanced with all encoders together.
     """
     matrices = np.concatenate([matrices_of(weight)[0] for weight in weights], axis=1)
-    with backend.alone():
-        left = eigenvectors(backend.asarray(outputs.total))[:, len(outputs.total) - j :]
+    with backend.lane(len(outputs.total)) as place:
+        left = eigenvectors(place.asarray(outputs.total))[:, len(outputs.total) - j :]
         xp = array_namespace(left)
-        made = balanced(left, xp.matmul(left.T, backend.asarray(matrices)))
-        decoder, encoder = (backend.to_numpy(part) for part in made)
+        made = balanced(left, xp.matmul(left.T, place.asarray(matrices)))
+        decoder, encoder = (place.to_numpy(part) for part in made)
     ends = np.cumsum([prod(weight.shape[2:]) for weight in weights])
     parts = np.split(encoder, ends[:-1], axis=1)
     return [_factors(part, decoder, weight.shape) for part, weight in zip(parts, weights, strict=True)]
@@ -131,11 +131,11 @@ def encoded(member: Quadratic, shape: Shape, decoder: NDArray[Any], backend: Bac
         Float64 arrays; the decoder has the values of `decoder`.
     """
     exact = decoder.astype(np.float64)
-    with on_device(member, backend):
-        left = backend.asarray(exact.reshape(shape[1], -1))
+    with lane(member, backend) as place:
+        left = place.asarray(exact.reshape(shape[1], -1))
         xp = array_namespace(left)
-        encoder = xp.matmul(xp.linalg.pinv(left), backend.asarray(member.optimum[0]))
-        return _factors(backend.to_numpy(encoder), exact, shape)
+        encoder = xp.matmul(xp.linalg.pinv(left), place.asarray(member.optimum[0]))
+        return _factors(place.to_numpy(encoder), exact, shape)
 
 
 def _factors(encoder: NDArray[np.float64], decoder: NDArray[np.float64], shape: Shape) -> Factors:

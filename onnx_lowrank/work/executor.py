@@ -10,7 +10,7 @@ Rules:
    result share one budget. One item always runs, even when it exceeds the budget.
 2. The executor draws an item when a worker is about to be free, because an item may hold a weight.
 3. Results come in the order of the items and have the same bits in every executor: the BLAS of each worker
-   has one thread.
+   has one thread. An item that a GPU cannot compute is computed by the CPU, with a warning.
 4. State that only this process has (running sums, an open engine) is processed by `threads`, the only thread
    pool of a run. Idle threads help with the parts of a large item.
 """
@@ -115,7 +115,8 @@ class Threads:
     """One thread for every core.
 
     Attributes:
-        backend: Where they compute. A GPU computes one item at a time; the host's part runs in parallel.
+        backend: Where they compute. Every thread has a stream of a GPU; items run there at the same time, as
+            far as its memory goes.
     """
 
     def __init__(self, backend: Backend, *, number: int | None = None, budget: int | None = None) -> None:
@@ -129,8 +130,7 @@ class Threads:
         self._number = number or cores()
         self._budget = budget or free_memory() // _SHARE
         self._pool = ThreadPoolExecutor(self._number, "onnx-lowrank")
-        # A GPU does not share: it computes all parts of an item as one stack.
-        self.backend = backend if backend.name == "cuda" else replace(backend, shared=self._shared)
+        self.backend = replace(backend, shared=self._shared)
 
     def __enter__(self) -> Self:
         """Use the threads until the block ends."""
@@ -151,7 +151,7 @@ class Threads:
         """Like `Executor.map`, but the function need not be at the top level of a module."""
 
         def submit(item: I) -> Future[R]:
-            return self._pool.submit(function, item, self.backend)
+            return self._pool.submit(_compute, function, item, self.backend)
 
         pending: deque[_Flight[R]] = deque()
         with one_blas_thread():
@@ -242,7 +242,7 @@ class Processes:
         """Like `Executor.map`."""
 
         def submit(item: I) -> Future[R]:
-            return self._pool.submit(_run, function, item, self._device)
+            return self._pool.submit(_run, function, item, self._device, self._number)
 
         pending: deque[_Flight[R]] = deque()
         try:
@@ -318,10 +318,14 @@ def _end_with(reader: Connection) -> None:
         os._exit(1)
 
 
-def _run(function: Function[I, R], item: I, device: str) -> R:
-    return function(item, _backend(device))
+def _run(function: Function[I, R], item: I, device: str, workers: int) -> R:
+    return _compute(function, item, _backend(device, workers))
+
+
+def _compute(function: Function[I, R], item: I, backend: Backend) -> R:
+    return backend.attempt(lambda place: function(item, place), item.nbytes)
 
 
 @cache
-def _backend(device: str) -> Backend:
-    return resolve(device)
+def _backend(device: str, workers: int) -> Backend:
+    return resolve(device, share=1 / workers)

@@ -24,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +40,7 @@ from onnx_lowrank.hardware import cores
 from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.folding import fold as fold_slices
+from onnx_lowrank.linalg.spectra import operations
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.scoring import WeightItem, singular_values
 from onnx_lowrank.work.weights import reference
@@ -125,17 +125,8 @@ def command(device: str, name: str) -> dict[str, float]:
 
 
 def floor(work: list[WeightItem]) -> float:
-    """Operations of the largest Gram matrix of every layer and fold, and of all tridiagonal forms."""
-    total = 0.0
-    for item in work:
-        g, f, c, *kernel = item.weight.shape
-        for fold, counts in item.wanted.items():
-            encoder, decoder = fold.kernels(tuple(kernel))
-            rows, cols = f * prod(decoder), c * prod(encoder)
-            sides = {k: min(rows, cols // k) for k in counts}
-            total += g * max(k * side * rows * (cols // k) for k, side in sides.items())
-            total += g * sum(4 / 3 * k * side**3 for k, side in sides.items())
-    return total
+    """Operations of all spectra; a product counts twice for every pair of factors, as its rate does."""
+    return sum(operations(item.weight.shape, item.wanted) for item in work)
 
 
 def gemm(n: int = 8192) -> float:

@@ -1,5 +1,7 @@
 """Fixtures for the linear algebra."""
 
+from dataclasses import replace
+
 import pytest
 
 from onnx_lowrank.errors import InputError
@@ -8,8 +10,11 @@ from onnx_lowrank.linalg.backend import Backend, resolve
 
 @pytest.fixture(scope="session")
 def cuda() -> Backend:
-    """The CUDA backend; without one the test is skipped with what is missing."""
+    """The CUDA backend, for matrices of any size; without one the test is skipped with what is missing."""
     try:
-        return resolve("cuda")
+        found = resolve("cuda")
     except InputError as error:
         pytest.skip(str(error))
+    from onnx_lowrank.linalg.cuda import Cuda
+
+    return replace(found, device=Cuda(least=1))

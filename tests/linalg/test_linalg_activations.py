@@ -1,22 +1,22 @@
 """Activation-aware factors and their errors against dense least squares."""
 
-import array_api_strict
 import numpy as np
 import pytest
 from activation_reference import dense_encoder, dense_map, least_error, moments, samples, targets
 from linalg_reference import CASES, SHAPES, matrix_shape, planted
 
+from devices import fake
 from onnx_lowrank.core.factors import Factors, Moments
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.linalg import projection
 from onnx_lowrank.linalg.activations import corrected_mean, errors, fit, output_errors, output_fit, products
-from onnx_lowrank.linalg.backend import Backend, resolve
+from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import error, of_targets, of_weight
 
 CPU = resolve("cpu")
-STRICT = Backend("strict", array_api_strict)
+STRICT = fake()
 # One operator group, or several; and the fold and k under which there is something to refine.
 REFINED = [
     (shape, fold, k)

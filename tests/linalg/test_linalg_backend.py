@@ -1,20 +1,19 @@
 """Choice of the device, who may use it at a time, and BLAS' threads."""
 
+import logging
 import subprocess
 import sys
-import threading
 import types
 from dataclasses import replace
 
-import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from devices import fake
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg.backend import (
-    Backend,
     array_namespace,
     eigenvectors,
     of_each,
@@ -115,27 +114,13 @@ def test_the_blas_of_solvers_that_are_loaded_late_is_limited_too():
     assert set(numbers) == {"1"}
 
 
-def test_a_device_is_held_by_one_thread_and_the_cpu_by_all():
-    def holds(backend):
-        """Whether a second thread gets in while this one is in."""
-        found = []
-
-        def enter():
-            with backend.alone():
-                found.append(inside.is_set())
-
-        inside = threading.Event()
-        other = threading.Thread(target=enter)
-        with backend.alone():
-            inside.set()
-            other.start()
-            other.join(0.2)
-            inside.clear()
-        other.join()
-        return found == [False]
-
-    assert holds(Backend("cuda", np))
-    assert not holds(CPU)
+@pytest.mark.parametrize(("operations", "searched"), [(1e9, False), (1e13, True)])
+def test_auto_looks_for_a_gpu_where_the_work_pays(operations, searched, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(0))
+    with caplog.at_level(logging.DEBUG, "onnx_lowrank"):
+        assert resolve("auto", operations) == CPU
+    reason = "CuPy finds no device" if searched else "the work is too small for a GPU"
+    assert [record.getMessage() for record in caplog.records] == [f"linear algebra runs on cpu: {reason}"]
 
 
 @pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
@@ -194,7 +179,7 @@ def check_triangular(backend):
         np.testing.assert_allclose(matrices @ backend.to_numpy(found), right, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [CPU, Backend("strict", array_api_strict)], ids=["cpu", "strict"])
+@pytest.mark.parametrize("backend", [CPU, fake()], ids=["cpu", "strict"])
 def test_triangular_solutions_solve(backend):
     check_triangular(backend)
 

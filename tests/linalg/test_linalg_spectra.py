@@ -1,17 +1,17 @@
 """Spectra against the SVD of slices folded by loops."""
 
-import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
 from linalg_reference import CASES, SHAPES, divisors, folds_of, naive_fold, planted
 
+from devices import fake
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.backend import Backend, resolve
+from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.spectra import spectra
 
 CPU = resolve("cpu")
-STRICT = Backend("strict", array_api_strict)
+STRICT = fake()
 
 
 def reference(weight, fold, k):

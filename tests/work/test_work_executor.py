@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from devices import fake
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg.backend import of_each, one_blas_thread, resolve
 from onnx_lowrank.work import executor as module
@@ -214,12 +215,46 @@ def test_a_result_that_is_there_is_given_before_the_next_item_is_drawn():
 
 
 def test_threads_run_at_the_same_time_whatever_the_device():
-    """On a GPU, too: there only its own part is for one at a time."""
-    for backend in (CPU, replace(CPU, name="cuda")):
+    for backend in (CPU, fake()):
         meeting = threading.Barrier(3, timeout=30)
         with Threads(backend, number=3, budget=PLENTY) as running:
             list(running.map(lambda item, backend, meeting=meeting: meeting.wait(), numbers(3)))
             running.each(lambda _, meeting=meeting: meeting.wait(), range(3))
+
+
+def in_a_lane(item, backend):
+    with backend.lane(item.value):
+        return backend.name
+
+
+def test_items_share_the_memory_of_a_device():
+    backend = fake(least=2, capacity=25)
+    with Threads(backend, number=8, budget=PLENTY) as running:
+        assert list(running.map(in_a_lane, numbers(20, 10))) == ["cuda"] * 20
+    assert backend.device.lanes == [10] * 18, "the items below the least size need no room"
+    assert 10 <= backend.device.most <= 20
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "broken", "reason"),
+    [
+        (26 * 2**30, False, "needs 26.0 GiB, and the GPU has room for 25.0 GiB"),
+        (1, True, "failed on the GPU (no memory is left)"),
+    ],
+)
+def test_the_cpu_takes_over_where_a_device_fails(nbytes, broken, reason, caplog):
+    backend = fake(capacity=25 * 2**30)
+    backend.device.broken = broken
+    with Threads(backend, number=2, budget=2 * nbytes) as running:
+        assert list(running.map(put_there, numbers(1, nbytes))) == ["cpu"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"A computation {reason}, so the CPU takes it over."
+    ]
+
+
+def put_there(item, backend):
+    backend.asarray(np.ones(3))
+    return backend.name
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
