@@ -52,13 +52,25 @@ class Cuda:
         self.least = least
         self.capacity = int(_SHARE * share * free)
         self._room = Room(self.capacity)
+        self._first = threading.RLock()
+        self._has_kernels = False
         self._own = threading.local()
 
     @contextmanager
     def lane(self, nbytes: int) -> Iterator[None]:
         """A stream for the calling thread; solvers that do not converge raise `numpy.linalg.LinAlgError`."""
-        with self._room.take(nbytes), self._lane().stream, cupyx.errstate(linalg="raise"):
+        with self._room.take(nbytes), self._compiled(), self._lane().stream, cupyx.errstate(linalg="raise"):
             yield
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Let the others wait for the first computation: every thread would compile CuPy's kernels again."""
+        if self._has_kernels:
+            yield
+            return
+        with self._first:
+            yield
+            self._has_kernels = True
 
     def upload(self, array: NDArray[Any]) -> Array:
         """Copy a C-contiguous array to the device, through pinned memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Generic, TypeVar
@@ -24,6 +24,7 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
 from onnx_lowrank.linalg import selection, shared, sums
 from onnx_lowrank.linalg.activations import fit
+from onnx_lowrank.linalg.backend import Backend
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.linalg.quadratic import (
     INPUT_RIDGE,
@@ -72,7 +73,8 @@ class Joint:
         key = sharing(layer, self._options)
         if key not in self._made:
             item = shared_item(self._model, self._walk, [self._bindings[name] for name in key], j, None)
-            self._made[key] = stored_encoder(item, inputs, self._threads.backend)
+            backend = self._threads.backend
+            self._made[key] = backend.attempt(lambda place: stored_encoder(item, inputs, place), item.nbytes)
         return self._made[key]
 
     def summed(self, layer: Layer, j: int) -> Factors:
@@ -80,7 +82,7 @@ class Joint:
         if layer.id not in self._sums:
             group = [self._bindings[name] for name in layer.addends]
             item = joined_item(self._model, self._walk, group, Lowering.SUMMED, j, self._statistics)
-            made = fitted_jointly(item, self._threads.backend)
+            made = self._threads.backend.attempt(lambda place: fitted_jointly(item, place), item.nbytes)
             self._sums |= {name: fit.factors for name, fit in zip(layer.addends, made, strict=True)}
         return self._sums[layer.id]
 
@@ -288,18 +290,24 @@ class Recovery(Walked[Factors]):
         if self._encoder is not None:
             return self._decoded(problem, self._encoder)
         if self._summed is not None:
-            decoder, backend = self._summed.decoder, self._threads.backend
-            return stored_as(sums.encoded(problem, self._weight.shape, decoder, backend), self._dtype)
+            decoder = self._summed.decoder
+            return self._stored(
+                problem, lambda place: sums.encoded(problem, self._weight.shape, decoder, place)
+            )
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
-        factors = fit(
-            problem, self._weight.shape, self._option, self._threads.backend, judge, steps, self._way
+        return self._stored(
+            problem,
+            lambda place: fit(problem, self._weight.shape, self._option, place, judge, steps, self._way),
         )
-        return stored_as(factors, self._dtype)
 
     def _decoded(self, problem: Quadratic, encoder: NDArray[Any]) -> Factors:
         """The factors with a shared encoder."""
-        factors = shared.fit(problem, self._weight.shape, encoder, self._threads.backend)
-        return stored_as(factors, self._dtype)
+        return self._stored(problem, lambda place: shared.fit(problem, self._weight.shape, encoder, place))
+
+    def _stored(self, problem: Quadratic, make: Callable[[Backend], Factors]) -> Factors:
+        """Factors as stored, made where the threads compute."""
+        nbytes = 5 * problem.second.nbytes + 10 * problem.cross.nbytes
+        return stored_as(self._threads.backend.attempt(make, nbytes), self._dtype)
 
     def _plain(self) -> Factors:
         if self._summed is not None:
@@ -309,14 +317,17 @@ class Recovery(Walked[Factors]):
             ridge = shrinkage(inputs, INPUT_RIDGE)
             problem = of_weight(self._weight, inputs, centred=self._centred, ridge=ridge)
             return self._decoded(problem, self._encoder)
-        factors = activation_factors(
-            self._weight,
-            self._option,
-            self._moments,
-            self._threads.backend,
-            centred=self._centred,
-            steps=STEPS,
-            way=self._way,
+        factors = self._threads.backend.attempt(
+            lambda place: activation_factors(
+                self._weight,
+                self._option,
+                self._moments,
+                place,
+                centred=self._centred,
+                steps=STEPS,
+                way=self._way,
+            ),
+            5 * inputs.second.nbytes if inputs is not None else 0,
         )
         if factors is None:
             raise RuntimeError(f"the inputs of {self._binding.layer.id} were measured")
