@@ -28,12 +28,16 @@ LARGE = 256
 """The least number of rows and columns for which a thread, or a call of a GPU's solver, per matrix pays."""
 
 
+_LOCKED = 500
+"""NumPy keeps the interpreter's lock while it computes results of at most so many numbers: 500 eigenvalues
+take 20 ms, in which no other thread runs."""
+
 Shared = Callable[[Callable[[int], Array], int], list[Array]]
 """Applies a function to the numbers 0 … n − 1, in the calling thread and in idle threads."""
 
 R = TypeVar("R")
 
-_PAYS = 2e11
+_PAYS = 5e11
 """The operations of all spectra of a model from which a GPU pays unasked: a few cores do as many while its
 libraries load. The number of cores does not count, as it must not change a result."""
 
@@ -186,8 +190,10 @@ def _missing_cuda() -> str | None:
     return None if count else "CuPy finds no device"
 
 
-def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backend) -> Array:
-    """Apply a function of stacked matrices to a stack; large matrices one by one, shared among idle threads.
+def of_each(
+    function: Callable[[Array], Array], matrices: Array, backend: Backend, together: int = 1
+) -> Array:
+    """Apply a function of stacked matrices to a stack, whose parts are shared among idle threads.
 
     The layer that takes longest runs last and alone, so its slices can share the cores.
 
@@ -195,13 +201,31 @@ def of_each(function: Callable[[Array], Array], matrices: Array, backend: Backen
         function: Maps every matrix of a stack to one array, independently of the others.
         matrices: Shape (..., rows, cols).
         backend: The device of the matrices, with the idle threads.
+        together: The number of matrices that a thread takes at once; 1 for large ones alone.
     """
     *stack, rows, cols = matrices.shape
-    # Other threads have no stream of the device.
-    shared = backend.shared if prod(stack) > 1 and array_namespace(matrices) is np else None
-    if min(rows, cols) < LARGE or (shared is None and not _is_slow_on_stacks(matrices)):
-        return function(matrices)
-    return _one_by_one(function, matrices, shared or _in_turn)
+    is_large = min(rows, cols) >= LARGE
+    if array_namespace(matrices) is not np:
+        if is_large and _is_slow_on_stacks(matrices):
+            return _by_parts(function, matrices, in_turn)  # Other threads have no stream of the device.
+    elif backend.shared is not None and prod(stack) > together and (is_large or together > 1):
+        return _by_parts(function, matrices, backend.shared, together)
+    return function(matrices)
+
+
+def eigenvalues(matrices: Array, backend: Backend, function: Callable[[Array], Array] | None = None) -> Array:
+    """The eigenvalues of every symmetric matrix of a stack, ascending, with the idle threads.
+
+    Args:
+        matrices: Shape (..., n, n).
+        backend: The device of the matrices, with the idle threads.
+        function: Computes the eigenvalues of a stack; by default the library's own function.
+
+    Returns:
+        Shape (..., n), on the device of the matrices.
+    """
+    function, size = function or array_namespace(matrices).linalg.eigvalsh, matrices.shape[-1]
+    return of_each(function, matrices, backend, max(_LOCKED // size + 1, (LARGE // size) ** 3))
 
 
 def eigenvectors(matrices: Array) -> Array:
@@ -215,7 +239,7 @@ def eigenvectors(matrices: Array) -> Array:
     """
     if matrices.shape[-1] < LARGE or not _is_slow_on_stacks(matrices):
         return _eigenvectors(matrices)
-    return _one_by_one(_eigenvectors, matrices, _in_turn)
+    return _by_parts(_eigenvectors, matrices, in_turn)
 
 
 def _eigenvectors(matrices: Array) -> Array:
@@ -227,16 +251,22 @@ def _is_slow_on_stacks(matrices: Array) -> bool:
     return bool(array_api_compat.is_cupy_array(matrices))
 
 
-def _in_turn(function: Callable[[int], Array], number: int) -> list[Array]:
+def in_turn(function: Callable[[int], Array], number: int) -> list[Array]:
+    """`Shared` without other threads."""
     return [function(n) for n in range(number)]
 
 
-def _one_by_one(function: Callable[[Array], Array], matrices: Array, run: Shared) -> Array:
+def _by_parts(function: Callable[[Array], Array], matrices: Array, run: Shared, together: int = 1) -> Array:
     xp = array_namespace(matrices)
     *stack, rows, cols = matrices.shape
     flat = xp.reshape(matrices, (-1, rows, cols))
-    results = run(lambda n: function(flat[n, ...]), flat.shape[0])
-    return xp.reshape(xp.stack(results), (*stack, *results[0].shape))
+    if together == 1:  # CuPy solves even a stack of one matrix as it solves stacks.
+        results: list[Array] = run(lambda n: function(flat[n, ...])[None, ...], flat.shape[0])
+    else:
+        parts = range(0, flat.shape[0], together)
+        results = run(lambda n: function(flat[parts[n] : parts[n] + together]), len(parts))
+    joined = xp.concat(results)
+    return xp.reshape(joined, (*stack, *joined.shape[1:]))
 
 
 def solve_triangular(lower: Array, right: Array, *, transposed: bool = False) -> Array:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.core.option import Fold
-from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvectors, of_each, solve_triangular
+from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvalues, eigenvectors, solve_triangular
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.quadratic import Quadratic
 from onnx_lowrank.linalg.spectra import diagonal_blocks
@@ -107,7 +107,7 @@ def exact_gains(problem: Problem, j: int, backend: Backend) -> Array:
     """The result of `gains` for an encoder that is exact: the j largest eigenvalues of M C Mᵀ."""
     _, weighted = _weighted(problem)
     xp = array_namespace(weighted)
-    values = of_each(xp.linalg.eigvalsh, weighted, backend)
+    values = eigenvalues(weighted, backend)
     return xp.sum(xp.flip(values, axis=-1)[..., :j], axis=(0, 1))
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Array, Spectra
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg import banded
-from onnx_lowrank.linalg.backend import Backend, array_namespace, of_each
+from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvalues
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.folding import side
 from onnx_lowrank.linalg.gram import row_grams
@@ -168,7 +168,7 @@ def _singular_values(gram: Array, backend: Backend) -> Array:
         gram = backend.to_numpy(gram)
     xp = array_namespace(gram)
     # A 1×1 matrix is its own eigenvalue; there can be thousands, and a call of LAPACK for each is slow.
-    ascending = gram[..., 0] if gram.shape[-1] == 1 else of_each(_eigenvalues, gram, backend)
+    ascending = gram[..., 0] if gram.shape[-1] == 1 else eigenvalues(gram, backend, _eigenvalues)
     descending = xp.flip(ascending, axis=-1)
     return xp.sqrt(xp.maximum(descending, xp.zeros_like(descending)))
 

@@ -15,6 +15,7 @@ from devices import fake
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.linalg.backend import (
     array_namespace,
+    eigenvalues,
     eigenvectors,
     of_each,
     one_blas_thread,
@@ -140,6 +141,30 @@ def test_matrices_of_a_stack_give_the_same_bits_one_by_one(stack, size):
     assert counts == ([int(np.prod(stack))] if size == 300 and np.prod(stack) > 1 else [])
 
 
+@pytest.mark.parametrize(
+    ("stack", "size", "parts"),
+    [((2,), 256, 0), ((3,), 256, 2), ((2, 2), 300, 2), ((2,), 501, 2), ((5,), 255, 3), ((9, 2), 120, 3)],
+)
+def test_threads_get_as_many_matrices_as_pay_and_as_free_the_interpreter(stack, size, parts):
+    """501 eigenvalues or more; of 120 rows 8 matrices."""
+    counts, sizes = [], []
+
+    def shared(function, number):
+        counts.append(number)
+        return [function(n) for n in range(number)]
+
+    def values(matrices):
+        sizes.append(np.prod(matrices.shape[:-1]))
+        return np.linalg.eigvalsh(matrices)
+
+    half = np.random.default_rng(0).standard_normal((*stack, size, size))
+    matrices = half @ half.mT
+    found = eigenvalues(matrices, replace(CPU, shared=shared), values)
+    assert (found == np.linalg.eigvalsh(matrices)).all()
+    assert sum(counts) == parts
+    assert all(number > 500 for number in sizes[:-1])
+
+
 @pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
 @pytest.mark.parametrize("size", [4, 300])
 def test_eigenvectors_diagonalize_every_matrix(stack, size):
@@ -156,7 +181,7 @@ def test_a_gpu_solves_small_stacks_and_large_matrices(stack, size, cuda):
 def check_eigenvectors(backend, stack, size):
     half = np.random.default_rng(1).standard_normal((*stack, size, size))
     matrices = half @ np.swapaxes(half, -1, -2)
-    values = backend.to_numpy(of_each(backend.xp.linalg.eigvalsh, backend.asarray(matrices), backend))
+    values = backend.to_numpy(eigenvalues(backend.asarray(matrices), backend))
     vectors = backend.to_numpy(eigenvectors(backend.asarray(matrices)))
     assert (np.diff(values) > 0).all()
     np.testing.assert_allclose(
