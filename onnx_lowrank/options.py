@@ -55,7 +55,7 @@ class Options(TypedDict, total=False):
             mappings, if times count on several sets of shapes. Everything but times is for the first set.
         weights: The weight of each set of shapes in the times; by default all are equal.
         max_error: Bound on the largest relative error over the outputs; by default none.
-        device: Where the linear algebra runs: "auto" (the default), "cpu" or "cuda".
+        device: Where the linear algebra runs: "cpu", "cuda", or "auto" (the default), a GPU where it pays.
         provider: ONNX Runtime's execution provider for calibration, validation and timing; by default
             "CPUExecutionProvider".
         time: Time the finished model against the input model; the budget "latency" always does. By default
