@@ -10,9 +10,10 @@ from dataclasses import fields, is_dataclass
 import numpy as np
 import pytest
 
+from devices import fake
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.core.option import Fold, Option
-from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
+from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.linalg.certificate import certify
 from onnx_lowrank.work.executor import Processes, Threads
 from onnx_lowrank.work.fitting import CertificateItem, DenseItem, FactorsItem, certificate, dense, fitted
@@ -200,18 +201,8 @@ def test_an_item_takes_about_the_bytes_that_it_says(tmp_path, name):
 
 
 def test_all_threads_certify_at_once_while_each_fits_alone(monkeypatch):
-    """A GPU is for one layer at a time; what the host does is not."""
-    meeting, inside = threading.Barrier(3, timeout=30), threading.Lock()
-
-    class Device(Backend):
-        """Computes on the host, as a GPU would: in one thread at a time."""
-
-        def alone(self):
-            return inside
-
-        def to_numpy(self, array):
-            assert inside.locked()
-            return array
+    """The memory of a GPU that holds one layer is for one at a time; what the host does is not."""
+    meeting = threading.Barrier(3, timeout=30)
 
     def certified(weight, factors):
         meeting.wait()
@@ -219,7 +210,11 @@ def test_all_threads_certify_at_once_while_each_fits_alone(monkeypatch):
 
     monkeypatch.setattr("onnx_lowrank.work.fitting.certify", certified)
     items = [FactorsItem(weight_of((1, 40, 30), seed), Option(Fold.ENCODE, 1, 5)) for seed in range(3)]
-    with Threads(Device("cuda", np), number=3) as running:
+    backend = fake(capacity=items[0].nbytes)
+    with Threads(backend, number=3) as running:
         made = list(running.map(fitted, items))
+    assert backend.device.lanes == [item.nbytes for item in items]
+    assert backend.device.most == items[0].nbytes
+    assert backend.device.up == [item.weight.nbytes for item in items]
     for item, layer in zip(items, made, strict=True):
         assert layer.certificate == certify(item.weight.read(), layer.factors)
