@@ -101,7 +101,9 @@ def measure(subject: Subject, asked: Cell, options: argparse.Namespace, folder: 
     cell |= {"scores": rounded(subject.scores(out)), "fused": fused(out)}
     if not options.threads:
         return cell
-    times = {name: compared(subject.file, out, options.threads, shapes) for name, shapes in subject.times.items()}
+    times = {
+        name: compared(subject.file, out, options.threads, shapes) for name, shapes in subject.times.items()
+    }
     return cell | {"threads": options.threads, "times": times}
 
 
