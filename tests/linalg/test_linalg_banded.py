@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_lowrank.linalg import banded
 from onnx_lowrank.linalg.banded import eigenvalues
 
 
@@ -21,13 +20,6 @@ def test_planted_eigenvalues_are_found(size: int, width: int) -> None:
     values = np.sort(np.random.default_rng(size).standard_normal(size))
     found = eigenvalues(symmetric(size, values), width)
     np.testing.assert_allclose(found, values, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("rows", [3, 16, 64])
-def test_the_blocks_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.linspace(-1, 2, 100)
-    monkeypatch.setattr(banded, "_ROWS", rows)
-    np.testing.assert_allclose(eigenvalues(symmetric(100, values), 8), values, rtol=0, atol=1e-13)
 
 
 def test_the_matrix_stays_as_it_is() -> None:
