@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,14 +17,20 @@ import scipy  # imports its parts on first use
 from numpy.typing import NDArray
 
 from onnx_lowrank.core.factors import Certificate, Factors, KeptRows
-from onnx_lowrank.linalg.backend import one_blas_thread
+from onnx_lowrank.linalg.backend import Shared, in_turn, one_blas_thread
 from onnx_lowrank.linalg.folding import compose
 
 Floats = NDArray[np.float64]
 
 _UNIT = 2.0**-53  # unit roundoff u of float64
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 """Elements of a block."""
+
+_TOGETHER = 4
+"""Blocks that are in memory at once; threads share them."""
+
+_PANEL = 512
+"""Rows of a part of a Gram matrix that one thread computes."""
 
 _ITERATED = 1024
 """The least side of a Gram matrix whose largest eigenvalue an iteration finds."""
@@ -34,16 +41,16 @@ _SAFE_EXPONENT = 100  # largest entries of 2^±100 are safe: sums of 2^40 square
 
 
 def taken(shape: tuple[int, ...]) -> int:
-    """Approximate bytes that a certificate takes beside the weight: three blocks, and Gram matrices.
+    """Approximate bytes that a certificate takes beside the weight: three times some blocks, Gram matrices.
 
     Args:
         shape: The shape of the canonical weight.
     """
     _, f, *rest = shape
-    return 24 * min(math.prod(shape), _BLOCK) + 40 * min(f, math.prod(rest)) ** 2
+    return 24 * min(math.prod(shape), _TOGETHER * _BLOCK) + 40 * min(f, math.prod(rest)) ** 2
 
 
-def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
+def certify(weight: NDArray[Any], factors: Factors, shared: Shared = in_turn) -> Certificate:
     """Upper bounds, tight to about 1e-9, on the norms of W − Ŵ relative to those of W, per operator group.
 
     The matrix is that of the encode fold, f × (c · kernel), for factors in any fold. Nothing is estimated:
@@ -64,6 +71,7 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
         weight: The layer's canonical weight with its BatchNorm folded in, shape (g, f, c, *kernel), of
             float64 or a dtype that float64 holds exactly.
         factors: The factors as stored, in their own dtype.
+        shared: Runs the parts of a large matrix in idle threads, too; they change no bits.
 
     Returns:
         The bounds; 0 for a group whose weight and factors are zero, infinite for factors that are not finite.
@@ -74,25 +82,30 @@ def certify(weight: NDArray[Any], factors: Factors) -> Certificate:
     def made(group: int, block: slice) -> Floats:
         return np.asarray(compose(_part(exact, group, block, by_feature=_is_high(weight)))[0])
 
-    return _certified(weight, made, errors, factors.encoder.shape[3])
+    return _certified(weight, made, errors, factors.encoder.shape[3], shared)
 
 
-def certify_weight(weight: NDArray[Any], stored: NDArray[Any]) -> Certificate:
+def certify_weight(weight: NDArray[Any], stored: NDArray[Any], shared: Shared = in_turn) -> Certificate:
     """The bounds of `certify` for a whole weight in place of factors.
 
     Args:
         weight: As for `certify`.
         stored: The new weight as stored, in canonical form with the same BatchNorm folded in.
+        shared: As for `certify`.
     """
 
     def made(group: int, block: slice) -> Floats:
         return _cut(stored, group, block, by_feature=_is_high(weight))
 
-    return _certified(weight, made, [0.0] * len(weight), weight.shape[2])
+    return _certified(weight, made, [0.0] * len(weight), weight.shape[2], shared)
 
 
 def _certified(
-    weight: NDArray[Any], made: Callable[[int, slice], Floats], errors: Iterable[float], width: int
+    weight: NDArray[Any],
+    made: Callable[[int, slice], Floats],
+    errors: Iterable[float],
+    width: int,
+    shared: Shared,
 ) -> Certificate:
     """Bounds for a weight in place of another one.
 
@@ -101,8 +114,9 @@ def _certified(
         made: A block of the new weight: the channels of a group, or its features if the matrix is high.
         errors: The error of the new weight in the Frobenius norm, one for every group.
         width: Channels of a slice.
+        shared: As for `certify`.
     """
-    is_high = _is_high(weight)
+    is_high, slices = _is_high(weight), list(_slices(weight, width))
 
     def flat(block: Floats) -> Floats:
         return block.reshape(len(block), -1)
@@ -110,15 +124,17 @@ def _certified(
     bounds = []
     for group, error in enumerate(errors):
 
-        def original(group: int = group) -> Iterator[Floats]:
-            for block in _slices(weight, width):
-                yield flat(_cut(weight, group, block, by_feature=is_high))
+        def original(n: int, group: int = group) -> Floats:
+            return flat(_cut(weight, group, slices[n], by_feature=is_high))
 
-        def residual(group: int = group) -> Iterator[Floats]:
-            for block in _slices(weight, width):
-                yield flat(_cut(weight, group, block, by_feature=is_high) - made(group, block))
+        def residual(n: int, group: int = group) -> Floats:
+            cut = _cut(weight, group, slices[n], by_feature=is_high)
+            return flat(cut - made(group, slices[n]))
 
-        bounds.append(_relative_norms(_measured(original, is_high), _measured(residual, is_high), error))
+        whole, lost = (
+            _measured(_Blocks(block, len(slices), is_high, shared)) for block in (original, residual)
+        )
+        bounds.append(_relative_norms(whole, lost, error))
     return Certificate(
         spectral=tuple(spectral for spectral, _ in bounds),
         frobenius=tuple(frobenius for _, frobenius in bounds),
@@ -188,8 +204,10 @@ def certify_product(first: NDArray[Any], second: NDArray[Any], stored: NDArray[A
         bound = math.inf if error or np.any(stored) else 0.0
         return Certificate((bound,), (bound,))
     is_high, lost = len(exact) > exact.shape[1], exact - stored.astype(np.float64)
-    product = _measured(lambda: iter([exact]), is_high)
-    spectral, frobenius = _relative_norms(product, _measured(lambda: iter([lost]), is_high), error)
+    product, residual = (
+        _measured(_Blocks([matrix].__getitem__, 1, is_high, in_turn)) for matrix in (exact, lost)
+    )
+    spectral, frobenius = _relative_norms(product, residual, error)
     sizes = [math.ldexp(n, product.exponent) for n in (_spectral_below(product), product.size.below)]
     # The norms of B · A are at least those of the computed product less its error.
     shrunk = [max(0.0, 1 - error / size) * (1 - 8 * _UNIT) for size in sizes]
@@ -208,57 +226,96 @@ class _Bounds(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class _Blocks:
+    """A matrix in blocks.
+
+    Attributes:
+        block: Gives one of its blocks: some of its columns, or of its rows if it is high.
+        count: The number of blocks.
+        is_high: Whether it has more rows than columns, so that the blocks hold rows.
+        shared: Runs the parts of a computation.
+    """
+
+    block: Callable[[int], Floats]
+    count: int
+    is_high: bool
+    shared: Shared
+
+
+@dataclass(frozen=True, slots=True)
 class _Measured:
     """A matrix, divided by a power of two so that its squares do not under- or overflow.
 
     Attributes:
-        blocks: Gives its columns in blocks, or its rows if it is high, not divided.
+        blocks: Its blocks, not divided.
         largest: Its largest absolute entry, not divided; not a finite number if an entry is none.
         exponent: The exponent of the power: the division is exact. Almost all matrices are safe without.
         size: Bounds on its Frobenius norm.
         gram: The Gram matrix of its smaller side, shape (n, n).
         longer: The length of its other side.
-        is_high: Whether it has more rows than columns, so that the blocks hold rows.
     """
 
-    blocks: Callable[[], Iterator[Floats]]
+    blocks: _Blocks
     largest: float
     exponent: int
     size: _Bounds
     gram: Floats
     longer: int
-    is_high: bool
 
 
-def _measured(blocks: Callable[[], Iterator[Floats]], is_high: bool) -> _Measured:
+def _measured(blocks: _Blocks) -> _Measured:
     """Measure a matrix in one pass over its blocks; numbers with unsafe squares need another one."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        largest, size, gram, longer = _summed(blocks(), is_high)
+    largest, size, gram, longer = _summed(blocks, 0)
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     if abs(exponent) > _SAFE_EXPONENT:
-        _, size, gram, longer = _summed((np.ldexp(block, -exponent) for block in blocks()), is_high)
+        _, size, gram, longer = _summed(blocks, exponent)
     else:
         exponent = 0
-    return _Measured(blocks, largest, exponent, size, gram, longer, is_high)
+    return _Measured(blocks, largest, exponent, size, gram, longer)
 
 
-def _summed(blocks: Iterator[Floats], is_high: bool) -> tuple[float, _Bounds, Floats, int]:
-    """The largest absolute entry, the size, the Gram matrix and the longer side of a matrix."""
+def _summed(blocks: _Blocks, exponent: int) -> tuple[float, _Bounds, Floats, int]:
+    """The largest absolute entry, the size, the Gram matrix and the longer side of a divided matrix."""
     gram: Floats = np.zeros((0, 0))
     squares: list[Floats] = []
     largest, longer = 0.0, 0
-    for block in blocks:
-        # Not max(), which may drop a number that is none.
-        largest = float(np.maximum(largest, np.max(np.abs(block))))
-        wide = block.T if is_high else block
-        product = wide @ wide.T
-        gram = np.add(gram, product, out=gram) if longer else product
-        own = np.einsum("ij,ij->i", block, block)
-        squares = [*squares, own] if is_high or not longer else [squares[0] + own]
+    for begin in range(0, blocks.count, _TOGETHER):
+        number = min(_TOGETHER, blocks.count - begin)
+        parts = blocks.shared(partial(_sized, blocks, exponent, begin), number)
+        for _, own_largest, own in parts:
+            # Not max(), which may drop a number that is none.
+            largest = float(np.maximum(largest, own_largest))
+            squares = [*squares, own] if blocks.is_high or not squares else [squares[0] + own]
+        together = np.concatenate([block for block, _, _ in parts], axis=0 if blocks.is_high else 1)
+        wide = together.T if blocks.is_high else together
+        gram = gram if longer else np.zeros((len(wide), len(wide)))
+        _add_gram(gram, wide, blocks.shared)
         longer += wide.shape[1]
+    for begin in range(_PANEL, len(gram), _PANEL):
+        gram[:begin, begin : begin + _PANEL] = gram[begin : begin + _PANEL, :begin].T
     norm = math.sqrt(np.sum(np.concatenate(squares))) if squares else 0.0
     relative = _gamma(len(gram) + longer + 4)
     return largest, _Bounds(norm * (1 - relative), norm * (1 + relative)), gram, longer
+
+
+def _sized(blocks: _Blocks, exponent: int, begin: int, number: int) -> tuple[Floats, float, Floats]:
+    """A divided block, its largest absolute entry, and the squared norms of its rows."""
+    block = blocks.block(begin + number)
+    with np.errstate(over="ignore", invalid="ignore"):
+        divided = np.ldexp(block, -exponent) if exponent else block
+        return divided, float(np.max(np.abs(divided))), np.einsum("ij,ij->i", divided, divided)
+
+
+def _add_gram(gram: Floats, wide: Floats, shared: Shared) -> None:
+    """Add M Mᵀ in and below the diagonal; the largest parts begin first."""
+    begins = range(0, len(gram), _PANEL)[::-1]
+
+    def add(number: int) -> None:
+        begin, end = begins[number], begins[number] + _PANEL
+        with np.errstate(over="ignore", invalid="ignore"):
+            gram[begin:end, :end] += wide[begin:end] @ wide[:end].T
+
+    shared(add, len(begins))
 
 
 def _relative_norms(original: _Measured, residual: _Measured, error: float) -> tuple[float, float]:
@@ -334,15 +391,18 @@ def _spectral_below(matrix: _Measured) -> float:
         x = np.asarray(np.linalg.solve(shift * np.eye(n) - matrix.gram, start), np.float64)
     x = x / np.max(np.abs(x))
     length = float(np.linalg.norm(x)) * (1 + _gamma(n + 4))
-    images = [float(np.linalg.norm(_image(matrix, block, x))) for block in matrix.blocks()]
+    images = matrix.blocks.shared(
+        lambda number: float(np.linalg.norm(_image(matrix, number, x))), matrix.blocks.count
+    )
     image = math.hypot(*images) * (1 - _gamma(matrix.longer + 2 * len(images) + 2))
     return (image / length - _gamma(n) * matrix.size.above) * (1 - 8 * _UNIT)
 
 
-def _image(matrix: _Measured, block: Floats, x: Floats) -> Floats:
+def _image(matrix: _Measured, number: int, x: Floats) -> Floats:
+    block = matrix.blocks.block(number)
     safe = np.ldexp(block, -matrix.exponent) if matrix.exponent else block
     # Not by the lengths: a block of a high matrix may be square.
-    return safe @ x if matrix.is_high else safe.T @ x
+    return safe @ x if matrix.blocks.is_high else safe.T @ x
 
 
 def _top(gram: Floats) -> tuple[float, Floats | None]:

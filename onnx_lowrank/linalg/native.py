@@ -31,12 +31,12 @@ def _routine(library: str, name: str) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None)(pointer)
 
 
-def _call(library: str, name: str, *arguments: str | int | float | Floats) -> None:
+def _call(library: str, name: str, *arguments: str | int | float | NDArray[Any]) -> None:
     """Call a routine. All of Fortran's arguments are addresses; arrays are given as they lie in memory."""
     _routine(library, name)(*(_address(argument) for argument in arguments))
 
 
-def _address(argument: str | int | float | Floats) -> Any:
+def _address(argument: str | int | float | NDArray[Any]) -> Any:
     if isinstance(argument, np.ndarray):
         return ctypes.c_void_p(argument.ctypes.data)
     if isinstance(argument, str):

@@ -25,7 +25,7 @@ from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.errors import PlanError
 from onnx_lowrank.linalg import gram, selection, sparse, tied
 from onnx_lowrank.linalg.activations import corrected_mean, fit, output_error, output_fit, products
-from onnx_lowrank.linalg.backend import Backend
+from onnx_lowrank.linalg.backend import Backend, in_turn
 from onnx_lowrank.linalg.certificate import certify, certify_weight, taken
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
@@ -131,12 +131,13 @@ def fitted(item: FactorsItem, backend: Backend) -> FittedLayer:
     )
     if factors is None:
         stored = stored_as(factorize(weight, item.option, backend, dtype), dtype)
-        return FittedLayer(stored, certify(weight, stored), LayerFit(Fit.WEIGHTS))
+        return FittedLayer(stored, certify(weight, stored, backend.shared or in_turn), LayerFit(Fit.WEIGHTS))
     stored = stored_as(factors, dtype)
     del factors  # For a large layer these are gigabytes that the certificate needs.
     lost = _lost(item, weight, item.option, stored, moments, way) if item.centred else None
     loss = held_error(weight, stored, moments, centred=item.centred)
-    return FittedLayer(stored, certify(weight, stored), LayerFit(moments.fit, error=loss), lost)
+    proof = certify(weight, stored, backend.shared or in_turn)
+    return FittedLayer(stored, proof, LayerFit(moments.fit, error=loss), lost)
 
 
 def _sparse(item: FactorsItem, weight: NDArray[Any], moments: LayerMoments) -> FittedLayer:
@@ -285,7 +286,10 @@ class CertificateItem:
 def certificate(item: CertificateItem, backend: Backend) -> Certificate:
     """Certify factors or a weight; the host computes this for every device."""
     weight = item.weight.read()
-    return certify(weight, item.made) if isinstance(item.made, Factors) else certify_weight(weight, item.made)
+    shared = backend.shared or in_turn
+    if isinstance(item.made, Factors):
+        return certify(weight, item.made, shared)
+    return certify_weight(weight, item.made, shared)
 
 
 def activation_factors(

@@ -12,6 +12,7 @@ from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.certificate import certify, certify_weight
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
+from onnx_lowrank.work.executor import Threads
 
 CPU = resolve("cpu")
 
@@ -38,11 +39,24 @@ def test_the_blocks_of_a_certificate_do_not_matter(shape, fold, k, block, dtype,
     stored = factorize(weight, Option(fold, k, 1), CPU).astype(np.dtype(dtype))
     whole, product = certify(weight, stored), certify_weight(weight, compose(stored))
     monkeypatch.setattr(certificate, "_BLOCK", block)
+    monkeypatch.setattr(certificate, "_PANEL", 5)
     monkeypatch.setattr(certificate, "_ITERATED", 4)
     again = certify(weight, stored), certify_weight(weight, compose(stored))
     for expected, found in zip((whole, product), again, strict=True):
         np.testing.assert_allclose(found.spectral, expected.spectral, rtol=1e-9)
         np.testing.assert_allclose(found.frobenius, expected.frobenius, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 20), (1, 30, 12), (2, 6, 8, 3, 3)])
+def test_idle_threads_change_no_bit_of_a_certificate(shape, monkeypatch):
+    weight = drawn(shape, np.float32)
+    stored = factorize(weight, Option(Fold.ENCODE, 2, 2), CPU).astype(np.dtype(np.float32))
+    monkeypatch.setattr(certificate, "_BLOCK", 20)
+    monkeypatch.setattr(certificate, "_PANEL", 5)
+    alone = certify(weight, stored), certify_weight(weight, compose(stored))
+    with Threads(CPU, number=3) as threads:
+        shared = threads.backend.shared
+        assert (certify(weight, stored, shared), certify_weight(weight, compose(stored), shared)) == alone
 
 
 @pytest.mark.parametrize("block", [3, 11, 1000])

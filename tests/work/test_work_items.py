@@ -204,9 +204,9 @@ def test_all_threads_certify_at_once_while_each_fits_alone(monkeypatch):
     """The memory of a GPU that holds one layer is for one at a time; what the host does is not."""
     meeting = threading.Barrier(3, timeout=30)
 
-    def certified(weight, factors):
+    def certified(weight, factors, shared):
         meeting.wait()
-        return certify(weight, factors)
+        return certify(weight, factors, shared)
 
     monkeypatch.setattr("onnx_lowrank.work.fitting.certify", certified)
     items = [FactorsItem(weight_of((1, 40, 30), seed), Option(Fold.ENCODE, 1, 5)) for seed in range(3)]
