@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Array, Factors
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.errors import PlanError
-from onnx_lowrank.linalg.backend import LARGE, Backend, array_namespace, eigenvectors
+from onnx_lowrank.linalg import native
+from onnx_lowrank.linalg.backend import LARGE, Backend, array_namespace, eigenvectors, one_blas_thread
 from onnx_lowrank.linalg.folding import fold, side, split
 from onnx_lowrank.linalg.gram import column_blocks, row_grams
+
+_MANY = 512
+"""The least number of eigenvectors of which a part is computed alone."""
 
 
 def factorize(
@@ -89,14 +93,23 @@ def _gram_svd(matrices: Array, j: int, backend: Backend) -> tuple[Array, Array, 
 def _projected(matrices: Array, j: int, backend: Backend) -> tuple[Array, Array, Array]:
     """As `_gram_svd`, for matrices that are not higher than wide."""
     xp = array_namespace(matrices)
-    vectors = eigenvectors(row_grams(matrices, backend))
-    u = xp.flip(vectors[..., matrices.shape[-2] - j :], axis=-1)
+    u = xp.flip(_top_eigenvectors(row_grams(matrices, backend), j), axis=-1)
     transposed = xp.matrix_transpose(u)
     projected = xp.concat([xp.matmul(transposed, part) for part in column_blocks(matrices)], axis=-1)
     # Not `vector_norm`: CuPy compiles a kernel for it, which takes longer than all factors of a model.
     sigma = xp.sqrt(xp.sum(projected * projected, axis=-1))
     divisor = xp.where(sigma > 0, sigma, xp.ones_like(sigma))
     return u, sigma, projected / divisor[..., None]
+
+
+def _top_eigenvectors(grams: Array, j: int) -> Array:
+    """The eigenvectors of the j largest eigenvalues, by ascending eigenvalues; for few of many only these."""
+    *stack, size, _ = grams.shape
+    if array_namespace(grams) is not np or size < _MANY or 2 * j > size:
+        return eigenvectors(grams)[..., size - j :]
+    with one_blas_thread(solvers=True):
+        vectors = [native.top_eigenvectors(gram, j) for gram in grams.reshape(-1, size, size)]
+    return np.array(vectors).reshape(*stack, size, j)
 
 
 def balance(u: Array, sigma: Array, vt: Array) -> tuple[Array, Array]:

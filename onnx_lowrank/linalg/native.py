@@ -93,5 +93,41 @@ def eigenvalues_of_band(band: Floats) -> Floats:
     return diagonal
 
 
+def top_eigenvectors(symmetric: Floats, count: int) -> Floats:
+    """The eigenvectors of the largest eigenvalues, as columns, by ascending eigenvalues.
+
+    Only these are computed, with multiple relatively robust representations (I. Dhillon and B. Parlett,
+    Multiple representations to compute orthogonal eigenvectors of symmetric tridiagonal matrices, 2004).
+
+    Args:
+        symmetric: Shape (n, n).
+        count: Their number, from 1 to n.
+
+    Returns:
+        Shape (n, count).
+
+    Raises:
+        numpy.linalg.LinAlgError: The computation fails.
+    """
+    size = len(symmetric)
+    reflectors = np.array(symmetric, np.float64, order="C")
+    diagonal, beside, factors = np.empty(size), np.empty(size), np.empty(size)
+    work, state, numbers = np.empty(64 * size), np.zeros(1, np.int32), np.empty(10 * size, np.int32)
+    sizes = size, reflectors, size, diagonal, beside, factors, work, work.size, state
+    _call("cython_lapack", "dsytrd", "L", *sizes)
+    values, vectors = np.empty(size), np.empty((count, size))
+    supports, found, robust = np.empty(2 * count, np.int32), np.empty(1, np.int32), np.zeros(1, np.int32)
+    wanted = 0.0, 0.0, size - count + 1, size, found, values, vectors, size, count, supports, robust
+    _call(
+        *("cython_lapack", "dstemr", "V", "I", size, diagonal, beside, *wanted),
+        *(work, work.size, numbers, numbers.size, state),
+    )
+    if state[0] or found[0] != count:
+        raise np.linalg.LinAlgError("Eigenvectors did not converge")
+    rotated = size, count, reflectors, size, factors, vectors, size, work, work.size, state
+    _call("cython_lapack", "dormtr", "L", "L", "N", *rotated)
+    return vectors.T
+
+
 def _stride(matrix: Floats) -> int:
     return matrix.strides[0] // matrix.itemsize

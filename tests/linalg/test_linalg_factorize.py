@@ -253,6 +253,20 @@ def test_certificate_is_of_the_encode_matrix_whatever_the_fold(shape, fold, k):
     np.testing.assert_allclose(certificate.frobenius, total, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(2, 12, 20), (1, 30, 12), (1, 6, 8, 3, 3)])
+def test_a_part_of_the_eigenvectors_gives_the_same_factors(shape, monkeypatch):
+    weight = np.random.default_rng(23).standard_normal(shape).astype(np.float32)
+    for fold in folds_of(shape[3:]):
+        option = Option(fold, 2, min(matrix_shape(shape, fold, 2)[2:]) // 2)
+        every = factorize(weight, option, CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr("onnx_lowrank.linalg.factorize._MANY", 2)
+            patch.setattr("onnx_lowrank.linalg.factorize.eigenvectors", None)
+            part = factorize(weight, option, CPU)
+        np.testing.assert_allclose(part.encoder, every.encoder, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(part.decoder, every.decoder, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-150, 1e-30, 1e30, 1e150])
 def test_certificate_does_not_depend_on_the_scale(scale):
     weight = np.random.default_rng(20).standard_normal((1, 12, 20)) * scale

@@ -53,3 +53,24 @@ def test_the_eigenvalues_of_a_band(size: int, width: int) -> None:
 def test_numbers_that_are_none_are_told() -> None:
     with pytest.raises(np.linalg.LinAlgError, match="did not converge"):
         native.eigenvalues_of_band(np.full((5, 3), np.nan))
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+@pytest.mark.parametrize("rank", [0, 2, 20])
+@pytest.mark.parametrize("scale", [1e-70, 1.0, 1e70])
+def test_top_eigenvectors_span_what_the_largest_eigenvalues_hold(scale: float, rank: int, count: int) -> None:
+    rng = np.random.default_rng(4)
+    basis = np.linalg.qr(rng.standard_normal((20, 20)))[0]
+    values = np.where(np.arange(20) < rank, 20.0 - np.arange(20), 0) * scale
+    matrix = (basis * values) @ basis.T
+    before = matrix.copy()
+    vectors = native.top_eigenvectors((matrix + matrix.T) / 2, count)
+    np.testing.assert_array_equal(matrix, before)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), rtol=0, atol=1e-13)
+    found = np.einsum("ij,ik,kj->j", vectors, matrix, vectors)
+    np.testing.assert_allclose(found, values[:count][::-1], rtol=0, atol=1e-13 * 20 * scale)
+
+
+def test_eigenvectors_of_numbers_that_are_none_are_told() -> None:
+    with pytest.raises(np.linalg.LinAlgError, match="did not converge"):
+        native.top_eigenvectors(np.full((5, 5), np.nan), 2)
