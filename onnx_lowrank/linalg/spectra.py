@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 from onnx_lowrank.core.factors import Array, Spectra
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.linalg import banded
-from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvalues
+from onnx_lowrank.linalg.backend import Backend, array_namespace, eigenvalues, in_turn
 from onnx_lowrank.linalg.folding import fold as fold_slices
 from onnx_lowrank.linalg.folding import side
-from onnx_lowrank.linalg.gram import row_grams
+from onnx_lowrank.linalg.gram import column_blocks, row_grams
+
+_KNOWN = 256
+"""The least size of Gram matrices of which known entries are copied."""
 
 
 def spectra(
@@ -128,11 +132,56 @@ def _column_grams(
         coarser = sources[k]
         if coarser is None:
             matrices = fold_slices(weight, fold, k)
-            gram = row_grams(array_namespace(matrices).matrix_transpose(matrices), backend)
+            matrices = array_namespace(matrices).matrix_transpose(matrices)
+            gram = _with_known(matrices, grams, backend)
         else:
             gram = diagonal_blocks(grams[coarser], k // coarser)
         _keep(grams, k, gram, sources)
         yield k, gram
+
+
+def _with_known(matrices: Array, grams: Mapping[int, Array], backend: Backend) -> Array:
+    """M Mᵀ of transposed slices; the entries that Gram matrices of coarser slices hold are copied.
+
+    Args:
+        matrices: The transposes of the slices, shape (g, k, n, rows).
+        grams: Gram matrices of coarser slices, by their number, shape (g, number, size, size).
+        backend: The device of the matrices, with the idle threads.
+    """
+    g, k, n, _ = matrices.shape
+    if array_namespace(matrices) is not np or not grams or n < _KNOWN:
+        return row_grams(matrices, backend)
+    coarser = grams[max(grams)]
+
+    def gram(number: int) -> Array:
+        group, i = divmod(number, k)
+        return _filled(matrices[group, i], i * n, coarser[group])
+
+    run = backend.shared or in_turn
+    return np.array(run(gram, g * k)).reshape(g, k, n, n)
+
+
+def _filled(matrix: Array, begin: int, known: Array) -> Array:
+    """M Mᵀ of rows of a matrix, of which a part is known.
+
+    Args:
+        matrix: M, shape (n, columns), any real dtype.
+        begin: The number of the first of these rows.
+        known: The Gram matrices of consecutive rows, shape (count, size, size).
+    """
+    n, size = len(matrix), known.shape[-1]
+    inner = range(begin // size * size + size, begin + n, size)
+    pieces = [slice(*pair) for pair in pairwise((0, *(cut - begin for cut in inner), n))]
+    gram = np.zeros((n, n))
+    for part in column_blocks(matrix) if inner else ():
+        for piece in pieces[:-1]:
+            gram[piece.stop :, piece] += part[piece.stop :] @ part[piece].T
+    for piece in pieces:
+        which, first = divmod(begin + piece.start, size)
+        own = slice(first, first + piece.stop - piece.start)
+        gram[piece, piece] = known[which, own, own]
+        gram[piece, piece.stop :] = gram[piece.stop :, piece].T
+    return gram
 
 
 def _sources(order: Sequence[int], nests: Callable[[int, int], bool]) -> dict[int, int | None]:

@@ -7,6 +7,7 @@ from linalg_reference import CASES, SHAPES, divisors, folds_of, naive_fold, plan
 
 from devices import fake
 from onnx_lowrank.core.option import Fold
+from onnx_lowrank.linalg import spectra as spectra_module
 from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.linalg.spectra import spectra
 
@@ -70,6 +71,17 @@ def test_any_choice_of_slices_including_several_chains_of_divisors(counts, featu
         assert set(found) == {(fold, k) for k in counts}
         for k in counts:
             assert_by_gram(found[fold, k], reference(weight, fold, k))
+
+
+@pytest.mark.parametrize("counts", [[2, 3], [3, 4, 6], [4, 6, 7, 12, 14], [2, 3, 12], divisors(84)])
+def test_entries_of_coarser_gram_matrices_are_copied(counts, monkeypatch):
+    weight = np.random.default_rng(11).integers(-4, 5, (2, 50, 84)).astype(np.float32)
+    apart = {k: spectra(weight, {Fold.ENCODE: [k]}, CPU)[Fold.ENCODE, k] for k in counts}
+    monkeypatch.setattr(spectra_module, "_KNOWN", 1)
+    together = spectra(weight, {Fold.ENCODE: counts}, CPU)
+    for k in counts:
+        # All Gram matrices are exact.
+        np.testing.assert_array_equal(together[Fold.ENCODE, k], apart[k])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
