@@ -68,7 +68,7 @@ def _reflectors(panel: Floats) -> tuple[Floats, Floats, Floats]:
     """
     raw, factors = np.linalg.qr(panel.T, mode="raw")
     count = min(panel.shape)
-    rows = np.triu(raw[:count], 1)
+    rows = np.array(np.triu(raw[:count], 1), order="C")  # of NumPy, raw has contiguous columns
     np.fill_diagonal(rows, 1)
     # LAPACK leaves out the reflection of a column that is zero below the diagonal.
     left_out = factors == 0
