@@ -29,7 +29,7 @@ _BLOCK = 1 << 20
 _TOGETHER = 4
 """Blocks that are in memory at once; threads share them."""
 
-_PANEL = 512
+_PANEL = 256
 """Rows of a part of a Gram matrix that one thread computes."""
 
 _ITERATED = 1024
