@@ -107,8 +107,11 @@ def _top_eigenvectors(grams: Array, j: int) -> Array:
     *stack, size, _ = grams.shape
     if array_namespace(grams) is not np or size < _MANY or 2 * j > size:
         return eigenvectors(grams)[..., size - j :]
-    with one_blas_thread(solvers=True):
-        vectors = [native.top_eigenvectors(gram, j) for gram in grams.reshape(-1, size, size)]
+    try:
+        with one_blas_thread(solvers=True):
+            vectors = [native.top_eigenvectors(gram, j) for gram in grams.reshape(-1, size, size)]
+    except np.linalg.LinAlgError:  # The method for all of them is slower, and seldom fails.
+        return eigenvectors(grams)[..., size - j :]
     return np.array(vectors).reshape(*stack, size, j)
 
 

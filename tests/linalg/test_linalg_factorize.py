@@ -375,3 +375,17 @@ def test_nothing_is_proved_of_factors_that_are_not_finite(value):
         found = certify(weight, factors)
     assert found.spectral[0] == found.frobenius[0] == np.inf
     assert found.spectral[1] < 1
+
+
+def test_all_eigenvectors_are_computed_where_a_part_fails(monkeypatch):
+    def failing(gram, count):
+        raise np.linalg.LinAlgError
+
+    weight = np.random.default_rng(5).standard_normal((1, 24, 40, 1, 1)).astype(np.float32)
+    option = Option(Fold.ENCODE, 1, 6)
+    usual = factorize(weight, option, CPU)
+    monkeypatch.setattr("onnx_lowrank.linalg.factorize._MANY", 2)
+    monkeypatch.setattr("onnx_lowrank.linalg.native.top_eigenvectors", failing)
+    again = factorize(weight, option, CPU)
+    assert np.array_equal(again.encoder, usual.encoder)
+    assert np.array_equal(again.decoder, usual.decoder)
