@@ -24,6 +24,7 @@ from onnx_lowrank.engines.engine import (
     materialized,
     one_line,
 )
+from onnx_lowrank.engines.node_times import KERNEL, Runs, runs_of
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.scopes import scopes
@@ -69,6 +70,19 @@ class Executed:
             n for name, n in self.runs.items() if name.startswith(_INLINED) and name.endswith(f"_{node}")
         )
         return self.runs.get(node, 0) + sum(inlined)
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """A session that notes the times of its nodes.
+
+    Attributes:
+        run: Runs the model once.
+        finish: Ends the session's profile and returns the times of all runs; to be called once.
+    """
+
+    run: Callable[[], object]
+    finish: Callable[[], Runs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +143,32 @@ class Runtime:
 
             yield run_bound
 
+    @property
+    def times_nodes(self) -> bool:
+        """Whether profiles have the times that nodes take; other providers note when nodes are queued."""
+        return self.provider == "CPUExecutionProvider"
+
+    @contextmanager
+    def profiled(self, model: Model, feed: Feed, threads: int) -> Iterator[Profiled]:
+        """Load a model as it is deployed, to time its nodes in repeated runs on the same inputs.
+
+        Args:
+            model: The model.
+            feed: The inputs.
+            threads: As for `ready`.
+
+        Raises:
+            UnsupportedError: The runtime does not accept the model.
+        """
+        options = self._options(is_deployed=True)
+        options.intra_op_num_threads = threads
+        options.enable_profiling = True
+        with materialized(model, is_deployed=True) as source, TemporaryDirectory() as folder:
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._session(source, options)
+            run = self._run(session, source)
+            yield Profiled(lambda: run(feed), lambda: runs_of(_events(session)))
+
     def executed(self, model: Model, feeds: Iterable[Feed]) -> Executed:
         """Count the runs of all nodes on these inputs, with those in bodies and functions.
 
@@ -146,10 +186,8 @@ class Runtime:
             run = self._run(session, source)
             for feed in feeds:
                 run(feed)
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        suffix = "_kernel_time"
-        names = (event["name"] for event in events if event.get("cat") == "Node")
-        return Executed(Counter(name.removesuffix(suffix) for name in names if name.endswith(suffix)))
+            names = (event["name"] for event in _events(session) if event.get("cat") == "Node")
+        return Executed(Counter(name.removesuffix(KERNEL) for name in names if name.endswith(KERNEL)))
 
     def fused(self, model: Model) -> dict[str, int]:
         """Count the runtime's own operators in a model once it is optimized, by operator type.
@@ -212,6 +250,12 @@ class Runtime:
                 return dict(zip(names, session.run(names, dict(feed)), strict=True))
 
         return run
+
+
+def _events(session: Any) -> list[dict[str, Any]]:
+    """End the profile of a session and read its events."""
+    events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return events
 
 
 @contextmanager
