@@ -14,7 +14,7 @@ from rich.console import Console
 
 from onnx_lowrank import BudgetError, InputError, compress
 from onnx_lowrank.allocate.times import WORTHWHILE
-from onnx_lowrank.budgets.latency import measured, whole
+from onnx_lowrank.budgets.latency import isolated, whole
 from onnx_lowrank.budgets.latency.clock import Pace
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.documents import plans
@@ -637,7 +637,7 @@ def folder(tmp_path, monkeypatch):
     """The user's cache folder; what is measured is not measured long."""
     monkeypatch.setattr(whole, "_PACE", Pace(seconds=0.0))
     for name in ("_LAYERS", "_CHAINS"):
-        monkeypatch.setattr(measured, name, Pace(seconds=0.0))
+        monkeypatch.setattr(isolated, name, Pace(seconds=0.0))
     monkeypatch.setattr("onnx_lowrank.budgets.latency.cache.user_cache_path", lambda name: tmp_path / name)
     return tmp_path
 

@@ -47,6 +47,11 @@ class Recorded(Stopwatch):
         self.cost = cost
         self.timed = 0
 
+    @property
+    def times_nodes(self) -> bool:
+        """No profile is made: the rule gives the times of layers, too."""
+        return False
+
     def times(self, models: Sequence[Timed], pace: Pace) -> list[int]:
         """The rule's times."""
         self.timed += len(models)

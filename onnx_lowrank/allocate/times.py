@@ -47,6 +47,51 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Narrowed:
+    """The times of a layer and of its partners at smaller widths.
+
+    Attributes:
+        keeps: The times of the partners, and of the layer, at full width.
+        curves: Their relative times, by width; the full width is among them.
+        gain: As for `Times`.
+    """
+
+    keeps: tuple[int, ...]
+    curves: tuple[Curve, ...]
+    gain: float = 1.0
+
+    def members(self, widths: Ints) -> tuple[Ints, ...]:
+        """The times of the partners, and of the layer, at these widths; width 0 is the full one."""
+        return tuple(
+            np.where(widths > 0, _inside(keep, curve.at(widths), self.gain), keep)
+            for keep, curve in zip(self.keeps, self.curves, strict=True)
+        )
+
+    def saved(self, widths: Ints) -> Ints:
+        """The time that all save together at these widths; 0 if it is too little to be worth it."""
+        whole = sum(self.keeps)
+        left = np.sum(self.members(widths), axis=0)
+        return np.where(left < WORTHWHILE * whole, whole - left, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The relative times of a layer that shares an encoder, by rank.
+
+    Attributes:
+        layer: The id of the layer.
+        first: With the encoder.
+        other: Without it.
+        gain: As for `Times`.
+    """
+
+    layer: str
+    first: Curve
+    other: Curve
+    gain: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Times:
     """The times of a layer in its model, in nanoseconds.
 
@@ -54,38 +99,72 @@ class Times:
         keep: The time of the kept layer, all uses together.
         curves: The relative times of its decompositions.
         gain: The saving of an option inside the model over its isolated saving; 1 if it is unknown.
+        narrowed: The times at smaller widths; None if they are unknown.
+        shared: The times with a shared encoder; None if they are unknown.
     """
 
     keep: int
     curves: Mapping[tuple[Fold, int], Curve]
     gain: float = 1.0
+    narrowed: Narrowed | None = None
+    shared: Shared | None = None
 
     def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
         """The times of a decomposition at these ranks, ascending; the layer's time if none was measured."""
         curve = self.curves.get((fold, k))
         shares = np.ones(len(ranks)) if curve is None else curve.at(ranks)
-        saved = 1 - shares
-        # The gain may be negative: without this test, an option that is slower in isolation would save time.
-        left = np.rint(self.keep * (1 - np.where(saved > 0, self.gain * saved, saved)))
-        # An option may save more in the model than in isolation, but no time is negative. A number that is
-        # too large would become a negative integer and make the slowest option the cheapest.
-        costs: Ints = np.clip(left, 0, _LONGEST).astype(np.int64)
-        return costs
+        return _inside(self.keep, shares, self.gain)
 
     def cost(self, option: Option | None) -> int:
         """The time of an option; None is the kept layer."""
         if option is None:
             return self.keep
+        if option.lowering in (Lowering.NARROW, Lowering.SHARED):
+            return int(self.together(option, np.array([option.j]))[0])
         return int(self.costs(option.fold, option.k, np.array([option.j]))[0])
 
-    def is_cheaper(self, costs: Ints) -> NDArray[np.bool_]:
-        """Whether each of these times is clearly below the time of the kept layer."""
-        return costs < WORTHWHILE * self.keep
+    def is_cheaper(self, costs: Ints, keep: int | None = None) -> NDArray[np.bool_]:
+        """Whether each of these times is clearly below the time of the kept layer, or of several."""
+        return costs < WORTHWHILE * (self.keep if keep is None else keep)
+
+    def together(self, option: Option, ranks: Ints) -> Ints:
+        """The times at these widths less what partners save, or at these ranks of a shared encoder."""
+        if option.lowering is Lowering.NARROW:
+            return self.keep - (np.zeros_like(ranks) if self.narrowed is None else self.narrowed.saved(ranks))
+        if self.shared is None:
+            return np.full_like(ranks, self.keep)
+        curve = self.shared.first if option.encoder == self.shared.layer else self.shared.other
+        return _inside(self.keep, curve.at(ranks), self.shared.gain)
+
+    def members(self, widths: Ints) -> tuple[Ints, ...]:
+        """The own times of the partners, and of the layer, at these widths; width 0 is the full one."""
+        return () if self.narrowed is None else self.narrowed.members(widths)
+
+    def knows(self, option: Option) -> bool:
+        """Whether the option, or another rank of its kind, was measured."""
+        match option.lowering:
+            case Lowering.NARROW:
+                return self.narrowed is not None
+            case Lowering.SHARED:
+                return self.shared is not None
+            case _:
+                return (option.fold, option.k) in self.curves
 
     def lowering(self, fold: Fold, k: int) -> Lowering:
         """The operators with which the chains of a decomposition were fastest."""
         curve = self.curves.get((fold, k))
         return Lowering.NATIVE if curve is None else curve.lowering
+
+
+def _inside(keep: int, shares: NDArray[np.float64], gain: float) -> Ints:
+    """The times inside a model, given relative times in isolation, and the gain of the model."""
+    saved = 1 - shares
+    # The gain may be negative: without this test, an option that is slower in isolation would save time.
+    left = np.rint(keep * (1 - np.where(saved > 0, gain * saved, saved)))
+    # An option may save more in the model than in isolation, but no time is negative. A number that is
+    # too large would become a negative integer and make the slowest option the cheapest.
+    costs: Ints = np.clip(left, 0, _LONGEST).astype(np.int64)
+    return costs
 
 
 def faster(one: Curve, other: Curve) -> Curve:
@@ -162,9 +241,6 @@ def middle_rank(ranks: Sequence[int]) -> int:
     return ranks[len(ranks) // 2]
 
 
-def sampled(ranks: Sequence[int], most: int = 5) -> list[int]:
-    """The ranks to measure: the first, the last, and some between them, denser at the low end."""
-    if len(ranks) <= most:
-        return list(ranks)
-    indices = np.unique(np.rint(np.geomspace(1, len(ranks), most)).astype(int) - 1)
-    return [ranks[index] for index in indices]
+def sampled(ranks: Sequence[int]) -> list[int]:
+    """The ranks to measure: the first, the middle one and the last; times are nearly affine in the rank."""
+    return sorted({ranks[0], middle_rank(ranks), ranks[-1]})

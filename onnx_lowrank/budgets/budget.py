@@ -250,6 +250,19 @@ class Gauge(Meter):
         """
 
     @abstractmethod
+    def measure_together(
+        self, narrow: Sequence[Layer], shared: Sequence[Layer], grid: Grid[Costs], step: Step
+    ) -> None:
+        """Measure layers that change together with others and have not been measured yet.
+
+        Args:
+            narrow: The layers that may be narrowed with their partners.
+            shared: The layers that may share an encoder.
+            grid: The ranks to choose from.
+            step: Receives the share that is done.
+        """
+
+    @abstractmethod
     def predicted(self, options: Mapping[str, Option]) -> int:
         """The predicted cost of the model with these layers rewritten."""
 
@@ -264,7 +277,7 @@ class Gauge(Meter):
 
     @abstractmethod
     def kinds(self, options: Mapping[str, Option]) -> Set[str]:
-        """The kinds of these layers; layers of one kind are alike."""
+        """The kinds of these layers, and how they change; layers of one kind are alike."""
 
     @abstractmethod
     def remember(self, options: Mapping[str, Option], ratio: float) -> None:

@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import nan, prod
 from typing import Any
@@ -33,7 +33,7 @@ from onnx.helper import (
 
 from onnx_lowrank.core.factors import Certificate, Factors
 from onnx_lowrank.core.layer import Layer, Use
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.shapes import infer
@@ -45,7 +45,8 @@ from onnx_lowrank.operators.family import Operator, Timed
 from onnx_lowrank.rewrite.replace import Replacement, rewrite
 
 _IR_VERSION = 8
-_INPUT, _OUTPUT, _WEIGHT, _BIAS = "x", "y", "w", "bias"
+_INPUT, _ENTRY, _OUTPUT, _WEIGHT, _BIAS = "x", "entry", "y", "w", "bias"
+_POOLING = "MaxPool"
 _BLOCK = 2**16 - 1  # odd, so that no two columns of a weight are alike
 
 
@@ -79,6 +80,17 @@ class Micro:
         """Number of bytes of the layer's weight and of the other stored tensors."""
         elements = sum(prod(tensor.dims) for tensor in self.structure.graph.initializer)
         return elements * self.dtype.itemsize
+
+    def own(self, nodes: Sequence[tuple[str, float]]) -> float:
+        """The time of the layer, or of its chain, without the poolings around it (rule 2).
+
+        Args:
+            nodes: The operator types and the times of all nodes of its model, in the order in which they run.
+        """
+        around = [index for index, (op, _) in enumerate(nodes) if op == _POOLING]
+        if len(around) > 1 and self.structure.graph.node[0].op_type == _POOLING:
+            nodes = nodes[around[0] + 1 : around[-1]]
+        return max(1.0, sum(time for _, time in nodes))
 
     def chains(self) -> Chains:
         """The basis for the layer's chains."""
@@ -126,6 +138,65 @@ class Chains:
         hollow = replace(self.dense, proto=self.structure)
         return _digest(rewrite(hollow, self.walk, [chain], _without_numbers).model.proto)
 
+    def decoder(self, option: Option) -> Micro | None:
+        """The decoder of a chain of one slice as a layer of its own; None if it cannot be cut out.
+
+        This allocates no factors.
+        """
+        nothing = self.dtype.type(0)
+        chain = _replacement(self.binding, option, lambda shape, _: np.broadcast_to(nothing, shape))
+        hollow = replace(self.dense, proto=self.structure)
+        made = rewrite(hollow, self.walk, [chain], _without_numbers)
+        proto, names = made.model.proto, made.chains[self.binding.layer.id][0]
+        nodes = {node.name: node for node in proto.graph.node}
+        first, *_, last = (nodes[name] for name in names)
+        between = [value for name in names[:-1] for value in nodes[name].output if value in last.input]
+        known = infer(replace(self.dense, proto=proto), {})
+        shape = known.get(("", between[-1])) if between else None
+        if shape is None or None in shape:
+            return None
+        # The decoder reads what the encoder did, in the shape of the encoder's result.
+        entry = next(value for value in first.input if value in (_INPUT, _ENTRY))
+        last.input[list(last.input).index(between[-1])] = entry
+        sizes = tuple(n for n in shape if n is not None)
+        proto.graph.input[0].CopyFrom(
+            make_tensor_value_info(_INPUT, proto.graph.input[0].type.tensor_type.elem_type, sizes)
+        )
+        _prune(proto)
+        return Micro(_digest(proto), proto, sizes, self.dtype)
+
+
+def _prune(proto: ModelProto) -> None:
+    """Remove the nodes and the tensors of a model that its output does not need."""
+    needed, kept = {_OUTPUT}, []
+    for node in reversed(proto.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    stored = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
+    del proto.graph.node[:], proto.graph.initializer[:], proto.graph.value_info[:]
+    proto.graph.node.extend(reversed(kept))
+    proto.graph.initializer.extend(stored)
+
+
+def resized(walk: Walk, binding: Binding, index: int, f: int, c: int) -> Micro | None:
+    """One use of a layer that has other numbers of features and channels; None if it cannot be cut out.
+
+    Args:
+        walk: The model's walk.
+        binding: The layer as it is.
+        index: Number of the use.
+        f: Its output features.
+        c: Its input channels.
+    """
+    layer = replace(binding.layer, f=f, c=c)
+    made = micro(walk, replace(binding, layer=layer), index)
+    if made is None:
+        return None
+    (weight,) = (tensor for tensor in made.structure.graph.initializer if tensor.name == _WEIGHT)
+    # Some operators state the sizes of their weights elsewhere, too.
+    return made if prod(weight.dims) == layer.size else None
+
 
 def micro(walk: Walk, binding: Binding, index: int) -> Micro | None:
     """Cut one use of a layer out of its model.
@@ -158,7 +229,7 @@ def _structure(
     initializers = [TensorProto(name=_WEIGHT, data_type=kind, dims=timed.weight_shape)]
     inputs = {
         use.operand: _WEIGHT,
-        operator.activation(use.operand): "entry" if operator.surrounded else _INPUT,
+        operator.activation(use.operand): _ENTRY if operator.surrounded else _INPUT,
     }
     for index, shape in timed.others.items():
         inputs[index] = _BIAS if index == operator.bias else f"operand_{index}"
@@ -191,9 +262,9 @@ def _surrounded(copy: NodeProto, layer: Layer, kind: int) -> tuple[list[NodeProt
         tensors = [TensorProto(name=name, data_type=kind, dims=[layer.f]) for name in names]
         nodes.append(make_node("BatchNormalization", [behind, *names], ["normed"]))
         behind = "normed"
-    nodes = [make_node("MaxPool", [_INPUT], ["entry"], kernel_shape=window), *nodes]
+    nodes = [make_node(_POOLING, [_INPUT], [_ENTRY], kernel_shape=window), *nodes]
     nodes.append(make_node("Relu", [behind], ["active"]))
-    nodes.append(make_node("MaxPool", ["active"], [_OUTPUT], kernel_shape=window))
+    nodes.append(make_node(_POOLING, ["active"], [_OUTPUT], kernel_shape=window))
     return nodes, tensors
 
 
@@ -212,12 +283,15 @@ def _replacement(
         option: Its option.
         numbers: Makes a factor from a shape and a fan-in.
     """
-    groups, f, c, *_ = binding.layer.shape
-    encoder, decoder = option.fold.kernels(binding.layer.kernel)
+    layer, k, j = binding.layer, option.k, option.j
+    if option.lowering is Lowering.NARROW and layer.packs_own:
+        j = layer.at_width(j)[-1].f  # The decoder has the other features, too.
+    groups, f, c, *_ = layer.shape
+    encoder, decoder = option.fold.kernels(layer.kernel)
     factors = Factors(
         option.fold,
-        numbers((groups, option.k, option.j, c // option.k, *encoder), c // option.k * prod(encoder)),
-        numbers((groups, f, option.k, option.j, *decoder), option.k * option.j * prod(decoder)),
+        numbers((groups, k, j, c // k, *encoder), c // k * prod(encoder)),
+        numbers((groups, f, k, j, *decoder), k * j * prod(decoder)),
     )
     unknown = (nan,) * groups
     return Replacement(binding, option, factors, Certificate(unknown, unknown))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.probe.micro import micro, placeholder
+from onnx_lowrank.probe.micro import micro, placeholder, resized
 from rewriting import DTYPES, draw, found, model, run
 
 RNG = np.random.default_rng(11)
@@ -420,3 +420,67 @@ def test_placeholders_have_the_shapes_of_factors(name):
         assert factors.decoder.shape == (groups, f, option.k, option.j, *second)
         assert factors.encoder.dtype == factors.decoder.dtype == np.float16
         assert (factors.encoder > 0).all()
+
+
+# --- parts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ops", "time"),
+    [
+        (("ReorderInput", "MaxPool", "Conv", "Relu", "MaxPool", "ReorderOutput"), 4 + 8),
+        (("MaxPool", "Conv", "MaxPool"), 2),
+        (("Conv", "Relu"), 1 + 2),
+    ],
+)
+def test_the_poolings_around_a_layer_do_not_count(ops, time):
+    _, alone = cut(parsed(*CONVS["plain"]))
+    assert alone.own([(op, 2.0**n) for n, op in enumerate(ops)]) == time
+
+
+def test_all_nodes_of_a_matrix_count():
+    _, alone = cut(parsed(*MATRICES["Gemm"]))
+    assert alone.own([("MaxPool", 1.0), ("MatMul", 2.0), ("MaxPool", 4.0)]) == 7
+
+
+SHAREABLE = [name for name in ALL if "grouped" not in name and "transposed" not in name]
+
+
+@pytest.mark.parametrize("name", SHAREABLE)
+def test_a_decoder_alone_gives_what_its_chain_gives(name):
+    layer, alone = cut(parsed(*ALL[name]))
+    option = Option(layer.shared_fold, 1, 2)
+    ((_, chain),) = alone.chains().decomposed([option])
+    (wanted,) = run(chain.proto, alone.feed())
+    decoder = alone.chains().decoder(option)
+    (out,) = run(decoder.dense().proto, decoder.feed())
+    assert out.shape == wanted.shape
+    names = {tensor.name: tensor.dims for tensor in decoder.structure.graph.initializer}
+    assert "w_encoder" not in names
+    assert np.prod(names["w_decoder"]) == 2 * layer.f
+
+
+def test_a_decoder_has_a_key_of_its_own():
+    _, alone = cut(parsed(*MATRICES["Gemm"]))
+    made = alone.chains()
+    keys = {made.decoder(Option(Fold.ENCODE, 1, j)).key for j in (1, 2, 3)}
+    assert len(keys | {alone.key}) == 4
+
+
+@pytest.mark.parametrize("name", SHAREABLE)
+@pytest.mark.parametrize(("f", "c"), [(5, None), (None, 3)])
+def test_a_layer_of_another_size_runs_and_has_a_key_of_its_own(name, f, c):
+    of = found(parsed(*ALL[name]))
+    (binding,) = of.bindings
+    f, c = f or binding.layer.f, c or binding.layer.c
+    less = resized(of.walk, binding, 0, f, c)
+    run(less.dense().proto, less.feed())
+    weight = next(tensor for tensor in less.structure.graph.initializer if tensor.name == "w")
+    assert np.prod(weight.dims) == f * c * np.prod(binding.layer.kernel, dtype=int)
+    assert less.key != micro(of.walk, binding, 0).key
+
+
+def test_an_operator_that_states_its_sizes_has_no_other_size():
+    body = 'y = Einsum <equation = "ab,bc->ac"> (x, w)'
+    of = found(parsed(body, {"w": (8, 6)}, (5, 8)))
+    assert resized(of.walk, of.bindings[0], 0, 5, 8) is None

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 Clock = Callable[[], int]
 """Nanoseconds since a fixed moment."""
 
-_WARM_UP = 2
+WARM_UP = 2
+"""The runs of each function before those that are timed."""
+
 _LEAST, _MOST = 7, 10_000
 _SELDOM = 5  # the spread is computed once the rounds have grown by a fifth, as it disturbs the caches
 _NOTCH = 1.57
@@ -48,7 +50,7 @@ def interleaved(
         warm: Whether to run each function twice in a turn and to time the second run. That run finds its own
             data in the caches; a single run finds the data of the other functions.
     """
-    for _ in range(_WARM_UP):
+    for _ in range(WARM_UP):
         for run in runs:
             run()
     begin = clock()

@@ -2,24 +2,19 @@
 
 Rules:
 
-1. A layer is measured alone, in surroundings like those in the model (`probe.micro`). Its time is relative
-   to that of the whole model in the same turns. Layers that are alike are measured once.
-2. The time of an option is relative to that of its layer. First, every (fold, k) with MACs that permit a
-   gain is measured at one rank. Then those that can be best at some time are measured at more ranks.
-3. The saving of a layer inside the model can differ from its isolated saving (fusions, caches). `learn`
+1. Layers and options are measured in isolation (`isolated`).
+2. The saving of a layer inside the model can differ from its isolated saving (fusions, caches). `learn`
    scales predictions to the saving of a measured model. `correct` measures one model for every important
    kind of layer; it trusts a measurement more if the saving is large beside the noise. The prediction for
    options that were measured together in one model is that measurement.
-4. The time of a use in a body counts as often as the use ran. A layer without any run is kept.
-5. With several sets of shapes, times are the means over the sets by their weights. A layer has uses of its
-   own in every set; they are of other kinds if their shapes differ.
+3. The saving of layers that change together is learned for all of them at once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,20 +22,15 @@ from onnx_lowrank.allocate.cost import Costs, Line, Linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.allocate.times import (
-    Curve,
+    Narrowed,
     Times,
-    by_promise,
-    faster,
-    middle_rank,
-    sampled,
-    worth_measuring,
 )
 from onnx_lowrank.budgets.budget import Budget, Gauge
-from onnx_lowrank.budgets.latency.clock import Pace
-from onnx_lowrank.budgets.latency.scene import Scene, weighed
+from onnx_lowrank.budgets.latency.isolated import Isolated
+from onnx_lowrank.budgets.latency.kinds import chains, narrowed, shared
+from onnx_lowrank.budgets.latency.scene import Scene
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
 from onnx_lowrank.budgets.latency.whole import (
-    Call,
     Pair,
     Whole,
     call_times,
@@ -54,27 +44,12 @@ from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.outcome import LayerTime, Timing
 from onnx_lowrank.core.plan import Choice
-from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.measures import Errors
-from onnx_lowrank.probe.micro import Micro
 from onnx_lowrank.progress import Step
 
 _log = logging.getLogger(__name__)
 
-_LAYERS = Pace(seconds=4.0, spread=0.02)
-_FIRST_LOOK = Pace(seconds=0.0)
-_CHAINS = Pace(seconds=2.0, spread=0.02)
-_BUDGET = 240.0
-"""Approximate seconds to measure the chains of all layers; each chain gets a least number of rounds."""
-
-_LEAST_OPTIONS, _BUILT = 8, 2 * 2**30
-"""The options of a layer that are measured at a time: this number, or as many as make 2 GiB of models."""
-
-_EFFICIENCY = 0.5
-"""A chain may need only this share of the time of another chain with the same MACs."""
-
-_BUNCHES = 4  # the usual number of bunches in which the options of a layer are measured
 _GAINS = (-1.0, 1.5)
 """Credible ratios of a saving inside the model to the predicted one; others are measurement errors."""
 
@@ -84,26 +59,7 @@ _NOISE = 0.01
 _JUDGED = 16
 """The number of kinds of layers that are measured in the model: those with the largest savings."""
 
-_Key = tuple[Fold, int]
-
-
-@dataclass(slots=True)
-class _Kind:
-    """Uses that are alike.
-
-    Attributes:
-        micro: One of them, as a model.
-        time: The time of each, in nanoseconds.
-        gain: The saving of an option inside the model over its isolated saving.
-        looks: Relative times of options from a brief measurement, which selects options for a longer one.
-        known: The relative times of options, measured.
-    """
-
-    micro: Micro
-    time: int
-    gain: float = 1.0
-    looks: dict[Option, float] = field(default_factory=dict)
-    known: dict[Option, float] = field(default_factory=dict)
+_TOGETHER = (Lowering.NARROW, Lowering.SHARED)
 
 
 class Latency(Gauge):
@@ -128,31 +84,16 @@ class Latency(Gauge):
         self.budget = budget
         self.stopwatch = stopwatch
         self._source = scenes[0].source
+        self._layers = {layer.id: layer for layer in self._source.layers}
         self._whole = Whole(self._source.model, tuple(scene.call for scene in scenes), stopwatch)
-        cut = [(scene.call.weight, scene.uses(stopwatch.engine)) for scene in scenes]
-        self._kinds: dict[str, _Kind] = {}
-        self._ranges: list[Pair] = []
-        for call, (_, uses) in zip(self._whole.calls, cut, strict=True):
-            self._time(call, {part.key: part for each in uses.values() for part, _ in each or ()})
+        self._isolated = Isolated(scenes, stopwatch)
+        self._ranges = [(whole, whole) for whole in self._isolated.wholes]
         self.whole, _ = summed(self._whole.calls, self._ranges)
+        # The savings inside the model over those in isolation, by manner (`_manner`).
+        self._gains: dict[str, float] = {}
         self._reached: dict[frozenset[tuple[str, Option]], float] = {}
-        _log.debug("the model takes %.3f ms, and has %d kinds of layers", self.whole / 1e6, len(self._kinds))
-        # A layer is kept if one of its uses cannot be timed in isolation.
-        timed = {key: kind.micro for key, kind in self._kinds.items()}
-        self._uses = {layer.id: weighed(layer.id, cut, timed) for layer in self._source.layers}
-
-    def _time(self, call: Call, parts: Mapping[str, Micro]) -> None:
-        """Time the model on the inputs of one call, and the kinds of layers that are new there."""
-        new = {key: part for key, part in parts.items() if key not in self._kinds}
-        model = (self._source.model, call.feed)
-        try:
-            whole, shares = self.stopwatch.shares(model, tuple(new.values()), _LAYERS)
-        except (UnsupportedError, RejectedError):
-            new = {key: part for key, part in new.items() if self.stopwatch.accepts(part)}
-            whole, shares = self.stopwatch.shares(model, tuple(new.values()), _LAYERS)
-        self._ranges.append((whole, whole))
-        for (key, part), share in zip(new.items(), shares, strict=True):
-            self._kinds[key] = _Kind(part, round(whole * share))
+        number = len(self._isolated.kinds)
+        _log.debug("the model takes %.3f ms, and has %d kinds of layers", self.whole / 1e6, number)
 
     @property
     def total(self) -> int:
@@ -212,75 +153,52 @@ class Latency(Gauge):
         return max(map(spread_of, self._ranges))
 
     def measure(self, errors: Sequence[Errors], grid: Grid[Costs], step: Step) -> None:
-        """Measure the promising options of all layers that have not been measured yet (rule 2).
+        """Measure the promising options of all layers that have not been measured yet."""
+        self._isolated.measure(errors, grid, step)
 
-        Args:
-            errors: For each layer the errors of its options, which select the promising ones.
-            grid: The ranks to choose from.
-            step: Receives the share that is done.
-        """
-        wanted: dict[str, list[tuple[Layer, Errors]]] = {}
-        for layer, table in zip(self._source.layers, errors, strict=True):
-            for key in self._uses[layer.id]:
-                wanted.setdefault(key, []).append((layer, table))
-        # Progress counts a layer by its time, because a slow layer takes longer to measure.
-        total = sum(self._kinds[key].time for key in wanted) or 1
-        done = 0
-        try:
-            for key, layers in wanted.items():
-                kind = self._kinds[key]
-                seconds = _BUDGET * kind.time / total / _BUNCHES
-                self._measure(kind, layers, grid, replace(_CHAINS, seconds=min(seconds, _CHAINS.seconds)))
-                done += kind.time
-                step(done / total)
-        finally:  # keep what was measured, even if the user interrupts the rest
-            self.stopwatch.cache.save()
-
-    def _measure(
-        self, kind: _Kind, layers: Iterable[tuple[Layer, Errors]], grid: Grid[Costs], pace: Pace
+    def measure_together(
+        self, narrow: Sequence[Layer], shared: Sequence[Layer], grid: Grid[Costs], step: Step
     ) -> None:
-        """Measure the promising options of layers that are alike (rule 2)."""
-        for layer, errors in layers:
-            ranks = {key: js for key in errors if (js := grid.ranks(layer, *key))}
-            work = {key: _work(layer, Option(*key, middle_rank(js))) for key, js in ranks.items()}
-            most = max(_LEAST_OPTIONS, _BUILT // kind.micro.bytes)
-            promising = by_promise(worth_measuring(errors, ranks, work, _EFFICIENCY), errors, ranks, work)
-            first = [
-                Option(*key, middle_rank(ranks[key]), lowering)
-                for key in promising
-                for lowering in layer.lowerings(key[1])
-            ][:most]
-            new = [option for option in first if option not in kind.looks]
-            kind.looks |= self.stopwatch.chains(kind.micro, new, _FIRST_LOOK)
-            fastest: dict[_Key, Option] = {}
-            for option in sorted(kind.looks.keys() & first, key=kind.looks.__getitem__):
-                fastest.setdefault((option.fold, option.k), option)
-            middle = {key: kind.looks[option] for key, option in fastest.items()}
-            best = by_promise(worth_measuring(errors, ranks, middle), errors, ranks, middle)
-            more = [replace(fastest[key], j=j) for key in best for j in sampled(ranks[key])]
-            self._add(kind, more[:most], pace)
-
-    def _add(self, kind: _Kind, options: Iterable[Option], pace: Pace) -> None:
-        missing = [option for option in options if option not in kind.known]
-        kind.known |= self.stopwatch.chains(kind.micro, missing, pace)
+        """Measure layers that change together with others and have not been measured yet."""
+        self._isolated.measure_together(narrow, shared, grid, step)
 
     def tariff(self, layer: Layer) -> Times:
         """The known times of one layer, summed over its uses, which can be of several kinds."""
-        kinds = {key: self._kinds[key] for key in self._uses[layer.id]}
-        shares = {key: runs * kinds[key].time for key, runs in self._uses[layer.id].items()}
-        keep = max(1, round(sum(shares.values()))) if shares else 0
-        curves: dict[_Key, Curve] = {}
-        if keep:
-            shared = set.intersection(*(set(kind.known) for kind in kinds.values()))
-            ratios: dict[tuple[Fold, int, Lowering], dict[int, float]] = {}
-            for option in shared:
-                ratio = sum(kind.known[option] * shares[key] for key, kind in kinds.items()) / keep
-                ratios.setdefault((option.fold, option.k, option.lowering), {})[option.j] = ratio
-            for (fold, k, lowering), known in ratios.items():
-                curve = Curve(known, lowering)
-                curves[fold, k] = faster(curves[fold, k], curve) if (fold, k) in curves else curve
-        gain = sum(kind.gain * shares[key] for key, kind in kinds.items()) / keep if keep else 1.0
-        return Times(keep, curves, gain)
+        parts = self._isolated.parts(layer)
+        if not parts:
+            return Times(0, {})
+        whole = sum(share for share, _ in parts)
+        keep = max(1, round(whole))
+        shares = zip(self._isolated.uses[layer.id], parts, strict=True)
+        gain = sum(self._gain(key) * share for key, (share, _) in shares)
+        found = shared(layer, parts, self._gain(self._manner(layer, Lowering.SHARED)))
+        return Times(keep, chains(parts), gain / whole, self._narrowed(layer), found)
+
+    def _narrowed(self, layer: Layer) -> Narrowed | None:
+        """The times of a layer and its partners at smaller widths; None if they are unknown."""
+        widths = self._isolated.widths.get(layer.id, ())
+        if not widths:
+            return None
+        members = [self._isolated.parts(member) for member in (*layer.partners, layer)]
+        return narrowed(layer, members, widths, self._gain(self._manner(layer, Lowering.NARROW)))
+
+    def _gain(self, manner: str) -> float:
+        """The saving inside the model over that in isolation (rule 2); 1 if it is unknown."""
+        return self._gains.get(manner, 1.0)
+
+    def _manner(self, layer: Layer, lowering: Lowering) -> str:
+        """The name of layers that are rewritten alike; those that change together have one name (rule 3)."""
+        match lowering:
+            case Lowering.NARROW:
+                bound = layer.narrowing.bound if layer.narrowing is not None else ""
+                owners = [layer, *([self._layers[bound]] if bound else [])]
+                names = {member.id for owner in owners for member in (*owner.partners, owner)}
+            case Lowering.SHARED:
+                names = set(layer.siblings)
+            case _:
+                names = {layer.id}
+        keys = "/".join(sorted(key for name in names for key in self._isolated.uses[name]))
+        return keys if names == {layer.id} else f"{lowering} {keys}"
 
     def predicted(self, options: Mapping[str, Option]) -> int:
         """The predicted time of the model with these layers rewritten, in nanoseconds."""
@@ -298,7 +216,7 @@ class Latency(Gauge):
         ratio: Callable[[Mapping[str, Option]], float],
         step: Step,
     ) -> None:
-        """Measure the saving of every kind of layer inside the model (rule 3).
+        """Measure the saving of every kind of layer inside the model (rule 2).
 
         Args:
             options: The options of the layers that are rewritten.
@@ -308,7 +226,7 @@ class Latency(Gauge):
         """
         kinds: dict[str, dict[str, Option]] = {}
         for layer, option in options.items():
-            kinds.setdefault("/".join(sorted(self._uses[layer])), {})[layer] = option
+            kinds.setdefault(self._manner(self._layers[layer], option.lowering), {})[layer] = option
         ordered = sorted(kinds.values(), key=self._saving, reverse=True)
         savings = [self._saving(alike) for alike in ordered]
         whole = self._saving(options)
@@ -330,7 +248,13 @@ class Latency(Gauge):
 
     def kinds(self, options: Mapping[str, Option]) -> set[str]:
         """The kinds of these layers; layers of one kind are alike."""
-        return {key for layer in options for key in self._uses[layer]}
+        found: set[str] = set()
+        for layer, option in options.items():
+            if option.lowering in _TOGETHER:
+                found.add(self._manner(self._layers[layer], option.lowering))
+            else:
+                found.update(self._isolated.uses[layer])
+        return found
 
     def remember(self, options: Mapping[str, Option], ratio: float) -> None:
         """Keep the measured ratio of a model with these layers rewritten, as its prediction."""
@@ -339,7 +263,7 @@ class Latency(Gauge):
     def learn(
         self, options: Mapping[str, Option], ratio: float, limits: tuple[float, float] = _GAINS
     ) -> None:
-        """Scale the predictions of some layers to their joint saving in one model (rule 3).
+        """Scale the predictions of some layers to their joint saving in one model (rule 2).
 
         Args:
             options: The options of the layers that are rewritten in the measured model.
@@ -349,31 +273,47 @@ class Latency(Gauge):
         alone = self._saving(options)
         share = float(np.clip((1 - ratio) / alone, *limits)) if alone > 0 else 1.0
         for key in self.kinds(options):
-            self._kinds[key].gain = float(np.clip(self._kinds[key].gain * share, *_GAINS))
+            self._gains[key] = float(np.clip(self._gain(key) * share, *_GAINS))
 
     def layers(self, options: Mapping[str, Option]) -> dict[str, LayerTime]:
         """The times of rewritten layers: before, predicted, and measured at the chosen ranks."""
         found: dict[str, LayerTime] = {}
         # Taken before the measurements below, which would change the predictions of layers that are alike.
         planned = {layer.id: self.tariff(layer) for layer in self._source.layers}
+        self._isolated.measure_exactly(options)
         for layer in self._source.layers:
             option = options.get(layer.id)
-            if option is None or not self._uses[layer.id]:
+            alone = None if option is None else self._alone(layer, option)
+            if option is None or alone is None:
                 continue
-            times = planned[layer.id]
-            kinds = [(self._kinds[key], runs) for key, runs in self._uses[layer.id].items()]
-            for kind, _ in kinds:
-                self._add(kind, [option], _CHAINS)
-            if all(option in kind.known for kind, _ in kinds):
-                after = sum(round(runs * kind.time * kind.known[option]) for kind, runs in kinds)
-                is_known = (option.fold, option.k) in times.curves
-                found[layer.id] = LayerTime(times.keep, times.cost(option) if is_known else None, after)
+            times, (before, after) = planned[layer.id], alone
+            # A narrow layer counts with its partners, whose savings are in its cost.
+            predicted = before - (times.keep - times.cost(option)) if times.knows(option) else None
+            found[layer.id] = LayerTime(before, predicted, after)
         return found
 
+    def _alone(self, layer: Layer, option: Option) -> tuple[int, int] | None:
+        """The isolated times of a layer and of its chain, or of all layers that are narrowed with it."""
+        parts = self._isolated.parts(layer)
+        keep = self.tariff(layer).keep
+        if option.lowering is Lowering.NARROW:
+            found = self._narrowed(layer)
+            if found is None or option.j not in found.curves[0].ratios:
+                return None
+            pairs = zip(found.keeps, found.curves, strict=True)
+            return sum(found.keeps), sum(round(time * curve.ratios[option.j]) for time, curve in pairs)
+        known = [kind.known for _, kind in parts]
+        if option.lowering is Lowering.SHARED:
+            if not layer.holds_factor(option):
+                known = [kind.decoders for _, kind in parts]
+            option = Option(option.fold, option.k, option.j)
+        if not parts or not all(option in each for each in known):
+            return None
+        return keep, sum(round(share * each[option]) for (share, _), each in zip(parts, known, strict=True))
+
     def _known(self, options: Mapping[str, Option]) -> bool:
-        """Whether every option, or another rank with the same fold and slices, was measured."""
-        times = {layer.id: self.tariff(layer).curves for layer in self._source.layers}
-        return all((option.fold, option.k) in times[layer] for layer, option in options.items())
+        """Whether every option, or another rank of its kind, was measured."""
+        return all(self.tariff(self._layers[name]).knows(option) for name, option in options.items())
 
     def timing(self, options: Mapping[str, Option], model: Model | None) -> Timing:
         """The times of a compressed model, predicted, and measured if the model is given.
@@ -419,8 +359,3 @@ class Latency(Gauge):
         """Keep the measurements for later runs, unless other work disturbed them."""
         is_steady = Timing("", "", self.whole, None, spread=self._spread).is_steady
         (self.stopwatch.cache.save if is_steady else self.stopwatch.cache.discard)()
-
-
-def _work(layer: Layer, option: Option) -> float:
-    """The MACs of an option over the MACs of its layer."""
-    return (macs(layer, option) or 0) / (macs(layer) or 1)

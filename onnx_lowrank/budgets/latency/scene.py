@@ -12,7 +12,7 @@ from onnx_lowrank.engines.runtime import Executed, Runtime
 from onnx_lowrank.graph.walk import Place
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.found import Found, Layered, find_layers
-from onnx_lowrank.probe.micro import Micro, micro
+from onnx_lowrank.probe.micro import Micro, micro, resized
 
 Uses = Mapping[str, list[tuple[Micro, int]] | None]
 """For every layer its uses that run, and how often; None if a use cannot be cut out."""
@@ -34,6 +34,22 @@ class Scene:
         """Cut the layers out of the model."""
         ran = self._ran(engine)
         return {binding.layer.id: self._cut(binding, ran) for binding in self.source.bindings}
+
+    def resized(self, layer: str, f: int, c: int) -> Iterator[tuple[str, Micro]]:
+        """The uses of a layer with other numbers of features and channels, each with the key of its kind.
+
+        Args:
+            layer: The id of the layer.
+            f: Its output features.
+            c: Its input channels.
+        """
+        for binding in self.source.bindings:
+            if binding.layer.id == layer:
+                for index in range(len(binding.layer.uses)):
+                    whole = micro(self.source.walk, binding, index)
+                    part = resized(self.source.walk, binding, index, f, c)
+                    if whole is not None and part is not None:
+                        yield whole.key, part
 
     def _ran(self, engine: Runtime) -> Executed:
         """How often the nodes in bodies run; empty if no layer is in a body."""

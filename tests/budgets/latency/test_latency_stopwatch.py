@@ -14,7 +14,8 @@ from onnx_lowrank.budgets.latency.clock import Pace
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
-from onnx_lowrank.engines.runtime import runtime
+from onnx_lowrank.engines.node_times import Runs
+from onnx_lowrank.engines.runtime import Profiled, runtime
 from onnx_lowrank.files.load import load, stored_bytes
 from onnx_lowrank.probe import micro as probing
 from onnx_lowrank.probe.micro import micro
@@ -33,6 +34,7 @@ class Machine:
     module = SimpleNamespace(__version__="1.0")
     provider = "CPUExecutionProvider"
     name = "Machine"
+    times_nodes = False
 
     def __init__(self, refuses=lambda proto: False, fails=lambda proto: False):
         self.now, self.opened, self.together, self.threads = 0, [], [], set()
@@ -365,6 +367,79 @@ def test_a_model_that_does_not_run_is_an_error(how, error):
         watch(machine).times([whole()[0]], PACE)
     with pytest.raises(error):
         watch(machine).shares(*whole(), PACE)
+
+
+# --- profiles ---------------------------------------------------------------------------------------
+
+
+class Profiling(Machine):
+    """Notes the times of nodes: those of the rule after two slow runs, and as much again beside them.
+
+    With `warm`, only every second run takes the time of the rule.
+    """
+
+    times_nodes = True
+
+    def __init__(self, *, warm=False):
+        super().__init__()
+        self.warm = warm
+
+    @contextmanager
+    def profiled(self, model, feed, threads):
+        with self.ready(model, feed, threads) as run:
+            count = 0
+
+            def counted():
+                nonlocal count
+                count += 1
+                run()
+
+            def finish():
+                time = by_weights(model.proto)
+                is_slow = [n < 2 or (self.warm and n % 2 == 0) for n in range(count)]
+                times = tuple((time * (9 if slow else 1),) for slow in is_slow)
+                return Runs(("MatMul",), times, (time,) * count)
+
+            yield Profiled(counted, finish)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_chains_take_the_times_of_their_nodes(warm):
+    layer, machine = alone(), Profiling(warm=warm)
+    found = watch(machine, warm=warm).chains(layer, OPTIONS, PACE)
+    assert found == pytest.approx(ratios(layer), rel=1e-6)
+    assert len(machine.opened) == 1 + len(OPTIONS)
+
+
+def test_shares_are_those_of_the_whole_run():
+    machine = Profiling()
+    timed, layers = whole()
+    time, shares = watch(machine).shares(timed, layers, PACE)
+    assert time == TICK * by_weights(timed[0].proto)
+    model_time = 2 * by_weights(timed[0].proto)
+    expected = [by_weights(layer.dense().proto) / model_time for layer in layers]
+    assert shares == pytest.approx(expected, rel=1e-6)
+
+
+def test_times_of_nodes_and_of_runs_are_kept_apart():
+    layer, machine = alone(), Machine()
+    first = watch(Profiling())
+    first.chains(layer, OPTIONS, PACE)
+    first.cache.save()
+    watch(machine).chains(layer, OPTIONS, PACE)
+    assert machine.opened
+
+
+@pytest.mark.parametrize("make", [Machine, Profiling])
+def test_other_layers_are_measured_against_a_layer(make):
+    layer, machine = alone(), make()
+    others = {size: alone(*size) for size in ((4, 16), (8, 8), (2, 3))}
+    timed = watch(machine, caching=False)
+    own = by_weights(layer.dense().proto)
+    expected = {size: by_weights(other.dense().proto) / own for size, other in others.items()}
+    assert timed.others(layer, others, PACE) == pytest.approx(expected, rel=1e-6)
+    assert timed.others(layer, others, PACE) == pytest.approx(expected, rel=1e-6)
+    assert len(machine.opened) == 1 + len(others)
 
 
 # --- the real runtime -------------------------------------------------------------------------------
