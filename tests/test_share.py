@@ -255,7 +255,6 @@ def test_a_plan_shares_among_those_that_are_alike(apart, recover):
         ({"wk": {"lowering": None}, "wv": {"lowering": None}}, "'wq' shares an encoder with no other layer"),
         (rows(k=2), "can share an encoder with fold encode and k = 1 only"),
         (rows(j=33), "cannot have rank j = 33: choose one between 1 and 32"),
-        ({"budget": "latency"}, "budget latency does not count them"),
         ({"factors": "weights"}, "needs moments of their inputs: pass --calibration"),
     ],
 )

@@ -6,7 +6,7 @@ Most costs grow linearly with the rank: cost(fold, k, j) = j · slope + constant
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -48,8 +48,24 @@ class Tariff(Protocol):
     def cost(self, option: Option | None) -> int:
         """The cost of an option; None is the kept layer."""
 
-    def is_cheaper(self, costs: Ints) -> NDArray[np.bool_]:
-        """Whether each of these costs is enough below that of the kept layer to be worth a decomposition."""
+    def is_cheaper(self, costs: Ints, keep: int | None = None) -> NDArray[np.bool_]:
+        """Whether each of these costs is enough below that of the kept layer to be worth a decomposition.
+
+        Args:
+            costs: The costs.
+            keep: What several kept layers cost together, if the costs are those of several layers.
+        """
+
+    def together(self, option: Option, ranks: Ints) -> Ints:
+        """The costs at some ranks of a lowering that changes several layers together.
+
+        Args:
+            option: An option of this lowering; the ranks are multiples of its rank.
+            ranks: The ranks, ascending.
+        """
+
+    def members(self, widths: Ints) -> tuple[Ints, ...]:
+        """The own costs at some widths of the layer's partners and of the layer; width 0 is the full one."""
 
     def lowering(self, fold: Fold, k: int) -> Lowering:
         """The operators of the chains that have these costs."""
@@ -104,8 +120,24 @@ class _LinearTariff:
     def cost(self, option: Option | None) -> int:
         return self.costs_of.of_layer(self.layer, option)
 
-    def is_cheaper(self, costs: Ints) -> NDArray[np.bool_]:
-        return costs < self.keep
+    def is_cheaper(self, costs: Ints, keep: int | None = None) -> NDArray[np.bool_]:
+        return costs < (self.keep if keep is None else keep)
+
+    def together(self, option: Option, ranks: Ints) -> Ints:
+        step = option.j
+        first, second = self.cost(option), self.cost(replace(option, j=2 * step))
+        return first + (ranks // step - 1) * (second - first)
+
+    def members(self, widths: Ints) -> tuple[Ints, ...]:
+        layer, step = self.layer, self.layer.width_step
+        made, cost = [], self.costs_of.of_layer
+        for whole, *few in zip(
+            (*layer.partners, layer), layer.at_width(step), layer.at_width(2 * step), strict=True
+        ):
+            first, second = (cost(less, None) for less in few)
+            costs = first + (widths // step - 1) * (second - first)
+            made.append(np.where(widths > 0, costs, cost(whole, None)))
+        return tuple(made)
 
     def lowering(self, fold: Fold, k: int) -> Lowering:
         return Lowering.NATIVE

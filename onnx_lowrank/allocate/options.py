@@ -181,8 +181,8 @@ def shared_ranks(layers: Sequence[Layer], lowering: Lowering, grid: Grid[Costs])
     ranks = np.arange(grid.block, shared_full_rank(layers, lowering), grid.block, dtype=np.int64)
     if not ranks.size:
         return ranks
-    total = sum(tariff.costs(tariff.fold, 1, ranks) for tariff in tariffs)
-    return ranks[total < sum(tariff.keep for tariff in tariffs)]
+    total: Ints = np.sum([tariff.costs(tariff.fold, 1, ranks) for tariff in tariffs], axis=0)
+    return ranks[tariffs[0].is_cheaper(total, sum(tariff.keep for tariff in tariffs))]
 
 
 def sharings(
@@ -200,6 +200,8 @@ def sharings(
         InputError: The costs depend on an unknown dimension.
     """
     ranks, made = shared_ranks(layers, lowering, grid), []
+    # Measured costs can fall after the errors were computed.
+    ranks = ranks[ranks < min(error.size for error in errors)]
     for layer, tariff, error in zip(layers, _shared_tariffs(layers, lowering, grid), errors, strict=True):
         rows = np.zeros((6, ranks.size + 1), dtype=np.int64)
         rows[:, 0] = -1, 0, 0, 0, tariff.keep, tariff.keep
@@ -222,7 +224,7 @@ def _shared_tariffs(layers: Sequence[Layer], lowering: Lowering, grid: Grid[Cost
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """The costs of a layer's options with a lowering of their own: linear in the rank.
+    """The costs of a layer's options with a lowering of their own.
 
     Attributes:
         layer: The costs of the layer's options.
@@ -243,14 +245,19 @@ class _Together:
         return self.layer.keep
 
     def costs(self, fold: Fold, k: int, ranks: Ints) -> Ints:
-        first, second = (self.cost(Option(fold, k, n * self.step, self.way, self.encoder)) for n in (1, 2))
-        return first + (ranks // self.step - 1) * (second - first)
+        return self.layer.together(Option(fold, k, self.step, self.way, self.encoder), ranks)
 
     def cost(self, option: Option | None) -> int:
         return self.layer.cost(option)
 
-    def is_cheaper(self, costs: Ints) -> NDArray[np.bool_]:
-        return costs < self.keep
+    def is_cheaper(self, costs: Ints, keep: int | None = None) -> NDArray[np.bool_]:
+        return self.layer.is_cheaper(costs, keep)
+
+    def together(self, option: Option, ranks: Ints) -> Ints:
+        return self.layer.together(option, ranks)
+
+    def members(self, widths: Ints) -> tuple[Ints, ...]:
+        return self.layer.members(widths)
 
     def lowering(self, fold: Fold, k: int) -> Lowering:
         return self.way

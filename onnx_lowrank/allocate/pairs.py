@@ -146,20 +146,7 @@ def _pair(layer: Layer, errors: Floats, numbers: Mapping[str, int], grid: Grid[C
     kept = tuple(np.array([each.f for each in partners]) for partners in zip(*layers, strict=True))
     rows = frozenset(each.start for each in narrowing.rows)
     taken = {members[0]: rows} if rows else {}
-    return Pair(table, members, _costs_of_widths(layer, table.j, grid), kept, taken, narrowing.bound)
-
-
-def _costs_of_widths(layer: Layer, widths: Ints, grid: Grid[Costs]) -> tuple[Ints, ...]:
-    """The own costs of the partners and of the layer, which are linear; width 0 keeps the full one."""
-    step = layer.width_step
-    made = []
-    for whole, *few in zip(
-        (*layer.partners, layer), layer.at_width(step), layer.at_width(2 * step), strict=True
-    ):
-        first, second = (grid.costs.tariff(less).keep for less in few)
-        costs = first + (widths // step - 1) * (second - first)
-        made.append(np.where(widths > 0, costs, grid.costs.tariff(whole).keep))
-    return tuple(made)
+    return Pair(table, members, grid.costs.tariff(layer).members(table.j), kept, taken, narrowing.bound)
 
 
 @dataclass(frozen=True, slots=True)

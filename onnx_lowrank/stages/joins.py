@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.allocate.cost import Costs
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.joins import FEW, Joined, Names, families, joined
 from onnx_lowrank.allocate.options import shared_ranks
-from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.files.load import Model
@@ -31,7 +31,8 @@ def errors(
     model: Model,
     walk: Walk,
     bindings: Sequence[Binding],
-    grid: Grid[Meter],
+    grid: Grid[Costs],
+    ways: Container[Lowering],
     statistics: Statistics,
     executor: Executor,
     progress: Progress,
@@ -43,6 +44,7 @@ def errors(
         walk: Its walk.
         bindings: Its layers, in graph order.
         grid: The ranks to choose from, and their costs. A set that is cheaper at no rank is left out.
+        ways: The lowerings of the factors that layers may share.
         statistics: The moments of the layers. A set with moments that were not measured is left out.
         executor: Runs the computations.
         progress: Where to show progress.
@@ -52,7 +54,7 @@ def errors(
             changed.
     """
     by_id = {binding.layer.id: binding for binding in bindings}
-    layers, ways = [binding.layer for binding in bindings], grid.costs.budget.shares
+    layers = [binding.layer for binding in bindings]
     chosen: list[tuple[Joined, int]] = []
     for group in joined(layers, ways, _likenesses(model, walk, by_id, statistics, executor)):
         lowering, names = group

@@ -21,6 +21,7 @@ from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, sp
 from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.factors import Fit
+from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.files.load import Model
@@ -129,6 +130,7 @@ class Scores:
         # Relative errors of tables that keep rows, at the ranks 0, 1, …, by id; None until computed.
         self._kept_rows: Mapping[str, NDArray[np.float64]] | None = None
         self._timed = set[Recipe]()
+        self._timed_together = set[str]()
         self._probed = False
         self._scaled: Scores | None = None
         self._importances: Mapping[str, float] | None = None
@@ -233,6 +235,8 @@ class Scores:
         if not (recipe.narrow and self.meter.budget.narrows):
             return ()
         self._add_widths()
+        measured = zip(self._layers, self._known, strict=True)
+        self._measure_together(narrow=[layer for layer, known in measured if known.widths is not None])
         errors = {
             layer.id: self._error(recipe, number, known.widths, known.narrow_effects)
             for number, (layer, known) in enumerate(zip(self._layers, self._known, strict=True))
@@ -243,12 +247,24 @@ class Scores:
     def _sharings(self, recipe: Recipe) -> tuple[Sharing, ...]:
         if not (recipe.share and self.meter.budget.shares):
             return ()
+        self._measure_together(shared=[layer for layer in self._layers if layer.siblings])
         if self._shared is None:
             from onnx_lowrank.stages import joins  # Runs without calibration join no layers.
 
-            known, grid = _calibrated(self._calibration).statistics, self._grid
+            # Measured costs may fall later, so ranks count that are cheaper by formula.
+            known, grid = (
+                _calibrated(self._calibration).statistics,
+                Grid(self.meter.counted, self._grid.block),
+            )
             self._shared = joins.errors(
-                self._model, self._walk, self._bindings, grid, known, self._executor, self._progress
+                self._model,
+                self._walk,
+                self._bindings,
+                grid,
+                self.meter.budget.shares,
+                known,
+                self._executor,
+                self._progress,
             )
         errors = {}
         for group, curves in self._shared.items():
@@ -297,6 +313,14 @@ class Scores:
             with self._progress.stage("time layers", 1) as step:
                 gauge.measure(tables, self._grid, step)
             self._timed.add(recipe)
+
+    def _measure_together(self, narrow: Sequence[Layer] = (), shared: Sequence[Layer] = ()) -> None:
+        """As `_measure`, once for the layers that are narrowed and once for those that share an encoder."""
+        gauge, kind = self.meter.gauge, "narrow" if narrow else "shared"
+        if gauge is not None and (narrow or shared) and kind not in self._timed_together:
+            with self._progress.stage("time layers together", 1) as step:
+                gauge.measure_together(narrow, shared, self._grid, step)
+            self._timed_together.add(kind)
 
     def _price(self, recipe: Recipe) -> Costs | None:
         """The costs that a recipe trades against error; None if these are the budget's own."""

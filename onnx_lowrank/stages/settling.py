@@ -23,16 +23,21 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from statistics import median
 
+import numpy as np
+
 from onnx_lowrank.budgets.budget import Gauge
-from onnx_lowrank.core.option import Option
+from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.graph.weights import dtype_of
+from onnx_lowrank.layers.bias import bias
+from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.probe.micro import placeholder
 from onnx_lowrank.progress import Progress
+from onnx_lowrank.rewrite.replace import Replacement
 from onnx_lowrank.stages import planning
 from onnx_lowrank.stages.build import assemble
 from onnx_lowrank.stages.planning import Goal
@@ -228,7 +233,7 @@ class _Settling:
     def _ratio(self, chosen: Mapping[str, Option], *, merging: bool) -> tuple[float, int]:
         """The ratio of the model with the chosen layers rewritten, and the number of merged pairs."""
         replacements = (
-            placeholder(binding, chosen[binding.layer.id], dtype_of(self.source.walk, binding.stored))
+            self._placeholder(binding, chosen[binding.layer.id])
             for binding in self.source.bindings
             if binding.layer.id in chosen
         )
@@ -239,3 +244,12 @@ class _Settling:
             except (UnsupportedError, RejectedError):
                 ratio = self.meter.predicted(chosen) / self.meter.total
         return ratio, len(merges)
+
+    def _placeholder(self, binding: Binding, option: Option) -> Replacement:
+        """A layer's replacement with random factors."""
+        made = placeholder(binding, option, dtype_of(self.source.walk, binding.stored))
+        if option.lowering is not Lowering.NARROW:
+            return made
+        # A narrow layer always gets a new bias, which can have fewer features.
+        has_bias = bias(self.source.model, self.source.walk, binding) is not None
+        return replace(made, bias=np.zeros(binding.layer.f)) if has_bias else made

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from onnx_lowrank.budgets.budget import Budget, Run, Tools
 from onnx_lowrank.budgets.macs import model_macs
+from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.layers.found import Found
@@ -28,6 +29,8 @@ class LatencyBudget(Budget):
     is_measured = True
     tolerance = 0.03  # the usual difference between two measurements of one time
     is_aligned = True
+    narrows = True
+    shares = frozenset((Lowering.SHARED,))
 
     def show(self, amount: int | None) -> str:
         """Write a number of nanoseconds."""
