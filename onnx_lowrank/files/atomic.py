@@ -100,7 +100,7 @@ def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
         # Private from the start: anyone who opens it before a later chmod could read all later writes.
         first = 0o666 if mode is None else 0o600
         private = partial(os.open, mode=first)
-        file = cleaning.enter_context(open(path, "xb", opener=private))
+        file = cleaning.enter_context(open(path, "x+b", opener=private))
         # Before it was locked, another run may have mistaken it for a dead run's file and removed it.
         if locked(file.fileno(), waiting=True) and not os.fstat(file.fileno()).st_nlink:
             with hidden(folder, mode) as again:

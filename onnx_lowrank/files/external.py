@@ -5,24 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import TracebackType
-from typing import Any, BinaryIO, Self
-from weakref import finalize
+from typing import BinaryIO
 
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.scratch import scratch
+from onnx_lowrank.files.regions import Region
 from onnx_lowrank.files.tensors import (
-    Region,
-    inline,
     is_external,
     read,
     reference,
@@ -33,6 +25,7 @@ from onnx_lowrank.files.tensors import (
 
 _PAGE, _LARGE_PAGE = 4096, 65536
 _LARGE = 1 << 20
+_CHUNK = 1 << 20
 _INLINE_BYTES = 1024
 _LARGE_INLINE = 1 << 16
 _SPILLED = 1 << 24
@@ -41,18 +34,23 @@ _DIGITS = 16  # of the digest in the name of a data file
 _STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the whole old file, or its offsets
 
 
-def locate(proto: onnx.ModelProto, model: Path) -> dict[str, Path]:
+def locate(proto: onnx.ModelProto, model: Path, known: Container[str] = ()) -> dict[str, Path]:
     """The real file of every external location that a model names.
 
     A file must be in the folder of the model, either as named or after its symbolic links are followed
     (model hubs store both as links into one folder).
+
+    Args:
+        proto: The model.
+        model: Its file.
+        known: Locations to leave out.
 
     Raises:
         InputError: A location is empty, absolute, leaves the folder, or is no file.
     """
     roots = (model.parent.resolve(), model.resolve().parent)
     locations = {reference(t).get("location", "") for t in tensors(proto) if is_external(t)}
-    return {location: _real_file(location, model, roots) for location in sorted(locations)}
+    return {name: _real_file(name, model, roots) for name in sorted(locations) if name not in known}
 
 
 def _real_file(location: str, model: Path, roots: tuple[Path, ...]) -> Path:
@@ -81,126 +79,6 @@ def _real_file(location: str, model: Path, roots: tuple[Path, ...]) -> Path:
     if not os.access(real, os.R_OK):
         raise InputError(f"{model} has external data {named} that cannot be read: change its permissions.")
     return real
-
-
-class Spill:
-    """A temporary data file for new tensors, so that memory need not hold them.
-
-    Use it as a context manager around the making and the saving of a model; its end deletes the file.
-
-    Attributes:
-        files: The mapping to merge into the files of the model that uses the tensors.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        """Open the file.
-
-        Args:
-            folder: The folder of the file; None for the system's temporary folder.
-
-        Raises:
-            InputError: The folder takes no file.
-        """
-        with ExitStack() as stack:
-            try:
-                place = stack.enter_context(scratch(folder))
-                path = place / f"{place.stem}.spill"
-                self._file = stack.enter_context(path.open("xb"))
-            except OSError as error:
-                where = folder or tempfile.gettempdir()
-                raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error
-            # A result that is forgotten, not closed, leaves nothing on disk either.
-            self._close = finalize(self, stack.pop_all().close)
-        self.files: Mapping[str, Path] = {path.name: path}
-
-    def __enter__(self) -> Self:
-        """Use the file until the block ends."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Delete the file."""
-        self._close()
-
-    def tensor(self, name: str, array: NDArray[Any]) -> TensorProto:
-        """Write an array to the file.
-
-        Args:
-            name: The name of the new tensor.
-            array: Any shape, any data type of ONNX except strings.
-
-        Returns:
-            A tensor that refers to the array in the file.
-
-        Raises:
-            InputError: The disk is full.
-        """
-        tensor = numpy_helper.from_array(array, name)
-        self.take(tensor)
-        return tensor
-
-    def large(self, name: str, array: NDArray[Any]) -> TensorProto:
-        """As `tensor`, but a small array stays in the tensor."""
-        return inline(name, array) if array.nbytes < _LARGE_INLINE else self.tensor(name, array)
-
-    def take(self, tensor: TensorProto) -> None:
-        """Write the bytes of a tensor to the file, and have it refer to them, in place.
-
-        Raises:
-            InputError: The disk is full.
-        """
-        data = tensor.raw_data
-        try:
-            offset = append(self._file, [data], len(data))
-            self._file.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self._file.name} cannot be written ({error.strerror}): make room there."
-            ) from error
-        tensor.ClearField("raw_data")
-        refer(tensor, Path(self._file.name).name, offset, len(data))
-
-
-def spilled(proto: onnx.ModelProto, resources: ExitStack) -> tuple[onnx.ModelProto, Mapping[str, Path]]:
-    """Move large inline tensors into a temporary file, if copies of the model would need much memory.
-
-    Args:
-        proto: The model. It is changed, so the caller hands over the only reference.
-        resources: Removes the file when it closes.
-
-    Returns:
-        The model, and the file by its location. `whole` restores the original model byte for byte. Without
-        room for a file the model stays unchanged.
-    """
-    large = [tensor for tensor in tensors(proto) if _is_large(tensor)]
-    size = sum(stored_size(tensor) or 0 for tensor in large)
-    if size < _SPILLED:
-        return proto, {}
-    with ExitStack() as stack:
-        try:
-            if shutil.disk_usage(tempfile.gettempdir()).free < _ROOM * size:
-                return proto, {}
-            spill = stack.enter_context(Spill())
-        except (InputError, OSError):
-            return proto, {}
-        try:
-            for tensor in large:
-                spill.take(tensor)
-        except InputError:
-            return whole(proto, spill.files, "the model"), {}
-        # Protobuf frees the cleared bytes only with the proto that held them, so copy the rest.
-        light = onnx.ModelProto()
-        light.CopyFrom(proto)
-        resources.enter_context(stack.pop_all())
-        return light, spill.files
-
-
-def _is_large(tensor: TensorProto) -> bool:
-    """Whether a tensor has many bytes of its own, and says of itself nothing that only external ones say."""
-    fields = ("data_location", "segment")
-    is_plain = not tensor.external_data and not any(tensor.HasField(field) for field in fields)
-    return is_plain and tensor.HasField("raw_data") and (stored_size(tensor) or 0) >= _LARGE_INLINE
 
 
 def refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
@@ -257,13 +135,16 @@ def aligned(position: int, length: int) -> int:
     return -(-position // page) * page
 
 
-def append(out: Any, chunks: Iterable[bytes], length: int) -> int:
-    """Write `length` bytes at the next offset at which a runtime can map them; returns the offset."""
+def append(out: BinaryIO, content: Region | bytes) -> int:
+    """Write bytes at the next offset at which a runtime can map them; returns the offset."""
+    length = content.length if isinstance(content, Region) else len(content)
     offset = aligned(out.tell(), length)
     out.write(bytes(offset - out.tell()))
-    for chunk in chunks:
-        out.write(chunk)
-    return int(offset)
+    if isinstance(content, Region):
+        content.copy(out)
+    else:
+        out.write(content)
+    return offset
 
 
 class _Digested:
@@ -273,12 +154,15 @@ class _Digested:
         self._file = file
         self._digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
+    def append(self, content: Region | bytes) -> int:
+        """As the function `append`."""
+        begin = self._file.tell()
+        offset = append(self._file, content)
+        # The digest is that of the bytes in this file, as the source of a copy may change meanwhile.
+        self._file.seek(begin)
+        while chunk := self._file.read(_CHUNK):
+            self._digest.update(chunk)
+        return offset
 
     def name(self, owner: str) -> str:
         return f"{owner}.{self._digest.hexdigest()[:_DIGITS]}.data"
@@ -297,6 +181,7 @@ def pack(
     target: str,
     *,
     with_inline: bool,
+    kept: Container[str] = (),
 ) -> tuple[onnx.ModelProto, str]:
     """Copy the external data of a model into one file.
 
@@ -304,9 +189,10 @@ def pack(
         proto: The model; it is not changed.
         files: Its external files.
         owner: Its name, for messages.
-        out: The data file to write.
+        out: The data file to write, open for reading, too.
         target: The name of the model file.
         with_inline: Move large inline tensors there, too.
+        kept: The locations of external tensors that stay as they are.
 
     Returns:
         A copy of the model that refers to the new data file, and the name of this file: the name of the
@@ -319,15 +205,17 @@ def pack(
     offsets: dict[Region, int] = {}
     for tensor in tensors(packed):
         if is_external(tensor):
+            if reference(tensor).get("location") in kept:
+                continue
             place = region(tensor, files, owner)
             if place not in offsets:
-                offsets[place] = append(data_file, place.chunks(), place.length)
+                offsets[place] = data_file.append(place)
             regions.append((tensor, offsets[place], place.length))
         elif with_inline and (stored_size(tensor) or 0) > _INLINE_BYTES and not tensor.HasField("segment"):
             data = numpy_helper.from_array(read(tensor, files, owner)).raw_data
             tensor.ClearField("raw_data")
             tensor.ClearField(helper.tensor_dtype_to_field(tensor.data_type))
-            regions.append((tensor, append(data_file, [data], len(data)), len(data)))
+            regions.append((tensor, data_file.append(data), len(data)))
     location = data_file.name(target)
     for tensor, offset, length in regions:
         refer(tensor, location, offset, length)

@@ -6,7 +6,6 @@ Sizes are computed from dims and data type, never from the contents: each access
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.regions import Region
 
 _PACKED_BITS = {
     "UINT4": 4,
@@ -29,39 +29,8 @@ _PACKED_BITS = {
     "FLOAT6E2M3": 6,
     "FLOAT6E3M2": 6,
 }
-_CHUNK = 1 << 20
 _MAX_RANK = 64  # NumPy's
 _MAX_DIGITS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """The bytes of one external tensor: `length` bytes of the file from `offset` on."""
-
-    path: Path
-    offset: int
-    length: int
-
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes, in chunks.
-
-        Raises:
-            InputError: The file cannot be read, or has become shorter.
-        """
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                left = self.length
-                while left:
-                    chunk = file.read(min(left, _CHUNK))
-                    if not chunk:
-                        raise InputError(
-                            f"{self.path} lacks {left} bytes that it had: restore it and run again."
-                        )
-                    left -= len(chunk)
-                    yield chunk
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be read ({error.strerror}): check the file.") from error
 
 
 def tensors(message: Message) -> Iterator[TensorProto]:

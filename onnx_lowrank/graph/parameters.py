@@ -8,11 +8,8 @@ from math import prod
 from onnx import AttributeProto, TensorProto
 
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.files.tensors import (
-    Region,
-    is_external,
-    region,
-)
+from onnx_lowrank.files.regions import Region
+from onnx_lowrank.files.tensors import is_external, region
 from onnx_lowrank.graph.scopes import Scope, scopes
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)

@@ -19,7 +19,8 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.files.tensors import Region, is_external, region, tensors
+from onnx_lowrank.files.regions import Region
+from onnx_lowrank.files.tensors import is_external, region, tensors
 from onnx_lowrank.graph.scopes import Scope, scopes
 
 _SEPARATOR = ":"
