@@ -13,7 +13,7 @@ from onnx_lowrank import session
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
 from onnx_lowrank.files.atomic import replacing
-from onnx_lowrank.files.load import Model, ModelProto
+from onnx_lowrank.files.load import Model, ModelProto, inlined
 from onnx_lowrank.files.save import save
 from onnx_lowrank.options import Options, completed
 from onnx_lowrank.progress import Silent
@@ -38,7 +38,7 @@ class Result:
     @property
     def proto(self) -> ModelProto:
         """The compressed model's proto; its external data, if any, is on disk until `close`."""
-        return self.model.proto
+        return inlined(self.model).proto
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the compressed model: two files if it exceeds 1.5 GiB or has external data, else one.
@@ -82,8 +82,8 @@ def compress(
         options: All else, by keyword; `help(onnx_lowrank.Options)` documents every option and its default.
 
     Returns:
-        The compressed model with its report and plan. If the model has external data, close the
-        result, or use it in a `with` block.
+        The compressed model with its report and plan. If the model has external data or over 256 MiB, close
+        the result, or use it in a `with` block.
 
     Raises:
         InputError: An argument, the calibration data or the model is wrong.

@@ -49,18 +49,21 @@ class Material:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def read(source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack) -> Material:
+def read(
+    source: str | os.PathLike[str] | ModelProto, setting: Setting, stack: ExitStack, loaded: ExitStack
+) -> Material:
     """Read a model and the user's data, and find the model's layers.
 
     Args:
         source: The model.
         setting: Names the data.
-        stack: Closes the files.
+        stack: Closes the files of the data.
+        loaded: Deletes the temporary file of the model.
 
     Raises:
         InputError: The model or the data is wrong.
     """
-    model = load(source, stack)
+    model = load(source, loaded)
     wanted = specs(model.proto)
     given, samples, others = _data(model, wanted, setting, stack)
     # Shapes that the user did not state follow from the user's inputs.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.external import locate, spilled, whole
+from onnx_lowrank.files.external import locate, whole
+from onnx_lowrank.files.regions import Region
+from onnx_lowrank.files.spilling import spilled, spilled_file
 from onnx_lowrank.files.tensors import (
-    Region,
     check,
     is_external,
     read,
@@ -63,6 +64,7 @@ class Model:
     sha256: str
     path: Path | None = None
     temporary: frozenset[str] = frozenset()
+    stamps: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
 
 def load(source: str | os.PathLike[str] | onnx.ModelProto, resources: ExitStack | None = None) -> Model:
@@ -78,14 +80,71 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto, resources: ExitStack 
             missing, too short or outside the model's folder.
     """
     if isinstance(source, onnx.ModelProto):
-        model = Model(source, "model", MappingProxyType({}), "")
-        _check_proto(source, model.name)
-        _check_tensors(model)
-        return _spilled(replace(model, sha256=_digest_in_memory(source)), resources)
+        return _from_memory(source, resources)
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"A {type(source).__name__} is no model: give a path or an onnx.ModelProto.")
     path = Path(source)
-    data = _read_bytes(path)
+    with _readable(path):
+        before = _regular(path)
+        proto, moved, digest = _parsed(path, resources)
+    _check_proto(proto, str(path))
+    outside = locate(proto, path, moved)
+    stamps = {path: _stamp(before)} | {file: _stamp(file.stat()) for file in outside.values()}
+    files = MappingProxyType({**outside, **moved})
+    model = Model(proto, str(path), files, "", path, frozenset(moved), MappingProxyType(stamps))
+    _check_tensors(model)
+    for _, file in sorted(outside.items()):
+        for chunk in Region(file, 0, file.stat().st_size).chunks():
+            digest.update(chunk)
+    check_unchanged(stamps)
+    return replace(model, sha256=digest.hexdigest())
+
+
+def check_unchanged(stamps: Mapping[Path, tuple[int, ...]]) -> None:
+    """Check that files of a model are still those that were loaded.
+
+    Args:
+        stamps: All `Model.stamps`, or a part of them.
+
+    Raises:
+        InputError: A file was written, replaced or removed.
+    """
+    for path, stamp in stamps.items():
+        try:
+            is_same = _stamp(path.stat()) == stamp
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise InputError(f"{path} has changed since it was read: restore it, or run with the new one.")
+
+
+def _from_memory(proto: onnx.ModelProto, resources: ExitStack | None) -> Model:
+    model = Model(proto, "model", MappingProxyType({}), "")
+    _check_proto(proto, model.name)
+    _check_tensors(model)
+    model = replace(model, sha256=_digest_in_memory(proto))
+    if resources is None:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)  # The original is the caller's.
+    copy, files = spilled(copy, resources)
+    return replace(model, proto=copy, files=MappingProxyType(files), temporary=frozenset(files))
+
+
+def _parsed(
+    path: Path, resources: ExitStack | None
+) -> tuple[onnx.ModelProto, Mapping[str, Path], hashlib._Hash]:
+    """The proto in a file, the temporary files of its large tensors, and the digest of the file.
+
+    Raises:
+        InputError: The file is no model.
+        OSError: It cannot be read.
+    """
+    found = None if resources is None else spilled_file(path, resources)
+    data, moved = (path.read_bytes(), MappingProxyType[str, Path]({})) if found is None else found
+    digest = hashlib.sha256()
+    for chunk in (data,) if found is None else Region(path, 0, path.stat().st_size).chunks():
+        digest.update(chunk)
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -93,39 +152,31 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto, resources: ExitStack 
         raise InputError(
             f"{path} is no binary ONNX model, or is truncated: export or copy it again."
         ) from error
-    digest = hashlib.sha256(data)
-    del data
-    _check_proto(proto, str(path))
-    model = Model(proto, str(path), MappingProxyType(locate(proto, path)), "")
-    _check_tensors(model)
-    for _, file in sorted(model.files.items()):
-        for chunk in Region(file, 0, file.stat().st_size).chunks():
-            digest.update(chunk)
-    return _spilled(replace(model, sha256=digest.hexdigest(), path=path), resources)
+    return proto, moved, digest
 
 
-def _spilled(model: Model, resources: ExitStack | None) -> Model:
-    if resources is None:
-        return model
-    proto = model.proto
-    if model.path is None:  # It is the caller's.
-        proto = onnx.ModelProto()
-        proto.CopyFrom(model.proto)
-    proto, files = spilled(proto, resources)
-    files = MappingProxyType({**model.files, **files})
-    return replace(model, proto=proto, files=files, temporary=frozenset(files.keys() - model.files.keys()))
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Values of which one at least is another after a file was written or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def inline_locations(model: Model) -> Set[str]:
+    """The locations of the tensors that are to be inline in the saved file.
+
+    None if the model has over 1.5 GiB: that is near the 2 GB of protobuf, so it is saved with a data file.
+    """
+    return model.temporary if stored_bytes(model) <= _LARGEST_INLINE else frozenset()
 
 
 def inlined(model: Model) -> Model:
     """A model with all tensors in its proto that belong there; it needs no temporary file any more.
 
-    A model of over 1.5 GiB stays as it is. Serialized with its tensors, it would be in memory twice, and near
-    the 2 GB of protobuf. So it is saved with a data file.
+    A model of over 1.5 GiB stays as it is.
 
     Raises:
         InputError: The file has gone.
     """
-    if not model.temporary or stored_bytes(model) > _LARGEST_INLINE:
+    if not inline_locations(model):
         return model
     own = {name: file for name, file in model.files.items() if name in model.temporary}
     others = {name: file for name, file in model.files.items() if name not in model.temporary}
@@ -133,26 +184,37 @@ def inlined(model: Model) -> Model:
     return replace(model, proto=proto, files=MappingProxyType(others), temporary=frozenset())
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn errors of reading a model file into an InputError."""
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{path} is a folder: name the .onnx file in it.")
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is no regular file: save the model to one.")
-        if status.st_size > _PROTOBUF_LIMIT:
-            raise InputError(
-                f"{path} has {status.st_size} bytes, over protobuf's 2 GB: save it with external data."
-            )
-        data = path.read_bytes()
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be read ({reason}): check the path and its permissions.") from error
-    if not data:
+
+
+def _regular(path: Path) -> os.stat_result:
+    """The status of a file that can be a model.
+
+    Raises:
+        InputError: It cannot be one.
+        OSError: There is no such file.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path} is a folder: name the .onnx file in it.")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is no regular file: save the model to one.")
+    if status.st_size > _PROTOBUF_LIMIT:
+        raise InputError(
+            f"{path} has {status.st_size} bytes, over protobuf's 2 GB: save it with external data."
+        )
+    if not status.st_size:
         raise InputError(f"{path} is empty: export or copy the model again.")
-    return data
+    return status
 
 
 def _check_tensors(model: Model) -> None:
@@ -268,20 +330,20 @@ def _copy_light(source: Message, target: Any, model: Model | None, keep: int) ->
         _copy_tensor(source, target, model, keep)
         return
     deep = tensor_fields(source.DESCRIPTOR)
-    for field, value in source.ListFields():
-        if field.name not in deep:
+    for entry, value in source.ListFields():
+        if entry.name not in deep:
             if isinstance(value, Message):
-                getattr(target, field.name).CopyFrom(value)
+                getattr(target, entry.name).CopyFrom(value)
             elif hasattr(value, "MergeFrom"):
-                getattr(target, field.name).MergeFrom(value)
+                getattr(target, entry.name).MergeFrom(value)
             else:
-                setattr(target, field.name, value)
+                setattr(target, entry.name, value)
         elif isinstance(value, Message):
-            getattr(target, field.name).SetInParent()
-            _copy_light(value, getattr(target, field.name), model, keep)
+            getattr(target, entry.name).SetInParent()
+            _copy_light(value, getattr(target, entry.name), model, keep)
         else:
             for item in value:
-                _copy_light(item, getattr(target, field.name).add(), model, keep)
+                _copy_light(item, getattr(target, entry.name).add(), model, keep)
 
 
 def _copy_tensor(source: TensorProto, target: TensorProto, model: Model | None, keep: int) -> None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import reduce
 from operator import and_
 from pathlib import Path
@@ -28,7 +29,8 @@ from google.protobuf.message import DecodeError
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.atomic import check_writable, finish, hidden, permissions, replacing, sweep
 from onnx_lowrank.files.external import data_names, pack
-from onnx_lowrank.files.load import Model, inlined, serialized
+from onnx_lowrank.files.load import Model, check_unchanged, inline_locations, serialized
+from onnx_lowrank.files.spilling import write_whole
 from onnx_lowrank.files.tensors import is_external, reference, tensors
 
 
@@ -55,40 +57,56 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: The target cannot be written, or is a data file that the model itself reads.
     """
-    target, model = Path(path), inlined(model)
-    check_target(model, target)
+    target, own = Path(path), inline_locations(model)
+    inline = {name: file for name, file in model.files.items() if name in own}
+    outside = {name: file for name, file in model.files.items() if name not in own}
+    check_target(replace(model, files=outside), target)
     old = _data_of(target, target.name)
     sweep(target.parent, lambda unfinished: old.update(_data_of(unfinished, target.name)))
     data = serialized(model.proto)
     with ExitStack() as undo:
         with replacing(target) as (file,):
-            if data is None or any(is_external(t) for t in tensors(model.proto)):
-                _write_both(model, target, file, data is None, _data_permissions(target, old), undo)
+            if data is None or outside:
+                _write_both(model, inline, target, file, _data_permissions(target, old), undo)
             else:
-                file.write(data)
+                write_whole(data, inline, model.name, file)
+            check_unchanged({f: stamp for f, stamp in model.stamps.items() if f in outside.values()})
         undo.pop_all()
     _remove(target, {name for name in old if not _is_read(model, target.with_name(name))})
 
 
 def _write_both(
-    model: Model, target: Path, file: BinaryIO, inline: bool, mode: int | None, undo: ExitStack
+    model: Model,
+    inline: Mapping[str, Path],
+    target: Path,
+    file: BinaryIO,
+    mode: int | None,
+    undo: ExitStack,
 ) -> None:
     """Write a model to its temporary file, and its data to the final place.
 
     Args:
-        model: The model.
+        model: The model; if it exceeds protobuf's 2 GB, its large inline tensors become external.
+        inline: The external files whose tensors become inline.
         target: The final path of the temporary file.
         file: The temporary file.
-        inline: Move large inline tensors into the data file, too.
         mode: Permissions of the data file; None for the defaults.
         undo: Takes the clean-up for the case that the model does not get to its target.
     """
     with hidden(target.parent, mode) as (temporary, data_file):
-        packed, name = pack(model.proto, model.files, model.name, data_file, target.name, with_inline=inline)
+        packed, name = pack(
+            model.proto,
+            model.files,
+            model.name,
+            data_file,
+            target.name,
+            with_inline=serialized(model.proto) is None,
+            kept=inline.keys(),
+        )
         data = serialized(packed)
         if data is None:
             raise InputError(f"{model.name} has over 2 GB beside its tensors' contents: split the model.")
-        file.write(data)
+        write_whole(data, inline, model.name, file)
         written = os.fstat(file.fileno())
         # The model before the data has its name: if the run dies, the model tells whose the data is.
         finish(file)

@@ -18,8 +18,8 @@ from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.compare import Comparison
 from onnx_lowrank.engines.engine import Feed, Run
-from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.spilling import Spill
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding

@@ -17,8 +17,8 @@ from onnx_lowrank.engines.checker import check
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import runtime
-from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model, load
+from onnx_lowrank.files.spilling import Spill
 
 X = np.random.default_rng(0).standard_normal((2, 300)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((300, 400)).astype(np.float32)

@@ -18,9 +18,9 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import load as loading
 from onnx_lowrank.files import save as saving
-from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import Model, array, load, outline, stored_bytes
 from onnx_lowrank.files.save import check_target, save
+from onnx_lowrank.files.spilling import Spill
 from onnx_lowrank.files.tensors import stored_size, tensors
 from onnx_lowrank.graph.parameters import parameters
 from onnx_lowrank.graph.scopes import scopes

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.scratch import scratch
+from onnx_lowrank.files.spilling import Spill
 
 KILLED = """
 import os, signal, sys

@@ -16,11 +16,11 @@ from onnx import TensorProto, numpy_helper, parser
 from onnx_lowrank import compress
 from onnx_lowrank.engines.engine import materialized
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files import external
 from onnx_lowrank.files import load as loading
-from onnx_lowrank.files.external import Spill
+from onnx_lowrank.files import spilling
 from onnx_lowrank.files.load import array, inlined, load, stored_bytes
 from onnx_lowrank.files.save import save
+from onnx_lowrank.files.spilling import Spill
 from onnx_lowrank.files.tensors import is_external, tensors
 from onnx_lowrank.graph.parameters import parameters
 from tiny import DIGITS, cnn
@@ -41,8 +41,8 @@ def temporary(tmp_path, monkeypatch):
 @pytest.fixture
 def all_large(monkeypatch):
     """Every inline tensor counts as large, and every model with one."""
-    monkeypatch.setattr(external, "_LARGE_INLINE", 0)
-    monkeypatch.setattr(external, "_SPILLED", 1)
+    monkeypatch.setattr(spilling, "_LARGE_INLINE", 0)
+    monkeypatch.setattr(spilling, "_SPILLED", 1)
 
 
 def content(proto: onnx.ModelProto) -> bytes:
@@ -59,7 +59,7 @@ def linear(*more: TensorProto) -> onnx.ModelProto:
 
 
 def test_large_tensors_are_put_aside_and_small_ones_are_not(tmp_path, temporary, monkeypatch):
-    monkeypatch.setattr(external, "_SPILLED", 1)
+    monkeypatch.setattr(spilling, "_SPILLED", 1)
     large = numpy_helper.from_array(np.arange(1 << 14, dtype=np.float32), "large")
     proto = linear(large, numpy_helper.from_array(np.arange((1 << 14) - 1, dtype=np.float32), "small"))
     onnx.save(proto, tmp_path / "in.onnx")
@@ -172,7 +172,7 @@ def test_a_name_may_be_too_long_for_data_that_is_not_written(tmp_path, temporary
 
 def test_small_models_need_no_file(temporary, monkeypatch):
     made = []
-    monkeypatch.setattr(external, "Spill", lambda: made.append(1))
+    monkeypatch.setattr(spilling, "Spill", lambda: made.append(1))
     with ExitStack() as stack:
         model = load(DIGITS, stack)
     assert not made
@@ -197,7 +197,7 @@ def test_without_room_tensors_stay_inline(temporary, all_large, monkeypatch, fai
         usage = shutil.disk_usage(temporary)._replace(free=10)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     elif failing == "folder":
-        monkeypatch.setattr(external, "Spill", no_folder)
+        monkeypatch.setattr(spilling, "Spill", no_folder)
     else:
         monkeypatch.setattr(Spill, "take", fail)
     with ExitStack() as stack:
@@ -223,8 +223,8 @@ OPTIONS = {
 def test_a_run_gives_the_same_bytes_with_and_without(temporary, monkeypatch, case):
     options = OPTIONS[case]
     expected = compress(DIGITS, 0.5, device="cpu", **options)
-    monkeypatch.setattr(external, "_LARGE_INLINE", 256)
-    monkeypatch.setattr(external, "_SPILLED", 1)
+    monkeypatch.setattr(spilling, "_LARGE_INLINE", 256)
+    monkeypatch.setattr(spilling, "_SPILLED", 1)
     result = compress(DIGITS, 0.5, device="cpu", **options)
     assert not list(temporary.iterdir()), "nobody has to close it"
     assert content(result.proto) == content(expected.proto)

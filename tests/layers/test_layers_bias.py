@@ -14,8 +14,8 @@ from onnx import ModelProto, TensorProto, helper
 from onnx_lowrank.core.factors import Certificate, Factors
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.save import save
+from onnx_lowrank.files.spilling import Spill
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.parameters import parameters
 from onnx_lowrank.graph.walk import Place

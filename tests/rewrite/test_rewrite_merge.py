@@ -18,9 +18,9 @@ import tiny
 from onnx_lowrank.budgets.macs import dearest_macs
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.core.outcome import Merge
-from onnx_lowrank.files.external import Spill
 from onnx_lowrank.files.load import load
 from onnx_lowrank.files.save import save
+from onnx_lowrank.files.spilling import Spill
 from onnx_lowrank.files.tensors import tensors as all_tensors
 from onnx_lowrank.graph.parameters import parameters
 from onnx_lowrank.graph.shapes import infer
