@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from math import exp
@@ -19,12 +19,13 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.joins import Joined, sharings_of
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, sparse_tables
 from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of
-from onnx_lowrank.budgets.budget import Meter
+from onnx_lowrank.budgets.budget import Gauge, Meter
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.overflow import Held, Overflow
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
@@ -49,6 +50,9 @@ _SPREAD = 2
 
 _LEAST_YIELD = 1e-9  # not 0: a share of the cost is divided by it
 
+_SPECTRA = 2**26
+"""The most bytes of spectra in memory. For layers of 2,048 features they take 1 % of the weights."""
+
 _Wanted = Mapping[Fold, Sequence[int]]
 _Key = tuple[Fold, int]
 
@@ -58,7 +62,7 @@ class Known:
     """The results known for one layer, from which measures compute errors.
 
     Attributes:
-        spectra: Singular values of its weight.
+        spectra: Singular values of its weight, in memory or on disk.
         activation: Relative errors on the calibration inputs.
         power: The power of its outputs on these inputs. Times this, the activation errors are absolute.
         computed: The decompositions with attempted activation errors. Moments of outputs determine only one
@@ -69,7 +73,7 @@ class Known:
         narrow_effects: The errors at the model's outputs that some of these cause; empty until measured.
     """
 
-    spectra: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
+    spectra: dict[_Key, Held] = field(default_factory=dict)
     activation: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
     power: float = 1.0
     computed: set[_Key] = field(default_factory=set)
@@ -78,9 +82,10 @@ class Known:
     widths: NDArray[np.float64] | None = None
     narrow_effects: Effects = ()
 
-    def evidence(self) -> Evidence:
-        """All results, for a measure to choose from."""
-        return Evidence(self.spectra, self.activation, self.power, self.effects)
+    def evidence(self, needs: Needs) -> Evidence:
+        """The results that a measure needs, and others."""
+        spectra = {key: held() for key, held in self.spectra.items()} if Needs.WEIGHTS in needs else {}
+        return Evidence(spectra, self.activation, self.power, self.effects)
 
 
 class Scores:
@@ -124,6 +129,7 @@ class Scores:
         self._progress = progress
         self._calibration = calibration
         self._known = [Known() for _ in bindings]
+        self._overflow = Overflow(_SPECTRA)
         self._numbers = {layer.id: number for number, layer in enumerate(self._layers)}
         # Relative errors with a shared factor, at the ranks 0, 1, …, by set of layers; None until computed.
         self._shared: Mapping[Joined, Sequence[NDArray[np.float64]]] | None = None
@@ -163,10 +169,15 @@ class Scores:
             self._add_activation(wanted)
         if Needs.OUTPUTS in measure.needs:
             self._add_effects(recipe)
-        tables = [measure.errors(known.evidence(), relative=recipe.relative) for known in self._known]
         unknown = self._unknown(measure)
-        tables = [{} if reason else table for table, reason in zip(tables, unknown, strict=True)]
-        self._measure(recipe, tables)
+        # One by one: the errors of all options of all layers may take much more than those that remain.
+        tables: Iterable[Errors] = (
+            {} if reason else measure.errors(known.evidence(measure.needs), relative=recipe.relative)
+            for known, reason in zip(self._known, unknown, strict=True)
+        )
+        if self.meter.gauge is not None:
+            tables = list(tables)
+            self._measure(recipe, self.meter.gauge, tables)
         price, yields = self._price(recipe), self._yields(recipe)
         found = [
             replace(
@@ -306,10 +317,9 @@ class Scores:
                 step()
         _log.debug("computed the errors of %d narrow layers in %.2f s", len(chosen), monotonic() - begin)
 
-    def _measure(self, recipe: Recipe, tables: Sequence[Errors]) -> None:
-        """Measure the costs of the options once for every recipe, if the budget has no formula for them."""
-        gauge = self.meter.gauge
-        if gauge is not None and recipe not in self._timed:
+    def _measure(self, recipe: Recipe, gauge: Gauge, tables: Sequence[Errors]) -> None:
+        """Measure the costs of the options once for every recipe, as the budget has no formula for them."""
+        if recipe not in self._timed:
             with self._progress.stage("time layers", 1) as step:
                 gauge.measure(tables, self._grid, step)
             self._timed.add(recipe)
@@ -349,7 +359,8 @@ class Scores:
         with self._progress.stage("spectra", len(chosen)) as step:
             computed = self._executor.map(singular_values, items())
             for number, found in zip(chosen, computed, strict=True):
-                self._known[number].spectra.update(found)
+                held = {key: self._overflow.put(values) for key, values in found.items()}
+                self._known[number].spectra.update(held)
                 step()
         count = sum(len(ks) for folds in missing for ks in folds.values())
         _log.debug("computed %d spectra of %d layers in %.2f s", count, len(chosen), monotonic() - begin)
