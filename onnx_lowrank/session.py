@@ -21,11 +21,12 @@ from onnx_lowrank.core.outcome import Calibrated, Continuation, Timing, Trial, V
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING
-from onnx_lowrank.engines.running import Engine, calibrating_engine
-from onnx_lowrank.engines.runtime import Runtime, runtime
+from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine, slowness
+from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import BudgetError
 from onnx_lowrank.files.keeping import Keeper, environment
-from onnx_lowrank.files.load import Model, ModelProto, inlined, stored_bytes
+from onnx_lowrank.files.load import Model, ModelProto, check_unchanged, inlined, stored_bytes
+from onnx_lowrank.files.scratch import roomy
 from onnx_lowrank.files.store import Store
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found
@@ -85,9 +86,10 @@ def run(
         ValidationError: The compressed model does not behave like the input model.
     """
     solvers = setting.calibration is not None
-    with one_blas_thread(solvers=solvers), ExitStack() as stack:
+    with one_blas_thread(solvers=solvers), roomy(), ExitStack() as stack:
         with progress.stage("find layers"):
-            material = read(model, setting, stack)
+            loaded = stack.enter_context(ExitStack())
+            material = read(model, setting, stack, loaded)
         found = material.found
         # Statistics of activations may take many times a weight, so their items are bounded otherwise.
         largest = None if solvers else _largest(found)
@@ -108,7 +110,7 @@ def run(
             from onnx_lowrank.work.kept import Kept  # It loads the work items of all stages.
 
             running = Kept(running, keeper)
-        job = _Job(material, asked, setting, running, progress, grid, compared, keeper)
+        job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
 
@@ -128,6 +130,7 @@ class _Job:
     """A request for a model with known layers."""
 
     material: Material
+    loaded: ExitStack  # deletes the temporary file of the input model
     asked: Request
     setting: Setting
     executor: Executor
@@ -214,6 +217,7 @@ class _Job:
                 stack.enter_context(built.resources)
                 if dry_run:
                     return self._result(built.plan, calibration, trials)
+                check_unchanged(self.found.model.stamps)
                 with self.progress.stage("validate"):
                     validation = self._validated(built, calibration, trials)
                 times = self._timing(built)
@@ -306,7 +310,11 @@ class _Job:
             target=self.asked.target or ANY,
         )
         resources = resources or ExitStack()
-        model = inlined(self.found.model if built is None else built.rewritten.model)
+        model = self.found.model if built is None else built.rewritten.model
+        if model.temporary and stored_bytes(model) > _IN_MEMORY:
+            resources.push(self.loaded.pop_all())
+        else:
+            model = inlined(model)
         if not model.files:
             resources.close()
         return Made(report, plan, model, resources)
@@ -383,7 +391,7 @@ class _Job:
             return None
         from onnx_lowrank.engines.continuation import PROMPTS, continued
 
-        engine: Engine = runtime(self.setting.provider)
+        engine: Engine = fitting_engine(self.found.model, runtime(self.setting.provider))
         feeds: Iterable[Feed] = (self.material.given or {},)
         if calibration is not None:
             engine, feeds = calibration.engine, held_out(calibration.samples, PROMPTS)
@@ -416,6 +424,9 @@ _RESULTS = "results"
 _LARGE = 2**30
 """Bytes of a model above which results are kept unasked: smaller models take little time."""
 
+_IN_MEMORY = 2**28
+"""Bytes up to which the made model is in memory if the input model was inline."""
+
 _REFUSED = 1.02
 """A model that takes more than this share of the input model's time is slower; noise alone is smaller."""
 
@@ -433,8 +444,6 @@ _SHOWN = 16
 def _summary(calibration: Calibration) -> Calibrated:
     samples, reasons = calibration.samples, calibration.statistics.reasons
     engine = calibration.engine
-    known = isinstance(engine, Runtime)
-    slow = () if known else (f"ONNX Runtime cannot run the model, and {engine.name} calibrates it slowly.",)
     mask, is_varied = calibration.statistics.padding.mask, calibration.varied is not samples
     source = samples.description + (f", without the positions that {mask!r} hides" if mask else "")
     return Calibrated(
@@ -442,5 +451,5 @@ def _summary(calibration: Calibration) -> Calibrated:
         samples=samples.count,
         held=samples.held,
         unmeasured=tuple(reasons.items()),
-        warnings=(*samples.warnings, *slow, *calibration.succession.warnings),
+        warnings=(*samples.warnings, *slowness(engine), *calibration.succession.warnings),
     )

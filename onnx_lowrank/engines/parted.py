@@ -67,11 +67,15 @@ class Parted:
 
     @contextmanager
     def open(self, model: Model) -> Iterator[Run]:
-        """Divide a model; every run opens the sessions of its parts, one after the other.
+        """Divide a large model; every run opens the sessions of its parts, one after the other.
 
         A run raises UnsupportedError if the runtime does not accept a part, or a tensor between two parts is
         of a type that cannot be passed.
         """
+        if not is_large(model):
+            with self.runtime.open(model) as whole:
+                yield whole
+            return
         divided = parts(model, limit(model))
         returned = [value.name for value in model.proto.graph.output]
         constants = {t.name: array(model, t) for t in model.proto.graph.initializer if t.name in returned}

@@ -54,7 +54,7 @@ def calibrating_engine(
     Raises:
         InputError: ONNX Runtime has no such provider, or no engine runs the model.
     """
-    engine = runtime(provider)
+    engine = fitting_engine(model, runtime(provider))
     try:
         return engine, first_run(engine, model, (feed,))[1]
     except RejectedError:
@@ -69,3 +69,12 @@ def calibrating_engine(
             f"--{purpose} has to run the model, and {engine.name} cannot ({reason}), nor can "
             f"{Reference().name} ({error}): leave --{purpose} out."
         ) from error
+
+
+def slowness(engine: Engine) -> tuple[str, ...]:
+    """The reason why calibration with an engine is slow, a sentence for the report; () if it is not."""
+    if isinstance(engine, Reference):
+        return (f"ONNX Runtime cannot run the model, and {engine.name} calibrates it slowly.",)
+    if isinstance(engine, Parted):
+        return ("The model is too large for one session: every batch of inputs opens its parts again.",)
+    return ()

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.atomic import locked
+from onnx_lowrank.files.regions import FULL
 
 _PREFIX, _SUFFIX = "onnx-lowrank-", ".scratch"
 
@@ -43,6 +45,20 @@ def scratch(folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
             return
     with scratch(folder) as again:
         yield again
+
+
+@contextmanager
+def roomy() -> Iterator[None]:
+    """Turn the error of a full disk, in any temporary file of the block, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = error.filename or tempfile.gettempdir()
+        raise InputError(
+            f"{place} cannot be written ({error.strerror}): make room there, or set TMPDIR to a larger disk."
+        ) from error
 
 
 def _sweep(folder: Path) -> None:

@@ -57,7 +57,7 @@ class WeightRef:
         return self._bytes(), self.dtype, self.shape, self.strides, self.scale
 
     def read(self) -> NDArray[Any]:
-        """Read the weight: mapped from its file without a copy, or a float64 copy if a BatchNorm scales it.
+        """Read the weight; a float64 copy if a BatchNorm scales it.
 
         Raises:
             InputError: The data file has changed.
@@ -74,12 +74,15 @@ class WeightRef:
         length = sum((number - 1) * stride for number, stride in steps) + self.dtype.itemsize
         if not isinstance(self.source, Path):
             return self.source[self.offset : self.offset + length]
+        # Not mapped: if a mapped file becomes shorter, the system kills the process.
+        advice = "restore it as it was, and run again."
         try:
-            return np.memmap(self.source, np.uint8, "r", self.offset, (length,))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.source} cannot be read ({error}): restore it as it was, and run again."
-            ) from error
+            data = np.fromfile(self.source, np.uint8, length, offset=self.offset)
+        except OSError as error:
+            raise InputError(f"{self.source} cannot be read ({error.strerror}): {advice}") from error
+        if len(data) < length:
+            raise InputError(f"{self.source} cannot be read to byte {self.offset + length}: {advice}")
+        return data
 
 
 def reference(model: Model, walk: Walk, binding: Binding) -> WeightRef:
