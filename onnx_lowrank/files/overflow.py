@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.scratch import discard
 
 Held = Callable[[], NDArray[Any]]
 """Gives an array, read again from the file if it is there."""
@@ -41,7 +42,7 @@ class Overflow:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="onnx-lowrank-")  # noqa: SIM115 - see finalize
-                finalize(self, self._file.close)
+                finalize(self, discard, self._file)
             offset = self._file.seek(0, 2)
             self._file.write(np.ascontiguousarray(array).data)
             self._file.flush()

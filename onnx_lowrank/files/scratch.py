@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.atomic import locked
@@ -59,6 +60,12 @@ def roomy() -> Iterator[None]:
         raise InputError(
             f"{place} cannot be written ({error.strerror}): make room there, or set TMPDIR to a larger disk."
         ) from error
+
+
+def discard(file: IO[bytes]) -> None:
+    """Close a temporary file; the rest of its bytes may fail to be written, as on a full disk."""
+    with suppress(OSError):
+        file.close()
 
 
 def _sweep(folder: Path) -> None:

@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.external import append, refer, whole
 from onnx_lowrank.files.regions import Region
-from onnx_lowrank.files.scratch import scratch
+from onnx_lowrank.files.scratch import discard, scratch
 from onnx_lowrank.files.tensors import inline, is_external, reference, region, stored_size, tensors
 from onnx_lowrank.files.wire import LENGTH, Piece, Walker, WireError, encoded, write
 
@@ -53,7 +53,8 @@ class Spill:
             try:
                 place = stack.enter_context(scratch(folder))
                 path = place / f"{place.stem}.spill"
-                self._file = stack.enter_context(path.open("xb"))
+                self._file = path.open("xb")
+                stack.callback(discard, self._file)
             except OSError as error:
                 where = folder or tempfile.gettempdir()
                 raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error

@@ -150,6 +150,37 @@ def test_a_run_compares_the_outputs_of_a_large_model(tmp_path, monkeypatch: pyte
     assert (one.never_ran, two.never_ran) == ((), ())
 
 
+def test_a_large_model_is_calibrated_in_parts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.onnx"
+    large.write(path, 2**18, width=32)
+    data = {"input_ids": np.random.default_rng(0).integers(0, 64, (12, 5))}
+    found = []
+    for whole in (2**29, 2**14):
+        monkeypatch.setattr(parted, "_WHOLE", whole)
+        with compress(path, 0.7, calibration=data, recipe="activation") as result:
+            found.append((result.plan, result.report))
+    (one, plain), (two, divided) = found
+    for ours, theirs in zip(two.choices, one.choices, strict=True):
+        assert ours.option == theirs.option
+        assert ours.error == pytest.approx(theirs.error, rel=1e-3)
+    outputs = (report.validation.outputs[0].relative for report in (plain, divided))
+    assert next(outputs) == pytest.approx(next(outputs), rel=1e-2)
+    assert "every batch of inputs opens its parts again" in divided.calibration.warnings[-1]
+    assert not any("parts" in warning for warning in plain.calibration.warnings)
+
+
+@pytest.mark.usefixtures("tight")
+def test_small_models_have_one_session(engine: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    original = Runtime.open
+    monkeypatch.setattr(Runtime, "open", lambda self, model: opened.append(model) or original(self, model))
+    model = model_of([helper.make_node("MatMul", ["x", "a"], ["y"])], ["y"], ("a",))
+    with Parted(engine).open(model) as run:
+        run(feed())
+        run(feed())
+    assert opened == [model]
+
+
 @pytest.mark.usefixtures("tight")
 def test_layers_of_a_large_model_that_cannot_run_in_parts_run_alone(tmp_path) -> None:
     nodes = [
