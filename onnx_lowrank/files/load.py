@@ -165,7 +165,9 @@ def inline_locations(model: Model) -> Set[str]:
 
     None if the model has over 1.5 GiB: that is near the 2 GB of protobuf, so it is saved with a data file.
     """
-    return model.temporary if stored_bytes(model) <= _LARGEST_INLINE else frozenset()
+    if not model.temporary or stored_bytes(model) > _LARGEST_INLINE:
+        return frozenset()
+    return model.temporary
 
 
 def inlined(model: Model) -> Model:

@@ -151,7 +151,10 @@ def region(tensor: TensorProto, files: Mapping[str, Path], owner: str) -> Region
             f"{label} refers to an external file {location!r} that was not found: pass the model by its path."
         )
     offset = _number(entries.get("offset", "0"), "offset", label)
-    end = files[location].stat().st_size
+    try:
+        end = files[location].stat().st_size
+    except OSError as error:
+        raise InputError(f"{files[location]} cannot be read ({error.strerror}): restore it.") from error
     size = stored_size(tensor)
     length = _number(entries["length"], "length", label) if "length" in entries else size
     if length is None:
