@@ -12,7 +12,6 @@ is old, and is removed at the end, under these conditions:
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -32,6 +31,9 @@ from onnx_lowrank.files.external import data_names, pack
 from onnx_lowrank.files.load import Model, check_unchanged, inline_locations, serialized
 from onnx_lowrank.files.spilling import write_whole
 from onnx_lowrank.files.tensors import is_external, reference, tensors
+
+_CHUNK = 1 << 20
+_LONGEST_NAME = 512  # bytes; file systems have shorter ones
 
 
 def check_target(model: Model, path: str | os.PathLike[str]) -> None:
@@ -153,12 +155,15 @@ def _data_of(file: Path, target: str) -> set[str]:
 
 def _found(names: re.Pattern[str], file: Path) -> set[str]:
     """All matches of a pattern in the bytes of a file."""
-    # An empty file cannot be mapped.
-    if not file.stat().st_size:
-        return set()
     pattern = re.compile(os.fsencode(names.pattern))
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return {os.fsdecode(found[0]) for found in pattern.finditer(content)}
+    found: set[str] = set()
+    window = b""
+    # Not mapped: the system counts the pages of a mapped file as memory of this process.
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            window = window[-_LONGEST_NAME:] + chunk
+            found.update(os.fsdecode(match[0]) for match in pattern.finditer(window))
+    return found
 
 
 def _remove(target: Path, names: set[str]) -> None:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper, parser
 
+from onnx_lowrank.files import save as saving
 from onnx_lowrank.files.atomic import replacing
 from onnx_lowrank.files.load import load
 from onnx_lowrank.files.save import save
@@ -166,6 +167,18 @@ def test_data_that_another_model_in_the_folder_names_stays(tmp_path, name):
     backup.unlink()
     save_new(tmp_path, target, 4.0)
     assert names(target.parent) == sorted(["out.onnx", location(target), name])
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 1 << 20])
+def test_a_name_is_found_wherever_the_chunks_of_a_file_end(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(saving, "_CHUNK", size)
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, "out.onnx.0123456789abcdef.data")
+    backup = target.with_name("backup.onnx")
+    backup.write_bytes(target.read_bytes())
+    save_new(tmp_path, target)
+    assert names(target.parent) == sorted(
+        ["backup.onnx", "out.onnx", location(target), "out.onnx.0123456789abcdef.data"]
+    )
 
 
 @pytest.mark.parametrize(
