@@ -32,7 +32,7 @@ class Blocks:
             size: Length of a vector, n.
         """
         signs = np.random.default_rng(0).integers(0, 2, (2, groups, size, _PAIRS)) * 2 - 1
-        self._left, self._right = signs.astype(np.float32)
+        self._signs = np.concatenate(signs.astype(np.float32), axis=-1)  # a and b
         self._center: NDArray[Any] | None = None
         self._open = np.zeros((4, groups, _PAIRS))  # of (a x)(b x), a x, b x, and 1 over the vectors x
         self._gram = np.zeros((4, 4, groups, _PAIRS))
@@ -59,7 +59,8 @@ class Blocks:
             if self._sample not in (None, samples[0]):
                 self.close()
             starts = np.flatnonzero(np.concatenate([[True], np.diff(samples) != 0]))
-        sums = _sums(centred @ self._left, centred @ self._right, starts)
+        images = centred @ self._signs
+        sums = _sums(images[..., :_PAIRS], images[..., _PAIRS:], starts)
         self._open += sums[:, :, 0]
         if len(starts) > 1:
             self.close()
@@ -92,7 +93,7 @@ class Blocks:
         if self._blocks < 2 or self._center is None:
             return None
         shift = mean - self._center
-        alpha, beta = (np.einsum("gn,gnr->gr", shift, signs) for signs in (self._left, self._right))
+        alpha, beta = np.split(np.einsum("gn,gnr->gr", shift, self._signs), 2, axis=-1)
         count = self._total[3]
         whole = np.stack([np.ones_like(alpha), -beta, -alpha, alpha * beta])  # of a sum about the mean
         average = np.einsum("kgr,kgr->gr", whole, self._total) / count

@@ -13,6 +13,8 @@ from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.operators.geometry import CHUNK
 
+Floats = NDArray[np.float64]
+
 
 class Accumulator:
     """Moments of a stream of vectors, with float64 accumulators.
@@ -107,12 +109,14 @@ class Accumulator:
             shift = offset + center - self._mean
             total = self._count + count
             weight = self._count * count / total
+            # Both corrections of rank one in one product: every pass over all moments takes time.
+            added = np.stack([np.sqrt(count) * offset, np.sqrt(weight) * shift], axis=1)
+            signed = added * np.array([-1.0, 1.0])[:, None]
             for group, second in enumerate(self._second):
                 part = centred[:, group]
                 second[:n] += part[:, :n].T @ part[:, :n]  # BLAS computes half of a symmetric product
                 second[n:] += part[:, n:].T @ part[:, :n]
-                second -= count * np.multiply.outer(offset[group], offset[group, :n])
-                second += weight * np.multiply.outer(shift[group], shift[group, :n])
+                second += added[group].T @ signed[group, :, :n]
             squares = np.einsum("igm,igm->gm", *[centred[..., n:].astype(np.float64)] * 2)
             self._power += squares - count * offset[:, n:] ** 2 + weight * shift[:, n:] ** 2
         diagonals = self._second.diagonal(axis1=1, axis2=2), self._power
@@ -126,18 +130,14 @@ class Accumulator:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """The moments of the vectors of several streams, merged by the same update, in the given order.
+    """The moments of the vectors of several streams, in the given order.
 
-    The variances of second moments of independent streams add with the squares of their shares.
+    With shares s of the vectors and means m, they are Σ s S + Σ s (m − Σ s m)(m − Σ s m)ᵀ. The variances of
+    second moments of independent streams add with the squares of their shares.
     """
-    count, mean, second = parts[0].count, parts[0].mean, parts[0].second
-    for part in parts[1:]:
-        total = count + part.count
-        share, shift = part.count / total, part.mean - mean
-        between = shift[:, :, None] * shift[:, None, :]
-        second = (1 - share) * second + share * part.second + share * (1 - share) * between
-        mean = mean + share * shift
-        count = total
+    count, shares = _shares(parts)
+    mean, apart = _means([part.mean for part in parts], shares)
+    second = _mixed([part.second for part in parts], shares, apart, apart)
     worths = [part.independent for part in parts]
     if any(worth is None for worth in worths):
         return Moments(count, mean, second)
@@ -147,14 +147,33 @@ def merged(parts: Sequence[Moments]) -> Moments:
 
 def merged_pairs(parts: Sequence[tuple[Moments, Targets]]) -> tuple[Moments, Targets]:
     """The moments of the vectors of several streams and of their targets, merged as by `merged`."""
-    (first, targets), *others = parts
-    count, mean_x = first.count, first.mean
-    mean, cross, power = targets.mean, targets.cross, targets.power
-    for inputs, part in others:
-        total = count + inputs.count
-        share, shift, shift_x = inputs.count / total, part.mean - mean, inputs.mean - mean_x
-        between = share * (1 - share)
-        cross = (1 - share) * cross + share * part.cross + between * shift[:, :, None] * shift_x[:, None, :]
-        power = (1 - share) * power + share * part.power + between * np.sum(shift**2, axis=1)
-        mean, mean_x, count = mean + share * shift, mean_x + share * shift_x, total
-    return merged([inputs for inputs, _ in parts]), Targets(mean, cross, power)
+    inputs, targets = [part for part, _ in parts], [part for _, part in parts]
+    _, shares = _shares(inputs)
+    _, apart_x = _means([part.mean for part in inputs], shares)
+    mean, apart = _means([part.mean for part in targets], shares)
+    cross = _mixed([part.cross for part in targets], shares, apart, apart_x)
+    power = np.tensordot(shares, [part.power for part in targets], 1) + np.sum(apart**2, axis=(1, 2))
+    return merged(inputs), Targets(mean, cross, power)
+
+
+def _shares(parts: Sequence[Moments]) -> tuple[int, Floats]:
+    """The number of all vectors, and the share of each stream, shape (streams,)."""
+    count = sum(part.count for part in parts)
+    return count, np.array([part.count / count for part in parts])
+
+
+def _means(means: Sequence[Floats], shares: Floats) -> tuple[Floats, Floats]:
+    """The mean of all streams, (g, n), and √s (m − mean) of each, (g, streams, n)."""
+    mean = np.tensordot(shares, means, 1)
+    return mean, np.stack(
+        [(each - mean) * root for each, root in zip(means, np.sqrt(shares), strict=True)], 1
+    )
+
+
+def _mixed(moments: Sequence[Floats], shares: Floats, left: Floats, right: Floats) -> Floats:
+    """Σ s M + Lᵀ R, in few passes over the moments, which may be large."""
+    mixed: Floats = np.swapaxes(left, 1, 2) @ right
+    scaled = np.empty_like(mixed)
+    for share, each in zip(shares, moments, strict=True):
+        mixed += np.multiply(each, share, out=scaled)
+    return mixed
