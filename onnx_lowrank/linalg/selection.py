@@ -47,7 +47,7 @@ def order(quadratic: Quadratic, channels: int) -> Indices:
     Returns:
         Shape (channels,).
     """
-    inverse, weight = np.linalg.inv(quadratic.second[0]), quadratic.optimum[0]
+    inverse, weight = _inverse(quadratic.second[0]), quadratic.optimum[0]
     left, dropped = np.arange(channels), []
     while left.size > 1:
         count = min(_BLOCK, left.size - 1)
@@ -58,6 +58,15 @@ def order(quadratic: Quadratic, channels: int) -> Indices:
         inverse, weight = surgeon.rest(stays)
         left = left[stays]
     return np.array([*left, *reversed(dropped)], dtype=np.intp)
+
+
+def _inverse(second: Floats) -> Floats:
+    """C⁻¹ from Cholesky's factorization, in a third of the time of a solution with the unit matrix."""
+    lower, failed = scipy.linalg.lapack.dpotrf(second, lower=1)
+    if failed:
+        return np.asarray(np.linalg.inv(second), np.float64)
+    inverse, _ = scipy.linalg.lapack.dpotri(lower, lower=1)
+    return np.asarray(np.tril(inverse) + np.tril(inverse, -1).T)
 
 
 class _Surgeon:

@@ -145,3 +145,15 @@ def test_held_out_inputs_scale_the_curve(size):
     assert judged[10] > plain[10]
     assert (np.diff(judged) <= 0).all()
     assert (judged[0], judged[-1]) == (1.0, pytest.approx(0.0, abs=1e-6))
+
+
+def test_the_inverse_is_symmetric_and_exact():
+    root = np.random.default_rng(3).standard_normal((20, 30))
+    second = root @ root.T
+    inverse = selection._inverse(second)
+    np.testing.assert_array_equal(inverse, inverse.T)
+    np.testing.assert_allclose(inverse @ second, np.eye(20), atol=1e-11)
+
+
+def test_an_indefinite_matrix_has_its_inverse_too():
+    np.testing.assert_allclose(selection._inverse(np.diag([2.0, -4.0])), np.diag([0.5, -0.25]))
