@@ -1,8 +1,8 @@
 """The walk from layer to layer: the inputs of each layer in the compressed prefix and in the original model.
 
-A cut lies before every layer. The tensors that cross a cut are kept on disk, for every batch. So each layer
-needs only one run of its own segment in each model, and memory holds one batch at a time. A tensor that does
-not depend on a substituted layer is the same in both models, and is computed and kept once.
+A cut lies before every layer. The tensors that cross a cut are kept for every batch, on disk where they
+exceed a bound on memory. So each layer needs only one run of its own segment in each model. A tensor that
+does not depend on a substituted layer is the same in both models, and is computed and kept once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.segments import Segment, Segments, Substitute
-
 
 @dataclass(frozen=True, slots=True)
 class Sight:
@@ -94,7 +93,9 @@ class Step:
         return self._started
 
     def again(self, every: int = 1) -> Iterator[Sight]:
-        """Repeat `batches` without x: every n-th batch of each share, n = `every`."""
+        """Repeat `batches` of a rectified layer without x: every n-th batch of each share, n = `every`."""
+        if not self.rectified:
+            raise RuntimeError(f"the outputs of {self.binding.layer.id} are not kept, as no Relu follows it")
         return self._again(every)
 
     def substitute(self, weight: NDArray[Any], bias: NDArray[Any] | None = None) -> None:
@@ -138,7 +139,7 @@ _TARGET = ""
 class Prefix(Shelved):
     """Walks the layers of a model in the order of their nodes, in one pass over the data for each.
 
-    Use it as a context manager: it keeps activations in a temporary folder.
+    Use it as a context manager: it keeps activations, some in a temporary folder.
     """
 
     def __init__(
@@ -236,7 +237,8 @@ class Prefix(Shelved):
                 whole = shelf.get((x, False), number) if original else None
                 beside = self._beside(stage, made[y].shape, number)
                 sight = Sight(whole, x_hat, made[y], beside, held, self._counting(stage, number))
-                self._keep(number, {_TARGET: made[y]})
+                if segments.rectified(index):
+                    self._keep(number, {_TARGET: made[y]})
                 if number == 0:
                     shelf.require((shelf.used - used) * (len(self._held) - 1))
                 yield sight
@@ -261,7 +263,7 @@ class Prefix(Shelved):
     def _clear(self, stage: _Stage) -> None:
         """Delete the tensors that no later step reads."""
         for number in range(len(self._held)):
-            for key in (*self._dead(stage), (_TARGET, False)):
+            for key in self._dead(stage):
                 self._shelf.drop(key, number)
 
     def _beside(
@@ -284,6 +286,8 @@ class Prefix(Shelved):
         # The next step also runs the compressed prefix from this cut, and reads its unchanged tensors.
         kept = ahead | (here - stage.changed)
         dead = {(name, False) for name in (here | (previous - stage.before)) - kept}
+        if self._segments.rectified(index):
+            dead.add((_TARGET, False))
         return dead | {(name, True) for name in stage.before - stage.changed}
 
     def _keep(self, number: int, values: Mapping[str, Any], changed: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Tensors between two parts of a model, on disk."""
+"""Tensors between two parts of a model, in memory as far as it reaches, and otherwise on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.scratch import scratch
+from onnx_lowrank.hardware import free_memory
 
 _GIB = 2**30
 
@@ -20,25 +21,39 @@ Key = tuple[str, bool]
 """A tensor's name, and whether it belongs to the compressed prefix, not to the original model."""
 
 
+MEMORY = 2**29
+"""The most bytes in memory. Files take time to write, read and delete, even where a cache holds them."""
+
+_SHARE = 8
+"""They take at most 1 / _SHARE of the memory that is free when the shelf is made."""
+
+
 class Shelf:
-    """Arrays on disk, a file for each tensor and batch.
+    """Arrays in memory or on disk; there is a file for each tensor and batch.
 
     Attributes:
-        used: The bytes of all its files.
+        used: The bytes of all arrays.
     """
 
     def __init__(self, folder: Path) -> None:
         self.used = 0
         self._folder = folder
+        self._memory = min(MEMORY, free_memory() // _SHARE)
+        self._in_memory: dict[tuple[Key, int], NDArray[Any]] = {}
+        self._in_files = 0
         self._numbers: dict[Key, int] = {}
         self._dtypes: dict[Key, np.dtype[Any]] = {}
 
     def put(self, key: Key, batch: int, value: NDArray[Any]) -> None:
-        """Write an array.
+        """Keep an array, which nobody changes from then on.
 
         Raises:
             InputError: The disk is full.
         """
+        if self.used - self._in_files + value.nbytes <= self._memory:
+            self._in_memory[key, batch] = value
+            self.used += value.nbytes
+            return
         try:
             np.save(self._path(key, batch), value, allow_pickle=False)
         except OSError as error:
@@ -47,30 +62,40 @@ class Shelf:
                 "inputs with --calibration-samples."
             ) from error
         self._dtypes[key] = value.dtype
-        self.used += self._path(key, batch).stat().st_size
+        size = self._path(key, batch).stat().st_size
+        self.used += size
+        self._in_files += size
 
     def get(self, key: Key, batch: int) -> NDArray[Any]:
-        """Read an array."""
+        """An array; do not change it."""
+        if (known := self._in_memory.get((key, batch))) is not None:
+            return known
         array: NDArray[Any] = np.load(self._path(key, batch), allow_pickle=False)
         # A file keeps the bits of bfloat16, but not its name.
         return array.view(self._dtypes[key]) if array.dtype.kind == "V" else array
 
     def drop(self, key: Key, batch: int) -> None:
         """Delete an array."""
+        if (known := self._in_memory.pop((key, batch), None)) is not None:
+            self.used -= known.nbytes
+            return
         path = self._path(key, batch)
-        self.used -= path.stat().st_size
+        size = path.stat().st_size
         path.unlink()
+        self.used -= size
+        self._in_files -= size
 
     def require(self, further: int) -> None:
-        """Check that the disk has room.
+        """Check that memory and disk have room.
 
         Args:
-            further: The bytes still to write.
+            further: The bytes still to keep.
 
         Raises:
-            InputError: The disk has less room.
+            InputError: They have less room.
         """
         free = shutil.disk_usage(self._folder).free
+        further = self.used + further - self._memory - self._in_files
         if further > free:
             raise InputError(
                 f"The activations between two layers take {further / _GIB:.1f} GiB more, but "
@@ -84,7 +109,7 @@ class Shelf:
 
 
 class Shelved:
-    """A context manager that keeps tensors on a shelf in a temporary folder."""
+    """A context manager that keeps tensors on a shelf; its temporary folder has what memory cannot hold."""
 
     def __enter__(self) -> Self:
         """Make the folder."""
