@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx.helper import np_dtype_to_tensor_dtype
 
-from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.calibrate.shares import Batch, together
 from onnx_lowrank.calibrate.shelf import Key, Shelved
 from onnx_lowrank.engines.engine import Feed, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
@@ -40,6 +40,7 @@ class Sight:
             y's shape; None if there is none.
         held: Whether the batch is held out.
         shown: Whether each vector of the layer counts, shape (vectors,); None if all do.
+        samples: The number of samples in the batch; 1 if it is unknown.
     """
 
     x: NDArray[Any] | None
@@ -48,6 +49,7 @@ class Sight:
     beside: tuple[NDArray[Any], NDArray[Any]] | None
     held: bool
     shown: NDArray[np.bool_] | None = None
+    samples: int = 1
 
 
 class Step:
@@ -169,6 +171,7 @@ class Prefix(Shelved):
         self._kinds: dict[str, int] = {}
         self._held: list[bool] = []
         self._shown: list[NDArray[np.bool_] | None] = []
+        self._samples: list[int] = []
 
     def steps(self) -> Iterator[Step]:
         """The layers, one after the other; each is finished before the next one starts.
@@ -211,6 +214,7 @@ class Prefix(Shelved):
                 self._held.append(batch.held)
                 shown = self._padding.shown(batch.feed)
                 self._shown.append(None if shown is None else shown.ravel())
+                self._samples.append(together(batch.feed))
                 # The number of batches is unknown, and the tensors of later cuts need room, too: ask for as
                 # much again.
                 shelf.require(shelf.used)
@@ -236,7 +240,8 @@ class Prefix(Shelved):
                 x_hat = shelf.get((x, x in stage.changed), number)
                 whole = shelf.get((x, False), number) if original else None
                 beside = self._beside(stage, made[y].shape, number)
-                sight = Sight(whole, x_hat, made[y], beside, held, self._counting(stage, number))
+                shown = self._counting(stage, number)
+                sight = Sight(whole, x_hat, made[y], beside, held, shown, self._samples[number])
                 if segments.rectified(index):
                     self._keep(number, {_TARGET: made[y]})
                 if number == 0:
@@ -253,7 +258,7 @@ class Prefix(Shelved):
             held = self._held[number]
             x_hat, y = shelf.get((name, name in stage.changed), number), shelf.get((_TARGET, False), number)
             beside = self._beside(stage, y.shape, number)
-            yield Sight(None, x_hat, y, beside, held, self._counting(stage, number))
+            yield Sight(None, x_hat, y, beside, held, self._counting(stage, number), self._samples[number])
 
     def _counting(self, stage: _Stage, number: int) -> NDArray[np.bool_] | None:
         """Whether each vector of the layer counts, in one batch."""

@@ -39,6 +39,12 @@ class Samples(Protocol):
         """The samples, in batches of at most `size` if the model allows that."""
 
 
+def together(feed: Feed) -> int:
+    """Number of samples in a feed; 1 if its arrays do not agree on it."""
+    sizes = {len(array) for array in feed.values() if array.ndim}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
 def spaced(total: int, most: int | None) -> NDArray[np.intp]:
     """At most `most` numbers below `total`, evenly spaced and ascending; all of them for None."""
     number = total if most is None else min(total, most)

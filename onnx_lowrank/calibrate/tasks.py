@@ -12,7 +12,7 @@ from onnx_lowrank.calibrate.jobs import Job
 from onnx_lowrank.calibrate.lookups import Counts, Lookup
 from onnx_lowrank.calibrate.moments import Accumulator
 from onnx_lowrank.calibrate.parts import whole
-from onnx_lowrank.calibrate.shares import Batch
+from onnx_lowrank.calibrate.shares import Batch, together
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
 
@@ -37,8 +37,7 @@ class Task:
         Raises:
             InputError: They hold NaN, Inf or numbers whose squares overflow.
         """
-        held, sizes = batch.held, {len(array) for array in batch.feed.values() if array.ndim}
-        number = sizes.pop() if len(sizes) == 1 else 1
+        held, number = batch.held, together(batch.feed)
         if held not in self._shares:
             self._shares[held] = Accumulator(f"layer {whole(self.layers[0])!r}", *self.job.shape)
         given = self._shown(batch, padding)
@@ -55,8 +54,12 @@ class Task:
             for rows in self.job.cut(form, value, tap.depth):
                 part = slice(start, start + len(rows))
                 start += len(rows)
-                kept = slice(None) if shown is None else shown.ravel()[part]
-                self._shares[held].add(rows[kept], None if samples is None else samples[part][kept])
+                own = None if samples is None else samples[part]
+                if shown is not None:
+                    kept = np.flatnonzero(shown.ravel()[part])
+                    # Not the mask itself, with which NumPy copies element by element.
+                    rows, own = rows.take(kept, axis=0), None if own is None else own[kept]
+                self._shares[held].add(rows, own)
         self._shares[held].close_block()
 
     def _shown(self, batch: Batch, padding: Padding) -> NDArray[np.bool_] | None:

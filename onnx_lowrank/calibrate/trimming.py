@@ -25,6 +25,9 @@ from onnx_lowrank.engines.padding import Padding
 _SORTED = 4
 """Batches among which texts are ordered by their lengths."""
 
+_CUT = 4
+"""Parts of a batch of ordered texts: a shorter part has less padding, and smaller tensors stay in caches."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trimmed:
@@ -59,8 +62,10 @@ class Trimmed:
             yield from self.samples.batches(size)
             return
         read = {False: 0, True: 0}
+        # Not the batches of shortest texts, which are chosen by their number.
+        part = size if self.shortest else -(-size // _CUT)
         for batch in self.samples.batches(_SORTED * size):
-            parts = list(self._parts(batch, size))
+            parts = list(self._parts(batch, part))
             if self.shortest:
                 yield parts[0]
                 continue

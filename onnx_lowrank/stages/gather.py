@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,10 +68,9 @@ class Gatherer:
         def add(lane: dict[bool, Accumulator], sight: Sight) -> None:
             if sight.held not in lane:
                 lane[sight.held] = Accumulator(f"layer {self.layer!r}", g, p, f)
-            for x, y, beside in _rows(self.geometry, sight):
+            for x, y, beside, samples in _rows(self.geometry, sight):
                 target = y if beside is None else y + (beside[0] - beside[1])
-                lane[sight.held].add(np.concatenate([x, target], axis=2))
-            # A sight does not tell samples apart, so its whole batch counts as one block.
+                lane[sight.held].add(np.concatenate([x, target], axis=2), samples)
             lane[sight.held].close_block()
 
         self._in_lanes(sights, sums, add)
@@ -102,7 +101,7 @@ class Gatherer:
         before, total = (self._grouped(values) for values in (added, bias))
 
         def add(lane: dict[bool, Changes], sight: Sight) -> None:
-            for x, y, beside in _rows(self.geometry, sight):
+            for x, y, beside, _ in _rows(self.geometry, sight):
                 given = np.swapaxes(np.swapaxes(x, 0, 1) @ np.swapaxes(matrices, 1, 2), 0, 1) + total
                 wanted, got, linear = y + before, given, y
                 if beside is not None:
@@ -129,25 +128,47 @@ class Gatherer:
             self.threads.each(lambda item: add(*item), zip(lanes, group, strict=False))
 
 
-def _rows(
-    form: Geometry, sight: Sight
-) -> Iterator[tuple[NDArray[Any], NDArray[Any], tuple[NDArray[Any], NDArray[Any]] | None]]:
-    """Chunks of x̂ (rows, g, p), of y (rows, g, f), and of the residuals added to y in both models.
+class _Rows(NamedTuple):
+    """A chunk of rows.
 
-    Rows that do not count are left out.
+    Attributes:
+        x: Inputs x̂, shape (rows, g, p).
+        y: Outputs of the original model, shape (rows, g, f).
+        beside: The residuals added to y in both models, of y's shape; None if there are none.
+        samples: The number of each row's sample, ascending, shape (rows,); None if it is unknown.
     """
-    y = np.concatenate(list(outputs(form, sight.y)))
-    beside = None
-    if sight.beside is not None:
-        beside = tuple(np.concatenate(list(outputs(form, value))) for value in sight.beside)
+
+    x: NDArray[Any]
+    y: NDArray[Any]
+    beside: tuple[NDArray[Any], NDArray[Any]] | None
+    samples: NDArray[np.intp] | None
+
+
+def _rows(form: Geometry, sight: Sight) -> Iterator[_Rows]:
+    """The rows around a layer in chunks, without those that do not count."""
+    y = _joined(outputs(form, sight.y))
+    beside = [] if sight.beside is None else [_joined(outputs(form, value)) for value in sight.beside]
     shown = sight.shown if sight.shown is not None and len(sight.shown) == len(y) else None
+    samples = None
+    if sight.samples > 1 and not any(len(v) % sight.samples for v in (sight.x_hat, y) if v.ndim):
+        samples = np.repeat(np.arange(sight.samples), len(y) // sight.samples)
     start = 0
     for x in patches(form, sight.x_hat):
         part = slice(start, start + len(x))
         start += len(x)
-        kept = slice(None) if shown is None else shown[part]
-        both = None if beside is None else (beside[0][part][kept], beside[1][part][kept])
-        yield x[kept], y[part][kept], both
+        rows = [x, y[part], *(value[part] for value in beside)]
+        own = None if samples is None else samples[part]
+        if shown is not None:
+            kept = np.flatnonzero(shown[part])
+            # Not the mask itself, with which NumPy copies element by element.
+            rows, own = [each.take(kept, axis=0) for each in rows], None if own is None else own[kept]
+        x, of_layer, *both = rows
+        yield _Rows(x, of_layer, (both[0], both[1]) if both else None, own)
+
+
+def _joined(chunks: Iterator[NDArray[Any]]) -> NDArray[Any]:
+    first, *others = chunks
+    return np.concatenate([first, *others]) if others else first
 
 
 def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool) -> Share:

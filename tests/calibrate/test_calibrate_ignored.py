@@ -367,6 +367,15 @@ def test_texts_of_like_length_share_a_batch_and_all_are_seen_once(text):
     assert (widths == {LENGTH}) == (text is HIDDEN_STATES)
 
 
+def test_a_batch_of_ordered_texts_is_cut_into_quarters():
+    with measured(seen(encoder()), texts(160)) as calibration:
+        shares = [[b for b in calibration.trimmed.batches(16) if b.held is held] for held in (False, True)]
+    for batches, number in zip(shares, (128, 32), strict=True):
+        assert [len(batch.feed["input_ids"]) for batch in batches] == [4] * (number // 4)
+        padded = [(batch.feed["attention_mask"] == 0).mean() for batch in batches]
+        assert np.mean(padded) < 0.1
+
+
 def test_feeds_of_one_sample_are_trimmed_alone():
     data = texts(NUMBER)
     feeds = [{name: values[n : n + 1] for name, values in data.items()} for n in range(NUMBER)]
