@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.segments import Segment, Segments, Substitute
+from onnx_lowrank.work.executor import Threads
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Sight:
@@ -152,6 +156,7 @@ class Prefix(Shelved):
         batches: Iterable[Batch],
         engine: Engine,
         padding: Padding = NO_PADDING,
+        threads: Threads | None = None,
     ) -> None:
         """Prepare the walk; nothing runs yet.
 
@@ -163,8 +168,11 @@ class Prefix(Shelved):
             batches: The calibration inputs, at least one batch; they are read once.
             engine: Runs the segments.
             padding: The padding of the inputs.
+            threads: Run a few batches at the same time, if the engine allows it: a segment is a small model,
+                whose operators do not keep all cores busy. None runs them one by one.
         """
         self._padding = padding
+        self._threads = threads
         self._segments = Segments(model, walk, bindings)
         self._batches = batches
         self._engine = engine
@@ -229,12 +237,14 @@ class Prefix(Shelved):
         wanted = (name for name in segments.made(index) if name in stage.changed)
         behind = segments.segment(index, wanted, self._kinds, stage.substitute)
         with self._opened(ahead) as run, self._opened(behind) as rerun:
-            for number, held in enumerate(self._held):
-                used = shelf.used
-                made = run({name: shelf.get((name, False), number) for name in ahead.inputs})
-                remade = rerun(
-                    {name: shelf.get((name, name in stage.before), number) for name in behind.inputs}
-                )
+
+            def both(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+                known = {name: shelf.get((name, False), number) for name in ahead.inputs}
+                changed = {name: shelf.get((name, name in stage.before), number) for name in behind.inputs}
+                return run(known), rerun(changed)
+
+            for number, (made, remade) in enumerate(self._each(both)):
+                used, held = shelf.used, self._held[number]
                 self._keep(number, {name: made[name] for name in segments.made(index + 1)})
                 self._keep(number, remade, changed=True)
                 x_hat = shelf.get((x, x in stage.changed), number)
@@ -247,6 +257,13 @@ class Prefix(Shelved):
                 if number == 0:
                     shelf.require((shelf.used - used) * (len(self._held) - 1))
                 yield sight
+
+    def _each(self, compute: Callable[[int], T]) -> Iterator[T]:
+        """Compute something for every batch, in their order."""
+        numbers = range(len(self._held))
+        if self._threads is None:
+            return map(compute, numbers)
+        return self._threads.together(compute, numbers, self._engine.concurrent)
 
     def _again(self, stage: _Stage, every: int) -> Iterator[Sight]:
         """Repeat `_sights` from the shelf: every n-th batch of each share, n = `every`."""

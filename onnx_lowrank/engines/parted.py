@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -59,6 +59,8 @@ class Parted:
     """
 
     runtime: Runtime
+    concurrent: ClassVar[int] = 1
+    """The parts of a second run would take memory again."""
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ class Reference:
     """onnx's reference implementation: slow, but it supports every type."""
 
     name: str = "onnx ReferenceEvaluator"
+    concurrent: ClassVar[int] = 1
+    """A run changes the filters of warnings, which all threads share."""
 
     @contextmanager
     def open(self, model: Model) -> Iterator[Run]:

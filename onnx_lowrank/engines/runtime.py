@@ -96,6 +96,11 @@ class Runtime:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", f"ONNX Runtime {self.provider}")
 
+    @property
+    def concurrent(self) -> int:
+        """The number of runs of an open model that may be in progress; each takes memory for itself."""
+        return 2 if self.provider == "CPUExecutionProvider" else 1
+
     @contextmanager
     def open(self, model: Model) -> Iterator[Run]:
         """Load a model.

@@ -131,7 +131,10 @@ def recover(
     waiting: deque[tuple[Binding, Recovered]] = deque()
     joint = Joint(model, walk, bindings, options, calibration.statistics, executor.threads)
     narrowed = narrow_layers((binding.layer, options.get(binding.layer.id)) for binding in bindings)
-    with Prefix(model, walk, bindings, batches, calibration.engine, calibration.statistics.padding) as prefix:
+    padding = calibration.statistics.padding
+    with Prefix(
+        model, walk, bindings, batches, calibration.engine, padding, threads=executor.threads
+    ) as prefix:
 
         def items() -> Iterator[CertificateItem]:
             for step in prefix.steps():

@@ -27,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from threading import Thread
@@ -172,6 +173,18 @@ class Threads:
         all_items = tuple(items)
         with one_blas_thread():
             return self._shared(lambda n: function(all_items[n]), len(all_items))
+
+    def together(self, function: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[R]:
+        """Apply a function to many items, drawn a few at a time, and yield the results in their order.
+
+        Args:
+            function: Any function.
+            items: The items.
+            most: How many are in memory, and computed at the same time.
+        """
+        source = iter(items)
+        while group := list(islice(source, most)):
+            yield from self.each(function, group)
 
     def _shared(self, function: Callable[[int], R], number: int) -> list[R]:
         results: dict[int, R] = {}

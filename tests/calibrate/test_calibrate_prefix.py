@@ -19,7 +19,9 @@ from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.layers.find import read
+from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.probe.segments import Segments
+from onnx_lowrank.work.executor import Threads
 from rewriting import difference, feed_of, found, model, run
 
 ENGINE = runtime("CPUExecutionProvider")
@@ -332,8 +334,8 @@ def test_a_walk_has_the_same_bits_every_time(memory, monkeypatch):
     proto = built("norms")
     seen, theirs = found(proto), computed(with_other(proto, {"w1", "w2"}), True)
 
-    def walked():
-        with Prefix(seen.model, seen.walk, seen.bindings, batches(proto), ENGINE) as walk:
+    def walked(threads=None):
+        with Prefix(seen.model, seen.walk, seen.bindings, batches(proto), ENGINE, threads=threads) as walk:
             for step in walk.steps():
                 for sight in step.batches():
                     yield sight.x_hat.tobytes() + sight.y.tobytes()
@@ -341,7 +343,8 @@ def test_a_walk_has_the_same_bits_every_time(memory, monkeypatch):
 
     expected = list(walked())
     monkeypatch.setattr(shelf, "MEMORY", memory)
-    assert list(walked()) == expected
+    with Threads(resolve("cpu"), number=2) as threads:
+        assert list(walked()) == list(walked(threads)) == expected
 
 
 def test_shapes_may_differ_between_batches():

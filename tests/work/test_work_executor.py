@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import signal
 import subprocess
@@ -262,6 +263,16 @@ def put_there(item, backend):
 def test_each_gives_the_results_in_order(workers, count):
     with Threads(CPU, number=workers) as running:
         assert running.each(lambda n: n * n, range(count)) == [n * n for n in range(count)]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 20])
+def test_items_that_are_computed_together_are_drawn_a_few_at_a_time(most):
+    items, seen = iter(range(12)), []
+    with Threads(CPU, number=2) as running:
+        for result in running.together(lambda n: n * n, items, most):
+            seen.append(result)
+            assert len(seen) + operator.length_hint(items) > 12 - most
+    assert seen == [n * n for n in range(12)]
 
 
 @pytest.mark.parametrize("wrong", range(6))
