@@ -44,6 +44,10 @@ from onnx_lowrank.graph.weights import FLOATS
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.override import Overridable
 from onnx_lowrank.probe.segments import Substitute
+from onnx_lowrank.work.executor import Threads
+
+Errors = NDArray[np.float64]
+_Each = Callable[[Callable[[Feed], Errors], Iterable[Feed]], Iterable[Errors]]
 
 LOST = 1e6
 """The largest error; an output with NaN or Inf has this one."""
@@ -132,6 +136,7 @@ def measure(
     samples: Samples,
     engine: Engine,
     *,
+    threads: Threads | None = None,
     padding: Padding = NO_PADDING,
     trials: int = 3,
     memory: Memory = NOTHING,
@@ -146,6 +151,7 @@ def measure(
         substitutes: Gives the substitutes of a layer; they are used one by one, and not kept.
         samples: The calibration inputs. Only samples to fit to are used; `probe` gives their number.
         engine: Runs the model.
+        threads: Try a few substitutes at the same time, if the engine allows it; None for one by one.
         padding: The padding of the inputs; errors there do not count.
         trials: The approximate number of substitutes of a layer.
         memory: Gives and takes outcomes, so that known ones are not measured again.
@@ -181,7 +187,7 @@ def measure(
         if missing:
             overridable = Overridable(model, walk, group)
             tail = tails.tail(number, overridable.model) if compared else (overridable.model, feeds)
-            trying = _Trying(overridable, *tail, compared, counted, engine)
+            trying = _Trying(overridable, *tail, compared, counted, engine, threads)
             for layer, outcome in trying.outcomes(missing, substitutes):
                 outcomes[layer] = outcome
                 # A failure, as for lack of memory, may be gone in the next run.
@@ -324,6 +330,7 @@ class _Trying:
         compared: The outputs of the whole model that are compared, as far as they are known.
         counted: The elements of outputs that count.
         engine: Runs the tail.
+        threads: Try substitutes at the same time.
     """
 
     overridable: Overridable
@@ -332,6 +339,7 @@ class _Trying:
     compared: frozenset[str]
     counted: _Counted
     engine: Engine
+    threads: Threads | None
 
     def outcomes(
         self, bindings: Iterable[Binding], substitutes: Callable[[Binding], Iterable[Substitute]]
@@ -342,7 +350,7 @@ class _Trying:
         closed = [binding.layer.id for binding in bindings if binding.layer.id in reasons]
         try:
             with self.engine.open(self.tail) as run:
-                trial = _Trial(run, self.given, compared, self.counted)
+                trial = _Trial(run, self.given, compared, self.counted, self._each)
                 compared = trial.compared
                 while left:
                     binding = left[0]
@@ -356,6 +364,11 @@ class _Trying:
         for layer in closed:
             yield layer, Outcome(reasons[layer], compared)
 
+    def _each(self, function: Callable[[Feed], Errors], feeds: Iterable[Feed]) -> Iterable[Errors]:
+        if self.threads is None:
+            return map(function, feeds)
+        return self.threads.together(function, feeds, self.engine.concurrent)
+
 
 class _Trial:
     """The outputs of the unchanged model, with which those of the model with substitutes are compared.
@@ -364,8 +377,10 @@ class _Trial:
         compared: The outputs of the whole model that are compared.
     """
 
-    def __init__(self, run: Run, feeds: Sequence[Feed], compared: Set[str], counted: _Counted) -> None:
-        """Run the unchanged model, or the tail of one.
+    def __init__(
+        self, run: Run, feeds: Sequence[Feed], compared: Set[str], counted: _Counted, each: _Each
+    ) -> None:
+        """Run the unchanged model, or a tail.
 
         Args:
             run: Runs it.
@@ -373,8 +388,10 @@ class _Trial:
             compared: The outputs of the whole model that are compared. Those that the tail does not return
                 have no error.
             counted: The elements of outputs that count.
+            each: Applies a function to the feeds of substitutes.
         """
         self._run = run
+        self._each = each
         self._counted = counted
         self._feeds = feeds
         given = [run(feed) for feed in feeds]
@@ -387,14 +404,14 @@ class _Trial:
         """The output error of every substitute, given the feed that overrides the layer; or a reason."""
         if not self._outputs:
             return "the model has no output of floats that differ from zero"
-        table = np.array([self._row(override) for override in fed]).reshape(-1, len(self._outputs))
+        table = np.array(list(self._each(self._row, fed))).reshape(-1, len(self._outputs))
         same = ~np.isnan(table).any(axis=0)
         if not same.any():
             return "its substitutes change the shapes of the model's outputs"
         absent = len(self.compared) - len(self._outputs)
         return np.asarray(table[:, same].sum(axis=1) / (np.count_nonzero(same) + absent))
 
-    def _row(self, override: Feed) -> NDArray[np.float64]:
+    def _row(self, override: Feed) -> Errors:
         """The error of every output; NaN if its shape changes."""
         residuals = np.zeros(len(self._outputs))
         for batch, feed in enumerate(self._feeds):
@@ -422,14 +439,11 @@ class _Trial:
         return _Output(name, values, power) if 0 < power < np.inf else None
 
 
-def _energy(values: NDArray[Any]) -> float:
-    return float(np.sum(np.square(values, dtype=np.float64)))
-
-
 def _residual(wanted: NDArray[Any], given: Any) -> float:
     """‖y − ŷ‖² over the finite elements of y; infinite if ŷ is not finite there."""
     finite = np.isfinite(wanted)
     if not np.isfinite(given[finite]).all():
         return np.inf
     with np.errstate(over="ignore"):
-        return _energy(given[finite].astype(np.float64) - wanted[finite])
+        lost = given[finite].astype(np.float64) - wanted[finite]
+        return float(np.sum(np.square(lost)))

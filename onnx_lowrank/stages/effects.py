@@ -132,6 +132,7 @@ def _caused(
             substitutes,
             samples,
             calibration.engine,
+            threads=executor.threads,
             padding=statistics.padding,
             trials=len(PROBED),
             memory=memory,

@@ -21,7 +21,9 @@ from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import read
+from onnx_lowrank.linalg.backend import resolve
 from onnx_lowrank.probe.segments import Substitute
+from onnx_lowrank.work.executor import Threads
 from rewriting import Found, constants, found, model, tensors
 
 ENGINE = runtime("CPUExecutionProvider")
@@ -129,6 +131,16 @@ def measured(
 
 def relative(y: np.ndarray, changed: np.ndarray) -> float:
     return float(np.sum((y - changed) ** 2) / np.sum((y - y.mean(axis=0)) ** 2))
+
+
+def test_substitutes_tried_at_the_same_time_have_the_same_errors():
+    proto, amounts = model(TWO, **(WEIGHTS | {"c": drawn(4, 5).astype(np.float32)})), (0.1, 0.5, 1.0)
+    expected = measured(proto, samples(), amounts)
+    with Threads(resolve("cpu"), number=2) as threads:
+        result = measured(proto, samples(), amounts, threads=threads)
+    assert list(result) == list(expected) == ["w", "u"]
+    for layer, errors in expected.items():
+        np.testing.assert_array_equal(result[layer], errors)
 
 
 # --- the formula ----------------------------------------------------------------------------------
