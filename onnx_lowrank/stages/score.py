@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import exp
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -25,13 +25,14 @@ from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.files.overflow import Held, Overflow
+from onnx_lowrank.files.overflow import Overflow
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.stages.fit import can_narrow, width_item
+from onnx_lowrank.stages.known import Key, Known
 from onnx_lowrank.stages.unmeasured import without_calibration
 from onnx_lowrank.work.executor import Executor
 from onnx_lowrank.work.moments import MomentsRef
@@ -54,38 +55,6 @@ _SPECTRA = 2**26
 """The most bytes of spectra in memory. For layers of 2,048 features they take 1 % of the weights."""
 
 _Wanted = Mapping[Fold, Sequence[int]]
-_Key = tuple[Fold, int]
-
-
-@dataclass(slots=True)
-class Known:
-    """The results known for one layer, from which measures compute errors.
-
-    Attributes:
-        spectra: Singular values of its weight, in memory or on disk.
-        activation: Relative errors on the calibration inputs.
-        power: The power of its outputs on these inputs. Times this, the activation errors are absolute.
-        computed: The decompositions with attempted activation errors. Moments of outputs determine only one
-            of them, so `activation` may hold fewer.
-        effects: The errors at the model's outputs that some activation errors cause; empty until measured.
-        unknown: Why these errors could not be measured, a sentence; "" if they were.
-        widths: Relative errors of narrow layers, at the widths 0 … full width; None until computed.
-        narrow_effects: The errors at the model's outputs that some of these cause; empty until measured.
-    """
-
-    spectra: dict[_Key, Held] = field(default_factory=dict)
-    activation: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
-    power: float = 1.0
-    computed: set[_Key] = field(default_factory=set)
-    effects: Effects = ()
-    unknown: str = ""
-    widths: NDArray[np.float64] | None = None
-    narrow_effects: Effects = ()
-
-    def evidence(self, needs: Needs) -> Evidence:
-        """The results that a measure needs, and others."""
-        spectra = {key: held() for key, held in self.spectra.items()} if Needs.WEIGHTS in needs else {}
-        return Evidence(spectra, self.activation, self.power, self.effects)
 
 
 class Scores:
@@ -379,7 +348,7 @@ class Scores:
         for known, keys in zip(self._known, missing, strict=True):
             known.computed.update(keys)
 
-    def _add_measured(self, missing: Sequence[Sequence[_Key]], moments: Sequence[MomentsRef | None]) -> None:
+    def _add_measured(self, missing: Sequence[Sequence[Key]], moments: Sequence[MomentsRef | None]) -> None:
         """Compute the errors of the layers that have moments."""
         chosen = [
             (number, found)
