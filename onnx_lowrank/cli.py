@@ -265,6 +265,11 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     metavar="N",
     help="Compute layers in N processes; by default in threads of one process.",
 )
+@click.option(
+    "--scheduler",
+    metavar="tcp://HOST:PORT",
+    help="Compute layers on the workers of a running Dask cluster.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option(
     "--verbose",

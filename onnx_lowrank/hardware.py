@@ -43,6 +43,11 @@ def block(provider: str) -> int:
 
 def processor(provider: str) -> str:
     """The hardware of a provider: the CPU with its number of cores, and for GPU providers the GPUs."""
+    return f"{processor_kind(provider)}, {cores()} cores"
+
+
+def processor_kind(provider: str) -> str:
+    """The same without the number of cores, which changes times and no results."""
     return _cpu() if provider == _CPU else f"{_gpus()} {_cpu()}".strip()
 
 
@@ -80,7 +85,7 @@ def cache_bytes() -> int:
 
 def _cpu() -> str:
     model = re.search(r"^model name\s*:\s*(.*)$", _text(_CPUINFO), re.MULTILINE)
-    return f"{model[1] if model else platform.processor() or 'unknown'}, {cores()} cores"
+    return model[1] if model else platform.processor() or "unknown"
 
 
 def _gpus() -> str:

@@ -67,6 +67,8 @@ class Options(TypedDict, total=False):
             keeps times, and all else for models above 1 GiB alone. False keeps nothing.
         workers: Number of processes that compute the work of the layers; 0, the default, uses threads of this
             process. With processes, a script must guard its call by `if __name__ == "__main__":`.
+        scheduler: Address of the scheduler of a running Dask cluster, such as "tcp://10.0.0.1:8786", whose
+            workers compute the work of the layers; None, the default, uses this machine alone.
         dry_run: Make the plan and the report only; the model stays as it is. By default False.
         tokenizer: The model's tokenizer.json, if `calibration`, `inputs` or `check` is a text.
         mean: The mean of each channel of images, whose values are scaled to 0..1; by default 0.
@@ -96,6 +98,7 @@ class Options(TypedDict, total=False):
     threads: int
     cache: bool | str | os.PathLike[str]
     workers: int
+    scheduler: str | None
     dry_run: bool
     tokenizer: str | os.PathLike[str] | None
     mean: float | Sequence[float] | None
@@ -126,6 +129,7 @@ DEFAULTS: Options = {
     "threads": 0,
     "cache": True,
     "workers": 0,
+    "scheduler": None,
     "dry_run": False,
     "tokenizer": None,
     "mean": None,

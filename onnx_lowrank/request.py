@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
@@ -102,6 +104,7 @@ class Setting:
         cache: The folder that keeps results for other runs; True for the user's cache folder, which keeps
             those of large models only, and times; False for none.
         workers: Number of processes that compute work items; 0 uses threads of this process.
+        scheduler: Address of the scheduler of a Dask cluster that computes them instead; None without one.
         dry_run: Whether only the plan is made.
         options: What the user gives to read texts and images.
     """
@@ -121,6 +124,7 @@ class Setting:
     threads: int
     cache: bool | Path
     workers: int
+    scheduler: str | None
     dry_run: bool
     options: source.Options
 
@@ -209,6 +213,7 @@ def setting(asked: Request, options: Options) -> Setting:
         time=options["time"],
         threads=thread_count(options["threads"]),
         workers=worker_count(options["workers"]),
+        scheduler=_scheduler(options["scheduler"], options["workers"]),
         cache=_cache(options["cache"]),
         device=check_device(options["device"]),
         dry_run=dry_run,
@@ -400,6 +405,29 @@ def worker_count(given: int) -> int:
             f"--workers is {given}: pass 1 to {_MOST_WORKERS}, or 0 for the threads of one process."
         )
     return int(given)
+
+
+def _scheduler(given: str | None, workers: int) -> str | None:
+    """Check the address of a scheduler.
+
+    Raises:
+        InputError: It is none, Dask is not installed, or worker processes are asked for, too.
+    """
+    require("scheduler", given, (str, NoneType), "an address such as tcp://10.0.0.1:8786")
+    if given is None:
+        return None
+    if not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", given):
+        raise InputError(
+            f"--scheduler is {given[:60]!r}: give the address that `dask scheduler` prints, such as "
+            "tcp://10.0.0.1:8786."
+        )
+    if workers:
+        raise InputError("--scheduler and --workers contradict each other: leave one of them out.")
+    if find_spec("distributed") is None:
+        raise InputError(
+            'Dask, which --scheduler needs, is not installed: run `pip install "onnx-lowrank[distributed]"`.'
+        )
+    return given
 
 
 def _patterns(name: str, given: str | Sequence[str]) -> tuple[str, ...]:

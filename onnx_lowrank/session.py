@@ -30,7 +30,7 @@ from onnx_lowrank.files.scratch import roomy
 from onnx_lowrank.files.store import Store
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found
-from onnx_lowrank.linalg.backend import one_blas_thread, resolve
+from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 from onnx_lowrank.linalg.spectra import operations
 from onnx_lowrank.material import Material, held_out, read
 from onnx_lowrank.probe.excerpt import excerpts
@@ -43,7 +43,7 @@ from onnx_lowrank.stages.check import Measured, fault, validate
 from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import ANY, Search, check_target
-from onnx_lowrank.work.executor import Executor, executor
+from onnx_lowrank.work.executor import Executor, executor, in_flight
 
 if TYPE_CHECKING:
     from onnx_lowrank.calibrate.calibration import Calibration
@@ -94,13 +94,13 @@ def run(
         # Statistics of activations may take many times a weight, so their items are bounded otherwise.
         largest = None if solvers else _largest(found)
         backend = resolve(setting.device, _operations(found))
-        running = stack.enter_context(executor(setting.workers, backend, largest))
+        running = stack.enter_context(_executor(setting, backend, largest))
         asked.budget.check(found)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
             stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
-        keeper = _keeper(found.model, setting, backend.name)
+        keeper = _keeper(found.model, setting, backend.name, running.processors)
         tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
@@ -113,6 +113,24 @@ def run(
         job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
+
+
+def _executor(setting: Setting, backend: Backend, largest: int | None) -> Executor:
+    """What computes the work items: a cluster, processes, or threads of this process.
+
+    Args:
+        setting: Says which.
+        backend: Where they compute.
+        largest: Bytes of the largest weight, as in `in_flight`.
+
+    Raises:
+        InputError: The cluster cannot be used.
+    """
+    if setting.scheduler is None:
+        return executor(setting.workers, backend, largest)
+    from onnx_lowrank.work.cluster import Cluster  # An extra brings Dask.
+
+    return Cluster(setting.scheduler, backend, budget=in_flight(largest))
 
 
 def _largest(found: Found) -> int:
@@ -409,13 +427,23 @@ class _Job:
         return Measured(outputs, tuple(held_out(samples, _SHOWN)), source)
 
 
-def _keeper(model: Model, setting: Setting, device: str) -> Keeper | None:
-    """Keeps results of a run for others; None if none are kept."""
+def _keeper(model: Model, setting: Setting, device: str, processors: tuple[str, ...]) -> Keeper | None:
+    """Keeps results of a run for others; None if none are kept.
+
+    Args:
+        model: The model.
+        setting: Says where, and what else the results depend on.
+        device: The name of the device of the linear algebra.
+        processors: As in `Executor`.
+    """
     if not setting.cache or (setting.cache is True and stored_bytes(model) <= _LARGE):
         return None
     folder = user_cache_path("onnx-lowrank") if setting.cache is True else setting.cache
     _log.debug("results are kept in %s", folder)
-    return Keeper(Store(folder / _RESULTS), environment(setting.provider, device))
+    known = dict(environment(setting.provider, device))
+    if processors:
+        known["workers"] = "; ".join(processors)
+    return Keeper(Store(folder / _RESULTS), known)
 
 
 _RESULTS = "results"

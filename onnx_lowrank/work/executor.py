@@ -2,7 +2,7 @@
 
 An item is a value that describes one computation completely. The function that computes it is at the top
 level of a module. An executor therefore only has to bring both to the place where it computes. Add new
-executors beside `Threads` and `Processes`.
+executors beside `Threads` and `Processes`; `work.cluster` has one for other machines.
 
 Rules:
 
@@ -57,13 +57,31 @@ class Item(Protocol):
 
 T = TypeVar("T")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 I = TypeVar("I", bound=Item)  # noqa: E741 - an item
 
 Function = Callable[[I, Backend], R]
 """Computes an item on a device."""
 
-_Flight = tuple[Future[R], int]
-"""The future of an item that runs or has a waiting result, and the item's bytes."""
+
+class Promise(Protocol[R_co]):
+    """The result of an item that a worker computes."""
+
+    def done(self) -> bool:
+        """Whether the result is there, or never will be."""
+
+    def result(self) -> R_co:
+        """The result.
+
+        Raises:
+            Exception: The function failed for the item.
+        """
+
+
+P = TypeVar("P", bound=Promise[Any])
+
+_Flights = deque[tuple[P, int]]
+"""The items that run or have a waiting result, each with its bytes."""
 
 _HELD = ExitStack()
 """The contexts that a worker process keeps open until it ends."""
@@ -75,6 +93,10 @@ class Executor(Protocol):
     @property
     def threads(self) -> Threads:
         """The threads of this process."""
+
+    @property
+    def processors(self) -> tuple[str, ...]:
+        """The workers' kinds of processors, if one of them differs from that of this machine; else empty."""
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
         """Compute items in parallel and yield the results in the order of the items.
@@ -101,15 +123,23 @@ def executor(workers: int, backend: Backend, largest: int | None) -> Executor:
     Args:
         workers: The number of processes.
         backend: Where to compute.
-        largest: Bytes of the largest weight: items take a bounded multiple of it, for a model of any size.
-            None for a share of the free memory.
+        largest: Bytes of the largest weight, as in `in_flight`.
     """
-    budget = free_memory() // _SHARE
-    if largest is not None:
-        budget = min(budget, _LEAST + _TIMES * largest)
+    budget = in_flight(largest)
     number, kind = (workers, "processes") if workers else (cores(), "threads")
     _log.debug("computes layers in %d %s, with at most %.2f GiB in flight", number, kind, budget / 2**30)
     return Processes(workers, backend, budget=budget) if workers else Threads(backend, budget=budget)
+
+
+def in_flight(largest: int | None) -> int:
+    """The bytes that items may take on this machine.
+
+    Args:
+        largest: Bytes of the largest weight: items take a bounded multiple of it, for a model of any size.
+            None for a share of the free memory.
+    """
+    share = free_memory() // _SHARE
+    return share if largest is None else min(share, _LEAST + _TIMES * largest)
 
 
 class Threads:
@@ -119,6 +149,8 @@ class Threads:
         backend: Where they compute. Every thread has a stream of a GPU; items run there at the same time, as
             far as its memory goes.
     """
+
+    processors = ()
 
     def __init__(self, backend: Backend, *, number: int | None = None, budget: int | None = None) -> None:
         """Prepare the pool; no thread starts yet.
@@ -154,10 +186,10 @@ class Threads:
         def submit(item: I) -> Future[R]:
             return self._pool.submit(_compute, function, item, self.backend)
 
-        pending: deque[_Flight[R]] = deque()
+        pending: _Flights[Future[R]] = deque()
         with one_blas_thread():
             try:
-                yield from _in_order(submit, items, pending, self._number, self._budget)
+                yield from in_order(submit, items, pending, self._number, self._budget, _first_of)
             finally:
                 _ended([future for future, _ in pending])
 
@@ -218,6 +250,8 @@ class Processes:
     They end when this process ends, even if it is killed.
     """
 
+    processors = ()
+
     def __init__(self, number: int, backend: Backend, *, budget: int | None = None) -> None:
         """Prepare the pool; no process starts yet.
 
@@ -257,9 +291,9 @@ class Processes:
         def submit(item: I) -> Future[R]:
             return self._pool.submit(_run, function, item, self._device, self._number)
 
-        pending: deque[_Flight[R]] = deque()
+        pending: _Flights[Future[R]] = deque()
         try:
-            yield from _in_order(submit, items, pending, self._number, self._budget)
+            yield from in_order(submit, items, pending, self._number, self._budget, _first_of)
         except BrokenProcessPool as error:
             raise InputError(
                 "A worker process ended by itself: if a script calls compress(workers=...), guard the call "
@@ -270,13 +304,14 @@ class Processes:
                 future.cancel()
 
 
-def _in_order(
-    submit: Callable[[I], Future[R]],
+def in_order(
+    submit: Callable[[I], P],
     items: Iterable[I],
-    pending: deque[_Flight[R]],
+    pending: _Flights[P],
     workers: int,
     budget: int,
-) -> Iterator[R]:
+    first_of: Callable[[list[P]], object],
+) -> Iterator[Any]:
     """Submit items as rules 1 and 2 allow, and yield their results in order.
 
     Args:
@@ -285,6 +320,7 @@ def _in_order(
         pending: Receives the items that were submitted and not yet yielded.
         workers: Number of workers.
         budget: Bytes that items may take.
+        first_of: Waits until one of the running items is done.
     """
     source = iter(items)
     drawn: I | None = None
@@ -305,9 +341,13 @@ def _in_order(
             pending.append((submit(drawn), drawn.nbytes))
             drawn = None
         elif running:
-            wait(running, return_when=FIRST_COMPLETED)
+            first_of(running)
         else:
             return
+
+
+def _first_of(futures: Sequence[Future[Any]]) -> None:
+    wait(futures, return_when=FIRST_COMPLETED)
 
 
 def _ended(futures: Sequence[Future[Any]]) -> None:

@@ -53,6 +53,7 @@ class Kept:
         self._executor = executor
         self._keeper = keeper
         self.threads: Threads = executor.threads
+        self.processors = executor.processors
 
     def __enter__(self) -> Self:
         """Use the executor until the block ends."""

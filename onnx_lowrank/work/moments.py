@@ -90,9 +90,14 @@ class MomentsRef:
     @property
     def nbytes(self) -> int:
         """Bytes that the moments take in memory; 0 if the folder was deleted."""
-        paths = (self._path(share, part) for share in (_FIT, _HELD) for part in _PARTS)
-        own = sum(path.stat().st_size for path in paths if path.exists())
+        own = sum(path.stat().st_size for path in self.files)
         return own + (0 if self.transposed is None else self.transposed.nbytes)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of these moments, without those of transposed uses."""
+        paths = (self._path(share, part) for share in (_FIT, _HELD) for part in (*_PARTS, _COUNTS))
+        return tuple(path for path in paths if path.exists())
 
     @property
     def content(self) -> object:

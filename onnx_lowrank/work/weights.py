@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,14 @@ class WeightRef:
             return weight
         scale = self.scale.reshape(*self.shape[:2], *[1] * len(self.shape[2:]))
         return weight.astype(np.float64) * scale
+
+    def loaded(self) -> WeightRef:
+        """The same with the bytes in place of the file.
+
+        Raises:
+            InputError: The data file has changed.
+        """
+        return replace(self, source=np.array(self._bytes()), offset=0)
 
     def _bytes(self) -> NDArray[np.uint8]:
         """The bytes from the first element to the last."""
