@@ -193,7 +193,7 @@ class _Job:
                 bindings,
                 fitted,
                 engine,
-                self.executor.threads,
+                self.executor,
                 keeper=keeper,
                 step=step,
                 # A replay measures what the run measured, so this cannot depend on the recipe.

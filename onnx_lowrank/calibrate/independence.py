@@ -77,6 +77,33 @@ class Blocks:
             self._open = np.zeros_like(self._open)
         self._sample = None
 
+    @np.errstate(over="ignore", invalid="ignore")
+    def merge(self, other: Blocks) -> None:
+        """Add the closed blocks of other vectors; they stay apart from those here.
+
+        Args:
+            other: Sums over vectors of the same shape, without an open block.
+        """
+        if other._center is None:
+            return
+        if self._center is None:
+            self._center = other._center
+        # Vectors x about one center are x + d about the other, and a (x + d) = a x + a d.
+        shift = (other._center - self._center).astype(np.float64)
+        alpha, beta = (np.einsum("gn,gnr->gr", shift, signs) for signs in (self._left, self._right))
+        one, none = np.ones_like(alpha), np.zeros_like(alpha)
+        moved = np.array(
+            [
+                [one, beta, alpha, alpha * beta],
+                [none, one, none, alpha],
+                [none, none, one, beta],
+                [none, none, none, one],
+            ]
+        )
+        self._gram += np.einsum("akgr,klgr,blgr->abgr", moved, other._gram, moved)
+        self._total += np.einsum("akgr,kgr->agr", moved, other._total)
+        self._blocks += other._blocks
+
     def _closed(self, sums: NDArray[np.float64]) -> None:
         """Add the sums of closed blocks, shape (4, g, blocks, pairs)."""
         self._gram += np.einsum("agmr,bgmr->abgr", sums, sums)

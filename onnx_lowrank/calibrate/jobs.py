@@ -39,10 +39,10 @@ def measured_shape(layer: Layer, *, of_outputs: bool) -> tuple[int, int]:
 
 
 def moments_bytes(shape: tuple[int, int]) -> int:
-    """Bytes of one job's unfinished moments: two shares with their waiting rows, and a merge."""
+    """Bytes of one job's unfinished moments: two shares with their waiting rows and sections, and a merge."""
     groups, size = shape
     second = 8 * groups * size**2
-    return 2 * (second + min(2 * second, CHUNK)) + 2 * second // groups
+    return 2 * (2 * second + min(2 * second, CHUNK)) + second // groups
 
 
 def takes_outputs(part: Part, memory: int, *, is_looked_up: bool) -> bool | str:

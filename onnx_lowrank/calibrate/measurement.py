@@ -13,9 +13,10 @@ the same features (`linalg.tied`). Where results of layers are added up, the sum
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from itertools import islice
 from math import ceil
 from typing import Any
 
@@ -28,6 +29,7 @@ from onnx_lowrank.calibrate.measured import UNMEASURED, Statistics
 from onnx_lowrank.calibrate.parts import is_sum, split, sums
 from onnx_lowrank.calibrate.passes import Passes
 from onnx_lowrank.calibrate.relay import Relay
+from onnx_lowrank.calibrate.sections import SECTIONS, Given, SectionItem, nothing, section_sums
 from onnx_lowrank.calibrate.shares import Batch, Samples
 from onnx_lowrank.calibrate.tasks import Lookups, Task
 from onnx_lowrank.calibrate.trimming import Trimmed
@@ -44,11 +46,11 @@ from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 from onnx_lowrank.probe.suffix import Cuts
-from onnx_lowrank.work.executor import Threads
+from onnx_lowrank.work.executor import Executor, Threads
 
 _log = logging.getLogger(__name__)
 
-MEMORY = 2**30
+MEMORY = 5 * 2**28
 """The most bytes of unfinished moments, over all layers."""
 
 _TAPPED = 2**28
@@ -63,7 +65,7 @@ def measure(
     bindings: Iterable[Binding],
     samples: Samples,
     engine: Engine,
-    threads: Threads,
+    executor: Executor,
     *,
     memory: int = MEMORY,
     keeper: Keeper | None = None,
@@ -73,7 +75,7 @@ def measure(
 ) -> Statistics:
     """Measure the moments of every layer's inputs, or those of its outputs.
 
-    The same activations give the same bits with any number of threads, because one task computes each sum.
+    The same activations give the same bits wherever they are summed: a sum is that of sections (`tasks`).
 
     Args:
         model: The model.
@@ -81,7 +83,8 @@ def measure(
         bindings: Its layers.
         samples: The calibration inputs.
         engine: Runs the model.
-        threads: Sum the moments.
+        executor: Its workers run the sections if they are on other machines and see the model's data files.
+            Otherwise, this process runs the model, and its threads sum the moments.
         memory: Bytes for unfinished moments; layers that do not fit together take several passes.
         keeper: Keeps the moments of finished passes, for the same model and samples; None to keep none.
         step: Receives the share of the work that is done, after every batch.
@@ -95,7 +98,7 @@ def measure(
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
         _Measurement(
-            model, walk, samples, looked_up or samples, engine, threads, statistics, keeper, step
+            model, walk, samples, looked_up or samples, engine, executor, statistics, keeper, step
         ).run(bindings, sums(bindings) if with_sums else (), memory)
     except BaseException:
         statistics.close()
@@ -113,7 +116,7 @@ class _Measurement:
         samples: Samples,
         looked_up: Samples,
         engine: Engine,
-        threads: Threads,
+        executor: Executor,
         statistics: Statistics,
         keeper: Keeper | None,
         step: Callable[[float], None] | None,
@@ -123,7 +126,9 @@ class _Measurement:
         self._samples = samples
         self._looked_up = looked_up
         self._engine = engine
-        self._threads = threads
+        self._executor = executor
+        self._threads = executor.threads
+        self._is_spread = executor.reaches(model.files.values())
         self._statistics = statistics
         self._keeper = keeper
         self._step = step or _silent
@@ -316,19 +321,57 @@ class _Measurement:
         part = (
             model if relay is None else relay.part(number, model, [t.name for j in jobs for t, _ in j.sights])
         )
-        with nullcontext(_nothing) if part is None else self._engine.open(part) as run:
+        with nullcontext(nothing) if part is None else self._engine.open(part) as run:
             # Parts of a model exchange batches, so the first pass decides for all.
             size = self._sizes[0] if relay is not None and number else self._batch_size(run, relay)
             self._sizes.append(size)
             self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
-            for done, batch in enumerate(self._trimmed.batches(size), 1):
-                found = run(batch.feed) if relay is None else relay.run(run, done, batch.feed)
-                _add(tasks, found, batch, self._statistics.padding, self._threads)
+            length = ceil(expected / SECTIONS)
+            sums = (
+                self._spread(part, tasks, size, length) if self._is_spread else self._here(run, tasks, size)
+            )
+            for done, _ in enumerate(sums, 1):
+                if not self._is_spread and done % length == 0:
+                    self._threads.each(_close_section, tasks)
                 if step:
                     step(done / (max(done, expected) + 1))
         self._relayed = number + 1
         return tasks
+
+    def _here(self, run: Run, tasks: Sequence[Task], size: int) -> Iterator[None]:
+        """Run all batches in this process; after each, its vectors are in the open sections."""
+        relay = self._relay
+        for number, batch in enumerate(self._trimmed.batches(size), 1):
+            found = run(batch.feed) if relay is None else relay.run(run, number, batch.feed)
+            _add(tasks, found, batch, self._statistics.padding, self._threads)
+            yield
+
+    def _spread(self, part: Model | None, tasks: Sequence[Task], size: int, length: int) -> Iterator[None]:
+        """Run sections of some batches in workers, and yield after each batch of a finished one."""
+        relay, jobs = self._relay, tuple((task.job, tuple(task.layers)) for task in tasks)
+        new = () if relay is None else relay.new
+
+        def given(number: int, batch: Batch) -> Given:
+            if relay is None:
+                return Given(batch, batch.feed, {})
+            taken = relay.taken(number)
+            return Given(batch, relay.given(taken, batch.feed), taken)
+
+        def items() -> Iterator[SectionItem]:
+            batches = enumerate(self._trimmed.batches(size), 1)
+            while section := tuple(given(*numbered) for numbered in islice(batches, length)):
+                padding = self._statistics.padding
+                yield SectionItem(self._engine, part, jobs, section, padding, new, _TAPPED)
+
+        number = 0
+        for found in self._executor.map(section_sums, items()):
+            self._threads.each(lambda n, sums=found.sums: tasks[n].join(sums[n]), range(len(tasks)))
+            for kept in found.kept:
+                number += 1
+                if relay is not None:
+                    relay.keep(number, kept)
+                yield
 
     def _finish(self, task: Task) -> None:
         """Write the moments of a task to disk and free their memory."""
@@ -361,9 +404,8 @@ def _add(
     threads.each(lambda task: task.add(found, batch, padding), tasks)
 
 
-def _nothing(feed: Feed) -> dict[str, Any]:
-    """Run no model."""
-    return {}
+def _close_section(task: Task) -> None:
+    task.join(task.section())
 
 
 def _silent(share: float) -> None:

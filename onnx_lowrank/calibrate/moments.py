@@ -54,10 +54,36 @@ class Accumulator:
         Raises:
             InputError: The vectors hold NaN, Inf or numbers whose squares overflow.
         """
-        if not len(rows):
-            return
-        self._blocks.add(rows[..., : self._size], samples)
-        # A merge updates all n² moments, so few rows are copied and merged later with others.
+        if len(rows):
+            self._blocks.add(rows[..., : self._size], samples)
+            self._add(rows)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def merge(self, other: Accumulator) -> None:
+        """Add the vectors of another accumulator, whose blocks are closed, behind those so far.
+
+        Args:
+            other: An accumulator of the same groups, sizes and targets; it is not used any more.
+
+        Raises:
+            InputError: The vectors hold numbers whose squares overflow.
+        """
+        self._blocks.merge(other._blocks)
+        if other._count:
+            total = self._count + other._count
+            shift, weight = other._mean - self._mean, self._count * other._count / total
+            self._second += other._second
+            for group, second in enumerate(self._second):
+                _add_outer(second, weight, shift[group], shift[group, : self._size])
+            self._power += other._power + weight * shift[:, self._size :] ** 2
+            self._mean += shift * (other._count / total)
+            self._count = total
+            self._check()
+        for rows in other._waiting:
+            self._add(rows)
+
+    def _add(self, rows: NDArray[Any]) -> None:
+        """Add vectors to the moments; a merge updates all n² of them, so few vectors wait for others."""
         if len(rows) < self._merged_at():
             self._waiting.append(rows.copy(order="K"))
             self._waiting_rows += len(rows)
@@ -119,14 +145,36 @@ class Accumulator:
                 second += added[group].T @ signed[group, :, :n]
             squares = np.einsum("igm,igm->gm", *[centred[..., n:].astype(np.float64)] * 2)
             self._power += squares - count * offset[:, n:] ** 2 + weight * shift[:, n:] ** 2
+        self._mean += shift * (count / total)
+        self._count = total
+        self._check()
+
+    def _check(self) -> None:
+        """Check that the moments are finite.
+
+        Raises:
+            InputError: They are not.
+        """
         diagonals = self._second.diagonal(axis1=1, axis2=2), self._power
         if not all(np.isfinite(diagonal).all() for diagonal in diagonals):
             raise InputError(
                 f"On the calibration inputs, the activations of {self._name} hold NaN, Inf or numbers whose "
                 "squares overflow: leave out the inputs that lead to them, or exclude the layer."
             )
-        self._mean += shift * (count / total)
-        self._count = total
+
+
+def _add_outer(
+    matrix: NDArray[np.float64], factor: float, left: NDArray[np.float64], right: NDArray[np.float64]
+) -> None:
+    """Add the multiple of an outer product in place, in blocks of rows, which take little memory."""
+    step = max(1, _BLOCK // len(right))
+    for start in range(0, len(left), step):
+        rows = slice(start, start + step)
+        matrix[rows] += factor * np.multiply.outer(left[rows], right)
+
+
+_BLOCK = 2**17
+"""Elements of an outer product that are computed at a time."""
 
 
 def merged(parts: Sequence[Moments]) -> Moments:

@@ -6,7 +6,7 @@ that the pass before it left on disk, and ends with the last of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,9 +84,40 @@ class Relay(Shelved):
             UnsupportedError: A value between two passes is no tensor of numbers.
             InputError: The disk is full.
         """
-        taken = {name: self._shelf.get((name, False), batch) for name in self._taken}
-        given = {name: taken[name] for name in self._read} | self.fed(feed)
-        found = run(given)
+        taken = self.taken(batch)
+        found = run(self.given(taken, feed))
+        self.keep(batch, found)
+        return taken | found
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """The outputs of the part that the next pass takes."""
+        return self._new
+
+    def taken(self, batch: int) -> dict[str, Any]:
+        """The tensors of one batch that the pass takes from the pass before."""
+        return {name: self._shelf.get((name, False), batch) for name in self._taken}
+
+    def given(self, taken: Mapping[str, Any], feed: Feed) -> dict[str, Any]:
+        """The inputs of the part on one batch.
+
+        Args:
+            taken: What it takes from the pass before.
+            feed: The inputs of the model.
+        """
+        return {name: taken[name] for name in self._read} | self.fed(feed)
+
+    def keep(self, batch: int, found: Mapping[str, Any]) -> None:
+        """Keep what the next pass takes of one batch.
+
+        Args:
+            batch: The number of the batch.
+            found: The outputs of the part.
+
+        Raises:
+            UnsupportedError: A value between two passes is no tensor of numbers.
+            InputError: The disk is full.
+        """
         for name in self._new:
             value = found[name]
             if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind == "O":
@@ -94,4 +125,3 @@ class Relay(Shelved):
             self._kinds[name] = np_dtype_to_tensor_dtype(value.dtype)
             self._shelf.put((name, False), batch, np.asarray(value, order="C"))
             self._kept.add((name, batch))
-        return taken | found

@@ -1,4 +1,8 @@
-"""Measurements in progress: they add up the vectors of one batch after another."""
+"""Measurements in progress: they add up the vectors of one batch after another.
+
+Consecutive batches form a section. Each section is summed on its own, and the sums of sections are merged in
+their order. So sections may be summed in other places, and the moments have the same bits.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from onnx_lowrank.calibrate.shares import Batch, together
 from onnx_lowrank.core.factors import Moments
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
 
+Section = dict[bool, Accumulator]
+"""The sums over some batches, of the samples to fit to (False) and of the held-out ones (True)."""
+
 
 class Task:
     """A job in progress.
@@ -29,17 +36,18 @@ class Task:
         """Start without vectors."""
         self.job = job
         self.layers = layers
-        self._shares: dict[bool, Accumulator] = {}
+        self._shares: Section = {}
+        self._open: Section = {}
 
     def add(self, found: Mapping[str, Any], batch: Batch, padding: Padding = NO_PADDING) -> None:
-        """Add the tapped tensors of one batch, without padding.
+        """Add the tapped tensors of one batch, without padding, to the open section.
 
         Raises:
             InputError: They hold NaN, Inf or numbers whose squares overflow.
         """
         held, number = batch.held, together(batch.feed)
-        if held not in self._shares:
-            self._shares[held] = Accumulator(f"layer {whole(self.layers[0])!r}", *self.job.shape)
+        if held not in self._open:
+            self._open[held] = Accumulator(f"layer {whole(self.layers[0])!r}", *self.job.shape)
         given = self._shown(batch, padding)
         for tap, form in self.job.sights:
             value, samples, shown = found[tap.name], None, None
@@ -59,8 +67,25 @@ class Task:
                     kept = np.flatnonzero(shown.ravel()[part])
                     # Not the mask itself, with which NumPy copies element by element.
                     rows, own = rows.take(kept, axis=0), None if own is None else own[kept]
-                self._shares[held].add(rows, own)
-        self._shares[held].close_block()
+                self._open[held].add(rows, own)
+        self._open[held].close_block()
+
+    def section(self) -> Section:
+        """End the open section, and give its sums."""
+        section, self._open = self._open, {}
+        return section
+
+    def join(self, section: Section) -> None:
+        """Add the sums of a section behind those so far.
+
+        Raises:
+            InputError: They hold numbers whose squares overflow.
+        """
+        for held, sums in section.items():
+            if held in self._shares:
+                self._shares[held].merge(sums)
+            else:
+                self._shares[held] = sums
 
     def _shown(self, batch: Batch, padding: Padding) -> NDArray[np.bool_] | None:
         """Whether each position counts for the layers, shape (samples, positions); None if all do."""
@@ -68,6 +93,7 @@ class Task:
 
     def moments(self) -> tuple[Moments | None, Moments | None]:
         """The moments of the samples to fit to and of the held-out ones; frees the memory of the sums."""
+        self.join(self.section())
         fit, held = (self._shares.pop(h).moments() if h in self._shares else None for h in (False, True))
         return fit, held
 

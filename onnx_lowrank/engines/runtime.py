@@ -101,6 +101,10 @@ class Runtime:
         """The number of runs of an open model that may be in progress; each takes memory for itself."""
         return 2 if self.provider == "CPUExecutionProvider" else 1
 
+    def __reduce__(self) -> tuple[Callable[[str], Runtime], tuple[str]]:
+        """Pickle the name of the provider, as a module cannot be pickled."""
+        return runtime, (self.provider,)
+
     @contextmanager
     def open(self, model: Model) -> Iterator[Run]:
         """Load a model.

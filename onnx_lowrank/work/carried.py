@@ -12,17 +12,19 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Condition
+from types import MappingProxyType
 from typing import Any
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.keeping import environment
+from onnx_lowrank.files.load import Model
 from onnx_lowrank.hardware import free_memory, processor_kind
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
 from onnx_lowrank.work.executor import Function, I, R
@@ -141,7 +143,21 @@ class _Packer(pickle.Pickler):
                 return CarriedMoments, (*place, value.read())
             # Those of transposed uses are a reference of their own, which is pickled with this one.
             self.files.update(dict.fromkeys(value.files))
+        if type(value) is Model:
+            for path in value.files.values():
+                if path in self._carried:
+                    raise InputError(
+                        f"A Dask worker does not see {path}, which calibration reads: put the model where "
+                        "all machines see it, or run again with the same workers from the start."
+                    )
+                self.files[path] = None
+        if isinstance(value, MappingProxyType):
+            return _read_only, (dict(value),)
         return NotImplemented
+
+
+def _read_only(mapping: dict[Any, Any]) -> Mapping[Any, Any]:
+    return MappingProxyType(mapping)
 
 
 def packed(
@@ -184,7 +200,7 @@ def computed(item: Packed) -> bytes | Unseen | Foreign:
     if differing(own, item.versions):
         return Foreign(str(worker.address), own)
     for given in item.marks:
-        if not _sees(given):
+        if not sees([given]):
             return Unseen(given.path)
     with _room(worker.memory_manager.memory_limit).taken(item.nbytes), one_blas_thread(solvers=True):
         function, argument = pickle.loads(item.data)  # noqa: S301 - the client's, as every task of Dask
@@ -219,20 +235,20 @@ def mark(path: Path) -> Mark:
     return _mark(path, state.st_size, state.st_mtime_ns)
 
 
-def _sees(given: Mark) -> bool:
-    """Whether this process sees the file of a mark."""
+def sees(marks: Sequence[Mark]) -> bool:
+    """Whether this process sees the files of all marks."""
     try:
-        return mark(given.path) == given
+        return all(mark(given.path) == given for given in marks)
     except OSError:
         return False
 
 
 @lru_cache(maxsize=4096)
 def _mark(path: Path, size: int, modified: int) -> Mark:
-    made, step = hashlib.sha256(), max(_PIECE, size // _PIECES)
+    made, last = hashlib.sha256(), max(0, size - _PIECE)
     with path.open("rb") as file:
-        for start in range(0, size, step):
-            file.seek(min(start, max(0, size - _PIECE)))
+        for number in range(_PIECES):
+            file.seek(last * number // (_PIECES - 1))
             made.update(file.read(_PIECE))
     return Mark(path, size, modified, made.hexdigest())
 

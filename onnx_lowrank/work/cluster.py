@@ -34,7 +34,9 @@ from onnx_lowrank.work.carried import (
     Versions,
     computed,
     differing,
+    mark,
     packed,
+    sees,
     versions,
 )
 from onnx_lowrank.work.executor import Function, I, R, Threads, in_order
@@ -118,6 +120,15 @@ class Cluster:
         finally:
             for sent, _ in pending:
                 sent.cancel()
+
+    def reaches(self, files: Iterable[Path]) -> bool:
+        """Whether all workers see these files."""
+        marks = tuple(map(mark, files))
+        with self._lost_if(OSError):
+            seen = self._client.run(sees, marks)
+        if not all(seen.values()):
+            _log.debug("a worker does not see the data files of the model: this process runs the model")
+        return all(seen.values())
 
     def send(self, function: Function[I, R], item: I) -> Any:
         """Submit an item; the future of what a worker answers."""

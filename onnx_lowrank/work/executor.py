@@ -30,6 +30,7 @@ from functools import cache
 from itertools import islice
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -97,6 +98,9 @@ class Executor(Protocol):
     @property
     def processors(self) -> tuple[str, ...]:
         """The workers' kinds of processors, if one of them differs from that of this machine; else empty."""
+
+    def reaches(self, files: Iterable[Path]) -> bool:
+        """Whether the workers are on other machines, and see the data files of a model that is to run."""
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
         """Compute items in parallel and yield the results in the order of the items.
@@ -179,6 +183,10 @@ class Threads:
     def threads(self) -> Threads:
         """This executor itself."""
         return self
+
+    def reaches(self, files: Iterable[Path]) -> bool:
+        """No: they are in this process."""
+        return False
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
         """Like `Executor.map`, but the function need not be at the top level of a module."""
@@ -284,6 +292,10 @@ class Processes:
         self._lifeline.close()
         self._reader.close()
         self.threads.__exit__(kind, error, trace)
+
+    def reaches(self, files: Iterable[Path]) -> bool:
+        """No: they are on this machine, whose cores run the model."""
+        return False
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
         """Like `Executor.map`."""

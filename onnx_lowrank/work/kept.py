@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -63,6 +64,10 @@ class Kept:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the executor to its owner."""
+
+    def reaches(self, files: Iterable[Path]) -> bool:
+        """Whether the workers of the executor see these files."""
+        return self._executor.reaches(files)
 
     def map(self, function: Function[I, R], items: Iterable[I]) -> Iterator[R]:
         """Like `Executor.map`."""

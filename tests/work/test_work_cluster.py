@@ -30,6 +30,8 @@ from test_work_items import bits, every_item, weight_of
 
 from dasked import cluster
 from onnx_lowrank import InputError, compress
+from onnx_lowrank.calibrate import measurement
+from onnx_lowrank.calibrate.sections import section_sums
 from onnx_lowrank.cli import main
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents import plans
@@ -37,6 +39,7 @@ from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.work import carried
 from onnx_lowrank.work import cluster as module
 from onnx_lowrank.work.cluster import Cluster
+from onnx_lowrank.work.fitting import fitted
 from onnx_lowrank.work.scoring import WeightItem, singular_values
 from tiny import DIGITS, cnn
 
@@ -46,7 +49,6 @@ X = np.random.default_rng(0).standard_normal((40, 8, 6, 6)).astype(np.float32)
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no signal that kills"),
-    pytest.mark.xdist_group("dask"),
 ]
 
 
@@ -139,6 +141,17 @@ def test_results_have_the_bits_of_this_process_wherever_the_files_are(
     assert {tmp_path / "7.data", tmp_path / "moments"}.issubset(running._carried) is not is_seen
 
 
+def test_a_model_runs_where_all_workers_see_its_data(running, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.write_bytes(bytes(10**5))
+    assert running.reaches([])
+    assert running.reaches([data])
+    monkeypatch.setattr(carried, "_PIECE", 1)
+    carried._mark.cache_clear()
+    assert not running.reaches([data])
+    carried._mark.cache_clear()
+
+
 def test_the_client_draws_few_items_ahead(running):
     drawn = []
 
@@ -155,6 +168,7 @@ def test_the_client_draws_few_items_ahead(running):
 
 @pytest.mark.parametrize("options", [{}, {"calibration": X}], ids=["weights", "calibrated"])
 def test_a_cluster_makes_the_model_that_threads_make_also_if_a_worker_dies(dasked, monkeypatch, options):
+    monkeypatch.setattr(measurement, "_TAPPED", 2**15)  # a few samples at a time, and so several sections
     wanted = content(**options)
     sent, send = [], Cluster.send
 
@@ -167,7 +181,8 @@ def test_a_cluster_makes_the_model_that_threads_make_also_if_a_worker_dies(daske
 
     monkeypatch.setattr(Cluster, "send", killing)
     assert content(scheduler=dasked.address, **options) == wanted
-    assert len(sent) > 2
+    assert sent.count(section_sums) > (1 if options else -1)
+    assert sent.count(fitted) > 1
 
 
 # --- workers that die ---------------------------------------------------------------------------------
