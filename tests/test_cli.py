@@ -104,6 +104,11 @@ WRONG = {
         for value in ("-1", "1025")
     },
     "workers 'some'": ([*HALF, "--workers", "some"], "--workers: 'some' is not a whole number"),
+    "no scheduler": ([*HALF, "--scheduler", "10.0.0.1:8786"], "--scheduler is '10.0.0.1:8786': give the"),
+    "scheduler and workers": (
+        [*HALF, "--scheduler", "tcp://10.0.0.1:8786", "--workers", "2"],
+        "--scheduler and --workers contradict each other: leave one of them out.",
+    ),
     "65 workers": ([*HALF, "--workers", "65"], "--workers is 65: pass 1 to 64, or 0"),
     "times of free dimensions": ([*HALF, "--budget", "latency"], "Times can be measured for known shapes"),
     "unknown budget": (

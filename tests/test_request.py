@@ -346,3 +346,36 @@ def test_a_number_of_workers_that_is_wrong_is_told(given):
 def test_what_is_no_number_of_threads_or_workers_is_told(name, given):
     with pytest.raises(InputError, match=rf"^{name} is .*: give a whole number\.$"):
         getattr(arguments, f"{name.removesuffix('s')}_count")(given)
+
+
+# --- the scheduler -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.1:8786", "tls://a-b.example:1", "tcp://[::1]:8786"])
+def test_an_address_of_a_scheduler_is_taken_as_it_is(address):
+    assert arguments._scheduler(address, 0) == address
+    assert arguments._scheduler(None, 2) is None
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1:8786", "tcp://host", "http://host:1", "tcp://a b:1", "tcp://h:1/x"]
+)
+def test_what_is_no_address_is_told(address):
+    with pytest.raises(
+        InputError, match=r"^--scheduler is '.*': give the address that `dask scheduler` prints"
+    ):
+        arguments._scheduler(address, 0)
+
+
+@pytest.mark.parametrize("given", [1, True, b"tcp://h:1", ""])
+def test_what_is_no_text_for_a_scheduler_is_told(given):
+    with pytest.raises(InputError, match=r"^scheduler is .*: give an address such as tcp://"):
+        arguments._scheduler(given, 0)
+
+
+def test_an_absent_dask_names_the_extra(monkeypatch):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"is not installed: run `pip install \"onnx-lowrank\[distributed\]\"`"
+    ):
+        arguments._scheduler("tcp://10.0.0.1:8786", 0)

@@ -31,7 +31,7 @@ from onnx_lowrank.calibrate.passes import Passes
 from onnx_lowrank.calibrate.relay import Relay
 from onnx_lowrank.calibrate.sections import SECTIONS, Given, SectionItem, nothing, section_sums
 from onnx_lowrank.calibrate.shares import Batch, Samples
-from onnx_lowrank.calibrate.tasks import Lookups, Task
+from onnx_lowrank.calibrate.tasks import Lookups, Section, Task
 from onnx_lowrank.calibrate.trimming import Trimmed
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError
 from onnx_lowrank.engines.inputs import specs
@@ -366,7 +366,7 @@ class _Measurement:
 
         number = 0
         for found in self._executor.map(section_sums, items()):
-            self._threads.each(lambda n, sums=found.sums: tasks[n].join(sums[n]), range(len(tasks)))
+            self._threads.each(_join, zip(tasks, found.sums, strict=True))
             for kept in found.kept:
                 number += 1
                 if relay is not None:
@@ -402,6 +402,11 @@ def _add(
 ) -> None:
     """Add a batch to all tasks, in parallel; no task holds its tensors when this returns."""
     threads.each(lambda task: task.add(found, batch, padding), tasks)
+
+
+def _join(pair: tuple[Task, Section]) -> None:
+    task, section = pair
+    task.join(section)
 
 
 def _close_section(task: Task) -> None:

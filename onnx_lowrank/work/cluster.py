@@ -77,7 +77,7 @@ class Cluster:
         self._budget = budget
         self._device = backend.name
         self._carried: set[Path] = set()
-        self._last_seen = 0.0
+        self._empty_since: float | None = None
 
     def __enter__(self) -> Self:
         """Connect to the scheduler, and check its workers.
@@ -134,8 +134,12 @@ class Cluster:
         """Submit an item; the future of what a worker answers."""
         data = packed(function, item, self._carried, self._device, versions(self._device))
         key = f"{getattr(function, '__name__', 'item')}-{uuid4().hex}"
-        with self._lost_if(OSError, RuntimeError):
+        try:
             return self._client.submit(computed, data, key=key, pure=False)
+        except Exception as error:  # of a kind of its own for a closed client
+            if self._client.status == "running":
+                raise
+            raise self._lost() from error
 
     def carry(self, path: Path) -> None:
         """Send the content of a file, and of those beside it that hold moments, with all further items."""
@@ -260,10 +264,11 @@ class Cluster:
         """
         with self._lost_if(OSError, CancelledError):
             threads = self._client.nthreads()
-        now = monotonic()
         if threads:
-            self._last_seen = now
-        elif now - self._last_seen > _PATIENCE:
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = monotonic()
+        elif monotonic() - self._empty_since > _PATIENCE:
             raise self._empty()
         return max(1, len(threads)), max(1, sum(threads.values()))
 
@@ -293,10 +298,13 @@ class Cluster:
         except (InputError, TimeoutError):
             raise
         except errors as error:
-            raise InputError(
-                f"The connection to the Dask scheduler at {self.scheduler} is lost: start it and its workers "
-                "again, and run again; with --cache DIR, finished results are taken from there."
-            ) from error
+            raise self._lost() from error
+
+    def _lost(self) -> InputError:
+        return InputError(
+            f"The connection to the Dask scheduler at {self.scheduler} is lost: start it and its workers "
+            "again, and run again; with --cache DIR, finished results are taken from there."
+        )
 
 
 class _Sent(Generic[R]):
