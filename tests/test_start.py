@@ -32,7 +32,7 @@ LATE = {
 }
 """Modules that only some runs need, each with the options of such a run."""
 
-NEVER = ("numpy.f2py", "onnx.reference", "scipy.optimize")
+NEVER = ("distributed", "numpy.f2py", "onnx.reference", "scipy.optimize")
 """Modules that no run of this model needs; they take long to import."""
 
 

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from math import ceil
 from typing import Any
 
@@ -328,27 +328,34 @@ class _Measurement:
             self._statistics.batch = min(self._sizes)
             expected = ceil(self._samples.count / size)
             length = ceil(expected / SECTIONS)
-            sums = (
-                self._spread(part, tasks, size, length) if self._is_spread else self._here(run, tasks, size)
+            batches = enumerate(self._trimmed.batches(size), 1)
+            added = (
+                self._spread(part, tasks, batches, length)
+                if self._is_spread
+                else self._here(run, tasks, batches, length)
             )
-            for done, _ in enumerate(sums, 1):
-                if not self._is_spread and done % length == 0:
-                    self._threads.each(_close_section, tasks)
+            for done in added:
                 if step:
                     step(done / (max(done, expected) + 1))
         self._relayed = number + 1
         return tasks
 
-    def _here(self, run: Run, tasks: Sequence[Task], size: int) -> Iterator[None]:
-        """Run all batches in this process; after each, its vectors are in the open sections."""
+    def _here(
+        self, run: Run, tasks: Sequence[Task], batches: Iterator[tuple[int, Batch]], length: int
+    ) -> Iterator[int]:
+        """Run numbered batches in this process, `length` in a section, and yield the numbers."""
         relay = self._relay
-        for number, batch in enumerate(self._trimmed.batches(size), 1):
+        for number, batch in batches:
             found = run(batch.feed) if relay is None else relay.run(run, number, batch.feed)
             _add(tasks, found, batch, self._statistics.padding, self._threads)
-            yield
+            if number % length == 0:
+                self._threads.each(_close_section, tasks)
+            yield number
 
-    def _spread(self, part: Model | None, tasks: Sequence[Task], size: int, length: int) -> Iterator[None]:
-        """Run sections of some batches in workers, and yield after each batch of a finished one."""
+    def _spread(
+        self, part: Model | None, tasks: Sequence[Task], batches: Iterator[tuple[int, Batch]], length: int
+    ) -> Iterator[int]:
+        """Run numbered batches in the workers, `length` in a section, and yield the numbers."""
         relay, jobs = self._relay, tuple((task.job, tuple(task.layers)) for task in tasks)
         new = () if relay is None else relay.new
 
@@ -359,19 +366,18 @@ class _Measurement:
             return Given(batch, relay.given(taken, batch.feed), taken)
 
         def items() -> Iterator[SectionItem]:
-            batches = enumerate(self._trimmed.batches(size), 1)
             while section := tuple(given(*numbered) for numbered in islice(batches, length)):
                 padding = self._statistics.padding
                 yield SectionItem(self._engine, part, jobs, section, padding, new, _TAPPED)
 
-        number = 0
+        numbers = count(1)
         for found in self._executor.map(section_sums, items()):
             self._threads.each(_join, zip(tasks, found.sums, strict=True))
             for kept in found.kept:
-                number += 1
+                number = next(numbers)
                 if relay is not None:
                     relay.keep(number, kept)
-                yield
+                yield number
 
     def _finish(self, task: Task) -> None:
         """Write the moments of a task to disk and free their memory."""
