@@ -280,7 +280,7 @@ def test_workers_that_go_away_are_an_error(tmp_path, monkeypatch):
                 list(running.map(sleep, numbers(1)))
 
 
-def test_a_scheduler_that_goes_away_is_an_error_and_the_cache_keeps_the_results(tmp_path, brief, monkeypatch):
+def test_a_scheduler_that_goes_away_is_an_error_and_the_cache_keeps_the_results(tmp_path, monkeypatch):
     folder = tmp_path / "results"
     singular = []
     with cluster(tmp_path) as made:
