@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-from platformdirs import user_cache_path
-
+from onnx_lowrank import means
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
@@ -24,14 +22,12 @@ from onnx_lowrank.engines.padding import NO_PADDING
 from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine, slowness
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import BudgetError
-from onnx_lowrank.files.keeping import Keeper, environment
+from onnx_lowrank.files.keeping import Keeper
 from onnx_lowrank.files.load import Model, ModelProto, check_unchanged, inlined, stored_bytes
 from onnx_lowrank.files.scratch import roomy
-from onnx_lowrank.files.store import Store
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found
-from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
-from onnx_lowrank.linalg.spectra import operations
+from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.material import Material, held_out, read
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
@@ -43,7 +39,7 @@ from onnx_lowrank.stages.check import Measured, fault, validate
 from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import ANY, Search, check_target
-from onnx_lowrank.work.executor import Executor, executor, in_flight
+from onnx_lowrank.work.executor import Executor
 
 if TYPE_CHECKING:
     from onnx_lowrank.calibrate.calibration import Calibration
@@ -91,16 +87,14 @@ def run(
             loaded = stack.enter_context(ExitStack())
             material = read(model, setting, stack, loaded)
         found = material.found
-        # Statistics of activations may take many times a weight, so their items are bounded otherwise.
-        largest = None if solvers else _largest(found)
-        backend = resolve(setting.device, _operations(found))
-        running = stack.enter_context(_executor(setting, backend, largest))
+        backend = resolve(setting.device, means.operations(found))
+        running = stack.enter_context(means.executor(setting, backend, found))
         asked.budget.check(found)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
             stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
-        keeper = _keeper(found.model, setting, backend.name, running.processors)
+        keeper = means.keeper(found.model, setting, backend.name, running.processors)
         tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
         grid = Grid(asked.budget.on(found, tools), asked.block)
         if asked.plan is None:
@@ -113,34 +107,6 @@ def run(
         job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper)
         samples = material.samples
         return job.run(None if samples is None else job.calibrated(samples, stack))
-
-
-def _executor(setting: Setting, backend: Backend, largest: int | None) -> Executor:
-    """What computes the work items: a cluster, processes, or threads of this process.
-
-    Args:
-        setting: Says which.
-        backend: Where they compute.
-        largest: Bytes of the largest weight, as in `in_flight`.
-
-    Raises:
-        InputError: The cluster cannot be used.
-    """
-    if setting.scheduler is None:
-        return executor(setting.workers, backend, largest)
-    from onnx_lowrank.work.cluster import Cluster  # An extra brings Dask.
-
-    return Cluster(setting.scheduler, backend, budget=in_flight(largest))
-
-
-def _largest(found: Found) -> int:
-    """Bytes of the largest weight of a model's layers."""
-    return max((layer.size * np.dtype(layer.dtype).itemsize for layer in found.layers), default=0)
-
-
-def _operations(found: Found) -> float:
-    """Operations of all spectra of a model's layers; fits to activations take a multiple of them."""
-    return sum(operations(layer.shape, dict.fromkeys(layer.folds, layer.slices)) for layer in found.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,31 +392,6 @@ class _Job:
         source = f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
         return Measured(outputs, tuple(held_out(samples, _SHOWN)), source)
 
-
-def _keeper(model: Model, setting: Setting, device: str, processors: tuple[str, ...]) -> Keeper | None:
-    """Keeps results of a run for others; None if none are kept.
-
-    Args:
-        model: The model.
-        setting: Says where, and what else the results depend on.
-        device: The name of the device of the linear algebra.
-        processors: As in `Executor`.
-    """
-    if not setting.cache or (setting.cache is True and stored_bytes(model) <= _LARGE):
-        return None
-    folder = user_cache_path("onnx-lowrank") if setting.cache is True else setting.cache
-    _log.debug("results are kept in %s", folder)
-    known = dict(environment(setting.provider, device))
-    if processors:
-        known["workers"] = "; ".join(processors)
-    return Keeper(Store(folder / _RESULTS), known)
-
-
-_RESULTS = "results"
-"""The folder of results in the cache, beside the database of times."""
-
-_LARGE = 2**30
-"""Bytes of a model above which results are kept unasked: smaller models take little time."""
 
 _IN_MEMORY = 2**28
 """Bytes up to which the made model is in memory if the input model was inline."""

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_lowrank import InputError, cli, compress, session
+from onnx_lowrank import InputError, cli, compress, means
 from onnx_lowrank.calibrate import measurement, sensitivity
 from onnx_lowrank.documents import plans
 from onnx_lowrank.files.store import Store
@@ -207,8 +207,8 @@ def test_spectra_are_kept_without_data(tmp_path, caplog):
 
 @pytest.mark.parametrize(("least", "kept_"), [(2**30, False), (0, True)])
 def test_large_models_are_kept_unasked(tmp_path, monkeypatch, least, kept_):
-    monkeypatch.setattr(session, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(session, "_LARGE", least)
+    monkeypatch.setattr(means, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(means, "_LARGE", least)
     outcome()
     assert (tmp_path / "onnx-lowrank" / "results").is_dir() == kept_
     outcome(0.6, cache=False)

@@ -90,7 +90,7 @@ class Blocks:
             self._center = other._center
         # Vectors x about one center are x + d about the other, and a (x + d) = a x + a d.
         shift = (other._center - self._center).astype(np.float64)
-        alpha, beta = (np.einsum("gn,gnr->gr", shift, signs) for signs in (self._left, self._right))
+        alpha, beta = np.split(np.einsum("gn,gnr->gr", shift, self._signs), 2, axis=-1)
         one, none = np.ones_like(alpha), np.zeros_like(alpha)
         moved = np.array(
             [

@@ -210,7 +210,8 @@ class TestDecoders:
         given = {"calibration": self.words_of(tmp_path, 21), "tokenizer": bare.tokenizer}
         shape = {"input_ids": (1, 16)}
         result = compress(decoder(), 0.8, recipe="activation", input_shape=shape, **given)
-        assert result.report.calibration.source == "few.txt: 187 samples of 16 tokens, 37 held out"
+        said = "few.txt: 187 samples of 16 tokens, 37 held out, every third read again with other tokens"
+        assert result.report.calibration.source == said
 
     def test_ids_beyond_the_vocabulary(self, text, bare):
         with pytest.raises(InputError, match=r"gives the id \d+ \('w\d+'\), but the .* takes ids below 24"):

@@ -143,7 +143,9 @@ def test_a_measure_of_activations_without_inputs_is_a_fault_of_the_caller():
 def test_output_errors_follow_the_effects_that_were_measured(calibration, monkeypatch):
     effects = {"conv1": 5.0, "conv2": 0.5}
 
-    def measure(model, walk, bindings, substitutes, samples, engine, *, padding, trials, memory, step):
+    def measure(
+        model, walk, bindings, substitutes, samples, engine, *, padding, trials, memory, step, **others
+    ):
         """Every layer's own error times a factor; the last layer cannot be measured."""
         assert trials == len(probing.PROBED)
         measured = {}
@@ -184,7 +186,9 @@ def test_output_errors_follow_the_effects_that_were_measured(calibration, monkey
 
 
 def test_errors_of_outputs_stand_for_effects_if_none_can_be_measured(calibration, monkeypatch):
-    def measure(model, walk, bindings, substitutes, samples, engine, *, padding, trials, memory, step):
+    def measure(
+        model, walk, bindings, substitutes, samples, engine, *, padding, trials, memory, step, **others
+    ):
         return Sensitivities({binding.layer.id: "no engine runs the model" for binding in bindings})
 
     monkeypatch.setattr(probing, "sensitivity", SimpleNamespace(measure=measure))
@@ -195,7 +199,9 @@ def test_errors_of_outputs_stand_for_effects_if_none_can_be_measured(calibration
 
 
 def test_an_effect_of_zero_counts_as_the_usual_one(calibration, monkeypatch):
-    def measure(model, walk, bindings, substitutes, samples, engine, *, padding, trials, memory, step):
+    def measure(
+        model, walk, bindings, substitutes, samples, engine, *, padding, trials, memory, step, **others
+    ):
         return Sensitivities(
             {
                 b.layer.id: np.full(len(list(substitutes(b))), 0.0 if b.layer.id == "conv1" else 0.5)
