@@ -90,8 +90,9 @@ def measure(subject: Subject, asked: Cell, options: argparse.Namespace, folder: 
     for old in folder.glob("out.onnx*"):
         old.unlink()
     kept = ["--no-cache"] if options.cache is None else ["--cache", str(options.cache)]
+    has_results = options.cache is not None and any(options.cache.glob("*"))
     usage, code, message = launched(command(subject, asked, out, report) + kept)
-    cell = asked | usage | ({} if options.cache is None else {"cached": True})
+    cell = asked | usage | ({"cached": True} if has_results else {})
     if code:
         kind = "refused" if code in (_WRONG, UNREACHABLE) else "failed"
         said = message.removeprefix("onnx-lowrank: ").replace(str(subject.file), subject.name)
