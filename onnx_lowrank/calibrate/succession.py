@@ -1,7 +1,8 @@
 """Whether samples that follow each other are alike, such as crops of one photograph or frames of one film.
 
-Every fifth sample is held out. Its neighbours belong to the fit, so if they are alike, the error on held-out
-samples is smaller than that on new ones. The outputs y_1 … y_n of the input model tell: with their mean ȳ,
+Every fifth sample is held out. Its neighbours belong to the fit, so if they show the same thing, the error on
+held-out samples is smaller than that on new ones. Samples that are sorted by class are alike, too, without
+harm; only the user knows the difference. The outputs y_1 … y_n of the input model tell: with their mean ȳ,
 
     r = 1 − n / (n − 1) · Σ ‖y_{i+1} − y_i‖² / (2 Σ ‖y_i − ȳ‖²)
 
@@ -92,7 +93,7 @@ class Succession:
         if correlation is None or correlation < _ALIKE:
             return ()
         return (
-            "Samples that follow each other are alike, as crops of one photograph or frames of one film are "
-            f"(correlation {correlation:.2f}), so errors on held-out samples are smaller than on others: "
-            "give samples of more origins, and --check with others.",
+            f"Samples that follow each other are alike (correlation {correlation:.2f}). If they are crops of "
+            "one photograph, or frames of one film, errors on held-out samples are smaller than on others: "
+            "give samples of more origins, and --check with others. If they are sorted by class, all is well.",
         )
