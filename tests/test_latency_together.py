@@ -15,12 +15,14 @@ from onnx_lowrank import BudgetError, PlanError, compress
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets.budget import Tools
 from onnx_lowrank.budgets.latency import BUDGET
+from onnx_lowrank.budgets.latency.scene import Scene
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.engines.engine import RejectedError
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.stages.settling import _NOISE
+from packing import packed
 from rewriting import model
 from timing import Recorded, by_weights
 
@@ -208,6 +210,28 @@ def test_a_pair_of_which_a_layer_cannot_be_timed_keeps_its_width(monkeypatch):
 
     monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", Picky)
     _, result = narrowed("mlp", 0.9)
+    assert Lowering.NARROW not in {option.lowering for option in chosen(result).values()}
+
+
+@pytest.mark.parametrize("layer", ["w", "wo"])
+def test_pairs_of_a_packed_matrix_keep_their_width_where_one_cannot_be_timed(monkeypatch, layer):
+    resized = Scene.resized
+
+    def picky(scene, name, f, c):
+        return iter(()) if name == layer else resized(scene, name, f, c)
+
+    monkeypatch.setattr(Scene, "resized", picky)
+    result = compress(
+        packed("unbound"),
+        0.9,
+        recipe="activation",
+        calibration=attending.inputs(),
+        budget="latency",
+        align=1,
+        input_shape={"x": (2, 6, attending.D), "mask": (2, 1, 1, 6)},
+        recover=False,
+    )
+    assert result.report.reached <= 0.9
     assert Lowering.NARROW not in {option.lowering for option in chosen(result).values()}
 
 

@@ -39,8 +39,8 @@ class Pair:
     Attributes:
         table: The narrowings; index 0 keeps the full width.
         members: Indices of the layers: the partners, then the layer with the id of the table.
-        shares: For every member, its own cost under every narrowing. The costs of the numbers between them
-            are only in the table.
+        shares: For every member, its own cost under every narrowing; empty if those are unknown. The costs of
+            the numbers between them are only in the table.
         widths: For every partner, the features that it keeps under every narrowing.
         taken: For a packed matrix among the members, the first features of the parts that get fewer.
         bound: Id of the layer whose narrowing at the same index goes with this one; "" if there is none.
@@ -125,11 +125,12 @@ def pairs_of(
         layer.id: _pair(layer, errors[layer.id], numbers, grid) for layer in layers if layer.id in errors
     }
     made: list[Pair | Bound] = []
-    for pair in (pair for pair in pairs.values() if pair.table.cost.size > 1):
+    # Without shares, the costs of a layer at other widths are unknown.
+    for pair in (pair for pair in pairs.values() if pair.table.cost.size > 1 and pair.shares):
         other = pairs.get(pair.bound)
         if not pair.bound:
             made.append(pair)
-        elif other is not None and pair.members < other.members:
+        elif other is not None and other.shares and pair.members < other.members:
             made.append(Bound((pair, other)))
     return tuple(made)
 
