@@ -16,7 +16,10 @@ Clock = Callable[[], int]
 WARM_UP = 2
 """The runs of each function before those that are timed."""
 
-_LEAST, _MOST = 7, 10_000
+LEAST = 7
+"""The least number of rounds."""
+
+_MOST = 10_000
 _SELDOM = 5  # the spread is computed once the rounds have grown by a fifth, as it disturbs the caches
 _NOTCH = 1.57
 """Half width of a 95 % interval for a median over IQR / √n (McGill, Tukey and Larsen 1978)."""
@@ -55,10 +58,10 @@ def interleaved(
             run()
     begin = clock()
     rounds: list[list[int]] = []
-    look = _LEAST
+    look = LEAST
     while len(rounds) < _MOST:
         rounds.append([_timed(run, clock, warm) for run in runs])
-        if len(rounds) >= _LEAST and clock() - begin >= pace.seconds * 1e9:
+        if len(rounds) >= LEAST and clock() - begin >= pace.seconds * 1e9:
             break
         if len(rounds) == look:
             if _spread(np.array(rounds, float)) <= pace.spread:

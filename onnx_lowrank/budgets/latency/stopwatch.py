@@ -12,7 +12,7 @@ from time import perf_counter_ns
 from typing import TypeVar
 
 from onnx_lowrank.budgets.latency.cache import Cache
-from onnx_lowrank.budgets.latency.clock import WARM_UP, Clock, Pace, interleaved
+from onnx_lowrank.budgets.latency.clock import LEAST, WARM_UP, Clock, Pace, interleaved
 from onnx_lowrank.core.option import Option
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.node_times import Runs
@@ -105,7 +105,11 @@ class Stopwatch:
         return self.engine.times_nodes
 
     def profiled(self, models: Sequence[Timed], pace: Pace) -> tuple[list[int], list[Runs]]:
-        """The times of models that run in turns, in nanoseconds, and their profiles; raises as `times`."""
+        """The times of models that run in turns, in nanoseconds, and their profiles; raises as `times`.
+
+        A runtime notes a bounded number of events. A profile with too few runs gives way to one run of the
+        whole model, which takes the model's time.
+        """
         with ExitStack() as stack:
             sessions = [
                 stack.enter_context(self.engine.profiled(model, feed, self.threads)) for model, feed in models
@@ -114,7 +118,11 @@ class Stopwatch:
             brief = replace(pace, seconds=min(pace.seconds, _ENOUGH))
             times = interleaved(runs, brief, self._clock, warm=self.warm)
             step = 2 if self.warm else 1
-            return times, [session.finish().every(WARM_UP + step - 1, step) for session in sessions]
+            profiles = (session.finish().every(WARM_UP + step - 1, step) for session in sessions)
+            return times, [
+                runs if len(runs.times) >= LEAST else Runs(("",), ((max(1, time // 1000),),), (0,))
+                for runs, time in zip(profiles, times, strict=True)
+            ]
 
     def shares(self, whole: Timed, layers: Sequence[Micro], pace: Pace) -> tuple[int, list[float]]:
         """The time of a model in nanoseconds, and the times of layers as shares of it.

@@ -8,7 +8,7 @@ import pytest
 from onnx_lowrank.budgets.latency import clock
 from onnx_lowrank.budgets.latency.clock import Pace, interleaved
 
-WARM_UP, LEAST, MOST = clock.WARM_UP, clock._LEAST, clock._MOST
+WARM_UP, LEAST, MOST = clock.WARM_UP, clock.LEAST, clock._MOST
 FOREVER = Pace(seconds=1e9, spread=0.0)
 
 

@@ -375,14 +375,14 @@ def test_a_model_that_does_not_run_is_an_error(how, error):
 class Profiling(Machine):
     """Notes the times of nodes: those of the rule after two slow runs, and as much again beside them.
 
-    With `warm`, only every second run takes the time of the rule.
+    With `warm`, only every second run takes the time of the rule. Runs beyond the first `most` are not noted.
     """
 
     times_nodes = True
 
-    def __init__(self, *, warm=False):
+    def __init__(self, *, warm=False, most=None):
         super().__init__()
-        self.warm = warm
+        self.warm, self.most = warm, most
 
     @contextmanager
     def profiled(self, model, feed, threads):
@@ -398,7 +398,7 @@ class Profiling(Machine):
                 time = by_weights(model.proto)
                 is_slow = [n < 2 or (self.warm and n % 2 == 0) for n in range(count)]
                 times = tuple((time * (9 if slow else 1),) for slow in is_slow)
-                return Runs(("MatMul",), times, (time,) * count)
+                return Runs(("MatMul",), times[: self.most], ((time,) * count)[: self.most])
 
             yield Profiled(counted, finish)
 
@@ -419,6 +419,17 @@ def test_shares_are_those_of_the_whole_run():
     model_time = 2 * by_weights(timed[0].proto)
     expected = [by_weights(layer.dense().proto) / model_time for layer in layers]
     assert shares == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("warm", "most"), [(False, 0), (False, 2), (False, 8), (True, 14)])
+def test_profiles_that_miss_runs_give_way_to_the_times_of_whole_models(warm, most):
+    """Those of the rule alone, as the time beside the nodes is only in profiles; in whole microseconds."""
+    timed, layers = whole()
+    watched = watch(Profiling(warm=warm, most=most), warm=warm)
+    _, shares = watched.shares(timed, layers, PACE)
+    own = by_weights(timed[0].proto)
+    assert shares == pytest.approx([by_weights(layer.dense().proto) / own for layer in layers], rel=1e-4)
+    assert watched.chains(alone(), OPTIONS, PACE) == pytest.approx(ratios(alone()), rel=1e-4)
 
 
 def test_times_of_nodes_and_of_runs_are_kept_apart():
