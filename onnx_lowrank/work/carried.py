@@ -27,7 +27,7 @@ from onnx_lowrank.files.keeping import environment
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.hardware import free_memory, processor_kind
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
-from onnx_lowrank.work.executor import Function, I, R
+from onnx_lowrank.work.executor import Function, I, R, compute
 from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 from onnx_lowrank.work.weights import WeightRef
 
@@ -204,7 +204,7 @@ def computed(item: Packed) -> bytes | Unseen | Foreign:
             return Unseen(given.path)
     with _room(worker.memory_manager.memory_limit).taken(item.nbytes), one_blas_thread(solvers=True):
         function, argument = pickle.loads(item.data)  # noqa: S301 - the client's, as every task of Dask
-        result = function(argument, _backend(item.device))
+        result = compute(function, argument, _backend(item.device))
         return pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
 
 

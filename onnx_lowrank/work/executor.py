@@ -192,7 +192,7 @@ class Threads:
         """Like `Executor.map`, but the function need not be at the top level of a module."""
 
         def submit(item: I) -> Future[R]:
-            return self._pool.submit(_compute, function, item, self.backend)
+            return self._pool.submit(compute, function, item, self.backend)
 
         pending: _Flights[Future[R]] = deque()
         with one_blas_thread():
@@ -384,10 +384,11 @@ def _end_with(reader: Connection) -> None:
 
 
 def _run(function: Function[I, R], item: I, device: str, workers: int) -> R:
-    return _compute(function, item, _backend(device, workers))
+    return compute(function, item, _backend(device, workers))
 
 
-def _compute(function: Function[I, R], item: I, backend: Backend) -> R:
+def compute(function: Function[I, R], item: I, backend: Backend) -> R:
+    """Compute an item on a device, or on the CPU, with a warning, if the device cannot compute it."""
     return backend.attempt(lambda place: function(item, place), item.nbytes)
 
 

@@ -6,15 +6,18 @@ import os
 import pickle
 from dataclasses import replace
 from threading import Event, Thread
+from types import SimpleNamespace
 
+import distributed
 import pytest
 from test_work_items import moments_of, weight_of
 
+from devices import fake
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.keeping import digest
 from onnx_lowrank.work import carried
-from onnx_lowrank.work.carried import Room, differing, mark, packed, sees, versions
+from onnx_lowrank.work.carried import Room, computed, differing, mark, packed, sees, versions
 from onnx_lowrank.work.scoring import ActivationItem, WeightItem, activation_errors, singular_values
 
 
@@ -100,6 +103,27 @@ def test_versions_differ_in_all_but_the_processor():
     assert differing({**own, "processor": "Z80"}, own) == ()
     assert differing({**own, "scipy": ""}, own) == ("scipy",)
     assert differing({name: own[name] for name in own if name != "code"}, own) == ("code",)
+
+
+def smallest_number(item, backend):
+    """The place and the memory of a computation, and its result."""
+    with backend.lane(10**6) as place:
+        return place.name, place.nbytes, float(min(place.to_numpy(place.asarray(item.weight.read())).flat))
+
+
+@pytest.mark.parametrize("trouble", ["none", "small", "broken"])
+def test_a_worker_with_a_gpu_computes_as_this_process_does(monkeypatch, caplog, trouble):
+    item = WeightItem(weight_of((1, 40, 60)), {Fold.ENCODE: (1,)})
+    device = fake(capacity=item.nbytes - 1 if trouble == "small" else 2**40)
+    device.device.broken = trouble == "broken"
+    monkeypatch.setattr(carried, "_backend", lambda name: device)
+    monkeypatch.setattr(carried, "versions", lambda name: {})
+    worker = SimpleNamespace(address="w", memory_manager=SimpleNamespace(memory_limit=None))
+    monkeypatch.setattr(distributed, "get_worker", lambda: worker)
+    found = pickle.loads(computed(packed(smallest_number, item, (), "cuda", {})))  # noqa: S301
+    place = ("cuda", item.nbytes) if trouble == "none" else ("cpu", 0)
+    assert found == (*place, float(item.weight.read().min()))
+    assert ("so the CPU takes it over" in caplog.text) == (trouble != "none")
 
 
 def test_items_wait_for_room_and_a_large_one_runs_alone():
