@@ -203,6 +203,14 @@ class Cluster:
                 f"The Dask scheduler at {self.scheduler} cannot be reached ({_reason(error)}): start it with "
                 "`dask scheduler`, or correct the address."
             ) from error
+        except TypeError as error:
+            if not self.scheduler.startswith("tls://"):
+                raise
+            raise InputError(
+                f"The Dask scheduler at {self.scheduler} needs certificates ({_reason(error)}): set "
+                "distributed.comm.tls.ca-file, distributed.comm.tls.client.cert and "
+                "distributed.comm.tls.client.key in Dask's configuration."
+            ) from error
         stack.callback(_closed, client)
         return client
 

@@ -260,6 +260,14 @@ def test_a_scheduler_that_cannot_be_reached_is_an_error_and_writes_nothing(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_scheduler_that_needs_certificates_is_an_error_that_names_the_settings(brief):
+    wanted = (
+        r"^The Dask scheduler at tls://127\.0\.0\.1:1 needs certificates \(.+\): set distributed\.comm\.tls\."
+    )
+    with pytest.raises(InputError, match=wanted), Cluster("tls://127.0.0.1:1", CPU, budget=PLENTY):
+        pass
+
+
 def test_a_scheduler_without_workers_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PATIENCE", 0.5)
     monkeypatch.setattr(module, "_POLL", 0.2)
