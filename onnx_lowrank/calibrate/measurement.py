@@ -201,7 +201,7 @@ class _Measurement:
                     self._step((number + 1) / len(names))
 
     @property
-    def _trimmed(self) -> Samples:
+    def _trimmed(self) -> Trimmed:
         return Trimmed(self._samples, self._statistics.padding)
 
     def _look_up(self, bindings: Mapping[str, Binding], counted: set[str], memory: int) -> None:
@@ -326,7 +326,7 @@ class _Measurement:
             size = self._sizes[0] if relay is not None and number else self._batch_size(run, relay)
             self._sizes.append(size)
             self._statistics.batch = min(self._sizes)
-            expected = ceil(self._samples.count / size)
+            expected = ceil(self._samples.count / self._trimmed.part(size))
             length = ceil(expected / SECTIONS)
             batches = enumerate(self._trimmed.batches(size), 1)
             added = (

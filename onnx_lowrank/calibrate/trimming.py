@@ -51,6 +51,15 @@ class Trimmed:
         every = _SORTED if self.shortest and self.padding.removable else 1
         return -(-self.samples.count // every)
 
+    def part(self, size: int) -> int:
+        """The most samples in a batch, as `batches` cuts them, if the model allows that many.
+
+        Args:
+            size: As for `batches`.
+        """
+        # Not the batches of shortest texts, which are chosen by their number.
+        return -(-size // _CUT) if self.padding.removable and not self.shortest else size
+
     def batches(self, size: int) -> Iterator[Batch]:
         """Read the data once; its batches are the same every time.
 
@@ -62,8 +71,7 @@ class Trimmed:
             yield from self.samples.batches(size)
             return
         read = {False: 0, True: 0}
-        # Not the batches of shortest texts, which are chosen by their number.
-        part = size if self.shortest else -(-size // _CUT)
+        part = self.part(size)
         for batch in self.samples.batches(_SORTED * size):
             parts = list(self._parts(batch, part))
             if self.shortest:

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 import onnx_lowrank
 from calibrating import measured, seen
-from onnx_lowrank.calibrate import ignored, sensitivity
+from onnx_lowrank.calibrate import ignored, measurement, sensitivity
 from onnx_lowrank.calibrate.differences import differs
 from onnx_lowrank.calibrate.ignored import _axes
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
@@ -374,6 +374,21 @@ def test_a_batch_of_ordered_texts_is_cut_into_quarters():
         assert [len(batch.feed["input_ids"]) for batch in batches] == [4] * (number // 4)
         padded = [(batch.feed["attention_mask"] == 0).mean() for batch in batches]
         assert np.mean(padded) < 0.1
+
+
+def test_sections_count_the_batches_that_are_cut(monkeypatch):
+    """160 texts in quarters of 16 are 40 batches: 16 sections have at most 3 of them."""
+    lengths, here = [], measurement._Measurement._here
+
+    def noting(self, run, tasks, batches, length):
+        lengths.append((length, len(list(self._trimmed.batches(16)))))
+        yield from here(self, run, tasks, batches, length)
+
+    monkeypatch.setattr(measurement._Measurement, "_batch_size", lambda *_: 16)
+    monkeypatch.setattr(measurement._Measurement, "_here", noting)
+    with measured(seen(encoder()), texts(160)):
+        pass
+    assert lengths == [(3, 40)]
 
 
 def test_feeds_of_one_sample_are_trimmed_alone():
