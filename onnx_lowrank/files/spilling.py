@@ -230,6 +230,8 @@ def _may_move(tensor: TensorProto) -> bool:
 def write_whole(light: bytes, files: Mapping[str, Path], owner: str, out: BinaryIO) -> None:
     """Write the serialized model that `whole` gives; the bytes of its data files never are in memory.
 
+    Only a model that is not walked is in memory as a whole.
+
     Args:
         light: The serialized model.
         files: Its external files, or a part of them: tensors in other files stay there.
@@ -250,8 +252,16 @@ def write_whole(light: bytes, files: Mapping[str, Path], owner: str, out: Binary
         tensor.ClearField("data_location")
         return _filled(tensor, place)
 
+    if not files:
+        out.write(light)
+        return
     walker = Walker(BytesIO(light), most=len(light))
-    pieces = walker.pieces(onnx.ModelProto.DESCRIPTOR, 0, len(light), 0, fill)
+    try:
+        pieces = walker.pieces(onnx.ModelProto.DESCRIPTOR, 0, len(light), 0, fill)
+    except WireError:
+        proto = whole(onnx.ModelProto.FromString(light), files, owner)
+        out.write(proto.SerializeToString(deterministic=True))
+        return
     write(pieces or (light,), walker, out)
 
 

@@ -10,7 +10,7 @@ Source of the format: https://protobuf.dev/programming-guides/encoding/.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ from onnx import TensorProto
 from onnx_lowrank.files.regions import Region
 from onnx_lowrank.files.tensors import tensor_fields
 
-_VARINT, _I64, LENGTH, _I32 = 0, 1, 2, 5
+_VARINT, _I64, LENGTH, _GROUP, _GROUP_END, _I32 = range(6)
 _FIXED = {_I64: 8, _I32: 4}
 _MOST_VARINT = 10  # bytes
 _MOST_DEPTH = 100  # protobuf's
@@ -96,31 +96,57 @@ class Walker:
             end: Position behind it.
 
         Raises:
-            WireError: A field leaves the message or is of an unknown type, or there are too many.
+            WireError: A field leaves the message or is of an unknown type, or there are too many, or groups
+                are too deep or have no end.
         """
         position = begin
         while position < end:
-            self._left -= 1
-            if self._left < 0:
+            field = self._field(position, end)
+            if field.kind == _GROUP:
+                field = replace(field, end=self._group_end(field, end))
+            elif field.kind == _GROUP_END:
                 raise WireError
-            head = self.read(position, min(position + 2 * _MOST_VARINT, end))
-            tag, used = _varint(head, 0)
-            number, kind = tag >> 3, tag & 7
+            yield field
+            position = field.end
+
+    def _field(self, position: int, end: int) -> Field:
+        """The field at a position of a message; of a group, its start alone."""
+        self._left -= 1
+        if self._left < 0:
+            raise WireError
+        head = self.read(position, min(position + 2 * _MOST_VARINT, end))
+        tag, used = _varint(head, 0)
+        number, kind = tag >> 3, tag & 7
+        content = position + used
+        if kind == LENGTH:
+            length, used = _varint(head, used)
             content = position + used
-            if kind == LENGTH:
-                length, used = _varint(head, used)
-                content = position + used
-                stop = content + length
-            elif kind == _VARINT:
-                stop = position + _varint(head, used)[1]
-            elif kind in _FIXED:
-                stop = content + _FIXED[kind]
-            else:
+            stop = content + length
+        elif kind == _VARINT:
+            stop = position + _varint(head, used)[1]
+        elif kind in (_GROUP, _GROUP_END):
+            stop = content
+        elif kind in _FIXED:
+            stop = content + _FIXED[kind]
+        else:
+            raise WireError
+        if not number or stop > end:
+            raise WireError
+        return Field(number, kind, position, content, stop)
+
+    def _group_end(self, start: Field, end: int) -> int:
+        """The position behind a group: an old kind of field that stands between two tags."""
+        open_groups, position = [start.number], start.content
+        while open_groups:
+            if position >= end or len(open_groups) > _MOST_DEPTH:
                 raise WireError
-            if not number or stop > end:
+            field = self._field(position, end)
+            position = field.end
+            if field.kind == _GROUP:
+                open_groups.append(field.number)
+            elif field.kind == _GROUP_END and open_groups.pop() != field.number:
                 raise WireError
-            yield Field(number, kind, position, content, stop)
-            position = stop
+        return position
 
     def read(self, begin: int, end: int) -> bytes:
         """The bytes between two positions.

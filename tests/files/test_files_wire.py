@@ -136,6 +136,36 @@ def test_fields_that_stand_twice(tmp_path, case):
     assert moved(path) == (5 if case == "contents first" else 0)
 
 
+def group(number: int, content: bytes = b"\x08\x05") -> bytes:
+    """A field of the old kind: its content stands between two tags."""
+    return wire.encoded(number << 3 | 3) + content + wire.encoded(number << 3 | 4)
+
+
+def groups() -> dict[str, bytes]:
+    """Files with groups in the model, in the graph and in a tensor."""
+    proto = nested()
+    tensor = numpy_helper.from_array(np.ones(3, np.float32), "more").SerializeToString()
+    graph, rest = proto.graph.SerializeToString(), proto_without_graph(proto)
+    return {
+        "model": proto.SerializeToString() + group(1000),
+        "graph": rest + field(7, graph + group(1000, group(7) + field(1, b"abc") + group(1000))),
+        "tensor": rest + field(7, graph + field(5, tensor + group(1000))),
+    }
+
+
+@pytest.mark.parametrize("spill", [True, False])
+@pytest.mark.parametrize("case", groups())
+def test_groups_stay_as_they_are(tmp_path, case, spill):
+    path = written(tmp_path / "in.onnx", groups()[case])
+    assert outcome(path, True) == outcome(path, False)
+    with ExitStack() as stack:
+        model = load(path, stack if spill else None)
+        assert len(model.files) == spill
+        save(model, tmp_path / "out.onnx")
+    proto = onnx.ModelProto.FromString(groups()[case])
+    assert (tmp_path / "out.onnx").read_bytes() == proto.SerializeToString(deterministic=True)
+
+
 @pytest.mark.parametrize("bound", ["_MOST_FIELDS", "_MOST_DEPTH"])
 def test_walks_are_bounded(tmp_path, monkeypatch, bound):
     path = written(tmp_path / "in.onnx", nested().SerializeToString())
@@ -143,6 +173,28 @@ def test_walks_are_bounded(tmp_path, monkeypatch, bound):
     monkeypatch.setattr(wire.Walker.__init__, "__defaults__", (wire._MOST_FIELDS,))
     assert moved(path) == 0
     assert outcome(path, True) == outcome(path, False)
+
+
+def test_a_model_that_is_not_walked_is_saved(tmp_path, monkeypatch):
+    data = nested().SerializeToString(deterministic=True)
+    with ExitStack() as stack:
+        model = load(written(tmp_path / "in.onnx", data), stack)
+        assert model.files
+        monkeypatch.setattr(wire, "_MOST_DEPTH", 1)
+        save(model, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").read_bytes() == data
+
+
+def test_groups_are_bounded(tmp_path):
+    for depth, is_read in ((100, True), (101, False)):
+        data = b"\x0b" * depth + b"\x0c" * depth
+        with written(tmp_path / "in", data).open("rb") as file:
+            fields = wire.Walker(file).fields(0, len(data))
+            if is_read:
+                assert [f.end for f in fields] == [len(data)]
+            else:
+                with pytest.raises(wire.WireError):
+                    list(fields)
 
 
 def test_a_length_beyond_the_message_around_it_is_refused(tmp_path):
@@ -155,8 +207,12 @@ def test_a_length_beyond_the_message_around_it_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [b"\x80" * 11, b"\x3a\x80", b"\x00\x00", b"\x3b", b"\x0d\x00", b"\x3a\xff\xff\x7f"]
-)
+    "data",
+    [
+        b"\x80" * 11, b"\x3a\x80", b"\x00\x00", b"\x3b", b"\x0d\x00", b"\x3a\xff\xff\x7f",
+        b"\x3c", b"\x3b\x34", b"\x3b\x08\x3c", b"\x3b\x3b\x3c", b"\x3b\x3e\x3c",
+    ],
+)  # fmt: skip
 def test_bytes_that_are_no_message_are_refused(tmp_path, data):
     with written(tmp_path / "in", data).open("rb") as file, pytest.raises(wire.WireError):
         list(wire.Walker(file).fields(0, len(data)))
