@@ -180,11 +180,11 @@ def spilled_file(path: Path, resources: ExitStack) -> tuple[bytes, Mapping[str, 
             walker = Walker(file)
             try:
                 pieces = walker.pieces(onnx.ModelProto.DESCRIPTOR, 0, size, _LARGE_INLINE, move)
+                if pieces is None or moved < _SPILLED:
+                    return None
+                write(pieces, walker, light)
             except (WireError, InputError):
                 return None
-            if pieces is None or moved < _SPILLED:
-                return None
-            write(pieces, walker, light)
         resources.enter_context(stack.pop_all())
         return light.getvalue(), spill.files
 

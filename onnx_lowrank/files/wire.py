@@ -235,6 +235,7 @@ def write(pieces: tuple[Piece, ...], source: Walker, out: BinaryIO) -> None:
 
     Raises:
         InputError: A region cannot be read.
+        WireError: The walked file has become shorter.
         OSError: The file cannot be written.
     """
     for piece in pieces:

@@ -243,6 +243,19 @@ def test_a_model_that_changes_while_it_is_read(tmp_path, monkeypatch):
         load(path, stack)
 
 
+def test_a_model_that_becomes_shorter_while_it_is_read(tmp_path, monkeypatch):
+    path = written(tmp_path / "in.onnx", nested().SerializeToString())
+    original = spilling.write
+
+    def write(*args):
+        written(path, path.read_bytes()[:100])
+        original(*args)
+
+    monkeypatch.setattr(spilling, "write", write)
+    with ExitStack() as stack, pytest.raises(InputError, match=r"in\.onnx is no binary ONNX model"):
+        load(path, stack)
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_large_result_stays_on_disk(tmp_path, monkeypatch, dry_run):
     expected = compress(DIGITS, 0.5, device="cpu", dry_run=dry_run)
