@@ -27,9 +27,6 @@ _PAGE, _LARGE_PAGE = 4096, 65536
 _LARGE = 1 << 20
 _CHUNK = 1 << 20
 _INLINE_BYTES = 1024
-_LARGE_INLINE = 1 << 16
-_SPILLED = 1 << 24
-_ROOM = 4  # Factors and activations go to the same folder.
 _DIGITS = 16  # of the digest in the name of a data file
 _STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the whole old file, or its offsets
 
