@@ -271,7 +271,7 @@ def stored_bytes(model: Model) -> int:
     """Number of bytes of the file or the serialized proto, plus the regions of external files, each once."""
     data = None if model.path is not None or model.temporary else serialized(model.proto)
     if model.path is not None:
-        size = model.path.stat().st_size
+        _, _, size, _ = model.stamps[model.path]
     elif model.temporary:
         size = _grown(model.proto, model)
     elif data is not None:
