@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -23,11 +24,12 @@ from onnx_lowrank.files.external import append, refer, whole
 from onnx_lowrank.files.regions import Region
 from onnx_lowrank.files.scratch import discard, scratch
 from onnx_lowrank.files.tensors import inline, is_external, reference, region, stored_size, tensors
-from onnx_lowrank.files.wire import LENGTH, Piece, Walker, WireError, encoded, write
+from onnx_lowrank.files.wire import LENGTH, Field, Piece, Walker, WireError, encoded, write
 
 _LARGE_INLINE = 1 << 16
 _SPILLED = 1 << 24
 _ROOM = 4  # Factors and activations go to the same folder.
+_MOST_FIELDS = 512  # More are numbers, each a field of its own: not the bytes that are to be moved.
 _RAW = TensorProto.RAW_DATA_FIELD_NUMBER
 
 
@@ -205,10 +207,11 @@ def _bare(walker: Walker, begin: int, end: int) -> tuple[TensorProto, range] | N
     Raises:
         WireError: It is no tensor, or has two fields of bytes.
     """
-    raw = [field for field in walker.fields(begin, end) if field.number == _RAW]
-    if not raw:
+    fields = list(islice(walker.fields(begin, end), _MOST_FIELDS + 1))
+    raw = list(filter(_is_raw, fields))
+    if not raw or len(fields) > _MOST_FIELDS:
         return None
-    if len(raw) > 1 or raw[0].kind != LENGTH:
+    if len(raw) > 1:
         raise WireError
     place = range(raw[0].content, raw[0].end)
     if len(place) < _LARGE_INLINE:
@@ -218,6 +221,11 @@ def _bare(walker: Walker, begin: int, end: int) -> tuple[TensorProto, range] | N
     except DecodeError as error:
         raise WireError from error
     return (bare, place) if _may_move(bare) and stored_size(bare) == len(place) else None
+
+
+def _is_raw(field: Field) -> bool:
+    """Whether a field of a tensor is its bytes; protobuf keeps one of another kind as an unknown field."""
+    return field.number == _RAW and field.kind == LENGTH
 
 
 def _may_move(tensor: TensorProto) -> bool:
@@ -270,6 +278,6 @@ def _filled(tensor: TensorProto, place: Region) -> tuple[Piece, ...]:
     tensor.raw_data = b""
     bare = tensor.SerializeToString(deterministic=True)
     walker = Walker(BytesIO(bare))
-    (raw,) = (field for field in walker.fields(0, len(bare)) if field.number == _RAW)
+    (raw,) = filter(_is_raw, walker.fields(0, len(bare)))
     tag = encoded(_RAW << 3 | LENGTH)
     return (bare[: raw.begin], tag + encoded(place.length), place, bare[raw.end :])

@@ -97,7 +97,7 @@ def odd_tensors() -> list[TensorProto]:
     noted.doc_string = "a note"
     noted.metadata_props.add(key="k", value="v")
     known = numpy_helper.from_array(np.ones(5, np.float32), "unknown field")
-    known.MergeFromString(b"\xf2\x7f\x03abc")
+    known.MergeFromString(b"\xf2\x7f\x03abc\x48\x05\x4d1234\xc3\x3e\x08\x05\xc4\x3e")
     part = TensorProto(name="part", data_type=1, dims=[5], raw_data=bytes(8))
     part.segment.end = 2
     entry = numpy_helper.from_array(np.ones(5, np.float32), "entry")
@@ -161,6 +161,16 @@ def test_external_data_stays_external(tmp_path, temporary, all_large):
             save(source, tmp_path / name / "out.onnx")
     written = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b")]
     assert written[0] == written[1]
+
+
+def test_the_size_of_a_model_is_that_of_the_file_that_was_loaded(tmp_path, temporary, all_large):
+    onnx.save(cnn(), tmp_path / "in.onnx")
+    with ExitStack() as stack:
+        model = load(tmp_path / "in.onnx", stack)
+        (tmp_path / "in.onnx").unlink()
+        assert stored_bytes(model) == len(content(cnn()))
+        save(model, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").read_bytes() == content(cnn())
 
 
 def test_a_name_may_be_too_long_for_data_that_is_not_written(tmp_path, temporary, all_large):

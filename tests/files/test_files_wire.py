@@ -166,6 +166,17 @@ def test_groups_stay_as_they_are(tmp_path, case, spill):
     assert (tmp_path / "out.onnx").read_bytes() == proto.SerializeToString(deterministic=True)
 
 
+def test_numbers_that_are_fields_of_their_own_are_not_walked(tmp_path, monkeypatch):
+    proto = nested()
+    numbers = TensorProto(name="numbers", data_type=TensorProto.INT32, dims=[4000]).SerializeToString()
+    numbers += b"\x28\x01" * 4000
+    graph = field(5, numbers) + proto.graph.SerializeToString()
+    path = written(tmp_path / "in.onnx", proto_without_graph(proto) + field(7, graph))
+    monkeypatch.setattr(wire.Walker.__init__, "__defaults__", (1000,))
+    assert moved(path) == 4
+    assert outcome(path, True) == outcome(path, False)
+
+
 @pytest.mark.parametrize("bound", ["_MOST_FIELDS", "_MOST_DEPTH"])
 def test_walks_are_bounded(tmp_path, monkeypatch, bound):
     path = written(tmp_path / "in.onnx", nested().SerializeToString())
