@@ -164,7 +164,14 @@ def inline_locations(model: Model) -> Set[str]:
     """The locations of the tensors that are to be inline in the saved file.
 
     None if the model has over 1.5 GiB: that is near the 2 GB of protobuf, so it is saved with a data file.
+
+    Raises:
+        InputError: The temporary files have gone.
     """
+    if not all(model.files[name].exists() for name in model.temporary):
+        raise InputError(
+            f"The result of {model.name} was closed, and its tensors with it: save before closing."
+        )
     if not model.temporary or stored_bytes(model) > _LARGEST_INLINE:
         return frozenset()
     return model.temporary

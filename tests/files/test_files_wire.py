@@ -279,6 +279,10 @@ def test_a_large_result_stays_on_disk(tmp_path, monkeypatch, dry_run):
         files = tuple(result.model.files.values())
     assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "expected.onnx").read_bytes()
     assert not any(file.exists() for file in files)
+    for use in (lambda: result.save(tmp_path / "late.onnx"), lambda: result.proto):
+        with pytest.raises(InputError, match="was closed, and its tensors with it: save before closing"):
+            use()
+    assert not (tmp_path / "late.onnx").exists()
 
 
 PEAK = """
