@@ -95,5 +95,5 @@ class Succession:
         return (
             f"Samples that follow each other are alike (correlation {correlation:.2f}). If they are crops of "
             "one photograph, or frames of one film, errors on held-out samples are smaller than on others: "
-            "give samples of more origins, and --check with others. If they are sorted by class, all is well.",
+            "give samples of more origins, and --check with others. Samples sorted by class are no fault.",
         )
