@@ -127,6 +127,8 @@ def test_odd_tensors_come_back_byte_for_byte(tmp_path, temporary, all_large, in_
         assert content(inlined(model).proto) == before
         assert stored_bytes(replace(model, path=None)) == len(before)
         assert inlined(model).files == {}
+        save(model, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").read_bytes() == before
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
