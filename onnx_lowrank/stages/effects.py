@@ -39,7 +39,7 @@ from onnx_lowrank.work.fitting import DenseItem, dense
 
 _log = logging.getLogger(__name__)
 
-PROBED = (0.01, 0.04, 0.15, 0.6)
+PROBED = (1 / 128, 1 / 32, 1 / 8, 1 / 2)
 """Relative activation errors near which the effect on the model's outputs is measured: evenly spaced in their
 logarithms, in which effects between them are linear. Three points misjudge layers that lose much."""
 
