@@ -44,6 +44,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import geometry
+from onnx_lowrank.operators.geometry import thinned
 from onnx_lowrank.probe.instrument import Instrumented, Tap, instrument
 from onnx_lowrank.probe.suffix import Cuts
 from onnx_lowrank.work.executor import Executor, Threads
@@ -248,8 +249,10 @@ class _Measurement:
         jobs: dict[Job, list[str]] = {}
         for layer, taps in (*instrumented.inputs.items(), *instrumented.outputs.items()):
             binding, of_outputs = bindings[layer], self._of_outputs[layer]
-            sights = tuple((tap, geometry(self._walk, binding, index)) for index, tap in enumerate(taps))
-            job = Job(sights, of_outputs, measured_shape(binding.layer, of_outputs=of_outputs))
+            shape = measured_shape(binding.layer, of_outputs=of_outputs)
+            forms = (geometry(self._walk, binding, index) for index in range(len(taps)))
+            thin = (thinned(form, shape[1], self._samples.count) for form in forms)
+            job = Job(tuple(zip(taps, thin, strict=True)), of_outputs, shape)
             jobs.setdefault(job, []).append(layer)
         return jobs
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Protocol
+from math import ceil, prod
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 CHUNK = 2**25
 """The most bytes of a chunk of rows; a single line of positions is never split, so it may take more."""
+
+_ENOUGH = 256
+"""So many rows for each of their elements are enough: the moments of N independent rows of length p are off
+by about p / N of themselves, and neighbours in a picture, whose patches overlap, are left out first."""
+
+
+G = TypeVar("G", bound="Geometry")
 
 
 class Geometry(Protocol):
@@ -27,6 +34,20 @@ class Geometry(Protocol):
 
     def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """The node's results, in the order of the rows, in chunks of shape (rows, g, f / g)."""
+
+    def thinned(self, needed: int) -> Self:
+        """The same for fewer positions; at least `needed` of each sample must stay, or all of them."""
+
+
+def thinned(geometry: G, length: int, samples: int) -> G:
+    """A geometry that cuts out as many rows as their moments need, not those of all positions.
+
+    Args:
+        geometry: The way in which a node reads its input.
+        length: Length of a row, or of a result, whose second moments are wanted.
+        samples: Number of samples, over all runs.
+    """
+    return geometry.thinned(ceil(_ENOUGH * length / samples))
 
 
 def patches(geometry: Geometry, value: NDArray[Any], depth: int = 0) -> Iterator[NDArray[Any]]:
@@ -88,6 +109,10 @@ class Vectors:
     def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """The vectors of the node's result."""
         yield from vectors(self.batch, value, self.gives_columns)
+
+    def thinned(self, needed: int) -> Self:
+        """All vectors count: each is a token of its own."""
+        return self
 
 
 def _unstacked(value: NDArray[Any], depth: int) -> Iterator[NDArray[Any]]:

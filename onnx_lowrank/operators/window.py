@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from onnx_lowrank.operators.geometry import CHUNK, channel_major, row_dtype, row_width
+
+_SPARSEST = 8
+"""At least every eighth position along an axis counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Window:
         transposed: Whether it is a ConvTranspose.
         output_padding: The attribute of a ConvTranspose.
         output_shape: The attribute of a ConvTranspose; () if it follows from the padding.
+        needed: The least number of positions of a picture that count, if it has more; 0 for all positions.
     """
 
     groups: int
@@ -39,16 +43,35 @@ class Window:
     transposed: bool
     output_padding: tuple[int, ...]
     output_shape: tuple[int, ...]
+    needed: int = 0
+
+    def thinned(self, needed: int) -> Self:
+        """Every n-th position along every axis; all positions of a sequence, whose tokens are few."""
+        return replace(self, needed=needed) if len(self.kernel) > 1 else self
 
     def rows(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The patches of all positions."""
+        """The patches of the positions that count."""
         yield from _windows(self, value)
 
     def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The features at all positions."""
+        """The features at the positions that count."""
         n, f, *sizes = value.shape
-        grouped = value.reshape(n, self.groups, f // self.groups, *sizes)
-        yield from channel_major(np.moveaxis(grouped, (1, 2), (-2, -1)), 1 + len(sizes))
+        grouped = np.moveaxis(value.reshape(n, self.groups, f // self.groups, *sizes), (1, 2), (-2, -1))
+        for samples, positions in self._counting(n, sizes):
+            yield from channel_major(grouped[samples][:, *positions], 1 + len(sizes))
+
+    def _counting(self, samples: int, sizes: Sequence[int]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+        """The positions that count: some samples at a time, with their positions along every axis.
+
+        Every sample has equally many of them. They start at another place from sample to sample, so that all
+        places count, those at the borders too.
+        """
+        every = min(_SPARSEST, *sizes) if self.needed else 1
+        while every > 1 and prod(size // every for size in sizes) < self.needed:
+            every -= 1
+        for start in range(min(every, samples)):
+            ends = (start + size // every * every for size in sizes)
+            yield slice(start, None, every), tuple(slice(start, end, every) for end in ends)
 
     def spans(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
         """For every axis, the padding before it and the number of positions, for an input of these sizes.
@@ -94,13 +117,17 @@ class Window:
 def _windows(window: Window, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Patches of a convolution: im2col of the padded (and spread) input, a few samples at a time."""
     spans = window.spans(value.shape[2:])
-    if any(count <= 0 for _, count in spans):
+    counts = [count for _, count in spans]
+    if any(count <= 0 for count in counts):
         return
-    sample = prod(count for _, count in spans) * value[0].size // prod(value.shape[2:]) * prod(window.kernel)
-    step = max(1, CHUNK // (sample * row_width(value)))
-    for start in range(0, len(value), step):
-        padded = _padded(window, value[start : start + step], spans)
-        yield from channel_major(_view(window, padded, [count for _, count in spans]), 1 + len(spans))
+    length = value[0].size // prod(value.shape[2:]) * prod(window.kernel)
+    for samples, positions in window._counting(len(value), counts):
+        chosen = value[samples]
+        rows = prod(len(range(*part.indices(count))) for part, count in zip(positions, counts, strict=True))
+        step = max(1, CHUNK // (max(rows * length, chosen[0].size) * row_width(value)))
+        for start in range(0, len(chosen), step):
+            padded = _padded(window, chosen[start : start + step], spans)
+            yield from channel_major(_view(window, padded, counts)[:, *positions], 1 + len(spans))
 
 
 def _padded(window: Window, value: NDArray[Any], spans: list[tuple[int, int]]) -> NDArray[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from onnx_lowrank.linalg.quadratic import (
     of_weight,
     shrinkage,
 )
+from onnx_lowrank.operators.geometry import thinned
 from onnx_lowrank.rewrite.refit import fixed_features, operands
 from onnx_lowrank.stages.fit import joined_item, shared_item, way_to
 from onnx_lowrank.stages.gather import Behind, Gatherer
@@ -116,9 +117,9 @@ class Walked(ABC, Generic[M]):
         weight = reference(model, walk, binding)
         self._weight, self._dtype = weight.read(), weight.dtype
         self._bias = bias(model, walk, binding)
-        form = geometry(walk, binding, 0)
-        self._gatherer = Gatherer(binding.layer.id, form, self._weight.shape, threads)
         self._samples = calibration.samples.count
+        form = thinned(geometry(walk, binding, 0), prod(self._weight.shape[2:]), self._samples)
+        self._gatherer = Gatherer(binding.layer.id, form, self._weight.shape, threads)
 
     def run(self, step: Step) -> Recovered | None:
         """Fit the layer to the inputs and targets of its step, and let the walk continue with the result.

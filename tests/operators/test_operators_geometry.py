@@ -52,7 +52,13 @@ def check(node, shape, weight, use=0):
     rows, results = joined(patches(form, value)), joined(outputs(form, result))
     assert rows.dtype == results.dtype == np.float32
     assert results.size == result.size
-    np.testing.assert_array_equal(products(read(seen.model, seen.walk, binding), rows), results)
+    dense = read(seen.model, seen.walk, binding)
+    np.testing.assert_array_equal(products(dense, rows), results)
+    for needed in (1, 3):
+        fewer = form.thinned(needed)
+        rows, results = joined(patches(fewer, value)), joined(outputs(fewer, result))
+        assert len(rows) >= min(needed * len(value), len(results))
+        np.testing.assert_array_equal(products(dense, rows), results)
 
 
 def attributes(**values):
@@ -251,6 +257,42 @@ def test_dtypes(name, function, dtype, expected):
     chunks = list(function(form, value.astype(dtype)))
     assert {chunk.dtype.name for chunk in chunks} == {expected}
     np.testing.assert_array_equal(np.concatenate(chunks), joined(function(form, value)))
+
+
+PICTURES = Window(1, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), "NOTSET", False, (0, 0), ())
+
+
+@pytest.mark.parametrize(
+    ("needed", "every"), [(0, 1), (1, 8), (7, 5), (15, 4), (16, 4), (17, 3), (256, 1), (10**9, 1)]
+)
+def test_a_picture_gives_at_least_as_many_rows_as_are_needed(needed, every):
+    given = len(joined(outputs(PICTURES.thinned(needed), integers(3, 5, 2, 16, 16))))
+    assert given == 5 * (16 // every) ** 2
+    assert given >= 5 * min(needed, 256)
+
+
+def test_pictures_start_at_different_places():
+    places = np.arange(5 * 6 * 6, dtype=np.float32).reshape(5, 1, 6, 6)
+    given = joined(outputs(PICTURES.thinned(4), places)).ravel().reshape(5, 4)
+    number, place = np.divmod(given, 36)
+    assert sorted(number[:, 0]) == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(number, number[:, :1].repeat(4, 1))
+    first = dict(zip(number[:, 0].tolist(), place.tolist(), strict=True))
+    assert first[0] == first[3] == [0, 3, 18, 21]
+    assert first[1] == first[4] == [7, 10, 25, 28]
+    assert first[2] == [14, 17, 32, 35]
+
+
+def test_few_rows_are_enough_for_short_ones():
+    value = integers(3, 64, 2, 32, 32)
+    assert len(joined(outputs(geometry_module.thinned(PICTURES, 18, 64), value))) == 64 * (32 // 3) ** 2
+    assert len(joined(outputs(geometry_module.thinned(PICTURES, 180, 64), value))) == 64 * 32**2
+
+
+def test_all_tokens_of_a_sequence_count():
+    form = Window(1, (3,), (1,), (1,), (1, 1), "NOTSET", False, (0,), ())
+    assert form.thinned(1) == form
+    assert Vectors().thinned(1) == Vectors()
 
 
 @pytest.mark.parametrize("scale", [-2.0, 0.5])
