@@ -368,7 +368,8 @@ def _front(cost: Ints, value: Floats) -> list[int]:
     best = np.minimum.accumulate(value[order])
     wins = np.ones(order.size, dtype=bool)
     wins[1:] = value[order][1:] < best[:-1]
-    return [int(index) for index in order[wins]]
+    indices: list[int] = order[wins].tolist()
+    return indices
 
 
 def _chosen(unit: _Unit, index: int) -> Mapping[int, Choice]:

@@ -42,6 +42,7 @@ class Accumulator:
         self._power = np.zeros((groups, targets))
         self._waiting: list[NDArray[Any]] = []
         self._waiting_rows = 0
+        self._corrections: list[tuple[Floats, Floats]] = []
         self._blocks = Blocks(groups, size)
 
     def add(self, rows: NDArray[Any], samples: NDArray[np.intp] | None = None) -> None:
@@ -70,6 +71,7 @@ class Accumulator:
         """
         self._blocks.merge(other._blocks)
         if other._count:
+            other._correct()
             total = self._count + other._count
             shift, weight = other._mean - self._mean, self._count * other._count / total
             self._second += other._second
@@ -110,6 +112,7 @@ class Accumulator:
             self._merge(self._taken())
         if not self._count:
             return None
+        self._correct()
         n = self._size
         mean, second = self._mean[:, :n].copy(), self._second[:, :n] / self._count
         inputs = Moments(self._count, mean, second, self._blocks.independent(mean, second))
@@ -135,19 +138,28 @@ class Accumulator:
             shift = offset + center - self._mean
             total = self._count + count
             weight = self._count * count / total
-            # Both corrections of rank one in one product: every pass over all moments takes time.
             added = np.stack([np.sqrt(count) * offset, np.sqrt(weight) * shift], axis=1)
-            signed = added * np.array([-1.0, 1.0])[:, None]
+            self._corrections.append((added, added[..., :n] * np.array([-1.0, 1.0])[:, None]))
             for group, second in enumerate(self._second):
                 part = centred[:, group]
                 second[:n] += part[:, :n].T @ part[:, :n]  # BLAS computes half of a symmetric product
                 second[n:] += part[:, n:].T @ part[:, :n]
-                second += added[group].T @ signed[group, :, :n]
             squares = np.einsum("igm,igm->gm", *[centred[..., n:].astype(np.float64)] * 2)
             self._power += squares - count * offset[:, n:] ** 2 + weight * shift[:, n:] ** 2
         self._mean += shift * (count / total)
         self._count = total
         self._check()
+        if len(self._corrections) == _TOGETHER:
+            self._correct()
+
+    def _correct(self) -> None:
+        """Add the corrections of rank one of the last merges in one pass, as each would take a pass alone."""
+        if not self._corrections:
+            return
+        left, right = (np.concatenate(parts, axis=1) for parts in zip(*self._corrections, strict=True))
+        for group, second in enumerate(self._second):
+            second += left[group].T @ right[group]
+        self._corrections = []
 
     def _check(self) -> None:
         """Check that the moments are finite.
@@ -172,6 +184,9 @@ def _add_outer(
         rows = slice(start, start + step)
         matrix[rows] += factor * np.multiply.outer(left[rows], right)
 
+
+_TOGETHER = 16
+"""So many merges are corrected together."""
 
 _BLOCK = 2**17
 """Elements of an outer product that are computed at a time."""

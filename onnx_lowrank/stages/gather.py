@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.moments import Accumulator, merged_pairs
 from onnx_lowrank.calibrate.prefix import Sight
+from onnx_lowrank.core.factors import Moments, Targets
 from onnx_lowrank.operators.geometry import Geometry, outputs, patches
 from onnx_lowrank.stages.targets import Changes, Share
 from onnx_lowrank.work.executor import Threads
-
-T = TypeVar("T")
 
 _LANES = 4  # Not the number of cores, or sums would have other bits on other machines.
 _LANE_BYTES = 2**28  # The most that the sums of one lane may take; larger sums have only one lane.
@@ -73,8 +71,16 @@ class Gatherer:
                 lane[sight.held].add(np.concatenate([x, target], axis=2), samples)
             lane[sight.held].close_block()
 
-        self._in_lanes(sights, sums, add)
-        return {held: _share(sums, held) for held in (False, True)}
+        # Batch n always goes to lane n modulo the number of lanes, or the bits would depend on the threads.
+        self.threads.in_turn(add, sums, sights)
+        ends = [(held, lane) for held in (False, True) for lane in sums if held in lane]
+        # Accumulators multiply their last vectors here, which is most of the work with few samples.
+        pairs = self.threads.each(lambda end: end[1][end[0]].pair(), ends)
+        parts: dict[bool, list[tuple[Moments, Targets]]] = {False: [], True: []}
+        for (held, _), pair in zip(ends, pairs, strict=True):
+            if pair is not None:
+                parts[held].append(pair)
+        return {held: Share(*merged_pairs(own)) for held, own in parts.items()}
 
     def behind_relu(
         self,
@@ -112,7 +118,8 @@ class Gatherer:
                 excess = np.where(wanted > 0, lost, np.minimum(-got, 0))
                 lane[sight.held].add(x, linear, excess - lost, np.maximum(wanted, 0) - np.maximum(got, 0))
 
-        self._in_lanes(sights, sums, add)
+        # Batch n always goes to lane n modulo the number of lanes, or the bits would depend on the threads.
+        self.threads.in_turn(add, sums, sights)
         whole = {held: Changes.merged([lane[held] for lane in sums]) for held in shares}
         return Behind(whole[True].lost, {held: changes.share() for held, changes in whole.items()})
 
@@ -120,12 +127,6 @@ class Gatherer:
         """Values of the output features in the shape of a row, (g, f)."""
         g, f = self.shape[:2]
         return np.broadcast_to(np.asarray(values), g * f).reshape(g, f).astype(np.float32)
-
-    def _in_lanes(self, sights: Iterator[Sight], lanes: Sequence[T], add: Callable[[T, Sight], None]) -> None:
-        """Add every batch to one of the lanes, in turn; the lanes work in parallel."""
-        # Batch n always goes to lane n modulo the number of lanes, or the bits would depend on the threads.
-        while group := list(islice(sights, len(lanes))):
-            self.threads.each(lambda item: add(*item), zip(lanes, group, strict=False))
 
 
 class _Rows(NamedTuple):
@@ -169,8 +170,3 @@ def _rows(form: Geometry, sight: Sight) -> Iterator[_Rows]:
 def _joined(chunks: Iterator[NDArray[Any]]) -> NDArray[Any]:
     first, *others = chunks
     return np.concatenate([first, *others]) if others else first
-
-
-def _share(sums: Sequence[Mapping[bool, Accumulator]], held: bool) -> Share:
-    parts = [lane[held].pair() for lane in sums if held in lane]
-    return Share(*merged_pairs([part for part in parts if part is not None]))

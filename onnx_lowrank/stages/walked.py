@@ -134,17 +134,21 @@ class Walked(ABC, Generic[M]):
         fitted, plain = self._threads.each(
             lambda make: make(), (lambda: self._fitted(shares, ridge, STEPS), self._plain)
         )
-        errors = [error(judge, self._product(made)) for made in (fitted, plain)]
+        results = []
+        for made in (fitted, plain):
+            product = self._product(made)
+            results.append((made, product, error(judge, product)))
+        errors = [loss for _, _, loss in results]
         is_better = errors[0] < errors[1] if self._keeps_plain else errors[0] <= errors[1]
-        taken = fitted if is_better else plain
-        best = first = _Map(taken, self._product(taken), self._shifted(taken, shares[False]))
+        taken, product, loss = results[0 if is_better else 1]
+        best = first = _Map(taken, product, self._shifted(taken, product, shares[False]))
         if step.rectified and first.bias is not None:
             best = self._rectified(step, shares, first, ridge)
         recovered = is_better or best is not first
         if self._keeps_plain and not (recovered and self._can_store(best)):
             return None
         step.substitute(best.weight, None if best.bias is None else best.bias - self._added_behind())
-        loss = error(judge, best.weight)
+        loss = loss if best is first else error(judge, best.weight)
         return Recovered(best.made, best.bias, LayerFit(Fit.ACTIVATIONS, recovered, loss))
 
     @abstractmethod
@@ -167,8 +171,8 @@ class Walked(ABC, Generic[M]):
         """The canonical weight of a result."""
 
     @abstractmethod
-    def _shifted(self, made: M, share: Share) -> NDArray[np.float64] | None:
-        """The bias that goes with a result, shape (f,)."""
+    def _shifted(self, made: M, product: NDArray[np.float64], share: Share) -> NDArray[np.float64] | None:
+        """The bias that goes with a result and its canonical weight, shape (f,)."""
 
     def _can_store(self, best: _Map[M]) -> bool:
         """Whether the model can store a result."""
@@ -187,7 +191,8 @@ class Walked(ABC, Generic[M]):
         every = ceil(self._samples / _SEEN)
         before = self._behind_relu(step.again(every), shares, linear)
         made = self._fitted(before.shares, ridge, _FEW_STEPS)
-        refitted = _Map(made, self._product(made), self._shifted(made, before.shares[False]))
+        product = self._product(made)
+        refitted = _Map(made, product, self._shifted(made, product, before.shares[False]))
         after = self._behind_relu(step.again(every), shares, refitted)
         # Not <=: with equal losses the simpler fit stays.
         return refitted if after.loss < before.loss else linear
@@ -239,12 +244,14 @@ class Refit(Walked[NDArray[Any]]):
     def _product(self, made: NDArray[Any]) -> NDArray[np.float64]:
         return np.asarray(made, np.float64)
 
-    def _shifted(self, made: NDArray[Any], share: Share) -> NDArray[np.float64] | None:
+    def _shifted(
+        self, made: NDArray[Any], product: NDArray[np.float64], share: Share
+    ) -> NDArray[np.float64] | None:
         if self._bias is None:
             return None
         if made is self._weight:
             return self._bias.values
-        return np.where(self._fixed, self._bias.values, self._mean_shift(self._product(made), share))
+        return np.where(self._fixed, self._bias.values, self._mean_shift(product, share))
 
     def _can_store(self, best: _Map[NDArray[Any]]) -> bool:
         return operands(self._model, self._walk, self._binding, best.made, best.bias) is not None
@@ -337,15 +344,16 @@ class Recovery(Walked[Factors]):
     def _product(self, made: Factors) -> NDArray[np.float64]:
         return np.asarray(compose(exact(made)))
 
-    def _shifted(self, made: Factors, share: Share) -> NDArray[np.float64] | None:
+    def _shifted(
+        self, made: Factors, product: NDArray[np.float64], share: Share
+    ) -> NDArray[np.float64] | None:
         """The bias that gives the layer's outputs the mean of their target."""
         if self._bias is None:
             return None
-        weight = self._product(made)
         if self._way is None:
-            return self._mean_shift(weight, share)
+            return self._mean_shift(product, share)
         wanted = share.targets.mean.reshape(-1) + self._added_behind()
-        return np.asarray(self._way.given(wanted, self._option.j) - self._mean(weight, share))
+        return np.asarray(self._way.given(wanted, self._option.j) - self._mean(product, share))
 
 
 def _best_ridge(weight: NDArray[Any], shares: Mapping[bool, Share], *, centred: bool) -> float:

@@ -58,6 +58,7 @@ class Item(Protocol):
 
 T = TypeVar("T")
 R = TypeVar("R")
+L = TypeVar("L")
 R_co = TypeVar("R_co", covariant=True)
 I = TypeVar("I", bound=Item)  # noqa: E741 - an item
 
@@ -215,16 +216,59 @@ class Threads:
             return self._shared(lambda n: function(all_items[n]), len(all_items))
 
     def together(self, function: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[R]:
-        """Apply a function to many items, drawn a few at a time, and yield the results in their order.
+        """Apply a function to many items, and yield the results in their order.
+
+        The idle threads work ahead while this thread uses a result; without any, this thread computes.
 
         Args:
             function: Any function.
             items: The items.
-            most: How many are in memory, and computed at the same time.
+            most: How many are computed, or wait for their turn, at the same time.
         """
         source = iter(items)
-        while group := list(islice(source, most)):
-            yield from self.each(function, group)
+        ahead: deque[tuple[Future[R], T]] = deque()
+        with one_blas_thread():
+            try:
+                while True:
+                    while len(ahead) < most and (drawn := list(islice(source, 1))):
+                        ahead.append((self._pool.submit(function, drawn[0]), drawn[0]))
+                    if not ahead:
+                        return
+                    future, item = ahead.popleft()
+                    yield function(item) if future.cancel() else future.result()
+            finally:
+                _ended([future for future, _ in ahead])
+
+    def in_turn(self, function: Callable[[L, T], None], lanes: Sequence[L], items: Iterable[T]) -> None:
+        """Give item n to lane n modulo their number; a lane takes its items one after the other, in order.
+
+        The lanes work in the idle threads while this thread draws items; without any, this thread works.
+
+        Args:
+            function: Takes a lane and an item.
+            lanes: The lanes.
+            items: The items; each lane has at most one at a time.
+        """
+        busy: dict[int, tuple[Future[None], T]] = {}
+
+        def finish(n: int) -> None:
+            if n in busy:
+                future, item = busy.pop(n)
+                if future.cancel():
+                    function(lanes[n], item)
+                else:
+                    future.result()
+
+        with one_blas_thread():
+            try:
+                for number, item in enumerate(items):
+                    n = number % len(lanes)
+                    finish(n)
+                    busy[n] = self._pool.submit(function, lanes[n], item), item
+                for n in tuple(busy):
+                    finish(n)
+            finally:
+                _ended([future for future, _ in busy.values()])
 
     def _shared(self, function: Callable[[int], R], number: int) -> list[R]:
         results: dict[int, R] = {}

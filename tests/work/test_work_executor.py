@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -273,6 +274,79 @@ def test_items_that_are_computed_together_are_drawn_a_few_at_a_time(most):
             seen.append(result)
             assert len(seen) + operator.length_hint(items) > 12 - most
     assert seen == [n * n for n in range(12)]
+
+
+def test_the_next_items_are_computed_while_a_result_is_used():
+    begun = [threading.Event() for _ in range(4)]
+    with Threads(CPU, number=2) as running:
+        results = running.together(lambda n: begun[n].set() or n, range(4), 2)
+        assert next(results) == 0
+        assert begun[1].wait(10)
+        assert list(results) == [1, 2, 3]
+
+
+def test_items_together_do_not_wait_for_threads_that_are_busy():
+    """A thread of the pool may ask for them, too."""
+    with Threads(CPU, number=2) as running:
+        ask = partial(running.each, lambda n: list(running.together(lambda m: m * n, range(5), 2)))
+        assert ask(range(6)) == [[m * n for m in range(5)] for n in range(6)]
+
+
+@pytest.mark.parametrize("wrong", range(6))
+def test_an_error_together_comes_in_its_turn_and_nothing_runs_any_more(wrong):
+    active, seen = [], []
+    with Threads(CPU, number=3) as running:
+        with pytest.raises(InputError, match=f"not {wrong}"):
+            seen.extend(running.together(partial(_fails, active, wrong), range(6), 3))
+        assert seen == list(range(wrong))
+        assert active == []
+
+
+def _fails(active, wrong, n):
+    active.append(n)
+    time.sleep(0.01)
+    active.remove(n)
+    if n == wrong:
+        raise InputError(f"not {n}")
+    return n
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 3, 40])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_lanes_take_their_items_in_order(workers, count, number):
+    lanes = [[] for _ in range(number)]
+    with Threads(CPU, number=workers) as running:
+        running.in_turn(list.append, lanes, iter(range(count)))
+    assert lanes == [list(range(n, count, number)) for n in range(number)]
+
+
+def test_a_lane_that_is_slow_does_not_hold_up_the_others():
+    first = threading.Event()
+
+    def work(lane, n):
+        if n == 0:
+            assert first.wait(10)
+        if n == 3:
+            first.set()
+
+    def items():
+        yield from range(2)
+        assert not first.is_set()
+        yield 3
+
+    with Threads(CPU, number=2) as running:
+        running.in_turn(work, ["slow", "fast", "other"], items())
+    assert first.is_set()
+
+
+@pytest.mark.parametrize("wrong", range(6))
+def test_an_error_in_a_lane_is_raised_when_nothing_runs_any_more(wrong):
+    active = []
+    with Threads(CPU, number=3) as running:
+        with pytest.raises(InputError, match=f"not {wrong}"):
+            running.in_turn(lambda lane, n: _fails(lane, wrong, n), [active, active], range(6))
+        assert active == []
 
 
 @pytest.mark.parametrize("wrong", range(6))
