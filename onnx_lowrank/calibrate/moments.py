@@ -25,7 +25,9 @@ class Accumulator:
     Variance", 1983, merges the chunks.
     """
 
-    def __init__(self, name: str, groups: int, size: int, targets: int = 0) -> None:
+    def __init__(
+        self, name: str, groups: int, size: int, targets: int = 0, *, is_weighed: bool = True
+    ) -> None:
         """Start without vectors.
 
         Args:
@@ -33,6 +35,7 @@ class Accumulator:
             groups: Number of groups, g.
             size: Length of a vector, n.
             targets: Number of targets behind every vector, m; only their products with the vector are summed.
+            is_weighed: Whether to find how many independent vectors they are worth, which takes time.
         """
         self._name = name
         self._count = 0
@@ -43,7 +46,7 @@ class Accumulator:
         self._waiting: list[NDArray[Any]] = []
         self._waiting_rows = 0
         self._corrections: list[tuple[Floats, Floats]] = []
-        self._blocks = Blocks(groups, size)
+        self._blocks = Blocks(groups, size) if is_weighed else None
 
     def add(self, rows: NDArray[Any], samples: NDArray[np.intp] | None = None) -> None:
         """Add vectors.
@@ -56,7 +59,8 @@ class Accumulator:
             InputError: The vectors hold NaN, Inf or numbers whose squares overflow.
         """
         if len(rows):
-            self._blocks.add(rows[..., : self._size], samples)
+            if self._blocks is not None:
+                self._blocks.add(rows[..., : self._size], samples)
             self._add(rows)
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -69,7 +73,8 @@ class Accumulator:
         Raises:
             InputError: The vectors hold numbers whose squares overflow.
         """
-        self._blocks.merge(other._blocks)
+        if self._blocks is not None and other._blocks is not None:
+            self._blocks.merge(other._blocks)
         if other._count:
             other._correct()
             total = self._count + other._count
@@ -96,7 +101,8 @@ class Accumulator:
 
     def close_block(self) -> None:
         """End a batch of whole samples: vectors of the next one are independent of those so far."""
-        self._blocks.close()
+        if self._blocks is not None:
+            self._blocks.close()
 
     def moments(self) -> Moments | None:
         """The moments of all vectors so far, biased (divided by their number); None without vectors.
@@ -115,7 +121,8 @@ class Accumulator:
         self._correct()
         n = self._size
         mean, second = self._mean[:, :n].copy(), self._second[:, :n] / self._count
-        inputs = Moments(self._count, mean, second, self._blocks.independent(mean, second))
+        worth = None if self._blocks is None else self._blocks.independent(mean, second)
+        inputs = Moments(self._count, mean, second, worth)
         power = self._power.sum(axis=1) / self._count
         return inputs, Targets(self._mean[:, n:].copy(), self._second[:, n:] / self._count, power)
 

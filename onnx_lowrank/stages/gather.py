@@ -45,12 +45,14 @@ class Gatherer:
         geometry: The geometry of its operator.
         shape: Its canonical shape, (g, f, c, *kernel).
         threads: Where to compute.
+        is_weighed: Whether the fit asks how many independent vectors its inputs are worth.
     """
 
     layer: str
     geometry: Geometry
     shape: tuple[int, ...]
     threads: Threads
+    is_weighed: bool
 
     def shares(self, sights: Iterator[Sight]) -> dict[bool, Share]:
         """The moments of both shares, by whether they are held out.
@@ -65,7 +67,8 @@ class Gatherer:
 
         def add(lane: dict[bool, Accumulator], sight: Sight) -> None:
             if sight.held not in lane:
-                lane[sight.held] = Accumulator(f"layer {self.layer!r}", g, p, f)
+                is_weighed = self.is_weighed and not sight.held
+                lane[sight.held] = Accumulator(f"layer {self.layer!r}", g, p, f, is_weighed=is_weighed)
             for x, y, beside, samples in _rows(self.geometry, sight):
                 target = y if beside is None else y + (beside[0] - beside[1])
                 lane[sight.held].add(np.concatenate([x, target], axis=2), samples)

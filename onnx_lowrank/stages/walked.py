@@ -110,7 +110,14 @@ class Walked(ABC, Generic[M]):
     """Whether the plain result is the layer's own map, which stays without a better one."""
 
     def __init__(
-        self, model: Model, walk: Walk, binding: Binding, calibration: Calibration, threads: Threads
+        self,
+        model: Model,
+        walk: Walk,
+        binding: Binding,
+        calibration: Calibration,
+        threads: Threads,
+        *,
+        is_weighed: bool = False,
     ) -> None:
         self._binding = binding
         self._threads = threads
@@ -119,7 +126,7 @@ class Walked(ABC, Generic[M]):
         self._bias = bias(model, walk, binding)
         self._samples = calibration.samples.count
         form = thinned(geometry(walk, binding, 0), prod(self._weight.shape[2:]), self._samples)
-        self._gatherer = Gatherer(binding.layer.id, form, self._weight.shape, threads)
+        self._gatherer = Gatherer(binding.layer.id, form, self._weight.shape, threads, is_weighed)
 
     def run(self, step: Step) -> Recovered | None:
         """Fit the layer to the inputs and targets of its step, and let the walk continue with the result.
@@ -270,7 +277,9 @@ class Recovery(Walked[Factors]):
         threads: Threads,
         joint: Joint,
     ) -> None:
-        super().__init__(model, walk, binding, calibration, threads)
+        # Other options take the ridge of least held-out error.
+        is_weighed = option.lowering in (Lowering.NARROW, Lowering.SHARED)
+        super().__init__(model, walk, binding, calibration, threads, is_weighed=is_weighed)
         self._joint = joint
         self._encoder: NDArray[Any] | None = None
         self._summed: Factors | None = None

@@ -26,11 +26,15 @@ def sights(rng, number, shown):
         yield Sight(None, x, y, None, batch % 6 == 5, mask, size)
 
 
+def gatherer(threads, *, is_weighed=True):
+    return Gatherer("w", Vectors(), (1, F, C), threads, is_weighed)
+
+
 @pytest.mark.parametrize("shown", [False, True])
 def test_samples_are_the_independent_blocks(shown):
     seen = list(sights(np.random.default_rng(0), 40, shown))
     with Threads(resolve("cpu"), number=2) as threads:
-        share = Gatherer("w", Vectors(), (1, F, C), threads).shares(iter(seen))[False]
+        share = gatherer(threads).shares(iter(seen))[False]
     rows, samples = [], []
     for sight in (sight for sight in seen if not sight.held):
         kept = slice(None) if sight.shown is None else sight.shown
@@ -54,5 +58,17 @@ def test_a_batch_whose_samples_are_unknown_is_one_block():
         for n, x in enumerate(rng.standard_normal((40, 3, POSITIONS, C)).astype(np.float32))
     ]
     with Threads(resolve("cpu"), number=2) as threads:
-        share = Gatherer("w", Vectors(), (1, F, C), threads).shares(iter(seen))[False]
+        share = gatherer(threads).shares(iter(seen))[False]
     assert share.inputs.independent == pytest.approx(share.inputs.count, rel=0.5)
+
+
+def test_moments_that_need_no_weighing_are_the_same():
+    seen = list(sights(np.random.default_rng(0), 40, True))
+    with Threads(resolve("cpu"), number=2) as threads:
+        weighed, other = (gatherer(threads, is_weighed=each).shares(iter(seen)) for each in (True, False))
+    for held in (False, True):
+        assert other[held].inputs.independent is None
+        np.testing.assert_array_equal(weighed[held].inputs.second, other[held].inputs.second)
+        np.testing.assert_array_equal(weighed[held].targets.cross, other[held].targets.cross)
+    assert weighed[False].inputs.independent is not None
+    assert weighed[True].inputs.independent is None  # held-out inputs only judge
