@@ -22,7 +22,8 @@ from onnx_lowrank.files.tensors import is_external, reference, stored_size, tens
 
 _WHOLE = 2**29
 _LARGEST = 4
-"""A session holds the weights of a model of at most _WHOLE bytes, or of _LARGEST times its largest tensor."""
+"""A session holds a model whose weights take at most _WHOLE bytes and _LARGEST times its largest tensor
+together. Those of a part of a larger model take at most the greater of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,14 @@ class Part:
 
 
 def limit(model: Model) -> int:
-    """Bytes of weights that a session may hold, for a model of any size."""
+    """The most bytes of weights in a part, for a model of any size."""
     return max(_WHOLE, _LARGEST * max(map(_bytes, tensors(model.proto)), default=0))
 
 
 def is_large(model: Model) -> bool:
     """Whether a model has more weights than a session may hold."""
-    return sum(map(_bytes, tensors(model.proto))) > limit(model)
+    sizes = tuple(map(_bytes, tensors(model.proto)))
+    return sum(sizes) > _WHOLE + _LARGEST * max(sizes, default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class Refit(Walked[NDArray[Any]]):
         self._fixed = fixed_features(binding)
 
     def _ridge(self, shares: Mapping[bool, Share]) -> float:
-        return _best_ridge(self._weight, shares, centred=self._centred)
+        return _best_ridge(self._weight, shares, self._threads, centred=self._centred)
 
     def _fitted(self, shares: Mapping[bool, Share], ridge: float, steps: int) -> NDArray[Any]:
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
@@ -300,7 +300,7 @@ class Recovery(Walked[Factors]):
         if self._option.lowering is Lowering.NARROW:
             # The whole weight says nothing about it: without a channel to drop, the largest ridge is best.
             return shrinkage(shares[False].inputs, selection.RIDGE)
-        return _best_ridge(self._weight, shares, centred=self._centred)
+        return _best_ridge(self._weight, shares, self._threads, centred=self._centred)
 
     def _fitted(self, shares: Mapping[bool, Share], ridge: float, steps: int) -> Factors:
         problem = shares[False].problem(self._weight, ridge, centred=self._centred)
@@ -365,10 +365,13 @@ class Recovery(Walked[Factors]):
         return np.asarray(self._way.given(wanted, self._option.j) - self._mean(product, share))
 
 
-def _best_ridge(weight: NDArray[Any], shares: Mapping[bool, Share], *, centred: bool) -> float:
+def _best_ridge(
+    weight: NDArray[Any], shares: Mapping[bool, Share], threads: Threads, *, centred: bool
+) -> float:
     """The ridge of least error on the held-out share."""
     fitted, held = shares[False], shares[True]
-    return best_ridge(weight, fitted.inputs, fitted.targets, held.inputs, held.targets, centred=centred)
+    moments = fitted.inputs, fitted.targets, held.inputs, held.targets
+    return best_ridge(weight, *moments, centred=centred, each=threads.each)
 
 
 @dataclass(frozen=True, slots=True)

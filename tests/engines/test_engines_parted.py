@@ -54,7 +54,19 @@ def both(model: Model, engine: Runtime) -> tuple[dict[str, np.ndarray], dict[str
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     """A session holds one weight."""
     monkeypatch.setattr(parted, "_WHOLE", WEIGHT)
-    monkeypatch.setattr(parted, "_LARGEST", 1)
+    monkeypatch.setattr(parted, "_LARGEST", 0)
+
+
+@pytest.mark.parametrize(
+    ("whole", "largest", "expected"), [(2, 0, True), (3, 0, False), (2, 1, False), (1, 1, True)]
+)
+def test_a_session_may_hold_more_of_a_model_with_a_large_tensor(
+    monkeypatch: pytest.MonkeyPatch, whole: int, largest: int, expected: bool
+) -> None:
+    monkeypatch.setattr(parted, "_WHOLE", whole * WEIGHT)
+    monkeypatch.setattr(parted, "_LARGEST", largest)
+    nodes = [helper.make_node("MatMul", ["x", name], [f"y{name}"]) for name in "abc"]
+    assert is_large(model_of(nodes, ["ya"], ("a", "b", "c"))) is expected
 
 
 def test_parts_hold_their_weights_and_hand_on_what_is_read_later() -> None:
