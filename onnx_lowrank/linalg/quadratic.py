@@ -17,6 +17,7 @@ from onnx_lowrank.errors import InputError
 
 _DEAD = 1e-9  # the ridge of inputs that are always zero, relative to the mean over the operator groups
 _RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_SUMS = 128  # sums of output features that judge a ridge
 _DEFINITE = 1e-6  # keeps inputs that never vary from making the moments singular
 
 INPUT_RIDGE = 0.1
@@ -126,8 +127,9 @@ def best_ridge(
     """The ridge of `of_targets` whose minimizer has the least error E‖y − Ŵ x‖² on held-out moments.
 
     The minimizers are W + D, D = (X − W C) (C + λ)⁻¹, so their errors are e(W) − 2 ⟨D, X' − W C'⟩ +
-    ⟨D, D C'⟩ with the held-out moments X' and C'. A Cholesky factorization for each of the few ridges takes
-    less time than one eigendecomposition for all of them.
+    ⟨D, D C'⟩ with the held-out moments X' and C'. Sums of many output features with random signs keep squared
+    errors (D. Achlioptas, Database-friendly random projections, 2003), so they stand for the features. A
+    Cholesky factorization for each of the few ridges takes less time than one eigendecomposition for all.
 
     Args:
         weight: Canonical weight W, shape (g, f, c, *kernel).
@@ -139,22 +141,26 @@ def best_ridge(
         grid: The ridges to try; ties go to the largest one, which stays nearest to W.
         each: Applies a function to all ridges, perhaps in several threads.
     """
-    matrices = matrices_of(weight)
     second = about(inputs.mean, inputs.mean, inputs.second, centred)
-    residual = about(targets.mean, inputs.mean, targets.cross, centred) - matrices @ second
-    held = of_targets(weight, held_inputs, held_targets, centred=centred, ridge=0.0)
-    missing = held.cross - matrices @ held.second
-    total = float(np.sum(held.power))
-    start = error(held, matrices)
+    held = about(held_inputs.mean, held_inputs.mean, held_inputs.second, centred)
+    weights = matrices_of(weight)
+    cross = about(targets.mean, inputs.mean, targets.cross, centred)
+    held_cross = about(held_targets.mean, held_inputs.mean, held_targets.cross, centred)
+    if weights.shape[1] > _SUMS:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_SUMS, weights.shape[1])) / np.sqrt(_SUMS)
+        weights, cross, held_cross = signs @ weights, signs @ cross, signs @ held_cross
+    residual, missing = cross - weights @ second, held_cross - weights @ held
+    total = float(np.sum(_power(held_targets, centred)))
 
     def held_error(ridge: float) -> float:
+        """The error relative to that of no weight at all, up to a constant that all ridges share."""
         if total <= 0:
-            return start
+            return 1.0
         change = 0.0
         for group, level in enumerate(ridges(input_power(second), ridge)):
             moved = _regression(second[group] + level * np.eye(second.shape[-1]), residual[group])
-            change += float(np.vdot(moved, moved @ held.second[group] - 2 * missing[group]))
-        return max(start + change / total, 0.0)
+            change += float(np.vdot(moved, moved @ held[group] - 2 * missing[group]))
+        return 1 + change / total  # rounding errors of equally good ridges vanish beside 1
 
     largest_first = sorted(grid, reverse=True)
     errors = list(each(held_error, largest_first))

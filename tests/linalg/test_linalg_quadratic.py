@@ -186,6 +186,21 @@ def test_best_ridge_is_the_best_of_the_grid(shape, count, centred):
     assert scores[found] == pytest.approx(min(scores.values()), rel=1e-7)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_sums_of_many_features_judge_a_ridge_as_well_as_all_of_them(seed):
+    weight, other, x, y = drawn((1, 700, 30), 90, seed=seed)
+    y = y + np.random.default_rng(seed).uniform(0, 0.3) * applied(other, x)
+    parts = [(moments(x[:, part]), targets(y[:, part], x[:, part])) for part in (slice(45), slice(45, None))]
+    found = best_ridge(weight, *parts[0], *parts[1], centred=True)
+    exact = of_targets(weight, *parts[1], centred=True, ridge=0.0)
+    scores = [
+        error(exact, of_targets(weight, *parts[0], centred=True, ridge=ridge).optimum) for ridge in GRID
+    ]
+    spread = max(scores) - min(scores)
+    assert spread > 0
+    assert scores[GRID.index(found)] <= min(scores) + 0.05 * spread
+
+
 def test_best_ridge_is_large_for_noise_and_small_for_a_change():
     weight, other, x, _ = drawn((1, 5, 7), 400, seed=14)
     noise = 5 * np.random.default_rng(15).standard_normal((1, 400, 5))
