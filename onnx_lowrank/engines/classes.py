@@ -46,7 +46,7 @@ class Classes:
         self._is_state &= len(feed) > 1 and any(
             array.shape == y.shape and array.dtype.kind not in "biuOSU" for array in feed.values()
         )
-        self._is_shares &= y.ndim > 1 and are_shares(y)
+        self._is_shares = self._is_shares and y.ndim > 1 and are_shares(y)
 
     @property
     def may_be(self) -> bool:
@@ -77,5 +77,6 @@ def are_shares(y: NDArray[Any]) -> bool:
     """Whether all finite rows are probabilities."""
     if y.dtype.kind == "c":
         return False
-    rows = y[np.isfinite(y).all(axis=-1)]
+    finite = np.isfinite(y).all(axis=-1)
+    rows = y if finite.all() else y[finite]
     return bool(np.all(rows >= 0) and np.all(np.abs(rows.sum(axis=-1) - 1) <= _SUM))

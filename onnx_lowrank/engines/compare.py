@@ -134,27 +134,31 @@ class _Sums:
         self.is_exact = y.dtype.kind in "biu" or y.dtype.name.startswith(("int", "uint"))
         y, z = _wide(y), _wide(z)
         y, given = padding.hide(self.name, y, feed), y
-        self.size -= int(np.count_nonzero(np.isnan(y) & ~np.isnan(given)))
-        finite = np.isfinite(y)
-        lost = int(np.count_nonzero(finite & ~np.isfinite(z)))
+        if y is not given:
+            self.size -= int(np.count_nonzero(np.isnan(y) & ~np.isnan(given)))
+        finite, kept = np.isfinite(y), np.isfinite(z)
+        # Logits of a language model are gigabytes, so the usual case takes no copies of them.
+        is_whole = bool(finite.all())
+        lost = 0 if kept.all() else int(np.count_nonzero(finite & ~kept))
         if lost:
             raise ValidationError(
                 f"The compressed model gives NaN or Inf in {lost} of {y.size} elements of {self.name!r}, "
                 "where the input model gives none: choose a larger ratio, or a wider dtype than the weights "
                 "have now."
             )
-        difference = np.abs(y[finite] - z[finite])
-        self.compared += difference.size
-        self.norm = hypot(self.norm, float(np.linalg.norm(y[finite])))
+        with np.errstate(over="ignore", invalid="ignore"):
+            shown = y if is_whole else np.where(finite, y, 0.0)
+            difference = y - z if is_whole else np.where(finite, y - z, 0.0)
+        self.compared += y.size if is_whole else int(np.count_nonzero(finite))
+        self.norm = hypot(self.norm, float(np.linalg.norm(shown)))
         self.residual = hypot(self.residual, float(np.linalg.norm(difference)))
-        self.largest = max(self.largest, float(difference.max(initial=0.0)))
+        self.largest = max(self.largest, _largest(difference))
         batched = is_batched(feed, y)
         self.spread.add(y, batched=batched)
         if self.is_exact:
             self._agree((y == z)[finite])
             return
-        shown = y if finite.all() else np.where(finite, y, 0.0)
-        self.noise.add(shown - np.where(finite, z, 0.0), shown, batched=batched)
+        self.noise.add(difference, shown, batched=batched)
         self.classes.add(y, feed)
         if _has_rows(y):
             self._agree(_top1(y, z))
@@ -210,6 +214,13 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _largest(values: NDArray[Any]) -> float:
+    """The largest absolute value; 0 of none."""
+    if values.dtype.kind == "c":
+        return float(np.abs(values).max(initial=0.0))
+    return float(max(values.max(initial=0.0), -values.min(initial=0.0)))
 
 
 def _has_rows(y: NDArray[Any]) -> bool:

@@ -58,9 +58,10 @@ class Embedding:
             return
         width = y.shape[-1]
         rows = np.isfinite(y).all(axis=-1)
-        y, z = y[rows], z[rows]
+        y, z = (v.reshape(-1, width) if rows.all() else v[rows] for v in (y, z))
         is_other_width = any(kept.shape[1] != width for kept, _ in self._kept[:1])
-        if is_other_width or np.any(np.abs(np.linalg.norm(y, axis=1) - 1) > _NORM):
+        norms = np.sqrt(np.einsum("ij,ij->i", y, y))
+        if is_other_width or np.any(np.abs(norms - 1) > _NORM):
             self._is_unit = False
             self._kept.clear()
             return

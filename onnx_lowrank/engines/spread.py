@@ -42,16 +42,19 @@ class Spread:
         """
         y = y if batched else y[None]
         finite = np.isfinite(y)
-        self.energy += _energy(np.where(finite, y, 0.0))
+        is_whole = bool(finite.all())
+        self.energy += _energy(y if is_whole else np.where(finite, y, 0.0))
         if self._first is None and len(y):
             self._first = np.where(finite[0], y[0], 0.0)
         if self._first is None or self._first.shape != y.shape[1:]:
             self._has_one_shape = False
         if self._first is None or not self._has_one_shape:
             return
-        about = np.where(finite, y - self._first, 0.0)
+        about = y - self._first
+        if not is_whole:
+            about = np.where(finite, about, 0.0)
         self._sum = self._sum + about.sum(axis=0)
-        self._counts = self._counts + finite.sum(axis=0)
+        self._counts = self._counts + (len(y) if is_whole else finite.sum(axis=0))
         self._power += _energy(about)
 
     @np.errstate(over="ignore", invalid="ignore")
