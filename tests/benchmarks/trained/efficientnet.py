@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,16 @@ CALIBRATED = (
     "page.png",
     "rocket.jpg",
 )
+IMAGENET = "imagenet_*.jpg"
 TESTED = ("chelsea.png", "coffee.png", "coins.png", "flower.jpg", "moon.png", "retina.jpg")
 SIZE = 224
 CALIBRATION, TEST = 20, 50  # crops of a photograph
 SURE = 0.3  # a probability
 _BATCH = 20
 ABOUT = """
-EfficientNet-lite0 sees crops of photographs that scikit-image and scikit-learn carry: 20 of each of eleven
-for calibration, 50 of each of six others for the test. "Agreement" is the share of crops whose most likely
+EfficientNet-lite0 sees crops of photographs that packages carry: for calibration 20 of each of eleven of
+scikit-image and scikit-learn and of each of the twenty of ImageNet in foolbox, for the test 50 of each of six
+others of scikit-image and scikit-learn. "Agreement" is the share of crops whose most likely
 class is the original's; "agreement, sure" has only the crops whose class the original gives at least 0.3.
 """
 
@@ -43,12 +46,12 @@ def subjects(real: Path) -> list[Subject]:
             name,
             real / f"{name}.onnx",
             about=ABOUT,
-            calibration=lambda: {"image": crops(CALIBRATED, CALIBRATION)},
+            calibration=lambda: {"image": crops((*CALIBRATED, *_imagenet()), CALIBRATION)},
             scores=lambda model, file=real / f"{name}.onnx": _scores(model, file),
             shapes={"image": (1, 3, SIZE, SIZE)},
             times={"time": {"image": (1, 3, SIZE, SIZE)}},
             asked={"params": (0.8, 0.6)},
-            needs=("PIL", "skimage", "sklearn"),
+            needs=("PIL", "foolbox", "skimage", "sklearn"),
             goals={("params", 0.8): {"agreement": 0.95}, ("params", 0.6): {"agreement": 0.85}},
         )
         for name in ("efficientnet", "efficientnet_dynamo")
@@ -63,14 +66,28 @@ def crops(names: tuple[str, ...], number: int) -> Array:
 
 
 def _photograph(name: str) -> Array:
-    """A photograph that scikit-image or scikit-learn carries, in three colours."""
-    import skimage
-    import sklearn
+    """A photograph that a package carries, in three colours."""
     from PIL import Image
 
-    folders = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images")
+    folders = (
+        _carried("skimage", "data"),
+        _carried("sklearn", "datasets/images"),
+        _carried("foolbox", "data"),
+    )
     (path,) = (folder / name for folder in folders if (folder / name).exists())
     return np.asarray(Image.open(path).convert("RGB"))
+
+
+def _imagenet() -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in _carried("foolbox", "data").glob(IMAGENET)))
+
+
+def _carried(package: str, folder: str) -> Path:
+    """A folder of a package, which is not imported: foolbox brings frameworks along."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / folder
 
 
 def _pieces(photograph: Array, number: int, rng: np.random.Generator) -> Iterator[Array]:
