@@ -77,6 +77,7 @@ class Use:
         inputs_first: The node reads a matrix with its input features first.
         reads_indices: The node reads indices, which have no moments.
         is_linear: The node's result is the product plus a bias, so it can be measured and replaced.
+        is_recovered: The node multiplies its activation first, so recovery can aim at the product inside.
         positions: Where it is evaluated; None if a dimension is unknown.
         evaluations: How often it multiplies; None if a dimension is unknown.
     """
@@ -93,6 +94,7 @@ class Use:
     inputs_first: bool = True
     reads_indices: bool = False
     is_linear: bool = True
+    is_recovered: bool = True
     positions: Positions | None = None
     evaluations: Evaluations | None = None
 

@@ -5,7 +5,8 @@ Factors that fit activations change the mean of a layer's results. A new bias co
 
 1. The layer has one use. Several uses would each need a correction of their own.
 2. A BatchNorm is folded into the layer, which makes a new bias anyway. Or its operator has a bias (and
-   β ≠ 0). Or its result has one reader, an Add in the same scope (`Operator.adds_behind`).
+   β ≠ 0). Or its result has one reader in the same scope, an Add or a fused operator that adds a bias
+   (`Operator.adds_behind`, `operators.adding`).
 3. The bias is constant and finite, and has one value per output feature that broadcasts over the other axes.
 4. Nothing else reads the bias or shares its bytes in a data file. Then the new bias replaces the old one,
    and the number of parameters stays the same.
@@ -22,10 +23,11 @@ from onnx import TensorProto
 
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import is_external
-from onnx_lowrank.graph.walk import Place, Walk, is_op
+from onnx_lowrank.graph.walk import Place, Walk
 from onnx_lowrank.graph.weights import Source, constant, readers, resolve
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.adding import addends
 from onnx_lowrank.operators.family import Operator
 
 
@@ -38,7 +40,7 @@ class Bias:
             include a Gemm's β and a folded BatchNorm.
         scale: The factor of W x: a Gemm's α, otherwise 1. A folded BatchNorm is in W.
         place: The node that adds the bias: the layer's own node (also with a folded BatchNorm), or the Add
-            behind a MatMul.
+            or the fused operator behind a MatMul.
         operand: The input of that node that holds the bias.
         shape: The shape of that input.
         in_node: Whether the layer's own node adds the bias, so that its result includes it.
@@ -89,13 +91,18 @@ def _adder(walk: Walk, operator: Operator, place: Place) -> tuple[Place, int] | 
     if len(found) != 1:
         return None
     behind, operand = found[0]
-    is_add = is_op(walk.node(behind), ("Add",)) and behind.scope == place.scope
-    return (behind, 1 - operand) if is_add else None
+    added = addends(walk.node(behind), operand) if behind.scope == place.scope else None
+    if added is None:
+        return None
+    constant_operand = added.other if added.bias is None else added.bias
+    return None if constant_operand is None else (behind, constant_operand)
 
 
 def _own_constant(model: Model, walk: Walk, place: Place, operand: int) -> NDArray[np.generic] | None:
     """Rules 3 and 4: the value of a constant operand with no other reader; None for other operands."""
     tensor = walk.operand(place, operand)
+    if tensor is None:
+        return None
     stored = resolve(walk, tensor)
     if isinstance(stored, str) or not is_own(model, walk, stored.source, place, operand):
         return None

@@ -415,6 +415,7 @@ def _use(
         inputs_first=operator.on_right(seen.operand),
         reads_indices=operator.reads_indices,
         is_linear=operator.is_linear,
+        is_recovered=operator.is_linear or operator.multiplies_first,
         positions=positions,
         evaluations=evaluations,
     )

@@ -47,6 +47,7 @@ class Attention(Operator):
     types = ("Attention",)
     bias = 2
     is_linear = False
+    multiplies_first = True
 
     def canonical(self, node: NodeProto, operand: int, weight: NDArray[Any]) -> NDArray[Any] | str:
         """One matrix with its outputs first."""

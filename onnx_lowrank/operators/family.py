@@ -93,6 +93,8 @@ class Operator(ABC):
         reads_indices: Whether its activation holds indices of rows, which have no moments.
         is_linear: Whether its result is the product, plus a bias, and nothing more. Only then can the result
             be measured, compared and replaced on its own.
+        multiplies_first: Whether an operator that is not linear multiplies its activation by the weight and
+            adds the bias before it does anything else. Then recovery aims at the product inside.
         transposable: Whether another use may apply the transpose of the same matrix.
         product: The kind of neighbours with which it has a product (`rewrite.merge`); None if it has none.
         surrounded: Whether it is timed between operators that lay their tensors out for it.
@@ -105,6 +107,7 @@ class Operator(ABC):
     adds_behind: ClassVar[bool] = False
     reads_indices: ClassVar[bool] = False
     is_linear: ClassVar[bool] = True
+    multiplies_first: ClassVar[bool] = False
     transposable: ClassVar[bool] = False
     product: ClassVar[Kind | None] = None
     surrounded: ClassVar[bool] = False

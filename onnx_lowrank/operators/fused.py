@@ -81,6 +81,7 @@ class FusedGemm(Gemm):
     types = ("FusedGemm",)
     product = None
     is_linear = False
+    multiplies_first = True
 
     def folds_batchnorm(self, operand: int, opset: int) -> bool:
         """Its activation function stands between."""
@@ -100,6 +101,7 @@ class FusedConv(Conv):
     types = ("FusedConv",)
     product = None
     is_linear = False
+    multiplies_first = True
 
     def folds_batchnorm(self, operand: int, opset: int) -> bool:
         """Its activation function stands between."""

@@ -29,6 +29,7 @@ from onnx_lowrank.graph.walk import Walk, is_op
 from onnx_lowrank.graph.weights import dtype_of, viewed
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.adding import addends
 from onnx_lowrank.probe.inference import without_dropout
 
 # fmt: off
@@ -75,7 +76,7 @@ class _Surroundings:
     """The nodes behind a layer.
 
     Attributes:
-        beside: The tensor that an Add adds to the result, made before the layer runs; None if there is none.
+        beside: The tensor that is added to the result, made before the layer runs; None if there is none.
         rectified: Whether a Relu is the only reader of the result, or of the sum.
     """
 
@@ -261,23 +262,32 @@ class Segments:
         return cuts[::-1]
 
     def _surroundings(self, index: int) -> _Surroundings:
-        """Follow a layer's result past Adds of constants and of one other tensor, to a Relu."""
-        name, node = self.leaving(index), self.bindings[index].layer.uses[0].node
-        earlier = set(self._entries) | _outputs(self._steps[:node])
+        """Follow a layer's result past sums with constants and with one other tensor, to a Relu."""
+        use = self.bindings[index].layer.uses[0]
+        if not use.is_linear:  # what is added to the node's result is not added to the product inside
+            return _Surroundings(None, rectified=False)
+        name, first = self.leaving(index), use.node
+        earlier = set(self._entries) | _outputs(self._steps[:first])
         given = {value.name for value in self._model.proto.graph.output}
         beside: str | None = None
         while name not in given:
             readers = [step for step in self._steps if name in step.reads]
             if len(readers) == 1 and is_op(readers[0].node, ("Relu",)):
                 return _Surroundings(beside, rectified=True)
-            if len(readers) != 1 or not is_op(readers[0].node, ("Add",)):
+            if len(readers) != 1 or name not in readers[0].node.input:
                 break
-            other = next((operand for operand in readers[0].node.input if operand != name), name)
-            if other not in self._constants:
+            node = readers[0].node
+            added = addends(node, [*node.input].index(name))
+            if added is None:
+                break
+            other = name if added.other is None else node.input[added.other]
+            if added.other is not None and other not in self._constants:
                 if beside is not None or other not in earlier:
                     break
                 beside = other
-            name = readers[0].node.output[0]
+            if not is_op(node, ("Add",)):
+                break
+            name = node.output[0]
         return _Surroundings(beside, rectified=False)
 
     def _substituted(
@@ -323,7 +333,7 @@ class Segments:
 
 def _is_cut(binding: Binding) -> bool:
     uses = binding.layer.uses
-    return len(uses) == 1 and not uses[0].scope and uses[0].is_linear
+    return len(uses) == 1 and not uses[0].scope and uses[0].is_recovered
 
 
 def _nodes(binding: Binding) -> tuple[int, ...]:

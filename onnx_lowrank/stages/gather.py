@@ -37,6 +37,26 @@ class Behind:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """The target inside a node that does more than multiply, from the node's input in the original model.
+
+    Attributes:
+        weight: The canonical weight as matrices, shape (g, f, p).
+        bias: The bias that the node adds to the product, shape (g, f).
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+    def rows(self, form: Geometry, sight: Sight) -> Iterator[NDArray[Any]]:
+        """The products of the rows of x, in chunks of shape (rows, g, f)."""
+        if sight.x is None:
+            raise RuntimeError("a target inside a node needs its input in the original model")
+        for x in patches(form, sight.x):
+            yield np.swapaxes(np.swapaxes(x, 0, 1) @ np.swapaxes(self.weight, 1, 2), 0, 1) + self.bias
+
+
+@dataclass(frozen=True, slots=True)
 class Gatherer:
     """Sums the tensors around one layer.
 
@@ -46,6 +66,7 @@ class Gatherer:
         shape: Its canonical shape, (g, f, c, *kernel).
         threads: Where to compute.
         is_weighed: Whether the fit asks how many independent vectors its inputs are worth.
+        product: The target, if the node's result is not the target.
     """
 
     layer: str
@@ -53,6 +74,7 @@ class Gatherer:
     shape: tuple[int, ...]
     threads: Threads
     is_weighed: bool
+    product: Product | None = None
 
     def shares(self, sights: Iterator[Sight]) -> dict[bool, Share]:
         """The moments of both shares, by whether they are held out.
@@ -69,7 +91,7 @@ class Gatherer:
             if sight.held not in lane:
                 is_weighed = self.is_weighed and not sight.held
                 lane[sight.held] = Accumulator(f"layer {self.layer!r}", g, p, f, is_weighed=is_weighed)
-            for x, y, beside, samples in _rows(self.geometry, sight):
+            for x, y, beside, samples in _rows(self.geometry, sight, self.product):
                 target = y if beside is None else y + (beside[0] - beside[1])
                 lane[sight.held].add(np.concatenate([x, target], axis=2), samples)
             lane[sight.held].close_block()
@@ -148,9 +170,9 @@ class _Rows(NamedTuple):
     samples: NDArray[np.intp] | None
 
 
-def _rows(form: Geometry, sight: Sight) -> Iterator[_Rows]:
+def _rows(form: Geometry, sight: Sight, product: Product | None = None) -> Iterator[_Rows]:
     """The rows around a layer in chunks, without those that do not count."""
-    y = _joined(outputs(form, sight.y))
+    y = _joined(outputs(form, sight.y) if product is None else product.rows(form, sight))
     beside = [] if sight.beside is None else [_joined(outputs(form, value)) for value in sight.beside]
     shown = sight.shown if sight.shown is not None and len(sight.shown) == len(y) else None
     samples = None

@@ -57,7 +57,7 @@ def can_recover(model: Model, walk: Walk, binding: Binding, statistics: Statisti
         statistics: The moments of its layers.
     """
     use = binding.layer.uses[0]
-    if len(binding.layer.uses) > 1 or use.scope or not use.is_linear:
+    if len(binding.layer.uses) > 1 or use.scope or not use.is_recovered:
         return False
     if not statistics.has_inputs(binding.layer.id):
         return False

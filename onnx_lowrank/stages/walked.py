@@ -37,7 +37,7 @@ from onnx_lowrank.linalg.quadratic import (
 from onnx_lowrank.operators.geometry import thinned
 from onnx_lowrank.rewrite.refit import fixed_features, operands
 from onnx_lowrank.stages.fit import joined_item, shared_item, way_to
-from onnx_lowrank.stages.gather import Behind, Gatherer
+from onnx_lowrank.stages.gather import Behind, Gatherer, Product
 from onnx_lowrank.stages.targets import Share
 from onnx_lowrank.work.executor import Threads
 from onnx_lowrank.work.fitting import STEPS, Made, activation_factors, exact, stored_as
@@ -126,7 +126,10 @@ class Walked(ABC, Generic[M]):
         self._bias = bias(model, walk, binding)
         self._samples = calibration.samples.count
         form = thinned(geometry(walk, binding, 0), prod(self._weight.shape[2:]), self._samples)
-        self._gatherer = Gatherer(binding.layer.id, form, self._weight.shape, threads, is_weighed)
+        self._product_inside = None if binding.layer.uses[0].is_linear else self._inside()
+        self._gatherer = Gatherer(
+            binding.layer.id, form, self._weight.shape, threads, is_weighed, self._product_inside
+        )
 
     def run(self, step: Step) -> Recovered | None:
         """Fit the layer to the inputs and targets of its step, and let the walk continue with the result.
@@ -134,7 +137,7 @@ class Walked(ABC, Generic[M]):
         Returns:
             The result; None if the layer keeps its map.
         """
-        shares = self._gatherer.shares(step.batches())
+        shares = self._gatherer.shares(step.batches(original=self._product_inside is not None))
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         ridge = self._ridge(shares)
         self._prepare(shares)
@@ -217,6 +220,13 @@ class Walked(ABC, Generic[M]):
         """The mean of the outputs of a weight, shape (f,)."""
         matrices = weight.reshape(*self._weight.shape[:2], -1)
         return np.asarray(np.matvec(matrices, share.inputs.mean)).reshape(-1)
+
+    def _inside(self) -> Product:
+        """The product inside a node that does more than multiply, with the bias that the node adds."""
+        g, f = self._weight.shape[:2]
+        added = self._bias.values if self._bias is not None and self._bias.in_node else np.zeros(g * f)
+        weight = self._weight.reshape(g, f, -1).astype(np.float32)
+        return Product(weight, added.reshape(g, f).astype(np.float32))
 
     def _added_behind(self) -> NDArray[np.float64] | float:
         """The bias that a node behind the layer adds; y does not include it."""
