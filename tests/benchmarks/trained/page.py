@@ -16,8 +16,8 @@ data. A score with "other" is on data of another kind than the calibration data.
 goal in brackets. "Time", "prefill" and "decode" are ratios to the original's time, both models run in
 turns; the cores are shared with other machines, so a time is known to about 0.05. "Fused" counts the
 operators of ONNX Runtime's own in the optimized model. Seconds with a star are those of a run that found
-results of other rows in the cache. The rows of `auto`, `output` and `asvd` are
-older than the probes of today (1/128, 1/32, 1/8 and 1/2).
+results of other rows in the cache. The rows of ppocr and of `asvd` are older
+than the probes of today (1/128, 1/32, 1/8 and 1/2).
 """
 
 Cell = Mapping[str, Any]

@@ -22,9 +22,8 @@ _GOALS = {
 ABOUT = """
 SmolLM2-135M reads windows of 128 tokens: 64 of Python's manual for calibration, 48 of other topics for the
 test, 48 of docstrings as another kind. The ratio is the perplexity over the original's. "Prefill" is 1×128
-tokens without a past; "decode" is one token after 128. The rows of
-`output` were measured with three probes of a layer in place of four. The times at 0.6 are those of a
-model with the same plan, made without recovery.
+tokens without a past; "decode" is one token after 128. The times of `output` are those of models of an
+earlier version of the program, at the same ratios, and those at 0.6 of one without recovery.
 """
 
 
