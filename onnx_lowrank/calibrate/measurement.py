@@ -244,15 +244,18 @@ class _Measurement:
             [b for b in outputs if is_sum(b.layer.id)],
         )
 
-    def _jobs(self, instrumented: Instrumented, bindings: Mapping[str, Binding]) -> dict[Job, list[str]]:
-        """The measurements, each with its layers."""
+    def _jobs(
+        self, instrumented: Instrumented, bindings: Mapping[str, Binding], *, is_thin: bool = False
+    ) -> dict[Job, list[str]]:
+        """The measurements, each with its layers; thin ones leave positions of pictures out."""
         jobs: dict[Job, list[str]] = {}
         for layer, taps in (*instrumented.inputs.items(), *instrumented.outputs.items()):
             binding, of_outputs = bindings[layer], self._of_outputs[layer]
             shape = measured_shape(binding.layer, of_outputs=of_outputs)
             forms = (geometry(self._walk, binding, index) for index in range(len(taps)))
-            thin = (thinned(form, shape[1], self._samples.count) for form in forms)
-            job = Job(tuple(zip(taps, thin, strict=True)), of_outputs, shape)
+            if is_thin and layer not in self._statistics.padding.layers:
+                forms = (thinned(form, shape[1], self._samples.count) for form in forms)
+            job = Job(tuple(zip(taps, forms, strict=True)), of_outputs, shape)
             jobs.setdefault(job, []).append(layer)
         return jobs
 
@@ -318,7 +321,8 @@ class _Measurement:
     ) -> Sequence[Task]:
         """Run all batches of one pass; without `step` nothing is measured."""
         instrumented = self._instrumented(bindings)
-        jobs = self._jobs(instrumented, {binding.layer.id: binding for binding in bindings})
+        known = {binding.layer.id: binding for binding in bindings}
+        jobs = self._jobs(instrumented, known, is_thin=True)
         tasks = [Task(job, layers) for job, layers in jobs.items()] if step else []
         relay, model = self._relay, instrumented.model
         part = (

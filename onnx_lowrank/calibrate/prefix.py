@@ -40,7 +40,7 @@ class Sight:
         x: The layer's input in the original model, as its node reads it; None unless requested.
         x_hat: The layer's input in the compressed prefix.
         y: The layer's output in the original model, after a folded BatchNorm.
-        beside: The tensor that an Add adds to y, in the original model and in the compressed prefix, both of
+        beside: The tensor that is added to y, in the original model and in the compressed prefix, both of
             y's shape; None if there is none.
         held: Whether the batch is held out.
         shown: Whether each vector of the layer counts, shape (vectors,); None if all do.

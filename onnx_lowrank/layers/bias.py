@@ -9,7 +9,8 @@ Factors that fit activations change the mean of a layer's results. A new bias co
    (`Operator.adds_behind`, `operators.adding`).
 3. The bias is constant and finite, and has one value per output feature that broadcasts over the other axes.
 4. Nothing else reads the bias or shares its bytes in a data file. Then the new bias replaces the old one,
-   and the number of parameters stays the same.
+   and the number of parameters stays the same. Of two layers whose results one node adds up with one bias,
+   the first has it.
 """
 
 from __future__ import annotations
@@ -95,7 +96,20 @@ def _adder(walk: Walk, operator: Operator, place: Place) -> tuple[Place, int] | 
     if added is None:
         return None
     constant_operand = added.other if added.bias is None else added.bias
-    return None if constant_operand is None else (behind, constant_operand)
+    if constant_operand is None or (
+        added.bias is not None and _is_second(walk, behind, operand, added.other)
+    ):
+        return None
+    return behind, constant_operand
+
+
+def _is_second(walk: Walk, place: Place, operand: int, other: int | None) -> bool:
+    """Whether a sum with one bias has a layer before this one that takes it: two would both change it."""
+    if other is None or other > operand or (tensor := walk.operand(place, other)) is None:
+        return False
+    first = walk.producer(tensor)
+    operator = None if first is None else registry.known(walk.node(first))
+    return operator is not None and operator.adds_behind and len(walk.consumers(tensor)) == 1
 
 
 def _own_constant(model: Model, walk: Walk, place: Place, operand: int) -> NDArray[np.generic] | None:

@@ -158,7 +158,9 @@ def best_ridge(
             return 1.0
         change = 0.0
         for group, level in enumerate(ridges(input_power(second), ridge)):
-            moved = _regression(second[group] + level * np.eye(second.shape[-1]), residual[group])
+            damped = second[group].copy()
+            np.fill_diagonal(damped, damped.diagonal() + level)
+            moved = _regression(damped, residual[group])
             change += float(np.vdot(moved, moved @ held[group] - 2 * missing[group]))
         return 1 + change / total  # rounding errors of equally good ridges vanish beside 1
 

@@ -16,6 +16,11 @@ from onnx_lowrank.operators.geometry import CHUNK, channel_major, row_dtype, row
 _SPARSEST = 8
 """At least every eighth position along an axis counts."""
 
+_PATTERNS = 16
+"""So many samples in a row have other positions."""
+
+Indices = NDArray[np.intp]
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -46,7 +51,7 @@ class Window:
     needed: int = 0
 
     def thinned(self, needed: int) -> Self:
-        """Every n-th position along every axis; all positions of a sequence, whose tokens are few."""
+        """Fewer positions along every axis; all positions of a sequence, whose tokens are few."""
         return replace(self, needed=needed) if len(self.kernel) > 1 else self
 
     def rows(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -56,22 +61,31 @@ class Window:
     def results(self, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """The features at the positions that count."""
         n, f, *sizes = value.shape
-        grouped = np.moveaxis(value.reshape(n, self.groups, f // self.groups, *sizes), (1, 2), (-2, -1))
-        for samples, positions in self._counting(n, sizes):
-            yield from channel_major(grouped[samples][:, *positions], 1 + len(sizes))
+        grouped = value.reshape(n, self.groups, f // self.groups, *sizes)
+        chosen = self.chosen(sizes)
+        if not chosen:
+            yield from channel_major(np.moveaxis(grouped, (1, 2), (-2, -1)), 1 + len(sizes))
+            return
+        step = max(1, CHUNK // (max(1, value[:1].size) * row_width(value)))
+        for start in range(0, n, step):
+            yield _sampled(grouped[start : start + step], start, chosen, [((), ())], [1] * len(sizes))
 
-    def _counting(self, samples: int, sizes: Sequence[int]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
-        """The positions that count: some samples at a time, with their positions along every axis.
+    def chosen(self, sizes: Sequence[int]) -> list[tuple[Indices, ...]]:
+        """The positions that count, along every axis, for every n-th sample; empty if all positions count.
 
-        Every sample has equally many of them. They start at another place from sample to sample, so that all
-        places count, those at the borders too.
+        They are drawn, one from each of the parts into which they cut an axis, so that neither borders nor
+        the phases of a grid (behind a transposed convolution or a Resize) count more than their share.
+
+        Args:
+            sizes: The number of positions along every axis.
         """
         every = min(_SPARSEST, *sizes) if self.needed else 1
         while every > 1 and prod(size // every for size in sizes) < self.needed:
             every -= 1
-        for start in range(min(every, samples)):
-            ends = (start + size // every * every for size in sizes)
-            yield slice(start, None, every), tuple(slice(start, end, every) for end in ends)
+        if every <= 1:
+            return []
+        rng = np.random.default_rng(0)
+        return [tuple(_drawn(rng, size, size // every) for size in sizes) for _ in range(_PATTERNS)]
 
     def spans(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
         """For every axis, the padding before it and the number of positions, for an input of these sizes.
@@ -114,20 +128,81 @@ class Window:
         return self.pads[axis], self.pads[axis + len(self.kernel)]
 
 
+def _drawn(rng: np.random.Generator, size: int, number: int) -> Indices:
+    """So many places on an axis, one from each of as many parts of like size, ascending.
+
+    The places within their parts are spread evenly, too, as in a Latin hypercube (McKay, Beckman and
+    Conover, 1979).
+    """
+    edges = np.arange(number + 1) * size // number
+    share = (rng.permutation(number) + rng.random(number)) / number
+    places: Indices = edges[:-1] + (share * np.diff(edges)).astype(np.intp)
+    return places
+
+
 def _windows(window: Window, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Patches of a convolution: im2col of the padded (and spread) input, a few samples at a time."""
     spans = window.spans(value.shape[2:])
     counts = [count for _, count in spans]
     if any(count <= 0 for count in counts):
         return
+    chosen = window.chosen(counts)
     length = value[0].size // prod(value.shape[2:]) * prod(window.kernel)
-    for samples, positions in window._counting(len(value), counts):
-        chosen = value[samples]
-        rows = prod(len(range(*part.indices(count))) for part, count in zip(positions, counts, strict=True))
-        step = max(1, CHUNK // (max(rows * length, chosen[0].size) * row_width(value)))
-        for start in range(0, len(chosen), step):
-            padded = _padded(window, chosen[start : start + step], spans)
-            yield from channel_major(_view(window, padded, counts)[:, *positions], 1 + len(spans))
+    rows = prod(map(len, chosen[0])) if chosen else prod(counts)
+    padded_size = _padded(window, value[:1], spans).size if chosen else 0
+    step = max(1, CHUNK // (max(rows * length, padded_size) * row_width(value)))
+    for start in range(0, len(value), step):
+        padded = _padded(window, value[start : start + step], spans)
+        if not chosen:
+            yield from channel_major(_view(window, padded, counts), 1 + len(spans))
+            continue
+        n, c, *sizes = padded.shape
+        grouped = padded.reshape(n, window.groups, c // window.groups, *sizes)
+        steps = [1] * len(spans) if window.transposed else list(window.strides)
+        yield _sampled(grouped, start, chosen, _taps(window), steps)
+
+
+def _taps(window: Window) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For every element of the kernel, its place there and its distance from the position's first element."""
+    taps = []
+    for place in np.ndindex(*window.kernel):
+        # A ConvTranspose is the Conv of the spread input with the flipped kernel.
+        seen = [k - 1 - t for k, t in zip(window.kernel, place, strict=True)] if window.transposed else place
+        distance = tuple(t * dilation for t, dilation in zip(seen, window.dilations, strict=True))
+        taps.append((place, distance))
+    return taps
+
+
+def _sampled(
+    value: NDArray[Any],
+    start: int,
+    chosen: Sequence[tuple[Indices, ...]],
+    taps: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    steps: Sequence[int],
+) -> NDArray[Any]:
+    """The rows at the positions that count, in the order of the samples: shape (rows, g, p).
+
+    Args:
+        value: Samples, shape (n, g, channels, *sizes).
+        start: The number of the first one.
+        chosen: The positions, as `Window.chosen` gives them.
+        taps: For every element of a row, beside the channel, its place and its distance from the position.
+        steps: The distance of positions along every axis.
+    """
+    n, g, channels = value.shape[:3]
+    kernel = tuple(1 + max(places) for places in zip(*(place for place, _ in taps), strict=True))
+    chunk = np.empty((g, channels, *kernel, n, *map(len, chosen[0])), row_dtype(value))
+    for number, axes in enumerate(chosen):
+        samples = slice((number - start) % len(chosen), None, len(chosen))
+        own = value[samples]
+        for place, distance in taps:
+            distances = distance or (0,) * len(axes)
+            places = zip(axes, steps, distances, strict=True)
+            index = np.ix_(*(axis * step + shift for axis, step, shift in places))
+            source: Any = (slice(None), slice(None), slice(None), *index)
+            target: Any = (slice(None), slice(None), *place, samples)
+            chunk[target] = np.moveaxis(own[source], 0, 2)
+    return chunk.reshape(g, channels * prod(kernel), -1).transpose(2, 0, 1)
 
 
 def _padded(window: Window, value: NDArray[Any], spans: list[tuple[int, int]]) -> NDArray[Any]:

@@ -106,7 +106,7 @@ class Segments:
             model: The model.
             walk: Its walk.
             bindings: Layers. The graph is not cut at layers with several uses, outside the main graph, or
-                with more than a product as their result: their nodes run like any others.
+                without a product that recovery can aim at: their nodes run like any others.
         """
         single = (b for b in bindings if _is_cut(b))
         self.bindings = tuple(sorted(single, key=lambda binding: binding.layer.uses[0].node))
@@ -137,7 +137,7 @@ class Segments:
         return self._steps[_nodes(self.bindings[index])[-1]].node.output[0]
 
     def beside(self, index: int) -> str | None:
-        """Name of the tensor that an Add adds to a layer's result (rule 4), or None."""
+        """Name of the tensor that is added to a layer's result (rule 4), or None."""
         return self._surrounding[index].beside
 
     def rectified(self, index: int) -> bool:

@@ -48,6 +48,7 @@ from onnx_lowrank.work.weights import reference
 M = TypeVar("M", bound=Made)
 
 _FEW_STEPS = 12  # Refinement steps for targets that have changed a little.
+_TOGETHER = 4096  # Inputs up to which ridges are tried at the same time; each takes copies of the moments.
 _SEEN = 256  # Approximate number of samples that show the error behind a Relu.
 
 
@@ -125,7 +126,9 @@ class Walked(ABC, Generic[M]):
         self._weight, self._dtype = weight.read(), weight.dtype
         self._bias = bias(model, walk, binding)
         self._samples = calibration.samples.count
-        form = thinned(geometry(walk, binding, 0), prod(self._weight.shape[2:]), self._samples)
+        form = geometry(walk, binding, 0)
+        if binding.layer.id not in calibration.statistics.padding.layers:
+            form = thinned(form, prod(self._weight.shape[2:]), self._samples)
         self._product_inside = None if binding.layer.uses[0].is_linear else self._inside()
         self._gatherer = Gatherer(
             binding.layer.id, form, self._weight.shape, threads, is_weighed, self._product_inside
@@ -381,7 +384,8 @@ def _best_ridge(
     """The ridge of least error on the held-out share."""
     fitted, held = shares[False], shares[True]
     moments = fitted.inputs, fitted.targets, held.inputs, held.targets
-    return best_ridge(weight, *moments, centred=centred, each=threads.each)
+    is_small = fitted.inputs.second.shape[-1] <= _TOGETHER
+    return best_ridge(weight, *moments, centred=centred, each=threads.each if is_small else map)
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,8 +234,10 @@ class Threads:
                         ahead.append((self._pool.submit(function, drawn[0]), drawn[0]))
                     if not ahead:
                         return
-                    future, item = ahead.popleft()
-                    yield function(item) if future.cancel() else future.result()
+                    future, item = ahead[0]
+                    result = function(item) if future.cancel() else future.result()
+                    ahead.popleft()  # Not before: an interrupt must find the future that runs.
+                    yield result
             finally:
                 _ended([future for future, _ in ahead])
 
@@ -253,11 +255,12 @@ class Threads:
 
         def finish(n: int) -> None:
             if n in busy:
-                future, item = busy.pop(n)
+                future, item = busy[n]
                 if future.cancel():
                     function(lanes[n], item)
                 else:
                     future.result()
+                del busy[n]
 
         with one_blas_thread():
             try:

@@ -71,6 +71,15 @@ def test_the_bias_of_a_fused_operator_is_that_of_the_layer(name):
     np.testing.assert_allclose(own.values, np.linspace(-1, 1, 8), rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", ["h, k", "k, h"])
+def test_of_two_layers_that_one_node_adds_up_the_first_has_the_bias(first):
+    text = f"k = MatMul (x, v) y = com.microsoft.SkipLayerNormalization ({first}, s, t, b)"
+    arrays = {"s": np.ones(8, np.float32), "t": np.ones(8, np.float32), "b": np.ones(8, np.float32)}
+    known = found(model(X, f"h = MatMul (x, w) {text}", w=(8, 8), v=(8, 8), **arrays))
+    owners = {b.layer.id for b in known.bindings if bias(known.model, known.walk, b) is not None}
+    assert owners == {"w" if first == "h, k" else "v"}
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_an_operator_without_a_bias_gives_none(name):
     known = found(proto(WITHOUT[name]))

@@ -57,6 +57,7 @@ def check(node, shape, weight, use=0):
     for needed in (1, 3):
         fewer = form.thinned(needed)
         rows, results = joined(patches(fewer, value)), joined(outputs(fewer, result))
+        assert rows.dtype == results.dtype == np.float32
         assert len(rows) >= min(needed * len(value), len(results))
         np.testing.assert_array_equal(products(dense, rows), results)
 
@@ -271,16 +272,57 @@ def test_a_picture_gives_at_least_as_many_rows_as_are_needed(needed, every):
     assert given >= 5 * min(needed, 256)
 
 
-def test_pictures_start_at_different_places():
-    places = np.arange(5 * 6 * 6, dtype=np.float32).reshape(5, 1, 6, 6)
-    given = joined(outputs(PICTURES.thinned(4), places)).ravel().reshape(5, 4)
+def test_samples_keep_their_order_and_have_other_positions():
+    places = np.arange(40 * 6 * 6, dtype=np.float32).reshape(40, 1, 6, 6)
+    form = PICTURES.thinned(4)
+    given = joined(outputs(form, places)).ravel().reshape(40, 4)
     number, place = np.divmod(given, 36)
-    assert sorted(number[:, 0]) == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(number, number[:, :1].repeat(4, 1))
-    first = dict(zip(number[:, 0].tolist(), place.tolist(), strict=True))
-    assert first[0] == first[3] == [0, 3, 18, 21]
-    assert first[1] == first[4] == [7, 10, 25, 28]
-    assert first[2] == [14, 17, 32, 35]
+    np.testing.assert_array_equal(number, np.arange(40)[:, None].repeat(4, 1))
+    row, column = np.divmod(place, 6)
+    assert set(row.ravel()) == set(column.ravel()) == set(range(6))
+    assert ((row[:, :2] < 3) & (row[:, 2:] >= 3)).all()  # one from each half of an axis
+    assert ((column[:, ::2] < 3) & (column[:, 1::2] >= 3)).all()
+    again = joined(outputs(form, places[:7])).ravel()
+    np.testing.assert_array_equal(given.ravel()[: again.size], again)
+
+
+@pytest.mark.parametrize("limit", [1, 3000, 10**9])
+@pytest.mark.parametrize("function", [patches, outputs])
+def test_chunks_of_fewer_positions_join_to_the_same(monkeypatch, limit, function):
+    for name in ("window", "transposed"):
+        form = FORMS[name][0].thinned(3)
+        value = integers(3, 37, 4, 9, 8)
+        whole = joined(function(form, value))
+        for module in (geometry_module, window_module):
+            monkeypatch.setattr(module, "CHUNK", limit)
+        np.testing.assert_array_equal(joined(function(form, value)), whole)
+        monkeypatch.undo()
+
+
+def _second(rows):
+    flat = rows[:, 0].astype(np.float64)
+    return flat.T @ flat / len(flat)
+
+
+PERIODIC = {
+    "deconvolution": Window(1, (2, 2), (2, 2), (1, 1), (0, 0, 0, 0), "NOTSET", True, (0, 0), ()),
+    "convolution": PICTURES,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("name", PERIODIC)
+@pytest.mark.parametrize("needed", [30, 200])
+def test_fewer_positions_see_all_phases_and_borders(name, batch, needed):
+    """Each tap of a stride-2 deconvolution meets a number at a quarter of the positions."""
+    value = np.random.default_rng(5).standard_normal((64, 3, 32, 32)).astype(np.float32)
+    form, runs = PERIODIC[name], np.split(value, 64 // batch)
+    whole, part = (
+        _second(np.concatenate([joined(patches(each, run)) for run in runs]))
+        for each in (form, form.thinned(needed))
+    )
+    np.testing.assert_allclose(np.diag(part), np.diag(whole), rtol=0.35)
+    assert np.linalg.norm(part - whole) < 0.35 * np.linalg.norm(whole)
 
 
 def test_few_rows_are_enough_for_short_ones():
