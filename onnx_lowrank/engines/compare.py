@@ -137,7 +137,7 @@ class _Sums:
         if y is not given:
             self.size -= int(np.count_nonzero(np.isnan(y) & ~np.isnan(given)))
         finite, kept = np.isfinite(y), np.isfinite(z)
-        # Logits of a language model are gigabytes, so the usual case takes no copies of them.
+        # Logits of a language model are gigabytes: the usual case takes no masked copies of them.
         is_whole = bool(finite.all())
         lost = 0 if kept.all() else int(np.count_nonzero(finite & ~kept))
         if lost:
