@@ -68,7 +68,8 @@ class Window:
             return
         step = max(1, CHUNK // (max(1, value[:1].size) * row_width(value)))
         for start in range(0, n, step):
-            yield _sampled(grouped[start : start + step], start, chosen, [((), ())], [1] * len(sizes))
+            once = [np.zeros(1, np.intp)] * len(sizes)
+            yield _sampled(grouped[start : start + step], start, chosen, once, [1] * len(sizes))
 
     def chosen(self, sizes: Sequence[int]) -> list[tuple[Indices, ...]]:
         """The positions that count, along every axis, for every n-th sample; empty if all positions count.
@@ -162,22 +163,18 @@ def _windows(window: Window, value: NDArray[Any]) -> Iterator[NDArray[Any]]:
         yield _sampled(grouped, start, chosen, _taps(window), steps)
 
 
-def _taps(window: Window) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For every element of the kernel, its place there and its distance from the position's first element."""
-    taps = []
-    for place in np.ndindex(*window.kernel):
-        # A ConvTranspose is the Conv of the spread input with the flipped kernel.
-        seen = [k - 1 - t for k, t in zip(window.kernel, place, strict=True)] if window.transposed else place
-        distance = tuple(t * dilation for t, dilation in zip(seen, window.dilations, strict=True))
-        taps.append((place, distance))
-    return taps
+def _taps(window: Window) -> list[Indices]:
+    """For every axis, the distances of the elements of the kernel from the first element of a position."""
+    taps = [np.arange(k) * dilation for k, dilation in zip(window.kernel, window.dilations, strict=True)]
+    # A ConvTranspose is the Conv of the spread input with the flipped kernel.
+    return [np.flip(axis) for axis in taps] if window.transposed else taps
 
 
 def _sampled(
     value: NDArray[Any],
     start: int,
     chosen: Sequence[tuple[Indices, ...]],
-    taps: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    taps: Sequence[Indices],
     steps: Sequence[int],
 ) -> NDArray[Any]:
     """The rows at the positions that count, in the order of the samples: shape (rows, g, p).
@@ -186,22 +183,23 @@ def _sampled(
         value: Samples, shape (n, g, channels, *sizes).
         start: The number of the first one.
         chosen: The positions, as `Window.chosen` gives them.
-        taps: For every element of a row, beside the channel, its place and its distance from the position.
+        taps: For every axis, the distances of the elements of a row from the position.
         steps: The distance of positions along every axis.
     """
     n, g, channels = value.shape[:3]
-    kernel = tuple(1 + max(places) for places in zip(*(place for place, _ in taps), strict=True))
-    chunk = np.empty((g, channels, *kernel, n, *map(len, chosen[0])), row_dtype(value))
-    for number, axes in enumerate(chosen):
+    kernel, counts = [len(axis) for axis in taps], [len(axis) for axis in chosen[0]]
+    chunk = np.empty((g, channels, *kernel, n, *counts), row_dtype(value))
+    axes = range(len(taps))
+    order = (1, 2, *(3 + 2 * axis for axis in axes), 0, *(4 + 2 * axis for axis in axes))
+    for number, positions in enumerate(chosen):
         samples = slice((number - start) % len(chosen), None, len(chosen))
         own = value[samples]
-        for place, distance in taps:
-            distances = distance or (0,) * len(axes)
-            places = zip(axes, steps, distances, strict=True)
-            index = np.ix_(*(axis * step + shift for axis, step, shift in places))
-            source: Any = (slice(None), slice(None), slice(None), *index)
-            target: Any = (slice(None), slice(None), *place, samples)
-            chunk[target] = np.moveaxis(own[source], 0, 2)
+        for axis in axes:
+            index = positions[axis] * steps[axis] + taps[axis][:, None]
+            own = own.take(index.ravel(), axis=3 + axis)
+        cut = own.reshape(-1, g, channels, *(n for pair in zip(kernel, counts, strict=True) for n in pair))
+        target: Any = (slice(None),) * (2 + len(taps)) + (samples,)
+        chunk[target] = cut.transpose(order)
     return chunk.reshape(g, channels * prod(kernel), -1).transpose(2, 0, 1)
 
 
