@@ -19,8 +19,8 @@ from onnx import NodeProto
 from onnx_lowrank.graph.walk import Walk, is_op
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.operators import registry
+from onnx_lowrank.operators.adding import addends
 
-_SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _SHAPES = ("Shape", "Size")
 
 
@@ -71,7 +71,8 @@ class Blocks:
         for node in self._nodes[layer + 1 :]:
             if behind.isdisjoint(node.input):
                 continue
-            is_sum = is_op(node, ("Add",)) or (node.domain == "com.microsoft" and node.op_type in _SUMS)
+            added = addends(node, 0)
+            is_sum = added is not None and added.other is not None
             operands = sorted(node.input[:2], key=lambda name: name in behind)
             if is_sum and [name in behind for name in operands] == [False, True]:
                 yield operands[0], operands[1]

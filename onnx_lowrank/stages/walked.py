@@ -129,10 +129,8 @@ class Walked(ABC, Generic[M]):
         form = geometry(walk, binding, 0)
         if binding.layer.id not in calibration.statistics.padding.layers:
             form = thinned(form, prod(self._weight.shape[2:]), self._samples)
-        self._product_inside = None if binding.layer.uses[0].is_linear else self._inside()
-        self._gatherer = Gatherer(
-            binding.layer.id, form, self._weight.shape, threads, is_weighed, self._product_inside
-        )
+        inside = None if binding.layer.uses[0].is_linear else self._inside()
+        self._gatherer = Gatherer(binding.layer.id, form, self._weight.shape, threads, is_weighed, inside)
 
     def run(self, step: Step) -> Recovered | None:
         """Fit the layer to the inputs and targets of its step, and let the walk continue with the result.
@@ -140,7 +138,7 @@ class Walked(ABC, Generic[M]):
         Returns:
             The result; None if the layer keeps its map.
         """
-        shares = self._gatherer.shares(step.batches(original=self._product_inside is not None))
+        shares = self._gatherer.shares(step.batches(original=self._gatherer.product is not None))
         judge = shares[True].problem(self._weight, 0.0, centred=self._centred)
         ridge = self._ridge(shares)
         self._prepare(shares)

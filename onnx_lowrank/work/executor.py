@@ -235,7 +235,7 @@ class Threads:
                     if not ahead:
                         return
                     future, item = ahead[0]
-                    result = function(item) if future.cancel() else future.result()
+                    result = _result(future, function, item)
                     ahead.popleft()  # Not before: an interrupt must find the future that runs.
                     yield result
             finally:
@@ -256,10 +256,7 @@ class Threads:
         def finish(n: int) -> None:
             if n in busy:
                 future, item = busy[n]
-                if future.cancel():
-                    function(lanes[n], item)
-                else:
-                    future.result()
+                _result(future, function, lanes[n], item)
                 del busy[n]
 
         with one_blas_thread():
@@ -407,6 +404,11 @@ def in_order(
 
 def _first_of(futures: Sequence[Future[Any]]) -> None:
     wait(futures, return_when=FIRST_COMPLETED)
+
+
+def _result(future: Future[R], function: Callable[..., R], *given: Any) -> R:
+    """The result of a future; this thread computes it if no other one has begun."""
+    return function(*given) if future.cancel() else future.result()
 
 
 def _ended(futures: Sequence[Future[Any]]) -> None:
