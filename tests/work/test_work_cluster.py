@@ -153,17 +153,16 @@ def test_a_model_runs_where_all_workers_see_its_data(running, tmp_path, monkeypa
 
 
 def test_the_client_draws_few_items_ahead(running):
+    """Also while the first item waits for a worker that starts: five items fill the budget of two workers."""
     drawn = []
 
     def items():
-        for item in numbers(30):
+        for item in numbers(30, nbytes=2 * PLENTY // 5):
             drawn.append(item)
             yield item
 
     for done, _ in enumerate(running.map(square, items())):
-        assert len(drawn) <= done + 1 + 2 * (
-            2 + 1
-        )  # two workers of one thread, each with a result that waits
+        assert len(drawn) <= done + 1 + 2 * (2 + 1)  # five in flight, and one that waits for room
 
 
 @pytest.mark.parametrize("options", [{}, {"calibration": X}], ids=["weights", "calibrated"])
