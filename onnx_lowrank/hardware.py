@@ -41,6 +41,15 @@ def block(provider: str) -> int:
     return _cpu_block() if provider == _CPU else _BLOCKS.get(provider, _WIDEST)
 
 
+def has_blocked_layout(provider: str) -> bool:
+    """Whether a provider computes convolutions in ONNX Runtime's blocked layout (`allocate.layout`).
+
+    Args:
+        provider: Name of an ONNX Runtime execution provider.
+    """
+    return provider == _CPU
+
+
 def processor(provider: str) -> str:
     """The hardware of a provider: the CPU with its number of cores, and for GPU providers the GPUs."""
     return f"{processor_kind(provider)}, {cores()} cores"

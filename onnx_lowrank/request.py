@@ -24,7 +24,7 @@ from onnx_lowrank.documents import plans, recipes
 from onnx_lowrank.documents.recipes import Recipe
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.hardware import block
+from onnx_lowrank.hardware import block, has_blocked_layout
 from onnx_lowrank.linalg.backend import check_device
 from onnx_lowrank.options import Inputs, Options, require
 from onnx_lowrank.stages.search import AUTO, Target
@@ -57,6 +57,7 @@ class Request:
     Attributes:
         budget: The budget that the ratio bounds.
         block: Ranks are multiples of this number.
+        blocked: Whether convolutions keep to the ranks and widths of ONNX Runtime's blocked layout.
         recipes: The recipes to choose from; empty if a plan is replayed.
         ratio: The ratio to reach; None if a target or a plan replaces it.
         target: The bounds on the outputs that replace a ratio; None without them.
@@ -65,6 +66,7 @@ class Request:
 
     budget: Budget
     block: int = 1
+    blocked: bool = False
     recipes: tuple[Recipe, ...] = ()
     ratio: float | None = None
     target: Target | None = None
@@ -164,6 +166,7 @@ def request(ratio: float | None, options: Options) -> Request:
     asked = Request(
         budget=counted,
         block=_block(align, options["provider"]),
+        blocked=align is None and has_blocked_layout(options["provider"]),
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
         ratio=None if ratio is None else float(ratio),
         target=target,

@@ -317,6 +317,14 @@ def test_times_are_best_in_the_providers_blocks(provider, align, block):
     assert (made.budget.name, made.block) == ("latency", block or hardware.block(provider))
 
 
+def test_convolutions_keep_their_layout_unless_another_alignment_is_asked_for():
+    assert asked().blocked
+    assert asked(provider="CPUExecutionProvider").blocked
+    assert not asked(provider="CUDAExecutionProvider").blocked
+    assert not asked(budget="latency").blocked
+    assert not any(asked(align=align).blocked for align in (1, 4, "auto"))
+
+
 # --- threads and workers -------------------------------------------------------------------------
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.allocate import layout
 from onnx_lowrank.allocate.cost import Costs, allowed
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
 
 C = TypeVar("C", bound=Costs, covariant=True)
+D = TypeVar("D", bound=Costs)
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +30,16 @@ class Grid(Generic[C]):
     Attributes:
         costs: The costs of options.
         block: The ranks, and the channels of a sliced convolution's groups, are multiples of it.
+        blocked: Whether convolutions keep to the ranks and widths of ONNX Runtime's blocked layout.
     """
 
     costs: C
     block: int = 1
+    blocked: bool = False
+
+    def at(self, costs: D) -> Grid[D]:
+        """The same ranks with other costs."""
+        return Grid(costs, self.block, self.blocked)
 
     def ranks(self, layer: Layer, fold: Fold, k: int) -> range:
         """The ranks below full rank, ascending, at which a decomposition is cheaper than the layer.
@@ -50,6 +62,40 @@ class Grid(Generic[C]):
         top = min(layer.full_rank(fold, k) - 1, spare // line.slope)
         return range(self.block, top + 1, self.block)
 
+    def offered(self, layer: Layer, fold: Fold, k: int) -> Ints:
+        """The ranks of `ranks` that a plan can choose.
+
+        Args:
+            layer: The layer.
+            fold: A fold that it offers.
+            k: A number of slices that it offers.
+
+        Raises:
+            InputError: The costs depend on an unknown dimension.
+        """
+        ranks = np.array(self.ranks(layer, fold, k), dtype=np.int64)
+        return ranks[layout.holds_ranks(layer, k, ranks)] if self.blocked else ranks
+
+    def widths(self, layer: Layer) -> Ints:
+        """The widths, below its own, to which a layer can be narrowed, ascending.
+
+        Args:
+            layer: A layer with partners.
+        """
+        step = layer.width_step * self.block
+        widths = np.arange(step, layer.width, step, dtype=np.int64)
+        return widths[layout.holds_widths(layer, widths)] if self.blocked else widths
+
+    def together(self, layer: Layer, full: int) -> Ints:
+        """The ranks below full rank of a factor that layers share, ascending.
+
+        Args:
+            layer: Any of these layers.
+            full: Their full rank.
+        """
+        ranks = np.arange(self.block, full, self.block, dtype=np.int64)
+        return ranks[layout.holds_ranks(layer, 1, ranks)] if self.blocked else ranks
+
     def wanted_spectra(self, layer: Layer, recipe: Recipe) -> dict[Fold, tuple[int, ...]]:
         """The folds, and for each the slice counts, whose spectra `candidates` needs.
 
@@ -62,6 +108,6 @@ class Grid(Generic[C]):
         """
         wanted = {}
         for fold, ks in allowed(layer, recipe).items():
-            if cheaper := {k for k in ks if self.ranks(layer, fold, k)}:
+            if cheaper := {k for k in ks if self.offered(layer, fold, k).size}:
                 wanted[fold] = tuple(sorted(cheaper | {1}))
         return wanted

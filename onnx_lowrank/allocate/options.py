@@ -119,10 +119,8 @@ def narrowings(layer: Layer, errors: Floats, grid: Grid[Costs], *, every: bool =
     Raises:
         InputError: The costs depend on an unknown dimension.
     """
-    step = layer.width_step
-    tariff = _Together(grid.costs.tariff(layer), layer.narrow_fold, Lowering.NARROW, step)
-    widths = np.arange(step * grid.block, layer.width, step * grid.block, dtype=np.int64)
-    return _table(layer, errors, widths, layer.width, tariff, grid, every=every)
+    tariff = _Together(grid.costs.tariff(layer), layer.narrow_fold, Lowering.NARROW, layer.width_step)
+    return _table(layer, errors, grid.widths(layer), layer.width, tariff, grid, every=every)
 
 
 def sparse_tables(layer: Layer, errors: Floats, grid: Grid[Costs]) -> Candidates:
@@ -178,7 +176,7 @@ def shared_ranks(layers: Sequence[Layer], lowering: Lowering, grid: Grid[Costs])
         InputError: The costs depend on an unknown dimension.
     """
     tariffs = _shared_tariffs(layers, lowering, grid)
-    ranks = np.arange(grid.block, shared_full_rank(layers, lowering), grid.block, dtype=np.int64)
+    ranks = grid.together(layers[0], shared_full_rank(layers, lowering))
     if not ranks.size:
         return ranks
     total: Ints = np.sum([tariff.costs(tariff.fold, 1, ranks) for tariff in tariffs], axis=0)
@@ -276,7 +274,7 @@ def unscored(layer: Layer, recipe: Recipe, grid: Grid[Costs]) -> Candidates:
 
 def _ranks(layer: Layer, fold: Fold, k: int, grid: Grid[Costs], tariff: Tariff) -> Ints:
     """The ranks at which a decomposition is cheaper."""
-    ranks = np.array(grid.ranks(layer, fold, k), dtype=np.int64)
+    ranks = grid.offered(layer, fold, k)
     return ranks[tariff.is_cheaper(tariff.costs(fold, k, ranks))] if ranks.size else ranks
 
 

@@ -234,8 +234,12 @@ def _uniform(tables: Sequence[Candidates], limits: Limits) -> list[int]:
 
 def _ratios(table: Candidates) -> tuple[Floats, Floats]:
     """For each option, without keep: the interval of ρ in which the layer has its rank."""
-    begin = np.where(table.j[1:] == table.block, 0, table.j[1:] / table.full[1:])
-    return begin, (table.j[1:] + table.block) / table.full[1:]
+    fold, k, j = table.fold[1:], table.k[1:], table.j[1:]
+    follows = (fold[1:] == fold[:-1]) & (k[1:] == k[:-1])  # the next rank of the same chain
+    end = j + table.block
+    end[:-1][follows] = j[1:][follows]
+    begin = np.where(np.concatenate(([False], follows))[: j.size], j, 0)
+    return begin / table.full[1:], end / table.full[1:]
 
 
 def _at_ratio(table: Candidates, ratio: float) -> int:

@@ -120,11 +120,13 @@ class Beside:
         stored: Parameters that the full width would take: of biases, BatchNorms, depthwise convolutions.
         owned: Parameters of the same kinds that go, since nothing else reads them.
         macs: MACs of the operators between the layers at full width; None if a dimension is unknown.
+        has_convolutions: Whether depthwise convolutions are among these operators.
     """
 
     stored: int = 0
     owned: int = 0
     macs: int | None = 0
+    has_convolutions: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def beside(model: Model, walk: Walk, shapes: Shapes, hidden: Hidden, macs: int |
         owned += prod(source.tensor.dims) if _is_owned(model, walk, source, reads) else 0
     counts = [node_macs(walk, shapes, place, is_layer=False) for place in hidden.grouped]
     total = None if macs is None or None in counts else macs + sum(count or 0 for count in counts)
-    return Beside(stored, owned, total)
+    return Beside(stored, owned, total, has_convolutions=bool(hidden.grouped))
 
 
 def _floats(model: Model, walk: Walk, tensor: object) -> int:

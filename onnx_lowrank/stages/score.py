@@ -232,10 +232,7 @@ class Scores:
             from onnx_lowrank.stages import joins  # Runs without calibration join no layers.
 
             # Measured costs may fall later, so ranks count that are cheaper by formula.
-            known, grid = (
-                _calibrated(self._calibration).statistics,
-                Grid(self.meter.counted, self._grid.block),
-            )
+            known, grid = _calibrated(self._calibration).statistics, self._grid.at(self.meter.counted)
             self._shared = joins.errors(
                 self._model,
                 self._walk,
@@ -382,7 +379,7 @@ class Scores:
         from onnx_lowrank.stages.effects import effects  # Runs without calibration never try options.
 
         self._probed = True
-        counted = Grid(self.meter.counted, self._grid.block)
+        counted = self._grid.at(self.meter.counted)
         tables = [
             candidates(layer, known.activation, recipe, counted)
             for layer, known in zip(self._layers, self._known, strict=True)
