@@ -374,7 +374,7 @@ def test_the_table_has_all_times():
 
 
 def test_the_report_of_another_budget_has_the_times_of_both_models():
-    report = compress(cnn(), 0.6, input_shape=SHAPE, time=True).report
+    report = compress(cnn(), 0.6, input_shape=SHAPE, time=True, align=1).report
     text = table(report)
     (row,) = (line for line in text.splitlines() if line.startswith("time  "))
     ratio = report.totals.amount("time").ratio
