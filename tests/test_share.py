@@ -76,7 +76,8 @@ def shared(kind="attention", ratio=None, recipe="activation", **options):
     """Compress a model so far that all three layers have to share."""
     proto = model(BODIES[kind], **weights(kind))
     ratio = ratio or (0.3 if kind == "conv" else 0.45)
-    return proto, compress(proto, ratio, recipe=recipe, calibration=source(kind), align=1, **options)
+    options = {"align": 1} | options  # convolutions may have the rank 9, too
+    return proto, compress(proto, ratio, recipe=recipe, calibration=source(kind), **options)
 
 
 def distance(wanted, given):
