@@ -42,7 +42,8 @@ def holds_ranks(layer: Layer, k: int, ranks: Ints) -> Mask:
     """
     if not _is_blocked(layer) or k * layer.groups > 1:
         return np.ones(ranks.shape, dtype=np.bool_)
-    return np.logical_or(ranks < _BLOCK, ranks % _STEP == 0)
+    held: Mask = np.logical_or(ranks < _BLOCK, ranks % _STEP == 0)
+    return held
 
 
 def holds_widths(layer: Layer, widths: Ints) -> Mask:
@@ -55,7 +56,8 @@ def holds_widths(layer: Layer, widths: Ints) -> Mask:
     if not _is_blocked(layer):
         return np.ones(widths.shape, dtype=np.bool_)
     free = 0 if layer.beside.has_convolutions else _BLOCK
-    return np.logical_or(widths < free, widths % _STEP == 0)
+    held: Mask = np.logical_or(widths < free, widths % _STEP == 0)
+    return held
 
 
 def _is_blocked(layer: Layer) -> bool:

@@ -33,8 +33,8 @@ def layer(op="Conv", kernel=(3, 3), groups=1, dtype="float32", f=64, c=48):
     return evaluated(Layer("w", op, f, c, kernel, groups, dtype, Fold.distinct(kernel), (1, 2), (use,)))
 
 
-def narrowed(beside=Beside(), **fields):
-    partner = replace(layer(**fields), id="up", f=48)
+def narrowed(depthwise=False, **fields):
+    partner, beside = replace(layer(**fields), id="up", f=48), Beside(has_convolutions=depthwise)
     return replace(layer(**fields), narrowing=Narrowing(Between.CHANNELS, (partner,), beside=beside))
 
 
@@ -66,8 +66,9 @@ def test_chains_of_several_slices_may_have_any_rank(k, groups):
 
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_a_depthwise_convolution_between_needs_multiples_of_four(depthwise):
-    of, widths = narrowed(Beside(has_convolutions=depthwise)), np.arange(1, 48)
-    assert set(widths[holds_widths(of, widths)]) == {w for w in HELD & set(widths) if w % 4 == 0 or not depthwise}
+    widths = np.arange(1, 48)
+    wanted = {width for width in HELD & set(widths) if width % 4 == 0 or not depthwise}
+    assert set(widths[holds_widths(narrowed(depthwise), widths)]) == wanted
 
 
 @pytest.mark.parametrize("blocked", [False, True])
@@ -105,7 +106,7 @@ def test_the_uniform_rule_takes_the_next_lower_rank():
 
 
 def blocks(j, middle=False):
-    """Convolutions through j channels, with a depthwise one in the middle, and their operators once optimized."""
+    """Convolutions to j channels and back, with a depthwise one or a Relu in the middle."""
     rng = np.random.default_rng(j)
     weights = {"e": (j, 32, 1, 1), "w": (j, 1, 3, 3), "d": (32, j, 1, 1)}
     between = f"n = Conv <group = {j}, pads = [1,1,1,1]> (m, w)" if middle else "n = Relu (m)"
@@ -133,8 +134,7 @@ def test_onnx_runtime_keeps_what_the_rules_allow_in_its_layout(tmp_path, j, midd
     if not convolutions(blocks(32), tmp_path).get("com.microsoft.nchwc"):
         pytest.skip("this processor has no blocked layout in ONNX Runtime")
     found = convolutions(blocks(j, middle), tmp_path)
-    of = narrowed(Beside(has_convolutions=middle))
-    if holds_widths(of, np.array([j]))[0]:
+    if holds_widths(narrowed(middle), np.array([j]))[0]:
         assert found == {"com.microsoft.nchwc": 3 if middle else 2}
     elif j >= 16:
         assert found["com.microsoft.nchwc"] < (3 if middle else 2)
