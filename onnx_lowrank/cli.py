@@ -259,6 +259,12 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option("--no-cache", is_flag=True, help="Neither read nor write results of other runs.")
 @click.option(
+    "--memory",
+    callback=values.number,
+    metavar="GIB",
+    help="Memory that calibration may take for statistics and activations, by default 2; less takes longer.",
+)
+@click.option(
     "--workers",
     callback=values.count,
     default="0",

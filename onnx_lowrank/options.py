@@ -66,6 +66,8 @@ class Options(TypedDict, total=False):
         cache: A folder that keeps results for other runs (spectra, statistics of activations, errors, times
             of layers), whatever the size of the model. True, the default, is the user's cache folder; it
             keeps times, and all else for models above 1 GiB alone. False keeps nothing.
+        memory: GiB that calibration may take for its statistics and activations, beside the model; by default
+            2. With less, it reads the inputs more often and keeps more in temporary files.
         workers: Number of processes that compute the work of the layers; 0, the default, uses threads of this
             process. With processes, a script must guard its call by `if __name__ == "__main__":`.
         scheduler: Address of the scheduler of a running Dask cluster, such as "tcp://10.0.0.1:8786", whose
@@ -98,6 +100,7 @@ class Options(TypedDict, total=False):
     time: bool
     threads: int
     cache: bool | str | os.PathLike[str]
+    memory: float | None
     workers: int
     scheduler: str | None
     dry_run: bool
@@ -129,6 +132,7 @@ DEFAULTS: Options = {
     "time": False,
     "threads": 0,
     "cache": True,
+    "memory": None,
     "workers": 0,
     "scheduler": None,
     "dry_run": False,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 from onnx_lowrank import measures, shape_sets
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Budget
+from onnx_lowrank.calibrate.allowance import Allowance
 from onnx_lowrank.calibrate.sources import source
 from onnx_lowrank.calibrate.sources.registry import check_sources, options_of
 from onnx_lowrank.core.factors import Fit
@@ -26,6 +25,7 @@ from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block, has_blocked_layout
 from onnx_lowrank.linalg.backend import check_device
+from onnx_lowrank.machine import allowance, cache, scheduler, thread_count, worker_count
 from onnx_lowrank.options import Inputs, Options, require
 from onnx_lowrank.stages.search import AUTO, Target
 
@@ -46,8 +46,6 @@ ALIGN_AUTO = "auto"
 """Stands for the blocks in which the execution provider computes."""
 
 _LARGEST_BLOCK = 1024
-_MOST_THREADS = 1024
-_MOST_WORKERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +103,7 @@ class Setting:
         threads: Number of threads per operator while times are measured; 0 leaves it to the runtime.
         cache: The folder that keeps results for other runs; True for the user's cache folder, which keeps
             those of large models only, and times; False for none.
+        memory: The memory that calibration may take.
         workers: Number of processes that compute work items; 0 uses threads of this process.
         scheduler: Address of the scheduler of a Dask cluster that computes them instead; None without one.
         dry_run: Whether only the plan is made.
@@ -125,6 +124,7 @@ class Setting:
     time: bool
     threads: int
     cache: bool | Path
+    memory: Allowance
     workers: int
     scheduler: str | None
     dry_run: bool
@@ -216,8 +216,9 @@ def setting(asked: Request, options: Options) -> Setting:
         time=options["time"],
         threads=thread_count(options["threads"]),
         workers=worker_count(options["workers"]),
-        scheduler=_scheduler(options["scheduler"], options["workers"]),
-        cache=_cache(options["cache"]),
+        scheduler=scheduler(options["scheduler"], options["workers"]),
+        cache=cache(options["cache"]),
+        memory=allowance(options["memory"], calibrated=options["calibration"] is not None),
         device=check_device(options["device"]),
         dry_run=dry_run,
         options=options_of(options["tokenizer"], options["mean"], options["std"]),
@@ -332,18 +333,6 @@ def _is_calibrated(options: Options) -> bool:
     return calibration is not None
 
 
-def thread_count(given: int) -> int:
-    """Check a number of threads.
-
-    Raises:
-        InputError: The number is wrong.
-    """
-    require("threads", given, (Integral,), "a whole number")
-    if not 0 <= given <= _MOST_THREADS:
-        raise InputError(f"--threads is {given}: pass 1 to {_MOST_THREADS}, or 0 to let the runtime choose.")
-    return int(given)
-
-
 def _refuse_clock(options: Options, sets: int) -> None:
     """Refuse the options of the clock in a run that times nothing.
 
@@ -367,69 +356,9 @@ def _refuse_clock(options: Options, sets: int) -> None:
         )
 
 
-def _cache(given: bool | str | os.PathLike[str]) -> bool | Path:
-    """Check the cache.
-
-    Raises:
-        InputError: It is neither a flag nor a path, or a file is in the place of its folder.
-    """
-    if isinstance(given, bool):
-        return given
-    require("cache", given, (str, os.PathLike), "a folder, True or False")
-    folder = Path(given).absolute()
-    try:
-        folder.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"The cache {given} cannot be used ({reason}): name another folder.") from error
-    found = next(path for path in (folder, *folder.parents) if path.exists())
-    if not found.is_dir():
-        raise InputError(f"The cache {given} cannot be used, as {found} is a file: name a folder.")
-    return folder
-
-
 def _flag(name: str, given: bool) -> bool:
     if not isinstance(given, bool):
         raise InputError(f"{name} is {given!r}: give True or False.")
-    return given
-
-
-def worker_count(given: int) -> int:
-    """Check a number of worker processes.
-
-    Raises:
-        InputError: The number is wrong.
-    """
-    require("workers", given, (Integral,), "a whole number")
-    if not 0 <= given <= _MOST_WORKERS:
-        raise InputError(
-            f"--workers is {given}: pass 1 to {_MOST_WORKERS}, or 0 for the threads of one process."
-        )
-    return int(given)
-
-
-def _scheduler(given: str | None, workers: int) -> str | None:
-    """Check the address of a scheduler.
-
-    Raises:
-        InputError: It is none, Dask is not installed, or worker processes are asked for, too.
-    """
-    require("scheduler", given, (str, NoneType), "an address such as tcp://10.0.0.1:8786")
-    if given is None:
-        return None
-    if not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", given):
-        raise InputError(
-            f"--scheduler is {given[:60]!r}: give the address that `dask scheduler` prints, such as "
-            "tcp://10.0.0.1:8786."
-        )
-    if workers:
-        raise InputError("--scheduler and --workers contradict each other: leave one of them out.")
-    if find_spec("distributed") is None:
-        raise InputError(
-            'Dask, which --scheduler needs, is not installed: run `pip install "onnx-lowrank[distributed]"`.'
-        )
     return given
 
 

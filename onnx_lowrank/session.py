@@ -138,6 +138,7 @@ class _Job:
         # Most of the package serves calibration: a run without it starts much sooner.
         from onnx_lowrank.calibrate import measurement, passes
         from onnx_lowrank.calibrate.calibration import Calibration
+        from onnx_lowrank.calibrate.originals import Originals
         from onnx_lowrank.calibrate.variety import varied
 
         feed = next(held_out(samples, 1))
@@ -152,6 +153,7 @@ class _Job:
             chosen = self.setting.include, self.setting.exclude, self.material.shapes
             data = self.found.model.sha256, passes.digest_of(fitted)
             keeper = self.keeper.of("calibration", engine.name, data, chosen)
+        memory = self.setting.memory
         with self.progress.stage("activations", 1) as step:
             moments = measurement.measure(
                 self.found.model,
@@ -160,6 +162,8 @@ class _Job:
                 fitted,
                 engine,
                 self.executor,
+                memory=memory.moments,
+                activations=memory.activations,
                 keeper=keeper,
                 step=step,
                 # A replay measures what the run measured, so this cannot depend on the recipe.
@@ -173,7 +177,15 @@ class _Job:
             len(bindings) - len(moments.reasons),
             len(moments.reasons),
         )
-        return Calibration(samples, fitted, engine, stack.enter_context(moments), keeper=keeper)
+        return Calibration(
+            samples,
+            fitted,
+            engine,
+            stack.enter_context(moments),
+            Originals(memory.outputs),
+            keeper=keeper,
+            memory=memory,
+        )
 
     def run(self, calibration: Calibration | None) -> Made:
         """Make the plan and, except in a dry run, the model; a slower model is made again with fewer layers.

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from onnx_lowrank import InputError, Options, RecipeError, compress, hardware
-from onnx_lowrank import request as arguments
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import recipes
@@ -323,67 +322,3 @@ def test_convolutions_keep_their_layout_unless_another_alignment_is_asked_for():
     assert not asked(provider="CUDAExecutionProvider").blocked
     assert not asked(budget="latency").blocked
     assert not any(asked(align=align).blocked for align in (1, 4, "auto"))
-
-
-# --- threads and workers -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("number", "most"), [(arguments.thread_count, 1024), (arguments.worker_count, 64)])
-def test_a_number_of_threads_or_workers_is_taken_as_it_is(number, most):
-    for given in (0, 1, 7, most, np.int64(3)):
-        assert number(given) == given
-        assert type(number(given)) is int
-
-
-@pytest.mark.parametrize("given", [-1, 1025, 10**30])
-def test_a_number_of_threads_that_is_wrong_is_told(given):
-    with pytest.raises(InputError, match=rf"^--threads is {given}: pass 1 to 1024, or 0 to let the runtime"):
-        arguments.thread_count(given)
-
-
-@pytest.mark.parametrize("given", [-1, 65, 10**30])
-def test_a_number_of_workers_that_is_wrong_is_told(given):
-    with pytest.raises(
-        InputError, match=rf"^--workers is {given}: pass 1 to 64, or 0 for the threads of one"
-    ):
-        arguments.worker_count(given)
-
-
-@pytest.mark.parametrize("name", ["threads", "workers"])
-@pytest.mark.parametrize("given", [None, "2", 2.0, True, [2]])
-def test_what_is_no_number_of_threads_or_workers_is_told(name, given):
-    with pytest.raises(InputError, match=rf"^{name} is .*: give a whole number\.$"):
-        getattr(arguments, f"{name.removesuffix('s')}_count")(given)
-
-
-# --- the scheduler -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("address", ["tcp://10.0.0.1:8786", "tls://a-b.example:1", "tcp://[::1]:8786"])
-def test_an_address_of_a_scheduler_is_taken_as_it_is(address):
-    assert arguments._scheduler(address, 0) == address
-    assert arguments._scheduler(None, 2) is None
-
-
-@pytest.mark.parametrize(
-    "address", ["10.0.0.1:8786", "tcp://host", "http://host:1", "tcp://a b:1", "tcp://h:1/x"]
-)
-def test_what_is_no_address_is_told(address):
-    with pytest.raises(
-        InputError, match=r"^--scheduler is '.*': give the address that `dask scheduler` prints"
-    ):
-        arguments._scheduler(address, 0)
-
-
-@pytest.mark.parametrize("given", [1, True, b"tcp://h:1", ""])
-def test_what_is_no_text_for_a_scheduler_is_told(given):
-    with pytest.raises(InputError, match=r"^scheduler is .*: give an address such as tcp://"):
-        arguments._scheduler(given, 0)
-
-
-def test_an_absent_dask_names_the_extra(monkeypatch):
-    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r"is not installed: run `pip install \"onnx-lowrank\[distributed\]\"`"
-    ):
-        arguments._scheduler("tcp://10.0.0.1:8786", 0)

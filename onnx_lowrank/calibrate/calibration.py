@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from onnx_lowrank.calibrate.allowance import Allowance
 from onnx_lowrank.calibrate.data import Samples
 from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.calibrate.originals import Originals
@@ -26,6 +27,7 @@ class Calibration:
         originals: The input model's outputs on the batches of `statistics.batch` samples.
         succession: The likeness of the compared samples to those before them.
         keeper: Keeps values that depend on the model and the inputs; None keeps none.
+        memory: The memory to take.
     """
 
     samples: Samples
@@ -35,6 +37,7 @@ class Calibration:
     originals: Originals = field(default_factory=Originals)
     succession: Succession = field(default_factory=Succession)
     keeper: Keeper | None = None
+    memory: Allowance = field(default_factory=Allowance)
 
     @property
     def trimmed(self) -> Batches:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_lowrank.calibrate.allowance import Allowance
 from onnx_lowrank.calibrate.ignored import find_padding
 from onnx_lowrank.calibrate.jobs import Job, grouped, measured_shape, moments_bytes, takes_outputs
 from onnx_lowrank.calibrate.lookups import Lookup, lookup
@@ -51,8 +52,8 @@ from onnx_lowrank.work.executor import Executor, Threads
 
 _log = logging.getLogger(__name__)
 
-MEMORY = 5 * 2**28
-"""The most bytes of unfinished moments, over all layers."""
+MEMORY = Allowance().moments
+"""The usual bytes of unfinished moments, over all layers."""
 
 _TAPPED = 2**28
 """The approximate bytes of the tapped tensors of one batch."""
@@ -69,6 +70,7 @@ def measure(
     executor: Executor,
     *,
     memory: int = MEMORY,
+    activations: int | None = None,
     keeper: Keeper | None = None,
     step: Callable[[float], None] | None = None,
     with_sums: bool = True,
@@ -87,6 +89,7 @@ def measure(
         executor: Its workers run the sections if they are on other machines and see the model's data files.
             Otherwise, this process runs the model, and its threads sum the moments.
         memory: Bytes for unfinished moments; layers that do not fit together take several passes.
+        activations: Bytes for tensors between passes; None for the usual ones.
         keeper: Keeps the moments of finished passes, for the same model and samples; None to keep none.
         step: Receives the share of the work that is done, after every batch.
         with_sums: Whether to measure the sums of layers' results, too.
@@ -99,7 +102,16 @@ def measure(
     statistics = Statistics(binding.layer.id for binding in bindings)
     try:
         _Measurement(
-            model, walk, samples, looked_up or samples, engine, executor, statistics, keeper, step
+            model,
+            walk,
+            samples,
+            looked_up or samples,
+            engine,
+            executor,
+            statistics,
+            keeper,
+            step,
+            activations,
         ).run(bindings, sums(bindings) if with_sums else (), memory)
     except BaseException:
         statistics.close()
@@ -121,7 +133,9 @@ class _Measurement:
         statistics: Statistics,
         keeper: Keeper | None,
         step: Callable[[float], None] | None,
+        between: int | None,
     ) -> None:
+        self._between = between
         self._model = model
         self._walk = walk
         self._samples = samples
@@ -186,7 +200,7 @@ class _Measurement:
         passes = Passes(self._keeper, self._statistics, "activations", (names, jobs))
         with ExitStack() as stack:
             if len(names) > 1:
-                self._relay = stack.enter_context(Relay(self._model, self._walk, self._groups))
+                self._relay = stack.enter_context(Relay(self._model, self._walk, self._groups, self._between))
             for number, group in enumerate(self._groups):
                 known, before = passes.known(number, names[number]), len(self._sizes)
                 if known is None:

@@ -157,6 +157,7 @@ class Prefix(Shelved):
         engine: Engine,
         padding: Padding = NO_PADDING,
         threads: Threads | None = None,
+        memory: int | None = None,
     ) -> None:
         """Prepare the walk; nothing runs yet.
 
@@ -170,7 +171,9 @@ class Prefix(Shelved):
             padding: The padding of the inputs.
             threads: Run a few batches at the same time, if the engine allows it: a segment is a small model,
                 whose operators do not keep all cores busy. None runs them one by one.
+            memory: The most bytes of activations in memory; None for the usual ones.
         """
+        self._memory = memory
         self._padding = padding
         self._threads = threads
         self._segments = Segments(model, walk, bindings)

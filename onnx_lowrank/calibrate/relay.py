@@ -23,14 +23,18 @@ from onnx_lowrank.probe.suffix import START, Cuts, behind
 class Relay(Shelved):
     """The parts of a model for consecutive passes; a context manager that keeps a temporary folder."""
 
-    def __init__(self, model: Model, walk: Walk, groups: Sequence[Sequence[Binding]]) -> None:
+    def __init__(
+        self, model: Model, walk: Walk, groups: Sequence[Sequence[Binding]], memory: int | None = None
+    ) -> None:
         """Find the cuts.
 
         Args:
             model: The model.
             walk: Its walk.
             groups: The layers of every pass, sorted by `Cuts.position`.
+            memory: The most bytes of tensors in memory; None for the usual ones.
         """
+        self._memory = memory
         cuts = Cuts(model, walk)
         self._cuts = [START, *(cuts.before(group) for group in groups[1:])]
         self._kinds: dict[str, int] = {}

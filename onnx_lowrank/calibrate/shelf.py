@@ -35,10 +35,16 @@ class Shelf:
         used: The bytes of all arrays.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, memory: int | None = None) -> None:
+        """Start without arrays.
+
+        Args:
+            folder: A folder for the files.
+            memory: The most bytes in memory; None for `MEMORY`.
+        """
         self.used = 0
         self._folder = folder
-        self._memory = min(MEMORY, free_memory() // _SHARE)
+        self._memory = min(MEMORY if memory is None else memory, free_memory() // _SHARE)
         self._in_memory: dict[tuple[Key, int], NDArray[Any]] = {}
         self._in_files = 0
         self._numbers: dict[Key, int] = {}
@@ -111,10 +117,13 @@ class Shelf:
 class Shelved:
     """A context manager that keeps tensors on a shelf; its temporary folder has what memory cannot hold."""
 
+    _memory: int | None = None
+    """The most bytes in memory; None for `MEMORY`."""
+
     def __enter__(self) -> Self:
         """Make the folder."""
         self._resources = ExitStack()
-        self._shelf = Shelf(self._resources.enter_context(scratch()))
+        self._shelf = Shelf(self._resources.enter_context(scratch()), self._memory)
         return self
 
     def __exit__(

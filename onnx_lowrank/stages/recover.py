@@ -132,8 +132,9 @@ def recover(
     joint = Joint(model, walk, bindings, options, calibration.statistics, executor.threads)
     narrowed = narrow_layers((binding.layer, options.get(binding.layer.id)) for binding in bindings)
     padding = calibration.statistics.padding
+    memory = calibration.memory.activations
     with Prefix(
-        model, walk, bindings, batches, calibration.engine, padding, threads=executor.threads
+        model, walk, bindings, batches, calibration.engine, padding, executor.threads, memory
     ) as prefix:
 
         def items() -> Iterator[CertificateItem]:
