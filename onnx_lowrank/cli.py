@@ -112,7 +112,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     callback=values.alignment,
     metavar="auto|N",
     help="Choose only ranks that are multiples of N, for kernels that compute in blocks; "
-    "auto takes the block of the provider. By default, ranks of convolutions suit ONNX Runtime.",
+    "auto takes the block of the provider. By default, convolutions suit the CPU provider; 1 takes all.",
 )
 @click.option(
     "--calibration",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from importlib.util import find_spec
-from math import isfinite
+from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 
-from onnx_lowrank.calibrate.allowance import DEFAULT, LEAST, Allowance
+from onnx_lowrank.calibrate.allowance import DEFAULT, LEAST, MOST, Allowance
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.options import require
 
@@ -105,9 +105,16 @@ def allowance(given: float | None, *, calibrated: bool) -> Allowance:
         return Allowance()
     if not calibrated:
         raise InputError("--memory limits what --calibration takes: pass --calibration, too.")
-    if not isfinite(given) or not LEAST <= given * 2**30 < 2**60:
+    if not LEAST <= (gib := _float(given)) <= MOST:
         raise InputError(
-            f"--memory is {given:g}: pass a number of GiB from {LEAST / 2**30:g} on; by default it is "
-            f"{DEFAULT / 2**30:g}."
+            f"--memory is {given!s:.60}: pass GiB, from {LEAST:g} to {MOST:g}; the default is {DEFAULT:g}."
         )
-    return Allowance(int(given * 2**30))
+    return Allowance.of(gib)
+
+
+def _float(given: float) -> float:
+    """A number as a float; infinity if it is too large for one."""
+    try:
+        return float(given)
+    except OverflowError:
+        return inf

@@ -32,8 +32,9 @@ class Options(TypedDict, total=False):
             default), "macs", "latency" (time of a run on this machine) or "bytes" (size of the files).
         align: Consider only ranks that are multiples of this number. For convolutions, the number of channels
             of a slice must be a multiple of it, too. "auto" is the block of the provider, and the default for
-            the budget "latency". By default, ranks of convolutions stay in ONNX Runtime's blocked layout on
-            its CPU provider, and other ranks are free; with 1, all are free.
+            the budget "latency". By default, on the CPU provider, ranks and widths of two-dimensional float32
+            convolutions suit ONNX Runtime's blocked layout, and those of other layers may be any number;
+            1 allows any number everywhere.
         plan: A plan to replay, instead of ratio, recipe, budget and alignment.
         include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
         exclude: Globs of layer ids or node names; these layers are left alone.

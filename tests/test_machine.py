@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onnx_lowrank import InputError, compress, machine
+from onnx_lowrank import BudgetError, InputError, compress, machine
 from onnx_lowrank.calibrate import jobs, measurement, originals, shelf
 from onnx_lowrank.calibrate.allowance import Allowance
 from tiny import cnn
@@ -84,16 +84,18 @@ def test_by_default_calibration_takes_two_gib():
     assert (given.moments, given.activations, given.outputs) == usual
 
 
-@pytest.mark.parametrize("gib", [0.0625, 1, 2.5, np.float32(4), 1000])
+@pytest.mark.parametrize("gib", [0.0625, 1, 2.5, np.float32(4), np.float16(32), 1000])
 def test_an_allowance_is_given_in_gib(gib):
     given = machine.allowance(gib, calibrated=True)
-    assert given.total == gib * 2**30
+    assert given.total == float(gib) * 2**30
     assert given.moments + given.activations + given.outputs == given.total
 
 
-@pytest.mark.parametrize("gib", [0, -1, 0.06, 2.0**30, float("nan"), float("inf")])
+@pytest.mark.parametrize("gib", [0, -1, 0.06, 2**31, 10**400, float("nan"), float("inf")])
 def test_a_wrong_allowance_is_told(gib):
-    with pytest.raises(InputError, match=r"^--memory is .*: pass a number of GiB from 0\.0625 on; "):
+    with pytest.raises(
+        InputError, match=r"^--memory is .*: pass GiB, from 0\.0625 to 131072; the default is 2\.$"
+    ):
         machine.allowance(gib, calibrated=True)
 
 
@@ -109,32 +111,48 @@ def test_without_calibration_there_is_nothing_to_limit():
 
 
 def passes_of(monkeypatch, allowance):
-    """A compressed model, the number of passes over the inputs, and the memory of all shelves."""
-    passes, shelves = [], []
-    measure, start = measurement._Measurement._measure, shelf.Shelf.__init__
+    """A compressed model, the number of passes over the inputs, and the memory of all stores."""
+    passes, shelves, outputs = [], set(), set()
+    measure, shelve, keep = (
+        measurement._Measurement._measure,
+        shelf.Shelf.__init__,
+        originals.Originals.__init__,
+    )
 
     def measured(self, *given):
         passes.append(given)
         measure(self, *given)
 
-    def started(self, folder, memory=None):
-        shelves.append(memory)
-        start(self, folder, memory)
+    def shelved(self, folder, memory=None):
+        shelves.add(memory)
+        shelve(self, folder, memory)
+
+    def kept(self, memory):
+        outputs.add(memory)
+        keep(self, memory)
 
     with monkeypatch.context() as patch:
         patch.setattr(measurement._Measurement, "_measure", measured)
-        patch.setattr(shelf.Shelf, "__init__", started)
-        patch.setattr("onnx_lowrank.request.allowance", lambda *given, **options: allowance)
-        result = compress(cnn(), 0.6, calibration={"x": X}, recipe="activation")
-    return result.proto, len(passes), set(shelves)
+        patch.setattr(shelf.Shelf, "__init__", shelved)
+        patch.setattr(originals.Originals, "__init__", kept)
+        patch.setattr(machine, "LEAST", 0)
+        gib = allowance.total / 2**30
+        result = compress(cnn(), 0.6, calibration={"x": X}, recipe="activation", memory=gib)
+    return result.proto, len(passes), shelves, outputs
 
 
 def test_less_memory_takes_more_passes_and_gives_the_same_model(monkeypatch):
-    usual, few, shelves = passes_of(monkeypatch, Allowance())
-    assert shelves == {Allowance().activations}
     second = jobs.moments_bytes((1, 16 * 9))  # those of the second convolution
-    less = Allowance(-(-second * 8 // 5))
-    found, many, shelves = passes_of(monkeypatch, less)
-    assert shelves == {less.activations}
+    less, usual = Allowance(-(-second * 8 // 5)), Allowance()
+    made, few, shelves, outputs = passes_of(monkeypatch, usual)
+    assert (shelves, outputs) == ({usual.activations}, {usual.outputs})
+    found, many, shelves, outputs = passes_of(monkeypatch, less)
+    assert (shelves, outputs) == ({less.activations}, {less.outputs})
     assert many > few
-    assert found == usual
+    assert found == made
+
+
+def test_a_layer_without_moments_tells_the_option(monkeypatch):
+    monkeypatch.setattr(machine, "LEAST", 0)
+    with pytest.raises(BudgetError, match=r"fit into the 1\.2\S* GiB for statistics: raise --memory\.$"):
+        compress(cnn(), 0.9, calibration={"x": X}, recipe="activation", memory=2e-6)

@@ -76,7 +76,8 @@ def shared(kind="attention", ratio=None, recipe="activation", **options):
     """Compress a model so far that all three layers have to share."""
     proto = model(BODIES[kind], **weights(kind))
     ratio = ratio or (0.3 if kind == "conv" else 0.45)
-    options = {"align": 1} | options  # convolutions may have the rank 9, too
+    if kind == "conv":
+        options = {"align": 1} | options  # the rank 9 is not in ONNX Runtime's layout
     return proto, compress(proto, ratio, recipe=recipe, calibration=source(kind), **options)
 
 

@@ -1,4 +1,4 @@
-"""The ranks for a plan to choose from: cheaper than the layer, in multiples of the target's block."""
+"""The ranks for a plan to choose from: cheaper than the layer, and fit for the target's kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Grid(Generic[C]):
     Attributes:
         costs: The costs of options.
         block: The ranks, and the channels of a sliced convolution's groups, are multiples of it.
-        blocked: Whether convolutions keep to the ranks and widths of ONNX Runtime's blocked layout.
+        blocked: Whether convolutions keep to the ranks and widths of ONNX Runtime's blocked layout, as far as
+            `layout` asks for it.
     """
 
     costs: C
@@ -63,7 +64,7 @@ class Grid(Generic[C]):
         return range(self.block, top + 1, self.block)
 
     def offered(self, layer: Layer, fold: Fold, k: int) -> Ints:
-        """The ranks of `ranks` that a plan can choose.
+        """The ranks that a plan can choose: those of `ranks` that the blocked layout holds.
 
         Args:
             layer: The layer.

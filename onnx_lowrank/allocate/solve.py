@@ -233,12 +233,16 @@ def _uniform(tables: Sequence[Candidates], limits: Limits) -> list[int]:
 
 
 def _ratios(table: Candidates) -> tuple[Floats, Floats]:
-    """For each option, without keep: the interval of ρ in which the layer has its rank."""
+    """For each option, without keep: the interval of ρ in which the layer has its rank.
+
+    It ends at the next rank of the same fold and slice count. The last one is as long as the one before it.
+    """
     fold, k, j = table.fold[1:], table.k[1:], table.j[1:]
-    follows = (fold[1:] == fold[:-1]) & (k[1:] == k[:-1])  # the next rank of the same chain
+    follows = (fold[1:] == fold[:-1]) & (k[1:] == k[:-1])
     end = j + table.block
+    end[1:][follows] += (j[1:] - j[:-1] - table.block)[follows]
     end[:-1][follows] = j[1:][follows]
-    begin = np.where(np.concatenate(([False], follows))[: j.size], j, 0)
+    begin = np.where(j == table.block, 0, j)
     return begin / table.full[1:], end / table.full[1:]
 
 

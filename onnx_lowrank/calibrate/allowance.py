@@ -8,22 +8,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DEFAULT = 2**31
-LEAST = 2**26
-"""Less would hold the moments of no usual layer."""
+_GIB = 2**30
+DEFAULT, LEAST, MOST = 2.0, 0.0625, 2.0**17
+"""GiB. The least holds moments of 700 features."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
     """The memory that calibration may take.
 
-    The weights of the running model and the tensors of one batch come on top.
+    The weights of the running model, the tensors of one batch, probes and the sums of one layer in recovery
+    come on top.
 
     Attributes:
         total: Bytes.
     """
 
-    total: int = DEFAULT
+    total: int = int(DEFAULT * _GIB)
+
+    @classmethod
+    def of(cls, gib: float) -> Allowance:
+        """An allowance in GiB."""
+        return cls(int(gib * _GIB))
 
     @property
     def moments(self) -> int:

@@ -67,7 +67,8 @@ def takes_outputs(part: Part, memory: int, *, is_looked_up: bool) -> bool | str:
         if moments_bytes(measured_shape(layer, of_outputs=of_outputs)) <= memory:
             return of_outputs
     _, size = measured_shape(layer, of_outputs=True)
-    return f"the moments of its {size} features do not fit into {memory / 2**30:g} GiB"
+    share = f"{memory / 2**30:g} GiB"
+    return f"the moments of its {size} features do not fit into the {share} for statistics: raise --memory"
 
 
 def grouped(jobs: Iterable[Job], memory: int) -> Iterator[list[Job]]:

@@ -183,21 +183,22 @@ class _Measurement:
         self._groups = [
             [chosen[layer] for job in group for layer in jobs[job]] for group in grouped(order, memory)
         ]
-        self._measure_all([(job, jobs[job]) for job in order])
+        self._measure_all([(job, jobs[job]) for job in order], memory)
         counted = {name for name, binding in whole.items() if binding.layer.kept_per_rank}
         self._look_up(known, counted, memory)
         self._statistics.join(parts)
         for name in filter(is_sum, chosen):
             self._statistics.reasons.pop(name, None)
 
-    def _measure_all(self, jobs: Sequence[tuple[Job, Sequence[str]]]) -> None:
+    def _measure_all(self, jobs: Sequence[tuple[Job, Sequence[str]]], memory: int) -> None:
         """Measure one group of layers after the other, except those that are known from an earlier run.
 
         Args:
             jobs: The measurements of all groups, with their layers.
+            memory: Bytes for unfinished moments.
         """
         names = [[binding.layer.id for binding in group] for group in self._groups]
-        passes = Passes(self._keeper, self._statistics, "activations", (names, jobs))
+        passes = Passes(self._keeper, self._statistics, "activations", (names, jobs), memory)
         with ExitStack() as stack:
             if len(names) > 1:
                 self._relay = stack.enter_context(Relay(self._model, self._walk, self._groups, self._between))
@@ -232,7 +233,7 @@ class _Measurement:
         groups = list(grouped(jobs, memory))
         described = [[(job, jobs[job]) for job in group] for group in groups]
         known = described, self._statistics.batch, counted
-        passes = Passes(self._keeper, self._statistics, "tables", known)
+        passes = Passes(self._keeper, self._statistics, "tables", known, memory)
         for number, group in enumerate(groups):
             names = [jobs[job] for job in group]
             if passes.known(number, names) is not None:

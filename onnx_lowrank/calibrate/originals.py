@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import inf
 from typing import Any
 
 import numpy as np
 
-MEMORY = 2**28
-"""The most bytes of outputs that are kept; later batches are computed again."""
+from onnx_lowrank.calibrate.allowance import Allowance
+
+MEMORY = Allowance().outputs
+"""The usual most bytes of outputs that are kept; later batches are computed again."""
 
 
 class Originals:
-    """Keeps the outputs of batches by their numbers, up to `MEMORY` bytes."""
+    """Keeps the outputs of batches by their numbers, up to a number of bytes."""
 
     def __init__(self, memory: int = MEMORY) -> None:
         """Start without outputs.
@@ -43,8 +44,3 @@ class Originals:
             self._left -= size
             self._kept[batch] = outputs
         return outputs
-
-
-def _bytes(value: Any) -> float:
-    is_known = isinstance(value, np.ndarray) and value.dtype != object
-    return value.nbytes if is_known else inf

@@ -18,9 +18,6 @@ from onnx_lowrank.work.moments import LayerMoments, MomentsRef
 
 _log = logging.getLogger(__name__)
 
-_LARGEST = 2**31
-"""The most bytes of one layer's moments: two shares of all those that a run may keep unfinished."""
-
 _READ = 32
 """Samples that are read at a time for their digest."""
 
@@ -45,7 +42,9 @@ class Pass:
 class Passes:
     """The passes of one measurement."""
 
-    def __init__(self, keeper: Keeper | None, statistics: Statistics, name: str, described: Any) -> None:
+    def __init__(
+        self, keeper: Keeper | None, statistics: Statistics, name: str, described: Any, memory: int
+    ) -> None:
         """Prepare.
 
         Args:
@@ -53,7 +52,9 @@ class Passes:
             statistics: Takes the moments of known passes, and gives those of new ones.
             name: The name of the measurement.
             described: The measurements of all passes.
+            memory: Bytes for the unfinished moments of all layers; those of one layer are no larger.
         """
+        self._largest = memory
         self._keeper = None if keeper is None else keeper.of(name, statistics.padding, described)
         self._name = name
         self._statistics = statistics
@@ -75,7 +76,7 @@ class Passes:
             _log.debug("%s, pass %d: the moments are not in the cache", self._name, number + 1)
             return None
         for place, names in enumerate(known.layers):
-            moments = self._keeper.get(self._keeper.key(number, place), LayerMoments, _LARGEST)
+            moments = self._keeper.get(self._keeper.key(number, place), LayerMoments, self._largest)
             if moments is None or (moments.inputs is None and moments.outputs is None):
                 return None
             self._statistics.restore(names, moments)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.calibrate.allowance import Allowance
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.scratch import scratch
 from onnx_lowrank.hardware import free_memory
@@ -21,8 +22,8 @@ Key = tuple[str, bool]
 """A tensor's name, and whether it belongs to the compressed prefix, not to the original model."""
 
 
-MEMORY = 2**29
-"""The most bytes in memory. Files take time to write, read and delete, even where a cache holds them."""
+MEMORY = Allowance().activations
+"""The usual most bytes in memory. Files take time to write, read and delete, even in a cache."""
 
 _SHARE = 8
 """They take at most 1 / _SHARE of the memory that is free when the shelf is made."""

@@ -59,9 +59,17 @@ def test_other_layers_may_have_any_rank_and_width(fields):
     assert holds_widths(narrowed(**fields), numbers).all()
 
 
-@pytest.mark.parametrize(("k", "groups"), [(2, 1), (1, 2), (2, 2)])
-def test_chains_of_several_slices_may_have_any_rank(k, groups):
-    assert holds_ranks(layer(groups=groups), k, np.arange(1, 24)).all()
+@pytest.mark.parametrize("op", ["Conv", "FusedConv"])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
+def test_the_second_convolution_of_several_slices_stays(k, op):
+    of, ranks = replace(layer(), op=op), np.arange(1, 24)
+    wanted = {j for j in ranks if k * j < 8 or k * j % 4 == 0}
+    assert set(ranks[holds_ranks(of, k, ranks)]) == wanted
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_convolutions_with_groups_of_their_own_may_have_any_rank(k):
+    assert holds_ranks(layer(groups=2), k, np.arange(1, 24)).all()
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -69,6 +77,13 @@ def test_a_depthwise_convolution_between_needs_multiples_of_four(depthwise):
     widths = np.arange(1, 48)
     wanted = {width for width in HELD & set(widths) if width % 4 == 0 or not depthwise}
     assert set(widths[holds_widths(narrowed(depthwise), widths)]) == wanted
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_a_depthwise_convolution_in_front_of_a_matrix_needs_multiples_of_four(depthwise):
+    of, widths = replace(narrowed(depthwise), op="Gemm", kernel=()), np.arange(1, 48)
+    wanted = {width for width in widths if width % 4 == 0 or not depthwise}
+    assert set(widths[holds_widths(of, widths)]) == wanted
 
 
 @pytest.mark.parametrize("blocked", [False, True])
@@ -99,7 +114,10 @@ def test_the_uniform_rule_takes_the_next_lower_rank():
     np.testing.assert_array_equal(begin[1:], end[:-1])
     assert begin[0] == 0
     np.testing.assert_array_equal(begin[1:], table.j[2:] / 64)
-    assert end[-1] == (table.j[-1] + 1) / 64
+    assert (begin[-1], end[-1]) == (52 / 64, 56 / 64)
+
+
+NCHWC = "com.microsoft.nchwc"
 
 
 # --- ONNX Runtime --------------------------------------------------------------------------------
@@ -131,13 +149,13 @@ def convolutions(proto, folder):
 @pytest.mark.parametrize("middle", [False, True])
 @pytest.mark.parametrize("j", [4, 6, 8, 12, 17, 18, 20, 22, 24, 28, 30, 32, 36])
 def test_onnx_runtime_keeps_what_the_rules_allow_in_its_layout(tmp_path, j, middle):
-    if not convolutions(blocks(32), tmp_path).get("com.microsoft.nchwc"):
+    if not convolutions(blocks(32), tmp_path).get(NCHWC):
         pytest.skip("this processor has no blocked layout in ONNX Runtime")
     found = convolutions(blocks(j, middle), tmp_path)
     if holds_widths(narrowed(middle), np.array([j]))[0]:
-        assert found == {"com.microsoft.nchwc": 3 if middle else 2}
+        assert found == {NCHWC: 3 if middle else 2}
     elif j >= 16:
-        assert found["com.microsoft.nchwc"] < (3 if middle else 2)
+        assert found[NCHWC] < (3 if middle else 2)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -159,11 +177,20 @@ def network(seed=0):
 
 @pytest.mark.parametrize("ratio", [0.3, 0.45, 0.6])
 @pytest.mark.parametrize("budget", ["params", "macs"])
-def test_by_default_ranks_stay_in_the_layout(budget, ratio):
-    result = compress(network(), ratio, budget=budget)
+def test_by_default_all_convolutions_stay_in_the_layout(tmp_path, budget, ratio):
+    if set(convolutions(network(), tmp_path)) != {NCHWC}:
+        pytest.skip("this processor has no blocked layout in ONNX Runtime")
+    result = compress(network(), ratio, budget=budget, recipe="svd")
+    assert any(choice.option is not None for choice in result.plan.choices)
+    assert set(convolutions(result.proto, tmp_path)) == {NCHWC}
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.45, 0.6])
+def test_with_slices_only_those_leave_the_layout(tmp_path, ratio):
+    result = compress(network(), ratio)
     chosen = [choice.option for choice in result.plan.choices if choice.option is not None]
     assert chosen
-    assert all(option.j in HELD for option in chosen if option.k == 1)
+    assert all(option.k * option.j in HELD or option.k * option.j % 4 == 0 for option in chosen)
 
 
 def test_any_rank_can_be_asked_for():

@@ -190,7 +190,7 @@ def test_other_groups_are_other_passes(tmp_path, measured):
 def test_a_pass_of_other_layers_counts_as_absent(tmp_path, forged):
     keeper = Keeper(Store(tmp_path))
     with Statistics(f"w{n}" for n in range(5)) as statistics:
-        passes = Passes(keeper, statistics, "test", ())
+        passes = Passes(keeper, statistics, "test", (), 2**20)
         own = keeper.of("test", statistics.padding, ())
         own.put(own.key(0), forged)
         own.put(own.key(0, 0), LayerMoments(reason="it is empty"))
@@ -209,6 +209,6 @@ def test_the_digest_of_samples_is_that_of_their_values():
 
 def test_without_keeper_nothing_is_known():
     with Statistics(()) as statistics:
-        passes = Passes(None, statistics, "test", ())
+        passes = Passes(None, statistics, "test", (), 2**20)
         passes.keep(0, [])
         assert passes.known(0, []) is None
