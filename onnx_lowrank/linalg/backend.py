@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import array_api_compat
 import numpy as np
 import scipy
+import threadpoolctl
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.core.factors import Array
 from onnx_lowrank.errors import InputError
@@ -297,7 +297,7 @@ class _BlasLimit:
     def __init__(self) -> None:
         self._lock = Lock()
         self._holders = 0
-        self._limits: list[threadpool_limits] = []
+        self._limits: list[threadpoolctl.threadpool_limits] = []
         self._has_solvers = False
 
     def acquire(self, *, solvers: bool) -> None:
@@ -306,7 +306,8 @@ class _BlasLimit:
                 if solvers:
                     importlib.import_module("scipy.linalg")
                 self._has_solvers = "scipy.linalg" in sys.modules
-                self._limits.append(threadpool_limits(limits=1, user_api="blas"))
+                _take_control()
+                self._limits.append(threadpoolctl.threadpool_limits(limits=1, user_api="blas"))
             self._holders += 1
 
     def release(self) -> None:
@@ -314,7 +315,19 @@ class _BlasLimit:
             self._holders -= 1
             # The limits know the original number of threads; only the last holder may restore it.
             while self._holders == 0 and self._limits:
+                _take_control()
                 self._limits.pop().restore_original_limits()
+
+
+def _take_control() -> None:
+    """Let the calling thread set limits.
+
+    From threadpoolctl 3.8 on, one thread sets the limits of OpenBLAS, which count for the process, and the
+    calls of all others do nothing. Here a lock lets one thread at a time set them.
+    """
+    clear = getattr(threadpoolctl.OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)
 
 
 _BLAS_LIMIT = _BlasLimit()

@@ -41,7 +41,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
-from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.core.factors import Certificate
 from onnx_lowrank.core.outcome import Merge
@@ -51,6 +50,7 @@ from onnx_lowrank.graph.walk import Place, Walk, is_op, label
 from onnx_lowrank.graph.weights import Source, resolve
 from onnx_lowrank.layers.bias import is_own
 from onnx_lowrank.layers.find import canonical_weight
+from onnx_lowrank.linalg.backend import one_blas_thread
 from onnx_lowrank.operators import registry
 from onnx_lowrank.rewrite.edits import Edits, Store
 from onnx_lowrank.rewrite.product import (
@@ -88,7 +88,7 @@ def merge(
     while True:  # ends, since every merge removes a node
         step = _Round(rewritten, store, {merged.second for merged in made}, spared)
         # One thread, or the order of the sums, and with it the last bits, would depend on the machine.
-        with threadpool_limits(limits=1, user_api="blas"):
+        with one_blas_thread():
             found = step.run()
         if not found:
             return rewritten, tuple(made)

@@ -93,26 +93,73 @@ def test_overlapping_limits_hold_until_the_last_ends_and_restore_the_first_numbe
 
 LATE = """
 import sys
+from threading import Thread
 from threadpoolctl import threadpool_info, threadpool_limits
 from onnx_lowrank.linalg.backend import one_blas_thread
 
 def threads():
     return sorted(lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas")
 
-with threadpool_limits(limits=2, user_api="blas"), one_blas_thread():
-    assert "scipy.linalg" not in sys.modules
+def solve():
     with one_blas_thread(solvers=True):
         assert "scipy.linalg" in sys.modules
         print(*threads())
+
+with threadpool_limits(limits=2, user_api="blas"), one_blas_thread():
+    assert "scipy.linalg" not in sys.modules
+    if sys.argv[1] == "here":
+        solve()
+    else:
+        thread = Thread(target=solve)
+        thread.start()
+        thread.join()
+    print(*threads())
 """
 
 
-def test_the_blas_of_solvers_that_are_loaded_late_is_limited_too():
+@pytest.mark.parametrize("where", ["here", "in another thread"])
+def test_the_blas_of_solvers_that_are_loaded_late_is_limited_too(where):
     """NumPy and SciPy bring a BLAS each, and threadpoolctl limits only those that are loaded."""
-    ran = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", LATE, where], capture_output=True, text=True, check=True)
     numbers = ran.stdout.split()
-    assert numbers
+    assert len(numbers) >= 4
     assert set(numbers) == {"1"}
+
+
+THREADS = """
+from threading import Event, Thread
+import scipy.linalg
+from threadpoolctl import threadpool_info, threadpool_limits
+from onnx_lowrank.linalg.backend import one_blas_thread
+
+def threads():
+    return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+
+def hold(entered, leave):
+    with one_blas_thread():
+        entered.set()
+        leave.wait()
+
+def started():
+    entered, leave = Event(), Event()
+    thread = Thread(target=hold, args=(entered, leave), daemon=True)
+    thread.start()
+    entered.wait()
+    return thread, leave
+
+threadpool_limits(limits=2, user_api="blas")
+for _ in range(2):
+    first, second = started(), started()
+    for thread, leave in (first, second):
+        assert threads() == {1}, threads()
+        leave.set()
+        thread.join()
+    assert threads() == {2}, threads()
+"""
+
+
+def test_the_last_of_several_threads_restores_the_number_of_threads():
+    subprocess.run([sys.executable, "-c", THREADS], check=True)
 
 
 @pytest.mark.parametrize(("operations", "searched"), [(1e9, False), (1e13, True)])
