@@ -18,7 +18,7 @@ turns; the cores are shared with other machines, so a time is known to about 0.0
 operators of ONNX Runtime's own in the optimized model. Seconds with a star are those of a run that found
 results of other rows in the cache. The rows of ppocr and of `asvd` are older
 than the probes of today (1/128, 1/32, 1/8 and 1/2). The rows of ppocr and efficientnet are older than the
-ranks that suit ONNX Runtime's layout, with which such models take less time (docs/latency.md).
+ranks that suit ONNX Runtime's layout (docs/latency.md).
 """
 
 Cell = Mapping[str, Any]
