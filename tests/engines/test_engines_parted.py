@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from types import MappingProxyType
+from typing import Any
 
 import large
 import numpy as np
@@ -191,6 +193,31 @@ def test_small_models_have_one_session(engine: Runtime, monkeypatch: pytest.Monk
         run(feed())
         run(feed())
     assert opened == [model]
+
+
+@pytest.mark.usefixtures("tight")
+def test_a_session_is_freed_before_the_next_part_opens(
+    engine: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+    alive = []
+    original = Runtime._session
+
+    def session(*arguments: Any) -> Any:
+        alive.append(len(sessions))
+        made = original(*arguments)
+        sessions.add(made)
+        return made
+
+    monkeypatch.setattr(Runtime, "_session", session)
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["y"]),
+        helper.make_node("MatMul", ["y", "b"], ["z"]),
+        helper.make_node("MatMul", ["z", "c"], ["w"]),
+    ]
+    with Parted(engine).open(model_of(nodes, ["w"], ("a", "b", "c"))) as run:
+        run(feed())
+    assert alive == [0, 0, 0]
 
 
 @pytest.mark.usefixtures("tight")
