@@ -38,6 +38,7 @@ from typing import Any, Protocol, Self, TypeVar
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import cores, free_memory
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
+from onnx_lowrank.work.tasks import Task, stopped
 
 _log = logging.getLogger(__name__)
 
@@ -226,20 +227,19 @@ class Threads:
             most: How many are computed, or wait for their turn, at the same time.
         """
         source = iter(items)
-        ahead: deque[tuple[Future[R], T]] = deque()
+        ahead: deque[Task[R]] = deque()
         with one_blas_thread():
             try:
                 while True:
                     while len(ahead) < most and (drawn := list(islice(source, 1))):
-                        ahead.append((self._pool.submit(function, drawn[0]), drawn[0]))
+                        ahead.append(Task(self._pool, function, *drawn))
                     if not ahead:
                         return
-                    future, item = ahead[0]
-                    result = _result(future, function, item)
-                    ahead.popleft()  # Not before: an interrupt must find the future that runs.
+                    result = ahead[0].result()
+                    ahead.popleft()  # Not before: an interrupt must find the task that runs.
                     yield result
             finally:
-                _ended([future for future, _ in ahead])
+                stopped(ahead)
 
     def in_turn(self, function: Callable[[L, T], None], lanes: Sequence[L], items: Iterable[T]) -> None:
         """Give item n to lane n modulo their number; a lane takes its items one after the other, in order.
@@ -251,12 +251,11 @@ class Threads:
             lanes: The lanes.
             items: The items; each lane has at most one at a time.
         """
-        busy: dict[int, tuple[Future[None], T]] = {}
+        busy: dict[int, Task[None]] = {}
 
         def finish(n: int) -> None:
             if n in busy:
-                future, item = busy[n]
-                _result(future, function, lanes[n], item)
+                busy[n].result()
                 del busy[n]
 
         with one_blas_thread():
@@ -264,11 +263,11 @@ class Threads:
                 for number, item in enumerate(items):
                     n = number % len(lanes)
                     finish(n)
-                    busy[n] = self._pool.submit(function, lanes[n], item), item
+                    busy[n] = Task(self._pool, function, lanes[n], item)
                 for n in tuple(busy):
                     finish(n)
             finally:
-                _ended([future for future, _ in busy.values()])
+                stopped(busy.values())
 
     def _shared(self, function: Callable[[int], R], number: int) -> list[R]:
         results: dict[int, R] = {}
@@ -282,17 +281,16 @@ class Threads:
                     return
                 results[n] = function(n)
 
-        helpers = [self._pool.submit(work) for _ in range(min(self._number, number) - 1)]
+        helpers = [Task(self._pool, work) for _ in range(min(self._number, number) - 1)]
         try:
             work()
         except BaseException:
             left.clear()
             raise
         finally:
-            _ended(helpers)
+            stopped(helpers)
         for helper in helpers:
-            if not helper.cancelled():
-                helper.result()
+            helper.check()
         return [results[n] for n in range(number)]
 
 
@@ -404,11 +402,6 @@ def in_order(
 
 def _first_of(futures: Sequence[Future[Any]]) -> None:
     wait(futures, return_when=FIRST_COMPLETED)
-
-
-def _result(future: Future[R], function: Callable[..., R], *given: Any) -> R:
-    """The result of a future; this thread computes it if no other one has begun."""
-    return function(*given) if future.cancel() else future.result()
 
 
 def _ended(futures: Sequence[Future[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children
@@ -290,6 +292,41 @@ def test_items_together_do_not_wait_for_threads_that_are_busy():
     with Threads(CPU, number=2) as running:
         ask = partial(running.each, lambda n: list(running.together(lambda m: m * n, range(5), 2)))
         assert ask(range(6)) == [[m * n for m in range(5)] for n in range(6)]
+
+
+class Held:
+    """Something that takes memory, such as an array."""
+
+
+@pytest.mark.parametrize("way", ["each", "together", "in_turn"])
+def test_nothing_that_was_computed_is_held_while_all_threads_are_busy(way):
+    """The queue of the pool keeps the calls that its threads had no time for."""
+    held, busy, done = weakref.WeakSet(), threading.Event(), threading.Event()
+
+    def kept(*given):
+        held.add(made := Held())
+        return made
+
+    def work(running):
+        items = map(kept, range(3))
+        if way == "each":
+            running.each(kept, [next(items), next(items), next(items)])
+        elif way == "together":
+            for _ in running.together(kept, items, 2):
+                pass
+        else:
+            running.in_turn(kept, [1, 2], items)
+
+    with Threads(CPU, number=2) as running:
+        blocking = [running._pool.submit(lambda: busy.set() or done.wait(30)) for _ in range(2)]
+        assert busy.wait(10)
+        for _ in range(3):
+            work(running)
+        gc.collect()
+        left = len(held)
+        done.set()
+        assert all(future.result() for future in blocking)
+    assert left == 0
 
 
 @pytest.mark.parametrize("wrong", range(6))
