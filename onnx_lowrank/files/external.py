@@ -28,6 +28,9 @@ _LARGE = 1 << 20
 _CHUNK = 1 << 20
 _INLINE_BYTES = 1024
 _DIGITS = 16  # of the digest in the name of a data file
+_UNUSUAL = re.compile(
+    r"[\\:\ud800-\udfff]"
+)  # characters that Windows or protobuf does not take in a location
 _STALE_KEYS = ("checksum", "basepath", "prepacked_")  # they describe the whole old file, or its offsets
 
 
@@ -43,7 +46,7 @@ def locate(proto: onnx.ModelProto, model: Path, known: Container[str] = ()) -> d
         known: Locations to leave out.
 
     Raises:
-        InputError: A location is empty, absolute, leaves the folder, or is no file.
+        InputError: A location is empty, absolute, leaves the folder, has a backslash, or is no file.
     """
     roots = (model.parent.resolve(), model.resolve().parent)
     locations = {reference(t).get("location", "") for t in tensors(proto) if is_external(t)}
@@ -51,15 +54,19 @@ def locate(proto: onnx.ModelProto, model: Path, known: Container[str] = ()) -> d
 
 
 def _real_file(location: str, model: Path, roots: tuple[Path, ...]) -> Path:
-    posix, windows = PurePosixPath(location), PureWindowsPath(location)
+    # On every system, as on Windows a backslash separates folders and a letter with a colon is a drive.
     if (
         not location
-        or posix.is_absolute()
-        or windows.anchor
-        or ".." in (*posix.parts, *windows.parts)
+        or PurePosixPath(location).is_absolute()
+        or PureWindowsPath(location).drive
+        or ".." in PurePosixPath(location).parts
+        or "\\" in location
         or "\0" in location
     ):
-        raise InputError(f"{model} has external data at {location!r}: name a file inside the model's folder.")
+        raise InputError(
+            f"{model} has external data at {location!r}: name a file inside the model's folder, "
+            "with / between the parts of its path."
+        )
     named = model.parent / location
     try:
         real = named.resolve(strict=True)
@@ -162,12 +169,13 @@ class _Digested:
         return offset
 
     def name(self, owner: str) -> str:
-        return f"{owner}.{self._digest.hexdigest()[:_DIGITS]}.data"
+        return f"{_UNUSUAL.sub('_', owner)}.{self._digest.hexdigest()[:_DIGITS]}.data"
 
 
 def data_names(owner: str) -> re.Pattern[str]:
     """The names of data files of a model file, in this version and in earlier ones."""
-    return re.compile(rf"{re.escape(owner)}(\.[0-9a-f]{{{_DIGITS}}})?\.data")
+    stem = re.escape(_UNUSUAL.sub("_", owner))
+    return re.compile(rf"{stem}(\.[0-9a-f]{{{_DIGITS}}})?\.data")
 
 
 def pack(

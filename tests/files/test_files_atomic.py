@@ -15,8 +15,9 @@ from onnx import numpy_helper, parser
 
 from onnx_lowrank.files import save as saving
 from onnx_lowrank.files.atomic import replacing
-from onnx_lowrank.files.load import load
+from onnx_lowrank.files.load import array, load
 from onnx_lowrank.files.save import save
+from onnx_lowrank.files.tensors import tensors
 
 X = np.ones((1, 4), np.float32)
 
@@ -121,6 +122,19 @@ def test_a_name_that_is_no_unicode_can_be_replaced(tmp_path):
         target.parent.mkdir(exist_ok=True)
         save_new(tmp_path, target, factor, None)
     assert names(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize("name", [b"a:b.onnx", b"a\\b.onnx", b"..\\b.onnx", b"\xff.onnx"])
+def test_the_data_has_a_name_that_every_system_takes(tmp_path, name):
+    target = tmp_path / "out" / os.fsdecode(name)
+    target.parent.mkdir()
+    for factor in (2.0, 3.0):
+        save_new(tmp_path, target, factor)
+        model = load(target)
+        (weight,) = tensors(model.proto)
+        assert (array(model, weight) == factor).all()
+        assert names(target.parent) == sorted([target.name, *model.files])
+        assert not any(character in location(target) for character in "\\:")
 
 
 def test_the_temporary_file_of_a_living_run_stays(tmp_path):

@@ -500,6 +500,8 @@ BAD_REFERENCES = {
     "parent": ({"location": "../w.bin"}, "'../w.bin'"),
     "inner parent": ({"location": "sub/../w.bin"}, "'sub/../w.bin'"),
     "windows parent": ({"location": "..\\w.bin"}, "inside the model's folder"),
+    "relative to a drive": ({"location": "c:w.bin"}, "inside the model's folder"),
+    "backslash": ({"location": "sub\\w.bin"}, "with / between"),
     "empty": ({"location": ""}, "''"),
     "none": ({}, "''"),
     "null": ({"location": "w\0.bin"}, "inside the model's folder"),
