@@ -184,11 +184,12 @@ def _second_name(target: Path) -> Iterator[Path | None]:
         return
     with ExitStack() as cleaning:
         cleaning.callback(backup.unlink, missing_ok=True)
-        with suppress(OSError):
-            # Locked before it has the second name: the lock belongs to the file, so no run removes that name.
-            locked(cleaning.enter_context(target.open("rb")).fileno())
+        if sys.platform != "win32":  # Windows has no such locks, and replaces no open file.
+            with suppress(OSError):
+                # Locked before it has the second name: locks belong to files, so no run removes that name.
+                locked(cleaning.enter_context(target.open("rb")).fileno())
         try:
             os.link(target, backup, follow_symlinks=False)
-        except OSError:
+        except (OSError, NotImplementedError):  # Not every system links without following symbolic links.
             shutil.copy2(target, backup, follow_symlinks=False)
         yield backup

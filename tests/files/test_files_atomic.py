@@ -18,6 +18,7 @@ from onnx_lowrank.files.atomic import replacing
 from onnx_lowrank.files.load import array, load
 from onnx_lowrank.files.save import save
 from onnx_lowrank.files.tensors import tensors
+from windows import pretend
 
 X = np.ones((1, 4), np.float32)
 
@@ -293,3 +294,20 @@ def test_two_targets_change_together_or_not_at_all(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
     write()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new", "b": b"new"}
+
+
+def unsupported(*given: object, **more: object) -> None:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_windows_replaces_several_files(tmp_path, monkeypatch, has_links):
+    pretend(monkeypatch)
+    if not has_links:
+        monkeypatch.setattr(os, "link", unsupported)
+    targets = [tmp_path / "a", tmp_path / "b"]
+    for content in (b"old", b"new"):
+        with replacing(*targets) as files:
+            for file in files:
+                file.write(content)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": content, "b": content}
