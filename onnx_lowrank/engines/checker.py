@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
 
 from onnx_lowrank.engines.engine import Source, materialized, one_line
 from onnx_lowrank.files.external import relocated
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.scratch import scratch
 
 
 def check(model: Model) -> tuple[str, ...]:
@@ -36,11 +35,11 @@ def _source(model: Model) -> Iterator[Source]:
         with materialized(model) as source:
             yield source
         return
-    with TemporaryDirectory() as folder:
+    with scratch() as folder:
         names = {location: f"{number}.data" for number, location in enumerate(model.files)}
         for location, file in model.files.items():
-            with (Path(folder) / names[location]).open("xb") as hollow:
+            with (folder / names[location]).open("xb") as hollow:
                 hollow.truncate(file.stat().st_size)
-        path = Path(folder) / "model.onnx"
+        path = folder / "model.onnx"
         path.write_bytes(relocated(model.proto, names).SerializeToString())
         yield Source(str(path))

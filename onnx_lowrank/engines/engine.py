@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.files.external import relocated
 from onnx_lowrank.files.load import Model, inlined, serialized
 from onnx_lowrank.files.save import save
+from onnx_lowrank.files.scratch import scratch
 
 _log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def materialized(model: Model, *, is_deployed: bool = False) -> Iterator[Source]
     if source is not None:
         yield source
         return
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch() as folder:
+        path = folder / "model.onnx"
         save(model, path)
         _log.debug("wrote %r with its data to %s to load it from there", model.name, folder)
         yield Source(str(path))

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
+from weakref import proxy
 
 import onnx
 
@@ -27,6 +27,7 @@ from onnx_lowrank.engines.engine import (
 from onnx_lowrank.engines.node_times import KERNEL, Runs, runs_of
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.scratch import scratch
 from onnx_lowrank.graph.scopes import scopes
 
 _ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
@@ -113,8 +114,8 @@ class Runtime:
             UnsupportedError: The runtime does not accept the model.
             InputError: The provider does not start on this machine.
         """
-        with materialized(model) as source:
-            yield self._run(self._session(source, self._options()), source)
+        with materialized(model) as source, self._session(source, self._options()) as session:
+            yield self._run(session, source)
 
     @contextmanager
     def ready(self, model: Model, feed: Feed, threads: int) -> Iterator[Callable[[], object]]:
@@ -133,8 +134,10 @@ class Runtime:
         """
         options = self._options(is_deployed=True)
         options.intra_op_num_threads = threads
-        with materialized(model, is_deployed=True) as source:
-            session = self._session(source, options)
+        with (
+            materialized(model, is_deployed=True) as source,
+            self._session(source, options) as session,
+        ):
             if self.provider not in _ON_CUDA:
                 run = self._run(session, source)
                 yield lambda: run(feed)
@@ -172,11 +175,11 @@ class Runtime:
         options = self._options(is_deployed=True)
         options.intra_op_num_threads = threads
         options.enable_profiling = True
-        with materialized(model, is_deployed=True) as source, TemporaryDirectory() as folder:
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            session = self._session(source, options)
-            run = self._run(session, source)
-            yield Profiled(lambda: run(feed), lambda: runs_of(_events(session)))
+        with materialized(model, is_deployed=True) as source, scratch() as folder:
+            options.profile_file_prefix = str(folder / "profile")
+            with self._session(source, options) as session:
+                run = self._run(session, source)
+                yield Profiled(lambda: run(feed), lambda: runs_of(_events(session)))
 
     def executed(self, model: Model, feeds: Iterable[Feed]) -> Executed:
         """Count the runs of all nodes on these inputs, with those in bodies and functions.
@@ -189,13 +192,13 @@ class Runtime:
         # Optimizations fuse nodes and rename them.
         options.graph_optimization_level = self.module.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_profiling = True
-        with materialized(model) as source, TemporaryDirectory() as folder:
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            session = self._session(source, options)
-            run = self._run(session, source)
-            for feed in feeds:
-                run(feed)
-            names = (event["name"] for event in _events(session) if event.get("cat") == "Node")
+        with materialized(model) as source, scratch() as folder:
+            options.profile_file_prefix = str(folder / "profile")
+            with self._session(source, options) as session:
+                run = self._run(session, source)
+                for feed in feeds:
+                    run(feed)
+                names = [event["name"] for event in _events(session) if event.get("cat") == "Node"]
         return Executed(Counter(name.removesuffix(KERNEL) for name in names if name.endswith(KERNEL)))
 
     def fused(self, model: Model) -> dict[str, int]:
@@ -211,10 +214,11 @@ class Runtime:
         # Reading the nodes need not read the weights.
         options.add_session_config_entry(_OPTIMIZED_DATA, "weights")
         options.add_session_config_entry(f"{_OPTIMIZED_DATA[: -len('file_name')]}min_size_in_bytes", "1024")
-        with materialized(model) as source, TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
+        with materialized(model) as source, scratch() as folder:
+            path = folder / "optimized.onnx"
             options.optimized_model_filepath = str(path)
-            self._session(source, options)
+            with self._session(source, options):
+                pass
             proto = onnx.load(path, load_external_data=False)
         nodes = (node for scope in scopes(proto) for node in scope.nodes)
         return dict(sorted(Counter(node.op_type for node in nodes if node.domain == OWN).items()))
@@ -230,7 +234,9 @@ class Runtime:
         options.enable_mem_pattern = is_deployed
         return options
 
-    def _session(self, source: Source, options: Any) -> Any:
+    @contextmanager
+    def _session(self, source: Source, options: Any) -> Iterator[Any]:
+        """A session that ends with the block; until then, Windows deletes no file that it has mapped."""
         providers = list(dict.fromkeys((self.provider, "CPUExecutionProvider")))
         if source.folder:
             options.add_session_config_entry(_DATA_FOLDER, source.folder)
@@ -248,7 +254,10 @@ class Runtime:
                 raise UnsupportedError(
                     f"its Python interface cannot pass {value.type}, the type of {value.name!r}"
                 )
-        return session
+        try:
+            yield proxy(session)
+        finally:
+            del session
 
     @staticmethod
     def _run(session: Any, source: Source) -> Run:

@@ -37,7 +37,8 @@ def scratch(folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     where = Path(tempfile.gettempdir() if folder is None else folder)
     _sweep(where)
     with ExitStack() as stack:
-        made = tempfile.TemporaryDirectory(prefix=_PREFIX, suffix=_SUFFIX, dir=where)
+        # Windows deletes no file that is still mapped, and a result must not fail for that.
+        made = tempfile.TemporaryDirectory(_SUFFIX, _PREFIX, where, ignore_cleanup_errors=True)
         path = Path(stack.enter_context(made)).resolve()
         # Before it was locked, another run may have mistaken it for a dead run's folder and removed it.
         _lock(path, stack, waiting=True)

@@ -19,6 +19,7 @@ from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.files.load import Model, load
 from onnx_lowrank.files.spilling import Spill
+from windows import is_mapped, pretend
 
 X = np.random.default_rng(0).standard_normal((2, 300)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((300, 400)).astype(np.float32)
@@ -106,6 +107,23 @@ def test_data_without_a_common_folder_is_copied(tmp_path, temporary, monkeypatch
         monkeypatch.setattr(os.path, "commonpath", on_two_drives)
         np.testing.assert_array_equal(result(ENGINES[0], model), expected)
         assert len(list(temporary.iterdir())) == 1
+
+
+def test_windows_deletes_the_copy(tmp_path, temporary, monkeypatch):
+    """Windows deletes no file that is mapped, so the session has to end before."""
+    pretend(monkeypatch)
+    monkeypatch.setattr(materializing, "_in_memory", lambda model: None)
+    proto = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2,300] x) => (float[2,300] y) {y = Add(x, w)}'
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(W[:, 0], "w"))
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.data")
+    model = replace(load(tmp_path / "in.onnx"), path=None)
+    for opened in (lambda: ENGINES[0].open(model), lambda: ENGINES[0].ready(model, {"x": X}, 1)):
+        with opened():
+            (copy,) = temporary.glob("*/*.data")
+            assert is_mapped(copy)
+        assert not [*temporary.iterdir()]
 
 
 def test_messages_name_no_data_file(tmp_path, temporary):

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.scratch import scratch
 from onnx_lowrank.files.spilling import Spill
+from windows import pretend
 
 KILLED = """
 import os, signal, sys
@@ -73,6 +75,15 @@ def test_a_folder_that_was_taken_for_a_dead_ones_is_made_again(tmp_path, monkeyp
         assert folder.is_dir()
     assert len(removed) == 1
     assert not [*tmp_path.iterdir()]
+
+
+def test_windows_keeps_a_folder_with_a_mapped_file(tmp_path, monkeypatch):
+    pretend(monkeypatch)
+    with scratch(tmp_path) as folder:
+        np.arange(9.0).tofile(folder / "mapped")
+        mapped = np.memmap(folder / "mapped", mode="r")
+    assert (folder / "mapped").exists()
+    assert mapped.sum()
 
 
 def test_a_spill_is_in_such_a_folder(tmp_path):
