@@ -125,7 +125,7 @@ class Store:
             with hidden(self.folder, 0o600) as (path, file):
                 _write(file, key, entry)
                 file.close()
-                path.replace(self._path(key))
+                self._place(path, self._path(key))
         except OSError as error:
             if self._is_writable:
                 self._is_writable = False
@@ -133,6 +133,20 @@ class Store:
                 _log.warning(
                     "The cache %s cannot be written (%s), so nothing more is kept there.", self.folder, reason
                 )
+
+    @staticmethod
+    def _place(written: Path, path: Path) -> None:
+        """Give a written file its name.
+
+        Raises:
+            OSError: It cannot have the name.
+        """
+        try:
+            written.replace(path)
+        except PermissionError:
+            # Windows replaces no file that is open, as the entry is while it is read. It stays (rule 1).
+            if not path.is_file():
+                raise
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.entry"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from onnx_lowrank.files.store import Entry, Store
+from windows import pretend
 
 KEY, OTHER = "ab" * 32, "cd" * 32
 ENTRY = Entry(b"text", (np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3))))
@@ -190,6 +191,17 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
             assert store.get(key) is None
     (record,) = caplog.records
     assert "cannot be written (Not a directory), so nothing more is kept there" in record.getMessage()
+
+
+def test_windows_keeps_an_entry_that_is_being_read(store, caplog, monkeypatch):
+    pretend(monkeypatch)
+    store.put(KEY, ENTRY)
+    with place(store).open("rb"):
+        store.put(KEY, ENTRY)
+    store.put(OTHER, ENTRY)
+    assert store.get(KEY).text == store.get(OTHER).text == ENTRY.text
+    assert len([*store.folder.iterdir()]) == 2
+    assert not caplog.records
 
 
 def test_a_full_disk_leaves_nothing(store, caplog, monkeypatch):
