@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from importlib.util import find_spec
 from math import inf
 from numbers import Integral, Real
@@ -16,6 +17,7 @@ from onnx_lowrank.options import require
 
 _MOST_THREADS = 1024
 _MOST_WORKERS = 64
+_MOST_ON_WINDOWS = 61  # which waits for at most 63 handles at once; a pool has two of its own
 
 
 def thread_count(given: int) -> int:
@@ -37,10 +39,9 @@ def worker_count(given: int) -> int:
         InputError: The number is wrong.
     """
     require("workers", given, (Integral,), "a whole number")
-    if not 0 <= given <= _MOST_WORKERS:
-        raise InputError(
-            f"--workers is {given}: pass 1 to {_MOST_WORKERS}, or 0 for the threads of one process."
-        )
+    most = _MOST_ON_WINDOWS if sys.platform == "win32" else _MOST_WORKERS
+    if not 0 <= given <= most:
+        raise InputError(f"--workers is {given}: pass 1 to {most}, or 0 for the threads of one process.")
     return int(given)
 
 

@@ -1,5 +1,8 @@
 """The arguments that tell where a run computes and how much it may take."""
 
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -32,6 +35,16 @@ def test_a_number_of_workers_that_is_wrong_is_told(given):
         InputError, match=rf"^--workers is {given}: pass 1 to 64, or 0 for the threads of one"
     ):
         machine.worker_count(given)
+
+
+def test_windows_has_fewer_workers(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert machine.worker_count(61) == 61
+    with pytest.raises(InputError, match=r"^--workers is 62: pass 1 to 61, or 0"):
+        machine.worker_count(62)
+    ProcessPoolExecutor(61).shutdown()
+    with pytest.raises(ValueError, match="61"):
+        ProcessPoolExecutor(62)
 
 
 @pytest.mark.parametrize("name", ["threads", "workers"])
