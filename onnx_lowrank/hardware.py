@@ -104,10 +104,10 @@ def _gpus() -> str:
         return ""
     command = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)  # noqa: S603
+        listed = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return ""
-    return "; ".join(listed.stdout.splitlines())
+    return "; ".join(listed.stdout.decode(errors="replace").splitlines())
 
 
 def _cpu_block() -> int:

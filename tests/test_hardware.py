@@ -64,7 +64,7 @@ def machine(monkeypatch, tmp_path):
         def run(command, **_):
             if isinstance(gpus, Exception):
                 raise gpus
-            return subprocess.CompletedProcess(command, 0, gpus, "")
+            return subprocess.CompletedProcess(command, 0, gpus.encode("latin-1"), b"")
 
         monkeypatch.setattr(hardware.subprocess, "run", run)
 
@@ -99,6 +99,7 @@ def test_a_processor_without_any_name(machine, monkeypatch):
         ("", "Some CPU @ 3 GHz, 2 cores"),
         ("H100, 550.1\n", "H100, 550.1 Some CPU @ 3 GHz, 2 cores"),
         ("A, 1\nB, 1\n", "A, 1; B, 1 Some CPU @ 3 GHz, 2 cores"),
+        ("A, 1\r\nB\xae, 1\r\n", "A, 1; B\ufffd, 1 Some CPU @ 3 GHz, 2 cores"),
         (OSError("no"), "Some CPU @ 3 GHz, 2 cores"),
         (subprocess.TimeoutExpired("nvidia-smi", 10), "Some CPU @ 3 GHz, 2 cores"),
         (subprocess.CalledProcessError(9, "nvidia-smi"), "Some CPU @ 3 GHz, 2 cores"),
