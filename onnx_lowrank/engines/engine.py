@@ -63,7 +63,7 @@ def one_line(error: object, source: Source | None = None) -> str:
             text = text.replace(str(Path(source.folder) / location), "its data").replace(location, "its data")
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
     # ONNX Runtime names the line of its own source and that function's signature.
-    text = re.sub(r"/\S*onnxruntime\S*:\d+ [^)]*\) ", "", text)
+    text = re.sub(r"\S*[/\\]onnxruntime\S*:\d+ [^)]*\) ", "", text)
     text = " ".join(text.split()).rstrip(".")
     return text if len(text) <= 240 else text[:239] + "…"
 
