@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
+import onnx
 import pytest
+
+from tiny import cnn
 
 RUN = """
 import gc
@@ -51,3 +55,14 @@ def test_a_run_without_data_and_times_loads_little():
 @pytest.mark.parametrize("module", LATE)
 def test_the_runs_that_need_a_module_load_it(module, tmp_path):
     assert module in loaded(LATE[module], tmp_path)
+
+
+def test_a_run_in_the_development_mode_of_python_warns_of_nothing(tmp_path):
+    """Neither of a file that stays open, nor of a text in the encoding of the system."""
+    onnx.save(cnn(), tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((40, 8, 6, 6)).astype(np.float32))
+    mode = "-X dev -X warn_default_encoding -W error -m onnx_lowrank"
+    options = "in.onnx out.onnx --ratio 0.5 --calibration x.npz --pass activation --cache kept -q"
+    command = [sys.executable, *mode.split(), *options.split()]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
