@@ -1,6 +1,7 @@
 import hashlib
 import importlib
 import os
+import pkgutil
 import re
 import resource
 import warnings
@@ -28,7 +29,7 @@ from onnx_lowrank.graph.scopes import scopes
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 PACKAGED = sorted(DATA.rglob("*.onnx"))
 STRUCTURED = [
-    *("if_", "loop", "scan", "optionalgetelement", "optionalhaselement", "sequence_map", "sequenceinsert"),
+    *("if", "loop", "scan", "optionalgetelement", "optionalhaselement", "sequence_map", "sequenceinsert"),
     *("identity", "constant", "layernormalization", "string_concat", "cast"),
 ]
 
@@ -36,10 +37,11 @@ STRUCTURED = [
 def node_models() -> list[tuple[str, onnx.ModelProto]]:
     """Models of onnx's node tests that have subgraphs, functions, optionals, sequences and odd types."""
     cases = importlib.import_module("onnx.backend.test.case.node")
+    modules = {m.name.rstrip("_"): m.name for m in pkgutil.iter_modules(cases.__path__)}  # if or if_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in STRUCTURED:
-            importlib.import_module(f"onnx.backend.test.case.node.{name}")
+            importlib.import_module(f"onnx.backend.test.case.node.{modules[name]}")
     return [(case.name, case.model) for case in cases._NodeTestCases]
 
 
