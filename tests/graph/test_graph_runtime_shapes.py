@@ -14,11 +14,12 @@ from rewriting import found, run
 
 X = "float[2,5,24] x"
 OPERATORS = {
-    "Attention": (X, "y = M.Attention <num_heads = 4> (x, a)", {"a": (24, 96)}),
+    # With a bias, as ONNX Runtime 1.26 ends the process without one.
+    "Attention": (X, "y = M.Attention <num_heads = 4> (x, a, b)", {"a": (24, 96), "b": (96,)}),
     "Attention with sizes": (
         X,
-        "y = M.Attention <num_heads = 4, qkv_hidden_sizes = [16, 16, 32]> (x, a)",
-        {"a": (24, 64)},
+        "y = M.Attention <num_heads = 4, qkv_hidden_sizes = [16, 16, 32]> (x, a, b)",
+        {"a": (24, 64), "b": (64,)},
     ),
     "Attention with a past": (
         f"{X}, float[2,2,4,3,6] past",
