@@ -89,7 +89,8 @@ class Parted:
             live: dict[str, Any] = {**constants, **feed}
             for number, part in enumerate(divided):
                 fed = {name: live[name] for name in part.inputs if name in live}
-                live |= _results(self.runtime, _alone(model, part, fed), fed)
+                with self.runtime.open(_alone(model, part, fed)) as opened:
+                    live |= opened(fed)
                 # Before the next part runs, as these may take more memory than its weights.
                 live = {
                     name: value
@@ -135,13 +136,6 @@ def parts(model: Model, most: int) -> tuple[Part, ...]:
         if outputs:
             found.append(Part(tuple(graph.node[n] for n in group), tuple(sorted(foreign)), outputs))
     return tuple(reversed(found))
-
-
-def _results(runtime: Runtime, part: Model, feed: Feed) -> dict[str, Any]:
-    """The outputs of a part."""
-    with runtime.open(part) as run:
-        # A function of its own: a variable that keeps `run` would keep this session while the next one opens.
-        return run(feed)
 
 
 def _reads(node: NodeProto) -> Set[str]:
