@@ -384,7 +384,7 @@ def _run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except Exception as error:
         is_shown = parsed["verbose"] > 0
-        advice = "please report it." if is_shown else "run again with --verbose and report what it prints."
+        advice = "report it." if is_shown else "run again with --verbose and report what it prints."
         _complain(f"Internal error ({type(error).__name__}: {error}): {advice}", traceback=is_shown)
         return 1
 

@@ -29,8 +29,10 @@ def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report
         check_writable(target)
         if target.exists() and source.exists() and target.samefile(source):
             raise InputError(f"{target} is the input model, which is never changed: name another file.")
-    if len({target.resolve() for target in targets}) < len(targets):
-        raise InputError("Two of the output files are the same: give each its own name.")
+    places = [target.resolve() for target in targets]
+    for target, place in zip(targets, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{target} is named for two outputs: give each its own name.")
 
 
 def write(result: Result, out: Path | None, save_plan: Path | None, report: Path | None) -> None:

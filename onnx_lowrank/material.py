@@ -69,7 +69,7 @@ def read(
     # Shapes that the user did not state follow from the user's inputs.
     shown = given or (next(held_out(samples, 1)) if samples is not None else {})
     if (reason := uneven(wanted, shown)) is not None:
-        raise InputError(f"The inputs do not fit each other: {reason}: give all of them the same length.")
+        raise InputError(f"The inputs do not fit each other ({reason}): give all of them the same length.")
     shapes = dict(setting.sets[0])
     if any(array.size for array in shown.values()):
         # Arrays without elements count, too: at its first call, the past of a decoder has none.

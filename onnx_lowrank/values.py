@@ -88,7 +88,7 @@ def shapes(
     for value in values:
         name, _, sizes = value.rpartition("=")
         if not name or not _SIZES.fullmatch(sizes):
-            raise click.BadParameter(f"{value!r} does not look like NAME=1,3,224,224")
+            raise click.BadParameter(f"{value!r} is no name with a shape: write it like NAME=1,3,224,224")
         given.setdefault(name, []).append(tuple(map(int, sizes.split(","))))
     sets = max(map(len, given.values()), default=0)
     return [{name: shapes[n] for name, shapes in given.items() if n < len(shapes)} for n in range(sets)]
@@ -113,5 +113,7 @@ def report_path(ctx: click.Context, param: click.Parameter, value: Path | None) 
         click.BadParameter: It is neither that of a .json file nor stdout.
     """
     if value is not None and str(value) != "-" and value.suffix != ".json":
-        raise click.BadParameter(f"{str(value)!r} is neither a .json file nor -, which is stdout")
+        raise click.BadParameter(
+            f"{str(value)!r} is neither a .json file nor -: name a .json file, or - for stdout"
+        )
     return value

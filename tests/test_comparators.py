@@ -217,5 +217,5 @@ def test_modegpt_takes_more_where_a_block_changes_less():
 def test_modegpt_needs_pairs():
     proto = model("g (float[N,4] x) => (float[N,9] y) { y = MatMul (x, w) }", w=drawn(1, 4, 9))
     data = {"x": np.random.default_rng(3).standard_normal((40, 4)).astype(np.float32)}
-    with pytest.raises(BudgetError, match="the smallest with recipe 'modegpt' is 1"):
+    with pytest.raises(BudgetError, match="raise it to 1, the smallest with recipe 'modegpt'"):
         compress(proto, 0.8, recipe="modegpt", calibration=data)

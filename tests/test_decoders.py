@@ -59,8 +59,8 @@ def test_a_mask_that_does_not_fit_the_past(kind, past, total, needed):
         {"inputs": wrong} if kind == "inputs" else {"calibration": [wrong] * 6 if kind == "feeds" else wrong}
     )
     sentence = (
-        rf"^The \w+ inputs do not fit each other: the past has {past} positions and the input 6, "
-        rf"so 'attention_mask' needs {needed}, not {total}\.$"
+        rf"^The \w+ inputs do not fit each other \(the past has {past} positions and the input 6, "
+        rf"so 'attention_mask' needs {needed}, not {total}\): correct them\.$"
     )
     with pytest.raises(InputError, match=sentence):
         onnx_lowrank.compress(decoder(), ratio=0.7, **given)
@@ -105,8 +105,16 @@ def test_a_past_of_length_0_is_a_shape(run):
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
-        ("1,0,3,8", "gives 'past_key_values_0_key' the shape 1×0×3×8, but the model says ?×2×?×8."),
-        ("1,2,0,0", "gives 'past_key_values_0_key' the shape 1×2×0×0, but the model says ?×2×?×8."),
+        (
+            "1,0,3,8",
+            "gives 'past_key_values_0_key' the shape 1×0×3×8, but the model says ?×2×?×8: "
+            "give sizes for '?' only.",
+        ),
+        (
+            "1,2,0,0",
+            "gives 'past_key_values_0_key' the shape 1×2×0×0, but the model says ?×2×?×8: "
+            "give sizes for '?' only.",
+        ),
         ("0,2,3,8", "is (0, 2, 3, 8), but it must hold positive whole numbers, or 0 for an open dimension"),
     ],
 )

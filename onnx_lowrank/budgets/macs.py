@@ -178,7 +178,7 @@ class _Meter(Counted):
         """
         count = model_macs(self._found, choices)
         if count is None:
-            raise InputError(f"The model's MACs are unknown because {self._unknown()}")
+            raise InputError(f"The model's MACs are unknown because {self._unknown()}.")
         if count > _LARGEST:
             raise _too_many(f"The MACs of {self._found.model.name} are {count:,}{self._most()}")
         return count
@@ -199,7 +199,7 @@ class _Meter(Counted):
         if found.open_inputs:
             return (
                 f"its inputs {', '.join(found.open_inputs)} have open dimensions: pass them as "
-                f"{found.shape_words}, or choose --budget params."
+                f"{found.shape_words}, or choose --budget params"
             )
         for scope in found.work:
             uses = (use for layer in found.layers for use in layer.uses if use.scope == scope.path)
@@ -208,9 +208,9 @@ class _Meter(Counted):
                 place = f" in {scope.path}" if scope.path else ""
                 return (
                     f"the shapes at node {name!r}{place} do not follow from its inputs' shapes: inline "
-                    "functions and check --input-shape, or choose --budget params."
+                    "functions and check --input-shape, or choose --budget params"
                 )
-        return "its functions call themselves: choose --budget params."
+        return "its functions call themselves: choose --budget params"
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,7 @@ def drawn(
         if inspection.samples == most:
             break
     if not inspection.sizes:
-        raise InputError(f"{title} gives no feeds: a generator must be fresh, and give dicts.")
+        raise InputError(f"{title} gives no feeds: pass a fresh generator that gives dicts of arrays.")
     return inspection.feeds(lambda n: checks.fitted(spool.read(n), wanted, _label(n)), most)
 
 

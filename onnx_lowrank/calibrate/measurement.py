@@ -313,7 +313,9 @@ class _Measurement:
             return
         except RejectedError as error:
             if (reason := unmasked(specs(self._model.proto), feed)) is not None:
-                raise InputError(f"The calibration inputs do not fit each other: {reason}.") from error
+                raise InputError(
+                    f"The calibration inputs do not fit each other ({reason}): correct them."
+                ) from error
             raise InputError(
                 f"The model fails on the calibration inputs ({error}): give inputs that it takes."
             ) from error

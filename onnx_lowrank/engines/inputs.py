@@ -104,7 +104,7 @@ def _check(given: Mapping[str, NDArray[Any] | Stored], wanted: tuple[Spec, ...])
     names = [spec.name for spec in wanted]
     for name in given:
         if name not in names:
-            raise InputError(f"The model has no input {name!r}: its inputs are {', '.join(names)}.")
+            raise InputError(f"The model has no input {name!r}: name one of {', '.join(names)}.")
     for spec in wanted:
         if spec.name not in given:
             raise InputError(f"The inputs lack {spec.name!r}: give an array for each of {', '.join(names)}.")

@@ -90,7 +90,8 @@ def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> N
             raise UnsupportedError(f"the input {spec.name!r} is no tensor, so it cannot be made")
         if spec.shape is None and spec.name not in shapes:
             raise InputError(
-                f"The input {spec.name!r} has no shape in the model: pass --input-shape {spec.name}=..."
+                f"The input {spec.name!r} has no shape in the model: pass one, such as "
+                f"--input-shape {spec.name}=1,3,224,224."
             )
 
 

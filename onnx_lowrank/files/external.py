@@ -64,8 +64,8 @@ def _real_file(location: str, model: Path, roots: tuple[Path, ...]) -> Path:
         or "\0" in location
     ):
         raise InputError(
-            f"{model} has external data at {location!r}: name a file inside the model's folder, "
-            "with / between the parts of its path."
+            f"{model} has external data at {location!r}, which is no file inside the model's folder: "
+            "save both in one folder, with / between the parts of the path."
         )
     named = model.parent / location
     try:

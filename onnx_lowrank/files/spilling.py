@@ -59,7 +59,9 @@ class Spill:
                 stack.callback(discard, self._file)
             except OSError as error:
                 where = folder or tempfile.gettempdir()
-                raise InputError(f"{where} takes no temporary file ({error.strerror}): free it.") from error
+                raise InputError(
+                    f"{where} takes no temporary file ({error.strerror}): make room there."
+                ) from error
             # A result that is forgotten, not closed, leaves nothing on disk either.
             self._close = finalize(self, stack.pop_all().close)
         self.files: Mapping[str, Path] = {path.name: path}

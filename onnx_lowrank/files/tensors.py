@@ -192,7 +192,9 @@ def read(tensor: TensorProto, files: Mapping[str, Path], owner: str) -> NDArray[
             return _mapped(tensor, region(tensor, files, owner))
         return numpy_helper.to_array(tensor)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{owner}: tensor {tensor.name!r} cannot be read: {error}.") from error
+        raise InputError(
+            f"{owner}: tensor {tensor.name!r} cannot be read ({error}): export the model again."
+        ) from error
 
 
 def _mapped(tensor: TensorProto, place: Region) -> NDArray[Any]:

@@ -78,7 +78,10 @@ def _fix(proto: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None
     inputs = {value.name: value for value in proto.graph.input if value.name not in weights}
     for name, shape in input_shapes.items():
         if name not in inputs:
-            raise InputError(f"--input-shape names {name!r}, but the model's inputs are {', '.join(inputs)}.")
+            raise InputError(
+                f"--input-shape names {name!r}, but the model's inputs are {', '.join(inputs)}: "
+                "name one of them."
+            )
         if not inputs[name].type.HasField("tensor_type"):
             raise InputError(f"--input-shape names {name!r}, but that input is no tensor: leave it out.")
         _check_fits(inputs[name], shape)
@@ -157,7 +160,8 @@ def _check_fits(value: ValueInfoProto, shape: tuple[int, ...]) -> None:
         stated = "×".join("?" if k is None else str(k) for k in known)
         given = "×".join(map(str, shape))
         raise InputError(
-            f"--input-shape gives {value.name!r} the shape {given}, but the model says {stated}."
+            f"--input-shape gives {value.name!r} the shape {given}, but the model says {stated}: "
+            "give sizes for '?' only."
         )
 
 

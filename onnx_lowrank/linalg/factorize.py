@@ -44,7 +44,7 @@ def factorize(
     channels = weight.shape[2]
     if option.k < 1 or channels % option.k:
         raise PlanError(
-            f"k = {option.k} slices do not divide a layer's {channels} input channels per group: "
+            f"A layer's {channels} input channels per group cannot be cut into k = {option.k} slices: "
             "choose a divisor of them."
         )
     is_exact = (stored or weight.dtype) == np.float64

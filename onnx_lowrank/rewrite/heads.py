@@ -124,7 +124,7 @@ def change_number(
     tensor = walk.operand(place, operand)
     value = constant(walk, model, tensor) if size.stated is None else np.array([size.stated])
     if value is None or tensor is None:  # `layers.heads` could read it, so its file has changed since
-        raise InputError("A shape changed while it was read: run again.")
+        raise InputError(f"A shape of {model.name} changed while it was read: run again.")
     changed = value.copy()
     changed.reshape(-1)[size.index] = changed.reshape(-1)[size.index] * share[0] // share[1] - lost
     is_own = concat is None or (

@@ -147,7 +147,7 @@ def _check(original: Model, compressed: Model) -> tuple[str, ...]:
     if not known:
         raise ValidationError(
             f"The ONNX checker rejects the compressed model ({complaints[0]}), which is a fault of this "
-            "program: please report it with the model."
+            "program: report it with the model."
         )
     return (f"The ONNX checker rejects the input model, and so the compressed one: {known[0]}.",)
 
@@ -194,7 +194,7 @@ def unfit(error: Exception, reason: str | None = None, purpose: str = "given") -
         purpose: The inputs in messages, an adjective.
     """
     if reason is not None:
-        return InputError(f"The {purpose} inputs do not fit each other: {reason}.")
+        return InputError(f"The {purpose} inputs do not fit each other ({reason}): correct them.")
     return InputError(f"The input model fails on the {purpose} inputs ({error}): check them.")
 
 
@@ -202,7 +202,7 @@ def fault(engine: Engine, error: Exception) -> ValidationError:
     """The error for a compressed model that fails where the input model runs."""
     return ValidationError(
         f"{engine.name} runs the input model and rejects the compressed one ({error}), which is "
-        "a fault of this program: please report it with the model."
+        "a fault of this program: report it with the model."
     )
 
 

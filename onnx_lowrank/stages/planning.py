@@ -253,12 +253,12 @@ def _out_of_reach(model: Model, meter: Meter, classes: Classes, goal: Goal, leas
         )
     shown = math.ceil(least / meter.total * 1000) / 1000
     kept = [table for table in classes.layers if table.reason]
-    why = f" The layer {kept[0].layer!r} is kept: {kept[0].reason}." if kept else ""
+    why = f"; the layer {kept[0].layer!r} is kept, as {kept[0].reason}" if kept else ""
     if len(kept) > 1:
-        why = f" {len(kept)} layers are kept ({kept[0].layer!r} first): {kept[0].reason}."
+        why = f"; {len(kept)} layers are kept ({kept[0].layer!r} first), as {kept[0].reason}"
     return BudgetError(
-        f"The ratio {goal.ratio:g} of {meter.budget.name} cannot be reached for {model.name}: the "
-        f"smallest with recipe {goal.recipe.name!r} is {shown:g}.{why}",
+        f"The ratio {goal.ratio:g} of {meter.budget.name} cannot be reached for {model.name}: raise it to "
+        f"{shown:g}, the smallest with recipe {goal.recipe.name!r}, or choose another recipe{why}.",
         shown,
     )
 

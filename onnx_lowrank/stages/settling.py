@@ -123,7 +123,7 @@ class _Settling:
             raise BudgetError(
                 f"The ratio {self.goal.ratio:g} of {self.meter.budget.name} cannot be reached for "
                 f"{self.source.model.name} on {self.meter.place}: the fastest that was measured is "
-                f"{fastest:.3f}.",
+                f"{fastest:.3f}, so raise the ratio or choose another --budget.",
                 min(1.0, fastest),
             )
         reached = median(self.tried[_options(best)][1])

@@ -722,7 +722,7 @@ class TestBadSources:
 
     @pytest.mark.parametrize("source", [[], iter(()), Reader([])])
     def test_no_feeds(self, source):
-        with pytest.raises(InputError, match="gives no feeds: a generator must be fresh"):
+        with pytest.raises(InputError, match="gives no feeds: pass a fresh generator that gives dicts"):
             data.open_samples(source, X)
 
     @pytest.mark.parametrize("feeds", [False, True])

@@ -100,8 +100,8 @@ def test_options_are_made_from_plain_values():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("tokenizer", 3, "tokenizer is '3': give the path of a tokenizer.json"),
-        ("tokenizer", "", "tokenizer is '': give the path"),
+        ("tokenizer", 3, "--tokenizer is '3': give the path of a tokenizer.json"),
+        ("tokenizer", "", "--tokenizer is '': give the path"),
         ("mean", "0.5", "--mean has the value '0.5': give one number for each channel"),
         ("mean", [], "--mean is empty: give one number for each channel"),
         ("mean", [0.5, True], "--mean has the value 'True': give one number"),

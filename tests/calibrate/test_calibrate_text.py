@@ -283,7 +283,8 @@ class TestRefused:
     @pytest.mark.parametrize("content", ["", "w0000", "w0000 " * 127])
     def test_a_short_text(self, text, bare, content):
         text.write_text(content)
-        with pytest.raises(InputError, match=r"text.txt is too short: it gives fewer than the 128 tokens of"):
+        refused = r"text.txt is too short, as it gives fewer than the 128 tokens of one sample"
+        with pytest.raises(InputError, match=refused):
             feeds(text, bare)
 
     def test_a_length_without_room_for_the_text(self, text, marked):
@@ -296,9 +297,9 @@ class TestRefused:
             feeds(text, bare)
 
     def test_a_model_without_ids(self, text, bare):
-        with pytest.raises(InputError, match="which of the inputs 'x' takes its tokens is not clear"):
+        with pytest.raises(InputError, match="not exactly one of the inputs 'x' can take its tokens"):
             feeds(text, bare, [spec("x", "n", 8, dtype="float32")])
-        with pytest.raises(InputError, match="which of the inputs 'a', 'b' takes its tokens is not clear"):
+        with pytest.raises(InputError, match="not exactly one of the inputs 'a', 'b' can take its tokens"):
             feeds(text, bare, [spec("a", "n", 8), spec("b", "n", 8)])
 
     def test_an_input_that_a_text_does_not_fill(self, text, bare):

@@ -123,8 +123,8 @@ def test_strict_namespace_gives_the_same_factors(shape, dtype):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (Option(Fold.ENCODE, 5, 1), "k = 5 slices do not divide a layer's 6 input channels"),
-        (Option(Fold.ENCODE, 0, 1), "k = 0 slices do not divide"),
+        (Option(Fold.ENCODE, 5, 1), "A layer's 6 input channels per group cannot be cut into k = 5 slices"),
+        (Option(Fold.ENCODE, 0, 1), "cannot be cut into k = 0 slices"),
         (Option(Fold.ENCODE, 1, 0), "Rank j = 0 .* between 1 and the full rank 4"),
         (Option(Fold.ENCODE, 1, 5), "Rank j = 5 .* fold encode with k = 1.* full rank 4"),
         (Option(Fold.DECODE, 2, 4), "Rank j = 4 .* fold decode with k = 2.* full rank 3"),

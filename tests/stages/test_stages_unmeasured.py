@@ -59,7 +59,7 @@ def test_a_ratio_that_only_the_head_could_reach_is_refused_with_the_reason(recip
     with pytest.raises(BudgetError) as refused:
         onnx_lowrank.compress(language_model(), ratio=0.2, recipe=recipe)
     text = str(refused.value)
-    assert "'table' is kept: the table is an output head, too" in text
+    assert "'table' is kept, as the table is an output head, too" in text
     assert "--calibration" in text
     smallest = refused.value.smallest_ratio
     with onnx_lowrank.compress(language_model(), ratio=smallest, recipe=recipe) as result:

@@ -31,7 +31,7 @@ def options_of(tokenizer: object, mean: object, std: object) -> Options:
         InputError: An option is wrong.
     """
     if tokenizer is not None and (not isinstance(tokenizer, str | os.PathLike) or not str(tokenizer)):
-        raise InputError(f"tokenizer is {str(tokenizer)[:60]!r}: give the path of a tokenizer.json.")
+        raise InputError(f"--tokenizer is {str(tokenizer)[:60]!r}: give the path of a tokenizer.json.")
     path = None if tokenizer is None else Path(tokenizer)
     options = Options(path, _numbers("mean", mean), _numbers("std", std))
     if options.std is not None and min(options.std) <= 0:

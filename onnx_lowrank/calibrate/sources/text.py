@@ -68,7 +68,7 @@ def _read(path: Path, need: Need, files: ExitStack) -> Table:
     found = windows(path, known.encode, inside, most)
     if not len(found):
         raise InputError(
-            f"{path} is too short: it gives fewer than the {inside} tokens of one sample: "
+            f"{path} is too short, as it gives fewer than the {inside} tokens of one sample: "
             f"pass a longer text, or shorter samples with --input-shape {ids.name}=1,16."
         )
     samples = known.sample(found)
@@ -89,7 +89,7 @@ def _ids_input(path: Path, specs: tuple[Spec, ...]) -> Spec:
     if len(found) != 1 or not _is_integer(found[0]):
         names = ", ".join(repr(spec.name) for spec in specs)
         raise InputError(
-            f"{path} is a text, but which of the inputs {names} takes its tokens is not clear: "
+            f"{path} is a text, but not exactly one of the inputs {names} can take its tokens: "
             "give arrays in an .npz file."
         )
     (ids,) = found
