@@ -1,15 +1,17 @@
-"""Which folds, slices and ranks there are to choose from."""
+"""Which folds, slices and ranks there are to choose from, and what they cost."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from layers_alone import ALL, layer, recipe, use
-from onnx_lowrank.allocate.cost import Linear, allowed
+from onnx_lowrank.allocate.cost import Linear, allowed, own_sizes, spared
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets.macs import known_macs
 from onnx_lowrank.budgets.params import parameters
-from onnx_lowrank.core.layer import Positions
-from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.layer import Between, Narrowing, Positions
+from onnx_lowrank.core.option import Fold, Lowering, Option
 
 PARAMS = Linear(parameters)
 
@@ -81,3 +83,59 @@ def test_spectra_are_wanted_where_an_option_is_cheaper_and_of_one_slice_for_the_
 @pytest.mark.parametrize(("f", "c"), [(1, 600), (600, 1), (2, 2), (1, 1)])
 def test_a_layer_that_cannot_become_cheaper_wants_nothing(f, c):
     assert Grid(PARAMS).wanted_spectra(layer(f, c), recipe()) == {}
+
+
+@pytest.mark.parametrize(
+    ("lowering", "encoder", "addends", "expected"),
+    [
+        (Lowering.NATIVE, "", (), (54, 8)),
+        (Lowering.SHARED, "w", (), (54, 8)),
+        (Lowering.SHARED, "v", (), (0, 8)),
+        (Lowering.SUMMED, "", ("w", "v"), (54, 8)),
+        (Lowering.SUMMED, "", ("v", "w"), (54, 0)),
+    ],
+)
+def test_a_factor_that_layers_share_counts_once(lowering, encoder, addends, expected):
+    of = layer(8, 6, (3, 3), addends=addends)
+    assert own_sizes(of, Option(Fold.ENCODE, 1, 2, lowering, encoder)) == expected
+
+
+@pytest.mark.parametrize(
+    ("reads", "folds", "tables", "reason"),
+    [
+        ((False,), ALL, False, ""),
+        ((True,), ALL, True, ""),
+        ((False, True), ALL, False, "the recipe leaves tables as they are"),
+        ((False,), (), True, "the recipe narrows pairs of layers only"),
+        ((True,), (), False, "the recipe narrows pairs of layers only"),
+    ],
+)
+def test_a_layer_that_the_recipe_spares_has_no_folds(reads, folds, tables, reason):
+    uses = [replace(use("Gather" if is_read else "MatMul"), reads_indices=is_read) for is_read in reads]
+    of, how = layer(8, 6, uses=uses), replace(recipe(folds), tables=tables)
+    assert spared(of, how) == reason
+    assert allowed(of, how) == ({} if reason else {Fold.ENCODE: (1, 2, 3, 6)})
+
+
+def test_a_cost_has_to_be_below_that_of_the_kept_layers():
+    tariff = PARAMS.tariff(layer(4, 5))
+    assert tariff.keep == 20
+    costs = np.array([19, 20, 21])
+    assert tariff.is_cheaper(costs).tolist() == [True, False, False]
+    assert tariff.is_cheaper(costs, 21).tolist() == [True, True, False]
+
+
+def test_costs_of_a_lowering_of_several_layers_are_those_of_each_rank():
+    of = layer(7, 12, added=3, siblings=("w", "v"))
+    ranks = np.array([2, 4, 6, 10])
+    found = PARAMS.tariff(of).together(Option(Fold.ENCODE, 1, 2, Lowering.SHARED, "w"), ranks)
+    assert found.tolist() == [3 + 19 * j for j in (2, 4, 6, 10)]
+
+
+def test_members_of_a_narrowing_cost_what_they_do_at_each_width():
+    partner = replace(layer(12, 5), id="v", freed=4)
+    of = layer(7, 12, freed=9, added=2, narrowing=Narrowing(Between.CHANNELS, (partner,), heads=3))
+    first, own = PARAMS.tariff(of).members(np.array([0, 3, 6, 9]))
+    # At width 0 they are as they were; a narrow layer has its new bias in place of what it frees.
+    assert first.tolist() == [12 * 5 + 4, *(5 * width + 4 for width in (3, 6, 9))]
+    assert own.tolist() == [7 * 12 + 9, *(7 * width + 2 for width in (3, 6, 9))]
