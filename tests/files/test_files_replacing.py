@@ -1,0 +1,245 @@
+"""What a file is replaced by, and in which order, on any file system."""
+
+import os
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files import atomic
+from onnx_lowrank.files.atomic import check_writable, finish, hidden, locked, permissions, replacing, sweep
+
+
+def write(*targets: Path) -> None:
+    with replacing(*targets) as files:
+        for file in files:
+            file.write(b"new")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, target: Path, error: BaseException) -> None:
+    """Make the rename over a target fail."""
+    original = Path.replace
+
+    def replace(self: Path, other: Path) -> Path:
+        if other == target:
+            raise error
+        return original(self, other)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+def test_a_target_that_cannot_be_written_is_refused_with_the_reason(tmp_path, monkeypatch):
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.touch()
+    os.mkfifo(pipe)
+    told = {
+        tmp_path / "no" / "file": f"cannot be written, as there is no folder {tmp_path / 'no'}: create it.",
+        tmp_path: "is a folder: name a file to write.",
+        pipe: "is no regular file: name another to write.",
+        file / "file": "cannot be written (Not a directory): choose another name.",
+        tmp_path / "\0": "cannot be written (embedded null byte): choose another name.",
+    }
+    for target, sentence in told.items():
+        with pytest.raises(InputError) as caught:
+            check_writable(target)
+        assert str(caught.value) == f"{target} {sentence}"
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, way: asked.append((path, way)))
+    for target in (file, tmp_path / "new"):
+        with pytest.raises(InputError, match=r"cannot be written: change its permissions or choose another"):
+            check_writable(target)
+    assert asked == [(file, os.W_OK), (tmp_path, os.W_OK)]
+
+
+def test_the_reason_of_the_system_is_told(tmp_path, monkeypatch):
+    target = tmp_path / "a"
+    failing(monkeypatch, target, OSError(28, "No space left on device"))
+    with pytest.raises(InputError) as caught:
+        write(target)
+    assert str(caught.value) == (
+        f"{target} cannot be written (No space left on device): make room or choose another place."
+    )
+    failing(monkeypatch, target, OSError("odd"))
+    with pytest.raises(InputError, match=r"cannot be written \(odd\)"):
+        write(target)
+    assert contents(tmp_path) == {}
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def test_all_bytes_are_on_the_disk_before_the_first_rename(tmp_path, monkeypatch):
+    targets, seen = [tmp_path / "a", tmp_path / "b"], []
+    fsync, replace = os.fsync, Path.replace
+
+    def noting_fsync(number: int) -> None:
+        seen.append(("fsync", os.fstat(number).st_size))
+        fsync(number)
+
+    def noting_replace(self: Path, other: Path) -> Path:
+        seen.append(("replace", other.name))
+        return replace(self, other)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    write(*targets)
+    assert seen == [("fsync", 3), ("fsync", 3), ("replace", "a"), ("replace", "b")]
+
+
+def test_finishing_twice_is_finishing_once(tmp_path, monkeypatch):
+    with hidden(tmp_path, None) as (path, file):
+        file.write(b"new")
+        finish(file)
+        assert not file.closed
+        assert path.read_bytes() == b"new"
+        monkeypatch.setattr(sys, "platform", "win32")
+        finish(file)
+        assert file.closed, "Windows renames no open file"
+        finish(file)
+        assert not locked(0), "Windows has no such locks"
+
+
+# --- undoing --------------------------------------------------------------------------------------
+
+
+def test_a_new_file_goes_again_if_a_later_one_cannot_be_renamed(tmp_path, monkeypatch):
+    failing(monkeypatch, tmp_path / "b", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", tmp_path / "b")
+    assert contents(tmp_path) == {}
+
+
+def test_a_new_file_that_somebody_removed_meanwhile_is_no_error(tmp_path, monkeypatch):
+    original, (first, last) = Path.replace, (tmp_path / "a", tmp_path / "b")
+
+    def replace(self: Path, other: Path) -> Path:
+        if other == last:
+            first.unlink()
+            raise KeyboardInterrupt
+        return original(self, other)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write(first, last)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("is_link", [True, False])
+def test_an_old_file_comes_back_on_any_file_system(tmp_path, monkeypatch, has_links, is_link):
+    first, last = tmp_path / "a", tmp_path / "b"
+    (tmp_path / "elsewhere").write_bytes(b"old")
+    if is_link:
+        first.symlink_to("elsewhere")
+    else:
+        shutil.move(tmp_path / "elsewhere", first)
+        first.chmod(0o640)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    if not has_links:
+
+        def link(*_: object, **__: object) -> None:
+            raise OSError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", link)
+    failing(monkeypatch, last, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        write(first, last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert first.is_symlink() == is_link
+    assert first.read_bytes() == b"old"
+    assert is_link or stat.S_IMODE(first.stat().st_mode) == 0o640
+
+
+# --- hidden files ---------------------------------------------------------------------------------
+
+
+def test_a_hidden_file_that_another_run_removed_before_its_lock_is_made_anew(tmp_path, monkeypatch):
+    made = []
+
+    def removing(file: int, *, waiting: bool = False) -> bool:
+        made.append(next(tmp_path.glob(".onnx-lowrank-*.tmp")))
+        if len(made) == 1:
+            made[0].unlink()
+        return locked(file, waiting=waiting)
+
+    monkeypatch.setattr(atomic, "locked", removing)
+    with hidden(tmp_path, 0o640) as (path, file):
+        assert path == made[1] != made[0]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        file.write(b"new")
+        file.flush()
+        assert contents(tmp_path) == {path.name: b"new"}
+    assert contents(tmp_path) == {}
+
+
+def test_a_hidden_file_without_locks_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "locked", lambda file, *, waiting=False: False)
+    with hidden(tmp_path, None) as (path, _):
+        path.unlink()
+    assert contents(tmp_path) == {}
+
+
+def test_a_lock_is_waited_for_only_when_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(atomic.fcntl, "flock", lambda file, way: asked.append((file, way)))
+    assert locked(7)
+    assert locked(7, waiting=True)
+    assert asked == [(7, atomic.fcntl.LOCK_EX | atomic.fcntl.LOCK_NB), (7, atomic.fcntl.LOCK_EX)]
+    monkeypatch.undo()
+    with (tmp_path / "a").open("wb") as one, (tmp_path / "a").open("rb") as other:
+        assert locked(one.fileno())
+        assert not locked(other.fileno())
+
+
+def test_sweeping_tells_every_file_before_it_goes(tmp_path):
+    dead = [tmp_path / f".onnx-lowrank-{name}.tmp" for name in "ab"]
+    for path in (*dead, tmp_path / ".onnx-lowrank-c", tmp_path / "d.tmp"):
+        path.touch()
+    (tmp_path / ".onnx-lowrank-folder.tmp").mkdir()
+    seen = []
+    sweep(tmp_path, lambda path: seen.append((path, path.exists())))
+    assert seen == [(path, True) for path in dead]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".onnx-lowrank-c",
+        ".onnx-lowrank-folder.tmp",
+        "d.tmp",
+    ]
+
+
+def test_a_file_that_cannot_be_removed_stays_and_the_next_one_goes(tmp_path):
+    dead = [tmp_path / f".onnx-lowrank-{name}.tmp" for name in "ab"]
+    for path in dead:
+        path.touch()
+
+    def refuse(path: Path) -> None:
+        if path == dead[0]:
+            raise PermissionError(13, "Permission denied")
+
+    sweep(tmp_path, refuse)
+    assert [path.exists() for path in dead] == [True, False]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_error(tmp_path, monkeypatch):
+    def refuse(self: Path, pattern: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    sweep(tmp_path)
+
+
+def test_permissions_are_those_of_everybody_and_none_without_a_file(tmp_path):
+    path = tmp_path / "a"
+    assert permissions(path) is None
+    path.touch()
+    path.chmod(0o4751)
+    assert permissions(path) == 0o751
