@@ -61,6 +61,12 @@ def test_a_target_that_cannot_be_written_is_refused_with_the_reason(tmp_path, mo
     assert asked == [(file, os.W_OK), (tmp_path, os.W_OK)]
 
 
+def test_every_target_is_checked_before_anything_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"folder is a folder: name a file"), replacing(tmp_path / "folder"):
+        pytest.fail("the block has begun")
+
+
 def test_the_reason_of_the_system_is_told(tmp_path, monkeypatch):
     target = tmp_path / "a"
     failing(monkeypatch, target, OSError(28, "No space left on device"))
@@ -106,7 +112,7 @@ def test_finishing_twice_is_finishing_once(tmp_path, monkeypatch):
         finish(file)
         assert file.closed, "Windows renames no open file"
         finish(file)
-        assert not locked(0), "Windows has no such locks"
+        assert locked(0) is False, "Windows has no such locks"
 
 
 # --- undoing --------------------------------------------------------------------------------------
@@ -160,6 +166,31 @@ def test_an_old_file_comes_back_on_any_file_system(tmp_path, monkeypatch, has_li
     assert is_link or stat.S_IMODE(first.stat().st_mode) == 0o640
 
 
+def test_a_link_to_nothing_comes_back(tmp_path, monkeypatch):
+    first, last = tmp_path / "a", tmp_path / "b"
+    first.symlink_to("nothing")
+    failing(monkeypatch, last, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        write(first, last)
+    assert [(path.name, path.readlink().name) for path in tmp_path.iterdir()] == [("a", "nothing")]
+
+
+def test_an_old_file_comes_back_though_another_run_sweeps_meanwhile(tmp_path, monkeypatch):
+    original, (first, last) = Path.replace, (tmp_path / "a", tmp_path / "b")
+    first.write_bytes(b"old")
+
+    def replace(self: Path, other: Path) -> Path:
+        if other == last:
+            sweep(tmp_path)
+            raise KeyboardInterrupt
+        return original(self, other)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write(first, last)
+    assert contents(tmp_path) == {"a": b"old"}
+
+
 # --- hidden files ---------------------------------------------------------------------------------
 
 
@@ -167,6 +198,7 @@ def test_a_hidden_file_that_another_run_removed_before_its_lock_is_made_anew(tmp
     made = []
 
     def removing(file: int, *, waiting: bool = False) -> bool:
+        assert waiting, "another run may hold the lock for a moment"
         made.append(next(tmp_path.glob(".onnx-lowrank-*.tmp")))
         if len(made) == 1:
             made[0].unlink()
@@ -180,6 +212,19 @@ def test_a_hidden_file_that_another_run_removed_before_its_lock_is_made_anew(tmp
         file.flush()
         assert contents(tmp_path) == {path.name: b"new"}
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("mode", "first"), [(None, 0o666), (0o640, 0o600)])
+def test_a_hidden_file_is_private_before_it_has_its_mode(tmp_path, monkeypatch, mode, first):
+    modes, original = [], os.open
+
+    def noting(path: str, flags: int, mode: int) -> int:
+        modes.append(mode)
+        return original(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", noting)
+    with hidden(tmp_path, mode):
+        assert modes == [first]
 
 
 def test_a_hidden_file_without_locks_is_used(tmp_path, monkeypatch):
@@ -198,7 +243,7 @@ def test_a_lock_is_waited_for_only_when_asked(tmp_path, monkeypatch):
     monkeypatch.undo()
     with (tmp_path / "a").open("wb") as one, (tmp_path / "a").open("rb") as other:
         assert locked(one.fileno())
-        assert not locked(other.fileno())
+        assert locked(other.fileno()) is False
 
 
 def test_sweeping_tells_every_file_before_it_goes(tmp_path):

@@ -1,4 +1,4 @@
-"""Certificates in blocks: the same as of a whole weight."""
+"""Certificates in blocks are the same as of a whole weight, and their parts prove what they say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnx_lowrank.core.factors import Factors, KeptRows
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.linalg import certificate
 from onnx_lowrank.linalg.backend import resolve
-from onnx_lowrank.linalg.certificate import certify, certify_weight
+from onnx_lowrank.linalg.certificate import certify, certify_product, certify_weight
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
 from onnx_lowrank.work.executor import Threads
@@ -71,3 +71,50 @@ def test_kept_rows_count_in_their_block(block, monkeypatch):
     residual = weight - compose(Factors(Fold.ENCODE, encoder, made.decoder, rows))
     expected = np.linalg.norm(residual.astype(np.float64)) / np.linalg.norm(weight.astype(np.float64))
     assert proof.frobenius[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_rounding_errors_are_those_of_float64():
+    # γ_n = nu / (1 − nu) for u = 2⁻⁵³
+    assert certificate._gamma(1 << 50) == pytest.approx(1 / 7, rel=1e-15)
+    assert certificate._gamma(1 << 52) == 1
+
+
+def test_a_shift_is_proven_only_above_the_largest_eigenvalue():
+    vectors = np.linalg.qr(drawn((5, 5), np.float64))[0]
+    gram = vectors @ np.diag([1.0, 2.0, 3.0, 4.0, 5.0]) @ vectors.T
+    assert not certificate._is_above(4.999, gram)
+    assert certificate._is_above(5.001, gram)
+
+
+def test_a_shift_that_proves_nothing_is_raised_until_one_does(monkeypatch):
+    weight = drawn((1, 12, 20), np.float64)
+    kept = Factors(Fold.ENCODE, np.zeros((1, 1, 1, 20)), np.zeros((1, 12, 1, 1)))
+    expected, tried, is_above = certify(weight, kept).spectral[0], [], certificate._is_above
+
+    def refusing(shift, gram):
+        tried.append(shift)
+        return is_above(shift, gram) and len(tried) > 3
+
+    monkeypatch.setattr(certificate, "_is_above", refusing)
+    found = certify(weight, kept).spectral[0]
+    top = np.linalg.norm(weight[0], 2) ** 2
+    margins = [shift / top - 1 for shift in tried]
+    assert margins[1:] == pytest.approx([2 * margin for margin in margins[:-1]], rel=0.05)
+    assert expected < found < expected + 1e-11
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 90), (1, 90, 5), (1, 40, 2, 3, 3)])
+def test_gram_matrices_are_of_the_smaller_side(shape, monkeypatch):
+    weight, sides, top = drawn(shape, np.float32), set(), certificate._top
+
+    def noting(gram):
+        sides.add(len(gram))
+        return top(gram)
+
+    monkeypatch.setattr(certificate, "_top", noting)
+    certify(weight, factorize(weight, Option(Fold.ENCODE, 1, 1), CPU))
+    assert sides == {min(shape[1], weight[0, 0].size)}
+    sides.clear()
+    second, first = weight.reshape(shape[1], -1), drawn((weight[0, 0].size, 7), np.float64)
+    certify_product(first, second, (second @ first).astype(np.float32))
+    assert sides == {min(shape[1], 7)}
