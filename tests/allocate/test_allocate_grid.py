@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onnx_lowrank.allocate.cost import Linear
+from onnx_lowrank.allocate.cost import Line, Linear
 from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import candidates, unscored
@@ -29,6 +29,40 @@ def layer(f=48, c=32, kernel=(3, 3), groups=1):
 
 def recipe(aggregate=Aggregate.SUM):
     return Recipe("r", "For the tests.", tuple(Fold), None, aggregate=aggregate)
+
+
+class Straight:
+    """Costs of one line."""
+
+    def __init__(self, keep, slope, constant):
+        self._line = Line(keep, slope, constant)
+
+    def line(self, of, fold, k):
+        return self._line
+
+
+@pytest.mark.parametrize(
+    ("line", "ranks"),
+    [
+        ((10, 4, 5), [1]),
+        ((10, 4, 6), []),
+        ((10, 2, 3), [1, 2, 3]),
+        ((1000, 1, 0), [1, 2, 3, 4]),  # below the full rank
+        ((10, 0, 3), []),  # no rank is the last that is cheaper
+        ((10, -1, 3), []),
+        ((3, 1, 10), []),
+    ],
+)
+def test_ranks_lie_below_the_full_one_and_cost_less_than_the_layer(line, ranks):
+    assert list(Grid(Straight(*line)).ranks(layer(5, 8, ()), Fold.ENCODE, 1)) == ranks
+
+
+def test_only_the_slices_of_convolutions_keep_to_blocks():
+    costs = Straight(1000, 1, 0)
+    convolution, matrix = layer(5, 6, (3, 3)), layer(5, 6, ())
+    assert list(Grid(costs, 4).ranks(convolution, Fold.ENCODE, 1)) == [4]
+    assert list(Grid(costs, 4).ranks(convolution, Fold.ENCODE, 2)) == []
+    assert list(Grid(costs, 2).ranks(matrix, Fold.ENCODE, 2)) == [2]
 
 
 def falling(of):

@@ -38,6 +38,14 @@ def narrowed(depthwise=False, **fields):
     return replace(layer(**fields), narrowing=Narrowing(Between.CHANNELS, (partner,), beside=beside))
 
 
+def test_one_convolution_among_the_partners_is_enough():
+    of, widths = narrowed(depthwise=True), np.arange(1, 24)
+    (partner,) = of.partners
+    matrix = replace(partner, op="Gemm", kernel=())
+    mixed = replace(of, op="Gemm", kernel=(), narrowing=replace(of.narrowing, partners=(partner, matrix)))
+    assert widths[holds_widths(mixed, widths)].tolist() == [4, 8, 12, 16, 20]
+
+
 OUTSIDE = {
     "matrices": {"op": "Gemm", "kernel": ()},
     "sequences": {"kernel": (3,)},

@@ -74,3 +74,11 @@ def test_a_layer_whose_costs_differ_by_one_has_a_choice():
     of = [table([2, 1], [0, 0.5])]
     assert solve(of, Limits.single(of, 1), recipe(Aggregate.SUM)).picks == (1,)
     assert solve(of, Limits(np.array([0]), (np.array([[0, 0]]),)), recipe(Aggregate.SUM)).picks == (0,)
+
+
+def test_a_price_rises_until_every_limit_holds():
+    priced = [table([10, 2, 6], [0, 0.75, 0.25], price=[10, 2, 6]) for _ in range(2)]
+    # The first limit holds from the start; the second asks for the cheapest option of the first layer.
+    solution = solve(priced, Limits(np.array([20, 5]), COSTS), recipe(Aggregate.SUM))
+    assert (solution.picks, solution.gap) == ((1, 2), None)
+    assert smallest(priced, Limits(np.array([0, 0]), COSTS), recipe(Aggregate.SUM)).picks == (1, 1)

@@ -79,6 +79,29 @@ def test_rounding_errors_are_those_of_float64():
     assert certificate._gamma(1 << 52) == 1
 
 
+def test_a_frobenius_norm_lies_between_its_bounds():
+    below, above = certificate._frobenius(np.array([[3.0, 0.0], [0.0, 4.0]]))
+    assert 5 - 1e-14 < below < 5 < above < 5 + 1e-14
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "expected"),
+    [
+        ((1, 12, 20), 20, [3, 3, 3, 3, 3, 3, 2]),  # 40 elements are 3 channels
+        ((1, 12, 20), 4, [3, 1] * 5),
+        ((1, 12, 20), 3, [3] * 6 + [2]),
+        ((1, 4, 20), 4, [8, 8, 4]),  # whole slices
+        ((1, 20, 4), 2, [10, 10]),  # features
+        ((1, 12, 20, 3), 20, [1] * 20),
+    ],
+)
+def test_blocks_have_a_bounded_size_and_end_with_their_slices(shape, width, expected, monkeypatch):
+    monkeypatch.setattr(certificate, "_BLOCK", 40)
+    parts = list(certificate._slices(np.zeros(shape), width))
+    assert [part.stop - part.start for part in parts] == expected
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+
+
 def test_a_shift_is_proven_only_above_the_largest_eigenvalue():
     vectors = np.linalg.qr(drawn((5, 5), np.float64))[0]
     gram = vectors @ np.diag([1.0, 2.0, 3.0, 4.0, 5.0]) @ vectors.T

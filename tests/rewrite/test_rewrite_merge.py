@@ -279,6 +279,25 @@ def test_an_add_behind_a_matmul_is_its_bias(case, ir):
     assert merge(after) == (after, ())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "shapes", "product"),
+    [
+        (IMAGE, (CONV["a"], CONV["b"]), "mchw,fm->fchw"),
+        (POINTS, (P, Q), "mc,fmhw->fchw"),
+    ],
+)
+def test_the_certificate_of_a_product_of_kernels_is_that_of_its_rounding(inputs, shapes, product):
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    before = built(inputs, "h = Conv (x, a) y = Conv (h, b)", dict(zip("ab", weights, strict=True)))
+    after, (made,) = merge(before)
+    (stored,) = map(numpy_helper.to_array, after.model.proto.graph.initializer)
+    maps = [weight.astype(np.float64).reshape([n for n in weight.shape if n > 1]) for weight in weights]
+    exact = np.einsum(product, *maps)
+    lost = np.linalg.norm(exact - stored) / np.linalg.norm(exact)
+    assert lost < made.certificate.frobenius[0] == pytest.approx(lost, rel=1e-4)
+
+
 def test_a_row_of_layers_with_adds_becomes_one():
     """As exporters write linear layers of a sequence."""
     nodes = (
