@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy
 
+from onnx_lowrank.allocate.knapsack import solve_knapsacks
 from onnx_lowrank.allocate.limits import Limits, Single
 from onnx_lowrank.allocate.options import Candidates
 from onnx_lowrank.allocate.solve import smallest, solve
@@ -82,3 +84,11 @@ def test_a_price_rises_until_every_limit_holds():
     solution = solve(priced, Limits(np.array([20, 5]), COSTS), recipe(Aggregate.SUM))
     assert (solution.picks, solution.gap) == ((1, 2), None)
     assert smallest(priced, Limits(np.array([0, 0]), COSTS), recipe(Aggregate.SUM)).picks == (1, 1)
+
+
+def test_without_a_linear_relaxation_the_optimum_is_found_all_the_same(monkeypatch):
+    values = [np.array([0, 0.75, 0.25]), np.array([0, 0.5, 0.125])]
+    assert solve_knapsacks(COSTS, values, np.array([12, 5])) == ([1, 0], 0)
+    failed = scipy.optimize.OptimizeResult(success=False)
+    monkeypatch.setattr(scipy.optimize, "linprog", lambda *_, **__: failed)
+    assert solve_knapsacks(COSTS, values, np.array([12, 5])) == ([1, 0], 0)

@@ -79,6 +79,20 @@ def test_rounding_errors_are_those_of_float64():
     assert certificate._gamma(1 << 52) == 1
 
 
+def test_a_product_that_cancels_is_certified_less_its_own_rounding():
+    # B · A is 2⁻³⁰, and its rounding error up to γ₁₀ ‖A‖ ‖B‖; nothing of it is stored.
+    first, second = np.ones((2, 1)), np.array([[1.0, 2.0**-30 - 1]])
+    error = certificate._gamma(10) * np.linalg.norm(first) * np.linalg.norm(second) * 2.0**30
+    found = certify_product(first, second, np.zeros((1, 1)))
+    expected = (1 + error) / (1 - error)
+    assert (found.spectral[0], found.frobenius[0]) == pytest.approx((expected, expected), rel=1e-13)
+
+
+def test_taken_is_some_blocks_and_the_gram_matrices_of_the_smaller_side():
+    assert certificate.taken((1, 5, 7)) == 24 * 35 + 40 * 25
+    assert certificate.taken((3, 4096, 512, 3, 3)) == 24 * 4 * 2**20 + 40 * 4096**2
+
+
 def test_a_frobenius_norm_lies_between_its_bounds():
     below, above = certificate._frobenius(np.array([[3.0, 0.0], [0.0, 4.0]]))
     assert 5 - 1e-14 < below < 5 < above < 5 + 1e-14
