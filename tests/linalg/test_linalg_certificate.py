@@ -8,7 +8,7 @@ import pytest
 from onnx_lowrank.core.factors import Factors, KeptRows
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.linalg import certificate
-from onnx_lowrank.linalg.backend import resolve
+from onnx_lowrank.linalg.backend import in_turn, resolve
 from onnx_lowrank.linalg.certificate import certify, certify_product, certify_weight
 from onnx_lowrank.linalg.factorize import factorize
 from onnx_lowrank.linalg.folding import compose
@@ -114,6 +114,16 @@ def test_blocks_have_a_bounded_size_and_end_with_their_slices(shape, width, expe
     parts = list(certificate._slices(np.zeros(shape), width))
     assert [part.stop - part.start for part in parts] == expected
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "exact"), [(np.ones((1, 1 << 16)), 256), (np.ones((1 << 16, 1)), 256), (np.eye(64), 1)]
+)
+def test_a_largest_singular_value_lies_between_its_bounds(matrix, exact):
+    is_high = len(matrix) > matrix.shape[1]
+    measured = certificate._measured(certificate._Blocks([matrix].__getitem__, 1, is_high, in_turn))
+    below, above = certificate._spectral_below(measured), certificate._spectral_above(measured)
+    assert exact * (1 - 1e-10) < below < exact < above < exact * (1 + 1e-10)
 
 
 def test_a_shift_is_proven_only_above_the_largest_eigenvalue():

@@ -378,6 +378,7 @@ ALONE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "more outputs than inputs": (POINTS, "h = Conv (x, a) y = Conv <pads = [2,1,1,1]> (h, b)", {"a": P, "b": Q}),
     "transposed convolution": (IMAGE, "h = Conv (x, a) y = ConvTranspose (h, b)", {"a": (24, 12, 1, 1), "b": (24, 4, 1, 1)}),
     "two einsums": (ROWS, 'h = Einsum <equation = "ij,jk->ik"> (x, a) y = Einsum <equation = "ij,jk->ik"> (h, b)', RIGHT),
+    "result as a weight": ("float[4,12,3,3] x", "h = Conv (x, a) y = Conv (c, h)", {"a": (8, 12, 3, 3), "c": (1, 8, 5, 5)}),
     "overflow": (ROWS, PAIR, {"a": np.full((12, 8), 1e20, np.float32), "b": np.full((8, 10), 1e20, np.float32)}),
     "infinite": (ROWS, PAIR, {"a": np.full((12, 8), np.inf, np.float32), "b": (8, 10)}),
     "infinite bias": (ROWS, "h = Gemm (x, a, p) y = MatMul (h, b)", {**RIGHT, "p": np.full(8, 3e38, np.float32)}),
@@ -416,6 +417,13 @@ def test_what_does_not_fit_is_left_alone(inputs, nodes, weights):
     for node in proto.graph.node:
         node.name = f"n.{node.output[0]}"
     assert merge(of(proto, "n.h"))[1] == ()
+
+
+@pytest.mark.parametrize("node", ["n.h", "n.y"])
+def test_a_node_that_the_user_wants_left_alone_merges_with_none(node):
+    before = built(ROWS, PAIR, RIGHT)
+    assert merge(before, spared={("", node)}) == (before, ())
+    assert len(merge(before, spared={("", "n.x"), ("other", node)})[1]) == 1
 
 
 def test_another_domain_is_left_alone():
