@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy
 
+from onnx_lowrank.allocate import knapsack
 from onnx_lowrank.allocate.knapsack import solve_knapsacks
 from onnx_lowrank.allocate.limits import Limits, Single
 from onnx_lowrank.allocate.options import Candidates
@@ -92,3 +93,10 @@ def test_without_a_linear_relaxation_the_optimum_is_found_all_the_same(monkeypat
     failed = scipy.optimize.OptimizeResult(success=False)
     monkeypatch.setattr(scipy.optimize, "linprog", lambda *_, **__: failed)
     assert solve_knapsacks(COSTS, values, np.array([12, 5])) == ([1, 0], 0)
+
+
+def test_the_gap_is_what_the_best_bound_leaves(monkeypatch):
+    values = [np.array([0, 0.75, 0.25]), np.array([0, 0.5, 0.125])]
+    monkeypatch.setattr(knapsack, "_branch_and_cut", lambda *_: ([], 0.5625))
+    picks, gap = solve_knapsacks(COSTS, values, np.array([12, 5]), most_states=0)
+    assert gap == 1 - 0.5625 / (values[0][picks[0]] + values[1][picks[1]])

@@ -349,6 +349,8 @@ ALONE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "B's data transposed": ("float[8,12] x", "h = Gemm (x, a) y = Gemm <transA = 1> (h, b)", RIGHT),
     "bias of A by rows": (ROWS, "h = Gemm (x, a, p) y = MatMul (h, b)", {**RIGHT, "p": (5, 1)}),
     "bias of A by elements": (ROWS, "h = Gemm (x, a, p) y = MatMul (h, b)", {**RIGHT, "p": (5, 8)}),
+    "bias of A by two rows": ("float[2,12] x", "h = Gemm (x, a, p) y = MatMul (h, b)", {**RIGHT, "p": (2, 8)}),
+    "bias of A by two columns": ("float[12,2] x", "h = Gemm (a, x, p) y = MatMul (b, h)", {**LEFT, "p": (8, 2)}),
     "bias of B by elements": (ROWS, "h = Gemm (x, a, p) y = Gemm (h, b, q)", {**RIGHT, "p": (8,), "q": (5, 10)}),
     "bias of A is shared": (ROWS, "h = Gemm (x, a, p) y = MatMul (h, b) z = Neg (p)", {**RIGHT, "p": (8,)}),
     "bias of B is shared": (ROWS, "h = Gemm (x, a, p) y = Gemm (h, b, q) z = Neg (q)", {**RIGHT, "p": (8,), "q": (10,)}),
