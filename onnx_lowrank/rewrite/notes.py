@@ -3,7 +3,8 @@
 Rules:
 
 1. The metadata of the model hold the run, and the option and the certificate of every rewritten layer. From
-   IR 10 on, the nodes of the layer's chains hold option and certificate, too.
+   IR 10 on, the nodes of the layer's chains hold option and certificate, too, unless another node has the
+   same name.
 2. A factor that was multiplied with its neighbour is no longer in the file. Nobody could check the
    certificate of its layer, so it is left out. The product has a certificate of its own.
 3. A model that was compressed before keeps its older entries; the new entries get other keys.
@@ -12,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,10 +60,12 @@ def _stamp_nodes(rewritten: Rewritten, notes: Mapping[str, Any], products: Itera
             by_name.setdefault(name, {"layer": layer, **notes[layer]})
     for merged in products:
         by_name[merged.second] = {"product": _product(merged)}
-    for scope in scopes(rewritten.model.proto):
-        for node in scope.nodes:
-            for key, value in by_name.get(node.name, {}).items():
-                _add(node, key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    nodes = [node for scope in scopes(rewritten.model.proto) for node in scope.nodes]
+    bearers = Counter(node.name for node in nodes)
+    for node in nodes:
+        # Names may repeat, and a name does not tell which of its nodes is the one of a chain.
+        for key, value in by_name.get(node.name, {}).items() if bearers[node.name] == 1 else ():
+            _add(node, key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _note(rewritten: Rewritten, layer: str, multiplied: set[str]) -> dict[str, Any]:

@@ -54,3 +54,13 @@ def test_nodes_say_what_they_stand_for_from_ir_10_on():
     assert json.loads(product["onnx_lowrank.product"])["layers"] == list(merges[0].layers)
     _, old, _ = merged(8)
     assert not any(node.metadata_props for node in old.model.proto.graph.node)
+
+
+def test_no_node_gets_the_notes_of_another_one_with_the_same_name():
+    proto = model("g (float[5,12] x) => (float[] y) { h = MatMul (x, w) y = Relu (h) }", ir=10, w=(12, 12))
+    for node in proto.graph.node:
+        node.name = "n"
+    new = rewritten(found(proto), {"w": Option(Fold.ENCODE, 1, 3)}).model.proto
+    noted = {node.op_type: len(node.metadata_props) for node in new.graph.node if node.name == "n"}
+    assert noted == {"MatMul": 0, "Relu": 0}
+    assert "w" in json.loads(next(e.value for e in new.metadata_props if e.key == "onnx_lowrank.layers"))
