@@ -34,7 +34,17 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import is_external
 from onnx_lowrank.graph.shapes import Shapes, shape_of
 from onnx_lowrank.graph.walk import Place, Walk, attributes, label
-from onnx_lowrank.graph.weights import COMPUTED, FLOATS, Source, Stored, cast_of, readers, resolve, viewed
+from onnx_lowrank.graph.weights import (
+    COMPUTED,
+    FLOATS,
+    Source,
+    Stored,
+    cast_of,
+    dtype_of,
+    readers,
+    resolve,
+    viewed,
+)
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.foreign import foreign
 from onnx_lowrank.layers.prepare import Preparation, prepare, too_large
@@ -264,22 +274,28 @@ def _layer(
         batchnorm=prepared.batchnorm,
         freed=prepared.freed,
         added=groups * f if prepared.batchnorm is not None else 0,
-        whole=_lowerings(walk, uses, seen[0].shape, sliced=False),
-        sliced=_lowerings(walk, uses, seen[0].shape, sliced=True),
+        whole=_lowerings(walk, seen, uses, sliced=False),
+        sliced=_lowerings(walk, seen, uses, sliced=True),
     )
 
 
-def _lowerings(
-    walk: Walk, uses: tuple[Use, ...], shape: tuple[int, ...], *, sliced: bool
-) -> tuple[Lowering, ...]:
+def _lowerings(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...], *, sliced: bool) -> tuple[Lowering, ...]:
     """The lowerings that all uses allow for their chains."""
+    groups, _, _, *kernel = seen[0].shape
     ways = [
-        registry.family(walk.node(Place(use.scope, use.node))).lowerings(
-            use, shape[3:], shape[0], sliced=sliced
-        )
-        for use in uses
+        registry.family(walk.node(one.place)).lowerings(use, tuple(kernel), groups, sliced=sliced)
+        for one, use in zip(seen, uses, strict=True)
     ]
-    return tuple(way for way in ways[0] if all(way in others for others in ways))
+    has_conv = all(dtype_of(walk, one.stored).name not in _NO_CONV for one in seen)
+    return tuple(
+        way
+        for way in ways[0]
+        if all(way in others for others in ways) and (has_conv or way is not Lowering.CONV)
+    )
+
+
+_NO_CONV = frozenset({"float64", "bfloat16"})
+"""The types without a Conv in ONNX Runtime's CPU provider, which runs matrices of float64."""
 
 
 def _can_slice(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...]) -> bool:

@@ -10,8 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lowrank.budgets.params import parameters as cost
+from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.graph.parameters import parameters
 from rewriting import (
+    DTYPES,
     assert_only_named_changes,
     assert_same,
     constants,
@@ -430,3 +432,12 @@ def test_an_unknown_operator_with_a_long_vector_is_listed():
 def test_a_call_of_the_models_own_function_is_none():
     text = '<domain: "local", opset_import: ["" : 17]> f (a, b) => (c) { c = Identity (a) }'
     assert foreign("y = local.f (x, w)", text, w=(8, 8)).skipped == ()
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_matrices_become_no_convolution_of_a_type_that_the_runtime_lacks(kind):
+    proto = model(
+        f"g ({kind}[5,8] x) => ({kind}[5,6] y) {{ y = MatMul (x, w) }}", w=np.ones((8, 6), DTYPES[kind])
+    )
+    lowerings = found(proto).layer.lowerings(2)
+    assert (Lowering.CONV in lowerings) == (kind in ("float", "float16"))
