@@ -32,9 +32,11 @@ class Reference:
         """
         from onnx.reference import ReferenceEvaluator  # Its import takes long, and it runs few models.
 
+        from onnx_lowrank.engines.specified import OPERATORS
+
         proto = whole(model.proto, model.files, model.name) if model.files else model.proto
         try:
-            evaluator: Any = ReferenceEvaluator(proto)
+            evaluator: Any = ReferenceEvaluator(proto, new_ops=list(OPERATORS))
         except Exception as error:
             raise UnsupportedError(one_line(error)) from error
 
