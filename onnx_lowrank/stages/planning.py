@@ -129,6 +129,8 @@ def check_reach(
     if meter.budget.is_measured:
         return
     limit = largest_total(ratio, meter.total)
+    if ratio == 1:  # A plan that keeps all layers reaches it.
+        return
     errors = []
     for recipe in recipes:
         if recipe.price not in (None, meter.budget.name):
@@ -140,7 +142,7 @@ def check_reach(
         classes = _unscored(layers, recipe, grid)
         choices = classes.choices(_within(meter, classes, goal, limit, smallest).picks)
         least = meter.of_model(choices)
-        if least <= limit and (layers or ratio == 1):
+        if least <= limit and layers:
             return
         errors.append(_out_of_reach(model, meter, classes, goal, least))
     raise min(errors, key=lambda error: error.smallest_ratio or 1.0)
@@ -251,7 +253,8 @@ def _out_of_reach(model: Model, meter: Meter, classes: Classes, goal: Goal, leas
             "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
             1.0,
         )
-    shown = math.ceil(least / meter.total * 1000) / 1000
+    # What is written beside the factors may make every rewritten model larger than the input.
+    shown = min(math.ceil(least / meter.total * 1000) / 1000, 1.0)
     kept = [table for table in classes.layers if table.reason]
     why = f"; the layer {kept[0].layer!r} is kept, as {kept[0].reason}" if kept else ""
     if len(kept) > 1:
