@@ -6,7 +6,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from onnx_lowrank import measures
 from onnx_lowrank.core.option import Fold
+
+UNCALIBRATED = [name for name in measures.names() if not measures.named(name).calibrated]
 
 
 @st.composite
@@ -16,7 +19,7 @@ def recipe_texts(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         "summary": draw(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=9)),
         "folds": draw(st.lists(st.sampled_from([fold.value for fold in Fold]), min_size=1, unique=True)),
         "groups": draw(st.just("divisors") | st.lists(st.integers(1, 6), min_size=1, max_size=3)),
-        "measure": draw(st.sampled_from(["spectral", "frobenius", "nuclear", "schatten", "spectral_bound"])),
+        "measure": draw(st.sampled_from(UNCALIBRATED)),
         "normalize": draw(st.sampled_from(["relative", "absolute"])),
         "aggregate": draw(st.sampled_from(["max", "sum", "uniform", "ratio"])),
         "tables": draw(st.booleans()),
