@@ -32,6 +32,10 @@ class UnsupportedError(Exception):
     """An engine cannot run the model on any inputs; the message is one line."""
 
 
+class UnmadeError(UnsupportedError):
+    """No inputs can be made for the model, whatever runs it; the message is one line."""
+
+
 class RejectedError(Exception):
     """An engine failed on these inputs; the message is one line."""
 

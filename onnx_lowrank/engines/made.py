@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnx_lowrank.engines.engine import Feed, UnsupportedError
+from onnx_lowrank.engines.engine import Feed, UnmadeError
 from onnx_lowrank.engines.id_limits import id_limits
 from onnx_lowrank.engines.inputs import Spec, fits, shape_text
 from onnx_lowrank.errors import InputError
@@ -56,7 +56,7 @@ def make(
 
     Raises:
         InputError: A given shape does not fit the model, or all sizes make the inputs larger than 1 GiB.
-        UnsupportedError: An input is no tensor, so it cannot be made.
+        UnmadeError: An input is no tensor, so it cannot be made.
     """
     _check(wanted, shapes)
     limits, chooser = id_limits(proto), _Chooser(wanted, shapes)
@@ -87,7 +87,7 @@ def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> N
     check_shapes(wanted, shapes)
     for spec in wanted:
         if spec.dtype is None:
-            raise UnsupportedError(f"the input {spec.name!r} is no tensor, so it cannot be made")
+            raise UnmadeError(f"the input {spec.name!r} is no tensor")
         if spec.shape is None and spec.name not in shapes:
             raise InputError(
                 f"The input {spec.name!r} has no shape in the model: pass one, such as "

@@ -14,7 +14,7 @@ from onnx_lowrank.engines import fused
 from onnx_lowrank.engines.batches import batches
 from onnx_lowrank.engines.checker import check
 from onnx_lowrank.engines.compare import Comparison, compare
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.engine import Feed, RejectedError, UnmadeError, UnsupportedError
 from onnx_lowrank.engines.inputs import describe, read, specs
 from onnx_lowrank.engines.made import make
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
@@ -157,6 +157,9 @@ def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, not
     fitting = fitting_engine(model, engine)
     try:
         return _Run(fitting, *first_run(fitting, model, feeds()))
+    except UnmadeError as error:
+        notes.append(f"No inputs can be made for the input model: {error}.")
+        return None
     except UnsupportedError as error:
         notes.append(f"{fitting.name} cannot run the input model: {error}.")
         if fitting is not engine:
@@ -173,8 +176,11 @@ def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, not
     reference = Reference()
     try:
         return _Run(reference, *first_run(reference, model, feeds()))
-    except (UnsupportedError, RejectedError) as error:
+    except UnsupportedError as error:
         notes.append(f"{reference.name} cannot run it either: {error}.")
+    except RejectedError as error:
+        kind, advice = ("given", "other --inputs") if given else ("made", "--inputs or --input-shape")
+        notes.append(f"{reference.name} fails on {kind} inputs ({error}): pass {advice}.")
     return None
 
 

@@ -1,6 +1,7 @@
 import builtins
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
@@ -198,6 +199,19 @@ class TestEngines:
         assert result.engine == "onnx ReferenceEvaluator"
         assert "ONNX Runtime CPUExecutionProvider cannot run the input model" in result.notes[-1]
         assert (result.worst, result.outputs[0].largest) == (0.0, 0.0)
+
+    @pytest.mark.parametrize(
+        ("inputs", "kind", "advice"),
+        [
+            (None, "made", "pass --inputs or --input-shape."),
+            ({"x": np.zeros((3, 5), ml_dtypes.bfloat16)}, "given", "pass other --inputs."),
+        ],
+    )
+    def test_inputs_on_which_the_reference_fails_are_no_fault_of_it(self, inputs, kind, advice):
+        body = "g (bfloat16[N, 5] x) => (bfloat16[2, 2] y) <int64[2] s = {2, 2}> { y = Reshape(x, s) }"
+        result = validate(model(body), model(body), {}, alone=never, inputs=inputs)
+        assert f"onnx ReferenceEvaluator fails on {kind} inputs" in result.notes[-1]
+        assert result.notes[-1].endswith(advice)
 
     def test_compressed_fails_in_the_reference(self):
         body = "g (bfloat16[2, 3] x) => (bfloat16[2, 3] y) { y = Abs(x) }"
@@ -421,7 +435,7 @@ class TestMadeInputs:
         m = model("g (seq(float[2]) s) => (float[2] y) <int64 i = {0}> { y = SequenceAt(s, i) }")
         result = validate(m, m, {}, alone=never)
         assert result.engine.startswith("layers alone")
-        assert "no tensor" in result.notes[0]
+        assert result.notes == ("No inputs can be made for the input model: the input 's' is no tensor.",)
 
 
 class TestIdLimits:
