@@ -62,8 +62,8 @@ def make(
     limits, chooser = id_limits(proto), _Chooser(wanted, shapes)
     seen = set()
     refused: list[tuple[int, str]] = []
-    for sizes in _sizes():
-        chosen = chooser.choose(sizes)
+    tried = [chooser.choose(sizes) for sizes in _sizes()]
+    for chosen in (*tried, _as_stated(proto, tried[0], shapes)):
         key = tuple(chosen.values())
         if key in seen:
             continue
@@ -80,6 +80,25 @@ def make(
             f"The inputs to make take {min(size, 2**80) / 2**30:.1f} GiB, more than 1 GiB ({largest}): "
             "give smaller ones with --input-shape or --inputs."
         )
+
+
+def _as_stated(
+    proto: ModelProto, chosen: Mapping[str, tuple[int, ...]], given: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """Chosen shapes with every 0 that the graph states, except in shapes that the user gave.
+
+    Some exporters write 0 for a free size, but ONNX Runtime takes it for the size.
+    """
+    stated = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
+    return {
+        name: shape
+        if name in given or len(shape) != len(stated[name])
+        else tuple(
+            0 if dim.HasField("dim_value") and dim.dim_value == 0 else size
+            for dim, size in zip(stated[name], shape, strict=True)
+        )
+        for name, shape in chosen.items()
+    }
 
 
 def _check(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -49,6 +49,14 @@ class TestSizes:
         with pytest.raises(InputError, match=r"\('x' is 1×100\): give smaller ones with --input-shape"):
             feeds(parsed("int64[M] n, float[N, 100] x"))
 
+    def test_a_stated_zero_is_a_free_size_and_at_last_a_zero(self):
+        """ONNX Runtime runs such a model on an input without elements only."""
+        proto = parsed("float[0, 100] x")
+        assert [feed["x"].shape for feed in feeds(proto)] == [(4, 100), (1, 100), (0, 100)]
+        feed, outputs = first_run(ENGINE, load(proto), feeds(proto))
+        assert shapes_of(feed) == shapes_of({"x": outputs["y"]}) == {"x": (0, 100)}
+        assert [feed["x"].shape for feed in feeds(proto, x=(2, 100))] == [(2, 100)]
+
     def test_sizes_beyond_floating_point_are_refused(self):
         proto = parsed("float[A, B, C] x")
         for dim in proto.graph.input[0].type.tensor_type.shape.dim:
