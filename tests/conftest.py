@@ -30,3 +30,11 @@ def recorded_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """No test depends on how fast a machine is; those marked `clock` measure, and bound no time."""
     if "clock" not in request.keywords:
         monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", Recorded)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests have counted, since the output of tests that pass is hidden."""
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, value in report.user_properties:
+            if name == "counts":
+                terminalreporter.write_line(value)
