@@ -39,6 +39,8 @@ ModelProto = onnx.ModelProto
 
 _PROTOBUF_LIMIT = 2**31 - 1
 _LARGEST_INLINE = 3 * 2**29
+_ORT = b"ORTM"
+"""The identifier in the bytes 4 to 8 of a file in ONNX Runtime's format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,10 @@ def _parsed(
     try:
         proto.ParseFromString(data)
     except DecodeError as error:
+        if data[4:8] == _ORT:
+            raise InputError(
+                f"{path} is in ONNX Runtime's own format, not ONNX: name the .onnx file it was made of."
+            ) from error
         raise InputError(
             f"{path} is no binary ONNX model, or is truncated: export or copy it again."
         ) from error

@@ -189,6 +189,7 @@ CONTENTS = {
     "text": (b"Hello, this is a text file.\n", "no binary ONNX model"),
     "json": (b'{"irVersion": "8", "graph": {}}', "no binary ONNX model"),
     "textproto": (b'ir_version: 8\ngraph { node { op_type: "Relu" } }\n', "no binary ONNX model"),
+    "ONNX Runtime's format": (b"\x30\0\0\0ORTM" + bytes(64), "in ONNX Runtime's own format"),
     "zeros": (bytes(64), "no binary ONNX model"),
     "only unknown fields": (b"\xa0\x3f\x05", "no ir_version"),
     "only an ir_version": (b"\x08\x08", "lacks its graph"),
