@@ -29,7 +29,9 @@ def compare(
 ) -> tuple[OutputError, ...]:
     """Compare the outputs of the input model with the compressed model's, on one feed.
 
-    Sequences and maps are compared element by element. An optional that is empty in both models is left out.
+    Sequences and maps are compared element by element. But a sequence of maps from the same keys to numbers
+    is one matrix: classifiers give their probabilities like this. An optional that is empty in both models is
+    left out.
 
     Args:
         wanted: The input model's outputs by name.
@@ -202,7 +204,10 @@ class _Sums:
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
     """The arrays in an output, which may be a tensor, a sequence, a map or an empty optional."""
-    if isinstance(value, list | tuple):
+    rows = _rows(value)
+    if rows is not None:
+        yield name, rows
+    elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _leaves(f"{name}[{index}]", item)
     elif isinstance(value, Mapping):
@@ -210,6 +215,17 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
             yield from _leaves(f"{name}[{key!r}]", item)
     elif value is not None:
         yield name, np.asarray(value)
+
+
+def _rows(value: Any) -> NDArray[Any] | None:
+    """The matrix of a sequence of maps, a row for each; None unless all have the same keys, for numbers."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, Mapping) for item in value):
+        return None
+    keys = sorted(value[0])
+    if any(item.keys() != value[0].keys() for item in value):
+        return None
+    matrix = np.array([[item[key] for key in keys] for item in value])
+    return matrix if matrix.ndim == 2 and matrix.dtype.kind in "biuf" else None
 
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:

@@ -248,6 +248,4 @@ def _differences(output: OutputError) -> str:
         parts.append(f"cosine {output.cosine:.3f}")
     if output.neighbours is not None:
         parts.append(f"nearest neighbour kept {output.neighbours:.1%}")
-    if output.note:
-        parts.append(output.note)
-    return ", ".join(parts)
+    return ". ".join(filter(None, (", ".join(parts), output.note)))

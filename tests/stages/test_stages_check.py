@@ -594,10 +594,16 @@ class TestCompare:
             self.one([1.0, 2.0], [1.0, bad])
 
     def test_sequences_maps_and_optionals(self):
-        ours = {"s": [np.ones(2), np.ones(3)], "m": [{1: 0.5}], "o": None}
-        theirs = {"s": [np.ones(2), 2 * np.ones(3)], "m": [{1: 0.25}], "o": None}
+        ours = {"s": [np.ones(2), np.ones(3)], "m": [{1: 0.5}, {2: 1.0}], "o": None}
+        theirs = {"s": [np.ones(2), 2 * np.ones(3)], "m": [{1: 0.25}, {2: 1.0}], "o": None}
         errors = {error.name: error.relative for error in compare(ours, theirs, {})}
-        assert errors == {"s[0]": 0.0, "s[1]": 1.0, "m[0][1]": 0.5}
+        assert errors == {"s[0]": 0.0, "s[1]": 1.0, "m[0][1]": 0.5, "m[1][2]": 0.0}
+
+    def test_maps_from_the_same_keys_are_rows_of_one_output(self):
+        ours = {"m": [{"a": 3.0, "b": 4.0}, {"a": 1e-9, "b": 0.0}]}
+        theirs = {"m": [{"b": 4.0, "a": 3.0}, {"a": 5.0, "b": 0.0}]}
+        (error,) = compare(ours, theirs, {})
+        assert (error.name, error.relative, error.largest) == ("m", 1.0, 5.0)
 
     def test_sequences_of_other_length(self):
         errors = compare({"s": [np.ones(2)]}, {"s": [np.ones(2), np.ones(2)]}, {})
