@@ -24,6 +24,7 @@ from onnx_lowrank.files.tensors import is_external, region, tensors
 from onnx_lowrank.graph.scopes import Scope, scopes
 
 _SEPARATOR = ":"
+_DRAWN = frozenset({"RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -55,6 +56,7 @@ class Walk:
         }
         self._functions = {(function.domain, function.name) for function in proto.functions}
         self._regions: Counter[Region] | None = None
+        self._fixed: set[int] | None = None
         self._paths = list(self.scopes)
         self._nodes: dict[Place, Any] = {}
         self._places: dict[int, Place] = {}
@@ -172,6 +174,30 @@ class Walk:
         scope, name = self.origin(tensor)
         function = self.scopes[scope].function
         return function is not None and name in function.input
+
+    def is_fixed(self, tensor: Any) -> bool:
+        """Whether a tensor is a constant, or is computed from constants alone."""
+        if self._fixed is None:  # One pass over the model: a search behind every tensor is quadratic.
+            self._fixed = set()
+            for place, node in self._nodes.items():
+                if self._gives_constants(place):
+                    self._fixed.update(map(id, node.outputs))
+        return id(tensor) in self._fixed or self.origin(tensor) in self.initializers
+
+    def _gives_constants(self, place: Place) -> bool:
+        """Whether a node computes the same in every run; nodes with bodies count as if they did not."""
+        node, operands = self.node(place), [t for t in self._nodes[place].inputs if t.name]
+        if not operands:
+            return is_op(node, ("Constant",)) and not any(a.ref_attr_name for a in node.attribute)
+        is_drawn = is_op(node, _DRAWN)
+        return not is_drawn and not _bodies(node) and all(map(self.is_fixed, operands))
+
+    def is_invariant(self, tensor: Any) -> bool:
+        """Whether a tensor is a state of a Loop or Scan that its body returns as it is."""
+        scope, name = self.origin(tensor)
+        graph = self.scopes[scope].graph if scope else None
+        names = () if graph is None else (value.name for value in graph.input)
+        return self.producer(tensor) is None and self.is_output(tensor) and name in names
 
     def origin(self, tensor: Any) -> tuple[str, str]:
         """The scope that defines a tensor, and the tensor's name there."""

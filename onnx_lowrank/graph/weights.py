@@ -7,6 +7,7 @@ another order is one view, too: PyTorch reorders the gates of an LSTM like this.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,12 +33,20 @@ FLOATS: dict[int, str] = {
 VIEWS = frozenset({"Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Cast"})
 """Operators that pass the numbers of a constant on without computing new ones."""
 
+_NARROW = re.compile(r"U?INT[248]$|FLOAT[48]")
+"""The names of the element types that quantizers store weights in."""
+
 COMPUTED = "its operands are computed and none is a constant weight: there is nothing to decompose"
 """The reason to skip an operator that has no weight at all."""
 
 ARGUMENT = "an operand comes from the function's caller: if it is a weight, inline the functions first"
 """The reason to skip an operator in a function if one of its operands may be a weight."""
 
+_FOLDABLE = "its weight is computed from constants: constant-fold the model first"
+_INVARIANT = (
+    "an operand is a state that its loop never changes: if it is a weight, let the body read it from outside"
+)
+_QUANTIZED = "its weight is quantized: compress before quantizing"
 _LONGEST_CHAIN = 32
 
 
@@ -74,24 +83,40 @@ def resolve(walk: Walk, tensor: Any) -> Stored | str:
     if isinstance(chain, str):
         return chain
     views, end = chain
-    place = walk.producer(end)
-    if place is not None and is_op(walk.node(place), ("DequantizeLinear",)):
-        inner = _chain(walk, walk.operand(place, 0))
-        constant_inside = not isinstance(inner, str) and _source(walk, inner[1]) is not None
-        return "its weight is quantized: compress before quantizing" if constant_inside else COMPUTED
     source = _source(walk, end)
     if source is None:
-        return ARGUMENT if walk.is_argument(end) else COMPUTED
+        return _sourceless(walk, end)
     kinds = [source.tensor.data_type]
     kinds += [attribute_of(walk.node(p), "to", 1) for p in views if walk.node(p).op_type == "Cast"]
     for verb, kind in zip(("stored as", *["cast to"] * len(kinds)), kinds, strict=False):
         if kind not in FLOATS:
             names = {number: name for name, number in TensorProto.DataType.items()}
-            return f"its weight is {verb} {names.get(kind, kind)}: only float weights are decomposed"
+            name = names.get(kind, str(kind))
+            advice = "if it is quantized, compress before quantizing"
+            only = advice if _NARROW.match(name) else "only float weights are decomposed"
+            return f"its weight is {verb} {name}: {only}"
     # One change of type is allowed: a chain has one Cast behind each factor (`cast_of`).
     if sum(one != other for one, other in pairwise(kinds)) > 1:
         return "its weight passes through several Casts: constant-fold the model first"
     return Stored(source, views)
+
+
+def _sourceless(walk: Walk, tensor: Any) -> str:
+    """The reason to skip an operand that is no stored tensor."""
+    place = walk.producer(tensor)
+    if place is not None and _dequantizes(walk.node(place)):
+        inside = walk.operand(place, 0)
+        return _QUANTIZED if inside is not None and walk.is_fixed(inside) else COMPUTED
+    if walk.is_fixed(tensor):
+        return _FOLDABLE
+    if walk.is_invariant(tensor):
+        return _INVARIANT
+    return ARGUMENT if walk.is_argument(tensor) else COMPUTED
+
+
+def _dequantizes(node: NodeProto) -> bool:
+    # Quantizers write ONNX Runtime's operator of the same name for types that older opsets lack.
+    return node.op_type == "DequantizeLinear" and node.domain in ("", "ai.onnx", "com.microsoft")
 
 
 def _chain(walk: Walk, tensor: Any) -> tuple[tuple[Place, ...], Any] | str:

@@ -277,6 +277,11 @@ REASONS = {
     "cast to integers": ("int32[3,8] x", "v = Cast <to = 6> (w) y = MatMul (x, v)", {"w": W}, "cast to INT32"),
     "cast through integers": (X, "u = Cast <to = 6> (w) v = Cast <to = 1> (u) y = MatMul (x, v)", {"w": W}, "cast to INT32"),
     "quantized": (X, "v = DequantizeLinear (w, s) y = MatMul (x, v)", {"w": np.ones(W, np.int8), "s": np.float32(0.1)}, "before quantizing"),
+    "quantized by the runtime's operator": (X, "v = com.microsoft.DequantizeLinear (w, s) y = MatMul (x, v)", {"w": np.ones(W, np.int16), "s": np.float32(0.1)}, "before quantizing"),
+    "quantized in training": (X, "q = QuantizeLinear (w, s) v = DequantizeLinear (q, s) y = MatMul (x, v)", {"w": W, "s": np.float32(0.1)}, "before quantizing"),
+    "a quantized table": ("int64[3] x", "q = Gather (w, x) y = DequantizeLinear (q, s)", {"w": np.ones(W, np.uint8), "s": np.float32(0.1)}, "UINT8: if it is quantized, compress before quantizing"),
+    "not folded": (X, "v = Mul (w, w) y = MatMul (x, v)", {"w": W}, "computed from constants: constant-fold"),
+    "drawn at random": (X, "v = RandomNormalLike (w) y = MatMul (x, v)", {"w": W}, "nothing to decompose"),
     "quantized activation": ("int8[3,8] x", "v = DequantizeLinear (x, s) t = Transpose (v) y = MatMul (v, t)", {"s": np.float32(0.1)}, "computed"),
     "empty": (X, "y = MatMul (x, w)", {"w": (8, 0)}, "empty"),
     "nan": (X, "y = MatMul (x, w)", {"w": np.full(W, np.nan, np.float32)}, "NaN or Inf"),
@@ -334,6 +339,16 @@ def test_a_weight_that_a_function_is_given():
     function = '<domain: "local", opset_import: ["" : 17]> Linear (a, b) => (c) { c = MatMul (a, b) }'
     proto = model("g (float[3,8] x) => (float[3,10] y) { y = local.Linear (x, w) }", functions=function, w=W)
     assert "inline the functions" in found(proto).reason
+
+
+def test_a_weight_that_a_loop_carries():
+    body = """g (float[3,8] x) => (float[3,8] y) {
+      n = Constant <value_int = 2> ()
+      c = Constant <value = bool {1}> ()
+      y, v = Loop (n, c, x, w) <body = l (int64 i, bool p, float[3,8] h, float[8,8] u) => (bool o, float[3,8] z, float[8,8] u)
+        { o = Identity (p) z = MatMul (h, u) }>
+    }"""
+    assert "a state that its loop never changes" in found(model(body, w=(8, 8))).reason
 
 
 def test_a_returned_weight():
