@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from typing import Any
 
 from onnx import NodeProto
 
@@ -50,14 +51,17 @@ def products(walk: Walk) -> Iterator[tuple[Place, Between]]:
     for place in walk.places():
         if place.scope or not is_op(walk.node(place), ("MatMul",)):
             continue
-        if any(
-            walk.operand(place, n) is None or walk.producer(walk.operand(place, n)) is None for n in (0, 1)
-        ):
+        # A weight in a Constant node, or behind views, has a producer, too.
+        if not all(_is_computed(walk, walk.operand(place, n)) for n in (0, 1)):
             continue
         if _softmax_before(walk, place):
             yield place, Between.VALUES
         elif softmax_behind(walk, place) is not None:
             yield place, Between.SCORES
+
+
+def _is_computed(walk: Walk, tensor: Any) -> bool:
+    return tensor is not None and walk.producer(tensor) is not None and not walk.is_fixed(tensor)
 
 
 def _softmax_before(walk: Walk, place: Place) -> bool:
