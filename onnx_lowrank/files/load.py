@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.calls import check_calls
 from onnx_lowrank.files.external import locate, whole
 from onnx_lowrank.files.regions import Region
 from onnx_lowrank.files.spilling import spilled, spilled_file
@@ -247,6 +248,7 @@ def _check_proto(proto: onnx.ModelProto, name: str) -> None:
         )
     if not proto.graph.node:
         raise InputError(f"{name} has a graph without nodes: name a model that computes something.")
+    check_calls(proto, name)
 
 
 def serialized(proto: onnx.ModelProto) -> bytes | None:
