@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
 
+from onnx_lowrank.graph.growth import propagates_little
 from onnx_lowrank.graph.walk import attribute_of
 
 # fmt: off
@@ -34,6 +35,9 @@ _LARGEST = 1024  # elements; shapes and pads have a few
 _MOST = 1 << 22  # elements of all inserted constants together
 _ROUNDS = 32  # each round resolves one more Shape of a chain; chains are short
 
+UNKNOWN = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError)
+"""The errors of an inference that fails: the shapes stay unknown."""
+
 _Values = ChainMap[str, NDArray[Any] | None]
 _Shapes = ChainMap[str, tuple[int, ...] | None]
 
@@ -47,15 +51,20 @@ def infer_shapes(light: ModelProto) -> ModelProto:
     Returns:
         The model with its shapes. A Constant stands in the place of every node with a known result; all
         other nodes keep their positions.
+
+    Raises:
+        RecursionError: A function calls itself.
     """
     proto = ModelProto()
     proto.CopyFrom(light)
-    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(proto)
     folder = _Folder(proto)
+    propagated = False
     for _ in range(_ROUNDS):
-        if not folder.fold(inferred.graph):
+        if not folder.fold(inferred.graph) and propagated:
             break
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        propagated = True
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=propagates_little(inferred))
     return inferred
 
 

@@ -12,7 +12,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
-from onnx_lowrank.graph.constants import infer_shapes
+from onnx_lowrank.graph.constants import UNKNOWN, infer_shapes
 from onnx_lowrank.graph.walk import Place, Walk, is_op
 from onnx_lowrank.graph.weights import constant
 
@@ -33,7 +33,7 @@ def folded(walk: Walk, model: Model, tensor: Any) -> NDArray[Any] | None:
         return None
     proto = ModelProto(ir_version=model.proto.ir_version, opset_import=model.proto.opset_import, graph=graph)
     # A tensor that cannot be inferred is unknown, as in `graph.shapes`.
-    with suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    with suppress(*UNKNOWN):
         proto = infer_shapes(proto)
     values = {leaf.name: leaf for leaf in graph.initializer}
     values |= {node.output[0]: node.attribute[0].t for node in proto.graph.node if is_op(node, ("Constant",))}

@@ -7,12 +7,11 @@ from contextlib import suppress
 from itertools import count
 from math import isqrt
 
-import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, outline
-from onnx_lowrank.graph.constants import infer_shapes
+from onnx_lowrank.graph.constants import UNKNOWN, infer_shapes
 from onnx_lowrank.graph.dimensions import parse, solve
 from onnx_lowrank.graph.runtime_shapes import know_runtime
 from onnx_lowrank.graph.scopes import scopes
@@ -62,7 +61,7 @@ def _inferred(proto: ModelProto) -> ModelProto:
     know_runtime(known)
     # A function that does not fit its node makes the whole inference fail, so it is tried without, too.
     for copy in (known, proto):
-        with suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        with suppress(*UNKNOWN):
             return infer_shapes(copy)
     return proto
 
