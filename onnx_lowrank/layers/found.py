@@ -12,6 +12,7 @@ from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
+from onnx_lowrank.graph.sizes import check_constants
 from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.layers.attention import Attention, attention
 from onnx_lowrank.layers.beside import beside
@@ -112,10 +113,12 @@ def find_layers(
         exclude: Globs of layer ids or node names that become no layers.
 
     Raises:
-        InputError: A shape does not fit the model, or a glob matches nothing in it.
+        InputError: A shape does not fit the model, a glob matches nothing in it, or it computes far more
+            constants than it stores.
     """
     walk = Walk(model.proto)
     inferred = infer(model, shapes)
+    check_constants(walk, inferred, model.name)
     bindings, skipped = find(model, walk, inferred, include, exclude)
     places = {Place(use.scope, use.node) for binding in bindings for use in binding.layer.uses}
     scopes = work(walk, inferred, places)
