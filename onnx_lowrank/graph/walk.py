@@ -8,8 +8,8 @@ the protos, even where a subgraph shadows an outer name.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections import ChainMap, Counter
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class Walk:
         self._regions: Counter[Region] | None = None
         self._fixed: set[int] | None = None
         self._paths = list(self.scopes)
+        self._numbers = {path: number for number, path in enumerate(self._paths)}
         self._nodes: dict[Place, Any] = {}
         self._places: dict[int, Place] = {}
         self._outputs: set[tuple[str, str]] = set()
@@ -87,14 +88,14 @@ class Walk:
         return (node.domain, node.op_type) in self._functions
 
     def _add_root(self, path: str, body: GraphProto | FunctionProto, opset: int) -> None:
-        skeleton = onnx.helper.make_model(self._skeleton(path, body, {}))
+        skeleton = onnx.helper.make_model(self._skeleton(path, body, ChainMap()))
         self._index(path, gs.import_onnx(skeleton), opset)
 
-    def _skeleton(self, path: str, body: GraphProto | FunctionProto, outer: Mapping[str, str]) -> GraphProto:
+    def _skeleton(self, path: str, body: GraphProto | FunctionProto, outer: ChainMap[str, str]) -> GraphProto:
         """Copy a body's structure, with every tensor named by the scope that defines it."""
-        prefix = f"{self._paths.index(path)}{_SEPARATOR}"
-        names = dict(outer) | {name: prefix + name for name in _defined(body)}
-        names[""] = ""
+        prefix = f"{self._numbers[path]}{_SEPARATOR}"
+        # Not a copy of the outer names: a model may have thousands of bodies.
+        names = outer.new_child({name: prefix + name for name in _defined(body)} | {"": ""})
         skeleton = GraphProto(name=path or "main")
         if isinstance(body, GraphProto):
             for tensor in body.initializer:
@@ -105,7 +106,8 @@ class Walk:
             skeleton.input.add(name=names[value if isinstance(value, str) else value.name])
         for value in body.output:
             name = value if isinstance(value, str) else value.name
-            self._outputs.add(self._origin(names.get(name, prefix + name)))
+            if name:
+                self._outputs.add(self._origin(names.get(name, prefix + name)))
         for node in body.node:
             copy = skeleton.node.add(op_type=node.op_type, domain=node.domain, name=node.name)
             copy.input.extend(names.get(name, prefix + name) for name in node.input)
