@@ -284,7 +284,11 @@ def past_axis(spec: Spec) -> int:
 
 def _size(wanted: tuple[Spec, ...], chosen: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
     """Bytes of all inputs, and the name of the largest input."""
-    sizes = {spec.name: prod(chosen[spec.name]) * np.dtype(spec.dtype).itemsize for spec in wanted}
+    # An axis of size 0 counts as 1: NumPy bounds the other sizes of an empty array, too.
+    sizes = {
+        spec.name: prod(max(n, 1) for n in chosen[spec.name]) * np.dtype(spec.dtype).itemsize
+        for spec in wanted
+    }
     return sum(sizes.values()), max(sizes, key=sizes.__getitem__, default="")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import (
@@ -13,6 +14,7 @@ from onnx.helper import (
 )
 
 from onnx_lowrank.core.layer import Layer
+from onnx_lowrank.files.arrays import MAX_BYTES
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.tensors import inline
 from onnx_lowrank.graph.walk import Place, Walk
@@ -63,9 +65,9 @@ def _result(node: NodeProto) -> str:
 
 
 def _entry(layer: Layer, node: NodeProto, kind: int) -> ValueInfoProto | None:
-    """The graph input for the layer's activation, in the shape of the smallest sample."""
+    """The graph input for the layer's activation, in the shape of the smallest sample; None if it is huge."""
     sample = registry.family(node).sample(layer, layer.uses[0], node)
-    if sample is None:
+    if sample is None or prod(sample.shape) > MAX_BYTES:
         return None
     return make_tensor_value_info(node.input[sample.operand], sample.kind or kind, sample.shape)
 

@@ -295,8 +295,8 @@ def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Valid
         pair = alone(layer)
         if pair is None:
             notes.append(
-                f"The layer {layer!r} did not run alone: it was multiplied with its neighbour, or it reads "
-                "more than one computed tensor."
+                f"The layer {layer!r} did not run alone: it was multiplied with its neighbour, reads more "
+                "than one computed tensor, or needs an input above 1 GiB."
             )
             continue
         dense, chain = (Model(proto, layer, {}, "") for proto in pair)
