@@ -10,7 +10,6 @@ longer hold.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from onnx_lowrank.core.layer import Layer, shared_full_rank, sharing
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
 from onnx_lowrank.documents import names
+from onnx_lowrank.documents.json_text import to_text
 from onnx_lowrank.documents.strict import Document
 from onnx_lowrank.documents.wording import shown
 from onnx_lowrank.errors import PlanError
@@ -94,13 +94,9 @@ def to_json(plan: Plan) -> str:
     wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover, plan.merge)
     values = (VERSION, plan.model, *wanted, solver, plan.digest)
     keys = _Plan.__struct_fields__[:-1]
-    head = [f"  {_text(key)}: {_text(value)}," for key, value in zip(keys, values, strict=True)]
-    rows = ",\n".join(f"    {_text(_row(choice))}" for choice in plan.choices)
+    head = [f"  {to_text(key)}: {to_text(value)}," for key, value in zip(keys, values, strict=True)]
+    rows = ",\n".join(f"    {to_text(_row(choice))}" for choice in plan.choices)
     return "\n".join(["{", *head, '  "layers": [', *([rows] if rows else []), "  ]", "}", ""])
-
-
-def _text(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _row(choice: Choice) -> dict[str, Any]:

@@ -145,7 +145,8 @@ class _Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 )
 
 
-_DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it")
+_LARGEST = 2**14  # The parser of TOML takes memory that grows with the square of a dotted key's length.
+_DOCUMENT = Document("recipe", _Recipe, RecipeError, "correct it", largest=_LARGEST)
 
 
 def load(name: str | Path, others: tuple[str, ...] = ()) -> Recipe:

@@ -23,7 +23,7 @@ from onnx_lowrank.errors import InputError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_LARGEST = 2**26  # bytes of a file; plans and reports take a few hundred bytes per layer
+_LARGEST = 2**26  # Plans and reports take a few hundred bytes per layer.
 
 
 class _FaultError(Exception):
@@ -40,6 +40,7 @@ class Document(Generic[T]):
         error: The error that is raised if it is wrong.
         advice: The advice to the user in that error.
         version: The key that holds its version, and the version that this program reads; None if it has none.
+        largest: The most bytes of a file.
     """
 
     word: str
@@ -47,19 +48,22 @@ class Document(Generic[T]):
     error: type[InputError]
     advice: str
     version: tuple[str, int] | None = None
+    largest: int = _LARGEST
 
     def text(self, path: str | os.PathLike[str]) -> str:
         """Read a file.
 
         Raises:
-            InputError: It cannot be read, is not UTF-8 text, or has more than 64 MiB.
+            InputError: It cannot be read, is not UTF-8 text, or is too large.
         """
         try:
             with Path(path).open("rb") as file:
-                data = file.read(_LARGEST + 1)
-            if len(data) <= _LARGEST:
+                data = file.read(self.largest + 1)
+            if len(data) <= self.largest:
                 return data.decode("utf-8")
-            reason = f"it has more than {_LARGEST >> 20} MiB"
+            largest = self.largest
+            size = f"{largest >> 20} MiB" if largest >> 20 else f"{largest >> 10} KiB"
+            reason = f"it has more than {size}"
         except UnicodeDecodeError:
             reason = "it is not UTF-8 text"
         except (OSError, ValueError) as error:

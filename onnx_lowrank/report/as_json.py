@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from typing import Any
@@ -22,6 +21,7 @@ from onnx_lowrank.core.outcome import (
     Validation,
 )
 from onnx_lowrank.documents import report_schema as schema
+from onnx_lowrank.documents.json_text import to_text
 from onnx_lowrank.report.content import Content, LayerRow, Total
 
 
@@ -29,7 +29,7 @@ def dumps(report: Content) -> str:
     """Write the report as JSON text that ends with a newline; equal reports give equal texts."""
     # Without enc_hook, msgspec rejects NumPy's float64, although it is a subclass of float.
     table = msgspec.to_builtins(as_table(report), enc_hook=float)
-    return json.dumps(_finite(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return to_text(_finite(table), indent=2) + "\n"
 
 
 def as_table(report: Content) -> schema.Report:
