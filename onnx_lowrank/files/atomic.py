@@ -96,7 +96,7 @@ def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
     """
     with ExitStack() as cleaning:
         path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
-        cleaning.callback(path.unlink, missing_ok=True)
+        cleaning.callback(surely, partial(path.unlink, missing_ok=True))
         # Private from the start: anyone who opens it before a later chmod could read all later writes.
         first = 0o666 if mode is None else 0o600
         private = partial(os.open, mode=first)
@@ -109,6 +109,17 @@ def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
         if mode is not None:
             path.chmod(mode)
         yield path, file
+
+
+def surely(action: Callable[[], object]) -> None:
+    """Do a part of a clean-up, again if an interrupt cuts it short; what a broken disk keeps is no error."""
+    try:
+        with suppress(OSError):
+            action()
+    except BaseException:
+        with suppress(OSError):
+            action()
+        raise
 
 
 def finish(file: BinaryIO) -> None:
@@ -161,29 +172,50 @@ def locked(file: int, *, waiting: bool = False) -> bool:
     return True
 
 
+def lock_folder(folder: Path, stack: ExitStack, *, waiting: bool) -> bool:
+    """Lock a folder until a stack is closed; False if another run holds the lock or there are no locks.
+
+    Args:
+        folder: The folder; no symbolic link.
+        stack: Releases the lock.
+        waiting: Wait until no other run holds the lock.
+
+    Raises:
+        OSError: The folder cannot be opened.
+    """
+    if sys.platform == "win32":  # which opens no folder
+        return False
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    stack.callback(os.close, opened)
+    return locked(opened, waiting=waiting)
+
+
 def _rename(temporaries: list[Path], targets: tuple[Path, ...]) -> None:
     """Rename all files; if a rename fails, the earlier ones are undone. The last rename is atomic."""
     with ExitStack() as cleaning, ExitStack() as undo:
         for temporary, target in zip(temporaries[:-1], targets[:-1], strict=True):
-            backup = cleaning.enter_context(_second_name(target))
+            backup = cleaning.enter_context(second_name(target))
             if backup is None:
                 undo.callback(target.unlink, missing_ok=True)
             else:
                 undo.callback(backup.replace, target)
             temporary.replace(target)
-        temporaries[-1].replace(targets[-1])
-        undo.pop_all()
+        try:
+            temporaries[-1].replace(targets[-1])
+        finally:
+            if not temporaries[-1].exists():  # An interrupt may come right after the rename.
+                undo.pop_all()
 
 
 @contextmanager
-def _second_name(target: Path) -> Iterator[Path | None]:
+def second_name(target: Path) -> Iterator[Path | None]:
     """A second, hidden name for a target's file, or None if there is no file; the target keeps its name."""
     backup = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
     if not os.path.lexists(target):
         yield None
         return
     with ExitStack() as cleaning:
-        cleaning.callback(backup.unlink, missing_ok=True)
+        cleaning.callback(surely, partial(backup.unlink, missing_ok=True))
         if sys.platform != "win32":  # Windows has no such locks, and replaces no open file.
             with suppress(OSError):
                 # Locked before it has the second name: locks belong to files, so no run removes that name.

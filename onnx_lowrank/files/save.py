@@ -8,6 +8,10 @@ is old, and is removed at the end, under these conditions:
 1. The replaced model referred to it, or an unfinished model of a dead run did. It has a name of this
    target's data.
 2. No other model file in the folder contains its name, and the saved model does not read it.
+
+While names change and old data is removed, the folder is locked. Otherwise another run could remove data
+whose model does not have its name yet. A run that dies meanwhile leaves a second name of the model that it
+replaced, so the next run finds the old data.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +30,17 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.atomic import check_writable, finish, hidden, permissions, replacing, sweep
+from onnx_lowrank.files.atomic import (
+    check_writable,
+    finish,
+    hidden,
+    lock_folder,
+    permissions,
+    replacing,
+    second_name,
+    surely,
+    sweep,
+)
 from onnx_lowrank.files.external import data_names, pack
 from onnx_lowrank.files.load import Model, check_unchanged, inline_locations, serialized
 from onnx_lowrank.files.spilling import write_whole
@@ -66,15 +80,20 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     old = _data_of(target, target.name)
     sweep(target.parent, lambda unfinished: old.update(_data_of(unfinished, target.name)))
     data = serialized(model.proto)
-    with ExitStack() as undo:
+    with ExitStack() as alone, ExitStack() as undo:
         with replacing(target) as (file,):
             if data is None or outside:
-                _write_both(model, inline, target, file, _data_permissions(target, old), undo)
+                _write_both(model, inline, target, file, _data_permissions(target, old), alone, undo)
             else:
                 write_whole(data, inline, model.name, file)
+                finish(file)
+                _enter(target.parent, alone)
             check_unchanged({f: stamp for f, stamp in model.stamps.items() if f in outside.values()})
+            if replaced := _data_of(target, target.name):  # of another run, if it was faster
+                alone.enter_context(second_name(target))
+            # If the model does not get to its target, nothing is removed that the target needs.
+            alone.callback(surely, partial(_remove, model, target, old | replaced))
         undo.pop_all()
-    _remove(target, {name for name in old if not _is_read(model, target.with_name(name))})
 
 
 def _write_both(
@@ -83,6 +102,7 @@ def _write_both(
     target: Path,
     file: BinaryIO,
     mode: int | None,
+    alone: ExitStack,
     undo: ExitStack,
 ) -> None:
     """Write a model to its temporary file, and its data to the final place.
@@ -93,6 +113,7 @@ def _write_both(
         target: The final path of the temporary file.
         file: The temporary file.
         mode: Permissions of the data file; None for the defaults.
+        alone: Takes the lock that keeps other runs from changing names in the folder.
         undo: Takes the clean-up for the case that the model does not get to its target.
     """
     with hidden(target.parent, mode) as (temporary, data_file):
@@ -114,9 +135,16 @@ def _write_both(
         finish(file)
         finish(data_file)
         place = target.with_name(name)
+        _enter(target.parent, alone)
         if not place.exists():  # data that was there already may belong to another model
-            undo.callback(_take_back, place, target, written)
+            undo.callback(surely, partial(_take_back, place, target, written))
         temporary.replace(place)
+
+
+def _enter(folder: Path, alone: ExitStack) -> None:
+    """Wait until no other run has locked a folder, and lock it until a stack is closed, if it has locks."""
+    with suppress(OSError):
+        lock_folder(folder.resolve(), alone, waiting=True)
 
 
 def _take_back(data: Path, target: Path, written: os.stat_result) -> None:
@@ -166,9 +194,10 @@ def _found(names: re.Pattern[str], file: Path) -> set[str]:
     return found
 
 
-def _remove(target: Path, names: set[str]) -> None:
-    """Remove data files of a target unless a model file in the folder contains their names."""
+def _remove(model: Model, target: Path, names: set[str]) -> None:
+    """Remove data files of a target unless a model file in the folder names them or `model` reads them."""
     with suppress(OSError):  # if a model cannot be searched, all data stays
+        names = {name for name in names if not _is_read(model, target.with_name(name))}
         models = {target, *target.parent.glob("*.onnx")} if names else ()
-        for name in names.difference(*(_found(data_names(target.name), model) for model in models)):
+        for name in names.difference(*(_found(data_names(target.name), file) for file in models)):
             target.with_name(name).unlink(missing_ok=True)

@@ -1,10 +1,12 @@
 """What is left of a target, of its data and of temporary files, however a run ends."""
 
+import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,29 @@ def replace(self, target):
 
 Path.replace = replace
 save(load(sys.argv[1]), sys.argv[2])
+"""
+
+
+UNLINKING = """
+import os, signal, sys
+from pathlib import Path
+from onnx_lowrank.files.load import load
+from onnx_lowrank.files.save import save
+
+original, calls = Path.unlink, []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
+
+def unlink(self, **options):
+    if self.name == "out.onnx.data" and not calls:
+        calls.append(self)
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    original(self, **options)
+
+Path.unlink = unlink
+try:
+    save(load(sys.argv[1]), sys.argv[2])
+except KeyboardInterrupt:
+    sys.exit(1)
 """
 
 
@@ -148,6 +173,69 @@ def test_the_temporary_file_of_a_living_run_stays(tmp_path):
             other.write(b"other")
     assert names(tmp_path) == [".onnx-lowrank-link.tmp", "elsewhere", "living", "other"]
     assert (tmp_path / "living").read_bytes() == b"living"
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_old_data_goes_though_the_run_ends_before_it_removes_it(tmp_path, death):
+    """A run that is killed leaves it to the next run."""
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, "out.onnx.data")
+    new = stored(tmp_path / "source" / "in.onnx", 3.0, "in.data")
+    code = subprocess.run([sys.executable, "-c", UNLINKING, new, target, death.name], check=False).returncode
+    assert code == (-death if death == signal.SIGKILL else 1)
+    assert result(target) == 3.0
+    if death == signal.SIGKILL:
+        assert len(names(target.parent)) == 4  # with the old data and a second name of the old model
+        save_new(tmp_path, target, 4.0)
+    assert names(target.parent) == ["out.onnx", location(target)]
+
+
+class Meeting:
+    """Lets another run save at a moment of this one; that run may have to wait for this one."""
+
+    def __init__(self, other):
+        self.thread = threading.Thread(target=other)
+        self.main = threading.get_ident()
+
+    def here(self):
+        if threading.get_ident() == self.main and self.thread.ident is None:
+            self.thread.start()
+            self.thread.join(0.3)
+
+
+def test_a_run_waits_before_it_takes_data_into_use_that_another_one_removes(tmp_path, monkeypatch):
+    target = tmp_path / "out" / "out.onnx"
+    target.parent.mkdir()
+    save_new(tmp_path, target, 2.0)
+    again, unlink = load(stored(tmp_path / "again" / "in.onnx", 2.0, "in.data")), Path.unlink
+    meeting = Meeting(lambda: save(again, target))
+
+    def unlinking(self, **options):
+        if self.suffix == ".data":
+            meeting.here()
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlinking)
+    save_new(tmp_path, target, 3.0)
+    meeting.thread.join()
+    assert result(target) == 2.0
+    assert names(target.parent) == ["out.onnx", location(target)]
+
+
+def test_data_of_a_run_that_was_faster_goes(tmp_path, monkeypatch):
+    target = stored(tmp_path / "out" / "out.onnx", 2.0, "out.onnx.data")
+    faster, pack = load(stored(tmp_path / "faster" / "in.onnx", 4.0, "in.data")), saving.pack
+    meeting = Meeting(lambda: save(faster, target))
+
+    def packing(*given, **options):
+        meeting.here()
+        if threading.get_ident() == meeting.main:
+            meeting.thread.join()
+        return pack(*given, **options)
+
+    monkeypatch.setattr(saving, "pack", packing)
+    save_new(tmp_path, target, 3.0)
+    assert result(target) == 3.0
+    assert names(target.parent) == ["out.onnx", location(target)]
 
 
 def test_the_name_of_the_data_follows_from_its_bytes(tmp_path):
@@ -267,6 +355,47 @@ def test_new_files_have_the_default_mode(tmp_path):
     finally:
         os.umask(old)
     assert [mode(path) for path in tmp_path.glob("out.onnx*")] == [0o640, 0o640]
+
+
+def test_two_targets_are_new_if_an_interrupt_comes_right_after_the_last_rename(tmp_path, monkeypatch):
+    targets = [tmp_path / "a", tmp_path / "b"]
+    for target in targets:
+        target.write_bytes(b"old")
+    original = Path.replace
+
+    def replace(self: Path, other: Path) -> Path:
+        original(self, other)
+        if other == targets[1]:
+            raise KeyboardInterrupt
+        return other
+
+    def write() -> None:
+        with replacing(*targets) as files:
+            for file in files:
+                file.write(b"new")
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new", "b": b"new"}
+
+
+def test_what_a_broken_disk_keeps_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "b").write_bytes(b"old")
+
+    def broken(self: Path, **options: bool) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", broken)
+        with replacing(tmp_path / "b", tmp_path / "a") as files:
+            for file in files:
+                file.write(b"new")
+    (left,) = tmp_path.glob(".onnx-lowrank-*")
+    assert left.read_bytes() == b"old"
+    with replacing(tmp_path / "a"):
+        pass
+    assert not left.exists()
 
 
 def test_two_targets_change_together_or_not_at_all(tmp_path, monkeypatch):
