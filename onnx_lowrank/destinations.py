@@ -11,7 +11,7 @@ from pathlib import Path
 from onnx_lowrank.api import Result
 from onnx_lowrank.documents import plans
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.atomic import check_writable, replacing
+from onnx_lowrank.files.atomic import check_writable, finish, replacing
 
 _STDOUT = Path("-")
 
@@ -88,5 +88,5 @@ def _written(texts: dict[Path, str]) -> Iterator[None]:
     with replacing(*texts) as files:
         for file, text in zip(files, texts.values(), strict=True):
             file.write(text.encode())
-            file.flush()
+            finish(file)  # A disk may fail as late as here, which has to be before the model is replaced.
         yield
