@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.scratch import temporary_folder, unnamed
 
 _SPARE_BYTES = 2**26
 
@@ -26,7 +26,7 @@ class Spool:
             names: The names in every feed.
         """
         self._names = tuple(names)
-        self._file = tempfile.TemporaryFile(prefix="onnx-lowrank-")  # noqa: SIM115 - closed with the spool
+        self._file = unnamed()
         self._offsets: list[int] = []
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class Spool:
         """
         # Strings arrive as objects, which NumPy would pickle.
         arrays = [a.astype(str) if a.dtype.kind == "O" else a for a in map(feed.__getitem__, self._names)]
-        folder = tempfile.gettempdir()
+        folder = temporary_folder()
         free = shutil.disk_usage(folder).free
         full = f"{where} does not fit into {folder}, where {free / 2**20:.0f} MiB are free: "
         full += "pass fewer --calibration-samples, or set TMPDIR to a larger disk."

@@ -90,7 +90,8 @@ def materialized(model: Model, *, is_deployed: bool = False) -> Iterator[Source]
         yield source
         return
     with scratch() as folder:
-        path = folder / "model.onnx"
+        path = folder / "model" / "model.onnx"
+        path.parent.mkdir()  # This run has locked `folder`, and `save` locks the folder of the model.
         save(model, path)
         _log.debug("wrote %r with its data to %s to load it from there", model.name, folder)
         yield Source(str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import IO, Any
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.scratch import discard
+from onnx_lowrank.files.scratch import discard, temporary_folder, unnamed
 
 Held = Callable[[], NDArray[Any]]
 """Gives an array, read again from the file if it is there."""
@@ -41,14 +40,14 @@ class Overflow:
             return lambda: array
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="onnx-lowrank-")  # noqa: SIM115 - see finalize
+                self._file = unnamed()
                 finalize(self, discard, self._file)
             offset = self._file.seek(0, 2)
             self._file.write(np.ascontiguousarray(array).data)
             self._file.flush()
         except OSError as error:
             raise InputError(
-                f"{tempfile.gettempdir()} cannot be written ({error.strerror}): make room there, or set "
+                f"{temporary_folder()} cannot be written ({error.strerror}): make room there, or set "
                 "TMPDIR to a larger disk."
             ) from error
         return partial(_read, self, self._file, offset, array.shape, array.dtype)

@@ -8,9 +8,10 @@ system has no such locks, nothing is removed.
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import IO
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.atomic import locked
+from onnx_lowrank.files.atomic import lock_folder, surely
 from onnx_lowrank.files.regions import FULL
 
 _PREFIX, _SUFFIX = "onnx-lowrank-", ".scratch"
+_FAULTS = (*FULL, errno.EIO, errno.EROFS)
 
 
 @contextmanager
@@ -32,16 +34,20 @@ def scratch(folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
         folder: The folder that contains it; None for the system's temporary folder.
 
     Raises:
+        InputError: The system has no folder for temporary files.
         OSError: The folder cannot be made.
     """
-    where = Path(tempfile.gettempdir() if folder is None else folder)
+    where = temporary_folder() if folder is None else Path(folder)
     _sweep(where)
     with ExitStack() as stack:
-        # Windows deletes no file that is still mapped, and a result must not fail for that.
-        made = tempfile.TemporaryDirectory(_SUFFIX, _PREFIX, where, ignore_cleanup_errors=True)
-        path = Path(stack.enter_context(made)).resolve()
+        path = where.resolve() / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        # Before the folder is there, as an interrupt may come right after that.
+        stack.callback(_remove, path, os.getpid())
+        path.mkdir(0o700)
         # Before it was locked, another run may have mistaken it for a dead run's folder and removed it.
-        _lock(path, stack, waiting=True)
+        # Any other error of opening it is one: without a lock, the next sweep would remove it.
+        with suppress(FileNotFoundError):
+            lock_folder(path, stack, waiting=True)
         if path.is_dir():
             yield path
             return
@@ -49,17 +55,41 @@ def scratch(folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
         yield again
 
 
+def temporary_folder() -> Path:
+    """The system's folder for temporary files.
+
+    Raises:
+        InputError: No folder takes any.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"No folder takes temporary files ({error.strerror}): set TMPDIR to one that can be written."
+        ) from error
+
+
+def unnamed() -> IO[bytes]:
+    """A new temporary file without a name, which goes when it is closed, or when the process ends.
+
+    Raises:
+        InputError: The system has no folder for temporary files.
+        OSError: The file cannot be made.
+    """
+    return tempfile.TemporaryFile(prefix=_PREFIX, dir=temporary_folder())
+
+
 @contextmanager
 def roomy() -> Iterator[None]:
-    """Turn the error of a full disk, in any temporary file of the block, into an InputError."""
+    """Turn the error of a full or broken disk, in any temporary file of the block, into an InputError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in _FAULTS:
             raise
-        place = error.filename or tempfile.gettempdir()
+        place = error.filename or temporary_folder()
         raise InputError(
-            f"{place} cannot be written ({error.strerror}): make room there, or set TMPDIR to a larger disk."
+            f"{place} cannot be written ({error.strerror}): make room there, or set TMPDIR to another disk."
         ) from error
 
 
@@ -73,22 +103,17 @@ def _sweep(folder: Path) -> None:
     """Remove what dead runs left in a folder; what cannot be removed stays."""
     with suppress(OSError):
         for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")):
-            with ExitStack() as stack:
-                if _lock(path, stack, waiting=False):
+            with suppress(OSError), ExitStack() as stack:
+                if lock_folder(path, stack, waiting=False):
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def _lock(path: Path, stack: ExitStack, *, waiting: bool) -> bool | None:
-    """Lock a folder until the stack is closed.
+def _remove(path: Path, owner: int) -> None:
+    """Remove a folder; what cannot be removed stays until the next run removes it.
 
-    Returns:
-        Whether it is locked; None if the folder cannot be opened.
+    Args:
+        path: The folder.
+        owner: The process that made it. A process that was forked from it must not remove it.
     """
-    if sys.platform == "win32":  # which opens no folder
-        return False
-    try:
-        opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    stack.callback(os.close, opened)
-    return locked(opened, waiting=waiting)
+    if os.getpid() == owner:
+        surely(lambda: shutil.rmtree(path, ignore_errors=True))

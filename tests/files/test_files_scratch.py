@@ -1,15 +1,19 @@
 """Temporary folders: a killed run leaves nothing that the next run does not remove."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.scratch import scratch
+from onnx_lowrank.files.scratch import roomy, scratch, unnamed
 from onnx_lowrank.files.spilling import Spill
 from windows import pretend
 
@@ -86,6 +90,47 @@ def test_windows_keeps_a_folder_with_a_mapped_file(tmp_path, monkeypatch):
     assert mapped.sum()
 
 
+@pytest.mark.parametrize("call", ["mkdir", "rmtree"])
+def test_an_interrupt_leaves_no_folder(tmp_path, monkeypatch, call):
+    owner = {"mkdir": Path, "rmtree": shutil}[call]
+    original, calls = getattr(owner, call), []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if call == "mkdir":
+            original(*args, **options)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, call, interrupted)
+    with pytest.raises(KeyboardInterrupt), scratch(tmp_path) as folder:
+        (folder / "weights").write_bytes(b"large")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error(tmp_path, monkeypatch):
+    """The next sweep would take it for a dead run's."""
+
+    def no_more(path, flags, *mode, **more):
+        monkeypatch.undo()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", no_more)
+    with pytest.raises(InputError, match=r"takes no temporary file \(Too many open files\)"):
+        Spill(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_forked_process_leaves_the_folder_of_its_parent(tmp_path, monkeypatch):
+    with scratch(tmp_path) as folder:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with scratch(tmp_path):
+            monkeypatch.undo()
+        assert folder in {*tmp_path.iterdir()}
+        assert len([*tmp_path.iterdir()]) == 2
+
+
 def test_a_spill_is_in_such_a_folder(tmp_path):
     killed(tmp_path)
     with Spill(tmp_path) as spill:
@@ -93,6 +138,25 @@ def test_a_spill_is_in_such_a_folder(tmp_path):
         assert path.name == name
         assert [*tmp_path.iterdir()] == [path.parent]
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_system_without_a_temporary_folder_is_an_error(monkeypatch):
+    def none():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    for use in (Spill, unnamed):
+        with pytest.raises(InputError, match=r"No folder takes temporary files \(No usable .*: set TMPDIR"):
+            use()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_is_named(number):
+    with (
+        pytest.raises(InputError, match=r"^weights cannot be written \(no\): make room there, or set TMPDIR"),
+        roomy(),
+    ):
+        raise OSError(number, "no", "weights")
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path):

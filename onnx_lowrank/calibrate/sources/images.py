@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from onnx_lowrank.engines.inputs import Spec, shape_text
 from onnx_lowrank.engines.made import check_shapes
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.arrays import Take, bounded
+from onnx_lowrank.files.scratch import temporary_folder, unnamed
 
 USUAL_SAMPLES = 2000
 """The most images if the user gives no number."""
@@ -160,7 +160,7 @@ def _levels(spec: Spec, layout: _Layout, options: Options) -> NDArray[Any]:
 
 def _spooled(paths: list[Path], layout: _Layout, files: ExitStack) -> tuple[IO[bytes], int]:
     """Read all images once, into a temporary file of bytes; also counts those that were enlarged."""
-    folder = tempfile.gettempdir()
+    folder = temporary_folder()
     free, size = shutil.disk_usage(folder).free, len(paths) * prod(layout.shape)
     full = (
         f"{counted(len(paths), 'image')} of {size / 2**20:.0f} MiB do not fit into {folder}, where "
@@ -168,8 +168,7 @@ def _spooled(paths: list[Path], layout: _Layout, files: ExitStack) -> tuple[IO[b
     )
     if free < size + _SPARE_BYTES:
         raise InputError(full)
-    temporary = tempfile.TemporaryFile(prefix="onnx-lowrank-")  # noqa: SIM115 - the stack closes it
-    spool = files.enter_context(temporary)
+    spool = files.enter_context(unnamed())
     enlarged = 0
     for path in paths:
         image, is_enlarged = load(path, layout.height, layout.width, grey=layout.channels == 1)
