@@ -26,6 +26,10 @@ from onnx_lowrank.errors import InputError
 
 _PREFIX, _SUFFIX = ".onnx-lowrank-", ".tmp"
 
+MODEL = ".model"
+"""The mark in the names of models' hidden files. Those of dead runs tell whose the data files beside them are,
+so only `save` removes them."""
+
 
 def check_writable(target: Path) -> None:
     """Check that a file can be written or replaced.
@@ -51,11 +55,15 @@ def check_writable(target: Path) -> None:
 
 
 @contextmanager
-def replacing(*targets: Path) -> Iterator[list[BinaryIO]]:
+def replacing(*targets: Path, mark: str = "") -> Iterator[list[BinaryIO]]:
     """Open a temporary file beside each target; rename them over the targets if the block succeeds.
 
     They are renamed in the order given. After any exception, an interrupt included, the temporary files are
     gone and every target is as it was. The new file gets the permissions of the file that it replaces.
+
+    Args:
+        targets: The files.
+        mark: As for `hidden`.
 
     Raises:
         InputError: A target is no file that can be written, or the disk is full.
@@ -66,7 +74,7 @@ def replacing(*targets: Path) -> Iterator[list[BinaryIO]]:
         sweep(folder)
     try:
         with ExitStack() as cleaning:
-            temporaries = [cleaning.enter_context(hidden(t.parent, permissions(t))) for t in targets]
+            temporaries = [cleaning.enter_context(hidden(t.parent, permissions(t), mark)) for t in targets]
             yield [file for _, file in temporaries]
             for _, file in temporaries:
                 finish(file)
@@ -87,15 +95,16 @@ def permissions(path: Path) -> int | None:
 
 
 @contextmanager
-def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
+def hidden(folder: Path, mode: int | None, mark: str = "") -> Iterator[tuple[Path, BinaryIO]]:
     """A new file under a hidden name; the end of the block removes it unless it was renamed.
 
     Args:
         folder: The folder of the file.
         mode: Its permissions; None for the defaults.
+        mark: A part of its name: `MODEL` or nothing.
     """
     with ExitStack() as cleaning:
-        path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        path = _hidden_name(folder, mark)
         cleaning.callback(surely, partial(path.unlink, missing_ok=True))
         # Private from the start: anyone who opens it before a later chmod could read all later writes.
         first = 0o666 if mode is None else 0o600
@@ -103,12 +112,16 @@ def hidden(folder: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
         file = cleaning.enter_context(open(path, "x+b", opener=private))
         # Before it was locked, another run may have mistaken it for a dead run's file and removed it.
         if locked(file.fileno(), waiting=True) and not os.fstat(file.fileno()).st_nlink:
-            with hidden(folder, mode) as again:
+            with hidden(folder, mode, mark) as again:
                 yield again
             return
         if mode is not None:
             path.chmod(mode)
         yield path, file
+
+
+def _hidden_name(folder: Path, mark: str) -> Path:
+    return folder / f"{_PREFIX}{secrets.token_hex(8)}{mark}{_SUFFIX}"
 
 
 def surely(action: Callable[[], object]) -> None:
@@ -133,26 +146,29 @@ def finish(file: BinaryIO) -> None:
         file.close()
 
 
-def sweep(folder: Path, seen: Callable[[Path], object] = lambda path: None) -> None:
+def sweep(folder: Path, model: Callable[[Path], object] | None = None) -> None:
     """Remove the hidden files that dead runs left in a folder; files that cannot be removed stay.
 
     Args:
         folder: The folder.
-        seen: Called with every such file before it is removed.
+        model: Called with every model among them before it is removed; None to leave the models.
     """
     with suppress(OSError):
         for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")):
             with suppress(OSError):
-                _remove_dead(path, seen)
+                is_model = path.name.endswith(f"{MODEL}{_SUFFIX}")
+                if not is_model or model is not None:
+                    _remove_dead(path, model if is_model else None)
 
 
-def _remove_dead(path: Path, seen: Callable[[Path], object]) -> None:
+def _remove_dead(path: Path, model: Callable[[Path], object] | None) -> None:
     if not stat.S_ISREG(path.lstat().st_mode):
         return
     with path.open("rb") as file:
         # If its owner renames it meanwhile, this locks the target, and there is no hidden name to remove.
         if locked(file.fileno()):
-            seen(path)
+            if model is not None:
+                model(path)
             path.unlink()
 
 
@@ -208,9 +224,14 @@ def _rename(temporaries: list[Path], targets: tuple[Path, ...]) -> None:
 
 
 @contextmanager
-def second_name(target: Path) -> Iterator[Path | None]:
-    """A second, hidden name for a target's file, or None if there is no file; the target keeps its name."""
-    backup = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+def second_name(target: Path, mark: str = "") -> Iterator[Path | None]:
+    """A second, hidden name for a target's file, or None if there is no file; the target keeps its name.
+
+    Args:
+        target: The file.
+        mark: As for `hidden`.
+    """
+    backup = _hidden_name(target.parent, mark)
     if not os.path.lexists(target):
         yield None
         return

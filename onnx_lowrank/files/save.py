@@ -31,6 +31,7 @@ from google.protobuf.message import DecodeError
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.atomic import (
+    MODEL,
     check_writable,
     finish,
     hidden,
@@ -81,7 +82,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     sweep(target.parent, lambda unfinished: old.update(_data_of(unfinished, target.name)))
     data = serialized(model.proto)
     with ExitStack() as alone, ExitStack() as undo:
-        with replacing(target) as (file,):
+        with replacing(target, mark=MODEL) as (file,):
             if data is None or outside:
                 _write_both(model, inline, target, file, _data_permissions(target, old), alone, undo)
             else:
@@ -90,7 +91,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
                 _enter(target.parent, alone)
             check_unchanged({f: stamp for f, stamp in model.stamps.items() if f in outside.values()})
             if replaced := _data_of(target, target.name):  # of another run, if it was faster
-                alone.enter_context(second_name(target))
+                alone.enter_context(second_name(target, MODEL))
             # If the model does not get to its target, nothing is removed that the target needs.
             alone.callback(surely, partial(_remove, model, target, old | replaced))
         undo.pop_all()
