@@ -8,8 +8,10 @@ the package shows no records: it adds a handler that does nothing.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 from rich.console import Console
 from rich.text import Text
@@ -20,6 +22,7 @@ DETAIL = 5
 """The level of records that are too numerous for a reader who only wants the decisions."""
 
 _SHOWN = 3
+_FILTERS = Lock()
 
 
 def printable(text: str) -> str:
@@ -71,3 +74,15 @@ def shown(console: Console, verbosity: int) -> Iterator[None]:
     finally:
         ROOT.removeHandler(lines)
         ROOT.setLevel(level)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Ignore the warnings of Python during the block.
+
+    All threads share their filters, and blocks that overlap would restore them in the wrong order. So threads
+    wait for each other.
+    """
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

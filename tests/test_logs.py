@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
+import warnings
 from io import StringIO
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from onnx_lowrank import compress
-from onnx_lowrank.logs import DETAIL, first_names, printable, shown
+from onnx_lowrank.logs import DETAIL, first_names, printable, shown, without_warnings
 from tiny import cnn
 
 SHAPE = {"x": (2, 8, 6, 6)}
@@ -188,3 +190,21 @@ def test_printable(text, expected):
 )
 def test_some(names, expected):
     assert first_names(names) == expected
+
+
+def test_threads_restore_the_filters_of_warnings_in_the_right_order():
+    before, entered, left = list(warnings.filters), threading.Event(), threading.Event()
+
+    def other():
+        with without_warnings():
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    with without_warnings():
+        thread.start()
+        assert not entered.wait(0.1)
+    left.set()
+    thread.join()
+    assert entered.is_set()
+    assert warnings.filters == before

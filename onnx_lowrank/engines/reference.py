@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from onnx_lowrank.engines.engine import Feed, RejectedError, Run, UnsupportedError, one_line
 from onnx_lowrank.files.external import whole
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.logs import without_warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,7 @@ class Reference:
         def run(feed: Feed) -> dict[str, Any]:
             try:
                 # The caller looks for overflow and NaN in the outputs.
-                with np.errstate(all="ignore"), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with np.errstate(all="ignore"), without_warnings():
                     return dict(zip(evaluator.output_names, evaluator.run(None, dict(feed)), strict=True))
             except Exception as error:
                 raise RejectedError(one_line(error)) from error

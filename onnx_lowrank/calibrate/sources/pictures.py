@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.calibrate.sources.source import library
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.logs import without_warnings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -81,8 +82,7 @@ def _readable(path: Path, pillow: Any) -> Iterator[None]:
     """Turn the errors of reading an image into an InputError; Pillow's warning of too many pixels, too."""
     bombs = (pillow.DecompressionBombWarning, pillow.DecompressionBombError)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_warnings():
             warnings.simplefilter("error", bombs[0])
             yield
     except InputError:
