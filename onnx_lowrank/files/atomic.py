@@ -27,8 +27,8 @@ from onnx_lowrank.errors import InputError
 _PREFIX, _SUFFIX = ".onnx-lowrank-", ".tmp"
 
 MODEL = ".model"
-"""The mark in the names of models' hidden files. Those of dead runs tell whose the data files beside them are,
-so only `save` removes them."""
+"""The mark in the names of models' hidden files. Those of dead runs tell whose the data files beside them
+are, so only `save` removes them."""
 
 
 def check_writable(target: Path) -> None:
