@@ -22,6 +22,7 @@ try:
     )
     from onnx_lowrank.options import Options
     from onnx_lowrank.report.report import Report
+    from onnx_lowrank.sweeps.run import sweep
 finally:
     if _COLLECTS:
         gc.enable()
@@ -44,4 +45,5 @@ __all__ = [
     "compress",
     "read_plan",
     "read_report",
+    "sweep",
 ]

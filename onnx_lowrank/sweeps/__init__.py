@@ -1,0 +1,1 @@
+"""Sweeps: models of many ratios, budgets and recipes, judged side by side."""
