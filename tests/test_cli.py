@@ -17,6 +17,7 @@ import onnx
 import pytest
 
 from onnx_lowrank import cli
+from onnx_lowrank.commands import compress as command
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.options import DEFAULTS
 from tiny import CNN, DIGITS, built, cnn, decaying, files
@@ -426,7 +427,7 @@ def test_an_internal_error_exits_with_1_and_tells_how_to_report_it(run, folder, 
     def broken(*args, **kwargs):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(cli, "compress", broken)
+    monkeypatch.setattr(command, "compress", broken)
     outcome = run(*RUN)
     assert outcome.message.startswith("Internal error (RuntimeError: first line second line): run again with")
     assert outcome.code == 1
@@ -439,7 +440,7 @@ def test_control_characters_in_a_traceback_do_not_reach_the_terminal(run, folder
     def broken(*args, **kwargs):
         raise RuntimeError("\x1b[2Jname\x07")
 
-    monkeypatch.setattr(cli, "compress", broken)
+    monkeypatch.setattr(command, "compress", broken)
     outcome = run(*RUN, "-v")
     assert "RuntimeError:  [2Jname" in outcome.err
     assert not {"\x1b", "\x07"} & set(outcome.err)
@@ -567,6 +568,7 @@ INTERRUPTED = """
 import os, signal, sys
 from contextlib import contextmanager
 from onnx_lowrank import cli
+from onnx_lowrank.commands import compress as command
 
 class Interrupting:
     @contextmanager
@@ -576,7 +578,7 @@ class Interrupting:
         yield lambda done=None: None
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
-cli.Silent = Interrupting
+command.Silent = Interrupting
 cli.main(sys.argv[2:])
 """
 
@@ -592,13 +594,13 @@ def test_an_interrupt_at_any_stage_leaves_nothing_behind(run, folder, monkeypatc
     onnx.save(cnn(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
     before = files(folder)
 
-    class Interrupting(cli.Silent):
+    class Interrupting(command.Silent):
         def stage(self, name, total=None):
             if name.split(" (")[0] == stage:
                 raise KeyboardInterrupt
             return super().stage(name, total)
 
-    monkeypatch.setattr(cli, "Silent", Interrupting)
+    monkeypatch.setattr(command, "Silent", Interrupting)
     outcome = run("-q", "big.onnx", "out.onnx", "--ratio", "0.5", *options)
     assert outcome == Outcome(130, "", INTERRUPT_MESSAGE)
     assert files(folder) == before
@@ -636,6 +638,7 @@ TERMINATED = """
 import os, shutil, signal, sys
 from contextlib import contextmanager
 from onnx_lowrank import cli
+from onnx_lowrank.commands import compress as command
 
 rmtree = shutil.rmtree
 
@@ -651,7 +654,7 @@ class Terminating:
             os.kill(os.getpid(), signal.SIGTERM)
         yield lambda done=None: None
 
-cli.Silent = Terminating
+command.Silent = Terminating
 cli.main(sys.argv[2:])
 """
 TERMINATED_MESSAGE = INTERRUPT_MESSAGE.lstrip()
@@ -726,7 +729,9 @@ def test_a_termination_from_outside_leaves_no_temporary_file(folder, temporary):
 @pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: None])
 def test_the_handler_of_whoever_calls_the_command_stays(run, folder, monkeypatch, handler):
     seen = []
-    monkeypatch.setattr(cli, "check_outputs", lambda *paths: seen.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(
+        command, "check_outputs", lambda *paths: seen.append(signal.getsignal(signal.SIGTERM))
+    )
     old = signal.signal(signal.SIGTERM, handler)
     try:
         assert run(*RUN, "--ratio", "2").code == 2
@@ -815,7 +820,7 @@ def test_list_passes_gives_every_recipe_one_line_in_a_pipe(run):
 
 def test_list_passes_wraps_to_the_terminal(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("onnx_lowrank.cli.sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("onnx_lowrank.commands.compress.sys.stdout.isatty", lambda: True)
     lines = run("--list-passes").out.splitlines()
     assert len(lines) > len(recipes.load_all())
     assert max(map(len, lines)) < 80
@@ -827,7 +832,7 @@ def test_the_help_fits_80_columns_and_names_everything(run, monkeypatch):
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome == run("--help")
     assert max(map(len, outcome.out.splitlines())) < 80
-    for option in cli.command.params:
+    for option in command.command.params:
         assert (
             option.human_readable_name == "help"
             or (option.opts[0] in outcome.out)
@@ -849,7 +854,7 @@ def test_every_option_is_an_argument_of_compress():
     arguments = {"model", "ratio", *DEFAULTS}
     own = {"source", "out", "save_plan", "report", "quiet", "verbose", "list_passes", "version", "help"}
     own.add("no_cache")  # `cache=False`
-    assert {option.name for option in cli.command.params} - own <= arguments
+    assert {option.name for option in command.command.params} - own <= arguments
 
 
 @pytest.mark.parametrize("command", [["--version"], ["--list-passes"]])
@@ -1302,7 +1307,7 @@ def test_no_cache_and_threads_go_to_compress(folder, run, monkeypatch, cache):
         seen.update(options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compress", compress)
+    monkeypatch.setattr(command, "compress", compress)
     assert run(*HALF, "--threads", "3", *([] if cache else ["--no-cache"])).code == 130
     assert (seen["threads"], seen["cache"]) == (3, cache)
 
