@@ -1,7 +1,8 @@
 """The commands: one module each, whose `command` is a click command.
 
 The first word of the command line chooses one: `onnx-lowrank sweep IN.onnx FOLDER`. Without such a word it is
-`compress`.
+`compress`. A module has the name of its command, with an underscore behind if Python has a module of that
+name.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ DEFAULT = "compress"
 
 def names() -> tuple[str, ...]:
     """The names of all commands."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(_modules()))
 
 
 def command(name: str) -> click.Command:
     """The command of a name."""
-    found: click.Command = import_module(f"{__name__}.{name}").command
+    found: click.Command = import_module(f"{__name__}.{_modules()[name]}").command
     return found
+
+
+def _modules() -> dict[str, str]:
+    """The names of the modules, by those of their commands."""
+    return {module.name.rstrip("_"): module.name for module in pkgutil.iter_modules(__path__)}

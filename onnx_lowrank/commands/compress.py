@@ -26,6 +26,8 @@ _AUTO = (
 _EPILOG = """\b
 Other commands, each with -h:
   onnx-lowrank sweep IN.onnx FOLDER   models of many ratios, side by side
+  onnx-lowrank inspect IN.onnx        the layers, their spectra, and the reasons for all others
+  onnx-lowrank explain PLAN.json      the choices of a saved plan
 
 \b
 Exit codes:

@@ -7,19 +7,13 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 
 from onnx_lowrank.core.outcome import Calibrated, Fused, OutputError, Trial, Validation
-from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import layer_table as layers
-from onnx_lowrank.report import other_table, words
+from onnx_lowrank.report import other_table, proof, words
 from onnx_lowrank.report.content import Content, Total
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
 
 _CHOSEN = "→ "
-_RULES = {
-    Aggregate.UNIFORM: "one relative rank for all layers",
-    Aggregate.RATIO: "the largest ratios of the layers that fit",
-}
-
 WORTHLESS = 0.5
 """A relative error above this is closer to noise (1) than to the original: the report says so first."""
 
@@ -120,12 +114,7 @@ def _ratios(report: Content) -> str:
     line = f"Ratio of {report.budget}: {report.reached:.4f}, {_asked(report)}."
     if report.solver is None or all(row.option is None for row in report.layers):
         return line
-    gap = report.solver.gap
-    if gap is None:
-        proof = _RULES.get(report.solver.aggregate, "the smallest lambda that fits")
-    else:
-        proof = "proven optimal" if gap <= 0 else f"within {gap:.2g} of the optimum"
-    return f"{line} Objective ({_objective(report.solver, report.measure)}): {proof}."
+    return f"{line} {proof.sentence(report.solver, report.measure)}"
 
 
 def _asked(report: Content) -> str:
@@ -138,15 +127,6 @@ def _asked(report: Content) -> str:
     if not wanted:
         return f"asked for {report.asked:g}"
     return f"the smallest tried with held-out {' and '.join(wanted)}"
-
-
-def _objective(solver: Solver, measure: str) -> str:
-    """The objective that was minimized, and its value."""
-    value = words.number(solver.objective)
-    if solver.aggregate is not Aggregate.SUM:
-        return f"largest {measure} error {value}"
-    power = "" if solver.power == 1 else f" to the power {solver.power:g}"
-    return f"sum of {measure} errors{power} {value}"
 
 
 def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page) -> None:
