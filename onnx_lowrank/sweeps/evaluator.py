@@ -41,15 +41,15 @@ class Evaluator:
             score = self.function(str(model))
         except Exception as error:
             raise InputError(
-                f"The evaluator {self.name} failed on {model} ({type(error).__name__}: {error}): mend it and "
+                f"The evaluator {self.name} failed on {model} ({type(error).__name__}, {error}): repair it and "
                 "run again, since the points that are done stay."
             ) from error
         # A NumPy scalar or an array of one element is a number, too.
         number = score.item() if getattr(score, "size", None) == 1 and hasattr(score, "item") else score
         if isinstance(number, bool) or not isinstance(number, Real) or not isfinite(number):
             raise InputError(
-                f"The evaluator {self.name} returned {str(score)[:60]!r} for {model}: let it return a finite "
-                "number."
+                f"The evaluator {self.name} returned {str(score)[:60]!r} for {model}: change it to return "
+                "a finite number."
             )
         return float(number)
 
@@ -88,7 +88,7 @@ def _imported(module: str, given: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:
         raise InputError(
-            f"The module of --evaluate {given} cannot be imported ({type(error).__name__}: {error}): "
+            f"The module of --evaluate {given} cannot be imported ({type(error).__name__}, {error}): "
             "run in its folder, or put it on PYTHONPATH."
         ) from error
     finally:

@@ -61,5 +61,5 @@ def test_numbers_of_all_kinds(score: object) -> None:
 
 @pytest.mark.parametrize("score", [True, float("inf"), np.float32("nan"), np.ones(2), 1j, "1"])
 def test_scores_that_are_no_numbers(score: object) -> None:
-    with pytest.raises(InputError, match="let it return a finite number"):
+    with pytest.raises(InputError, match="change it to return a finite number"):
         evaluator(lambda model: score)(Path("a.onnx"))  # type: ignore[arg-type, return-value]

@@ -233,7 +233,7 @@ def test_a_sweep_can_be_scored_later_and_anew(source: Path, tmp_path: Path) -> N
         (float("nan"), "returned 'nan'"),
         (None, "returned 'None'"),
         ("high", "returned 'high'"),
-        (ValueError("no labels"), r"failed .* \(ValueError: no labels\)"),
+        (ValueError("no labels"), r"failed .* \(ValueError, no labels\)"),
     ],
 )
 def test_an_evaluator_that_fails_keeps_the_points(
