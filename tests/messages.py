@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -42,14 +43,15 @@ def family() -> frozenset[str]:
     return frozenset(found)
 
 
-def collected() -> list[Message]:
+@cache
+def collected() -> tuple[Message, ...]:
     """The messages of all modules."""
     root = Path(onnx_lowrank.__file__).parent
-    return [
+    return tuple(
         message
         for path in sorted(root.rglob("*.py"))
         for message in of_source(path.read_text(encoding="utf-8"), str(path.relative_to(root)))
-    ]
+    )
 
 
 def of_source(source: str, name: str) -> Iterator[Message]:
@@ -67,7 +69,7 @@ def _of_scope(scope: ast.AST, name: str, wanted: frozenset[str]) -> Iterator[Mes
         if isinstance(node, ast.Call) and node.args:
             kind = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             # `Document.error` is the class of a document's errors.
-            if kind in wanted or ast.unparse(node.func) == "self.error":
+            if kind in wanted or (kind == "error" and ast.unparse(node.func) == "self.error"):
                 for text in _rendered(node.args[0], texts):
                     yield Message(f"{name}:{node.lineno}", text, kind == "BadParameter")
 
@@ -80,9 +82,10 @@ def _texts(scope: ast.AST) -> dict[str, list[ast.expr]]:
             for target in node.targets:
                 names, values = (getattr(side, "elts", [side]) for side in (target, node.value))
                 for one, value in zip(names, values, strict=False):
-                    found.setdefault(ast.unparse(one), []).append(value)
-        elif isinstance(node, ast.AugAssign):
-            name = ast.unparse(node.target)
+                    if isinstance(one, ast.Name):
+                        found.setdefault(one.id, []).append(value)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
             longer = [ast.BinOp(start, node.op, node.value) for start in found.get(name, [])]
             found[name] = longer or [node.value]
     return {name: values for name, values in found.items() if all(map(_is_text, values))}

@@ -127,9 +127,9 @@ def test_a_cost_has_to_be_below_that_of_the_kept_layers():
 
 def test_costs_of_a_lowering_of_several_layers_are_those_of_each_rank():
     of = layer(7, 12, added=3, siblings=("w", "v"))
-    ranks = np.array([2, 4, 6, 10])
-    found = PARAMS.tariff(of).together(Option(Fold.ENCODE, 1, 2, Lowering.SHARED, "w"), ranks)
-    assert found.tolist() == [3 + 19 * j for j in (2, 4, 6, 10)]
+    ranks = np.array([3, 6, 9, 15])
+    found = PARAMS.tariff(of).together(Option(Fold.ENCODE, 1, 3, Lowering.SHARED, "w"), ranks)
+    assert found.tolist() == [3 + 19 * j for j in (3, 6, 9, 15)]
 
 
 def test_members_of_a_narrowing_cost_what_they_do_at_each_width():
@@ -139,3 +139,5 @@ def test_members_of_a_narrowing_cost_what_they_do_at_each_width():
     # At width 0 they are as they were; a narrow layer has its new bias in place of what it frees.
     assert first.tolist() == [12 * 5 + 4, *(5 * width + 4 for width in (3, 6, 9))]
     assert own.tolist() == [7 * 12 + 9, *(7 * width + 2 for width in (3, 6, 9))]
+    single = replace(of, narrowing=replace(of.narrowing, heads=1))
+    assert PARAMS.tariff(single).members(np.array([0, 1]))[1].tolist() == [7 * 12 + 9, 7 + 2]

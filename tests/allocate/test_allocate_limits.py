@@ -100,3 +100,9 @@ def test_the_gap_is_what_the_best_bound_leaves(monkeypatch):
     monkeypatch.setattr(knapsack, "_branch_and_cut", lambda *_: ([], 0.5625))
     picks, gap = solve_knapsacks(COSTS, values, np.array([12, 5]), most_states=0)
     assert gap == 1 - 0.5625 / (values[0][picks[0]] + values[1][picks[1]])
+
+
+def test_items_that_the_relaxation_mixes_need_not_fit_alone():
+    # Half of the second and half of the third meet both budgets at the value 0; only the first fits alone.
+    costs, values = [np.array([[1, 5, 0], [1, 0, 4]])], [np.array([8.0, 0.0, 0.0])]
+    assert solve_knapsacks(costs, values, np.array([3, 2])) == ([0], 0)

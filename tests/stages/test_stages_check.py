@@ -600,7 +600,7 @@ class TestCompare:
         assert errors == {"s[0]": 0.0, "s[1]": 1.0, "m[0][1]": 0.5, "m[1][2]": 0.0}
 
     def test_maps_from_the_same_keys_are_rows_of_one_output(self):
-        ours = {"m": [{"a": 3.0, "b": 4.0}, {"a": 1e-9, "b": 0.0}]}
+        ours = {"m": [{"a": 3.0, "b": 4.0}, {"a": 0.0, "b": 0.0}]}
         theirs = {"m": [{"b": 4.0, "a": 3.0}, {"a": 5.0, "b": 0.0}]}
         (error,) = compare(ours, theirs, {})
         assert (error.name, error.relative, error.largest) == ("m", 1.0, 5.0)
