@@ -27,7 +27,7 @@ def models(draw: st.DrawFn, longest: int = 4) -> ModelProto:
         draw: Draws from a strategy.
         longest: The largest number of steps.
     """
-    kind = draw(st.sampled_from(["float", "float", "float", "double", "float16", "bfloat16"]))
+    kind = draw(st.sampled_from([*["float"] * 6, "double", "float16", "bfloat16"]))
     opset = draw(st.integers(OLDEST if kind != "bfloat16" else 22, NEWEST))
     d = Draft(draw, kind, opset, ir=draw(st.integers(3, onnx.IR_VERSION)))
     x = _entry(d)
@@ -64,20 +64,41 @@ def siblings(draw: st.DrawFn) -> ModelProto:
 
 
 def _entry(d: Draft) -> Value:
-    """The input: numbers, or ids that a table is looked up with."""
+    """The input: numbers, in a sequence or an optional too, or ids that a table is looked up with."""
     is_open = d.pick(False, True)
     if d.rarely(5):
-        words, width = d.size(4, 24), d.size(3, 12)
-        shape = (2, *(d.size(1, 3) for _ in range(d.size(0, 1))))
-        ids = d.input("x", d.pick(TensorProto.INT64, TensorProto.INT32), ["N" if is_open else 2, *shape[1:]])
-        name = d.node("Gather", [d.weight(words, width), _limited(d, ids, words)], axis=0)
-        return Value(name, (*shape, width), is_open)
+        return _looked_up(d, is_open)
     rank = d.pick(2, 3, 4, 4, 5, 1)
     shape = (2, d.size(3, 16), *(d.size(1, 8) for _ in range(2, rank)))[:rank]
     shape = (d.size(4, 16),) if rank == 1 else shape
     is_open = is_open and rank > 1
-    name = d.input("x", d.number, ["N" if is_open else shape[0], *shape[1:]])
-    return Value(name, shape, is_open)
+    given = Value("x", shape, is_open)
+    kind = d.pick("tensor", "tensor", "tensor", "tensor", "sequence", "optional")
+    if kind == "sequence" and d.opset >= 11 and d.kind != "bfloat16":
+        d.inputs.append(helper.make_tensor_sequence_value_info("x", d.number, [given.batch, *shape[1:]]))
+        return Value(d.node("SequenceAt", ["x", d.keep(np.int64(0))]), shape, is_open)
+    if kind == "optional" and d.opset >= 15 and d.kind in ("float", "double"):
+        tensor = helper.make_tensor_type_proto(d.number, [given.batch, *shape[1:]])
+        d.inputs.append(helper.make_value_info("x", helper.make_optional_type_proto(tensor)))
+        return Value(d.node("OptionalGetElement", ["x"]), shape, is_open)
+    d.input("x", d.number, [given.batch, *shape[1:]])
+    return given
+
+
+def _looked_up(d: Draft, is_open: bool) -> Value:
+    """The rows of a table, or ONNX Runtime's own sum of several tables."""
+    words, width = d.size(4, 24), d.size(3, 12)
+    if d.kind == "float" and d.opset >= 10 and d.pick(False, True):
+        ids = d.input("x", TensorProto.INT32, ["N" if is_open else 2, 3])
+        tables = [d.weight(words, width), d.weight(4, width)]
+        scales = [d.small(width, least=0.5), d.small(width)]
+        operands = [_limited(d, ids, words), "", *tables, "", *scales]
+        name, _ = d.node("EmbedLayerNormalization", operands, 2, domain="com.microsoft")
+        return Value(name, (2, 3, width), is_open)
+    shape = (2, *(d.size(1, 3) for _ in range(d.size(0, 1))))
+    ids = d.input("x", d.pick(TensorProto.INT64, TensorProto.INT32), ["N" if is_open else 2, *shape[1:]])
+    name = d.node("Gather", [d.weight(words, width), _limited(d, ids, words)], axis=0)
+    return Value(name, (*shape, width), is_open)
 
 
 def _limited(d: Draft, ids: str, words: int) -> str:
