@@ -303,3 +303,20 @@ class Merge:
     elements: tuple[int, int, int]
     saved: int
     certificate: Certificate
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """How many things two models share.
+
+    Attributes:
+        same: Those that both have.
+        changed: Those of one name that have other contents.
+        gone: Those that only the first one has.
+        new: Those that only the second one has.
+    """
+
+    same: int
+    changed: int
+    gone: int
+    new: int

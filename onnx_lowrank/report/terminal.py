@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from rich.console import Console
 
-from onnx_lowrank.core.outcome import Calibrated, Fused, OutputError, Trial, Validation
+from onnx_lowrank.core.outcome import Calibrated, Trial
 from onnx_lowrank.report import layer_table as layers
-from onnx_lowrank.report import other_table, proof, words
+from onnx_lowrank.report import proof, validation_text, words
 from onnx_lowrank.report.content import Content, Total
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
@@ -54,7 +54,7 @@ def show(report: Content, console: Console) -> None:
             f"({words.exact(saved)} parameters less)"
         )
     if report.validation is not None:
-        _validation(report.validation, names, page)
+        validation_text.show(report.validation, names, page)
     for warning in report.warnings:
         page.line(f"Warning: {warning}", style="yellow")
 
@@ -174,58 +174,3 @@ def _trials(trials: list[Trial], page: Page) -> None:
     marks = (_CHOSEN if trial.chosen else " " * len(_CHOSEN) for trial in trials)
     recipe = Column("  recipe", tuple(mark + name for mark, name in zip(marks, names, strict=True)))
     page.table([recipe, *columns], ["bold" if trial.chosen else "" for trial in trials])
-
-
-def _validation(validation: Validation, names: Mapping[str, str], page: Page) -> None:
-    page.line(f"Validation on {validation.engine}")
-    page.line(f"inputs {validation.inputs}", style="dim", indent=2)
-    layers = {f"layer {layer}": f"layer {name}" for layer, name in names.items()}
-    for output in validation.outputs:
-        page.line(f"{output.name}: {_differences(output)}", indent=2)
-    for output in validation.alone:
-        page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
-    if validation.continuation is not None:
-        found = validation.continuation
-        page.line(
-            f"greedy continuation of {found.prompts} prompts: {found.agreement:.0%} of {found.tokens} tokens "
-            "agree",
-            indent=2,
-        )
-    if validation.never_ran:
-        silent = words.first_names(names.get(layer, layer) for layer in validation.never_ran)
-        page.line(f"never ran: {silent}", style="yellow", indent=2)
-    elif validation.never_ran is None:
-        page.line("unknown which layers in branches ran", style="dim", indent=2)
-    if validation.fused is not None:
-        _fused(validation.fused, page)
-    for note in validation.notes:
-        page.line(note, style="yellow", indent=2)
-    if validation.other is not None:
-        page.blank()
-        other_table.show(validation.other, page)
-
-
-def _fused(fused: Fused, page: Page) -> None:
-    """Print the fused operators that were lost, or why they were not counted."""
-    if fused.note:
-        page.line(f"fused operators not counted: {fused.note}", style="dim", indent=2)
-    elif fused.lost:
-        parts = (f"{count} of {fused.before[name]} {name}" for name, count in fused.lost.items())
-        page.line(f"ONNX Runtime no longer fuses {', '.join(parts)}", style="yellow", indent=2)
-
-
-def _differences(output: OutputError) -> str:
-    """The errors of an output of the compressed model, as one line."""
-    parts = []
-    if output.relative is not None:
-        centred = "" if output.centred is None else f" ({words.number(output.centred)} about the mean)"
-        parts.append(f"relative error {words.number(output.relative)}{centred}")
-    if output.largest is not None:
-        parts.append(f"largest difference {words.number(output.largest)}")
-    if output.agreement is not None:
-        parts.append(f"agreement {output.agreement:.1%}")
-    if output.cosine is not None:
-        parts.append(f"cosine {output.cosine:.3f}")
-    if output.neighbours is not None:
-        parts.append(f"nearest neighbour kept {output.neighbours:.1%}")
-    return ". ".join(filter(None, (", ".join(parts), output.note)))

@@ -41,8 +41,8 @@ class Evaluator:
             score = self.function(str(model))
         except Exception as error:
             raise InputError(
-                f"The evaluator {self.name} failed on {model} ({type(error).__name__}, {error}): repair it and "
-                "run again, since the points that are done stay."
+                f"The evaluator {self.name} failed on {model} ({type(error).__name__}, {error}): repair it "
+                "and run again, since the points that are done stay."
             ) from error
         # A NumPy scalar or an array of one element is a number, too.
         number = score.item() if getattr(score, "size", None) == 1 and hasattr(score, "item") else score

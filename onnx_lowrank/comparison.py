@@ -1,0 +1,112 @@
+"""A comparison of two models: what differs in their graphs, sizes, fused operators, outputs and times."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Unpack
+
+from onnx_lowrank import request as arguments
+from onnx_lowrank.budgets import timing
+from onnx_lowrank.budgets.budget import Tools
+from onnx_lowrank.core.outcome import Timing
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.load import Model, load, stored_bytes
+from onnx_lowrank.graph import difference
+from onnx_lowrank.graph.parameters import parameters
+from onnx_lowrank.linalg.backend import one_blas_thread
+from onnx_lowrank.material import Material, read
+from onnx_lowrank.options import Options, completed
+from onnx_lowrank.progress import Progress, Silent
+from onnx_lowrank.report.comparison import Comparison
+from onnx_lowrank.report.content import Total
+from onnx_lowrank.request import Setting
+from onnx_lowrank.stages.check import validate
+
+
+def compare(
+    one: str | os.PathLike[str], other: str | os.PathLike[str], **options: Unpack[Options]
+) -> Comparison:
+    """Compare a model with another that takes the same inputs, such as a compressed one.
+
+    Args:
+        one: The path of the first model.
+        other: The path of the second model.
+        options: The options of `compress` for inputs, their shapes, times and the machine.
+
+    Returns:
+        The differences.
+
+    Raises:
+        InputError: A model, or an option, is wrong, or one of the models does not run on the inputs.
+        ValidationError: The second model fails, or gives NaN or Inf, where the first one does not.
+    """
+    given = completed(options)
+    asked = arguments.request(1.0, given)
+    setting = arguments.setting(asked, given)
+    progress = given["progress"] or Silent()
+    with one_blas_thread(), ExitStack() as stack:
+        with progress.stage("read the models"):
+            material = read(one, setting, stack, stack.enter_context(ExitStack()))
+            first, second = material.found.model, load(other, stack.enter_context(ExitStack()))
+            _check_inputs(first, second)
+        with progress.stage("compare the graphs"):
+            nodes, tensors = difference.nodes(first, second), difference.tensors(first, second)
+        with progress.stage("compare the outputs"):
+            validation = validate(
+                first,
+                second,
+                {},
+                alone=lambda layer: None,
+                inputs=material.given,
+                input_shapes=material.shapes,
+                provider=setting.provider,
+                max_error=setting.max_error,
+            )
+        return Comparison(
+            names=(Path(first.name).name, Path(second.name).name),
+            params=Total(parameters(first), parameters(second)),
+            bytes=Total(stored_bytes(first), stored_bytes(second)),
+            operators={n: Total(*counts) for n, counts in difference.operators(first, second).items()},
+            nodes=nodes,
+            tensors=tensors,
+            validation=validation,
+            timing=_timing(material, second, setting, progress),
+        )
+
+
+def _check_inputs(first: Model, second: Model) -> None:
+    """Check that both models take inputs of the same names.
+
+    Raises:
+        InputError: They do not.
+    """
+    names = [
+        {value.name for value in model.proto.graph.input}
+        - {tensor.name for tensor in model.proto.graph.initializer}
+        for model in (first, second)
+    ]
+    if names[0] != names[1]:
+        lists = " and ".join(", ".join(sorted(own)) or "none" for own in names)
+        raise InputError(
+            f"{first.name} and {second.name} have other inputs ({lists}): "
+            "name two models with the same inputs."
+        )
+
+
+def _timing(material: Material, second: Model, setting: Setting, progress: Progress) -> Timing | None:
+    """The times of both models; None if they were not asked for."""
+    if not setting.time:
+        return None
+    from onnx_lowrank.budgets.latency import whole  # Most comparisons time nothing.
+
+    first = material.found.model
+    watch = timing.stopwatch(first, setting.provider, setting.threads, caching=setting.cache)
+    tools = Tools(watch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
+    with progress.stage("time"):
+        try:
+            return whole.start(first, tools, watch).timing(second)
+        except (UnsupportedError, RejectedError) as error:
+            raise InputError(f"{second.name} cannot be timed ({error}): leave out --time.") from error
