@@ -61,6 +61,12 @@ def smallest(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> So
     return _solution(tables, picks, recipe, gap)
 
 
+def unchanged(tables: Sequence[Candidates], recipe: Recipe) -> Solution:
+    """The plan that keeps every layer, which makes no error."""
+    follows_rule = recipe.aggregate in (Aggregate.UNIFORM, Aggregate.RATIO)
+    return _solution(tables, [0] * len(tables), recipe, None if follows_rule else 0.0)
+
+
 def solve(tables: Sequence[Candidates], limits: Limits, recipe: Recipe) -> Solution:
     """Choose the candidates that minimize a recipe's objective within the limits.
 

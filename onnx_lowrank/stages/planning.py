@@ -16,7 +16,7 @@ from onnx_lowrank.allocate.joins import FEW, joined, sharings_of
 from onnx_lowrank.allocate.limits import Limits
 from onnx_lowrank.allocate.options import Candidates, unscored
 from onnx_lowrank.allocate.pairs import Classes, pairs_of
-from onnx_lowrank.allocate.solve import Solution, smallest, solve
+from onnx_lowrank.allocate.solve import Solution, smallest, solve, unchanged
 from onnx_lowrank.budgets.budget import Meter
 from onnx_lowrank.core.layer import Layer, narrow_layers
 from onnx_lowrank.core.option import Lowering
@@ -242,6 +242,9 @@ def _solved(model: Model, meter: Meter, classes: Classes, goal: Goal) -> Solutio
     # Not an error yet: constraints are upper bounds of the whole model's cost, so they may be too strict.
     if least <= limit:
         return solution
+    # What is written beside the factors may make every other plan larger than the input.
+    if meter.total <= limit:
+        return unchanged(classes.tables, goal.recipe)
     raise _out_of_reach(model, meter, classes, goal, least)
 
 
@@ -253,7 +256,7 @@ def _out_of_reach(model: Model, meter: Meter, classes: Classes, goal: Goal, leas
             "reached is 1: --ratio 1 --dry-run lists every operator with the reason.",
             1.0,
         )
-    # What is written beside the factors may make every rewritten model larger than the input.
+    # As above: the plan that keeps all layers may be the smallest.
     shown = min(math.ceil(least / meter.total * 1000) / 1000, 1.0)
     kept = [table for table in classes.layers if table.reason]
     why = f"; the layer {kept[0].layer!r} is kept, as {kept[0].reason}" if kept else ""

@@ -191,11 +191,13 @@ def test_a_layer_whose_nodes_weigh_more_than_it_saves_is_kept():
     assert compress(proto, 0.9, device="cpu", dry_run=True).report.reached < 0.9
 
 
-def test_ratio_one_is_reached_where_any_rewritten_model_is_larger():
-    """A matrix 14 × 14 saves more than its nodes take, and less than the notes of the run do."""
-    proto = model(
-        "g (float[3, 14] x) => (float[3, 14] y) { y = MatMul (x, w) }", ir=10, w=decaying(1, 14, 14)
-    )
+@pytest.mark.parametrize("weight", [decaying(1, 14, 14), np.ones((14, 14), np.float32)], ids=["full", "one"])
+def test_ratio_one_is_reached_where_any_rewritten_model_is_larger(weight):
+    """A matrix 14 × 14 saves more than its nodes take, and less than the notes of the run do.
+
+    Of rank one, it can be rewritten without error.
+    """
+    proto = model("g (float[3, 14] x) => (float[3, 14] y) { y = MatMul (x, w) }", ir=10, w=weight)
     with pytest.raises(BudgetError, match=r"is 1\.$") as caught:
         compress(proto, 0.9, budget="bytes", device="cpu")
     assert caught.value.smallest_ratio == 1
