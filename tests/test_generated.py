@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, TypeProto
 
 import tiny
-from onnx_lowrank import BudgetError, Result, compress
+from onnx_lowrank import BudgetError, InputError, Result, compress
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer, shared_full_rank
 from onnx_lowrank.core.option import Fold, Lowering, Option
@@ -239,8 +239,16 @@ def test_full_rank_is_exact(proto: ModelProto, picks: list[int], is_merged: bool
 @one_of(8)
 @given(models(), st.sampled_from(["macs", "bytes"]), st.sampled_from([0.6, 0.8]))
 def test_other_budgets_hold(proto: ModelProto, budget: str, ratio: float) -> None:
-    shapes = {name: feed.shape for name, feed in next(feeds(proto)).items() if np.ndim(feed)}
-    result = reached(proto, ratio, budget=budget, input_shape=shapes)
+    tensors = {v.name for v in proto.graph.input if v.type.HasField("tensor_type")}
+    shapes = {name: np.shape(feed) for name, feed in next(feeds(proto)).items() if name in tensors}
+    try:
+        result = reached(proto, ratio, budget=budget, input_shape=shapes)
+    except InputError as error:
+        # Functions, and values out of sequences, may have no known shapes.
+        if "MACs are unknown" not in str(error):
+            raise
+        event("MACs are unknown")
+        return
     total = result.report.totals.amount(budget)
     assert total.before is not None
     assert total.after is not None
