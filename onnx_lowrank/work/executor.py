@@ -18,26 +18,22 @@ Rules:
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from itertools import islice
 from multiprocessing import Pipe, get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import cores, free_memory
 from onnx_lowrank.linalg.backend import Backend, one_blas_thread, resolve
+from onnx_lowrank.work.starting import start, starting
 from onnx_lowrank.work.tasks import Task, stopped
 
 _log = logging.getLogger(__name__)
@@ -85,9 +81,6 @@ P = TypeVar("P", bound=Promise[Any])
 
 _Flights = deque[tuple[P, int]]
 """The items that run or have a waiting result, each with its bytes."""
-
-_HELD = ExitStack()
-"""The contexts that a worker process keeps open until it ends."""
 
 
 class Executor(Protocol):
@@ -318,7 +311,7 @@ class Processes:
         context = get_context("spawn")
         # Workers end when the writing end closes, so even a killed process leaves none behind.
         self._reader, self._lifeline = Pipe(duplex=False)
-        self._pool = ProcessPoolExecutor(number, context, _start, (self._reader,))
+        self._pool = ProcessPoolExecutor(number, context, start, (self._reader,))
 
     def __enter__(self) -> Self:
         """Use the processes until the block ends."""
@@ -343,7 +336,8 @@ class Processes:
         """Like `Executor.map`."""
 
         def submit(item: I) -> Future[R]:
-            return self._pool.submit(_run, function, item, self._device, self._number)
+            with starting():
+                return self._pool.submit(_run, function, item, self._device, self._number)
 
         pending: _Flights[Future[R]] = deque()
         try:
@@ -407,22 +401,6 @@ def _first_of(futures: Sequence[Future[Any]]) -> None:
 def _ended(futures: Sequence[Future[Any]]) -> None:
     """Cancel the futures that have not begun, and wait for the others: the caller may close what they use."""
     wait([future for future in futures if not future.cancel()])
-
-
-def _start(reader: Connection) -> None:
-    """Prepare a worker process, once."""
-    # An interrupt reaches all processes of a terminal, but only the parent process may react to it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with, args=(reader,), daemon=True).start()
-    _HELD.enter_context(one_blas_thread(solvers=True))
-
-
-def _end_with(reader: Connection) -> None:
-    """End this process when the other end of a pipe is closed."""
-    try:
-        reader.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)
 
 
 def _run(function: Function[I, R], item: I, device: str, workers: int) -> R:
