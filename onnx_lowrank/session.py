@@ -21,7 +21,7 @@ from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING
 from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine, slowness
 from onnx_lowrank.engines.runtime import runtime
-from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.errors import BudgetError, LowRankError
 from onnx_lowrank.files.keeping import Keeper
 from onnx_lowrank.files.load import Model, ModelProto, check_unchanged, inlined, stored_bytes
 from onnx_lowrank.files.scratch import roomy
@@ -106,7 +106,14 @@ def run(
             running = Kept(running, keeper)
         job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper)
         samples = material.samples
-        return job.run(None if samples is None else job.calibrated(samples, stack))
+        try:
+            return job.run(None if samples is None else job.calibrated(samples, stack))
+        except LowRankError:
+            raise
+        except Exception:
+            # An engine fails in its own way if a data file becomes shorter while it reads it.
+            check_unchanged(found.model.stamps)
+            raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,13 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from onnx_lowrank import InputError, cli, compress, session
 from onnx_lowrank.engines import checker
+from onnx_lowrank.progress import Silent
 from onnx_lowrank.stages import score
 from onnx_lowrank.work.executor import Threads
 from tiny import cnn, files
@@ -144,6 +146,18 @@ def test_a_data_file_that_shrinks_while_it_is_read(model, tmp_path, capsys, monk
     assert "in.data cannot be read" in message
     assert "restore it as it was, and run again" in message
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_data_file_that_shrinks_before_an_engine_reads_it(model):
+    class Shrinking(Silent):
+        def stage(self, name, total=None):
+            if name.startswith("compare"):
+                os.truncate(model.with_name("in.data"), 0)
+            return super().stage(name, total)
+
+    images = np.random.default_rng(5).standard_normal((20, 8, 6, 6), np.float32)
+    with pytest.raises(InputError, match=r"in\.data has changed since it was read"):
+        compress(model, 0.5, calibration={"x": images}, progress=Shrinking())
 
 
 def test_a_data_file_that_changes_before_the_model_is_saved(model, tmp_path):
