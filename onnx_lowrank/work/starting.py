@@ -20,8 +20,8 @@ _HELD = ExitStack()
 def starting() -> Iterator[None]:
     """Block interrupts in this thread: worker processes that start now inherit that.
 
-    An interrupt reaches all processes of a terminal, but only the parent process may react to it. A worker that
-    still imports its modules would print a traceback.
+    An interrupt reaches all processes of a terminal, but only the parent process may react to it. A worker
+    that still imports its modules would print a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
