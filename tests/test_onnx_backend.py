@@ -118,7 +118,11 @@ def answer(got: list[Any], wanted: list[Any], case: Case) -> tuple[list[Any], bo
 
 
 def tally(
-    cases: Iterable[Case], folder: Path, builds: list[Built], record: Callable[[str, str], None]
+    name: str,
+    cases: Iterable[Case],
+    folder: Path,
+    builds: list[Built],
+    record: Callable[[str, str], None],
 ) -> dict[str, int]:
     """Check models; count their outcomes, and record these for the summary with what validated them."""
     outcomes: Counter[str] = Counter()
@@ -131,7 +135,7 @@ def tally(
             raise
         outcomes[outcome] += 1
         engines[engine] += 1
-    record("counts", f"{outcomes.total()} backend tests: {dict(outcomes)}, validated on {dict(engines)}")
+    record("counts", f"{outcomes.total()} {name}: {dict(outcomes)}, validated on {dict(engines)}")
     return dict(outcomes)
 
 
@@ -147,14 +151,14 @@ def test_a_sample(tmp_path, builds, record_property):
         for group, size in groups.items()
         for index in rng.choice(len(group()), size, replace=False)
     ]
-    outcomes = tally(cases, tmp_path, builds, record_property)
+    outcomes = tally("backend tests", cases, tmp_path, builds, record_property)
     assert outcomes.keys() == {HALF, MORE, SAME}
 
 
 @pytest.mark.backend
 @pytest.mark.parametrize("group", LEAST, ids=lambda group: group.__name__)
 def test_all(group, tmp_path, builds, record_property):
-    outcomes = tally(group(), tmp_path, builds, record_property)
+    outcomes = tally(group.__name__, group(), tmp_path, builds, record_property)
     half, more = outcomes.get(HALF, 0), outcomes.get(MORE, 0)
     models, least_half, least_rewritten = LEAST[group]
     assert sum(outcomes.values()) >= models
