@@ -149,7 +149,11 @@ def test_the_ratio_found_holds_the_target_and_the_next_smaller_one_does_not(kind
     assert chosen.ratio == result.plan.ratio == result.report.asked
     assert result.report.reached <= chosen.ratio < 1
     smaller = [trial for trial in result.report.trials if trial.ratio < chosen.ratio]
-    told = [float(found[1]) for t in smaller if (found := re.search(r" is ([0-9.]+)\.$", t.note))]
+    told = [
+        float(found[1])
+        for t in smaller
+        if (found := re.search(r": raise it to ([0-9.]+), the smallest", t.note))
+    ]
     assert max([*told, *(trial.ratio for trial in smaller)]) >= chosen.ratio * (1 - 1 / 128)
     for trial in smaller:
         assert not trial.outputs or (

@@ -25,10 +25,10 @@ _AUTO = (
 )
 _EPILOG = """\b
 Other commands, each with -h:
-  onnx-lowrank sweep IN.onnx FOLDER   models of many ratios, side by side
-  onnx-lowrank inspect IN.onnx        the layers, their spectra, and the reasons for all others
-  onnx-lowrank explain PLAN.json      the choices of a saved plan
-  onnx-lowrank compare A.onnx B.onnx  graphs, sizes, outputs and times of two models
+  onnx-lowrank sweep IN.onnx FOLDER    many ratios, side by side
+  onnx-lowrank inspect IN.onnx         the layers and their spectra
+  onnx-lowrank explain PLAN.json       a saved plan in words
+  onnx-lowrank compare A.onnx B.onnx   the differences of two models
 
 \b
 Exit codes:

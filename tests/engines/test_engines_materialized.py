@@ -121,7 +121,7 @@ def test_windows_deletes_the_copy(tmp_path, temporary, monkeypatch):
     model = replace(load(tmp_path / "in.onnx"), path=None)
     for opened in (lambda: ENGINES[0].open(model), lambda: ENGINES[0].ready(model, {"x": X}, 1)):
         with opened():
-            (copy,) = temporary.glob("*/*.data")
+            (copy,) = temporary.glob("*/model/*.data")
             assert is_mapped(copy)
         assert not [*temporary.iterdir()]
 

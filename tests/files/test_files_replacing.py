@@ -246,14 +246,14 @@ def test_a_lock_is_waited_for_only_when_asked(tmp_path, monkeypatch):
         assert locked(other.fileno()) is False
 
 
-def test_sweeping_tells_every_file_before_it_goes(tmp_path):
-    dead = [tmp_path / f".onnx-lowrank-{name}.tmp" for name in "ab"]
+def test_sweeping_tells_every_model_before_it_goes(tmp_path):
+    dead = [tmp_path / f".onnx-lowrank-{name}.tmp" for name in ("a", "b.model", "c.model")]
     for path in (*dead, tmp_path / ".onnx-lowrank-c", tmp_path / "d.tmp"):
         path.touch()
     (tmp_path / ".onnx-lowrank-folder.tmp").mkdir()
     seen = []
     sweep(tmp_path, lambda path: seen.append((path, path.exists())))
-    assert seen == [(path, True) for path in dead]
+    assert seen == [(path, True) for path in dead[1:]]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".onnx-lowrank-c",
         ".onnx-lowrank-folder.tmp",
@@ -261,8 +261,16 @@ def test_sweeping_tells_every_file_before_it_goes(tmp_path):
     ]
 
 
-def test_a_file_that_cannot_be_removed_stays_and_the_next_one_goes(tmp_path):
-    dead = [tmp_path / f".onnx-lowrank-{name}.tmp" for name in "ab"]
+def test_models_stay_where_nobody_asks_for_them(tmp_path):
+    dead = [tmp_path / f".onnx-lowrank-{name}.tmp" for name in ("a", "b.model")]
+    for path in dead:
+        path.touch()
+    sweep(tmp_path)
+    assert [path.exists() for path in dead] == [False, True]
+
+
+def test_a_model_that_cannot_be_removed_stays_and_the_next_one_goes(tmp_path):
+    dead = [tmp_path / f".onnx-lowrank-{name}.model.tmp" for name in "ab"]
     for path in dead:
         path.touch()
 
