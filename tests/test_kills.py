@@ -6,6 +6,7 @@ command do all its work.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Place:
         ]
 
     def restore(self):
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
         for path in self.out.iterdir():
             path.unlink()
         for name, content in self.old.items():
