@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import onnx
@@ -68,6 +69,18 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
+
+
+@pytest.mark.usefixtures("source")
+def test_the_command_of_a_point_makes_its_model_again(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--ratios", "0.7", "--exclude", "fc", "--input-shape", "x=2,8,6,6", "-q")
+    Path("cnn.onnx").rename("my cnn.onnx")
+    assert run(capsys, "sweep", "my cnn.onnx", "my points", *options) == (0, "", "")
+    (point,) = json.loads(Path("my points/sweep.json").read_text())["points"]
+    words = shlex.split(point["command"])
+    assert words[:3] == ["onnx-lowrank", "my cnn.onnx", "params-0.7.onnx"]
+    assert run(capsys, *words[1:], "-q") == (0, "", "")
+    assert Path("params-0.7.onnx").read_bytes() == Path("my points/params-0.7.onnx").read_bytes()
 
 
 def test_its_help_has_its_own_options_first(capsys: pytest.CaptureFixture[str]) -> None:

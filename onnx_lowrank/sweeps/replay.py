@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from onnx_lowrank.options import DEFAULTS, Options
@@ -29,13 +29,19 @@ def command(model: object, out: str, plan: object, options: Options) -> str:
         return ""
     words = ["onnx-lowrank", str(model), out, "--plan", str(plan)]
     for name, value in options.items():
-        if name in _IN_PLAN or name in _NO_RESULT or value == DEFAULTS.get(name):
+        if name in _IN_PLAN or name in _NO_RESULT or _is_default(name, value):
             continue
         given = list(_words(name, value))
         if not given:
             return ""
         words += given
     return shlex.join(words)
+
+
+def _is_default(name: str, value: Any) -> bool:
+    # The command line gives empty lists where the default is None.
+    default = DEFAULTS.get(name)
+    return value is default or (isinstance(value, Sized) and not len(value)) or value == default
 
 
 def _words(name: str, value: Any) -> Iterator[str]:
