@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from traceback import format_exc
 from types import FrameType
 from typing import NoReturn
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onnx_lowrank import commands
-from onnx_lowrank.errors import LowRankError
+from onnx_lowrank.errors import InputError, LowRankError
 from onnx_lowrank.logs import printable
 
 _INTERRUPTED = 130
@@ -77,6 +78,7 @@ def _run(arguments: Sequence[str]) -> int:
         name, *arguments = arguments
         program = f"{program} {name}"
     try:
+        _check_command(name, arguments)
         command = commands.command(name)
         code = command.main(arguments, prog_name=program, standalone_mode=False, obj=parsed)
         return int(code or 0)
@@ -94,6 +96,18 @@ def _run(arguments: Sequence[str]) -> int:
         advice = "report it." if is_shown else "run again with --verbose and report what it prints."
         _complain(f"Internal error ({type(error).__name__}: {error}): {advice}", traceback=is_shown)
         return 1
+
+
+def _check_command(name: str, arguments: Sequence[str]) -> None:
+    """Check that the first word is no misspelt command: `compress` would take it for a model.
+
+    Raises:
+        InputError: It is one.
+    """
+    if name != commands.DEFAULT or not arguments or Path(arguments[0]).exists():
+        return
+    if alike := get_close_matches(arguments[0], commands.names(), cutoff=_ALIKE):
+        raise InputError(f"There is no command {arguments[0]!r}: pass {alike[0]}, or name a model file.")
 
 
 def _sentence(error: click.ClickException, program: str) -> str:

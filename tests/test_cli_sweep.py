@@ -53,6 +53,7 @@ def test_a_range_has_points_at_equal_steps(capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["sweep"], "IN.onnx is missing: see onnx-lowrank sweep -h."),
+        (["swep", "cnn.onnx", "points"], "There is no command 'swep': pass sweep, or name a model file."),
         (["sweep", "cnn.onnx"], "FOLDER is missing: see onnx-lowrank sweep -h."),
         (["sweep", "none.onnx", "points"], "none.onnx does not exist: check the path."),
         (["sweep", "cnn.onnx", "points", "--ratios", "half"], "write it like 0.9,0.7,0.5 or like 0.9..0.2"),
