@@ -239,6 +239,19 @@ def test_uniform_takes_the_largest_relative_rank_that_fits(seed):
     assert solution.gap is None
 
 
+def test_a_rank_lasts_until_the_next_one_of_its_fold():
+    """Ranks that suit a layout leave gaps, in every fold its own."""
+
+    def layer(*rows):
+        fold, k, j, full, cost = np.array([(-1, 0, 0, 0, 100), *rows], dtype=np.int64).T
+        return Candidates("w", fold, k, j, full, cost, np.append(0.0, 1 - j[1:] / full[1:]))
+
+    skipping = layer((0, 1, 1, 8, 50), (0, 1, 2, 8, 95), (0, 1, 3, 8, 96), (1, 1, 1, 8, 10), (1, 1, 4, 8, 40))
+    plain = layer(*((0, 1, j, 8, 5 * j) for j in range(1, 8)))
+    # At a relative rank of 3/8 the second fold still has rank 1, until 4/8.
+    assert list(solve([skipping, plain], 25, recipe(Aggregate.UNIFORM)).picks) == [4, 3]
+
+
 # --- a price --------------------------------------------------------------------------------------
 
 
