@@ -10,9 +10,9 @@ from typing import Unpack
 from onnx_lowrank import request as arguments
 from onnx_lowrank.budgets import timing
 from onnx_lowrank.budgets.budget import Tools
-from onnx_lowrank.core.outcome import Timing
+from onnx_lowrank.core.outcome import Timing, Validation
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import InputError, ValidationError
 from onnx_lowrank.files.load import Model, load, stored_bytes
 from onnx_lowrank.graph import difference
 from onnx_lowrank.graph.parameters import parameters
@@ -41,7 +41,6 @@ def compare(
 
     Raises:
         InputError: A model, or an option, is wrong, or one of the models does not run on the inputs.
-        ValidationError: The second model fails, or gives NaN or Inf, where the first one does not.
     """
     given = completed(options)
     asked = arguments.request(1.0, given)
@@ -51,20 +50,11 @@ def compare(
         with progress.stage("read the models"):
             material = read(one, setting, stack, stack.enter_context(ExitStack()))
             first, second = material.found.model, load(other, stack.enter_context(ExitStack()))
-            _check_inputs(first, second)
+            _check_names(first, second)
         with progress.stage("compare the graphs"):
             nodes, tensors = difference.nodes(first, second), difference.tensors(first, second)
         with progress.stage("compare the outputs"):
-            validation = validate(
-                first,
-                second,
-                {},
-                alone=lambda layer: None,
-                inputs=material.given,
-                input_shapes=material.shapes,
-                provider=setting.provider,
-                max_error=setting.max_error,
-            )
+            validation = _validated(material, second, setting)
         return Comparison(
             names=(Path(first.name).name, Path(second.name).name),
             params=Total(parameters(first), parameters(second)),
@@ -77,23 +67,54 @@ def compare(
         )
 
 
-def _check_inputs(first: Model, second: Model) -> None:
-    """Check that both models take inputs of the same names.
+def _check_names(first: Model, second: Model) -> None:
+    """Check that both models have inputs and outputs of the same names.
 
     Raises:
         InputError: They do not.
     """
-    names = [
-        {value.name for value in model.proto.graph.input}
-        - {tensor.name for tensor in model.proto.graph.initializer}
-        for model in (first, second)
-    ]
-    if names[0] != names[1]:
-        lists = " and ".join(", ".join(sorted(own)) or "none" for own in names)
-        raise InputError(
-            f"{first.name} and {second.name} have other inputs ({lists}): "
-            "name two models with the same inputs."
+    for kind, names in (("inputs", _inputs), ("outputs", _outputs)):
+        own = [names(model) for model in (first, second)]
+        if own[0] != own[1]:
+            lists = " and ".join(", ".join(sorted(each)) or "none" for each in own)
+            raise InputError(
+                f"{first.name} and {second.name} have other {kind} ({lists}): "
+                f"name two models with the same {kind}."
+            )
+
+
+def _inputs(model: Model) -> set[str]:
+    weights = {tensor.name for tensor in model.proto.graph.initializer}
+    return {value.name for value in model.proto.graph.input} - weights
+
+
+def _outputs(model: Model) -> set[str]:
+    return {value.name for value in model.proto.graph.output}
+
+
+def _validated(material: Material, second: Model, setting: Setting) -> Validation:
+    """The differences of the outputs.
+
+    Raises:
+        InputError: The second model does not run as the first one does.
+    """
+    first = material.found.model
+    try:
+        return validate(
+            first,
+            second,
+            {},
+            alone=lambda layer: None,
+            inputs=material.given,
+            input_shapes=material.shapes,
+            provider=setting.provider,
         )
+    except ValidationError as error:
+        fault = str(error).partition(": ")[0].replace("the compressed model", "it")
+        raise InputError(
+            f"{second.name} does not run as {first.name} does ({fault}): "
+            "name two models that take the same inputs, or other --inputs."
+        ) from error
 
 
 def _timing(material: Material, second: Model, setting: Setting, progress: Progress) -> Timing | None:

@@ -90,6 +90,43 @@ def test_models_with_other_inputs_are_refused(pair: tuple[Path, Path], tmp_path:
         compare(pair[0], tmp_path / "c.onnx")
 
 
+def test_models_with_other_outputs_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    proto = cnn()
+    proto.graph.output[0].name = proto.graph.node[-1].output[0] = "scores"
+    onnx.save(proto, tmp_path / "c.onnx")
+    with pytest.raises(InputError, match=r"have other outputs \(y and scores\)"):
+        compare(pair[0], tmp_path / "c.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda proto: fill(proto, "fc", np.nan),
+            r"c\.onnx does not run as .* \(The compressed model gives NaN",
+        ),
+        (lambda proto: shrink(proto), r"c\.onnx does not run as .*a\.onnx does \(ONNX Runtime"),
+    ],
+)
+def test_a_model_that_does_not_run_alike_is_no_fault_of_this_program(
+    pair: tuple[Path, Path], tmp_path: Path, change: Any, words: str
+) -> None:
+    proto = cnn()
+    change(proto)
+    (tmp_path / "c.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match=words):
+        compare(pair[0], tmp_path / "c.onnx")
+
+
+def fill(proto: onnx.ModelProto, name: str, value: float) -> None:
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.full(tensor.dims, value, np.float32), name))
+
+
+def shrink(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 9
+
+
 def test_times_are_measured_if_they_are_asked_for(pair: tuple[Path, Path]) -> None:
     assert compare(*pair).timing is None
     found = compare(*pair, time=True, input_shape={"x": (1, 8, 6, 6)}, cache=False)

@@ -73,7 +73,7 @@ def test_options_choose_layers_and_shapes(source: Path) -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_has_the_largest_layers_first_and_fits(source: Path, width: int) -> None:
     lines = text(inspect(source), width).splitlines()
-    assert lines[0].startswith("cnn: 3 layers can be decomposed, with 3.52k of 3.52k parameters")
+    assert lines[0].startswith("cnn: 3 layers can be decomposed, with 3.52k of 3.52k float parameters")
     assert [line.split()[0] for line in lines[4:7]] == ["conv2", "conv1", "fc"]
     assert max(map(len, lines)) <= width
 
@@ -83,7 +83,9 @@ def test_a_model_without_layers(tmp_path: Path) -> None:
         '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Relu (x) }'
     )
     onnx.save(proto, tmp_path / "relu.onnx")
-    assert "relu: 0 layers can be decomposed, with 0 of 0 parameters" in text(inspect(tmp_path / "relu.onnx"))
+    assert "relu: 0 layers can be decomposed, with 0 of 0 float parameters" in text(
+        inspect(tmp_path / "relu.onnx")
+    )
 
 
 def test_the_command(source: Path, capsys: Any) -> None:

@@ -25,7 +25,6 @@ _OPTIONS = frozenset(
         "provider",
         "time",
         "threads",
-        "quiet",
         "verbose",
         "help",
     }
@@ -36,6 +35,7 @@ _OPTIONS = frozenset(
 @click.command("compare", context_settings={"max_content_width": 100}, add_help_option=False)
 @click.argument("one", metavar="A.onnx", type=click.Path(path_type=Path))
 @click.argument("other", metavar="B.onnx", type=click.Path(path_type=Path))
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 @click.pass_context
 def command(ctx: click.Context, /, one: Path, other: Path, quiet: bool, **options: Any) -> None:
     """Compare B.onnx with A.onnx: graphs, sizes, fused operators, outputs and, with --time, times."""

@@ -15,13 +15,14 @@ from onnx_lowrank.progress import Silent, Terminal
 from onnx_lowrank.report.inspection import show
 
 _OPTIONS = frozenset(
-    {"include", "exclude", "input_shape", "device", "workers", "scheduler", "quiet", "verbose", "help"}
+    {"include", "exclude", "input_shape", "device", "workers", "scheduler", "verbose", "help"}
 )
 """The parameters of `compress` that choose layers, shapes and the machine."""
 
 
 @click.command("inspect", context_settings={"max_content_width": 100}, add_help_option=False)
 @click.argument("source", metavar="IN.onnx", type=click.Path(path_type=Path))
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 @click.pass_context
 def command(ctx: click.Context, /, source: Path, quiet: bool, **options: Any) -> None:
     """Show the layers of IN.onnx that can be decomposed, their spectra, and why others are left alone."""

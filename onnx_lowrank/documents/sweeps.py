@@ -25,6 +25,7 @@ class Point(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         budget: Name of the budget that the ratio bounds.
         asked: The ratio asked for.
         wanted: The recipe asked for; null for the default one.
+        stamp: The size and time of the recipe's file; "" if it is no file.
         recipe: The recipe of its plan; null if there is no model.
         reached: The ratio of the model in the budget; null as for `recipe`, like all that follow.
         error: The largest error of an output, about the mean where it is known.
@@ -36,6 +37,7 @@ class Point(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         time: The share of the measured time.
         score: The user's score of the model.
         note: Why there is no model; "" if there is one.
+        digest: SHA-256 of its model file.
         command: The command that makes the model again from its plan.
     """
 
@@ -43,6 +45,7 @@ class Point(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budget: str
     asked: float
     wanted: str | None = None
+    stamp: str = ""
     recipe: str | None = None
     reached: float | None = None
     error: float | None = None
@@ -54,6 +57,7 @@ class Point(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     time: float | None = None
     score: float | None = None
     note: str = ""
+    digest: str = ""
     command: str = ""
 
     @property

@@ -29,9 +29,10 @@ def _source(model: Model) -> Iterator[Source]:
     """The model in a form that the checker can load.
 
     The checker accepts data files only in the model's folder, and neither symbolic nor hard links. But it
-    never reads the data, so empty files of the same sizes serve as well.
+    never reads the data, so empty files of the same sizes serve as well. The large tensors of an inline model
+    are in such a file, too.
     """
-    if model.path is not None or not model.files:
+    if not model.files or (model.path is not None and not model.temporary):
         with materialized(model) as source:
             yield source
         return

@@ -188,6 +188,19 @@ def locked(file: int, *, waiting: bool = False) -> bool:
     return True
 
 
+def is_taken(file: int) -> bool:
+    """Lock an open file until it is closed; True if another run holds the lock, False without locks, too."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def lock_folder(folder: Path, stack: ExitStack, *, waiting: bool) -> bool:
     """Lock a folder until a stack is closed; False if another run holds the lock or there are no locks.
 

@@ -11,7 +11,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.shapes import Shape, Shapes
 from onnx_lowrank.graph.walk import Place, Walk, is_op
 
-_MOST = 1 << 26  # elements
+_MOST = 1 << 28  # elements: a causal mask for 8,192 tokens takes as many, with the steps to it
 _TIMES_STORED = 16  # Views, casts and copies of weights are computed constants, too.
 
 

@@ -46,7 +46,7 @@ def show(found: Comparison, console: Console) -> None:
     page.line(f"{found.names[0]} and {found.names[1]}", "bold")
     page.blank()
     rows: list[tuple[str, Total, Callable[[int | None], str]]] = [
-        ("parameters", found.params, words.exact),
+        ("float parameters", found.params, words.exact),
         ("bytes of tensors", found.bytes, words.exact),
     ]
     if found.timing is not None:

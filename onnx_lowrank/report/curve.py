@@ -40,7 +40,12 @@ def show(sweep: Sweep, console: Console, folder: object) -> None:
     for point in sweep.points:
         if not point.is_made:
             page.line(f"{point.name} has no model: {point.note}", style="yellow")
-    page.line(f"{len(made)} models, with their plans and reports, are in {folder}.")
+    models = (
+        "1 model, with its plan and report, is"
+        if len(made) == 1
+        else (f"{len(made)} models, with their plans and reports, are")
+    )
+    page.line(f"{models} in {folder}.")
 
 
 def _columns(sweep: Sweep, made: Sequence[Point], best: frozenset[str]) -> list[Column]:

@@ -73,7 +73,7 @@ def show(seen: Inspection, console: Console) -> None:
     mine = sum(row.params for row in seen.layers)
     page.line(
         f"{seen.model}: {_layers(len(seen.layers))} can be decomposed, with {words.short(mine)} of "
-        f"{words.short(seen.total)} parameters",
+        f"{words.short(seen.total)} float parameters",
         "bold",
     )
     if seen.layers:

@@ -26,10 +26,12 @@ class Evaluator:
     Attributes:
         name: Its name, `module:function`.
         function: The function.
+        is_named: Whether the name tells the function: several functions of a program may have one name.
     """
 
     name: str
     function: Callable[[str], Any]
+    is_named: bool = False
 
     def __call__(self, model: Path) -> float:
         """The score of a model file.
@@ -39,14 +41,14 @@ class Evaluator:
         """
         try:
             score = self.function(str(model))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"The evaluator {self.name} failed on {model} ({type(error).__name__}, {error}): repair it "
                 "and run again, since the points that are done stay."
             ) from error
         # A NumPy scalar or an array of one element is a number, too.
         number = score.item() if getattr(score, "size", None) == 1 and hasattr(score, "item") else score
-        if isinstance(number, bool) or not isinstance(number, Real) or not isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, Real) or not _is_finite(number):
             raise InputError(
                 f"The evaluator {self.name} returned {str(score)[:60]!r} for {model}: change it to return "
                 "a finite number."
@@ -76,7 +78,14 @@ def evaluator(given: str | Score) -> Evaluator:
         found = getattr(found, part, None)
     if not callable(found):
         raise InputError(f"The module {module} has no function {name!r}: check --evaluate {given}.")
-    return Evaluator(given, found)
+    return Evaluator(given, found, is_named=True)
+
+
+def _is_finite(number: Real) -> bool:
+    try:
+        return isfinite(number)
+    except OverflowError:  # a whole number beyond the range of a float
+        return False
 
 
 def _imported(module: str, given: str) -> Any:

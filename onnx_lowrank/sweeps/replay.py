@@ -29,7 +29,7 @@ def command(model: object, out: str, plan: object, options: Options) -> str:
         return ""
     words = ["onnx-lowrank", str(model), out, "--plan", str(plan)]
     for name, value in options.items():
-        if name in _IN_PLAN or name in _NO_RESULT or _is_default(name, value):
+        if name in _IN_PLAN or name in _NO_RESULT or is_default(name, value):
             continue
         given = list(_words(name, value))
         if not given:
@@ -38,7 +38,8 @@ def command(model: object, out: str, plan: object, options: Options) -> str:
     return shlex.join(words)
 
 
-def _is_default(name: str, value: Any) -> bool:
+def is_default(name: str, value: Any) -> bool:
+    """Whether an option has the value that it has when it is left out."""
     # The command line gives empty lists where the default is None.
     default = DEFAULTS.get(name)
     return value is default or (isinstance(value, Sized) and not len(value)) or value == default
@@ -56,9 +57,7 @@ def _words(name: str, value: Any) -> Iterator[str]:
             yield from (flag, pattern)
     elif value is True:
         yield flag
-    elif isinstance(value, _PATH):
+    elif isinstance(value, str | os.PathLike | int | float):
         yield from (flag, str(value))
-    elif isinstance(value, int | float):
-        yield from (flag, f"{value:g}")
     elif isinstance(value, Sequence):
-        yield from (flag, ",".join(f"{number:g}" for number in value))
+        yield from (flag, ",".join(map(str, value)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -16,19 +17,21 @@ from typing import Any, Unpack
 import msgspec
 import numpy as np
 
+from onnx_lowrank import request as arguments
 from onnx_lowrank.api import Result, compress
 from onnx_lowrank.core.outcome import largest_error
 from onnx_lowrank.destinations import write
 from onnx_lowrank.documents import sweeps
 from onnx_lowrank.documents.sweeps import Point, Sweep
 from onnx_lowrank.errors import BudgetError, InputError, ValidationError
-from onnx_lowrank.files.atomic import locked, replacing
+from onnx_lowrank.files.atomic import is_taken, replacing
 from onnx_lowrank.files.load import load
 from onnx_lowrank.options import Options, completed
 from onnx_lowrank.progress import Labelled, Silent
-from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_BUDGET
+from onnx_lowrank.request import DEFAULT_BUDGET
 from onnx_lowrank.sweeps import replay
 from onnx_lowrank.sweeps.evaluator import Evaluator, Score, evaluator
+from onnx_lowrank.sweeps.replay import is_default
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ FILE = "sweep.json"
 """The name of the file that remembers the points."""
 
 _CACHE, _LOCK = ".cache", ".lock"
+
+_UNUSUAL = re.compile(r"[^A-Za-z0-9.+_-]")
 
 _NOT_COMPARED = ("progress", "cache", "workers", "scheduler", "budget", "recipe")
 """Options that change no point, or that belong to a point."""
@@ -87,27 +92,63 @@ def sweep(
             are done stay.
     """
     given = completed(options)
-    for name in _OWN:
-        if options.get(name):
-            raise InputError(f"{name} chooses a single model: leave it out of a sweep.")
-    for name in _DATA:
-        if not isinstance(given.get(name), str | os.PathLike | Mapping | NoneType):
-            raise InputError(f"{name} can be read only once: give a sweep a path, or arrays by input name.")
-    wanted = list(_points(ratios, budgets, recipes))
+    wanted = _wanted(given, ratios, budgets, recipes)
     scorer = None if evaluate is None else evaluator(evaluate)
+    # An evaluator may change the current folder.
+    source, place = Path(model).absolute(), Path(folder).absolute()
+    _check_places(source, place, wanted)
     with ExitStack() as stack:
-        state = _State(Path(folder), stack.enter_context(_held(Path(folder))))
-        state.open(Path(model), options, scorer)
+        state = _State(place, stack.enter_context(_held(place)))
+        state.open(source, given, scorer)
         if given["cache"] is True:
-            options["cache"] = state.folder / _CACHE
+            given["cache"] = place / _CACHE
         for number, point in enumerate(wanted, 1):
             if (known := state.known(point)) is None:
                 progress = Labelled(given["progress"] or Silent(), f"{point.name}, {number}/{len(wanted)}")
-                known = _made(Path(model), state.folder, point, {**options, "progress": progress})
+                own = Options(budget=point.budget, recipe=point.wanted, progress=progress)
+                known = _made(source, place, point, {**given, **own})
+                command = replay.command(model, point.model, Path(folder) / point.plan, given)
+                known = msgspec.structs.replace(known, command=command if known.is_made else "")
+                state.keep(known)
             if scorer is not None and known.is_made and known.score is None:
-                known = msgspec.structs.replace(known, score=scorer(state.folder / known.model))
-            state.keep(known)
+                state.keep(msgspec.structs.replace(known, score=scorer(place / known.model)))
         return state.sweep
+
+
+def _wanted(
+    given: Options, ratios: Iterable[float], budgets: Sequence[str], recipes: Sequence[str | None]
+) -> tuple[Point, ...]:
+    """The points, with all arguments checked: a wrong one would waste the points before it.
+
+    Raises:
+        InputError: An argument is wrong.
+    """
+    for name in _OWN:
+        if given.get(name):
+            raise InputError(f"{name} chooses a single model: leave it out of a sweep.")
+    for name, plural in (("recipe", "recipes"), ("budget", "budgets")):
+        if given.get(name) is not None:
+            raise InputError(f"{name} is {given.get(name)!r}: give a sweep {plural}=[...].")
+    for name in _DATA:
+        if not isinstance(given.get(name), str | os.PathLike | Mapping | NoneType):
+            raise InputError(f"{name} can be read only once: give a sweep a path, or arrays by input name.")
+    wanted = tuple(_points(ratios, budgets, recipes))
+    for point in wanted:
+        own = Options(budget=point.budget, recipe=point.wanted)
+        arguments.request(point.asked, {**given, **own})
+    return wanted
+
+
+def _check_places(source: Path, folder: Path, wanted: Sequence[Point]) -> None:
+    """Check that no point has the place of the input model.
+
+    Raises:
+        InputError: One has.
+    """
+    for point in wanted:
+        target = folder / point.model
+        if target.exists() and source.exists() and target.samefile(source):
+            raise InputError(f"The point {point.name} would replace the model {source}: name another folder.")
 
 
 def spread(first: float, last: float, number: int) -> tuple[float, ...]:
@@ -132,31 +173,45 @@ def _points(
     Raises:
         InputError: There is no ratio, or too many, or one that is out of range.
     """
+    for name, values in (("ratios", ratios), ("budgets", budgets), ("recipes", recipes)):
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise InputError(f"{name} is {values!r}: give a list.")
     chosen = sorted({float(ratio) for ratio in ratios}, reverse=True)
     if not chosen or not all(0 < ratio <= 1 for ratio in chosen):
         raise InputError(f"The ratios are {chosen}: give some above 0 and at most 1, such as 0.9,0.7,0.5.")
     if len(chosen) * len(budgets) * len(recipes) > _MOST:
         raise InputError(f"The sweep has more than {_MOST} points: give fewer ratios, budgets or recipes.")
+    names: dict[str, Point] = {}
     for budget, recipe, ratio in product(dict.fromkeys(budgets), dict.fromkeys(recipes), chosen):
-        label = "" if len(recipes) == 1 else f"-{Path(recipe or AUTO_RECIPE).stem}"
-        yield Point(name=f"{budget}{label}-{ratio:.6g}", budget=budget, asked=ratio, wanted=recipe)
+        label = "" if recipe is None else f"-{_UNUSUAL.sub('_', Path(recipe).stem)}"
+        point = Point(
+            name=f"{budget}{label}-{ratio:.6g}",
+            budget=budget,
+            asked=ratio,
+            wanted=None if recipe is None else str(recipe),
+            stamp="" if recipe is None else _stamp(Path(recipe)),
+        )
+        if point.name in names:
+            raise InputError(
+                f"Two points would be called {point.name}: name their recipes differently, or choose ratios "
+                "that differ more."
+            )
+        names[point.name] = point
+        yield point
 
 
 def _made(model: Path, folder: Path, point: Point, options: Options) -> Point:
     """Make the model of a point, and its files."""
-    plan = folder / point.plan
-    options |= {"budget": point.budget, "recipe": point.wanted}
     try:
         with compress(model, point.asked, **options) as result:
-            write(result, folder / point.model, plan, folder / point.report)
-            command = replay.command(model, point.model, plan, options)
-            return _with_results(point, result, command)
+            write(result, folder / point.model, folder / point.plan, folder / point.report)
+            return _with_results(point, result, _digest(folder / point.model))
     except (BudgetError, ValidationError) as error:
         _log.debug("point %s has no model: %s", point.name, error)
         return msgspec.structs.replace(point, note=str(error))
 
 
-def _with_results(point: Point, result: Result, command: str) -> Point:
+def _with_results(point: Point, result: Result, digest: str) -> Point:
     report, validation = result.report, result.report.validation
     trial = next((trial for trial in report.trials if trial.chosen), None)
     caches = frozenset() if trial is None else trial.caches
@@ -173,7 +228,7 @@ def _with_results(point: Point, result: Result, command: str) -> Point:
         macs=report.totals.amount("macs").ratio,
         bytes=report.totals.amount("bytes").ratio,
         time=None if report.timing is None else report.timing.ratio,
-        command=command,
+        digest=digest,
     )
 
 
@@ -194,7 +249,7 @@ class _State:
         """
         with ExitStack() as stack:
             loaded = load(model, stack)
-            name, digest = loaded.name, loaded.sha256
+            name, digest = Path(loaded.name).stem, loaded.sha256
         path = self.folder / FILE
         self.sweep = Sweep(version=version("onnx-lowrank"), model=name, sha256=digest, options=_text(options))
         if path.exists():
@@ -210,10 +265,13 @@ class _State:
     def known(self, point: Point) -> Point | None:
         """The point of an earlier sweep with its files, if there is one."""
         found = next((p for p in self.sweep.points if p.name == point.name), None)
-        if found is None or found.asked != point.asked or found.wanted != point.wanted:
+        if found is None or (found.asked, found.stamp) != (point.asked, point.stamp):
             return None
-        files = (found.model, found.plan, found.report) if found.is_made else ()
-        return found if all((self.folder / file).is_file() for file in files) else None
+        if not found.is_made:
+            return found
+        texts = (self.folder / found.plan, self.folder / found.report)
+        is_whole = all(path.is_file() for path in texts)
+        return found if is_whole and _digest(self.folder / found.model) == found.digest else None
 
     def keep(self, point: Point) -> None:
         """Remember a point."""
@@ -224,7 +282,7 @@ class _State:
 
     def _score(self, model: Path, scorer: Evaluator) -> None:
         """Score the input model first: an evaluator that fails ends the sweep before the work begins."""
-        if self.sweep.evaluator == scorer.name and self.sweep.score is not None:
+        if scorer.is_named and self.sweep.evaluator == scorer.name and self.sweep.score is not None:
             return
         points = tuple(msgspec.structs.replace(p, score=None) for p in self.sweep.points)
         self.sweep = msgspec.structs.replace(
@@ -245,28 +303,49 @@ def _held(folder: Path) -> Iterator[object]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _LOCK).open("ab") as file:
-            if os.name == "posix" and not locked(file.fileno()):
-                raise InputError(f"Another sweep runs in {folder}: wait for it, or name another folder.")
-            yield file
+        file = (folder / _LOCK).open("ab")
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"The folder {folder} cannot be used ({reason}): name another one.") from error
+    with file:
+        if is_taken(file.fileno()):
+            raise InputError(f"Another sweep runs in {folder}: wait for it, or use another folder.")
+        yield file
 
 
 def _text(options: Options) -> str:
     """The options that all points share, as text; equal options give equal texts."""
-    shared: dict[str, Any] = {n: v for n, v in sorted(options.items()) if n not in _NOT_COMPARED}
-    return "; ".join(f"{name}={_stamped(value)}" for name, value in shared.items())
+    shared = {n: v for n, v in sorted(options.items()) if n not in _NOT_COMPARED and not is_default(n, v)}
+    return "; ".join(f"{name}={_described(value)}" for name, value in shared.items())
 
 
-def _stamped(value: Any) -> str:
-    """A value as text; a file with its size and time, so that another one under its name is noticed."""
-    if isinstance(value, str | os.PathLike) and Path(value).exists():
-        status = Path(value).stat()
-        return f"{value} ({status.st_size} bytes, {status.st_mtime_ns})"
+def _described(value: Any) -> str:
+    """A value as text; a file with its stamp, so that another one under its name is noticed."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {_stamped(item)}" for name, item in value.items())
+        return "; ".join(f"{name}: {_described(item)}" for name, item in value.items())
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    return repr(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_described, value))
+    is_path = isinstance(value, str | os.PathLike)
+    return f"{value} {_stamp(Path(value))}".rstrip() if is_path else repr(value)
+
+
+def _stamp(path: Path) -> str:
+    """The sizes and times of a file, or of all files in a folder; "" if there is none."""
+    if path.is_dir():
+        parts = (
+            f"{file.relative_to(path)} {_stamp(file)}" for file in sorted(path.rglob("*")) if file.is_file()
+        )
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+    with suppress(OSError, ValueError):
+        status = path.stat()
+        return f"({status.st_size} bytes, {status.st_mtime_ns})"
+    return ""
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a model file, whose bytes name the digest of its data file; "" if there is none."""
+    with suppress(OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, numpy_helper, parser
 
 from onnx_lowrank import compress
+from onnx_lowrank.engines import checker
 from onnx_lowrank.engines.engine import materialized
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import load as loading
@@ -300,3 +301,19 @@ def test_a_large_model_is_not_in_memory_more_than_twice(tmp_path):
     command = [sys.executable, "-c", PEAK, str(tmp_path / "in.onnx"), str(DIGITS)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert 0 < int(out) / size < 2.5
+
+
+@pytest.mark.usefixtures("all_large")
+@pytest.mark.parametrize("fault", ["", "an unknown operator"])
+def test_the_checker_takes_a_spilled_model_for_the_inline_one(tmp_path, fault):
+    """Else no fault of a compressed model would be one: the checker seemed to reject the input model, too."""
+    proto = linear()
+    if fault:
+        proto.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(proto, tmp_path / "in.onnx")
+    with ExitStack() as resources:
+        model = load(tmp_path / "in.onnx", resources)
+        assert model.temporary
+        complaints = checker.check(model)
+    assert bool(complaints) == bool(fault)
+    assert any("NoSuchOperator" in complaint for complaint in complaints) == bool(fault)

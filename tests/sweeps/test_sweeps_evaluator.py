@@ -59,7 +59,12 @@ def test_numbers_of_all_kinds(score: object) -> None:
     assert evaluator(lambda model: score)(Path("a.onnx")) == 1.0  # type: ignore[arg-type, return-value]
 
 
-@pytest.mark.parametrize("score", [True, float("inf"), np.float32("nan"), np.ones(2), 1j, "1"])
+@pytest.mark.parametrize("score", [True, float("inf"), np.float32("nan"), np.ones(2), 1j, "1", 10**400])
 def test_scores_that_are_no_numbers(score: object) -> None:
     with pytest.raises(InputError, match="change it to return a finite number"):
         evaluator(lambda model: score)(Path("a.onnx"))  # type: ignore[arg-type, return-value]
+
+
+def test_an_evaluator_that_exits_is_one_that_fails() -> None:
+    with pytest.raises(InputError, match=r"failed on a\.onnx \(SystemExit, 3\)"):
+        evaluator(lambda model: sys.exit(3))(Path("a.onnx"))

@@ -30,6 +30,7 @@ from onnx_lowrank.sweeps import replay
             ["--input-shape", "x=1,3", "--input-shape", "x=2,3"],
         ),
         ({"calibration_samples": 100, "memory": 0.5}, ["--calibration-samples", "100", "--memory", "0.5"]),
+        ({"max_error": 0.1234567891, "memory": 1e-9}, ["--max-error", "0.1234567891", "--memory", "1e-09"]),
         ({"provider": "CPUExecutionProvider", "max_error": 0.1}, ["--max-error", "0.1"]),
     ],
 )

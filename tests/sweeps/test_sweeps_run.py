@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +22,7 @@ from onnx_lowrank.sweeps.run import FILE, spread, sweep
 from tiny import cnn, files
 
 RATIOS = (0.8, 0.6)
+PASSES = Path(__file__).parents[2] / "passes"
 
 
 @pytest.fixture
@@ -208,8 +214,22 @@ def test_scores_of_the_original_and_of_every_model(source: Path, tmp_path: Path)
     assert [point.score for point in found.points] == [
         (folder / p.model).stat().st_size for p in found.points
     ]
-    sweep(source, folder, RATIOS, evaluate=size)
     assert seen == ["cnn.onnx", "params-0.8.onnx", "params-0.6.onnx"]
+
+
+def test_a_named_evaluator_scores_once_and_another_function_of_the_same_name_anew(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, calls = tmp_path / "points", []
+    monkeypatch.setitem(
+        sys.modules, "scores_of_sweeps", SimpleNamespace(size=lambda model: calls.append(model) or 1)
+    )
+    for _ in range(2):
+        sweep(source, folder, [0.8], evaluate="scores_of_sweeps:size")
+    assert len(calls) == 2
+    for score in (1.0, 2.0):
+        found = sweep(source, folder, [0.8], evaluate=lambda model, score=score: score)
+        assert (found.score, found.points[0].score) == (score, score)
 
 
 def test_a_sweep_can_be_scored_later_and_anew(source: Path, tmp_path: Path) -> None:
@@ -250,8 +270,8 @@ def test_an_evaluator_that_fails_keeps_the_points(
 
     with pytest.raises(InputError, match=words):
         sweep(source, folder, RATIOS, evaluate=evaluate)
-    (kept,) = sweeps.read(folder / FILE).points
-    assert (kept.name, kept.score) == ("params-0.8", 0.5)
+    kept = sweeps.read(folder / FILE).points
+    assert [(point.name, point.score) for point in kept] == [("params-0.8", 0.5), ("params-0.6", None)]
 
 
 def test_an_evaluator_that_fails_on_the_original_ends_it_at_once(
@@ -296,3 +316,121 @@ def test_a_file_of_points_is_no_way_out_of_its_folder(
     (folder / FILE).write_text(json.dumps(table))
     with pytest.raises(InputError, match="is wrong"):
         sweep(source, folder, [0.8])
+
+
+# --- the places of files ------------------------------------------------------------------------------
+
+
+def test_no_point_replaces_the_input_model(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "points"
+    folder.mkdir()
+    model = shutil.copy(source, folder / "params-0.8.onnx")
+    before = Path(model).read_bytes()
+    with pytest.raises(InputError, match=r"The point params-0\.8 would replace the model"):
+        sweep(model, folder, [0.8])
+    assert Path(model).read_bytes() == before
+
+
+def test_points_of_one_name_are_refused(source: Path, tmp_path: Path) -> None:
+    recipes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        recipes.append(str(tmp_path / name / "mine.toml"))
+        shutil.copy(PASSES / "svd.toml", recipes[-1])
+    with pytest.raises(InputError, match=r"would be called params-mine-0\.8"):
+        sweep(source, tmp_path / "points", [0.8], recipes=recipes)
+    with pytest.raises(InputError, match=r"would be called params-0\.5"):
+        sweep(source, tmp_path / "points", [0.5, 0.50000001])
+
+
+def test_another_recipe_makes_further_points(source: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "my recipe.toml"
+    shutil.copy(PASSES / "svd.toml", recipe)
+    folder = tmp_path / "points"
+    sweep(source, folder, [0.8])
+    found = sweep(source, folder, [0.8], recipes=[str(recipe), "alds"])
+    names = {"params-0.8", "params-my_recipe-0.8", "params-alds-0.8"}
+    assert {point.name for point in found.points} == names
+    assert sweep(source, folder, [0.8], recipes=[str(recipe)]) == found
+
+
+def test_a_recipe_that_was_edited_makes_its_points_anew(source: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    found = []
+    for name in ("svd", "schatten"):
+        recipe.write_bytes((PASSES / f"{name}.toml").read_bytes())
+        (point,) = sweep(source, tmp_path / "points", [0.6], recipes=[str(recipe)]).points
+        found.append(point.digest)
+    assert found[0] != found[1]
+
+
+def test_a_model_that_was_damaged_is_made_anew(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "points"
+    (point,) = sweep(source, folder, [0.8]).points
+    whole = (folder / point.model).read_bytes()
+    (folder / point.model).write_bytes(whole[:100])
+    sweep(source, folder, [0.8])
+    assert (folder / point.model).read_bytes() == whole
+
+
+def test_other_files_in_a_folder_of_data_are_noticed(source: Path, tmp_path: Path) -> None:
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    for size in (1, 2):
+        np.savez(data / "a.npz", x=rng.standard_normal((size, 8, 6, 6)).astype(np.float32))
+        if size == 1:
+            sweep(source, tmp_path / "points", [0.8], check=data)
+    with pytest.raises(InputError, match="other options or data"):
+        sweep(source, tmp_path / "points", [0.8], check=data)
+
+
+def test_a_sweep_goes_on_from_another_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[float | None]
+) -> None:
+    folder = tmp_path / "points"
+    sweep(source, folder, [0.8])
+    monkeypatch.chdir(tmp_path)
+    sweep("cnn.onnx", "points", [0.8], calibration=None, input_shape=[])
+    assert made == [0.8]
+
+
+def test_an_evaluator_may_change_the_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def moving(model: str) -> float:
+        os.chdir(tmp_path / "elsewhere")
+        return float(Path(model).is_file())
+
+    found = sweep("cnn.onnx", "points", RATIOS, evaluate=moving)
+    assert [point.score for point in found.points] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recipes": ["svd", "nope"]}, "nope"),
+        ({"budgets": ["params", "nope"]}, "nope"),
+        ({"recipes": "svd"}, "recipes is 'svd': give a list"),
+        ({"recipe": "svd"}, r"give a sweep recipes=\[\.\.\.\]"),
+        ({"budget": "macs"}, r"give a sweep budgets=\[\.\.\.\]"),
+    ],
+)
+def test_wrong_arguments_cost_no_point(
+    source: Path, tmp_path: Path, made: list[float | None], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        sweep(source, tmp_path / "points", [0.8], **options)
+    assert not made
+
+
+def test_a_file_system_without_locks_is_no_other_sweep(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(file: int, way: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("onnx_lowrank.files.atomic.fcntl.flock", none)
+    assert sweep(source, tmp_path / "points", [0.8]).points
