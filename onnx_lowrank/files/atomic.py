@@ -179,26 +179,25 @@ def locked(file: int, *, waiting: bool = False) -> bool:
         file: The file's descriptor.
         waiting: Wait until no other run holds the lock.
     """
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if waiting else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    return _lock(file, waiting=waiting) is True
 
 
 def is_taken(file: int) -> bool:
     """Lock an open file until it is closed; True if another run holds the lock, False without locks, too."""
+    return _lock(file) is False
+
+
+def _lock(file: int, *, waiting: bool = False) -> bool | None:
+    """Lock an open file until it is closed; False if another run holds the lock, None without locks."""
     if sys.platform == "win32":
-        return False
+        return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if waiting else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    except OSError:
         return False
-    return False
+    except OSError:
+        return None
+    return True
 
 
 def lock_folder(folder: Path, stack: ExitStack, *, waiting: bool) -> bool:

@@ -97,8 +97,8 @@ def sweep(
     # An evaluator may change the current folder.
     source, place = Path(model).absolute(), Path(folder).absolute()
     _check_places(source, place, wanted)
-    with ExitStack() as stack:
-        state = _State(place, stack.enter_context(_held(place)))
+    with _held(place):
+        state = _State(place)
         state.open(source, given, scorer)
         if given["cache"] is True:
             given["cache"] = place / _CACHE
@@ -237,9 +237,8 @@ class _State:
 
     sweep: Sweep
 
-    def __init__(self, folder: Path, lock: object) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = lock
 
     def open(self, model: Path, options: Options, scorer: Evaluator | None) -> None:
         """Read the file, or begin a new one.
@@ -295,7 +294,7 @@ class _State:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[object]:
+def _held(folder: Path) -> Iterator[None]:
     """The folder, made if there is none, for this sweep alone.
 
     Raises:
@@ -310,7 +309,7 @@ def _held(folder: Path) -> Iterator[object]:
     with file:
         if is_taken(file.fileno()):
             raise InputError(f"Another sweep runs in {folder}: wait for it, or use another folder.")
-        yield file
+        yield
 
 
 def _text(options: Options) -> str:
