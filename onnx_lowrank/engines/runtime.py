@@ -24,6 +24,7 @@ from onnx_lowrank.engines.engine import (
     materialized,
     one_line,
 )
+from onnx_lowrank.engines.interrupting import Call, interruptible
 from onnx_lowrank.engines.node_times import KERNEL, Runs, runs_of
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
@@ -49,6 +50,11 @@ OWN = "com.microsoft"
 
 
 _NOT_IN_NUMPY = ("bfloat16", "float8", "float4", "int4", "int2")
+
+
+def _directly(call: Call) -> list[Any]:
+    """Make a call in this thread, at once: whoever measures times waits for no other thread."""
+    return call(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +120,12 @@ class Runtime:
             UnsupportedError: The runtime does not accept the model.
             InputError: The provider does not start on this machine.
         """
-        with materialized(model) as source, self._session(source, self._options()) as session:
-            yield self._run(session, source)
+        with (
+            materialized(model) as source,
+            self._session(source, self._options()) as session,
+            interruptible(self.module.RunOptions) as ending,
+        ):
+            yield self._run(session, source, ending)
 
     @contextmanager
     def ready(self, model: Model, feed: Feed, threads: int) -> Iterator[Callable[[], object]]:
@@ -194,8 +204,11 @@ class Runtime:
         options.enable_profiling = True
         with materialized(model) as source, scratch() as folder:
             options.profile_file_prefix = str(folder / "profile")
-            with self._session(source, options) as session:
-                run = self._run(session, source)
+            with (
+                self._session(source, options) as session,
+                interruptible(self.module.RunOptions) as ending,
+            ):
+                run = self._run(session, source, ending)
                 for feed in feeds:
                     run(feed)
                 names = [event["name"] for event in _events(session) if event.get("cat") == "Node"]
@@ -260,12 +273,13 @@ class Runtime:
             del session
 
     @staticmethod
-    def _run(session: Any, source: Source) -> Run:
+    def _run(session: Any, source: Source, ending: Callable[[Call], list[Any]] = _directly) -> Run:
         names = [output.name for output in session.get_outputs()]
 
         def run(feed: Feed) -> dict[str, Any]:
             with _translating_errors(source):
-                return dict(zip(names, session.run(names, dict(feed)), strict=True))
+                values = ending(lambda options: session.run(names, dict(feed), options))
+            return dict(zip(names, values, strict=True))
 
         return run
 
@@ -281,6 +295,8 @@ def _translating_errors(source: Source) -> Iterator[None]:
     """Turn the runtime's exceptions into UnsupportedError or RejectedError."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         message = one_line(error, source)
         # Some kernels report an unsupported type only when they run.

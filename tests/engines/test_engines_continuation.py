@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -129,14 +130,15 @@ def test_no_more_prompts_and_calls_than_bounded():
     runs = []
 
     class Counted(Runtime):
-        def _run(self, session, source):
-            inner = Runtime._run(session, source)
+        @contextmanager
+        def open(self, model):
+            with Runtime.open(self, model) as inner:
 
-            def run(given):
-                runs.append(given["input_ids"].shape)
-                return inner(given)
+                def run(given):
+                    runs.append(given["input_ids"].shape)
+                    return inner(given)
 
-            return run
+                yield run
 
     engine = Counted(ENGINE.module, ENGINE.provider)
     given = [feed(texts(3, 4)), feed(texts(30, 6))]
