@@ -216,3 +216,13 @@ KINDS = {
     "cache entries": Kind(_cached, "cache/**/*.entry", bytes_mutated, (*_RATIO, "--cache", "cache"), is_exact=True),
 }  # fmt: skip
 """The kinds by name."""
+
+TRAINED = ("magika_v3_3", "resnet20_cifar10", "silero_vad", "ultraface_rfb320")
+"""The trained models beside the checkout, by name."""
+
+
+def trained(file: Path) -> Kind:
+    """A trained model as a kind of untrusted files."""
+    return Kind(
+        lambda folder: shutil.copy(file, folder / "in.onnx"), "in.onnx", of_message(ModelProto), _MORE
+    )
