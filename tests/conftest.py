@@ -32,6 +32,14 @@ def recorded_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", Recorded)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A worker that has nothing left takes tests from another one: the last files take minutes."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show what tests have counted, since the output of tests that pass is hidden."""
     for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):

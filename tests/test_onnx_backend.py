@@ -142,9 +142,9 @@ def tally(
 def test_a_sample(tmp_path, builds, record_property):
     rng = np.random.default_rng(14)
     groups = {
-        backend_cases.nodes: 150,
-        backend_cases.files: 50,
-        backend_cases.nodes_with_weights: 100,
+        backend_cases.nodes: 60,
+        backend_cases.files: 20,
+        backend_cases.nodes_with_weights: 40,
     }
     cases = [
         group()[index]

@@ -20,9 +20,9 @@ def sentences(number, seed):
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
-@pytest.mark.parametrize("name", ["minilm_fused", "minilm_fused_fp16"])
-def test_half_of_the_parameters_go(name):
-    path = path_of(name)
+def test_half_of_the_parameters_go():
+    """In float16, whose factors have the fewer digits."""
+    path = path_of("minilm_fused_fp16")
     options = {"recipe": "activation", "calibration": sentences(20, 1), "recover": False}
     with compress(path, 0.5, **options) as result:
         table = next(row for row in result.report.layers if row.op == "EmbedLayerNormalization")
