@@ -93,8 +93,9 @@ class Linear:
 
     def line(self, layer: Layer, fold: Fold, k: int) -> Line:
         """The line through the costs at the ranks 1 and 2."""
-        first = self.of_layer(layer, Option(fold, k, 1))
-        slope = self.of_layer(layer, Option(fold, k, 2)) - first
+        way = layer.lowerings(k)[0]
+        first = self.of_layer(layer, Option(fold, k, 1, way))
+        slope = self.of_layer(layer, Option(fold, k, 2, way)) - first
         return Line(self.of_layer(layer, None), slope, first - slope)
 
     def tariff(self, layer: Layer) -> Tariff:
@@ -140,7 +141,7 @@ class _LinearTariff:
         return tuple(made)
 
     def lowering(self, fold: Fold, k: int) -> Lowering:
-        return Lowering.NATIVE
+        return self.layer.lowerings(k)[0]
 
 
 def factor_sizes(layer: Layer, fold: Fold, k: int) -> tuple[int, int]:
@@ -163,6 +164,8 @@ def spared(layer: Layer, recipe: Recipe) -> str:
         return "the recipe narrows pairs of layers only"
     if not recipe.tables and any(use.reads_indices for use in layer.uses):
         return "the recipe leaves tables as they are"
+    if not layer.slices:
+        return "its operator has groups, and --lowering group-free writes none"
     return ""
 
 

@@ -100,7 +100,7 @@ class _Meter(Counted):
         self._source = source
         self._bindings = {binding.layer.id: binding for binding in source.bindings}
         self._known: dict[str, tuple[int, bool]] = {}
-        self._beside: dict[tuple[str, Fold, bool, Lowering, str], int] = {}
+        self._beside: dict[tuple[str, Fold, int, Lowering, str], int] = {}
         # The bytes of a layer that is narrowed to its full width, and how many of them each step of it takes.
         self._narrow: dict[str, tuple[int, int]] = {}
 
@@ -171,10 +171,13 @@ class _Meter(Counted):
 
     def _added(self, layer: Layer, option: Option) -> int:
         """The bytes that an option adds beside its factors."""
-        key = layer.id, option.fold, option.k > 1, option.lowering, option.encoder
+        # Slices with a node each take more bytes the more they are.
+        is_split = option.lowering is Lowering.SPLIT
+        count = option.k if is_split else option.k > 1
+        key = layer.id, option.fold, count, option.lowering, option.encoder
         if key not in self._beside:
             # This option has the most digits of all in its names and shapes.
-            k = max(layer.slices) if option.k > 1 else 1
+            k = option.k if is_split or option.k == 1 else max(layer.slices)
             is_shared = option.lowering is Lowering.SHARED
             j = layer.matrix(option.fold, 1)[1] if is_shared else layer.full_rank(option.fold, 1)
             longest = replace(option, k=k, j=j)

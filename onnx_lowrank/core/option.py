@@ -62,22 +62,37 @@ class Lowering(StrEnum):
     """The operators of a chain; all compute the same result.
 
     NATIVE uses the layer's own kind: Conv for convolutions, MatMul for matrices, batched MatMul for slices of
-    matrices. CONV writes the slices of a matrix as a grouped Conv. MATMUL writes a convolution with a kernel
-    of size 1 as MatMuls. NARROW writes no chain: one factor selects channels, or has one block for each head
-    of attention, so that partners of the layer take it in; the layer's own node applies the other. SHARED
-    writes one encoder for several layers that read the same tensor (`Layer.siblings`), and a decoder for each
-    of them. SUMMED writes an encoder for each of the layers whose results are added (`Layer.addends`), and
-    one decoder behind the sum. SPARSE writes a table as a low-rank one plus rows that stay as they are
-    (`Layer.kept_per_rank`).
+    matrices. CONV writes the slices of a matrix as a grouped Conv; POINTWISE writes both factors of a matrix
+    as Convs with a kernel of size 1. MATMUL writes a convolution with a kernel of size 1 as MatMuls. SPLIT
+    writes each slice of a convolution as a convolution of its own, without groups. NARROW writes no chain:
+    one factor selects channels, or has one block for each head of attention, so that partners of the layer
+    take it in; the layer's own node applies the other. SHARED writes one encoder for several layers that
+    read the same tensor (`Layer.siblings`), and a decoder for each of them. SUMMED writes an encoder for each
+    of the layers whose results are added (`Layer.addends`), and one decoder behind the sum. SPARSE writes a
+    table as a low-rank one plus rows that stay as they are (`Layer.kept_per_rank`).
     """
 
     NATIVE = "native"
     CONV = "conv"
+    POINTWISE = "pointwise"
     MATMUL = "matmul"
+    SPLIT = "split"
     NARROW = "narrow"
     SHARED = "shared"
     SUMMED = "summed"
     SPARSE = "sparse"
+
+
+class Style(StrEnum):
+    """Which lowerings a plan may choose, where a layer has several; styles can be combined.
+
+    CONV writes matrices with POINTWISE, MATMUL writes convolutions of size 1 with MATMUL, and GROUP_FREE
+    writes no grouped convolution. Without a style, chains are native, unless measured times prefer others.
+    """
+
+    CONV = "conv"
+    MATMUL = "matmul"
+    GROUP_FREE = "group-free"
 
 
 @dataclass(frozen=True, slots=True, order=True)

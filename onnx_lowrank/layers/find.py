@@ -287,11 +287,12 @@ def _lowerings(walk: Walk, seen: list[_Seen], uses: tuple[Use, ...], *, sliced: 
         for one, use in zip(seen, uses, strict=True)
     ]
     has_conv = all(dtype_of(walk, one.stored).name not in _NO_CONV for one in seen)
-    return tuple(
-        way
-        for way in ways[0]
-        if all(way in others for others in ways) and (has_conv or way is not Lowering.CONV)
-    )
+    nodes = [walk.node(one.place) for one in seen]
+    # A Conv has no place for a Gemm's scalars.
+    is_plain = all(registry.family(n).scale(n) == registry.family(n).bias_scale(n) == 1 for n in nodes)
+    refused = set() if has_conv else {Lowering.CONV, Lowering.POINTWISE}
+    refused |= set() if is_plain else {Lowering.POINTWISE}
+    return tuple(way for way in ways[0] if all(way in others for others in ways) and way not in refused)
 
 
 _NO_CONV = frozenset({"float64", "bfloat16"})

@@ -70,6 +70,12 @@ class Convolution(Operator):
         """Whether the weight has its input channels first."""
         return False
 
+    def lowerings(
+        self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
+    ) -> tuple[Lowering, ...]:
+        """Slices are the groups of one convolution, or convolutions of their own."""
+        return (Lowering.NATIVE, Lowering.SPLIT) if sliced and groups == 1 else (Lowering.NATIVE,)
+
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
     ) -> Positions | None:
@@ -121,12 +127,15 @@ class Convolution(Operator):
         held = self._held_by_encoder(layer, site.nodes, option.fold)
         rest = tuple(axis for axis in range(len(layer.kernel)) if axis not in held)
         kernels = option.fold.kernels(layer.kernel)
-        hidden = fragment.add(
-            "encoder",
-            first_op,
-            [names.value, names.encoder],
-            **_geometry(site.node, held, kernels[0], layer.groups * option.k, first_op),
-        )
+        parts = [(names.value, names.encoder)]
+        groups = layer.groups * option.k
+        if names.slices:
+            sizes = [layer.c // option.k] * option.k
+            parts = [*zip(fragment.split("slices", names.value, 1, sizes), names.slices, strict=True)]
+            groups = 1
+        encode = _geometry(site.node, held, kernels[0], groups, first_op)
+        made = [fragment.add("encoder", first_op, part, **encode) for part in parts]
+        hidden = made[0] if len(made) == 1 else fragment.add("ranks", "Concat", made, axis=1)
         inputs = [hidden, names.decoder] + ([names.bias] if names.bias else [])
         geometry = _geometry(site.node, rest, kernels[1], layer.groups, second_op)
         self._last(fragment, site, second_op, inputs, geometry)
@@ -193,7 +202,8 @@ class Conv(Convolution):
     ) -> tuple[Lowering, ...]:
         """A pointwise Conv of one group is a matrix, too."""
         is_matrix = groups == 1 and use.pointwise and not sliced
-        return (Lowering.NATIVE, Lowering.MATMUL) if is_matrix else (Lowering.NATIVE,)
+        ways = super().lowerings(use, kernel, groups, sliced=sliced)
+        return (*ways, Lowering.MATMUL) if is_matrix else ways
 
     def is_pointwise(self, node: NodeProto, kernel: Sequence[int]) -> bool:
         """The kernel and the strides are 1, and there are no pads; then auto_pad pads nothing either."""

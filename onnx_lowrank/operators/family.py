@@ -36,6 +36,7 @@ class Operands:
 
     A new bias, other than the node's own, is added as it is, without a Gemm's beta. `rows` are of a sparse
     table: the place of every row among the kept rows, and these rows with a row of zeros behind them.
+    `slices` are the parts of an encoder that has a node for each of them, in place of `encoder`.
     """
 
     value: str
@@ -43,6 +44,7 @@ class Operands:
     decoder: str
     bias: str
     rows: tuple[str, str] | None = None
+    slices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,17 @@ class Fragment:
         """Append a Reshape to a constant shape (0 copies an input axis)."""
         return self.add(role, "Reshape", [value, self.integers(f"{role}_shape", shape)])
 
+    def split(self, role: str, value: str, axis: int, sizes: Sequence[int]) -> list[str]:
+        """Append a Split and return the names of its outputs; its sizes are an attribute before opset 13."""
+        if self._opset < 13:
+            outputs = [self.add(role, "Split", [value], axis=axis, split=list(sizes))]
+        else:
+            given = self.integers(f"{role}_sizes", sizes)
+            outputs = [self.add(role, "Split", [value, given], axis=axis)]
+        outputs += [self._unique(f"{self._stem}_{role}") for _ in sizes[1:]]
+        self.nodes[-1].output.extend(outputs[1:])
+        return outputs
+
     def along(
         self, op: str, role: str, value: str, axis: int, output: str | None = None, **attributes: Any
     ) -> str:

@@ -14,7 +14,7 @@ from onnx import NodeProto
 from onnx_lowrank.core.layer import Use
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.graph.walk import attribute_of
-from onnx_lowrank.operators.convolution import Conv
+from onnx_lowrank.operators.convolution import Conv, Convolution
 from onnx_lowrank.operators.family import Operands, Shape, Site
 from onnx_lowrank.operators.fragment import Fragment
 from onnx_lowrank.operators.matrix import Gemm, MatMul
@@ -57,6 +57,12 @@ class FusedMatMul(MatMul):
         """Never: its chain has one slice."""
         return False
 
+    def lowerings(
+        self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
+    ) -> tuple[Lowering, ...]:
+        """Only the native one."""
+        return (Lowering.NATIVE,)
+
     def scale(self, node: NodeProto) -> float:
         """Its alpha."""
         return float(attribute_of(node, "alpha", 1.0))
@@ -87,6 +93,13 @@ class FusedGemm(Gemm):
         """Its activation function stands between."""
         return False
 
+    def lowerings(
+        self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
+    ) -> tuple[Lowering, ...]:
+        """Its second factor stays fused."""
+        ways = super().lowerings(use, kernel, groups, sliced=sliced)
+        return tuple(way for way in ways if way is not Lowering.POINTWISE)
+
     def _last(self, fragment: Fragment, site: Site, pair: list[str], bias: str) -> None:
         node = site.node
         dropped = ("transA", "transB", *(["beta"] if bias and bias not in node.input else []))
@@ -114,8 +127,8 @@ class FusedConv(Conv):
     def lowerings(
         self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
     ) -> tuple[Lowering, ...]:
-        """Only the native one."""
-        return (Lowering.NATIVE,)
+        """As a convolution, but never as a matrix."""
+        return Convolution.lowerings(self, use, kernel, groups, sliced=sliced)
 
     def _last(
         self, fragment: Fragment, site: Site, op: str, inputs: list[str], geometry: dict[str, Any]

@@ -70,9 +70,10 @@ class Product(Operator):
     def lowerings(
         self, use: Use, kernel: tuple[int, ...], groups: int, *, sliced: bool
     ) -> tuple[Lowering, ...]:
-        """Slices of rows can be a grouped Conv, too."""
-        is_grouped = sliced and self.on_right(use.operand) and use.rank in (2, 3)
-        return (Lowering.NATIVE, Lowering.CONV) if is_grouped else (Lowering.NATIVE,)
+        """Rows can be positions of a Conv, and their slices those of a grouped Conv."""
+        if not self.on_right(use.operand) or use.rank not in (2, 3) or use.transposed or groups > 1:
+            return (Lowering.NATIVE,)
+        return (Lowering.NATIVE, *([Lowering.CONV] if sliced else []), Lowering.POINTWISE)
 
     def positions(
         self, node: NodeProto, operand: int, entering: Shape | None, leaving: Shape | None, features: int
@@ -118,11 +119,19 @@ class Product(Operator):
             encoder, decoder = encoder.swapaxes(-1, -2), decoder.swapaxes(-1, -2)
         if lowering is Lowering.CONV:
             encoder = factors.encoder.reshape(k * j, c, 1)
+        elif lowering is Lowering.POINTWISE:
+            encoder, decoder = factors.encoder.reshape(k * j, c, 1), factors.decoder.reshape(f, k * j, 1)
         return encoder, decoder
 
     def chain(self, fragment: Fragment, site: Site, names: Operands) -> None:
         """The first factor (with slices, a batched MatMul or a grouped Conv), then the second."""
         use, option = site.use, site.option
+        if option.lowering is Lowering.POINTWISE:
+            value = self._rows_read(fragment, site.node, use, names.value)
+            result = _pointwise(fragment, value, names, option.k, use.rank or 2)
+            if names.bias:
+                fragment.add("biased", "Add", [result, names.bias])
+            return
         first, second = self.stored_factors(fragment, site, names)
         value = self._rows_read(fragment, site.node, use, names.value)
         if option.lowering is Lowering.CONV:
@@ -305,12 +314,30 @@ def _sliced_right(fragment: Fragment, value: str, encoder: str, c: int, option: 
 
 def _sliced_conv(fragment: Fragment, value: str, encoder: str, k: int, rank: int) -> str:
     """Multiply x (N, k · c) or (B, N, k · c) by a kernel (k · j, c, 1) in k groups, to (…, N, k · j)."""
+    parts = _channels_first(fragment, value, rank)
+    parts = fragment.add("encoder", "Conv", [parts, encoder], kernel_shape=[1], group=k)
+    return _channels_last(fragment, parts, rank)
+
+
+def _pointwise(fragment: Fragment, value: str, names: Operands, k: int, rank: int) -> str:
+    """Multiply x (N, c) or (B, N, c) by kernels (k · j, c / k, 1) in k groups and (f, k · j, 1)."""
+    hidden = _channels_first(fragment, value, rank)
+    hidden = fragment.add("encoder", "Conv", [hidden, names.encoder], kernel_shape=[1], group=k)
+    hidden = fragment.add("decoder", "Conv", [hidden, names.decoder], kernel_shape=[1])
+    return _channels_last(fragment, hidden, rank)
+
+
+def _channels_first(fragment: Fragment, value: str, rank: int) -> str:
+    """Rows (N, c) or (B, N, c) as the positions of a convolution, (1, c, N) or (B, c, N)."""
     if rank == 2:
         value = fragment.along("Unsqueeze", "batch_axis", value, 0)
-    parts = fragment.add("channels_first", "Transpose", [value], perm=[0, 2, 1])
-    parts = fragment.add("encoder", "Conv", [parts, encoder], kernel_shape=[1], group=k)
-    parts = fragment.add("channels_last", "Transpose", [parts], perm=[0, 2, 1])
-    return fragment.along("Squeeze", "batch", parts, 0) if rank == 2 else parts
+    return fragment.add("channels_first", "Transpose", [value], perm=[0, 2, 1])
+
+
+def _channels_last(fragment: Fragment, value: str, rank: int) -> str:
+    """The inverse of `_channels_first`."""
+    value = fragment.add("channels_last", "Transpose", [value], perm=[0, 2, 1])
+    return fragment.along("Squeeze", "batch", value, 0) if rank == 2 else value
 
 
 def _sliced_left(fragment: Fragment, value: str, encoder: str, c: int, option: Option, rank: int) -> str:

@@ -166,11 +166,13 @@ class _Writer:
             return
         arrays = operator.layout(layer, nodes, replacement.factors, replacement.option.lowering)
         name = binding.stored.source.name
-        encoder, decoder = (
-            self.edits.keep(binding.stored.source, f"{name}_{role}", array)
-            for role, array in zip(("encoder", "decoder"), arrays, strict=True)
-        )
-        names = Operands("", encoder, decoder, self._new_bias(replacement, nodes[0]), self._rows(replacement))
+        is_split = replacement.option.lowering is Lowering.SPLIT
+        parts = np.split(arrays[0], replacement.option.k) if is_split else [arrays[0]]
+        encoders = [self.edits.keep(binding.stored.source, f"{name}_encoder", part) for part in parts]
+        decoder = self.edits.keep(binding.stored.source, f"{name}_decoder", arrays[1])
+        slices = tuple(encoders) if is_split else ()
+        new_bias = self._new_bias(replacement, nodes[0])
+        names = Operands("", encoders[0], decoder, new_bias, self._rows(replacement), slices)
         self.chains[layer.id] = tuple(
             self._chain(replacement, nodes, index, names) for index in range(len(nodes))
         )
@@ -398,9 +400,10 @@ def _finite(values: NDArray[Any], dtype: np.dtype[Any], layer: Layer) -> NDArray
 
 def _cast(fragment: Fragment, names: Operands, kind: int) -> Operands:
     """Add Casts of the stored factors and kept rows to the type in which the chain computes."""
-    encoder = fragment.add("encoder_cast", "Cast", [names.encoder], to=kind)
+    slices = tuple(fragment.add("encoder_cast", "Cast", [name], to=kind) for name in names.slices)
+    encoder = slices[0] if slices else fragment.add("encoder_cast", "Cast", [names.encoder], to=kind)
     decoder = fragment.add("decoder_cast", "Cast", [names.decoder], to=kind)
     rows = names.rows
     if rows is not None:
         rows = rows[0], fragment.add("kept_cast", "Cast", [rows[1]], to=kind)
-    return replace(names, encoder=encoder, decoder=decoder, rows=rows)
+    return replace(names, encoder=encoder, decoder=decoder, rows=rows, slices=slices)
