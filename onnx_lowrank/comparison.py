@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Unpack
 
+from onnx_lowrank import means
 from onnx_lowrank import request as arguments
 from onnx_lowrank.budgets import timing
 from onnx_lowrank.budgets.budget import Tools
@@ -49,6 +50,7 @@ def compare(
     with one_blas_thread(), ExitStack() as stack:
         with progress.stage("read the models"):
             material = read(one, setting, stack, stack.enter_context(ExitStack()))
+            means.check_engine(material.found.model, setting)
             first, second = material.found.model, load(other, stack.enter_context(ExitStack()))
             _check_names(first, second)
         with progress.stage("compare the graphs"):
@@ -108,6 +110,7 @@ def _validated(material: Material, second: Model, setting: Setting) -> Validatio
             inputs=material.given,
             input_shapes=material.shapes,
             provider=setting.provider,
+            engine=setting.engine,
         )
     except ValidationError as error:
         fault = str(error).partition(": ")[0].replace("the compressed model", "it")
@@ -124,7 +127,7 @@ def _timing(material: Material, second: Model, setting: Setting, progress: Progr
     from onnx_lowrank.budgets.latency import whole  # Most comparisons time nothing.
 
     first = material.found.model
-    watch = timing.stopwatch(first, setting.provider, setting.threads, caching=setting.cache)
+    watch = timing.stopwatch(first, setting.tool, setting.threads, caching=setting.cache)
     tools = Tools(watch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
     with progress.stage("time"):
         try:

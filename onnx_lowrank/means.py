@@ -7,6 +7,8 @@ import logging
 import numpy as np
 from platformdirs import user_cache_path
 
+from onnx_lowrank.engines.engine import UnsupportedError
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.keeping import Keeper, environment
 from onnx_lowrank.files.load import Model, stored_bytes
 from onnx_lowrank.files.store import Store
@@ -45,6 +47,28 @@ def executor(setting: Setting, backend: Backend, found: Found) -> Executor:
     from onnx_lowrank.work.cluster import Cluster  # An extra brings Dask.
 
     return Cluster(setting.scheduler, backend, budget=in_flight(largest))
+
+
+def check_engine(model: Model, setting: Setting) -> None:
+    """Check, before any work, that an engine other than ONNX Runtime runs a model.
+
+    Args:
+        model: The input model.
+        setting: Names the engine.
+
+    Raises:
+        InputError: It does not.
+    """
+    if not setting.has_own_engine or (setting.dry_run and not setting.time):
+        return
+    try:
+        with setting.tool.open(model):
+            pass
+    except UnsupportedError as error:
+        raise InputError(
+            f"The engine {setting.engine!r} cannot run {model.name} ({error}): leave --engine out, or pass "
+            "--engine onnxruntime."
+        ) from error
 
 
 def operations(found: Found) -> float:

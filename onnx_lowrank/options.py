@@ -35,7 +35,12 @@ class Options(TypedDict, total=False):
             the budget "latency". By default, on the CPU provider, ranks and widths of two-dimensional float32
             convolutions suit ONNX Runtime's blocked layout, and those of other layers may be any number;
             1 allows any number everywhere.
-        plan: A plan to replay, instead of ratio, recipe, budget and alignment.
+        lowering: The operators of the factors: "conv" writes matrices as convolutions of size 1, "matmul"
+            convolutions of size 1 as matrices, "group-free" no grouped convolutions; or several of these. By
+            default, factors have the operators of their layers.
+        target: A runtime or an accelerator of `targets.TARGETS`, which stands for `align`, `lowering` and
+            `engine` where they are not given. By default none.
+        plan: A plan to replay, instead of ratio, recipe, budget, alignment and lowering.
         include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
         exclude: Globs of layer ids or node names; these layers are left alone.
         calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder of feeds or of images, a
@@ -60,6 +65,8 @@ class Options(TypedDict, total=False):
         device: Where the linear algebra runs: "cpu", "cuda", or "auto" (the default), a GPU where it pays.
         provider: ONNX Runtime's execution provider for calibration, validation and timing; by default
             "CPUExecutionProvider".
+        engine: What runs both models to compare them, and to time them: "onnxruntime" (the default) or
+            "openvino". Calibration always runs on ONNX Runtime.
         time: Time the finished model against the input model; the budget "latency" always does. By default
             False.
         threads: Number of threads per operator while times are measured; 0, the default, leaves it to the
@@ -83,6 +90,8 @@ class Options(TypedDict, total=False):
     recipe: str | Path | Recipe | None
     budget: str | None
     align: int | str | None
+    lowering: str | Sequence[str] | None
+    target: str | None
     plan: str | os.PathLike[str] | Plan | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
@@ -98,6 +107,7 @@ class Options(TypedDict, total=False):
     max_error: float | None
     device: str
     provider: str
+    engine: str | None
     time: bool
     threads: int
     cache: bool | str | os.PathLike[str]
@@ -115,6 +125,8 @@ DEFAULTS: Options = {
     "recipe": None,
     "budget": None,
     "align": None,
+    "lowering": None,
+    "target": None,
     "plan": None,
     "include": (),
     "exclude": (),
@@ -130,6 +142,7 @@ DEFAULTS: Options = {
     "max_error": None,
     "device": "auto",
     "provider": "CPUExecutionProvider",
+    "engine": None,
     "time": False,
     "threads": 0,
     "cache": True,

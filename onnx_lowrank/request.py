@@ -11,16 +11,19 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from onnx_lowrank import measures, shape_sets
+from onnx_lowrank import measures, shape_sets, targets
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Budget
 from onnx_lowrank.calibrate.allowance import Allowance
 from onnx_lowrank.calibrate.sources import source
 from onnx_lowrank.calibrate.sources.registry import check_sources, options_of
 from onnx_lowrank.core.factors import Fit
+from onnx_lowrank.core.option import Style
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans, recipes
 from onnx_lowrank.documents.recipes import Recipe
+from onnx_lowrank.engines import kinds
+from onnx_lowrank.engines.engine import Deployed
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block, has_blocked_layout
@@ -56,6 +59,7 @@ class Request:
         budget: The budget that the ratio bounds.
         block: Ranks are multiples of this number.
         blocked: Whether convolutions keep to the ranks and widths of ONNX Runtime's blocked layout.
+        styles: Which lowerings the plan may have; empty for the native ones.
         recipes: The recipes to choose from; empty if a plan is replayed.
         ratio: The ratio to reach; None if a target or a plan replaces it.
         target: The bounds on the outputs that replace a ratio; None without them.
@@ -65,6 +69,7 @@ class Request:
     budget: Budget
     block: int = 1
     blocked: bool = False
+    styles: frozenset[Style] = frozenset()
     recipes: tuple[Recipe, ...] = ()
     ratio: float | None = None
     target: Target | None = None
@@ -99,6 +104,7 @@ class Setting:
         max_error: The largest accepted relative error of an output; None for any.
         device: Where the linear algebra runs: auto, cpu or cuda.
         provider: ONNX Runtime's execution provider.
+        engine: The name of the engine that compares and times the models; None for ONNX Runtime.
         time: Whether the finished model is timed against the input model under every budget.
         threads: Number of threads per operator while times are measured; 0 leaves it to the runtime.
         cache: The folder that keeps results for other runs; True for the user's cache folder, which keeps
@@ -121,6 +127,7 @@ class Setting:
     max_error: float | None
     device: str
     provider: str
+    engine: str | None
     time: bool
     threads: int
     cache: bool | Path
@@ -129,6 +136,20 @@ class Setting:
     scheduler: str | None
     dry_run: bool
     options: source.Options
+
+    @property
+    def has_own_engine(self) -> bool:
+        """Whether another engine than ONNX Runtime compares and times the models."""
+        return self.engine not in (None, kinds.DEFAULT)
+
+    @property
+    def tool(self) -> Deployed:
+        """The engine that compares and times the models.
+
+        Raises:
+            InputError: There is no such engine, or it is not installed.
+        """
+        return kinds.engine(self.engine, self.provider)
 
 
 def request(ratio: float | None, options: Options) -> Request:
@@ -147,6 +168,9 @@ def request(ratio: float | None, options: Options) -> Request:
     require("ratio", ratio, (Real, NoneType), "a number such as 0.5")
     require("recipe", recipe, (str, os.PathLike, Recipe, NoneType), "a name, a path or a Recipe")
     require("plan", plan, (str, os.PathLike, Plan, NoneType), "a path or a Plan")
+    require("target", options["target"], (str, NoneType), "a name")
+    target_rules = targets.named(options["target"])
+    styles = _styles(options["lowering"])
     if sum(goal is not None for goal in (ratio, plan, target)) != 1:
         raise InputError(
             "Give exactly one of these: a ratio, such as --ratio 0.5; a plan to replay, with --plan FILE; "
@@ -157,16 +181,20 @@ def request(ratio: float | None, options: Options) -> Request:
             raise InputError(
                 "A plan has its own recipe, budget and ranks: leave out --pass, --budget and --align."
             )
+        if styles or options["target"] is not None:
+            raise InputError("A plan has its own ranks and operators: leave out --lowering and --target.")
         return _replayed(plan, calibrated=calibrated, recover=recover)
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"The ratio is {ratio}, but it must be above 0 and at most 1: 0.5 keeps half.")
     counted = registry.named(DEFAULT_BUDGET if budget is None else budget)
+    align = target_rules.align if align is None else align
     if align is None and counted.is_aligned:
         align = ALIGN_AUTO
     asked = Request(
         budget=counted,
         block=_block(align, options["provider"]),
         blocked=align is None and has_blocked_layout(options["provider"]),
+        styles=styles or frozenset(target_rules.styles),
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
         ratio=None if ratio is None else float(ratio),
         target=target,
@@ -187,6 +215,7 @@ def setting(asked: Request, options: Options) -> Setting:
         InputError: An argument is wrong, or the device or the execution provider is not available.
     """
     max_error, inputs = options["max_error"], options["inputs"]
+    require("engine", options["engine"], (str, NoneType), f"one of {', '.join(kinds.names())}")
     require("max_error", max_error, (Real, NoneType), "a number")
     if max_error is not None and not max_error >= 0:
         raise InputError(f"The largest accepted error is {max_error}, but it must be 0 or more.")
@@ -213,6 +242,7 @@ def setting(asked: Request, options: Options) -> Setting:
         exclude=_patterns("exclude", options["exclude"]),
         max_error=max_error,
         provider=options["provider"],
+        engine=options["engine"] or targets.named(options["target"]).engine,
         time=options["time"],
         threads=thread_count(options["threads"]),
         workers=worker_count(options["workers"]),
@@ -226,6 +256,9 @@ def setting(asked: Request, options: Options) -> Setting:
     check_sources([checked.calibration, inputs, check], checked.options)
     if checked.calibration is not None or asked.budget.is_measured or not dry_run:
         runtime(checked.provider)  # Raises an error if the provider is not available.
+        _ = checked.tool  # Likewise for the engine.
+    elif options["engine"] is not None:
+        _ = checked.tool
     return checked
 
 
@@ -258,6 +291,25 @@ def _block(align: int | str | None, provider: str) -> int:
             f"to {_LARGEST_BLOCK}."
         )
     return int(align)
+
+
+def _styles(given: str | Sequence[str] | None) -> frozenset[Style]:
+    """Check the names of styles, which a comma separates in a text.
+
+    Raises:
+        InputError: A name is wrong, or two styles contradict each other.
+    """
+    require("lowering", given, (str, Sequence, NoneType), f"names, of {', '.join(Style)}")
+    names = given.split(",") if isinstance(given, str) else given or ()
+    for name in names:
+        if name not in tuple(Style):
+            raise InputError(f"There is no lowering {str(name)[:60]!r}: choose of {', '.join(Style)}.")
+    styles = frozenset(map(Style, names))
+    if styles >= {Style.CONV, Style.MATMUL}:
+        raise InputError(
+            f"--lowering is {','.join(names)}, but conv and matmul exclude each other: choose one of them."
+        )
+    return styles
 
 
 def _recipes(recipe: str | Path | Recipe | None, *, calibrated: bool, recover: bool) -> tuple[Recipe, ...]:

@@ -15,11 +15,11 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
 from onnx_lowrank.core.option import Lowering, Option
-from onnx_lowrank.core.outcome import Calibrated, Continuation, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import Continuation, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING
-from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine, slowness
+from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import BudgetError, LowRankError
 from onnx_lowrank.files.keeping import Keeper
@@ -27,6 +27,7 @@ from onnx_lowrank.files.load import Model, ModelProto, check_unchanged, inlined,
 from onnx_lowrank.files.scratch import roomy
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found
+from onnx_lowrank.layers.lowered import lowered
 from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.material import Material, held_out, read
 from onnx_lowrank.probe.excerpt import excerpts
@@ -86,14 +87,18 @@ def run(
         with progress.stage("find layers"):
             loaded = stack.enter_context(ExitStack())
             material = read(model, setting, stack, loaded)
-        found = material.found
+            found = material.found
+            if asked.plan is None:
+                found = lowered(found, asked.styles)
+                material = replace(material, found=found)
+            means.check_engine(found.model, setting)
         backend = resolve(setting.device, means.operations(found))
         running = stack.enter_context(means.executor(setting, backend, found))
         asked.budget.check(found)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
-            stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
+            stopwatch = timing.stopwatch(found.model, setting.tool, setting.threads, caching=caching)
         keeper = means.keeper(found.model, setting, backend.name, running.processors)
         tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
         grid = Grid(asked.budget.on(found, tools), asked.block, asked.blocked)
@@ -308,9 +313,10 @@ class _Job:
             built,
             validation=validation,
             given=self.material.given is not None or calibration is not None,
-            calibration=None if calibration is None else _summary(calibration),
+            calibration=None if calibration is None else calibration.summary,
             trials=trials,
             target=self.asked.target or ANY,
+            styles=self.asked.styles,
         )
         resources = resources or ExitStack()
         model = self.found.model if built is None else built.rewritten.model
@@ -375,6 +381,7 @@ class _Job:
             padding=padding,
             input_shapes=self.material.shapes,
             provider=self.setting.provider,
+            engine=self.setting.engine,
             max_error=self.setting.max_error,
         )
         validation = replace(validation, continuation=self._continuation(rewritten.model, calibration))
@@ -385,6 +392,8 @@ class _Job:
         familiar, kind = (validation.outputs, "inputs") if given is not None else ((), "")
         if held is not None and calibration is not None:
             familiar, kind = held.outputs, "held-out" if calibration.samples.held else "calibration"
+        if self.setting.has_own_engine:
+            others = replace(others, engine=self.setting.tool)
         other = compare_on(others, self.found.model, rewritten.model, familiar, kind, padding)
         return replace(validation, other=other)
 
@@ -406,6 +415,8 @@ class _Job:
     def _held(self, built: Built, calibration: Calibration, trials: tuple[Trial, ...]) -> Measured:
         """The comparison on held-out calibration inputs, or on all of them if none are held out."""
         chosen = next((trial.outputs for trial in trials if trial.chosen), None)
+        if self.setting.has_own_engine:
+            chosen, calibration = None, calibration.on(self.setting.tool)
         outputs = chosen or judge(self.found.model, built, calibration)
         samples = calibration.samples
         source = f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
@@ -427,17 +438,3 @@ time (the median counts); and the largest number of models that are made."""
 
 _SHOWN = 16
 """Number of calibration samples that show which layers run."""
-
-
-def _summary(calibration: Calibration) -> Calibrated:
-    samples, reasons = calibration.samples, calibration.statistics.reasons
-    engine = calibration.engine
-    mask, is_varied = calibration.statistics.padding.mask, calibration.varied is not samples
-    source = samples.description + (f", without the positions that {mask!r} hides" if mask else "")
-    return Calibrated(
-        source=source + (", every third read again with other tokens" if is_varied else ""),
-        samples=samples.count,
-        held=samples.held,
-        unmeasured=tuple(reasons.items()),
-        warnings=(*samples.warnings, *slowness(engine), *calibration.succession.warnings),
-    )

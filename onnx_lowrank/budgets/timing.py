@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnx_lowrank.budgets.budget import Meter, Tools
 from onnx_lowrank.core.outcome import Timing
-from onnx_lowrank.engines.runtime import runtime
+from onnx_lowrank.engines.engine import Deployed
 from onnx_lowrank.files.load import Model, stored_bytes
 from onnx_lowrank.hardware import cache_bytes
 
@@ -19,12 +19,12 @@ Comparison = Callable[[Model], Timing]
 """Times the input model and a finished model in turns."""
 
 
-def stopwatch(model: Model, provider: str, threads: int, *, caching: bool | Path) -> Stopwatch:
+def stopwatch(model: Model, engine: Deployed, threads: int, *, caching: bool | Path) -> Stopwatch:
     """A stopwatch for a model and its layers.
 
     Args:
         model: The input model.
-        provider: ONNX Runtime's execution provider.
+        engine: Runs the models.
         threads: The number of threads per operator; 0 leaves it to the runtime.
         caching: The folder of known times; True for the user's cache folder, False for none.
     """
@@ -32,7 +32,7 @@ def stopwatch(model: Model, provider: str, threads: int, *, caching: bool | Path
 
     # Only half of the cache counts: other processes and activations need room in it, too.
     warm = stored_bytes(model) <= cache_bytes() / 2
-    return Stopwatch(runtime(provider), threads, warm=warm, caching=caching)
+    return Stopwatch(engine, threads, warm=warm, caching=caching)
 
 
 def comparison(meter: Meter, model: Model, tools: Tools) -> Comparison | None:

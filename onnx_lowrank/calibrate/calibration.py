@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from onnx_lowrank.calibrate.allowance import Allowance
 from onnx_lowrank.calibrate.data import Samples
@@ -11,7 +11,8 @@ from onnx_lowrank.calibrate.originals import Originals
 from onnx_lowrank.calibrate.shares import Samples as Batches
 from onnx_lowrank.calibrate.succession import Succession
 from onnx_lowrank.calibrate.trimming import Trimmed
-from onnx_lowrank.engines.running import Engine
+from onnx_lowrank.core.outcome import Calibrated
+from onnx_lowrank.engines.running import Engine, slowness
 from onnx_lowrank.files.keeping import Keeper
 
 
@@ -38,6 +39,24 @@ class Calibration:
     succession: Succession = field(default_factory=Succession)
     keeper: Keeper | None = None
     memory: Allowance = field(default_factory=Allowance)
+
+    def on(self, engine: Engine) -> Calibration:
+        """The same inputs on another engine, without the outputs that are known of this one."""
+        return replace(self, engine=engine, originals=Originals(self.memory.outputs))
+
+    @property
+    def summary(self) -> Calibrated:
+        """The use of the inputs, for the report."""
+        samples, mask = self.samples, self.statistics.padding.mask
+        is_varied = self.varied is not samples
+        source = samples.description + (f", without the positions that {mask!r} hides" if mask else "")
+        return Calibrated(
+            source=source + (", every third read again with other tokens" if is_varied else ""),
+            samples=samples.count,
+            held=samples.held,
+            unmeasured=tuple(self.statistics.reasons.items()),
+            warnings=(*samples.warnings, *slowness(self.engine), *self.succession.warnings),
+        )
 
     @property
     def trimmed(self) -> Batches:

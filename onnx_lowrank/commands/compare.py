@@ -23,6 +23,7 @@ _OPTIONS = frozenset(
         "input_shape",
         "weights",
         "provider",
+        "engine",
         "time",
         "threads",
         "verbose",

@@ -15,9 +15,11 @@ from onnx_lowrank import budgets, values
 from onnx_lowrank.api import compress
 from onnx_lowrank.destinations import check_outputs, print_text, write
 from onnx_lowrank.documents import recipes
+from onnx_lowrank.engines import kinds
 from onnx_lowrank.logs import shown
 from onnx_lowrank.progress import Silent, Terminal
 from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_BUDGET, DEFAULT_RECIPE
+from onnx_lowrank.targets import TARGETS
 
 _AUTO = (
     "Tries several recipes and keeps the best on held-out calibration inputs "
@@ -102,6 +104,17 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     metavar="auto|N",
     help="Choose only ranks that are multiples of N, for kernels that compute in blocks; "
     "auto takes the block of the provider. By default, convolutions suit the CPU provider; 1 takes all.",
+)
+@click.option(
+    "--lowering",
+    metavar="conv|matmul|group-free",
+    help="Write factors as convolutions of size 1, as matrices, or without grouped convolutions; a comma "
+    "joins several. By default, as their layers are.",
+)
+@click.option(
+    "--target",
+    metavar="|".join(TARGETS),
+    help="The runtime or accelerator to write for: stands for its --align, --lowering and --engine.",
 )
 @click.option(
     "--calibration",
@@ -225,6 +238,11 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     show_default=True,
     metavar="EP",
     help="ONNX Runtime's execution provider for calibration, validation and timing.",
+)
+@click.option(
+    "--engine",
+    metavar="|".join(kinds.names()),
+    help="What compares and times the models, by default onnxruntime.",
 )
 @click.option(
     "--time",

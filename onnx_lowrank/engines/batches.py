@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.engine import Deployed, Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.inputs import Spec
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.running import first_run
-from onnx_lowrank.engines.runtime import Runtime
 from onnx_lowrank.files.load import Model
 
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def batch_size(one: Feed, outputs: Mapping[str, Any], memory: int | None = None)
 
 
 def batches(
-    engine: Runtime, model: Model, feed: Feed, wanted: tuple[Spec, ...], *, memory: int | None = None
+    engine: Deployed, model: Model, feed: Feed, wanted: tuple[Spec, ...], *, memory: int | None = None
 ) -> tuple[Feed, ...]:
     """The samples of a feed, in as few batches as memory allows (`batch_size`).
 

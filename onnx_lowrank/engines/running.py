@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.engine import Deployed, Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.parted import Parted, is_large
 from onnx_lowrank.engines.reference import Reference
 from onnx_lowrank.engines.runtime import Runtime, runtime
@@ -15,12 +15,12 @@ from onnx_lowrank.files.load import Model
 
 _log = logging.getLogger(__name__)
 
-Engine = Runtime | Reference | Parted
+Engine = Deployed | Reference | Parted
 
 
-def fitting_engine(model: Model, engine: Runtime) -> Runtime | Parted:
+def fitting_engine(model: Model, engine: Deployed) -> Deployed | Parted:
     """The engine itself, or one that runs a model part by part if a session would hold too much of it."""
-    return Parted(engine) if is_large(model) else engine
+    return Parted(engine) if isinstance(engine, Runtime) and is_large(model) else engine
 
 
 def first_run(engine: Engine, model: Model, feeds: Iterable[Feed]) -> tuple[Feed, dict[str, Any]]:

@@ -17,6 +17,7 @@ import onnx
 
 from onnx_lowrank.engines.engine import (
     Feed,
+    Profiled,
     RejectedError,
     Run,
     Source,
@@ -25,7 +26,7 @@ from onnx_lowrank.engines.engine import (
     one_line,
 )
 from onnx_lowrank.engines.interrupting import Call, interruptible
-from onnx_lowrank.engines.node_times import KERNEL, Runs, runs_of
+from onnx_lowrank.engines.node_times import KERNEL, runs_of
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
 from onnx_lowrank.files.scratch import scratch
@@ -77,19 +78,6 @@ class Executed:
             n for name, n in self.runs.items() if name.startswith(_INLINED) and name.endswith(f"_{node}")
         )
         return self.runs.get(node, 0) + sum(inlined)
-
-
-@dataclass(frozen=True, slots=True)
-class Profiled:
-    """A session that notes the times of its nodes.
-
-    Attributes:
-        run: Runs the model once.
-        finish: Ends the session's profile and returns the times of all runs; to be called once.
-    """
-
-    run: Callable[[], object]
-    finish: Callable[[], Runs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.core.outcome import OutputError, Validation
-from onnx_lowrank.engines import fused
+from onnx_lowrank.engines import fused, kinds
 from onnx_lowrank.engines.batches import batches
 from onnx_lowrank.engines.checker import check
 from onnx_lowrank.engines.compare import Comparison, compare
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnmadeError, UnsupportedError
+from onnx_lowrank.engines.engine import Deployed, Feed, RejectedError, UnmadeError, UnsupportedError
 from onnx_lowrank.engines.inputs import describe, read, specs
 from onnx_lowrank.engines.made import make
 from onnx_lowrank.engines.padding import NO_PADDING, Padding
@@ -63,6 +63,7 @@ def validate(
     padding: Padding = NO_PADDING,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     provider: str = "CPUExecutionProvider",
+    engine: str | None = None,
     max_error: float | None = None,
 ) -> Validation:
     """Run both models on the same inputs and compare their outputs.
@@ -80,25 +81,26 @@ def validate(
         padding: The padding of inputs; errors there do not count.
         input_shapes: Shapes of inputs to make, for dimensions that the model leaves open.
         provider: ONNX Runtime's execution provider.
+        engine: The name of the engine that runs both models; None stands for ONNX Runtime.
         max_error: Bound on the largest relative error over the outputs; each output must have an error.
 
     Raises:
-        InputError: ONNX Runtime or the provider is missing, or the inputs do not fit the model.
+        InputError: The engine or the provider is missing, or the inputs do not fit the model.
         ValidationError: The checker, or the engine that runs the input model, rejects the compressed model;
             or it gives NaN or Inf, and the input model does not; or its error exceeds `max_error` or is
             unknown, so that the bound cannot be judged.
     """
-    engine = runtime(provider)
+    tool = kinds.engine(engine, provider)
     notes = list(_check(original, compressed))
     wanted = specs(original.proto)
     whole = None if measured or inputs is None else read(inputs, wanted)
-    given = measured.feeds if measured else batches(engine, original, whole, wanted) if whole else None
+    given = measured.feeds if measured else batches(tool, original, whole, wanted) if whole else None
     feeds: _Feeds = partial(make, original.proto, wanted, input_shapes or {})
     if given is not None:
         feeds = given.__iter__
-    run = _run_original(original, engine, feeds, given is not None, notes)
+    run = _run_original(original, tool, feeds, given is not None, notes)
     if run is None:
-        result = _layers_alone(tuple(nodes), alone, engine)
+        result = _layers_alone(tuple(nodes), alone, tool)
     else:
         got = _run_compressed(compressed, run)
         used = given or (run.feed,)
@@ -112,7 +114,8 @@ def validate(
         )
         if measured and result.never_ran:
             notes.append(_CHECKED_ON.format(len(measured.feeds)))
-        result = replace(result, fused=fused.compare(original, compressed, engine))
+        if isinstance(tool, Runtime):
+            result = replace(result, fused=fused.compare(original, compressed, tool))
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
     return result
@@ -152,7 +155,9 @@ def _check(original: Model, compressed: Model) -> tuple[str, ...]:
     return (f"The ONNX checker rejects the input model, and so the compressed one: {known[0]}.",)
 
 
-def _run_original(model: Model, engine: Runtime, feeds: _Feeds, given: bool, notes: list[str]) -> _Run | None:
+def _run_original(
+    model: Model, engine: Deployed, feeds: _Feeds, given: bool, notes: list[str]
+) -> _Run | None:
     """Run the input model; return None if no engine can, with the reasons in the notes."""
     fitting = fitting_engine(model, engine)
     try:
@@ -286,7 +291,7 @@ def _never_ran(
     return tuple(layer for layer, names in hidden.items() if not any(map(executed.count, names)))
 
 
-def _layers_alone(layers: Iterable[str], alone: Alone, engine: Runtime) -> Validation:
+def _layers_alone(layers: Iterable[str], alone: Alone, engine: Deployed) -> Validation:
     """Compare every rewritten layer with its chain, each in a model of its own."""
     outputs: list[OutputError] = []
     notes: list[str] = []

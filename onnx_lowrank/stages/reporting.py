@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -14,9 +14,10 @@ from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Layer, narrow_layers, shared_full_rank, sharing
-from onnx_lowrank.core.option import Lowering
+from onnx_lowrank.core.option import Lowering, Style
 from onnx_lowrank.core.outcome import Calibrated, Other, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
+from onnx_lowrank.layers.lowered import is_left
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
@@ -50,6 +51,7 @@ def assemble(
     calibration: Calibrated | None = None,
     trials: tuple[Trial, ...] = (),
     target: Target = ANY,
+    styles: Set[Style] = frozenset(),
 ) -> Report:
     """Gather the results of a run.
 
@@ -61,6 +63,7 @@ def assemble(
         calibration: The use of the calibration inputs; None without any.
         trials: The plans that were tried on them.
         target: The quality that was asked for instead of a ratio.
+        styles: The lowerings that were asked for.
     """
     found, plan = run.found, run.plan
     totals = _totals(run)
@@ -83,6 +86,7 @@ def assemble(
         warnings=(
             *_ratio_warnings(run, 1.0 if reached is None else reached, targeted=target != ANY),
             *_budget_warnings(run, totals),
+            *_lowering_warnings(run, styles),
             *_output_warnings(validation, given, target, calibrated=calibration is not None),
             *_calibration_warnings(plan, calibration, trials),
         ),
@@ -113,6 +117,17 @@ def _budget_warnings(run: Run, totals: Totals) -> Iterator[str]:
     """Warnings of every budget, also of those that the ratio does not bound."""
     for budget in registry.every():
         yield from budget.warnings(run, totals.amount(budget.figure))
+
+
+def _lowering_warnings(run: Run, styles: Set[Style]) -> Iterator[str]:
+    """A warning about the rewritten layers that have no other operators than their own."""
+    options = run.found.options(run.plan.choices)
+    left = [layer.id for layer, option in options if option is not None and is_left(layer, styles)]
+    if left:
+        yield (
+            f"{len(left)} of the rewritten layers ({left[0]!r} first) cannot be written as convolutions, as "
+            "their inputs have other axes than rows: their factors keep the layers' operators."
+        )
 
 
 def _calibration_warnings(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnx_lowrank.budgets.budget import Tools
 from onnx_lowrank.budgets.latency.stopwatch import Stopwatch
 from onnx_lowrank.budgets.latency.whole import Call, runnable
+from onnx_lowrank.engines.engine import Deployed
 from onnx_lowrank.engines.runtime import Executed, Runtime
 from onnx_lowrank.graph.walk import Place
 from onnx_lowrank.layers.binding import Binding
@@ -30,7 +31,7 @@ class Scene:
     source: Layered
     call: Call
 
-    def uses(self, engine: Runtime) -> Uses:
+    def uses(self, engine: Deployed) -> Uses:
         """Cut the layers out of the model."""
         ran = self._ran(engine)
         return {binding.layer.id: self._cut(binding, ran) for binding in self.source.bindings}
@@ -51,10 +52,12 @@ class Scene:
                     if whole is not None and part is not None:
                         yield whole.key, part
 
-    def _ran(self, engine: Runtime) -> Executed:
-        """How often the nodes in bodies run; empty if no layer is in a body."""
+    def _ran(self, engine: Deployed) -> Executed:
+        """How often the nodes in bodies run; empty if no layer is in a body, or if the engine counts none."""
         hidden = any(use.scope for layer in self.source.layers for use in layer.uses)
-        return engine.executed(self.source.model, [self.call.feed]) if hidden else Executed({})
+        if not hidden or not isinstance(engine, Runtime):
+            return Executed({})
+        return engine.executed(self.source.model, [self.call.feed])
 
     def _cut(self, binding: Binding, ran: Executed) -> list[tuple[Micro, int]] | None:
         """The uses of a layer that run, as micro models, and how often; None if one cannot be cut."""

@@ -14,9 +14,8 @@ from typing import TypeVar
 from onnx_lowrank.budgets.latency.cache import Cache
 from onnx_lowrank.budgets.latency.clock import LEAST, WARM_UP, Clock, Pace, interleaved
 from onnx_lowrank.core.option import Option
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
+from onnx_lowrank.engines.engine import Deployed, Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.node_times import Runs
-from onnx_lowrank.engines.runtime import Runtime
 from onnx_lowrank.files.load import Model, stored_bytes
 from onnx_lowrank.hardware import processor
 from onnx_lowrank.logs import DETAIL
@@ -56,7 +55,7 @@ class Stopwatch:
 
     def __init__(
         self,
-        engine: Runtime,
+        engine: Deployed,
         threads: int = 0,
         *,
         warm: bool = False,
@@ -226,7 +225,7 @@ def _bunches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
         yield bunch
 
 
-def _environment(engine: Runtime, threads: int, warm: bool) -> dict[str, str]:
+def _environment(engine: Deployed, threads: int, warm: bool) -> dict[str, str]:
     """Everything that times depend on, beside the models."""
     return {
         "runtime": engine.module.__version__,
