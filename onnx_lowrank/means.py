@@ -66,8 +66,7 @@ def check_engine(model: Model, setting: Setting) -> None:
             pass
     except UnsupportedError as error:
         raise InputError(
-            f"The engine {setting.engine!r} cannot run {model.name} ({error}): leave --engine out, or pass "
-            "--engine onnxruntime."
+            f"The engine {setting.engine!r} cannot run {model.name} ({error}): pass --engine onnxruntime."
         ) from error
 
 

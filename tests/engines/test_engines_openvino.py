@@ -95,7 +95,7 @@ class TestOpenVino:
             openvino.open(load(proto)),
         ):
             pass
-        with pytest.raises(InputError, match=r"^The engine 'openvino' cannot run .*Inverse.*: leave --eng"):
+        with pytest.raises(InputError, match=r"^The engine 'openvino' cannot run .*Inverse.*: pass --engine"):
             compress(proto, 0.5, engine="openvino")
 
     def test_a_run_is_compared_and_timed_on_it(self):
