@@ -41,14 +41,14 @@ TARGETS: Mapping[str, Target] = {
     "cuda": Target(align=8, sources=(_NVIDIA,)),
     # The float16 formats of tensor cores hold multiples of 8 channels.
     "tensorrt": Target(align=8, sources=(_NVIDIA, "https://github.com/NVIDIA/TensorRT/issues/3876")),
-    # oneDNN stores blocks of 8 or 16 channels; grouped convolutions take longer (docs/targets.md).
+    # oneDNN stores blocks of 8 or 16 channels; of many groups, each fills less than a block.
     "openvino": Target(
         align=8,
         styles=(Style.GROUP_FREE,),
         engine="openvino",
         sources=("https://uxlfoundation.github.io/oneDNN/dev_guide_understanding_memory_formats.html",),
     ),
-    # Vectors of 4 channels; the fast convolutions have one group, and grouped ones another shader.
+    # Vectors of 4 channels; grouped convolutions have a shader of their own.
     "webgpu": Target(
         align=4,
         styles=(Style.GROUP_FREE,),

@@ -21,7 +21,8 @@ from onnx_lowrank.core.option import Lowering, Style
 from onnx_lowrank.layers.found import Found
 
 _MOST = 16
-"""The slices of a convolution with a node each: so many take no longer than one grouped convolution."""
+"""The most slices with a node each: up to here, the times are like those of a grouped convolution
+(docs/targets.md)."""
 
 _UNASKED = frozenset((Lowering.POINTWISE, Lowering.SPLIT))
 """The lowerings that are not tried without a style."""
