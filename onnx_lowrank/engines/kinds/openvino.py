@@ -22,6 +22,7 @@ from onnx_lowrank.files.load import Model
 
 _DEVICE = "CPU"
 _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+_WAIT = 100  # milliseconds
 _PLACES = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:|FrontEnd API failed with \w+:")
 """The places in OpenVINO's own source that its messages name."""
 
@@ -44,7 +45,7 @@ class OpenVino:
             UnsupportedError: OpenVINO cannot convert the model.
         """
         with materialized(model, relocates=False) as source:
-            yield self._run(model, source, _FLOAT32)
+            yield self._run(model, source, _FLOAT32, _interruptibly)
 
     @contextmanager
     def ready(self, model: Model, feed: Feed, threads: int) -> Iterator[Callable[[], object]]:
@@ -60,7 +61,8 @@ class OpenVino:
         """
         number = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         with materialized(model, is_deployed=True, relocates=False) as source:
-            run = self._run(model, source, {"PERFORMANCE_HINT": "LATENCY", **_FLOAT32, **number})
+            settings = {"PERFORMANCE_HINT": "LATENCY", **_FLOAT32, **number}
+            run = self._run(model, source, settings, lambda request, feed: request.infer(feed))
             yield lambda: run(feed)
 
     def profiled(self, model: Model, feed: Feed, threads: int) -> NoReturn:
@@ -71,7 +73,9 @@ class OpenVino:
         """
         raise UnsupportedError(f"{self.name} does not time nodes")
 
-    def _run(self, model: Model, source: Source, settings: Mapping[str, Any]) -> Run:
+    def _run(
+        self, model: Model, source: Source, settings: Mapping[str, Any], infer: Callable[[Any, Feed], object]
+    ) -> Run:
         """A compiled model; its outputs have the names of the ONNX model's, and their order."""
         core = self.module.Core()
         try:
@@ -85,12 +89,25 @@ class OpenVino:
 
         def run(feed: Feed) -> dict[str, Any]:
             try:
-                results = request.infer({name: feed[name] for name in read if name in feed})
+                infer(request, {name: feed[name] for name in read if name in feed})
+                # Copies: the next run writes into the same arrays.
+                values = [np.array(tensor.data) for tensor in request.output_tensors]
             except Exception as error:
                 raise RejectedError(_one_line(error, source)) from error
-            return {name: np.asarray(value) for name, value in zip(names, results.values(), strict=True)}
+            return dict(zip(names, values, strict=True))
 
         return run
+
+
+def _interruptibly(request: Any, feed: Feed) -> None:
+    """Run a model, and end the run at a signal, which Python sees between two waits only."""
+    request.start_async(dict(feed))
+    try:
+        while not request.wait_for(_WAIT):
+            pass
+    except BaseException:
+        request.cancel()
+        raise
 
 
 def _one_line(error: Exception, source: Source) -> str:
