@@ -35,7 +35,10 @@ class Options(TypedDict, total=False):
             the budget "latency". By default, on the CPU provider, ranks and widths of two-dimensional float32
             convolutions suit ONNX Runtime's blocked layout, and those of other layers may be any number;
             1 allows any number everywhere.
-        plan: A plan to replay, instead of ratio, recipe, budget and alignment.
+        then: Quantize the compressed model with ONNX Runtime's own tool, and fit the other factors and the
+            biases to that before: "int8", "int4" or "fp16", a module of `onnx_lowrank.quantize`. By default
+            None. The budget "bytes" counts the bytes after it.
+        plan: A plan to replay, instead of ratio, recipe, budget, alignment and quantization.
         include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
         exclude: Globs of layer ids or node names; these layers are left alone.
         calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder of feeds or of images, a
@@ -83,6 +86,7 @@ class Options(TypedDict, total=False):
     recipe: str | Path | Recipe | None
     budget: str | None
     align: int | str | None
+    then: str | None
     plan: str | os.PathLike[str] | Plan | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
@@ -115,6 +119,7 @@ DEFAULTS: Options = {
     "recipe": None,
     "budget": None,
     "align": None,
+    "then": None,
     "plan": None,
     "include": (),
     "exclude": (),

@@ -15,11 +15,12 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
 from onnx_lowrank.core.option import Lowering, Option
-from onnx_lowrank.core.outcome import Calibrated, Continuation, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import Continuation, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
+from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING
-from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine, slowness
+from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import BudgetError, LowRankError
 from onnx_lowrank.files.keeping import Keeper
@@ -31,6 +32,7 @@ from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.material import Material, held_out, read
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
+from onnx_lowrank.quantize.kind import Quantizer
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request, Setting
 from onnx_lowrank.stages import planning, reporting, settling
@@ -81,8 +83,8 @@ def run(
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not behave like the input model.
     """
-    solvers = setting.calibration is not None
-    with one_blas_thread(solvers=solvers), roomy(), ExitStack() as stack:
+    calibrated = setting.calibration is not None
+    with one_blas_thread(solvers=calibrated), roomy(), ExitStack() as stack:
         with progress.stage("find layers"):
             loaded = stack.enter_context(ExitStack())
             material = read(model, setting, stack, loaded)
@@ -90,6 +92,11 @@ def run(
         backend = resolve(setting.device, means.operations(found))
         running = stack.enter_context(means.executor(setting, backend, found))
         asked.budget.check(found)
+        quantizer = None
+        if asked.then is not None:
+            from onnx_lowrank.stages.quantizing import chosen  # It loads the calibration.
+
+            quantizer = chosen(asked.then, found, calibrated=calibrated)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
@@ -104,7 +111,7 @@ def run(
             from onnx_lowrank.work.kept import Kept  # It loads the work items of all stages.
 
             running = Kept(running, keeper)
-        job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper)
+        job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper, quantizer)
         samples = material.samples
         try:
             return job.run(None if samples is None else job.calibrated(samples, stack))
@@ -129,6 +136,7 @@ class _Job:
     grid: Grid[Meter]
     compared: timing.Comparison | None
     keeper: Keeper | None
+    quantizer: Quantizer | None
 
     @property
     def gauge(self) -> Gauge | None:
@@ -223,6 +231,14 @@ class _Job:
                 check_unchanged(self.found.model.stamps)
                 with self.progress.stage("validate"):
                     validation = self._validated(built, calibration, trials)
+                if self.quantizer is not None:
+                    from onnx_lowrank.stages.quantizing import Low, follow
+
+                    low, shapes = Low(built, validation, calibration), self.material.shapes
+                    built, validation = follow(
+                        low, self.quantizer, self.executor, self.progress, shapes, self._validated
+                    )
+                    stack.enter_context(built.resources)
                 times = self._timing(built)
                 if self.gauge is None or times is None or not self._is_refused(built, times):
                     return self._result(
@@ -294,6 +310,8 @@ class _Job:
     ) -> Made:
         if times is None and self.gauge is not None:
             times = self.gauge.timing(settling.options(plan), None)
+        if self.quantizer is not None and not plan.then:
+            plan = plans.sealed(replace(plan, then=self.quantizer.kind))
         run = Run(
             self.found,
             plan,
@@ -308,7 +326,7 @@ class _Job:
             built,
             validation=validation,
             given=self.material.given is not None or calibration is not None,
-            calibration=None if calibration is None else _summary(calibration),
+            calibration=None if calibration is None else reporting.summary(calibration),
             trials=trials,
             target=self.asked.target or ANY,
         )
@@ -427,17 +445,3 @@ time (the median counts); and the largest number of models that are made."""
 
 _SHOWN = 16
 """Number of calibration samples that show which layers run."""
-
-
-def _summary(calibration: Calibration) -> Calibrated:
-    samples, reasons = calibration.samples, calibration.statistics.reasons
-    engine = calibration.engine
-    mask, is_varied = calibration.statistics.padding.mask, calibration.varied is not samples
-    source = samples.description + (f", without the positions that {mask!r} hides" if mask else "")
-    return Calibrated(
-        source=source + (", every third read again with other tokens" if is_varied else ""),
-        samples=samples.count,
-        held=samples.held,
-        unmeasured=tuple(reasons.items()),
-        warnings=(*samples.warnings, *slowness(engine), *calibration.succession.warnings),
-    )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Run
@@ -17,12 +18,16 @@ from onnx_lowrank.core.layer import Layer, narrow_layers, shared_full_rank, shar
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import Calibrated, Other, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
+from onnx_lowrank.engines.running import slowness
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import number, percent
 from onnx_lowrank.stages.build import Built
 from onnx_lowrank.stages.search import ANY, Target
+
+if TYPE_CHECKING:
+    from onnx_lowrank.calibrate.calibration import Calibration
 
 _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
@@ -92,6 +97,20 @@ def assemble(
         target_agreement=target.agreement,
         timing=run.timing,
         merges=() if built is None else built.merges,
+    )
+
+
+def summary(calibration: Calibration) -> Calibrated:
+    """The calibration inputs and their use, for the report."""
+    samples, reasons = calibration.samples, calibration.statistics.reasons
+    mask, is_varied = calibration.statistics.padding.mask, calibration.varied is not samples
+    source = samples.description + (f", without the positions that {mask!r} hides" if mask else "")
+    return Calibrated(
+        source=source + (", every third read again with other tokens" if is_varied else ""),
+        samples=samples.count,
+        held=samples.held,
+        unmeasured=tuple(reasons.items()),
+        warnings=(*samples.warnings, *slowness(calibration.engine), *calibration.succession.warnings),
     )
 
 
