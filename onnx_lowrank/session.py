@@ -320,6 +320,7 @@ class _Job:
             built is not None and bool(built.merges),
             self.material.shapes,
             times,
+            None if built is None else built.quantized,
         )
         report = reporting.assemble(
             run,
@@ -331,7 +332,7 @@ class _Job:
             target=self.asked.target or ANY,
         )
         resources = resources or ExitStack()
-        model = self.found.model if built is None else built.rewritten.model
+        model = self.found.model if built is None else built.model
         if model.temporary and stored_bytes(model) > _IN_MEMORY:
             resources.push(self.loaded.pop_all())
         else:
@@ -342,7 +343,7 @@ class _Job:
 
     def _timing(self, built: Built) -> Timing | None:
         """The times of both models, a median of several if the new one seems slower; None if not needed."""
-        model, chosen, gauge = built.rewritten.model, settling.options(built.plan), self.gauge
+        model, chosen, gauge = built.model, settling.options(built.plan), self.gauge
         if gauge is None:
             if self.compared is None:
                 return None

@@ -74,6 +74,7 @@ class Run:
         merged: Whether adjacent operators of the compressed model were multiplied into one.
         shapes: The shapes of inputs for which the layers were found, by name.
         timing: The times of both models; None if they are unknown.
+        quantized: The compressed model after its quantization; None without one.
     """
 
     found: Found
@@ -83,6 +84,7 @@ class Run:
     merged: bool = False
     shapes: Shapes = field(default_factory=dict)
     timing: Timing | None = None
+    quantized: Model | None = None
 
 
 class Budget(ABC):

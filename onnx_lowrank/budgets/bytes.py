@@ -82,6 +82,8 @@ class Bytes(Budget):
     def total(self, run: Run) -> Total:
         """The sizes of both models; the second is an upper bound if it counts longest names (rule 1)."""
         before = stored_bytes(run.found.model)
+        if run.quantized is not None:
+            return Total(before, _saved(run.quantized))
         is_kept = run.rewritten is None or all(choice.option is None for choice in run.plan.choices)
         if is_kept and run.meter is not None and run.meter.budget is self:
             return Total(before, run.meter.of_model(run.plan.choices))

@@ -112,7 +112,7 @@ def follow(
     """Fit a low-rank model to its quantization, quantize it, and compare the result with the input model.
 
     Args:
-        low: The low-rank model; its files are deleted.
+        low: The low-rank model; the result takes over its files.
         method: The quantizer for the model.
         executor: Runs the computations.
         progress: Where to show progress.
@@ -143,8 +143,8 @@ def follow(
             size=(stored_bytes(rewritten.model), stored_bytes(model)),
             alone=low.validation.outputs,
         )
-        result = replace(built, rewritten=replace(rewritten, model=model), resources=stack.pop_all())
-    built.resources.close()
+        stack.enter_context(built.resources.pop_all())
+        result = replace(built, quantized=model, resources=stack.pop_all())
     return result, replace(validation, never_ran=low.validation.never_ran, quantized=done)
 
 
