@@ -102,7 +102,8 @@ def run(
             caching = setting.cache
             stopwatch = timing.stopwatch(found.model, setting.provider, setting.threads, caching=caching)
         keeper = means.keeper(found.model, setting, backend.name, running.processors)
-        tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
+        sets = setting.sets[1:], setting.weights
+        tools = Tools(stopwatch, material.shown, material.shapes, progress, *sets, quantizer)
         grid = Grid(asked.budget.on(found, tools), asked.block, asked.blocked)
         if asked.plan is None:
             planning.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)

@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.files.tensors import tensors
 from onnx_lowrank.quantize.kind import Feeds, Given, Kind, Quantizer, silent, tool
+from onnx_lowrank.quantize.sizes import floats
 
 _MODULE = "onnxruntime.transformers.float16"
+_ORDER = "onnxruntime.transformers.onnx_model"
+_CAST = 500  # bytes of the Cast of an input or an output
 
 
 class Fp16(Kind):
@@ -43,6 +46,7 @@ class Half(Quantizer):
     kind = "fp16"
     method = "float16, inputs and outputs float32"
     operators = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather"})
+    per_number = 2
 
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:
         """Every number is rounded alone."""
@@ -56,7 +60,15 @@ class Half(Quantizer):
         module = tool(_MODULE)
         with silent():
             made = module.convert_float_to_float16(str(source), keep_io_types=True)
+            ordered = tool(_ORDER).OnnxModel(made)
+            ordered.topological_sort(is_deterministic=True)  # The tool puts its Casts at the end.
+            made = ordered.model
         onnx.save_model(made, target, save_as_external_data=is_large, location=f"{target.name}.data")
+
+    def saved(self, proto: ModelProto) -> int:
+        """Inputs and outputs get Casts."""
+        ends = len(proto.graph.input) + len(proto.graph.output)
+        return 2 * floats(proto) - _CAST * ends
 
 
 KIND = Fp16()

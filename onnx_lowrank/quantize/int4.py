@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.graph.weights import resolve
 from onnx_lowrank.quantize.kind import Feeds, Given, Kind, Quantizer, silent, tool
+from onnx_lowrank.quantize.sizes import weights
 
 BLOCK = 32
 """The numbers that share a scale."""
@@ -26,6 +27,7 @@ _MODULES = (
 )
 _CLASSES = ("MatMulNBitsQuantizer", "MatMul4BitsQuantizer")
 _LARGEST = 8
+_BESIDE = 250  # bytes of the attributes and of the second tensor of a MatMulNBits
 _WEIGHT = 1  # the operand of a MatMul that the tool packs
 
 
@@ -56,6 +58,7 @@ class Packed(Quantizer):
     kind = "int4"
     method = f"MatMulNBits, symmetric blocks of {BLOCK}"
     operators = frozenset({"MatMul"})
+    per_number = 0.5 + 4 / BLOCK
 
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:
         """Each block of the inputs of an output feature has a scale: the number of largest size over -8."""
@@ -79,6 +82,14 @@ class Packed(Quantizer):
             made = kind(str(source), block_size=BLOCK, is_symmetric=True)
             made.process()
             made.model.save_model_to_file(str(target), is_large)
+
+    def saved(self, proto: ModelProto) -> int:
+        """A block has 16 bytes, and 4 for its scale."""
+        total = 0
+        for each in weights(proto, self.operators):
+            blocks = each.rows * -(-each.size // (each.rows * BLOCK))
+            total += 4 * each.size - (BLOCK // 2 + 4) * blocks - _BESIDE - 3 * len(each.name)
+        return total
 
 
 KIND = Int4()

@@ -14,19 +14,24 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.quantize.kind import Feeds, Given, Kind, Quantizer, affine, opset, silent, symmetric, tool
+from onnx_lowrank.quantize.sizes import activations, weights
 
 _PER_CHANNEL, _DYNAMIC = 13, 11
 """The first opsets with a scale for each channel, and with DynamicQuantizeLinear."""
 
 _MODULE = "onnxruntime.quantization"
+_BESIDE, _PAIR, _LINK, _AROUND = 270, 330, 30, 700
+"""Bytes beside names: of a weight with its node, of the nodes and numbers of an activation, of each reader of
+one, and of the nodes around a dynamic weight."""
 _MATRICES = frozenset({"MatMul", "Gemm"})
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 
@@ -64,6 +69,8 @@ class Static(Quantizer):
     method = "quantize_static, QDQ, weights signed per channel"
     reason = "calibration inputs give the ranges of convolutions"
     operators = _MATRICES | _CONVOLUTIONS
+    per_number = 1
+    per_row = 5
 
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:
         """Each output feature has a scale."""
@@ -84,11 +91,30 @@ class Static(Quantizer):
                 use_external_data_format=is_large,
             )
 
+    def saved(self, proto: ModelProto) -> int:
+        """Weights and biases each get a DequantizeLinear, activations a QuantizeLinear, too."""
+        total = 0
+        for each in weights(proto, self.operators):
+            total += 3 * each.size - self.per_row * each.rows - _BESIDE - 7 * len(each.name)
+            if each.bias:
+                total -= 8 * each.bias + _BESIDE + 7 * len(each.node.input[2])
+        around = activations(proto, _around())
+        return total - sum(_PAIR + 12 * len(name) + _LINK * n for name, n in around.items())
+
+
+@cache
+def _around() -> frozenset[str]:
+    """The operators whose activations the static tool quantizes."""
+    registry = tool(f"{_MODULE}.registry")
+    return frozenset({*registry.QLinearOpsRegistry, *registry.QDQRegistry})
+
 
 class Dynamic(Quantizer):
     """Ranges of activations from every run (rules 2 and 3)."""
 
     kind = "int8"
+    per_number = 1
+    per_row = 5
 
     def __init__(self, reason: str, *, is_signed: bool) -> None:
         self.reason = reason
@@ -114,6 +140,17 @@ class Dynamic(Quantizer):
                 weight_type=made.QuantType.QInt8 if self._is_signed else made.QuantType.QUInt8,
                 use_external_data_format=is_large,
             )
+
+    def saved(self, proto: ModelProto) -> int:
+        """Each weight gets the nodes that quantize its input and scale its result."""
+        return sum(
+            3 * each.size
+            - self.per_row * each.rows
+            - _AROUND
+            - 25 * max(len(each.node.name), len(each.node.output[0]))
+            - 10 * len(each.name)
+            for each in weights(proto, self.operators)
+        )
 
 
 class _Reader:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.load import Model
+from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.graph.walk import Walk, label
 
 Feeds = Iterable[Mapping[str, NDArray[Any]]]
@@ -69,12 +69,16 @@ class Quantizer(ABC):
         method: The method, a short phrase for reports.
         reason: Why this method was chosen, a phrase; "" if there is only one.
         operators: The operators whose constant weights it stores in fewer bits.
+        per_number: Bytes of a number of such a weight.
+        per_row: Bytes of the scale and the zero of an output feature.
     """
 
     kind: ClassVar[str]
     method: str
     reason: str = ""
     operators: frozenset[str]
+    per_number: float
+    per_row: int = 0
 
     @abstractmethod
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:
@@ -94,6 +98,14 @@ class Quantizer(ABC):
             target: The file to write.
             feeds: Inputs that show the ranges of activations; read only by methods that need them.
             is_large: Whether weights go to a data file beside the target.
+        """
+
+    @abstractmethod
+    def saved(self, proto: ModelProto) -> int:
+        """The bytes by which a model gets smaller, or somewhat fewer; below 0 if it grows.
+
+        Args:
+            proto: The model; its tensors need no contents.
         """
 
 

@@ -139,7 +139,7 @@ def follow(
             method=method.method,
             reason=method.reason,
             refitted=refitted,
-            weights=(parameters(rewritten.model), parameters(model)),
+            floats=(parameters(rewritten.model), parameters(model)),
             size=(stored_bytes(rewritten.model), stored_bytes(model)),
             alone=low.validation.outputs,
         )
@@ -201,7 +201,7 @@ def _written(model: Model, method: Quantizer, calibration: Calibration | None, s
             f"{model.name} ({one_line(error)}): leave out --then {method.kind}, or choose another kind."
         ) from error
     made = load(target)
-    finish(made.proto, method.kind, method.method)
+    finish(made.proto, model.proto, method.kind, method.method)
     return replace(made, name=model.name, sha256=model.sha256, path=None)
 
 
