@@ -134,7 +134,7 @@ class Quantized:
         method: The method of ONNX Runtime's tool, a short phrase.
         reason: Why this method was chosen, a phrase; "" if there is only one.
         refitted: Number of weights that were fitted to it beforehand.
-        floats: Number of elements of the float tensors before and after it.
+        floats: Number of elements of the float32 weights of the main graph before and after it.
         size: Bytes of the model before and after it.
         alone: One error per output of the low-rank model before it, on the same inputs as those after it.
     """

@@ -45,8 +45,8 @@ class Quantized(Table, frozen=True):
         method: The method of ONNX Runtime's tool.
         reason: Why this method was chosen; usually empty if there is only one.
         refitted: Number of weights that were fitted to it beforehand.
-        floats: Elements of the float tensors of the low-rank model.
-        floats_after: Elements of the float tensors that are left.
+        floats: Elements of the constant float32 tensors of the low-rank model.
+        floats_after: Elements of those that are left.
         bytes: Size of the low-rank model.
         bytes_after: Size of the quantized model.
         alone: The errors of the low-rank model before it, on the same inputs.

@@ -58,7 +58,7 @@ def _quantized(found: Quantized, page: Page) -> None:
     left = found.floats[1] / found.floats[0] if found.floats[0] else 0.0
     page.line(
         f"{found.refitted} weights fitted to it, {before} → {after} bytes, {left:.1%} of the numbers left in "
-        "floats; bounds are those of the factors before it",
+        "float32; bounds are those of the factors before it",
         indent=4,
     )
 

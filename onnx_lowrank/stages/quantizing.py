@@ -36,15 +36,15 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, load, stored_bytes
 from onnx_lowrank.files.save import save
 from onnx_lowrank.files.scratch import scratch
-from onnx_lowrank.graph.parameters import parameters
 from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import read
 from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.linalg.rounding import refitted
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.quantize.finish import finish
+from onnx_lowrank.quantize.ends import finish, lifted
 from onnx_lowrank.quantize.kind import Feeds, Given, Kind, Quantizer
+from onnx_lowrank.quantize.sizes import floats
 from onnx_lowrank.rewrite.refit import Refitted, can_refit, operands
 from onnx_lowrank.rewrite.replace import Rewritten
 from onnx_lowrank.stages.build import Built, assemble
@@ -139,7 +139,7 @@ def follow(
             method=method.method,
             reason=method.reason,
             refitted=refitted,
-            floats=(parameters(rewritten.model), parameters(model)),
+            floats=(floats(rewritten.model.proto), floats(model.proto)),
             size=(stored_bytes(rewritten.model), stored_bytes(model)),
             alone=low.validation.outputs,
         )
@@ -188,7 +188,7 @@ def _written(model: Model, method: Quantizer, calibration: Calibration | None, s
     folder = stack.enter_context(scratch()) / "models"
     folder.mkdir()
     source, target = folder / "low-rank.onnx", folder / f"{method.kind}.onnx"
-    save(model, source)
+    save(replace(model, proto=lifted(model.proto)), source)
     is_large = bool(load(source).files)
     feeds: Feeds = () if calibration is None else _feeds(calibration)
     try:

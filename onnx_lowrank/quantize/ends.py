@@ -1,4 +1,4 @@
-"""The metadata of a quantized model."""
+"""What a model needs before ONNX Runtime's tools, and what is taken out of it after them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from onnx_lowrank.rewrite.notes import METADATA
 
 _OWN = ("onnx.infer", "onnx.quant.pre_process")
 """Metadata by which ONNX Runtime's tools tell each other what they did."""
+
+_INITIALIZERS_ALONE = 4
+"""The first IR version in which initializers need not be inputs."""
+
+
+def lifted(proto: ModelProto) -> ModelProto:
+    """A copy whose Constant tensors of the main graph are initializers: the tools read weights only there."""
+    made = ModelProto()
+    made.CopyFrom(proto)
+    made.ir_version = max(made.ir_version, _INITIALIZERS_ALONE)
+    graph = made.graph
+    kept = []
+    for node in graph.node:
+        values = [each.t for each in node.attribute if each.name == "value" and not each.ref_attr_name]
+        if node.op_type == "Constant" and values:
+            values[0].name = node.output[0]
+            graph.initializer.append(values[0])
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+    return made
 
 
 def finish(proto: ModelProto, before: ModelProto, kind: str, method: str) -> None:
