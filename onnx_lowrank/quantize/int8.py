@@ -71,6 +71,7 @@ class Static(Quantizer):
     operators = _MATRICES | _CONVOLUTIONS
     per_number = 1
     per_row = 5
+    rounds_activations = True
 
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:
         """Each output feature has a scale."""
@@ -115,6 +116,7 @@ class Dynamic(Quantizer):
     kind = "int8"
     per_number = 1
     per_row = 5
+    rounds_activations = True
 
     def __init__(self, reason: str, *, is_signed: bool) -> None:
         self.reason = reason

@@ -71,6 +71,7 @@ class Quantizer(ABC):
         operators: The operators whose constant weights it stores in fewer bits.
         per_number: Bytes of a number of such a weight.
         per_row: Bytes of the scale and the zero of an output feature.
+        rounds_activations: Whether a whole tensor of activations has one scale.
     """
 
     kind: ClassVar[str]
@@ -79,6 +80,7 @@ class Quantizer(ABC):
     operators: frozenset[str]
     per_number: float
     per_row: int = 0
+    rounds_activations: bool = False
 
     @abstractmethod
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:

@@ -6,9 +6,11 @@ Rules:
    in which they run, factors too: each is fitted to its outputs in the low-rank model, from its inputs behind
    the rounded layers before it, and then rounded. So a decoder is fitted to the rounded encoder, and a bias
    keeps the mean of the outputs. If the rounded weight itself does better on held-out inputs, it stays.
-2. Otherwise a decoder D is fitted to the rounded encoder Ê alone: the least ‖D E − D' Ê‖ in the Frobenius
-   norm is D' = D E Êᵀ (Ê Êᵀ)⁺.
-3. The rounding of activations counts in no fit.
+2. Otherwise the factors of a chain are fitted to each other alone: a decoder to the rounded encoder, or an
+   encoder to the rounded decoder, in the Frobenius norm. What loses least after both are rounded is taken.
+3. Nothing lies between an encoder and its decoder, so the scale of each rank is free. Where a tensor of
+   activations has one scale, the ranks share their ranges with the decoder's columns, by square roots.
+   Otherwise the rounding of activations counts in no fit.
 4. The certificates are those of the factors before all of this.
 """
 
@@ -18,6 +20,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -36,11 +39,10 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, load, stored_bytes
 from onnx_lowrank.files.save import save
 from onnx_lowrank.files.scratch import scratch
-from onnx_lowrank.graph.walk import Place, Walk, label
+from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.find import read
 from onnx_lowrank.layers.found import Found, find_layers
-from onnx_lowrank.linalg.rounding import refitted
 from onnx_lowrank.progress import Progress
 from onnx_lowrank.quantize.ends import finish, lifted
 from onnx_lowrank.quantize.kind import Feeds, Given, Kind, Quantizer
@@ -50,8 +52,7 @@ from onnx_lowrank.rewrite.replace import Rewritten
 from onnx_lowrank.stages.build import Built, assemble
 from onnx_lowrank.stages.gather import sums_bytes
 from onnx_lowrank.stages.recover import is_walked
-from onnx_lowrank.stages.targets import Share
-from onnx_lowrank.stages.walked import Refit
+from onnx_lowrank.stages.rounding import Rounding, Scales, best, name_of, pairs
 from onnx_lowrank.work.executor import Executor, Threads
 
 if TYPE_CHECKING:
@@ -222,6 +223,9 @@ def _walked(
     chosen = [b for b in chosen if sums_bytes(b.layer.shape) <= calibration.memory.moments]
     own = calibration.statistics
     places = frozenset(b.layer.id for b in chosen if _origin(walk, b, low) in own.padding.layers)
+    ids = {b.layer.id for b in chosen}
+    linked = pairs(found, low) if method.rounds_activations else ()
+    decoders = {e.layer.id: d.layer.id for e, d in linked if {e.layer.id, d.layer.id} <= ids}
     with Statistics(()) as statistics:
         statistics.batch, statistics.padding = own.batch, replace(own.padding, layers=places)
         known = replace(calibration, statistics=statistics)
@@ -230,58 +234,37 @@ def _walked(
         with Prefix(
             model, walk, chosen, batches, calibration.engine, statistics.padding, threads, memory
         ) as prefix:
+            scales: dict[str, Scales] = {}  # by the id of the decoder
             for step in prefix.steps():
-                layer = Rounding(model, walk, step.binding, known, threads, method)
-                result = layer.run(step)
+                layer, name = (
+                    Rounding(model, walk, step.binding, known, threads, method),
+                    step.binding.layer.id,
+                )
+                if name in scales:
+                    layer.behind(scales[name])
+                result = layer.run_before(step) if name in decoders else layer.run(step)
+                if layer.scales is not None:
+                    scales[decoders[name]] = layer.scales
                 if result is None:
                     continue
-                weight = np.asarray(result.made)
-                if operands(model, walk, step.binding, weight, result.bias) is not None:
+                weight, is_scaled = np.asarray(result.made), name in decoders or name in scales
+                if is_scaled or operands(model, walk, step.binding, weight, result.bias) is not None:
                     yield Refitted(step.binding, weight, _NO_PROOF, result.bias, is_narrowed=False)
 
 
-class Rounding(Refit):
-    """Fits a layer and rounds it (rule 1)."""
-
-    _keeps_plain = False
-
-    def __init__(
-        self,
-        model: Model,
-        walk: Walk,
-        binding: Binding,
-        calibration: Calibration,
-        threads: Threads,
-        method: Quantizer,
-    ) -> None:
-        super().__init__(model, walk, binding, calibration, threads)
-        self._method = method
-
-    def _round(self, weight: NDArray[Any]) -> NDArray[Any]:
-        return self._method.rounded(weight, self._binding.layer.uses[0].op)
-
-    def _fitted(self, shares: Mapping[bool, Share], ridge: float, steps: int) -> NDArray[Any]:
-        return self._round(super()._fitted(shares, ridge, steps))
-
-    def _plain(self) -> NDArray[Any]:
-        return self._round(self._weight)
-
-
 def _alone(found: Found, low: Rewritten, method: Quantizer) -> Iterator[Refitted]:
-    """The decoders, each fitted to its rounded encoder alone (rule 2)."""
+    """The factors of every chain, fitted to each other's rounding alone (rule 2)."""
     model, walk = found.model, found.walk
-    refittable = {_name(walk, b): b for b in _rounded(found, method)}
-    by_node = {_name(walk, b): b for b in found.bindings}
-    for chains in low.chains.values():
-        links = [by_node[name] for name in chains[0] if name in by_node]
-        if len(links) != _FACTORS or _name(walk, links[1]) not in refittable:
+    refittable = {binding.layer.id for binding in _rounded(found, method)}
+    for links in pairs(found, low):
+        if not refittable.issuperset(link.layer.id for link in links):
             continue
-        encoder, decoder = (read(model, walk, link).astype(np.float64) for link in links)
-        if np.prod(encoder.shape[:2]) != decoder.shape[0] * decoder.shape[2]:
-            continue  # slices of matrices: batches of them share a node
-        rounded = method.rounded(read(model, walk, links[0]), links[0].layer.uses[0].op)
-        weight = refitted(encoder, rounded.astype(np.float64), decoder).astype(links[1].layer.dtype)
-        yield Refitted(links[1], weight, _NO_PROOF, None, is_narrowed=False)
+        encoder, decoder = (read(model, walk, link) for link in links)
+        rounds = [partial(method.rounded, operator=link.layer.uses[0].op) for link in links]
+        made = best((encoder, decoder), (rounds[0], rounds[1]), balanced=method.rounds_activations)
+        for link, weight in zip(links, made, strict=True):
+            if operands(model, walk, link, weight, None) is not None:
+                yield Refitted(link, weight, _NO_PROOF, None, is_narrowed=False)
 
 
 def _rounded(found: Found, method: Quantizer) -> list[Binding]:
@@ -295,19 +278,12 @@ def _rounded(found: Found, method: Quantizer) -> list[Binding]:
     ]
 
 
-def _name(walk: Walk, binding: Binding) -> str:
-    """The name of a layer's first node."""
-    use = binding.layer.uses[0]
-    return label(walk.node(Place(use.scope, use.node)))
-
-
 def _origin(walk: Walk, binding: Binding, low: Rewritten) -> str:
     """The id of the layer of the input model from which a layer of the low-rank model comes."""
-    name = _name(walk, binding)
+    name = name_of(walk, binding)
     made = (layer for layer, chains in low.chains.items() if any(name in chain for chain in chains))
     return next(made, binding.layer.id)
 
 
-_FACTORS = 2
 _NO_PROOF = Certificate((), ())
 """Rounded weights are not certified (rule 4)."""
