@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 
 import numpy as np
 import onnx
@@ -256,12 +258,27 @@ def test_the_command_says_what_it_did(tmp_path, capfd):
     assert "pre-processing" not in shown, "the tool's own advice is no help here"
 
 
-def test_the_tools_advice_stays_away_and_other_logs_come_back():
-    import logging
+def test_the_tools_advice_stays_away_and_logging_stays_as_it_is(caplog):
+    root = logging.getLogger()
+    before = list(root.filters), list(root.handlers), root.level
+    place = "/packages/onnxruntime/quantization/quantize.py"
+    with kind.silent(), kind.silent():
+        root.handle(logging.LogRecord("root", logging.WARNING, place, 1, "advice", (), None))
+        logging.getLogger("mine").warning("kept")
+        logging.warning("kept, too")
+    assert [record.message for record in caplog.records] == ["kept", "kept, too"]
+    assert (root.filters, root.handlers, root.level) == before
 
-    with kind.silent():
-        assert logging.getLogger().level == logging.CRITICAL
-    assert logging.getLogger().level != logging.CRITICAL
+
+@pytest.mark.parametrize("then", ["int8", "fp16"])
+def test_no_file_is_left_and_none_lies_elsewhere(then, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+    real = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **given: made.append(args) or real(*args, **given))
+    compress(cnn(), 0.6, then=then, calibration=FEEDS, recipe="activation")
+    assert list(tmp_path.iterdir()) == []
+    assert made == []
 
 
 @pytest.mark.slow

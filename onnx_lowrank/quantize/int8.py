@@ -78,19 +78,32 @@ class Static(Quantizer):
         return symmetric(weight, 127)
 
     def write(self, source: Path, target: Path, feeds: Feeds, *, is_large: bool) -> None:
-        """Run `quantize_static`."""
-        made = tool(_MODULE)
+        """Do what `quantize_static` does, but keep its temporary files beside the target."""
+        made, kinds = tool(_MODULE), sorted(_around())
+        calibrate, qdq = tool(f"{_MODULE}.calibrate"), tool(f"{_MODULE}.qdq_quantizer")
         with silent():
-            made.quantize_static(
+            ranges = calibrate.create_calibrator(
                 source,
-                target,
-                _Reader(feeds),
-                quant_format=made.QuantFormat.QDQ,
-                activation_type=made.QuantType.QUInt8,
-                weight_type=made.QuantType.QInt8,
-                per_channel=True,
+                kinds,
+                augmented_model_path=str(target.with_name("ranges.onnx")),
+                calibrate_method=calibrate.CalibrationMethod.MinMax,
                 use_external_data_format=is_large,
             )
+            ranges.collect_data(_Reader(feeds))
+            quantizer = qdq.QDQQuantizer(
+                tool(f"{_MODULE}.quant_utils").load_model_with_shape_infer(source),
+                True,  # a scale for each channel
+                False,
+                made.QuantType.QInt8,
+                made.QuantType.QUInt8,
+                ranges.compute_data(),
+                [],
+                [],
+                kinds,
+                {},
+            )
+            quantizer.quantize_model()
+            quantizer.model.save_model_to_file(target, is_large)
 
     def saved(self, proto: ModelProto) -> int:
         """Weights and biases each get a DequantizeLinear, activations a QuantizeLinear, too."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -184,18 +185,34 @@ def opset(model: Model) -> int:
     return int(max(versions, default=1))
 
 
+class _Mute(logging.Filter):
+    """Drops what ONNX Runtime's tools log, without a logger of their own, by the root logger itself."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "onnxruntime" not in Path(record.pathname).parts
+
+
+_MUTE, _NOWHERE, _LOCK = _Mute(), logging.NullHandler(), Lock()
+_runs: list[None] = []
+"""One item for each tool that runs, in any thread."""
+
+
 @contextmanager
 def silent() -> Iterator[None]:
-    """Keep the advice of ONNX Runtime's tools, which log it without a logger of their own, from the user."""
+    """Keep the advice of ONNX Runtime's tools from the user, and logging as it is."""
     root = logging.getLogger()
-    before, had = root.level, list(root.handlers)
-    root.setLevel(logging.CRITICAL)
+    with _LOCK:
+        _runs.append(None)
+        root.addFilter(_MUTE)
+        root.addHandler(_NOWHERE)  # Without any handler, the first message would give the process one.
     try:
         yield
     finally:
-        root.setLevel(before)
-        # The first message without a handler makes the root logger one.
-        root.handlers[:] = had
+        with _LOCK:
+            _runs.pop()
+            if not _runs:
+                root.removeFilter(_MUTE)
+                root.removeHandler(_NOWHERE)
 
 
 def symmetric(weight: NDArray[Any], largest: int) -> NDArray[Any]:
