@@ -219,7 +219,9 @@ def _walked(
 ) -> Iterator[Refitted]:
     """The layers, each fitted to the rounded layers before it (rule 1)."""
     model, walk = found.model, found.walk
-    chosen = [b for b in _rounded(found, method) if is_walked(model, walk, b)]
+    # Indices have no moments.
+    tables = {b.layer.id for b in found.bindings if any(use.reads_indices for use in b.layer.uses)}
+    chosen = [b for b in _rounded(found, method) if is_walked(model, walk, b) and b.layer.id not in tables]
     chosen = [b for b in chosen if sums_bytes(b.layer.shape) <= calibration.memory.moments]
     own = calibration.statistics
     places = frozenset(b.layer.id for b in chosen if _origin(walk, b, low) in own.padding.layers)

@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_lowrank import quantize
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.budgets.macs import macs
@@ -35,6 +36,8 @@ _LOW_COSINE = 0.9
 _SLACK = 0.05
 _MUCH_LARGER = 2.0
 """The ratio of errors on two kinds of inputs above which most of the larger one comes from the kind."""
+_NOTABLE = 0.1
+"""The error from which a quantization that loses more than the decomposition is worth a warning."""
 _SIGMAS = 2.0
 """The standard errors of sampling noise that such errors must differ by."""
 _ROUNDING = 1e-3
@@ -89,6 +92,7 @@ def assemble(
             *_ratio_warnings(run, 1.0 if reached is None else reached, targeted=target != ANY),
             *_budget_warnings(run, totals),
             *_output_warnings(validation, given, target, calibrated=calibration is not None),
+            *_quantized_warnings(validation, given),
             *_calibration_warnings(plan, calibration, trials),
         ),
         calibration=calibration,
@@ -184,6 +188,21 @@ def _output_warnings(
         yield f"{_joined(large, low)}: {advice}."
     if validation.other is not None:
         yield from _other_warnings(validation.other, least, advice, alone=not (given and (large or low)))
+
+
+def _quantized_warnings(validation: Validation | None, given: bool) -> Iterator[str]:
+    """A warning about a quantization that loses more than the decomposition before it."""
+    if validation is None or validation.quantized is None or not given:
+        return
+    done = validation.quantized
+    before = max((output.relative for output in done.alone if output.relative is not None), default=0.0)
+    after = validation.worst or 0.0
+    if after > max(_MUCH_LARGER * before, _NOTABLE):
+        others = " or ".join(f"--then {name}" for name in quantize.names() if name != done.kind)
+        yield (
+            f"The quantization to {done.kind} raises the relative error of an output from "
+            f"{number(before)} to {number(after)}: compare with {others}, or with a smaller ratio alone."
+        )
 
 
 def _other_warnings(other: Other, least: float, advice: str, *, alone: bool) -> Iterator[str]:
