@@ -40,7 +40,11 @@ class Options(TypedDict, total=False):
             default, factors have the operators of their layers.
         target: A runtime or an accelerator of `targets.TARGETS`, which stands for `align`, `lowering` and
             `engine` where they are not given. By default none.
-        plan: A plan to replay, instead of ratio, recipe, budget, alignment and lowering.
+        then: Quantize the compressed model with ONNX Runtime's own tool, and fit the other factors and the
+            biases to that before: "int8", "int4" or "fp16", a module of `onnx_lowrank.quantize`. By default
+            None. The budget "bytes" counts the bytes after it.
+        plan: A plan to replay, instead of ratio, recipe, budget, alignment, lowering and
+            quantization.
         include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
         exclude: Globs of layer ids or node names; these layers are left alone.
         calibration: Inputs to fit to, without labels: an .npz or .npy file, a folder of feeds or of images, a
@@ -92,6 +96,7 @@ class Options(TypedDict, total=False):
     align: int | str | None
     lowering: str | Sequence[str] | None
     target: str | None
+    then: str | None
     plan: str | os.PathLike[str] | Plan | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
@@ -127,6 +132,7 @@ DEFAULTS: Options = {
     "align": None,
     "lowering": None,
     "target": None,
+    "then": None,
     "plan": None,
     "include": (),
     "exclude": (),

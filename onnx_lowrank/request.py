@@ -30,6 +30,9 @@ from onnx_lowrank.hardware import block, has_blocked_layout
 from onnx_lowrank.linalg.backend import check_device
 from onnx_lowrank.machine import allowance, cache, scheduler, thread_count, worker_count
 from onnx_lowrank.options import Inputs, Options, require
+from onnx_lowrank.quantize import registry as quantizations
+from onnx_lowrank.quantize.int4 import BLOCK
+from onnx_lowrank.quantize.kind import Kind
 from onnx_lowrank.stages.search import AUTO, Target
 
 if TYPE_CHECKING:
@@ -48,6 +51,9 @@ AUTO_RECIPE = "auto"
 ALIGN_AUTO = "auto"
 """Stands for the blocks in which the execution provider computes."""
 
+ALIGN_INT4 = "int4"
+"""Stands for the blocks of `--then int4`."""
+
 _LARGEST_BLOCK = 1024
 
 
@@ -64,6 +70,7 @@ class Request:
         ratio: The ratio to reach; None if a target or a plan replaces it.
         target: The bounds on the outputs that replace a ratio; None without them.
         plan: The plan to replay; None without one.
+        then: The quantization that follows; None for none.
     """
 
     budget: Budget
@@ -74,6 +81,7 @@ class Request:
     ratio: float | None = None
     target: Target | None = None
     plan: Plan | None = None
+    then: Kind | None = None
 
     @property
     def fits_activations(self) -> bool:
@@ -163,6 +171,7 @@ def request(ratio: float | None, options: Options) -> Request:
         InputError: An argument is wrong, or cannot be combined with another one.
     """
     recipe, budget, align, plan = options["recipe"], options["budget"], options["align"], options["plan"]
+    then = options["then"]
     calibrated, recover = _is_calibrated(options), options["recover"]
     target = _target(options["target_error"], options["target_agreement"], calibrated=calibrated)
     require("ratio", ratio, (Real, NoneType), "a number such as 0.5")
@@ -171,6 +180,7 @@ def request(ratio: float | None, options: Options) -> Request:
     require("target", options["target"], (str, NoneType), "a name")
     target_rules = targets.named(options["target"])
     styles = _styles(options["lowering"])
+    require("then", then, (str, NoneType), "a kind of quantization, such as int8")
     if sum(goal is not None for goal in (ratio, plan, target)) != 1:
         raise InputError(
             "Give exactly one of these: a ratio, such as --ratio 0.5; a plan to replay, with --plan FILE; "
@@ -183,6 +193,8 @@ def request(ratio: float | None, options: Options) -> Request:
             )
         if styles or options["target"] is not None:
             raise InputError("A plan has its own ranks and operators: leave out --lowering and --target.")
+        if then is not None:
+            raise InputError("A plan has its own quantization: leave out --then.")
         return _replayed(plan, calibrated=calibrated, recover=recover)
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"The ratio is {ratio}, but it must be above 0 and at most 1: 0.5 keeps half.")
@@ -198,6 +210,7 @@ def request(ratio: float | None, options: Options) -> Request:
         recipes=_recipes(recipe, calibrated=calibrated, recover=recover),
         ratio=None if ratio is None else float(ratio),
         target=target,
+        then=None if then is None else quantizations.named(then),
     )
     aim = target if ratio is None else f"ratio {ratio:g}"
     _log.debug("asked for %s of %s; ranks are multiples of %d", aim, counted.name, asked.block)
@@ -274,7 +287,9 @@ def _replayed(
     if known.factors is not Fit.WEIGHTS and not calibrated:
         raise InputError("The plan's factors are fitted to calibration inputs: pass them with --calibration.")
     return Request(
-        budget=registry.named(known.budget), plan=known if recover else replace(known, recover=False)
+        budget=registry.named(known.budget),
+        plan=known if recover else replace(known, recover=False),
+        then=quantizations.named(known.then) if known.then else None,
     )
 
 
@@ -284,11 +299,13 @@ def _block(align: int | str | None, provider: str) -> int:
         return 1
     if align == ALIGN_AUTO:
         return block(provider)
+    if align == ALIGN_INT4:
+        return BLOCK
     wrong = isinstance(align, bool) or not isinstance(align, Integral)
     if wrong or not 1 <= int(align) <= _LARGEST_BLOCK:
         raise InputError(
             f"The alignment is {str(align)[:60]!r}, but it must be {ALIGN_AUTO!r} or a whole number from 1 "
-            f"to {_LARGEST_BLOCK}."
+            f"to {_LARGEST_BLOCK} ({ALIGN_INT4!r} stands for {BLOCK})."
         )
     return int(align)
 

@@ -17,6 +17,7 @@ from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
 from onnx_lowrank.core.option import Lowering, Option
 from onnx_lowrank.core.outcome import Continuation, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
+from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING
 from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine
@@ -32,6 +33,7 @@ from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.material import Material, held_out, read
 from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
+from onnx_lowrank.quantize.kind import Quantizer
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request, Setting
 from onnx_lowrank.stages import planning, reporting, settling
@@ -82,8 +84,8 @@ def run(
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not behave like the input model.
     """
-    solvers = setting.calibration is not None
-    with one_blas_thread(solvers=solvers), roomy(), ExitStack() as stack:
+    calibrated = setting.calibration is not None
+    with one_blas_thread(solvers=calibrated), roomy(), ExitStack() as stack:
         with progress.stage("find layers"):
             loaded = stack.enter_context(ExitStack())
             material = read(model, setting, stack, loaded)
@@ -95,12 +97,18 @@ def run(
         backend = resolve(setting.device, means.operations(found))
         running = stack.enter_context(means.executor(setting, backend, found))
         asked.budget.check(found)
+        quantizer = None
+        if asked.then is not None:
+            from onnx_lowrank.stages.quantizing import chosen  # It loads the calibration.
+
+            quantizer = chosen(asked.then, found, calibrated=calibrated)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
             caching = setting.cache
             stopwatch = timing.stopwatch(found.model, setting.tool, setting.threads, caching=caching)
         keeper = means.keeper(found.model, setting, backend.name, running.processors)
-        tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
+        sets = setting.sets[1:], setting.weights
+        tools = Tools(stopwatch, material.shown, material.shapes, progress, *sets, quantizer)
         grid = Grid(asked.budget.on(found, tools), asked.block, asked.blocked)
         if asked.plan is None:
             planning.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
@@ -109,7 +117,7 @@ def run(
             from onnx_lowrank.work.kept import Kept  # It loads the work items of all stages.
 
             running = Kept(running, keeper)
-        job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper)
+        job = _Job(material, loaded, asked, setting, running, progress, grid, compared, keeper, quantizer)
         samples = material.samples
         try:
             return job.run(None if samples is None else job.calibrated(samples, stack))
@@ -134,6 +142,7 @@ class _Job:
     grid: Grid[Meter]
     compared: timing.Comparison | None
     keeper: Keeper | None
+    quantizer: Quantizer | None
 
     @property
     def gauge(self) -> Gauge | None:
@@ -228,6 +237,14 @@ class _Job:
                 check_unchanged(self.found.model.stamps)
                 with self.progress.stage("validate"):
                     validation = self._validated(built, calibration, trials)
+                if self.quantizer is not None:
+                    from onnx_lowrank.stages.quantizing import Low, follow
+
+                    low, shapes = Low(built, validation, calibration), self.material.shapes
+                    built, validation = follow(
+                        low, self.quantizer, self.executor, self.progress, shapes, self._validated
+                    )
+                    stack.enter_context(built.resources)
                 times = self._timing(built)
                 if self.gauge is None or times is None or not self._is_refused(built, times):
                     return self._result(
@@ -299,6 +316,8 @@ class _Job:
     ) -> Made:
         if times is None and self.gauge is not None:
             times = self.gauge.timing(settling.options(plan), None)
+        if self.quantizer is not None and not plan.then:
+            plan = plans.sealed(replace(plan, then=self.quantizer.kind))
         run = Run(
             self.found,
             plan,
@@ -307,6 +326,7 @@ class _Job:
             built is not None and bool(built.merges),
             self.material.shapes,
             times,
+            None if built is None else built.quantized,
         )
         report = reporting.assemble(
             run,
@@ -319,7 +339,7 @@ class _Job:
             styles=self.asked.styles,
         )
         resources = resources or ExitStack()
-        model = self.found.model if built is None else built.rewritten.model
+        model = self.found.model if built is None else built.model
         if model.temporary and stored_bytes(model) > _IN_MEMORY:
             resources.push(self.loaded.pop_all())
         else:
@@ -330,7 +350,7 @@ class _Job:
 
     def _timing(self, built: Built) -> Timing | None:
         """The times of both models, a median of several if the new one seems slower; None if not needed."""
-        model, chosen, gauge = built.rewritten.model, settling.options(built.plan), self.gauge
+        model, chosen, gauge = built.model, settling.options(built.plan), self.gauge
         if gauge is None:
             if self.compared is None:
                 return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from onnx_lowrank.request import ALIGN_AUTO
+from onnx_lowrank.request import ALIGN_AUTO, ALIGN_INT4
 
 _SIZES = re.compile(r"(0|[1-9][0-9]{0,17})(,(0|[1-9][0-9]{0,17}))*")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
@@ -46,14 +46,16 @@ def count(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 
 
 def alignment(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
-    """A whole number, or the word that leaves it to the provider.
+    """A whole number, or a word that leaves it to the provider or to a kind of quantization.
 
     Raises:
         click.BadParameter: It is none.
     """
-    if value is not None and value != ALIGN_AUTO and not _WHOLE.fullmatch(value):
+    if value is None or value in (ALIGN_AUTO, ALIGN_INT4):
+        return value
+    if not _WHOLE.fullmatch(value):
         raise click.BadParameter(f"{value!r} is neither {ALIGN_AUTO} nor a whole number: write it like 8")
-    return value if value is None or value == ALIGN_AUTO else int(value)
+    return int(value)
 
 
 def numbers(

@@ -77,3 +77,10 @@ def test_a_file_that_is_no_plan(tmp_path: Path, capsys: Any) -> None:
         cli.main(["explain", str(tmp_path / "plan.json")])
     assert ended.value.code == 2
     assert "is wrong" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_quantization_that_follows_is_named(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "plan.json"
+    with compress(cnn(), 0.6, then="int8", dry_run=True) as result:
+        result.save_plan(path)
+    assert "The model is then quantized (int8)." in explained(path, capsys)

@@ -25,6 +25,7 @@ from onnx_lowrank.files.load import Model
 from onnx_lowrank.layers.found import Found, Layered
 from onnx_lowrank.measures import Errors
 from onnx_lowrank.progress import Progress, Silent, Step
+from onnx_lowrank.quantize.kind import Quantizer
 from onnx_lowrank.report.content import Total
 from onnx_lowrank.report.words import exact
 from onnx_lowrank.rewrite.replace import Rewritten
@@ -47,6 +48,7 @@ class Tools:
         progress: Where to show progress.
         further: Further sets of shapes on which times count.
         weights: The share of calls with each set of shapes, `shapes` first.
+        quantizer: The quantization that follows; None without one.
     """
 
     stopwatch: Stopwatch | None = None
@@ -55,6 +57,7 @@ class Tools:
     progress: Progress = field(default_factory=Silent)
     further: tuple[Shapes, ...] = ()
     weights: tuple[float, ...] = (1.0,)
+    quantizer: Quantizer | None = None
 
     @property
     def sets(self) -> tuple[Shapes, ...]:
@@ -74,6 +77,7 @@ class Run:
         merged: Whether adjacent operators of the compressed model were multiplied into one.
         shapes: The shapes of inputs for which the layers were found, by name.
         timing: The times of both models; None if they are unknown.
+        quantized: The compressed model after its quantization; None without one.
     """
 
     found: Found
@@ -83,6 +87,7 @@ class Run:
     merged: bool = False
     shapes: Shapes = field(default_factory=dict)
     timing: Timing | None = None
+    quantized: Model | None = None
 
 
 class Budget(ABC):

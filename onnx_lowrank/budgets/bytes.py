@@ -19,6 +19,8 @@ Rules:
    it adds beside to a model in which the other one is rewritten already.
 7. Layers that share a decoder are rewritten together or not at all. The first of them costs all bytes that
    this adds beside the factors.
+8. Before a quantization, every tensor counts as it is after it, an upper bound from names and shapes
+   (`quantize.sizes`); the ratio is that to the input model as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -47,6 +50,7 @@ from onnx_lowrank.files.tensors import inline, is_external, reference, region, s
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.found import Found, Layered
+from onnx_lowrank.quantize.kind import Quantizer
 from onnx_lowrank.report.content import Total
 from onnx_lowrank.rewrite.notes import METADATA, stamp
 from onnx_lowrank.rewrite.replace import Replacement, Rewritten, rewrite
@@ -77,11 +81,13 @@ class Bytes(Budget):
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's bytes."""
-        return _Meter(found)
+        return _Meter(found, None if tools is None else tools.quantizer)
 
     def total(self, run: Run) -> Total:
         """The sizes of both models; the second is an upper bound if it counts longest names (rule 1)."""
         before = stored_bytes(run.found.model)
+        if run.quantized is not None:
+            return Total(before, _saved(run.quantized))
         is_kept = run.rewritten is None or all(choice.option is None for choice in run.plan.choices)
         if is_kept and run.meter is not None and run.meter.budget is self:
             return Total(before, run.meter.of_model(run.plan.choices))
@@ -95,8 +101,9 @@ class Bytes(Budget):
 class _Meter(Counted):
     """The bytes of one model."""
 
-    def __init__(self, source: Layered) -> None:
+    def __init__(self, source: Layered, quantizer: Quantizer | None = None) -> None:
         self.budget = BUDGET
+        self._quantizer = quantizer
         self._source = source
         self._bindings = {binding.layer.id: binding for binding in source.bindings}
         self._known: dict[str, tuple[int, bool]] = {}
@@ -110,8 +117,13 @@ class _Meter(Counted):
         return stored_bytes(self._source.model)
 
     @cached_property
+    def _kept(self) -> int:
+        """The bytes of the model if no layer is rewritten."""
+        return self.total if self._quantizer is None else self._scales.saved
+
+    @cached_property
     def _scales(self) -> _Scales:
-        return _Scales(self._source.model)
+        return _Scales(self._source.model, self._quantizer)
 
     @cached_property
     def _unchanged(self) -> int:
@@ -134,26 +146,26 @@ class _Meter(Counted):
         if option is None:
             # A layer that a narrowing leaves has fewer bytes than the one in the model.
             lost = self._bindings[layer.id].layer.size - layer.size
-            return self._freed(layer)[0] - lost * np.dtype(layer.dtype).itemsize
+            return self._freed(layer)[0] - ceil(lost * _per_number(layer, None, self._quantizer))
         if option.lowering is Lowering.NARROW:
             whole, slope = self._narrow_line(layer)
             return whole - (layer.width - option.j) // layer.width_step * slope
-        return _factor_bytes(layer, option) + self._added(layer, option)
+        return _factor_bytes(layer, option, self._quantizer) + self._added(layer, option)
 
     def of_model(self, choices: Sequence[Choice]) -> int:
         """An upper bound on the bytes of the model of a plan (rule 2); exact if the plan changes no layer."""
         chosen = [(layer, option) for layer, option in self._source.options(choices) if option is not None]
         if not chosen:
-            return self.total
+            return self._kept
         made = [self._replacement(layer, option, self._freed(layer)[1]) for layer, option in chosen]
         rewritten = self._rewritten(made)
         return self._scales.dense + self._grown(rewritten) + self._scales.padding(rewritten)
 
     def bounds(self, tables: Sequence[Candidates], limit: int) -> Single:
         """One constraint; it accounts for the metadata and the other data file of every rewritten model."""
-        room = limit - self.total + sum(int(table.cost[0]) for table in tables)
-        if limit < self.total:
-            room -= self._scales.dense - self.total + self._shared + _NESTED
+        room = limit - self._kept + sum(int(table.cost[0]) for table in tables)
+        if limit < self._kept:
+            room -= self._scales.dense - self._kept + self._shared + _NESTED
         return Single(Limits.single(tables, room))
 
     def _freed(self, layer: Layer) -> tuple[int, bool]:
@@ -166,6 +178,8 @@ class _Meter(Counted):
             made = [self._rewritten([self._replacement(layer, option, new)]) for new in (False, True)]
             scales = self._scales
             freed = scales.contents(scales.skeleton) - scales.contents(made[0])
+            whole = layer.size * np.dtype(layer.dtype).itemsize
+            freed -= whole - ceil(layer.size * _per_number(layer, None, self._quantizer))
             self._known[layer.id] = freed, scales.weigh(made[1]) > scales.weigh(made[0])
         return self._known[layer.id]
 
@@ -184,7 +198,9 @@ class _Meter(Counted):
             before, made = self._steps(layer, option)
             known = self._grown_by(before, longest) if before else self._shared
             grown = self._grown_by([*before, *made], longest) if made else known
-            grown += sum(self._freed(each)[0] - _factor_bytes(each, longest) for each in made)
+            grown += sum(
+                self._freed(each)[0] - _factor_bytes(each, longest, self._quantizer) for each in made
+            )
             self._beside[key] = max(0, grown - known)
         return self._beside[key]
 
@@ -204,7 +220,8 @@ class _Meter(Counted):
                 for width in (layer.width, step)
             )
             steps = layer.width // step - 1
-            slope = (self._scales.stored(whole) - self._scales.stored(least)) // steps if steps else 0
+            weigh = self._scales.stored if self._quantizer is None else self._scales.weigh
+            slope = (weigh(whole) - weigh(least)) // steps if steps else 0
             self._narrow[layer.id] = self._freed(layer)[0] + self._grown(whole) - self._shared, slope
         return self._narrow[layer.id]
 
@@ -265,9 +282,10 @@ class _Scales:
         dense: The most bytes that `save` writes for the model, without padding.
     """
 
-    def __init__(self, model: Model) -> None:
-        """Compute the bytes of all tensors of a model."""
+    def __init__(self, model: Model, quantizer: Quantizer | None = None) -> None:
+        """Compute the bytes of all tensors of a model, or of those that a quantization leaves."""
         model = inlined(model)
+        self._quantizer = quantizer
         self._spills = bool(model.files) or stored_bytes(model) > _PROTOBUF_LIMIT
         self._weights: list[_Weight] = []
         self.skeleton = outline(model.proto, 0)
@@ -277,7 +295,7 @@ class _Scales:
         if self._spills:
             self.dense = self.weigh(self.skeleton) + _NESTED * self._original
         else:
-            self.dense = stored_bytes(replace(model, path=None))
+            self.dense = stored_bytes(replace(model, path=None)) - self._less(self.skeleton)
 
     @property
     def saved(self) -> int:
@@ -288,7 +306,12 @@ class _Scales:
         """The bytes of a skeleton with all contents, without the longer length fields around them."""
         hung = [(tensor, self._weights[index]) for tensor, index in self._hung(skeleton)]
         messages = sum(weight.message - tensor.ByteSize() for tensor, weight in hung)
+        messages -= self._less(skeleton)
         return int(skeleton.ByteSize() + messages) + sum(size for _, size in self._outsiders(skeleton))
+
+    def _less(self, skeleton: ModelProto) -> int:
+        """The bytes that the quantization saves."""
+        return 0 if self._quantizer is None else self._quantizer.saved(skeleton)
 
     def padding(self, skeleton: ModelProto) -> int:
         """The bytes between the tensors of the data file."""
@@ -375,8 +398,21 @@ def _placeholder(binding: Binding, option: Option, with_bias: bool) -> Replaceme
     )
 
 
-def _factor_bytes(layer: Layer, option: Option) -> int:
-    return option.j * sum(own_sizes(layer, option)) * np.dtype(layer.dtype).itemsize
+def _factor_bytes(layer: Layer, option: Option, quantizer: Quantizer | None) -> int:
+    each = _per_number(layer, option, quantizer)
+    size = option.j * sum(own_sizes(layer, option)) * each
+    if quantizer is not None and each == quantizer.per_number:
+        size += option.j * option.k * layer.groups * quantizer.per_row
+    return ceil(size)
+
+
+def _per_number(layer: Layer, option: Option | None, quantizer: Quantizer | None) -> float:
+    """The bytes of a number of a layer's weight, or of its factors."""
+    whole = np.dtype(layer.dtype).itemsize
+    is_matrix = option is not None and option.lowering is Lowering.MATMUL
+    kind = "MatMul" if is_matrix else layer.op
+    is_quantized = quantizer is not None and layer.dtype == "float32" and kind in quantizer.operators
+    return quantizer.per_number if quantizer is not None and is_quantized else whole
 
 
 BUDGET = Bytes()

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from onnx_lowrank import budgets, values
+from onnx_lowrank import budgets, quantize, values
 from onnx_lowrank.api import compress
 from onnx_lowrank.destinations import check_outputs, print_text, write
 from onnx_lowrank.documents import recipes
@@ -101,9 +101,16 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--align",
     callback=values.alignment,
-    metavar="auto|N",
+    metavar="auto|int4|N",
     help="Choose only ranks that are multiples of N, for kernels that compute in blocks; "
-    "auto takes the block of the provider. By default, convolutions suit the CPU provider; 1 takes all.",
+    "auto takes the block of the provider, int4 that of --then int4 (32). By default, convolutions suit the "
+    "CPU provider; 1 takes all.",
+)
+@click.option(
+    "--then",
+    metavar="|".join(quantize.names()),
+    help="Quantize the compressed model afterwards with ONNX Runtime's own tool, with factors and "
+    "biases fitted to it; --budget bytes counts it.",
 )
 @click.option(
     "--lowering",
@@ -170,7 +177,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     "--plan",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Replay a saved plan instead of --ratio, --pass, --budget and --align.",
+    help="Replay a saved plan instead of --ratio, --pass, --budget, --align and --then.",
 )
 @click.option(
     "--save-plan",

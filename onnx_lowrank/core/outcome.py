@@ -126,6 +126,29 @@ class Fused:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantized:
+    """The quantization of a compressed model.
+
+    Attributes:
+        kind: Its name in `--then`.
+        method: The method of ONNX Runtime's tool, a short phrase.
+        reason: Why this method was chosen, a phrase; "" if there is only one.
+        refitted: Number of weights that were fitted to it beforehand.
+        floats: Number of elements of the float32 weights of the main graph before and after it.
+        size: Bytes of the model before and after it.
+        alone: One error per output of the low-rank model before it, on the same inputs as those after it.
+    """
+
+    kind: str
+    method: str
+    reason: str
+    refitted: int
+    floats: tuple[int, int]
+    size: tuple[int, int]
+    alone: tuple[OutputError, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """The result of running both models on the same inputs.
 
@@ -140,6 +163,7 @@ class Validation:
         continuation: The agreement of greedy continuations; None for models without a cache, and if there are
             no texts.
         fused: The operators that ONNX Runtime fuses in both models; None if that is not compared.
+        quantized: The quantization whose model this is about; None without one.
     """
 
     engine: str
@@ -151,6 +175,7 @@ class Validation:
     other: Other | None = None
     continuation: Continuation | None = None
     fused: Fused | None = None
+    quantized: Quantized | None = None
 
     @property
     def worst(self) -> float | None:

@@ -75,6 +75,7 @@ class Plan:
         factors: The target of the fit of its factors.
         recover: Whether each layer is fitted to correct the errors of the compressed layers before it.
         merge: Whether adjacent linear operators are multiplied if their product is smaller.
+        then: Name of the kind of quantization that follows; "" if none does.
     """
 
     model: str
@@ -88,3 +89,4 @@ class Plan:
     factors: Fit = Fit.WEIGHTS
     recover: bool = False
     merge: bool = True
+    then: str = ""

@@ -72,6 +72,7 @@ class _Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     factors: Fit
     recover: bool
     merge: bool
+    then: str | None = None
     solver: _Solver | None
     digest: str
     layers: tuple[_Layer, ...]
@@ -92,9 +93,9 @@ def to_json(plan: Plan) -> str:
     """Write a plan as JSON, one line per layer; options of kept layers and unknown errors are null."""
     solver = None if plan.solver is None else _solver_row(plan.solver)
     wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover, plan.merge)
-    values = (VERSION, plan.model, *wanted, solver, plan.digest)
-    keys = _Plan.__struct_fields__[:-1]
-    head = [f"  {to_text(key)}: {to_text(value)}," for key, value in zip(keys, values, strict=True)]
+    values = (VERSION, plan.model, *wanted, plan.then, solver, plan.digest)
+    pairs = zip(_Plan.__struct_fields__[:-1], values, strict=True)
+    head = [f"  {to_text(key)}: {to_text(value)}," for key, value in pairs if plan.then or key != "then"]
     rows = ",\n".join(f"    {to_text(_row(choice))}" for choice in plan.choices)
     return "\n".join(["{", *head, '  "layers": [', *([rows] if rows else []), "  ]", "}", ""])
 
@@ -150,6 +151,7 @@ def read(path: str | os.PathLike[str]) -> Plan:
         factors=table.factors,
         recover=table.recover,
         merge=table.merge,
+        then=table.then or "",
     )
 
 

@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
-
 from onnx_lowrank.core.factors import Fit as Fitted
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.core.plan import Aggregate
+from onnx_lowrank.documents.report_outputs import Output as Output
+from onnx_lowrank.documents.report_outputs import Quantized as Quantized
+from onnx_lowrank.documents.report_outputs import Table
 
 VERSION = 1
 """Increased when a key is removed or changes its meaning. New keys have a default and do not increase it."""
-
-
-class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An object of the report."""
 
 
 class Model(Table, frozen=True):
@@ -200,34 +197,6 @@ class Merge(Table, frozen=True):
     certificate: Certificate
 
 
-class Output(Table, frozen=True):
-    """The error of one output, relative to the output of the input model.
-
-    Attributes:
-        name: Name of the output; "layer ID" for a layer that ran alone.
-        relative: ‖y − ŷ‖ / ‖y‖.
-        largest: Largest |y − ŷ|.
-        agreement: Share of rows whose largest element is at the same place, or share of equal elements.
-        note: A further sentence for the user; usually empty.
-        centred: ‖y − ŷ‖ / ‖y − ȳ‖, ȳ the mean over the samples.
-        is_exact: Whether the output holds integers, booleans or strings.
-        cosine: For rows of norm 1, in place of agreement: the mean cosine to the original rows.
-        neighbours: For rows of norm 1: the share of rows that keep their nearest other row.
-        noise: The standard error of `relative` over the samples.
-    """
-
-    name: str
-    relative: float | None
-    largest: float | None
-    agreement: float | None
-    note: str
-    centred: float | None
-    is_exact: bool
-    cosine: float | None
-    neighbours: float | None
-    noise: float | None = None
-
-
 class Other(Table, frozen=True):
     """The comparison of both models on inputs of another kind (--check).
 
@@ -273,6 +242,7 @@ class Validation(Table, frozen=True):
         continuation: The agreement of greedy continuations; null for models without a cache or texts.
         fused: The numbers of the operators that ONNX Runtime's optimizer puts in place of several, by type;
             null if they were not counted.
+        quantized: The quantization whose model this is about; null without --then.
     """
 
     engine: str
@@ -285,6 +255,7 @@ class Validation(Table, frozen=True):
     other: Other | None = None
     continuation: Continuation | None = None
     fused: dict[str, Total] | None = None
+    quantized: Quantized | None = None
 
 
 class Target(Table, frozen=True):

@@ -16,6 +16,7 @@ from onnx_lowrank.core.outcome import (
     Merge,
     Other,
     OutputError,
+    Quantized,
     Timing,
     Trial,
     Validation,
@@ -112,6 +113,21 @@ def _validation(validation: Validation) -> schema.Validation:
         other=_other(validation.other) if validation.other else None,
         continuation=_continuation(validation.continuation) if validation.continuation else None,
         fused=_fused(validation.fused) if validation.fused else None,
+        quantized=_quantized(validation.quantized) if validation.quantized else None,
+    )
+
+
+def _quantized(found: Quantized) -> schema.Quantized:
+    return schema.Quantized(
+        kind=found.kind,
+        method=found.method,
+        reason=found.reason,
+        refitted=found.refitted,
+        floats=found.floats[0],
+        floats_after=found.floats[1],
+        bytes=found.size[0],
+        bytes_after=found.size[1],
+        alone=_outputs(found.alone),
     )
 
 

@@ -80,4 +80,5 @@ def _factors(plan: Plan) -> str:
     if plan.recover:
         text += ", and every layer makes up for the errors of the layers before it"
     data = "" if plan.factors is Fit.WEIGHTS else "; a replay needs --calibration with the same inputs"
-    return f"{text}{data}."
+    after = f" The model is then quantized ({plan.then})." if plan.then else ""
+    return f"{text}{data}.{after}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx_lowrank.core.outcome import Fused, OutputError, Validation
+from onnx_lowrank.core.outcome import Fused, OutputError, Quantized, Validation
 from onnx_lowrank.report import other_table, words
 from onnx_lowrank.report.page import Page
 
@@ -23,6 +23,8 @@ def show(validation: Validation, names: Mapping[str, str], page: Page, title: st
     layers = {f"layer {layer}": f"layer {name}" for layer, name in names.items()}
     for output in validation.outputs:
         page.line(f"{output.name}: {_differences(output)}", indent=2)
+    if validation.quantized is not None:
+        _quantized(validation.quantized, page)
     for output in validation.alone:
         page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
     if validation.continuation is not None:
@@ -44,6 +46,21 @@ def show(validation: Validation, names: Mapping[str, str], page: Page, title: st
     if validation.other is not None:
         page.blank()
         other_table.show(validation.other, page)
+
+
+def _quantized(found: Quantized, page: Page) -> None:
+    """Print what the quantization did, and the errors before it."""
+    for output in found.alone:
+        page.line(f"before {found.kind}, {output.name}: {_differences(output)}", indent=2)
+    before, after = map(words.exact, found.size)
+    reason = f", because {found.reason}" if found.reason else ""
+    page.line(f"then {found.kind}: {found.method}{reason}", indent=2)
+    left = found.floats[1] / found.floats[0] if found.floats[0] else 0.0
+    page.line(
+        f"{found.refitted} weights fitted to it, {before} → {after} bytes, {left:.1%} of the numbers left in "
+        "float32; bounds are those of the factors before it",
+        indent=4,
+    )
 
 
 def _fused(fused: Fused, page: Page) -> None:

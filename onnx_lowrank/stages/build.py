@@ -49,6 +49,7 @@ class Built:
         certificates: The certificates of the factors, by layer.
         fits: How the factors were made, by layer.
         resources: The model's files on disk. Close them with the model.
+        quantized: The model after its quantization; None without one.
     """
 
     plan: Plan
@@ -57,6 +58,12 @@ class Built:
     certificates: dict[str, Certificate]
     fits: dict[str, LayerFit]
     resources: ExitStack
+    quantized: Model | None = None
+
+    @property
+    def model(self) -> Model:
+        """The model to write."""
+        return self.rewritten.model if self.quantized is None else self.quantized
 
 
 def build(

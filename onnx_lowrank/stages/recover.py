@@ -56,10 +56,19 @@ def can_recover(model: Model, walk: Walk, binding: Binding, statistics: Statisti
         binding: The layer.
         statistics: The moments of its layers.
     """
+    return statistics.has_inputs(binding.layer.id) and is_walked(model, walk, binding)
+
+
+def is_walked(model: Model, walk: Walk, binding: Binding) -> bool:
+    """Whether a walk can fit a layer: it has one use, in the main graph, and no bias that cannot change.
+
+    Args:
+        model: The model.
+        walk: Its walk.
+        binding: The layer.
+    """
     use = binding.layer.uses[0]
     if len(binding.layer.uses) > 1 or use.scope or not use.is_recovered:
-        return False
-    if not statistics.has_inputs(binding.layer.id):
         return False
     node = walk.node(Place(use.scope, use.node))
     operand = registry.family(node).bias

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Set
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from onnx_lowrank import quantize
 from onnx_lowrank.budgets import registry
 from onnx_lowrank.budgets.budget import Run
 from onnx_lowrank.budgets.macs import macs
@@ -25,12 +27,17 @@ from onnx_lowrank.report.words import number, percent
 from onnx_lowrank.stages.build import Built
 from onnx_lowrank.stages.search import ANY, Target
 
+if TYPE_CHECKING:
+    pass
+
 _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
 _LOW_COSINE = 0.9
 _SLACK = 0.05
 _MUCH_LARGER = 2.0
 """The ratio of errors on two kinds of inputs above which most of the larger one comes from the kind."""
+_NOTABLE = 0.1
+"""The error from which a quantization that loses more than the decomposition is worth a warning."""
 _SIGMAS = 2.0
 """The standard errors of sampling noise that such errors must differ by."""
 _ROUNDING = 1e-3
@@ -88,6 +95,7 @@ def assemble(
             *_budget_warnings(run, totals),
             *_lowering_warnings(run, styles),
             *_output_warnings(validation, given, target, calibrated=calibration is not None),
+            *_quantized_warnings(validation, given),
             *_calibration_warnings(plan, calibration, trials),
         ),
         calibration=calibration,
@@ -103,7 +111,8 @@ def _ratio_warnings(run: Run, reached: float, *, targeted: bool) -> Iterator[str
     """Warnings about a size that may surprise the user."""
     plan = run.plan
     if all(choice.option is None for choice in plan.choices):
-        yield "No layer is rewritten, the output is the input model."
+        made = f"the input model after --then {plan.then}" if plan.then else "the input model"
+        yield f"No layer is rewritten, the output is {made}."
     elif reached > plan.ratio * (1 + registry.named(plan.budget).tolerance):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
     elif reached < plan.ratio - _SLACK and not targeted and not run.merged:
@@ -179,6 +188,21 @@ def _output_warnings(
         yield f"{_joined(large, low)}: {advice}."
     if validation.other is not None:
         yield from _other_warnings(validation.other, least, advice, alone=not (given and (large or low)))
+
+
+def _quantized_warnings(validation: Validation | None, given: bool) -> Iterator[str]:
+    """A warning about a quantization that loses more than the decomposition before it."""
+    if validation is None or validation.quantized is None or not given:
+        return
+    done = validation.quantized
+    before = max((output.relative for output in done.alone if output.relative is not None), default=0.0)
+    after = validation.worst or 0.0
+    if after > max(_MUCH_LARGER * before, _NOTABLE):
+        others = " or ".join(f"--then {name}" for name in quantize.names() if name != done.kind)
+        yield (
+            f"The quantization to {done.kind} raises the relative error of an output from "
+            f"{number(before)} to {number(after)}: compare with {others}, or with a smaller ratio alone."
+        )
 
 
 def _other_warnings(other: Other, least: float, advice: str, *, alone: bool) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from onnx_lowrank import compress
 from onnx_lowrank.budgets.budget import Run
-from onnx_lowrank.core.outcome import Calibrated, OutputError, Timing, Validation
+from onnx_lowrank.core.outcome import Calibrated, OutputError, Quantized, Timing, Validation
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.report.content import Total
@@ -63,6 +63,22 @@ def test_low_agreement_is_a_warning(warned, agreement, shown):
 def test_integers_booleans_and_texts_are_equal_or_not(warned, relative):
     labels = output(0.57, relative, "labels", is_exact=True)
     assert warned(labels) == (f"Only 57.0% of the elements of 'labels' are equal: {RATIO}.",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [(0.09, 0.2, True), (0.1, 0.2, False), (0.01, 0.09, False), (0.0, 0.11, True)],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_quantization_that_loses_more_than_the_decomposition(planned, before, after, told, given):
+    done = Quantized("int8", "method", "", 1, (10, 1), (40, 10), (output(1.0, before),))
+    validation = Validation("engine", "inputs", (output(1.0, after),), (), quantized=done)
+    report = reporting.assemble(Run(*planned), validation=validation, given=given)
+    wanted = (
+        f"The quantization to int8 raises the relative error of an output from {before:.3g} to {after:.3g}: "
+        "compare with --then int4 or --then fp16, or with a smaller ratio alone."
+    )
+    assert report.warnings == ((wanted,) if told and given else ())
 
 
 @pytest.mark.parametrize("agreement", [None, 0.9, 1.0])
