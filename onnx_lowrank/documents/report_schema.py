@@ -5,18 +5,13 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
-
 from onnx_lowrank.core.factors import Fit as Fitted
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.core.plan import Aggregate
+from onnx_lowrank.documents.report_details import Alternative, Curve, Graph, Table, Total
 
 VERSION = 1
 """Increased when a key is removed or changes its meaning. New keys have a default and do not increase it."""
-
-
-class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An object of the report."""
 
 
 class Model(Table, frozen=True):
@@ -74,20 +69,6 @@ class Solver(Table, frozen=True):
     gap: float | None
 
 
-class Total(Table, frozen=True):
-    """An amount in the input model and in the compressed model.
-
-    Attributes:
-        before: The amount in the input model.
-        after: The amount in the compressed model.
-        ratio: after / before.
-    """
-
-    before: int | None
-    after: int | None
-    ratio: float | None
-
-
 class Certificate(Table, frozen=True):
     """Bounds on the norms of the residual relative to the norms of the weight, one per operator group.
 
@@ -139,6 +120,8 @@ class Layer(Table, frozen=True):
         fit: How its new numbers were made.
         kept_rows: The number of rows of a table that stay as they are.
         joined: Ids of all layers that share a factor with it, itself included; empty if there is no other.
+        curve: Its error by rank; null if no decomposition was considered, and for a replayed plan.
+        alternatives: Some decompositions that the plan has chosen from, the cheapest first.
     """
 
     id: str
@@ -160,6 +143,8 @@ class Layer(Table, frozen=True):
     fit: Fit | None
     kept_rows: int = 0
     joined: tuple[str, ...] = ()
+    curve: Curve | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
 
 class Skipped(Table, frozen=True):
@@ -429,6 +414,7 @@ class Report(Table, frozen=True):
         calibration: The calibration inputs and their use; null if there were none.
         timing: How long the model takes; null if nothing was timed.
         trials: The plans that were tried; empty if none were compared.
+        graph: The differences of both graphs; null in a dry run.
     """
 
     schema: int
@@ -448,3 +434,4 @@ class Report(Table, frozen=True):
     calibration: Calibration | None
     timing: Timing | None
     trials: tuple[Trial, ...]
+    graph: Graph | None = None

@@ -11,6 +11,7 @@ import msgspec
 from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.outcome import (
     Calibrated,
+    Change,
     Continuation,
     Fused,
     Merge,
@@ -20,9 +21,10 @@ from onnx_lowrank.core.outcome import (
     Trial,
     Validation,
 )
+from onnx_lowrank.documents import report_details as details
 from onnx_lowrank.documents import report_schema as schema
 from onnx_lowrank.documents.json_text import to_text
-from onnx_lowrank.report.content import Content, LayerRow, Total
+from onnx_lowrank.report.content import Content, Detail, Graph, LayerRow, Total
 
 
 def dumps(report: Content) -> str:
@@ -55,11 +57,12 @@ def as_table(report: Content) -> schema.Report:
         calibration=_calibration(report.calibration) if report.calibration else None,
         timing=_timing(report.timing) if report.timing else None,
         trials=tuple(_trial(trial) for trial in report.trials),
+        graph=_graph(report.graph) if report.graph else None,
     )
 
 
-def _total(total: Total) -> schema.Total:
-    return schema.Total(before=total.before, after=total.after, ratio=total.ratio)
+def _total(total: Total) -> details.Total:
+    return details.Total(before=total.before, after=total.after, ratio=total.ratio)
 
 
 def _merge(merged: Merge) -> schema.Merge:
@@ -89,7 +92,30 @@ def _layer(row: LayerRow) -> schema.Layer:
         fit=_fit(row.fit) if row.fit else None,
         kept_rows=row.kept,
         joined=row.joined,
+        curve=details.Curve(**asdict(row.detail.curve)) if row.detail.curve else None,
+        alternatives=_alternatives(row.detail),
     )
+
+
+def _alternatives(detail: Detail) -> tuple[details.Alternative, ...]:
+    return tuple(
+        details.Alternative(
+            fold=found.option.fold, k=found.option.k, j=found.option.j, cost=found.cost, error=found.error
+        )
+        for found in detail.alternatives
+    )
+
+
+def _graph(graph: Graph) -> details.Graph:
+    return details.Graph(
+        operators={name: _total(total) for name, total in graph.operators.items()},
+        changes=tuple(_change(change) for change in graph.changes),
+    )
+
+
+def _change(change: Change) -> details.Change:
+    gone, new = (tuple(details.Node(**asdict(n)) for n in nodes) for nodes in (change.gone, change.new))
+    return details.Change(scope=change.scope, same=dict(change.same), gone=gone, new=new)
 
 
 def _fit(fit: LayerFit) -> schema.Fit:
@@ -119,7 +145,7 @@ def _continuation(found: Continuation) -> schema.Continuation:
     return schema.Continuation(prompts=found.prompts, tokens=found.tokens, agreement=found.agreement)
 
 
-def _fused(fused: Fused) -> dict[str, schema.Total] | None:
+def _fused(fused: Fused) -> dict[str, details.Total] | None:
     if fused.note:
         return None
     return {name: _total(Total(count, fused.after.get(name, 0))) for name, count in fused.before.items()}

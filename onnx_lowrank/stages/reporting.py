@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -17,7 +17,8 @@ from onnx_lowrank.core.layer import Layer, narrow_layers, shared_full_rank, shar
 from onnx_lowrank.core.option import Lowering
 from onnx_lowrank.core.outcome import Calibrated, Other, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
-from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
+from onnx_lowrank.graph import difference
+from onnx_lowrank.report.content import Detail, Figure, Graph, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import number, percent
@@ -50,6 +51,7 @@ def assemble(
     calibration: Calibrated | None = None,
     trials: tuple[Trial, ...] = (),
     target: Target = ANY,
+    details: Mapping[str, Detail] | None = None,
 ) -> Report:
     """Gather the results of a run.
 
@@ -61,6 +63,7 @@ def assemble(
         calibration: The use of the calibration inputs; None without any.
         trials: The plans that were tried on them.
         target: The quality that was asked for instead of a ratio.
+        details: What the plan has chosen from, by layer; None if that is unknown.
     """
     found, plan = run.found, run.plan
     totals = _totals(run)
@@ -75,7 +78,7 @@ def assemble(
         asked=plan.ratio,
         reached=1.0 if reached is None else reached,
         solver=plan.solver,
-        layers=_rows(run, built),
+        layers=_rows(run, built, details or {}),
         skipped=found.left_alone(plan.choices),
         removed_inputs=() if built is None else built.rewritten.removed_inputs,
         totals=totals,
@@ -92,7 +95,14 @@ def assemble(
         target_agreement=target.agreement,
         timing=run.timing,
         merges=() if built is None else built.merges,
+        graph=None if built is None else _graph(run, built),
     )
+
+
+def _graph(run: Run, built: Built) -> Graph:
+    models = run.found.model, built.rewritten.model
+    counts = {name: Total(*pair) for name, pair in difference.operators(*models).items()}
+    return Graph(counts, difference.changes(*models))
 
 
 def _ratio_warnings(run: Run, reached: float, *, targeted: bool) -> Iterator[str]:
@@ -244,7 +254,7 @@ def _low_cosine(outputs: tuple[OutputError, ...]) -> str:
     )
 
 
-def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
+def _rows(run: Run, built: Built | None, details: Mapping[str, Detail]) -> tuple[LayerRow, ...]:
     """One row for every layer, in graph order."""
     bindings = run.found.bindings
     names = display_names(
@@ -264,6 +274,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
             narrow.get(choice.layer),
             full.get(choice.layer),
             sharing(binding.layer, options),
+            details.get(choice.layer, Detail()),
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
@@ -297,6 +308,7 @@ def _row(
     narrow: Layer | None,
     full: int | None,
     joined: tuple[str, ...],
+    detail: Detail,
 ) -> LayerRow:
     option = choice.option
     after = (layer, option) if narrow is None else (narrow, None)
@@ -319,6 +331,7 @@ def _row(
         if option is not None and option.lowering is Lowering.SPARSE
         else 0,
         joined=joined,
+        detail=detail,
     )
 
 
