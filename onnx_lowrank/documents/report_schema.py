@@ -120,6 +120,7 @@ class Layer(Table, frozen=True):
         fit: How its new numbers were made.
         kept_rows: The number of rows of a table that stay as they are.
         joined: Ids of all layers that share a factor with it, itself included; empty if there is no other.
+        cost: Its cost in the budget's unit, as the plan counts it.
         curve: Its error by rank; null if no decomposition was considered, and for a replayed plan.
         alternatives: Some decompositions that the plan has chosen from, the cheapest first.
     """
@@ -143,6 +144,7 @@ class Layer(Table, frozen=True):
     fit: Fit | None
     kept_rows: int = 0
     joined: tuple[str, ...] = ()
+    cost: Total | None = None
     curve: Curve | None = None
     alternatives: tuple[Alternative, ...] = ()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
-from typing import Any
 
 import msgspec
 
@@ -23,7 +21,7 @@ from onnx_lowrank.core.outcome import (
 )
 from onnx_lowrank.documents import report_details as details
 from onnx_lowrank.documents import report_schema as schema
-from onnx_lowrank.documents.json_text import to_text
+from onnx_lowrank.documents.json_text import finite, to_text
 from onnx_lowrank.report.content import Content, Detail, Graph, LayerRow, Total
 
 
@@ -31,7 +29,7 @@ def dumps(report: Content) -> str:
     """Write the report as JSON text that ends with a newline; equal reports give equal texts."""
     # Without enc_hook, msgspec rejects NumPy's float64, although it is a subclass of float.
     table = msgspec.to_builtins(as_table(report), enc_hook=float)
-    return to_text(_finite(table), indent=2) + "\n"
+    return to_text(finite(table), indent=2) + "\n"
 
 
 def as_table(report: Content) -> schema.Report:
@@ -92,6 +90,7 @@ def _layer(row: LayerRow) -> schema.Layer:
         fit=_fit(row.fit) if row.fit else None,
         kept_rows=row.kept,
         joined=row.joined,
+        cost=_total(row.cost),
         curve=details.Curve(**asdict(row.detail.curve)) if row.detail.curve else None,
         alternatives=_alternatives(row.detail),
     )
@@ -201,12 +200,3 @@ def _trial(trial: Trial) -> schema.Trial:
         note=trial.note,
         outputs=_outputs(trial.outputs),
     )
-
-
-def _finite(value: Any) -> Any:
-    """A copy with None in place of the numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -102,10 +102,12 @@ class Detail:
     Attributes:
         curve: The errors by rank; None if no decomposition was considered.
         alternatives: Some of the decompositions, from the cheapest to the best.
+        keep: The cost of the kept layer in the budget's unit; None if it is unknown.
     """
 
     curve: Curve | None = None
     alternatives: tuple[Alternative, ...] = ()
+    keep: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ class LayerRow:
         kept: Number of rows of a table that stay as they are.
         fit: How its new numbers were made; None if that is unknown or it has none.
         joined: Ids of all layers that share a factor with it, itself included; empty if there is no other.
+        cost: Its cost in the budget's unit, as the plan counts it.
         detail: What the plan has chosen from; empty for a replayed plan.
     """
 
@@ -161,6 +164,7 @@ class LayerRow:
     fit: LayerFit | None = None
     kept: int = 0
     joined: tuple[str, ...] = ()
+    cost: Total = Total(None, None)
     detail: Detail = Detail()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,8 +16,8 @@ from onnx_lowrank.measures import Errors
 from onnx_lowrank.report.content import Alternative, Curve, Detail
 from onnx_lowrank.stages.score import Scores
 
-_RANKS = 32
-_ALTERNATIVES = 12
+_RANKS = 24
+_ALTERNATIVES = 10
 _DIGITS = 5
 
 
@@ -37,7 +36,7 @@ def details(scores: Scores, recipes: Sequence[Recipe], plan: Plan) -> Mapping[st
     found = scores.fitted(recipe.factors).considered(recipe)
     return {
         table.layer: Detail(
-            _curve(chosen.get(table.layer), errors, spectra), _alternatives(chosen.get(table.layer), table)
+            _curve(chosen.get(table.layer), errors, spectra), _alternatives(table), int(table.cost[0])
         )
         for table, errors, spectra in found
     }
@@ -50,37 +49,28 @@ def _curve(option: Option | None, errors: Errors, spectra: Spectra) -> Curve | N
         key = option.fold, option.k
     if key is None or not errors[key].size:
         return None
-    known = errors[key]
-    ranks = _spread(known.size, _RANKS, 0 if option is None else min(option.j, known.size - 1))
+    ranks = _spread(errors[key].size, _RANKS)
     values: tuple[float, ...] = ()
     if key in spectra:
         largest = spectra[key].max(axis=(0, 1))  # of all groups and slices
         values = _rounded(largest[np.minimum(ranks, largest.size - 1)])
-    return Curve(*key, tuple(ranks.tolist()), _rounded(known[ranks]), values)
+    return Curve(*key, tuple(ranks.tolist()), _rounded(errors[key][ranks]), values)
 
 
-def _alternatives(option: Option | None, table: Candidates) -> tuple[Alternative, ...]:
-    """Some of the options that no other beats, and the chosen one if it is among them."""
-    count = table.cost.size - 1
-    if count < 1:
-        return ()
-    options = [table.option(index + 1) for index in range(count)]
-    cut = options.index(option) if option in options else 0
+def _alternatives(table: Candidates) -> tuple[Alternative, ...]:
+    """Some of the options that no other beats."""
     return tuple(
-        Alternative(found, int(table.cost[index + 1]), *_rounded(table.error[[index + 1]]))
-        for index in _spread(count, _ALTERNATIVES, cut).tolist()
-        if (found := options[index]) is not None
+        Alternative(found, int(table.cost[index]), *_rounded(table.error[[index]]))
+        for index in (_spread(table.cost.size - 1, _ALTERNATIVES) + 1).tolist()
+        if (found := table.option(index)) is not None
     )
 
 
-def _spread(size: int, most: int, cut: int) -> NDArray[np.intp]:
-    """At most as many of the indices below a size: the ends, some between at equal steps, and the cut."""
-    even = np.linspace(0, size - 1, min(size, most)).round().astype(np.intp)
-    return np.unique(np.append(even, cut))
+def _spread(size: int, most: int) -> NDArray[np.intp]:
+    """At most as many of the indices below a size: the ends, and some between at equal steps."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.intp))
 
 
 def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
-    """Numbers to a few digits, which a chart cannot show better; not finite ones stay."""
-    return tuple(
-        float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else value for value in values.tolist()
-    )
+    """Numbers to a few digits, more than a chart shows."""
+    return tuple(float(f"{value:.{_DIGITS}g}") for value in values.tolist())

@@ -331,6 +331,7 @@ def _row(
         if option is not None and option.lowering is Lowering.SPARSE
         else 0,
         joined=joined,
+        cost=Total(detail.keep, choice.cost),
         detail=detail,
     )
 
