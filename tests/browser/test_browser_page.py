@@ -18,7 +18,7 @@ from onnx_lowrank.report.report import Report
 from onnx_lowrank.sweeps import page as pages
 from tiny import cnn
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 BAD = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"><b>bold</b>'
 PHONE, DESKTOP = (390, 844), (1280, 900)

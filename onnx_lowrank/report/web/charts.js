@@ -83,7 +83,7 @@ function tradeoff(points, axes, chosen) {
   const isBest = new Set(front.map((point) => point.name));
   const groups = new Map();
   for (const point of shown) {
-    const name = `${point.recipe}, ratio of ${point.budget}`;
+    const name = escapeMarkup(`${point.recipe}, ratio of ${point.budget}`);
     groups.set(name, [...(groups.get(name) || []), point]);
   }
   const traces = [
@@ -95,16 +95,16 @@ function tradeoff(points, axes, chosen) {
   [...groups].forEach(([name, members], index) => {
     const symbols = members.map((p) => SYMBOLS[index % SYMBOLS.length] + (isBest.has(p.name) ? "" : "-open"));
     traces.push({
-      x: members.map(x.of), y: members.map(y.of), name, mode: "markers",
+      x: members.map(x.of), y: members.map(y.of), name, mode: "markers", cliponaxis: false,
       customdata: members.map((point) => point.name),
-      text: members.map((point) => `${point.name}<br>${x.title} ${x.write(x.of(point))}<br>${y.title} ${y.write(y.of(point))}`),
+      text: members.map((point) => `${escapeMarkup(point.name)}<br>${x.title} ${x.write(x.of(point))}<br>${y.title} ${y.write(y.of(point))}`),
       hovertemplate: "%{text}<extra></extra>",
       marker: { symbol: symbols, size: members.map((p) => (isBest.has(p.name) ? 13 : 10)), opacity: 1, color: series(index), line: { width: 2, color: series(index) } },
     });
   });
   const mine = shown.filter((point) => point.name === chosen);
   traces.push({
-    x: mine.map(x.of), y: mine.map(y.of), name: "chosen", mode: "markers", hoverinfo: "skip", showlegend: false,
+    x: mine.map(x.of), y: mine.map(y.of), name: "chosen", mode: "markers", cliponaxis: false, hoverinfo: "skip", showlegend: false,
     marker: { symbol: "circle-open", size: 24, color: colour("text"), line: { width: 2.5 } },
   });
   const layout = {

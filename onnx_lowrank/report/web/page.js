@@ -68,7 +68,7 @@ function chooseNode(name) {
 function header() {
   const rewritten = point.detail ? point.detail.rows.filter((row) => row.option).length : null;
   const line = data.kind === "sweep"
-    ? `${data.points.filter((each) => !each.note).length} models of one, by ratio`
+    ? `${data.points.filter((each) => !each.note).length} compressed models`
     : `${rewritten} of ${data.layers.length} layers rewritten with recipe ${point.recipe}`;
   const theme = h("button.quiet", { type: "button", id: "theme", "aria-live": "polite" });
   const name = () => (theme.textContent = isDark() ? "Light" : "Dark");

@@ -69,18 +69,19 @@ function curve(view, chosen, choosePoint) {
   const axes = { x: AXES[view.x], y: judged, loss: judged.loss };
   const entries = (pairs) => pairs.map(([key, axis]) => [key, axis.title]);
   const best = new Set(frontOf(made, axes.x.of, axes.loss).map((point) => point.name));
+  const recipes = new Set(made.map((point) => point.recipe)).size > 1 ? ["recipe"] : [];
   const figures = across.map(([, axis]) => axis).concat(up.map(([, axis]) => axis));
   const rows = made.map((point) => {
     const button = h("button.name", { type: "button", "aria-pressed": String(point.name === chosen), onclick: () => choosePoint(point.name) }, point.name);
-    return [h("span", { role: "img", "aria-label": best.has(point.name) ? "on the front" : "beaten" }, best.has(point.name) ? "●" : "○"), [button, point.detail && point.detail.warnings.length ? h("span.alarm", { role: "img", "aria-label": "with warnings", title: point.detail.warnings.join("\n") }, " ⚠") : null], point.recipe, ...figures.map((axis) => axis.write(axis.of(point)))];
+    return [h("span", { role: "img", "aria-label": best.has(point.name) ? "on the front" : "beaten" }, best.has(point.name) ? "●" : "○"), [button, point.detail && point.detail.warnings.length ? h("span.alarm", { role: "img", "aria-label": "with warnings", title: point.detail.warnings.join("\n") }, " ⚠") : null], ...recipes.map(() => point.recipe), ...figures.map((axis) => axis.write(axis.of(point)))];
   });
-  const list = table(["", "point", "recipe", ...figures.map((axis) => axis.title)], rows, figures.map((_, index) => index + 3));
+  const list = table(["", "point", ...recipes, ...figures.map((axis) => axis.title)], rows, figures.map((_, index) => index + 2 + recipes.length));
   [...list.querySelectorAll("tbody tr")].forEach((row, index) => {
     row.classList.toggle("chosen", made[index].name === chosen);
     row.addEventListener("click", () => choosePoint(made[index].name));
   });
   arrows(list);
-  const made_ = section(
+  const node = section(
     "curve", "Trade-off",
     h(".controls", null,
       choose("Across", entries(across), view.x, (value) => ((view.x = value), view.again())),
@@ -89,7 +90,7 @@ function curve(view, chosen, choosePoint) {
     h("p.hint", null, "● no other point has less of both axes, ○ another one does. Choose a point to see its model below."),
     list,
   );
-  return { node: made_, draw: () => draw(place, () => tradeoff(made, axes, chosen), (hit) => hit.customdata && choosePoint(hit.customdata)) };
+  return { node, draw: () => draw(place, () => tradeoff(made, axes, chosen), (hit) => hit.customdata && choosePoint(hit.customdata)) };
 }
 
 /** Arrow keys move between the buttons of a table. */
@@ -152,7 +153,7 @@ function errors(detail) {
     const head = ["output", ...(other ? ["inputs"] : []), ...known.map(([title]) => title)];
     const first = other ? 2 : 1;
     const line = ({ output, kind }) => [
-      [h("bdi", null, output.name), output.note ? h(".hint", null, output.note) : null],
+      [nameOf(output.name), output.note ? h(".hint", null, output.note) : null],
       ...(other ? [kind] : []),
       ...known.map(([, key, write]) => write(output[key])),
     ];
