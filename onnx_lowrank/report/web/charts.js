@@ -116,7 +116,7 @@ function tradeoff(points, axes, chosen) {
 }
 
 /** One amount of every layer: what is left of it, in front of what there was. */
-function layerBars(layers, amounts, title, chosen, write) {
+function layerBars(layers, amounts, title, chosen, isCount) {
   const index = layers.map((_, number) => number);
   const names = layers.map((layer) => layer.name);
   const after = amounts.map((amount) => amount.after);
@@ -139,7 +139,7 @@ function layerBars(layers, amounts, title, chosen, write) {
   const layout = {
     barmode: "overlay", bargap: layers.length > 80 ? 0 : 0.15,
     xaxis: { title: { text: "layer, in the order of the graph" }, tickvals: ticks(layers.length), ticktext: ticks(layers.length).map((n) => n + 1), range: [-0.6, layers.length - 0.4] },
-    yaxis: { title: { text: title }, rangemode: "tozero", tickformat: write === number ? "" : "~s" },
+    yaxis: { title: { text: title }, rangemode: "tozero", tickformat: isCount ? "~s" : "" },
     showlegend: true, hovermode: "closest",
   };
   return { traces, layout };
@@ -195,16 +195,22 @@ function alternatives(found, chosen, keep, unit) {
   const isMine = (entry) => chosen && entry.fold === chosen.fold && entry.k === chosen.k && entry.j === chosen.j;
   const others = found.filter((entry) => !isMine(entry));
   const trace = (entries, name, marker) => ({
-    x: entries.map((entry) => entry.cost), y: entries.map((entry) => entry.error), name, mode: "markers", marker,
+    x: entries.map((entry) => entry.cost), y: entries.map((entry) => entry.error), name, mode: "markers", cliponaxis: false, marker,
     text: entries.map(text), hovertemplate: `%{text}<br>%{x:,} ${unit}, error %{y:.3g}<extra></extra>`,
   });
   const traces = [
     trace(others, "others", { symbol: "circle-open", size: 9, color: series(0), line: { width: 2 } }),
     trace(chosen ? [chosen] : [], "chosen", { symbol: "diamond", size: 14, color: series(1) }),
   ];
+  const known = found.map((entry) => entry.error).filter((error) => error > 0);
+  const isWide = known.length > 1 && Math.max(...known) > 50 * Math.min(...known);
+  const shapes = [];
+  const annotations = [];
   if (isKnown(keep)) {
-    // A layer that is kept has no error.
-    traces.push({ x: [keep], y: [0], name: "kept", mode: "markers", cliponaxis: false, marker: { symbol: chosen ? "star-open" : "star", size: 13, color: colour("text") }, hovertemplate: `kept<br>%{x:,} ${unit}, no error<extra></extra>` });
+    shapes.push({ type: "line", xref: "x", yref: "paper", x0: keep, x1: keep, y0: 0, y1: 1, line: { color: colour("text"), width: 1.5, dash: "dash" } });
+    annotations.push({ x: keep, y: 1, xref: "x", yref: "paper", text: chosen ? "kept" : "kept: the choice", showarrow: false, xanchor: "right", yanchor: "top", xshift: -6, font: { color: colour("text") } });
   }
-  return { traces, layout: { xaxis: { title: { text: unit }, rangemode: "tozero", tickformat: "~s" }, yaxis: { title: { text: "error" }, rangemode: "tozero" }, hovermode: "closest" } };
+  const axis = isWide ? { type: "log", tickformat: ".1~g", nticks: 6 } : { rangemode: "tozero" };
+  const layout = { shapes, annotations, xaxis: { title: { text: unit }, rangemode: "tozero", tickformat: "~s" }, yaxis: { title: { text: "error" }, ...axis }, hovermode: "closest" };
+  return { traces, layout };
 }

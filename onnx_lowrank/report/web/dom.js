@@ -62,6 +62,8 @@ function time(nanoseconds) {
   return `${Number((nanoseconds / size).toPrecision(3))} ${unit}`;
 }
 
+const MILLISECOND = 1e6; // nanoseconds
+
 function percent(value) {
   if (!isKnown(value)) return "–";
   return value > 0 && value < 1e-4 ? "<0.01%" : `${(100 * value).toFixed(value < 0.1 ? 2 : 1)}%`;

@@ -18,10 +18,13 @@ function budget(view, detail, chosen, chooseLayer, again) {
   if (!known.length) return null;
   if (!known.some(([key]) => key === view.amount)) view.amount = known[0][0];
   const amount = AMOUNTS[view.amount];
+  const isTime = view.amount === "time" || (view.amount === "cost" && point.budget === "latency");
+  const write = isTime ? time : amount.write;
+  const size = (value) => (isTime && isKnown(value) ? value / MILLISECOND : value);
   const amounts = data.layers.map((layer, index) => {
     const [before, after] = amount.of(layer, detail.rows[index]);
-    const text = isKnown(before) && before !== after ? `${amount.write(before)} → ${amount.write(after)}` : amount.write(after);
-    return { before, after: isKnown(after) ? after : 0, text };
+    const text = isKnown(before) && before !== after ? `${write(before)} → ${write(after)}` : write(after);
+    return { before: size(before), after: isKnown(after) ? size(after) : 0, text };
   });
   const place = chartPlace(`${amount.title} of every layer. The table of layers has the figures.`);
   const node = section(
@@ -30,8 +33,8 @@ function budget(view, detail, chosen, chooseLayer, again) {
     place,
     h("p.hint", null, detail.objective, " Choose a bar to see its layer."),
   );
-  const write = ["params", "macs"].includes(view.amount) ? short : number;
-  return { node, draw: () => draw(place, () => layerBars(data.layers, amounts, amount.title, chosen, write), (hit) => chooseLayer(hit.x)) };
+  const title = isTime ? `${amount.title}, ms` : amount.title;
+  return { node, draw: () => draw(place, () => layerBars(data.layers, amounts, title, chosen, amount.write === exact && !isTime), (hit) => chooseLayer(hit.x)) };
 }
 
 const COLUMNS = [
@@ -127,7 +130,9 @@ function layerCard(point, chosen, chooseLayer) {
   const layer = data.layers[chosen];
   const row = point.detail.rows[chosen];
   const curve = isKnown(row.curve) ? data.pool[row.curve] : null;
-  const entries = isKnown(row.alternatives) ? data.pool[row.alternatives] : [];
+  const unit = point.budget === "latency" ? "ms" : point.budget;
+  const costs = (entry) => ({ ...entry, cost: point.budget === "latency" ? Number((entry.cost / MILLISECOND).toPrecision(3)) : entry.cost });
+  const entries = (isKnown(row.alternatives) ? data.pool[row.alternatives] : []).map(costs);
   const facts = [];
   const fact = (title, ...value) => facts.push(h("dt", null, title), h("dd", null, value));
   fact("operator", `${layer.op} ${shapeOf(layer)}, ${layer.dtype}`);
@@ -135,7 +140,7 @@ function layerCard(point, chosen, chooseLayer) {
   if (row.reason) fact("kept because", row.reason);
   fact("parameters", layer.params === row.params ? exact(row.params) : `${exact(layer.params)} → ${exact(row.params)}`);
   if (isKnown(layer.macs)) fact("MACs", layer.macs === row.macs ? exact(row.macs) : `${exact(layer.macs)} → ${exact(row.macs)}`);
-  if (isKnown(row.error)) fact("error", `${number(row.error)} (${point.detail.measure})`);
+  if (isKnown(row.error)) fact("error", `${number(row.error)} (${point.detail.measure.split(",")[0]})`);
   if (isKnown(row.bound)) fact("certificate", `‖W − Ŵ‖₂ ≤ ${bound(row.bound)} ‖W‖₂, ‖W − Ŵ‖F ≤ ${bound(row.frobenius)} ‖W‖F`);
   if (row.fit) fact("fitted to", row.fit === "recovered" ? "activations, to make up for the layers before it" : row.fit);
   if (isKnown(row.held)) fact("held-out error", percent(row.held));
@@ -145,9 +150,8 @@ function layerCard(point, chosen, chooseLayer) {
   if (layer.id !== layer.name) fact("weight", h("bdi", null, layer.id));
   const decays = chartPlace(`The error of the layer by rank${row.option ? `; the plan cuts at rank ${row.option[2]}` : ""}.`);
   const others = chartPlace("Other decompositions of the layer: what each costs, and how much it errs. The list below has the figures.");
-  const unit = point.budget === "latency" ? "ns" : point.budget;
   const [keep, cost] = row.cost || [null, null];
-  const mine = row.option && isKnown(cost) ? { fold: row.option[0], k: row.option[1], j: row.option[2], cost, error: row.error } : null;
+  const mine = row.option && isKnown(cost) ? costs({ fold: row.option[0], k: row.option[1], j: row.option[2], cost, error: row.error }) : null;
   const parts = [h("h3.layer-name", null, nameOf(layer.name)), h("dl.facts", null, facts)];
   if (curve) {
     const { fold, k } = curve;
@@ -163,7 +167,7 @@ function layerCard(point, chosen, chooseLayer) {
   const node = section("layer", `Layer ${chosen + 1} of ${data.layers.length}`, h(".controls", null, step(-1, "← previous"), step(1, "next →"), h("a", { href: "#layers" }, "all layers")), parts);
   const drawAll = () => {
     if (curve) draw(decays, () => spectrum(curve, row, point.detail.measure.split(",")[0]));
-    if (others.isConnected) draw(others, () => alternatives(entries, mine, keep, unit));
+    if (others.isConnected) draw(others, () => alternatives(entries, mine, isKnown(keep) ? costs({ cost: keep }).cost : null, unit));
   };
   return { node, draw: drawAll };
 }

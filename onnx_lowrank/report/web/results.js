@@ -141,7 +141,8 @@ function errors(detail) {
     const other = found.other;
     const rows = [];
     const judge = (output, kind) => rows.push({ output, kind });
-    for (const output of found.outputs.concat(found.alone)) judge(output, other ? "validation" : "");
+    const isFamiliar = other && JSON.stringify(found.outputs) === JSON.stringify(other.familiar);
+    for (const output of isFamiliar ? found.alone : found.outputs.concat(found.alone)) judge(output, other ? "validation" : "");
     if (other) {
       for (const output of other.familiar) judge(output, other.kind);
       for (const output of other.outputs) judge(output, "check");
