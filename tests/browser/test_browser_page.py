@@ -16,7 +16,7 @@ import pytest
 from onnx_lowrank import compress, sweep
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.sweeps import page as pages
-from tiny import cnn
+from tiny import built, cnn
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -220,6 +220,18 @@ def test_400_layers_have_one_table_and_few_charts(browser: Any, many: Path) -> N
         known = [float(cell) for cell in cells if cell != "–"]
         assert known == sorted(known, reverse=True)
         assert cells[len(known) :] == ["–"] * (400 - len(known))
+
+
+def test_every_kind_of_run_opens(browser: Any, tmp_path: Path) -> None:
+    relu = '<ir_version: 8, opset_import: ["": 17]> g (float[N, 4] x) => (float[N, 4] y) { y = Relu (x) }'
+    place = tmp_path / "page.html"
+    with compress(cnn(), 0.6, dry_run=True) as planned, compress(built(relu, {}), 1) as empty:
+        with compress(cnn(), plan=planned.plan) as replayed:
+            runs = {"dry run": planned, "No decomposition": replayed, "0 of 0 layers": empty}
+        for text, result in runs.items():
+            place.write_text(result.report.to_html(), encoding="utf-8")
+            with shown(browser, place) as page:
+                assert text in page.locator("#page").inner_text()
 
 
 def test_names_of_a_model_are_text(browser: Any, report: Report, tmp_path: Path) -> None:

@@ -157,6 +157,18 @@ function escapeMarkup(text) {
   return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
+/** A logarithmic axis for some values: its ticks are powers of 10, or 1, 2 and 5 times these. */
+function logarithmic(values) {
+  const known = values.filter((value) => value > 0);
+  const from = Math.floor(Math.log10(Math.min(...known)));
+  const to = Math.ceil(Math.log10(Math.max(...known)));
+  const digits = to - from <= 2 ? [1, 2, 5] : [1];
+  const step = Math.ceil((to - from) / 6);
+  const tickvals = [];
+  for (let power = to; power >= from; power -= step) tickvals.push(...digits.map((digit) => digit * 10 ** power));
+  return { type: "log", tickvals, ticktext: tickvals.map(number) };
+}
+
 /** The error of a layer by rank, with its singular values, and the rank where the plan has cut. */
 function spectrum(curve, row, measure) {
   const cut = row.option && row.option[0] === curve.fold && row.option[1] === curve.k ? row.option[2] : null;
@@ -185,7 +197,7 @@ function spectrum(curve, row, measure) {
   }
   return {
     traces,
-    layout: { shapes, annotations, xaxis: { title: { text: "rank of a slice" } }, yaxis: { type: "log", tickformat: ".1~g", nticks: 6 }, hovermode: "x" },
+    layout: { shapes, annotations, xaxis: { title: { text: "rank of a slice" } }, yaxis: logarithmic(traces.flatMap((trace) => trace.y)), hovermode: "x" },
   };
 }
 
@@ -210,7 +222,7 @@ function alternatives(found, chosen, keep, unit) {
     shapes.push({ type: "line", xref: "x", yref: "paper", x0: keep, x1: keep, y0: 0, y1: 1, line: { color: colour("text"), width: 1.5, dash: "dash" } });
     annotations.push({ x: keep, y: 1, xref: "x", yref: "paper", text: chosen ? "kept" : "kept: the choice", showarrow: false, xanchor: "right", yanchor: "top", xshift: -6, font: { color: colour("text") } });
   }
-  const axis = isWide ? { type: "log", tickformat: ".1~g", nticks: 6 } : { rangemode: "tozero" };
+  const axis = isWide ? logarithmic(known) : { rangemode: "tozero" };
   const layout = { shapes, annotations, xaxis: { title: { text: unit }, rangemode: "tozero", tickformat: "~s" }, yaxis: { title: { text: "error" }, ...axis }, hovermode: "closest" };
   return { traces, layout };
 }

@@ -1,6 +1,7 @@
 "use strict";
 // The page: its state, and what is drawn anew when the state changes.
 
+const WORTHLESS = 0.5; // errors above this are closer to noise (1) than to the original
 const view = { x: null, y: null, amount: null, column: "#", falls: false, filter: "", kind: "all", again: showPoint };
 const byNode = new Map();
 data.layers.forEach((layer, index) => layer.nodes.forEach((name) => byNode.set(name, index)));
@@ -8,11 +9,11 @@ let point = firstPoint();
 let layer = firstLayer();
 let list = null;
 
-/** The smallest model without warnings; without one, the model with the least error. */
+/** The smallest model without warnings and with a small error; without one, the model with the least error. */
 function firstPoint() {
   const made = data.points.filter((each) => !each.note && each.detail);
   const cost = (each) => (isKnown(each.reached) ? each.reached : 1);
-  const sound = made.filter((each) => !each.detail.warnings.length && !each.detail.worthless).sort((a, b) => cost(a) - cost(b));
+  const sound = made.filter((each) => !each.detail.warnings.length && each.error <= WORTHLESS).sort((a, b) => cost(a) - cost(b));
   const exactest = [...made].sort((a, b) => (isKnown(a.error) ? a.error : 9) - (isKnown(b.error) ? b.error : 9));
   return sound[0] || exactest[0] || data.points[0];
 }
