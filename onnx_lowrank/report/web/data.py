@@ -114,6 +114,7 @@ def _shared(report: schema.Report) -> _Table:
         "model": report.model.name,
         "sha256": report.model.sha256,
         "version": report.version,
+        "worthless": WORTHLESS,
         "layers": layers,
     }
 

@@ -14,7 +14,9 @@ function h(kind, attributes, ...children) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== ""));
+  made.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== ""),
+  );
   return made;
 }
 
@@ -57,8 +59,7 @@ function exact(value) {
 
 function time(nanoseconds) {
   if (!isKnown(nanoseconds)) return "–";
-  const [size, unit] =
-    nanoseconds < 999500 ? [1e3, "µs"] : nanoseconds < 999.5e6 ? [1e6, "ms"] : [1e9, "s"];
+  const [size, unit] = nanoseconds < 999500 ? [1e3, "µs"] : nanoseconds < 999.5e6 ? [1e6, "ms"] : [1e9, "s"];
   return `${Number((nanoseconds / size).toPrecision(3))} ${unit}`;
 }
 
@@ -71,7 +72,11 @@ function percent(value) {
 
 /** A name from a model, which may break behind its separators. */
 function nameOf(text) {
-  return h("bdi", null, text.split(/(?<=[./_:])/).map((part, index) => (index ? [h("wbr"), part] : part)));
+  return h(
+    "bdi",
+    null,
+    text.split(/(?<=[./_:])/).map((part, index) => (index ? [h("wbr"), part] : part)),
+  );
 }
 
 /** The weight of a layer as text: its groups, outputs, inputs and kernel. */
@@ -91,7 +96,12 @@ function optionText(row) {
 }
 
 function section(id, title, ...children) {
-  return h("section.card", { id, "aria-labelledby": `${id}-title` }, h("h2", { id: `${id}-title` }, title), children);
+  return h(
+    "section.card",
+    { id, "aria-labelledby": `${id}-title` },
+    h("h2", { id: `${id}-title` }, title),
+    children,
+  );
 }
 
 /** A table: head and rows of cells; a cell is a node or a text. Numeric columns stand right. */
@@ -104,15 +114,38 @@ function table(head, rows, numeric = []) {
     h(
       "table",
       null,
-      h("thead", null, h("tr", null, head.map((content, index) => cell("th", content, index)))),
-      h("tbody", null, rows.map((cells) => h("tr", null, cells.map((content, index) => cell("td", content, index))))),
+      h(
+        "thead",
+        null,
+        h(
+          "tr",
+          null,
+          head.map((content, index) => cell("th", content, index)),
+        ),
+      ),
+      h(
+        "tbody",
+        null,
+        rows.map((cells) =>
+          h(
+            "tr",
+            null,
+            cells.map((content, index) => cell("td", content, index)),
+          ),
+        ),
+      ),
     ),
   );
 }
 
 function choose(label, entries, chosen, change) {
   const options = entries.map(([value, text]) => h("option", { value, selected: value === chosen }, text));
-  return h("label.choose", null, `${label} `, h("select", { onchange: (event) => change(event.target.value) }, options));
+  return h(
+    "label.choose",
+    null,
+    `${label} `,
+    h("select", { onchange: (event) => change(event.target.value) }, options),
+  );
 }
 
 function command(text) {
@@ -128,7 +161,7 @@ function command(text) {
       button.textContent = "Copied";
       setTimeout(() => (button.textContent = "Copy"), 1500);
     } catch {
-      button.textContent = "Selected";  // A page from a disk may not write to the clipboard.
+      button.textContent = "Selected"; // A page from a disk may not write to the clipboard.
     }
   });
   return h(".command", null, code, button);

@@ -1,8 +1,16 @@
 "use strict";
 // The page: its state, and what is drawn anew when the state changes.
 
-const WORTHLESS = 0.5; // errors above this are closer to noise (1) than to the original
-const view = { x: null, y: null, amount: null, column: "#", falls: false, filter: "", kind: "all", again: showPoint };
+const view = {
+  x: null,
+  y: null,
+  amount: null,
+  column: "#",
+  falls: false,
+  filter: "",
+  kind: "all",
+  again: showPoint,
+};
 const byNode = new Map();
 data.layers.forEach((layer, index) => layer.nodes.forEach((name) => byNode.set(name, index)));
 let point = firstPoint();
@@ -13,8 +21,12 @@ let list = null;
 function firstPoint() {
   const made = data.points.filter((each) => !each.note && each.detail);
   const cost = (each) => (isKnown(each.reached) ? each.reached : 1);
-  const sound = made.filter((each) => !each.detail.warnings.length && each.error <= WORTHLESS).sort((a, b) => cost(a) - cost(b));
-  const exactest = [...made].sort((a, b) => (isKnown(a.error) ? a.error : 9) - (isKnown(b.error) ? b.error : 9));
+  const sound = made
+    .filter((each) => !each.detail.warnings.length && isKnown(each.error) && each.error <= data.worthless)
+    .sort((a, b) => cost(a) - cost(b));
+  const exactest = [...made].sort(
+    (a, b) => (isKnown(a.error) ? a.error : 9) - (isKnown(b.error) ? b.error : 9),
+  );
   return sound[0] || exactest[0] || data.points[0];
 }
 
@@ -39,7 +51,8 @@ function chooseLayer(index, isAsked = true) {
   list.mark(index);
   showLayer();
   showBudget();
-  if (isAsked && matchMedia("(max-width: 60rem)").matches) document.getElementById("layer").scrollIntoView({ block: "start" });
+  if (isAsked && matchMedia("(max-width: 60rem)").matches)
+    document.getElementById("layer").scrollIntoView({ block: "start" });
 }
 
 function replace(id, part) {
@@ -68,9 +81,10 @@ function chooseNode(name) {
 
 function header() {
   const rewritten = point.detail ? point.detail.rows.filter((row) => row.option).length : null;
-  const line = data.kind === "sweep"
-    ? `${data.points.filter((each) => !each.note).length} compressed models`
-    : `${rewritten} of ${data.layers.length} layers rewritten with recipe ${point.recipe}`;
+  const line =
+    data.kind === "sweep"
+      ? `${data.points.filter((each) => !each.note).length} compressed models`
+      : `${rewritten} of ${data.layers.length} layers rewritten with recipe ${point.recipe}`;
   const theme = h("button.quiet", { type: "button", id: "theme", "aria-live": "polite" });
   const name = () => (theme.textContent = isDark() ? "Light" : "Dark");
   theme.addEventListener("click", () => {
@@ -80,7 +94,17 @@ function header() {
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
   name();
-  return h("header", null, h("div", null, h("h1", null, h("bdi", null, data.model)), h("p", null, line)), h(".controls.noprint", null, theme, h("button.quiet", { type: "button", onclick: () => print() }, "Print")));
+  return h(
+    "header",
+    null,
+    h("div", null, h("h1", null, h("bdi", null, data.model)), h("p", null, line)),
+    h(
+      ".controls.noprint",
+      null,
+      theme,
+      h("button.quiet", { type: "button", onclick: () => print() }, "Print"),
+    ),
+  );
 }
 
 function isDark() {
@@ -98,9 +122,19 @@ function showPoint() {
   parts.push(pointCard(point));
   if (detail) {
     list = layerTable(view, detail, layer, chooseLayer);
-    parts.push(h("section", { id: "budget" }), h(".pair", null, list.node, h("section", { id: "layer" })), errors(detail), times(detail), graph(detail, chooseNode), skipped(detail));
+    parts.push(
+      h("section", { id: "budget" }),
+      h(".pair", null, list.node, h("section", { id: "layer" })),
+      errors(detail),
+      times(detail),
+      graph(detail, chooseNode),
+      skipped(detail),
+    );
   }
-  parts.push(reproduce(), h("footer", null, `Made by onnx-lowrank ${data.version}. This page is one file and needs no network.`));
+  parts.push(
+    reproduce(),
+    h("footer", null, `Made by onnx-lowrank ${data.version}. This page is one file and needs no network.`),
+  );
   document.getElementById("page").replaceChildren(...parts.filter(Boolean));
   if (detail && data.layers.length) {
     showBudget();

@@ -10,9 +10,27 @@ const AXES = {
 
 /** The ways to judge a point: the values shown, and what is the smaller the better. */
 const JUDGED = {
-  error: { title: "Output error", of: (point) => point.error, loss: (point) => point.error, write: number, from: "tozero" },
-  agreement: { title: "Agreement", of: (point) => point.agreement, loss: (point) => (isKnown(point.agreement) ? -point.agreement : null), write: percent, from: "normal" },
-  score: { title: "Score", of: (point) => point.score, loss: (point) => (isKnown(point.score) ? -point.score : null), write: number, from: "normal" },
+  error: {
+    title: "Output error",
+    of: (point) => point.error,
+    loss: (point) => point.error,
+    write: number,
+    from: "tozero",
+  },
+  agreement: {
+    title: "Agreement",
+    of: (point) => point.agreement,
+    loss: (point) => (isKnown(point.agreement) ? -point.agreement : null),
+    write: percent,
+    from: "normal",
+  },
+  score: {
+    title: "Score",
+    of: (point) => point.score,
+    loss: (point) => (isKnown(point.score) ? -point.score : null),
+    write: number,
+    from: "normal",
+  },
 };
 
 function warnings(point) {
@@ -20,27 +38,53 @@ function warnings(point) {
   const failed = data.points.filter((each) => each.note);
   const lines = [];
   if (detail && detail.worthless) {
-    lines.push(h("li.severe", null, h("strong", null, "Likely worthless: "), "the outputs have little to do with those of the input model."));
+    lines.push(
+      h(
+        "li.severe",
+        null,
+        h("strong", null, "Likely worthless: "),
+        "the outputs have little to do with those of the input model.",
+      ),
+    );
   }
   for (const warning of detail ? detail.warnings : []) lines.push(h("li", null, warning));
-  for (const each of failed) lines.push(h("li", null, h("strong", null, each.name), " has no model: ", each.note));
-  if (!lines.length) return h("p.fine", { id: "warnings" }, h("span", { "aria-hidden": "true" }, "✓ "), "No warnings.");
+  for (const each of failed)
+    lines.push(h("li", null, h("strong", null, each.name), " has no model: ", each.note));
+  if (!lines.length)
+    return h("p.fine", { id: "warnings" }, h("span", { "aria-hidden": "true" }, "✓ "), "No warnings.");
   const title = lines.length === 1 ? "1 warning" : `${lines.length} warnings`;
-  return h("section.card.warnings", { id: "warnings", "aria-labelledby": "warnings-title" }, h("h2", { id: "warnings-title" }, h("span", { "aria-hidden": "true" }, "⚠ "), title), h("ul", null, lines));
+  return h(
+    "section.card.warnings",
+    { id: "warnings", "aria-labelledby": "warnings-title" },
+    h("h2", { id: "warnings-title" }, h("span", { "aria-hidden": "true" }, "⚠ "), title),
+    h("ul", null, lines),
+  );
 }
 
 function tiles(point) {
   const totals = point.detail ? point.detail.totals : {};
   const made = [];
   const tile = (title, value, note, share) =>
-    made.push(h(".tile", null, h(".title", null, title), h(".value", null, value), isKnown(share) ? meter(share) : null, h(".note", null, note)));
+    made.push(
+      h(
+        ".tile",
+        null,
+        h(".title", null, title),
+        h(".value", null, value),
+        isKnown(share) ? meter(share) : null,
+        h(".note", null, note),
+      ),
+    );
   for (const key of ["params", "macs", "bytes", "time"]) {
     const total = totals[key];
     const ratio = total ? total.ratio : point.shares[key];
     if (!isKnown(ratio)) continue;
     const write = key === "time" ? time : short;
     const note = total ? `${write(total.before)} → ${write(total.after)}` : "of the input model";
-    const asked = key === point.budget || (key === "time" && point.budget === "latency") ? `, asked for ${number(point.asked)}` : "";
+    const asked =
+      key === point.budget || (key === "time" && point.budget === "latency")
+        ? `, asked for ${number(point.asked)}`
+        : "";
     tile(`${TITLES[key]}, ratio`, String(Number(ratio.toFixed(3))), note + asked, ratio);
   }
   if (isKnown(point.error)) tile("Output error", number(point.error), "largest of the outputs");
@@ -58,13 +102,17 @@ function meter(share) {
 /** The curve of a sweep with the table of its points; `view` keeps the chosen axes. */
 function curve(view, chosen, choosePoint) {
   const made = data.points.filter((point) => !point.note);
-  const known = (axes) => Object.entries(axes).filter(([, axis]) => made.some((point) => isKnown(axis.of(point))));
+  const known = (axes) =>
+    Object.entries(axes).filter(([, axis]) => made.some((point) => isKnown(axis.of(point))));
   const across = known(AXES);
   const up = known(JUDGED);
   if (!made.length || !across.length || !up.length) return null;
   if (!across.some(([key]) => key === view.x)) view.x = across[0][0];
   if (!up.some(([key]) => key === view.y)) view.y = up[0][0];
-  const place = chartPlace("The points of the sweep: what each costs, and how much it errs. The table below has all figures.", "chart.tall");
+  const place = chartPlace(
+    "The points of the sweep: what each costs, and how much it errs. The table below has all figures.",
+    "chart.tall",
+  );
   const judged = JUDGED[view.y];
   const axes = { x: AXES[view.x], y: judged, loss: judged.loss };
   const entries = (pairs) => pairs.map(([key, axis]) => [key, axis.title]);
@@ -72,25 +120,71 @@ function curve(view, chosen, choosePoint) {
   const recipes = new Set(made.map((point) => point.recipe)).size > 1 ? ["recipe"] : [];
   const figures = across.map(([, axis]) => axis).concat(up.map(([, axis]) => axis));
   const rows = made.map((point) => {
-    const button = h("button.name", { type: "button", "aria-pressed": String(point.name === chosen), onclick: () => choosePoint(point.name) }, point.name);
-    return [h("span", { role: "img", "aria-label": best.has(point.name) ? "on the front" : "beaten" }, best.has(point.name) ? "●" : "○"), [button, point.detail && point.detail.warnings.length ? h("span.alarm", { role: "img", "aria-label": "with warnings", title: point.detail.warnings.join("\n") }, " ⚠") : null], ...recipes.map(() => point.recipe), ...figures.map((axis) => axis.write(axis.of(point)))];
+    const button = h(
+      "button.name",
+      {
+        type: "button",
+        "aria-pressed": String(point.name === chosen),
+        onclick: () => choosePoint(point.name),
+      },
+      point.name,
+    );
+    return [
+      h(
+        "span",
+        { role: "img", "aria-label": best.has(point.name) ? "on the front" : "beaten" },
+        best.has(point.name) ? "●" : "○",
+      ),
+      [
+        button,
+        point.detail && point.detail.warnings.length
+          ? h(
+              "span.alarm",
+              { role: "img", "aria-label": "with warnings", title: point.detail.warnings.join("\n") },
+              " ⚠",
+            )
+          : null,
+      ],
+      ...recipes.map(() => point.recipe),
+      ...figures.map((axis) => axis.write(axis.of(point))),
+    ];
   });
-  const list = table(["", "point", ...recipes, ...figures.map((axis) => axis.title)], rows, figures.map((_, index) => index + 2 + recipes.length));
+  const list = table(
+    ["", "point", ...recipes, ...figures.map((axis) => axis.title)],
+    rows,
+    figures.map((_, index) => index + 2 + recipes.length),
+  );
   [...list.querySelectorAll("tbody tr")].forEach((row, index) => {
     row.classList.toggle("chosen", made[index].name === chosen);
     row.addEventListener("click", () => choosePoint(made[index].name));
   });
   arrows(list);
   const node = section(
-    "curve", "Trade-off",
-    h(".controls", null,
+    "curve",
+    "Trade-off",
+    h(
+      ".controls",
+      null,
       choose("Across", entries(across), view.x, (value) => ((view.x = value), view.again())),
-      choose("Up", entries(up), view.y, (value) => ((view.y = value), view.again()))),
+      choose("Up", entries(up), view.y, (value) => ((view.y = value), view.again())),
+    ),
     place,
-    h("p.hint", null, "● no other point has less of both axes, ○ another one does. Choose a point to see its model below."),
+    h(
+      "p.hint",
+      null,
+      "● no other point has less of both axes, ○ another one does. Choose a point to see its model below.",
+    ),
     list,
   );
-  return { node, draw: () => draw(place, () => tradeoff(made, axes, chosen), (hit) => hit.customdata && choosePoint(hit.customdata)) };
+  return {
+    node,
+    draw: () =>
+      draw(
+        place,
+        () => tradeoff(made, axes, chosen),
+        (hit) => hit.customdata && choosePoint(hit.customdata),
+      ),
+  };
 }
 
 /** Arrow keys move between the buttons of a table. */
@@ -118,10 +212,16 @@ function pointCard(point) {
   }
   fact("error on", point.inputs);
   return section(
-    "point", point.name ? `Point ${point.name}` : "This model", tiles(point),
+    "point",
+    point.name ? `Point ${point.name}` : "This model",
+    tiles(point),
     point.name ? h("dl.facts", null, facts) : null,
-    point.command ? [h("p.hint", null, "This command makes the model again from its plan:"), command(point.command)] : null,
-    point.detail ? null : h("p.hint", null, "This page has no room for the layers of this point: its report file has them."),
+    point.command
+      ? [h("p.hint", null, "This command makes the model again from its plan:"), command(point.command)]
+      : null,
+    point.detail
+      ? null
+      : h("p.hint", null, "This page has no room for the layers of this point: its report file has them."),
   );
 }
 
@@ -142,7 +242,8 @@ function errors(detail) {
     const rows = [];
     const judge = (output, kind) => rows.push({ output, kind });
     const isFamiliar = other && JSON.stringify(found.outputs) === JSON.stringify(other.familiar);
-    for (const output of isFamiliar ? found.alone : found.outputs.concat(found.alone)) judge(output, other ? "validation" : "");
+    for (const output of isFamiliar ? found.alone : found.outputs.concat(found.alone))
+      judge(output, other ? "validation" : "");
     if (other) {
       for (const output of other.familiar) judge(output, other.kind);
       for (const output of other.outputs) judge(output, "check");
@@ -158,10 +259,22 @@ function errors(detail) {
       ...(other ? [kind] : []),
       ...known.map(([, key, write]) => write(output[key])),
     ];
-    parts.push(table(head, rows.map(line), known.map((_, index) => index + first)));
+    parts.push(
+      table(
+        head,
+        rows.map(line),
+        known.map((_, index) => index + first),
+      ),
+    );
     if (found.continuation) {
       const { prompts, tokens, agreement } = found.continuation;
-      parts.push(h("p", null, `Greedy continuation of ${prompts} prompts: ${percent(agreement)} of ${tokens} tokens agree.`));
+      parts.push(
+        h(
+          "p",
+          null,
+          `Greedy continuation of ${prompts} prompts: ${percent(agreement)} of ${tokens} tokens agree.`,
+        ),
+      );
     }
     for (const note of found.notes) parts.push(h("p.hint", null, note));
   } else {
@@ -171,9 +284,16 @@ function errors(detail) {
   if (detail.trials.length) {
     const rows = detail.trials.map((trial) => [
       trial.chosen ? h("span", { role: "img", "aria-label": "chosen" }, "●") : "",
-      trial.recipe + (trial.recovered ? ", recovered" : ""), number(trial.ratio), number(trial.error), percent(trial.agreement), trial.note,
+      trial.recipe + (trial.recovered ? ", recovered" : ""),
+      number(trial.ratio),
+      number(trial.error),
+      percent(trial.agreement),
+      trial.note,
     ]);
-    parts.push(h("h3", null, "Models that were tried"), table(["", "recipe", "ratio", "output error", "agreement", ""], rows, [2, 3, 4]));
+    parts.push(
+      h("h3", null, "Models that were tried"),
+      table(["", "recipe", "ratio", "output error", "agreement", ""], rows, [2, 3, 4]),
+    );
   }
   return section("errors", "Errors at the outputs", parts);
 }
@@ -182,18 +302,27 @@ function times(detail) {
   const timing = detail.timing;
   if (!timing) return null;
   const rows = [["whole model", time(timing.before), time(timing.predicted), time(timing.after)]];
-  for (const call of timing.calls) rows.push([`${call.inputs} (weight ${number(call.weight)})`, time(call.before), "–", time(call.after)]);
+  for (const call of timing.calls)
+    rows.push([`${call.inputs} (weight ${number(call.weight)})`, time(call.before), "–", time(call.after)]);
   return section(
-    "times", "Times",
+    "times",
+    "Times",
     h("p", null, `Medians of interleaved runs on ${timing.engine}; inputs ${timing.inputs}.`),
     table(["", "before", "predicted", "after"], rows, [1, 2, 3]),
-    timing.layers.length ? h("p.hint", null, "The times of single layers are among the amounts of “Budget by layer”.") : null,
+    timing.layers.length
+      ? h("p.hint", null, "The times of single layers are among the amounts of “Budget by layer”.")
+      : null,
   );
 }
 
 function nodeText(node) {
   const weights = node.weights.map((sizes) => sizes.join("×") || "scalar").join(", ");
-  return [h("strong", null, node.op), " ", nameOf(node.name), weights ? h("span.weights", null, ` ${weights}`) : null];
+  return [
+    h("strong", null, node.op),
+    " ",
+    nameOf(node.name),
+    weights ? h("span.weights", null, ` ${weights}`) : null,
+  ];
 }
 
 /** The graph before and after: what both have is folded into lines. */
@@ -201,36 +330,73 @@ function graph(detail, chooseNode) {
   const found = detail.graph;
   const parts = [];
   if (!found) return section("graph", "Graph", h("p", null, "There is no new graph: this was a dry run."));
-  const counts = Object.entries(found.operators).map(([name, total]) => [h("bdi", null, name), exact(total.before), exact(total.after)]);
+  const counts = Object.entries(found.operators).map(([name, total]) => [
+    h("bdi", null, name),
+    exact(total.before),
+    exact(total.after),
+  ]);
   const fused = (detail.validation && detail.validation.fused) || {};
   const lost = Object.entries(fused).filter(([, total]) => total.after < total.before);
   if (lost.length) {
-    parts.push(h("p.lost", null, h("strong", null, "Fusions lost: "), "ONNX Runtime no longer fuses ", lost.map(([name, total]) => `${total.before - total.after} of ${total.before} ${name}`).join(", "), "."));
+    parts.push(
+      h(
+        "p.lost",
+        null,
+        h("strong", null, "Fusions lost: "),
+        "ONNX Runtime no longer fuses ",
+        lost.map(([name, total]) => `${total.before - total.after} of ${total.before} ${name}`).join(", "),
+        ".",
+      ),
+    );
   } else if (Object.keys(fused).length) {
     parts.push(h("p", null, "ONNX Runtime fuses all operators that it fused before."));
   }
   if (detail.merges.length) {
-    const rows = detail.merges.map((merged) => [h("bdi", null, merged.first), h("bdi", null, merged.second), exact(merged.saved), bound(Math.max(...merged.certificate.spectral))]);
-    parts.push(h("h3", null, "Multiplied"), h("p.hint", null, "Adjacent linear operators became one, as the product is smaller."), table(["first", "second", "parameters saved", "bound"], rows, [2, 3]));
+    const rows = detail.merges.map((merged) => [
+      h("bdi", null, merged.first),
+      h("bdi", null, merged.second),
+      exact(merged.saved),
+      bound(Math.max(...merged.certificate.spectral)),
+    ]);
+    parts.push(
+      h("h3", null, "Multiplied"),
+      h("p.hint", null, "Adjacent linear operators became one, as the product is smaller."),
+      table(["first", "second", "parameters saved", "bound"], rows, [2, 3]),
+    );
   }
-  if (detail.removed_inputs.length) parts.push(h("p", null, "Graph inputs removed: ", h("bdi", null, detail.removed_inputs.join(", ")), "."));
-  if (counts.length) parts.push(h("h3", null, "Operators"), table(["operator", "before", "after"], counts, [1, 2]));
+  if (detail.removed_inputs.length)
+    parts.push(h("p", null, "Graph inputs removed: ", h("bdi", null, detail.removed_inputs.join(", ")), "."));
+  if (counts.length)
+    parts.push(h("h3", null, "Operators"), table(["operator", "before", "after"], counts, [1, 2]));
   const lines = [];
   let scope = "";
   for (const change of found.changes) {
-    if (change.scope !== scope) lines.push(h(".scope", null, "in ", h("bdi", null, (scope = change.scope) || "the main graph")));
+    if (change.scope !== scope)
+      lines.push(h(".scope", null, "in ", h("bdi", null, (scope = change.scope) || "the main graph")));
     const same = Object.entries(change.same);
-    if (same.length) lines.push(h(".same", null, "⋯ ", same.map(([name, count]) => `${count} ${name}`).join(", "), " unchanged"));
+    if (same.length)
+      lines.push(
+        h(".same", null, "⋯ ", same.map(([name, count]) => `${count} ${name}`).join(", "), " unchanged"),
+      );
     if (!change.gone.length && !change.new.length) continue;
     const gone = change.gone.map((node) => {
       const known = chooseNode(node.name);
       const content = [h("span.sign", { "aria-label": "removed" }, "−"), ...nodeText(node)];
       return h("li", null, known ? h("button.name", { type: "button", onclick: known }, content) : content);
     });
-    const fresh = change.new.map((node) => h("li", null, h("span.sign", { "aria-label": "added" }, "+"), ...nodeText(node)));
+    const fresh = change.new.map((node) =>
+      h("li", null, h("span.sign", { "aria-label": "added" }, "+"), ...nodeText(node)),
+    );
     lines.push(h(".change", null, h("ul.gone", null, gone), h("ul.fresh", null, fresh)));
   }
-  parts.push(h("h3", null, "Before and after"), h(".scroll.nodes", { tabindex: 0, role: "group", "aria-label": "Nodes before and after" }, lines.length ? lines : h("p", null, "No node differs.")));
+  parts.push(
+    h("h3", null, "Before and after"),
+    h(
+      ".scroll.nodes",
+      { tabindex: 0, role: "group", "aria-label": "Nodes before and after" },
+      lines.length ? lines : h("p", null, "No node differs."),
+    ),
+  );
   return section("graph", "Graph", parts);
 }
 
@@ -241,15 +407,39 @@ function skipped(detail) {
   }
   if (!reasons.size) return null;
   const groups = [...reasons].map(([reason, names]) =>
-    h("details", null, h("summary", null, `${names.length} × ${reason}`), h("p", null, names.map((name) => [h("bdi", null, name), " "]))));
+    h(
+      "details",
+      null,
+      h("summary", null, `${names.length} × ${reason}`),
+      h(
+        "p",
+        null,
+        names.map((name) => [h("bdi", null, name), " "]),
+      ),
+    ),
+  );
   return section("skipped", "Operators left alone", groups);
 }
 
 function reproduce() {
   const parts = [];
-  if (data.command) parts.push(h("p.hint", null, data.kind === "sweep" ? "The whole sweep:" : "This command made the model:"), command(data.command));
+  if (data.command)
+    parts.push(
+      h("p.hint", null, data.kind === "sweep" ? "The whole sweep:" : "This command made the model:"),
+      command(data.command),
+    );
   if (!parts.length) parts.push(h("p", null, "The model was made from Python: the plan makes it again."));
-  const facts = [["input model", data.model], ["SHA-256", data.sha256], ["onnx-lowrank", data.version]];
-  parts.push(h("dl.facts", null, facts.map(([title, value]) => [h("dt", null, title), h("dd", null, h("bdi", null, value))])));
+  const facts = [
+    ["input model", data.model],
+    ["SHA-256", data.sha256],
+    ["onnx-lowrank", data.version],
+  ];
+  parts.push(
+    h(
+      "dl.facts",
+      null,
+      facts.map(([title, value]) => [h("dt", null, title), h("dd", null, h("bdi", null, value))]),
+    ),
+  );
   return section("reproduce", "Make it again", parts);
 }
