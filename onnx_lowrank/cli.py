@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import shlex
 import signal
 import sys
 import threading
@@ -13,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from traceback import format_exc
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -72,7 +73,7 @@ def _unwinding_on_signals() -> Iterator[None]:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parsed = {"verbose": 0}
+    parsed: dict[str, Any] = {"verbose": 0, "command": shlex.join(("onnx-lowrank", *arguments))}
     program, name = "onnx-lowrank", commands.DEFAULT
     if arguments and arguments[0] in commands.names():
         name, *arguments = arguments

@@ -13,6 +13,9 @@ from onnx_lowrank.documents import plans
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.atomic import check_writable, finish, replacing
 
+PAGE, NODES = ".html", ".nodes.json"
+"""The ends of the names of reports that are a page, or data for Model Explorer."""
+
 _STDOUT = Path("-")
 
 
@@ -22,6 +25,7 @@ def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report
     Raises:
         InputError: A target is the input model or another target, or cannot be written.
     """
+    check_report(report)
     targets = [target for target in (out, save_plan, report) if target is not None]
     for target in targets:
         if target == _STDOUT:
@@ -35,11 +39,32 @@ def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report
             raise InputError(f"{target} is named for two outputs: give each its own name.")
 
 
-def write(result: Result, out: Path | None, save_plan: Path | None, report: Path | None) -> None:
+def check_report(report: Path | None) -> None:
+    """Check before the work begins that the libraries of a page are there, if the report is one.
+
+    Raises:
+        InputError: One is not installed.
+    """
+    if report is not None and report.suffix == PAGE:
+        from onnx_lowrank.report.web import render  # Most runs show no page.
+
+        render.check_libraries()
+
+
+def write(
+    result: Result, out: Path | None, save_plan: Path | None, report: Path | None, command: str = ""
+) -> None:
     """Write the model, the plan and the report, each atomically; a plan or report named - goes to stdout.
 
     Cheap failures come first: stdout is written first, then the small files. These replace their targets only
     after the model has been written.
+
+    Args:
+        result: The results.
+        out: The place of the model; None for none, as for the others.
+        save_plan: The place of the plan.
+        report: The place of the report: a page, data for Model Explorer or JSON, by its suffix.
+        command: The command that makes the model, for a page to show.
 
     Raises:
         InputError: One of them cannot be written.
@@ -48,12 +73,19 @@ def write(result: Result, out: Path | None, save_plan: Path | None, report: Path
     if save_plan is not None:
         texts[save_plan] = plans.to_json(result.plan)
     if report is not None:
-        texts[report] = result.report.to_json()
+        texts[report] = _report(result, report, command)
     if (text := texts.pop(_STDOUT, None)) is not None:
         print_text(text)
     with _written(texts):
         if out is not None:
             result.save(out)
+
+
+def _report(result: Result, place: Path, command: str) -> str:
+    """The report in the form that the name of its place asks for."""
+    if place.suffix == PAGE:
+        return result.report.to_html(command)
+    return result.report.to_node_data() if place.name.endswith(NODES) else result.report.to_json()
 
 
 def print_text(text: str) -> None:

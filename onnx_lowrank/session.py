@@ -39,6 +39,7 @@ from onnx_lowrank.request import Request, Setting
 from onnx_lowrank.stages import planning, reporting, settling
 from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.check import Measured, fault, validate
+from onnx_lowrank.stages.detail import details
 from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import ANY, Search, check_target
@@ -226,14 +227,14 @@ class _Job:
         )
         dry_run = self.setting.dry_run
         if dry_run and not self.asked.is_search:
-            return self._result(self._plan(scores), calibration)
+            return self._result(scores, self._plan(scores), calibration)
         slower: list[float] = []
         while len(slower) < _CHANCES:
             with ExitStack() as stack:
                 built, trials = self._made(scores, calibration)
                 stack.enter_context(built.resources)
                 if dry_run:
-                    return self._result(built.plan, calibration, trials)
+                    return self._result(scores, built.plan, calibration, trials)
                 check_unchanged(self.found.model.stamps)
                 with self.progress.stage("validate"):
                     validation = self._validated(built, calibration, trials)
@@ -248,7 +249,7 @@ class _Job:
                 times = self._timing(built)
                 if self.gauge is None or times is None or not self._is_refused(built, times):
                     return self._result(
-                        built.plan, calibration, trials, built, validation, times, stack.pop_all()
+                        scores, built.plan, calibration, trials, built, validation, times, stack.pop_all()
                     )
                 slower.append(times.ratio or 1.0)
                 _log.debug("the model takes %.3f of the time: layers that lose time are put back", slower[-1])
@@ -306,6 +307,7 @@ class _Job:
 
     def _result(
         self,
+        scores: Scores,
         plan: Plan,
         calibration: Calibration | None,
         trials: tuple[Trial, ...] = (),
@@ -337,6 +339,7 @@ class _Job:
             trials=trials,
             target=self.asked.target or ANY,
             styles=self.asked.styles,
+            details=details(scores, () if self.asked.plan else self.asked.recipes, plan),
         )
         resources = resources or ExitStack()
         model = self.found.model if built is None else built.model

@@ -112,10 +112,22 @@ def report_path(ctx: click.Context, param: click.Parameter, value: Path | None) 
     """The path of a report.
 
     Raises:
-        click.BadParameter: It is neither that of a .json file nor stdout.
+        click.BadParameter: It is neither that of a .json or .html file nor stdout.
     """
-    if value is not None and str(value) != "-" and value.suffix != ".json":
+    if value is not None and str(value) != "-" and value.suffix not in (".json", ".html"):
         raise click.BadParameter(
-            f"{str(value)!r} is neither a .json file nor -: name a .json file, or - for stdout"
+            f"{str(value)!r} is neither a .json nor a .html file nor -: name a .json or .html file, or - for "
+            "stdout"
         )
+    return value
+
+
+def page_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """The path of a page.
+
+    Raises:
+        click.BadParameter: It is not that of a .html file.
+    """
+    if value is not None and value.suffix != ".html":
+        raise click.BadParameter(f"{str(value)!r} is no .html file: name one, such as page.html")
     return value

@@ -169,11 +169,11 @@ WRONG = {
     "plan in no folder": ([*HALF, "--save-plan", "no/p.json"], "there is no folder no"),
     "report in no folder": ([*HALF, "--report", "no/r.json"], "there is no folder no"),
     "report is a folder": ([*HALF, "--report", "sub.json"], "sub.json is a folder"),
-    "report as HTML": (
-        [*HALF, "--report", "r.html"],
-        "--report: 'r.html' is neither a .json file nor -: name a .json file, or - for stdout",
+    "report as XML": (
+        [*HALF, "--report", "r.xml"],
+        "--report: 'r.xml' is neither a .json nor a .html file nor -: name a .json or .html file, or - for",
     ),
-    "report without suffix": ([*HALF, "--report", "report"], "--report: 'report' is neither a .json file"),
+    "report without suffix": ([*HALF, "--report", "report"], "--report: 'report' is neither a .json nor"),
     "no ratio": (["in.onnx", "out.onnx"], "exactly one of these: a ratio, such as --ratio 0.5; a plan"),
     "ratio and plan": (
         [*HALF, "--plan", "p.json"],

@@ -228,8 +228,9 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     "--report",
     type=click.Path(path_type=Path, allow_dash=True),
     callback=values.report_path,
-    metavar="FILE.json",
-    help="Write the report as JSON; - is stdout.",
+    metavar="FILE",
+    help="Write the report: a .html file is a page for a browser, a .nodes.json file shows the errors in "
+    "Model Explorer, a .json file has all data; - is stdout.",
 )
 @click.option("--dry-run", is_flag=True, help="Only make the plan; do not write OUT.onnx.")
 @click.option(
@@ -341,6 +342,6 @@ def command(
         shown(console, ctx.obj["verbose"] or -quiet),
         compress(source, dry_run=dry_run, progress=progress, **options) as result,
     ):
-        write(result, out, save_plan, report)
+        write(result, out, save_plan, report, ctx.obj["command"])
         if not quiet:
             result.report.table(console)

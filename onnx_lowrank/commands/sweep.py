@@ -11,17 +11,19 @@ from rich.console import Console
 
 from onnx_lowrank import budgets, values
 from onnx_lowrank.commands import compress
+from onnx_lowrank.destinations import check_outputs
 from onnx_lowrank.logs import shown
 from onnx_lowrank.progress import Silent, Terminal
 from onnx_lowrank.report import curve
 from onnx_lowrank.request import DEFAULT_BUDGET
+from onnx_lowrank.sweeps import page
 from onnx_lowrank.sweeps.run import FILE, spread, sweep
 
 _RANGE = re.compile(r"([0-9.]+)\.\.([0-9.]+)")
 _DEFAULT, _POINTS = "0.9..0.2", 8
 
-_OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache"})
-_SINGLE = frozenset({"out", "ratio", "plan", "save_plan", "report", "dry_run", "list_passes"}) | {
+_OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache", "report"})
+_SINGLE = frozenset({"out", "ratio", "plan", "save_plan", "dry_run", "list_passes"}) | {
     "target_error",
     "target_agreement",
 }
@@ -99,6 +101,13 @@ def _ratios(
     metavar="DIR",
     help="Keep results that all points share in DIR; by default in FOLDER.",
 )
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    callback=values.page_path,
+    metavar="FILE.html",
+    help="Write a page with the curve and the details of all points.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.pass_context
 def command(
@@ -112,6 +121,7 @@ def command(
     recipes: tuple[str, ...],
     evaluate: str | None,
     cache: Path | None,
+    report: Path | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -120,6 +130,8 @@ def command(
         ratios = spread(ratios[0], ratios[1], _POINTS if points is None else points)
     elif points is not None:
         raise click.UsageError("--points divides a range, such as --ratios 0.9..0.2: leave it out of a list.")
+    if report is not None:
+        check_outputs(source, None, None, report)
     console = Console(stderr=True)
     progress = Silent() if quiet else Terminal(console)
     with shown(console, ctx.obj["verbose"] or -quiet):
@@ -134,6 +146,8 @@ def command(
             cache=True if cache is None else cache,
             **options,
         )
+    if report is not None:
+        page.write(folder, report, ctx.obj["command"])
     if not quiet:
         curve.show(found, console, folder)
 

@@ -331,6 +331,39 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """A node of a graph.
+
+    Attributes:
+        op: Its operator type.
+        name: Its name; the name of its first output if it has none.
+        weights: The shapes of the initializers that it reads, in the order of its inputs.
+    """
+
+    op: str
+    name: str
+    weights: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A place where the nodes of two graphs differ.
+
+    Attributes:
+        scope: Path of the graph or function.
+        same: The nodes before this place that both have, since the last change: their numbers by operator
+            type.
+        gone: The nodes here that only the first one has.
+        new: The nodes here that only the second one has; empty with `gone` at the end of a scope.
+    """
+
+    scope: str
+    same: Mapping[str, int]
+    gone: tuple[Node, ...] = ()
+    new: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Differences:
     """How many things two models share.
 

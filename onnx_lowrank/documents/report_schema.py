@@ -8,6 +8,7 @@ from __future__ import annotations
 from onnx_lowrank.core.factors import Fit as Fitted
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.core.plan import Aggregate
+from onnx_lowrank.documents.report_details import Alternative, Curve, Graph, Total
 from onnx_lowrank.documents.report_outputs import Output as Output
 from onnx_lowrank.documents.report_outputs import Quantized as Quantized
 from onnx_lowrank.documents.report_outputs import Table
@@ -71,20 +72,6 @@ class Solver(Table, frozen=True):
     gap: float | None
 
 
-class Total(Table, frozen=True):
-    """An amount in the input model and in the compressed model.
-
-    Attributes:
-        before: The amount in the input model.
-        after: The amount in the compressed model.
-        ratio: after / before.
-    """
-
-    before: int | None
-    after: int | None
-    ratio: float | None
-
-
 class Certificate(Table, frozen=True):
     """Bounds on the norms of the residual relative to the norms of the weight, one per operator group.
 
@@ -136,6 +123,9 @@ class Layer(Table, frozen=True):
         fit: How its new numbers were made.
         kept_rows: The number of rows of a table that stay as they are.
         joined: Ids of all layers that share a factor with it, itself included; empty if there is no other.
+        cost: Its cost in the budget's unit, as the plan counts it.
+        curve: Its error by rank; null if no decomposition was considered, and for a replayed plan.
+        alternatives: Some decompositions that the plan has chosen from, the cheapest first.
     """
 
     id: str
@@ -157,6 +147,9 @@ class Layer(Table, frozen=True):
     fit: Fit | None
     kept_rows: int = 0
     joined: tuple[str, ...] = ()
+    cost: Total | None = None
+    curve: Curve | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
 
 class Skipped(Table, frozen=True):
@@ -400,6 +393,7 @@ class Report(Table, frozen=True):
         calibration: The calibration inputs and their use; null if there were none.
         timing: How long the model takes; null if nothing was timed.
         trials: The plans that were tried; empty if none were compared.
+        graph: The differences of both graphs; null in a dry run.
     """
 
     schema: int
@@ -419,3 +413,4 @@ class Report(Table, frozen=True):
     calibration: Calibration | None
     timing: Timing | None
     trials: tuple[Trial, ...]
+    graph: Graph | None = None

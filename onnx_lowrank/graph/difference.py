@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
-from onnx_lowrank.core.outcome import Differences
+from onnx_lowrank.core.outcome import Change, Differences, Node
 from onnx_lowrank.files.load import Model, array
-from onnx_lowrank.graph.scopes import scopes
+from onnx_lowrank.graph.scopes import Scope, scopes
 
 
 def operators(first: Model, second: Model) -> dict[str, tuple[int, int]]:
@@ -33,6 +34,64 @@ def nodes(first: Model, second: Model) -> Differences:
     ]
     same = (kinds[0] & kinds[1]).total()
     return Differences(same, 0, kinds[0].total() - same, kinds[1].total() - same)
+
+
+def changes(first: Model, second: Model) -> tuple[Change, ...]:
+    """The places where the nodes of two models differ, scope by scope.
+
+    Nodes are the same if their types, names, inputs, outputs and the shapes of their weights are. Both models
+    have the nodes that they share in the same order, as those of a rewritten model are.
+    """
+    found: list[Change] = []
+    parts = ({scope.path: _kinds(scope) for scope in scopes(model.proto)} for model in (first, second))
+    ours, theirs = parts
+    for path in dict.fromkeys((*ours, *theirs)):
+        found += _aligned(path, ours.get(path, []), theirs.get(path, []))
+    return tuple(found)
+
+
+_Kind = tuple[Node, tuple[str, ...], tuple[str, ...]]
+
+
+def _kinds(scope: Scope) -> list[_Kind]:
+    shapes = {t.name: tuple(t.dims) for t in (scope.graph.initializer if scope.graph is not None else ())}
+
+    def kind(node: NodeProto) -> _Kind:
+        weights = tuple(shapes[name] for name in node.input if name in shapes)
+        name = node.name or next(filter(None, node.output), "")
+        return Node(node.op_type, name, weights), tuple(node.input), tuple(node.output)
+
+    return [kind(node) for node in scope.nodes]
+
+
+def _aligned(path: str, ours: Sequence[_Kind], theirs: Sequence[_Kind]) -> Iterator[Change]:
+    """The changes of one scope; what follows the last one has no nodes of its own."""
+    shared = set(ours) & set(theirs)
+    # Between two shared nodes lie the nodes that one model alone has.
+    same: Counter[str] = Counter()
+    is_changed = False
+    for (gone, ended), (new, _) in zip_longest(
+        _runs(ours, shared), _runs(theirs, shared), fillvalue=((), None)
+    ):
+        if gone or new:
+            yield Change(path, dict(same), tuple(gone), tuple(new))
+            same, is_changed = Counter(), True
+        if ended is not None:
+            same[ended.op] += 1
+    if same and is_changed:
+        yield Change(path, dict(same))
+
+
+def _runs(nodes: Sequence[_Kind], shared: set[_Kind]) -> Iterator[tuple[Sequence[Node], Node | None]]:
+    """The nodes before every shared one, with it; at last those behind the last shared one."""
+    alone: list[Node] = []
+    for kind in nodes:
+        if kind in shared:
+            yield alone, kind[0]
+            alone = []
+        else:
+            alone.append(kind[0])
+    yield alone, None
 
 
 def tensors(first: Model, second: Model) -> Differences:

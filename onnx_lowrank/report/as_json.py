@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
-from typing import Any
 
 import msgspec
 
 from onnx_lowrank.core.factors import LayerFit
 from onnx_lowrank.core.outcome import (
     Calibrated,
+    Change,
     Continuation,
     Fused,
     Merge,
@@ -21,16 +20,17 @@ from onnx_lowrank.core.outcome import (
     Trial,
     Validation,
 )
+from onnx_lowrank.documents import report_details as details
 from onnx_lowrank.documents import report_schema as schema
-from onnx_lowrank.documents.json_text import to_text
-from onnx_lowrank.report.content import Content, LayerRow, Total
+from onnx_lowrank.documents.json_text import finite, to_text
+from onnx_lowrank.report.content import Content, Detail, Graph, LayerRow, Total
 
 
 def dumps(report: Content) -> str:
     """Write the report as JSON text that ends with a newline; equal reports give equal texts."""
     # Without enc_hook, msgspec rejects NumPy's float64, although it is a subclass of float.
     table = msgspec.to_builtins(as_table(report), enc_hook=float)
-    return to_text(_finite(table), indent=2) + "\n"
+    return to_text(finite(table), indent=2) + "\n"
 
 
 def as_table(report: Content) -> schema.Report:
@@ -56,11 +56,12 @@ def as_table(report: Content) -> schema.Report:
         calibration=_calibration(report.calibration) if report.calibration else None,
         timing=_timing(report.timing) if report.timing else None,
         trials=tuple(_trial(trial) for trial in report.trials),
+        graph=_graph(report.graph) if report.graph else None,
     )
 
 
-def _total(total: Total) -> schema.Total:
-    return schema.Total(before=total.before, after=total.after, ratio=total.ratio)
+def _total(total: Total) -> details.Total:
+    return details.Total(before=total.before, after=total.after, ratio=total.ratio)
 
 
 def _merge(merged: Merge) -> schema.Merge:
@@ -90,7 +91,31 @@ def _layer(row: LayerRow) -> schema.Layer:
         fit=_fit(row.fit) if row.fit else None,
         kept_rows=row.kept,
         joined=row.joined,
+        cost=_total(row.cost),
+        curve=details.Curve(**asdict(row.detail.curve)) if row.detail.curve else None,
+        alternatives=_alternatives(row.detail),
     )
+
+
+def _alternatives(detail: Detail) -> tuple[details.Alternative, ...]:
+    return tuple(
+        details.Alternative(
+            fold=found.option.fold, k=found.option.k, j=found.option.j, cost=found.cost, error=found.error
+        )
+        for found in detail.alternatives
+    )
+
+
+def _graph(graph: Graph) -> details.Graph:
+    return details.Graph(
+        operators={name: _total(total) for name, total in graph.operators.items()},
+        changes=tuple(_change(change) for change in graph.changes),
+    )
+
+
+def _change(change: Change) -> details.Change:
+    gone, new = (tuple(details.Node(**asdict(n)) for n in nodes) for nodes in (change.gone, change.new))
+    return details.Change(scope=change.scope, same=dict(change.same), gone=gone, new=new)
 
 
 def _fit(fit: LayerFit) -> schema.Fit:
@@ -135,7 +160,7 @@ def _continuation(found: Continuation) -> schema.Continuation:
     return schema.Continuation(prompts=found.prompts, tokens=found.tokens, agreement=found.agreement)
 
 
-def _fused(fused: Fused) -> dict[str, schema.Total] | None:
+def _fused(fused: Fused) -> dict[str, details.Total] | None:
     if fused.note:
         return None
     return {name: _total(Total(count, fused.after.get(name, 0))) for name, count in fused.before.items()}
@@ -191,12 +216,3 @@ def _trial(trial: Trial) -> schema.Trial:
         note=trial.note,
         outputs=_outputs(trial.outputs),
     )
-
-
-def _finite(value: Any) -> Any:
-    """A copy with None in place of the numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Skipped
-from onnx_lowrank.core.option import Option
-from onnx_lowrank.core.outcome import Calibrated, Merge, Timing, Trial, Validation
+from onnx_lowrank.core.option import Fold, Option
+from onnx_lowrank.core.outcome import Calibrated, Change, Merge, Timing, Trial, Validation
 from onnx_lowrank.core.plan import Solver
 
 
@@ -61,6 +61,69 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """How the error of a layer falls with the rank of one decomposition, at some of the ranks.
+
+    Attributes:
+        fold: Its fold.
+        k: Its number of slices.
+        ranks: Ranks of every slice, ascending.
+        errors: The errors at these ranks in the recipe's measure.
+        values: The largest singular value that each of these ranks leaves out; empty if the recipe needs no
+            spectra.
+    """
+
+    fold: Fold
+    k: int
+    ranks: tuple[int, ...]
+    errors: tuple[float, ...]
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A decomposition of a layer that no other one beats.
+
+    Attributes:
+        option: The decomposition.
+        cost: Its cost in the budget's unit.
+        error: Its error in the recipe's measure.
+    """
+
+    option: Option
+    cost: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What a plan has chosen from for one layer.
+
+    Attributes:
+        curve: The errors by rank; None if no decomposition was considered.
+        alternatives: Some of the decompositions, from the cheapest to the best.
+        keep: The cost of the kept layer in the budget's unit; None if it is unknown.
+    """
+
+    curve: Curve | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    keep: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """How the graph of the compressed model differs from that of the input model.
+
+    Attributes:
+        operators: The numbers of nodes by operator type; only types whose number differs.
+        changes: The places that differ, in order.
+    """
+
+    operators: Mapping[str, Total]
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRow:
     """One layer.
 
@@ -81,6 +144,8 @@ class LayerRow:
         kept: Number of rows of a table that stay as they are.
         fit: How its new numbers were made; None if that is unknown or it has none.
         joined: Ids of all layers that share a factor with it, itself included; empty if there is no other.
+        cost: Its cost in the budget's unit, as the plan counts it.
+        detail: What the plan has chosen from; empty for a replayed plan.
     """
 
     id: str
@@ -99,6 +164,8 @@ class LayerRow:
     fit: LayerFit | None = None
     kept: int = 0
     joined: tuple[str, ...] = ()
+    cost: Total = Total(None, None)
+    detail: Detail = Detail()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +196,7 @@ class Content:
         timing: How long both models take; None if nothing was timed.
         merges: The pairs of adjacent operators that were multiplied. The rows of the layers describe their
             state before this step.
+        graph: The differences of both graphs; None in a dry run.
     """
 
     version: str
@@ -152,3 +220,4 @@ class Content:
     target_agreement: float | None = None
     timing: Timing | None = None
     merges: tuple[Merge, ...] = ()
+    graph: Graph | None = None

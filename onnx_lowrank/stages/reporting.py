@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from onnx_lowrank import quantize
 from onnx_lowrank.budgets import registry
@@ -19,16 +18,14 @@ from onnx_lowrank.core.layer import Layer, narrow_layers, shared_full_rank, shar
 from onnx_lowrank.core.option import Lowering, Style
 from onnx_lowrank.core.outcome import Calibrated, Other, OutputError, Trial, Validation, largest_error
 from onnx_lowrank.core.plan import Choice, Plan
+from onnx_lowrank.graph import difference
 from onnx_lowrank.layers.lowered import is_left
-from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
+from onnx_lowrank.report.content import Detail, Figure, Graph, LayerRow, Total, Totals
 from onnx_lowrank.report.naming import display_names
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.report.words import number, percent
 from onnx_lowrank.stages.build import Built
 from onnx_lowrank.stages.search import ANY, Target
-
-if TYPE_CHECKING:
-    pass
 
 _LARGE_ERROR = 0.5
 _LOW_AGREEMENT = 0.9
@@ -59,6 +56,7 @@ def assemble(
     trials: tuple[Trial, ...] = (),
     target: Target = ANY,
     styles: Set[Style] = frozenset(),
+    details: Mapping[str, Detail] | None = None,
 ) -> Report:
     """Gather the results of a run.
 
@@ -71,6 +69,7 @@ def assemble(
         trials: The plans that were tried on them.
         target: The quality that was asked for instead of a ratio.
         styles: The lowerings that were asked for.
+        details: What the plan has chosen from, by layer; None if that is unknown.
     """
     found, plan = run.found, run.plan
     totals = _totals(run)
@@ -85,7 +84,7 @@ def assemble(
         asked=plan.ratio,
         reached=1.0 if reached is None else reached,
         solver=plan.solver,
-        layers=_rows(run, built),
+        layers=_rows(run, built, details or {}),
         skipped=found.left_alone(plan.choices),
         removed_inputs=() if built is None else built.rewritten.removed_inputs,
         totals=totals,
@@ -104,7 +103,14 @@ def assemble(
         target_agreement=target.agreement,
         timing=run.timing,
         merges=() if built is None else built.merges,
+        graph=None if built is None else _graph(run, built),
     )
+
+
+def _graph(run: Run, built: Built) -> Graph:
+    models = run.found.model, built.rewritten.model
+    counts = {name: Total(*pair) for name, pair in difference.operators(*models).items()}
+    return Graph(counts, difference.changes(*models))
 
 
 def _ratio_warnings(run: Run, reached: float, *, targeted: bool) -> Iterator[str]:
@@ -283,7 +289,7 @@ def _low_cosine(outputs: tuple[OutputError, ...]) -> str:
     )
 
 
-def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
+def _rows(run: Run, built: Built | None, details: Mapping[str, Detail]) -> tuple[LayerRow, ...]:
     """One row for every layer, in graph order."""
     bindings = run.found.bindings
     names = display_names(
@@ -303,6 +309,7 @@ def _rows(run: Run, built: Built | None) -> tuple[LayerRow, ...]:
             narrow.get(choice.layer),
             full.get(choice.layer),
             sharing(binding.layer, options),
+            details.get(choice.layer, Detail()),
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
     )
@@ -336,6 +343,7 @@ def _row(
     narrow: Layer | None,
     full: int | None,
     joined: tuple[str, ...],
+    detail: Detail,
 ) -> LayerRow:
     option = choice.option
     after = (layer, option) if narrow is None else (narrow, None)
@@ -358,6 +366,8 @@ def _row(
         if option is not None and option.lowering is Lowering.SPARSE
         else 0,
         joined=joined,
+        cost=Total(detail.keep, choice.cost),
+        detail=detail,
     )
 
 

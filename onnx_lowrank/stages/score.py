@@ -20,7 +20,7 @@ from onnx_lowrank.allocate.joins import Joined, sharings_of
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, sparse_tables
 from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of
 from onnx_lowrank.budgets.budget import Gauge, Meter
-from onnx_lowrank.core.factors import Fit
+from onnx_lowrank.core.factors import Fit, Spectra
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
@@ -139,11 +139,7 @@ class Scores:
         if Needs.OUTPUTS in measure.needs:
             self._add_effects(recipe)
         unknown = self._unknown(measure)
-        # One by one: the errors of all options of all layers may take much more than those that remain.
-        tables: Iterable[Errors] = (
-            {} if reason else measure.errors(known.evidence(measure.needs), relative=recipe.relative)
-            for known, reason in zip(self._known, unknown, strict=True)
-        )
+        tables: Iterable[Errors] = self._errors(recipe, unknown)
         if self.meter.gauge is not None:
             tables = list(tables)
             self._measure(recipe, self.meter.gauge, tables)
@@ -157,6 +153,25 @@ class Scores:
             for layer, table, reason in zip(self._layers, tables, unknown, strict=True)
         ]
         return tuple(found if measure.calibrated else without_calibration(self._layers, found))
+
+    def considered(self, recipe: Recipe) -> Iterator[tuple[Candidates, Errors, Spectra]]:
+        """For every layer, its options without partners, their errors and spectra; after `candidates`."""
+        measure, price = measures.named(recipe.measure), self._price(recipe)
+        tables = self._errors(recipe, self._unknown(measure))
+        for layer, known, errors in zip(self._layers, self._known, tables, strict=True):
+            yield (
+                candidates(layer, errors, recipe, self._grid, price),
+                errors,
+                known.evidence(measure.needs).spectra,
+            )
+
+    def _errors(self, recipe: Recipe, unknown: Sequence[str]) -> Iterator[Errors]:
+        """The errors of all options of every layer; none for a layer that a reason keeps."""
+        measure = measures.named(recipe.measure)
+        # One by one: the errors of all options of all layers may take much more than those that remain.
+        for known, reason in zip(self._known, unknown, strict=True):
+            evidence = known.evidence(measure.needs)
+            yield {} if reason else measure.errors(evidence, relative=recipe.relative)
 
     def _unknown(self, measure: Measure) -> list[str]:
         """For every layer, why its errors under a measure are unknown, a phrase; "" if they are known."""

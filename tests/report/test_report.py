@@ -218,6 +218,7 @@ def test_json_holds_everything():
     assert list(loaded) == [
         "schema", "version", "model", "recipe", "ratio", "solver", "totals", "layers", "skipped",
         "removed_inputs", "merges", "validation", "warnings", "target", "calibration", "timing", "trials",
+        "graph",
     ]  # fmt: skip
     assert loaded["schema"] == 1
     assert (loaded["target"], loaded["calibration"], loaded["trials"]) == (None, None, [])
