@@ -106,7 +106,7 @@ def _validated(material: Material, second: Model, setting: Setting) -> Validatio
             {},
             alone=lambda layer: None,
             inputs=material.given,
-            input_shapes=material.shapes,
+            input_shapes=setting.sets[0],
             provider=setting.provider,
         )
     except ValidationError as error:

@@ -302,6 +302,7 @@ class _Job:
             built is not None and bool(built.merges),
             self.material.shapes,
             times,
+            self.material.counted,
         )
         report = reporting.assemble(
             run,
@@ -373,7 +374,7 @@ class _Job:
             inputs=given,
             measured=held if given is None else None,
             padding=padding,
-            input_shapes=self.material.shapes,
+            input_shapes=self.setting.sets[0],
             provider=self.setting.provider,
             max_error=self.setting.max_error,
         )

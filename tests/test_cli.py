@@ -218,7 +218,6 @@ WRONG = {
     "missing plan": (["in.onnx", "out.onnx", "--plan", "p.json"], "The plan p.json cannot be read"),
     "folder as plan": (["in.onnx", "out.onnx", "--plan", "sub"], "The plan sub cannot be read"),
     "model as plan": (["in.onnx", "out.onnx", "--plan", "in.onnx"], "The plan in.onnx"),
-    "MACs of free dimensions": ([*HALF, "--budget", "macs"], "pass them as --input-shape x=1,8,6,6"),
     "unknown device": ([*HALF, "--device", "tpu"], "There is no device 'tpu': choose auto, cpu or cuda"),
     "unknown provider": ([*HALF, "--provider", "MagicExecutionProvider"], "one of"),
     "include of nothing": ([*HALF, "--include", "conv9*"], "is named 'conv9*'"),

@@ -429,6 +429,8 @@ class Report(Table, frozen=True):
         calibration: The calibration inputs and their use; null if there were none.
         timing: How long the model takes; null if nothing was timed.
         trials: The plans that were tried; empty if none were compared.
+        counted: The inputs for which MACs and times count, where neither the model nor the user states their
+            shapes, a phrase; "" elsewhere.
     """
 
     schema: int
@@ -448,3 +450,4 @@ class Report(Table, frozen=True):
     calibration: Calibration | None
     timing: Timing | None
     trials: tuple[Trial, ...]
+    counted: str = ""

@@ -55,6 +55,7 @@ def as_table(report: Content) -> schema.Report:
         calibration=_calibration(report.calibration) if report.calibration else None,
         timing=_timing(report.timing) if report.timing else None,
         trials=tuple(_trial(trial) for trial in report.trials),
+        counted=report.counted,
     )
 
 

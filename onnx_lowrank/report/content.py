@@ -129,6 +129,8 @@ class Content:
         timing: How long both models take; None if nothing was timed.
         merges: The pairs of adjacent operators that were multiplied. The rows of the layers describe their
             state before this step.
+        counted: The inputs for which MACs and times count, where neither the model nor the user states their
+            shapes, a phrase; "" elsewhere.
     """
 
     version: str
@@ -152,3 +154,4 @@ class Content:
     target_agreement: float | None = None
     timing: Timing | None = None
     merges: tuple[Merge, ...] = ()
+    counted: str = ""

@@ -27,9 +27,6 @@ def show(report: Content, console: Console) -> None:
         layers.show(report, page)
     page.blank()
     _totals(report, page)
-    for figure in report.totals.figures:
-        if figure.unknown and figure.total is not None and figure.total.before is None:
-            page.line(figure.unknown, style="dim")
     page.line(_ratios(report))
     page.blank()
     if report.calibration is not None:
@@ -89,6 +86,11 @@ def _totals(report: Content, page: Page) -> None:
         Column("ratio", tuple("–" if ratio is None else f"{ratio:.3f}" for ratio in ratios), "right"),
     ]
     page.table(columns, [""] * len(names))
+    for figure, total in shown:
+        if figure.unknown and total.before is None:
+            page.line(figure.unknown, style="dim")
+    if report.counted:
+        page.line(f"MACs and times are those of {report.counted}.", style="dim")
     if report.timing is not None:
         page.line(f"time: medians of interleaved runs on {report.timing.engine};", style="dim")
         if not report.timing.calls:

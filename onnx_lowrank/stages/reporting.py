@@ -92,6 +92,7 @@ def assemble(
         target_agreement=target.agreement,
         timing=run.timing,
         merges=() if built is None else built.merges,
+        counted=run.counted,
     )
 
 
@@ -327,7 +328,7 @@ def _totals(run: Run) -> Totals:
     ordered = sorted(registry.every(), key=lambda budget: budget.is_measured)
     return Totals(
         tuple(
-            Figure(budget.figure, budget.total(run), budget.title, budget.show, budget.unknown)
+            Figure(budget.figure, budget.total(run), budget.title, budget.show, budget.unknown(run.found))
             for budget in ordered
         )
     )
