@@ -33,7 +33,7 @@ from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request, Setting
-from onnx_lowrank.stages import planning, reporting, settling
+from onnx_lowrank.stages import planning, reach, reporting, settling
 from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.check import Measured, fault, validate
 from onnx_lowrank.stages.planning import Goal
@@ -98,7 +98,7 @@ def run(
         tools = Tools(stopwatch, material.shown, material.shapes, progress, setting.sets[1:], setting.weights)
         grid = Grid(asked.budget.on(found, tools), asked.block, asked.blocked)
         if asked.plan is None:
-            planning.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
+            reach.check(found, asked.ratio or 1.0, asked.recipes, grid)
         compared = timing.comparison(grid.costs, found.model, tools)
         if keeper is not None:
             from onnx_lowrank.work.kept import Kept  # It loads the work items of all stages.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from onnx_lowrank.core.layer import Skipped
+from onnx_lowrank.layers.withheld import withheld
 from onnx_lowrank.report import words
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
@@ -70,6 +71,9 @@ class Inspection:
 def show(seen: Inspection, console: Console) -> None:
     """Print the layers, the largest first, and the reasons for the operators that are left alone."""
     page = Page(console)
+    if (held := withheld(seen.skipped, len(seen.layers))) is not None:
+        fact, advice = held
+        page.line(f"{seen.model}: {fact}: {advice}.", "bold yellow")
     mine = sum(row.params for row in seen.layers)
     page.line(
         f"{seen.model}: {_layers(len(seen.layers))} can be decomposed, with {words.short(mine)} of "
