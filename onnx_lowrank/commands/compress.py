@@ -318,4 +318,4 @@ def command(
     ):
         write(result, out, save_plan, report)
         if not quiet:
-            result.report.table(console)
+            result.report.table(console, every=ctx.obj["verbose"] > 0)

@@ -7,9 +7,20 @@ from collections.abc import Mapping
 from onnx_lowrank.core.outcome import Fused, OutputError, Validation
 from onnx_lowrank.report import other_table, words
 from onnx_lowrank.report.page import Page
+from onnx_lowrank.report.shorten import distinct
+
+_ROOM = 32
+"""The most characters of an output's name."""
 
 
-def show(validation: Validation, names: Mapping[str, str], page: Page, title: str = "Validation") -> None:
+def show(
+    validation: Validation,
+    names: Mapping[str, str],
+    page: Page,
+    title: str = "Validation",
+    *,
+    every: bool = False,
+) -> None:
     """Print the differences of the outputs.
 
     Args:
@@ -17,12 +28,18 @@ def show(validation: Validation, names: Mapping[str, str], page: Page, title: st
         names: The names of layers for readers, by id.
         page: Where to print.
         title: The first word.
+        every: Whether to list all outputs.
     """
     page.line(f"{title} on {validation.engine}")
     page.line(f"inputs {validation.inputs}", style="dim", indent=2)
     layers = {f"layer {layer}": f"layer {name}" for layer, name in names.items()}
-    for output in validation.outputs:
-        page.line(f"{output.name}: {_differences(output)}", indent=2)
+    outputs = validation.outputs if every else other_table.worst(validation.outputs)
+    titles = distinct([output.name for output in outputs], _ROOM)
+    for title, output in zip(titles, outputs, strict=True):
+        page.line(f"{title}: {_differences(output)}", indent=2)
+    if len(outputs) < len(validation.outputs):
+        more = len(validation.outputs) - len(outputs)
+        page.line(f"{more} more outputs err less; --report has all", style="dim", indent=2)
     for output in validation.alone:
         page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
     if validation.continuation is not None:
