@@ -58,6 +58,7 @@ class Inspection:
         layers: The layers that can be decomposed, in graph order.
         skipped: The operators that are left alone.
         total: The parameters of the model.
+        quantized: The bytes of its tensors whose elements have 8 bits or fewer.
         least: The smallest ratio of them that can be reached; None if that is unknown.
     """
 
@@ -65,6 +66,7 @@ class Inspection:
     layers: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
     total: int
+    quantized: int
     least: float | None
 
 
@@ -80,6 +82,8 @@ def show(seen: Inspection, console: Console) -> None:
         f"{words.short(seen.total)} float parameters",
         "bold",
     )
+    if seen.quantized:
+        page.line(f"{words.short(seen.quantized)} bytes of its tensors are quantized.")
     if seen.layers:
         page.blank()
         _table(seen, page)
