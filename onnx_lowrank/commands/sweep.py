@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from onnx_lowrank import budgets, values
 from onnx_lowrank.commands import compress
-from onnx_lowrank.logs import shown
-from onnx_lowrank.progress import Silent, Terminal
+from onnx_lowrank.display import displayed
 from onnx_lowrank.report import curve
 from onnx_lowrank.request import DEFAULT_BUDGET
 from onnx_lowrank.sweeps.run import FILE, spread, sweep
@@ -24,6 +22,7 @@ _OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache"})
 _SINGLE = frozenset({"out", "ratio", "plan", "save_plan", "report", "dry_run", "list_passes"}) | {
     "target_error",
     "target_agreement",
+    "completion",
 }
 """The parameters of `compress` that this command has in its own form, and those of a single model."""
 
@@ -34,7 +33,8 @@ Examples:
 
 The folder gets a model, a plan and a report for every point, and {FILE}. A sweep that was interrupted goes on
 where it stopped: type the same command again.
-"""
+
+{compress.EXIT_CODES}"""
 
 
 def _ratios(
@@ -113,6 +113,7 @@ def command(
     evaluate: str | None,
     cache: Path | None,
     quiet: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Compress IN.onnx at many ratios, and compare the results; FOLDER gets their files."""
@@ -120,9 +121,7 @@ def command(
         ratios = spread(ratios[0], ratios[1], _POINTS if points is None else points)
     elif points is not None:
         raise click.UsageError("--points divides a range, such as --ratios 0.9..0.2: leave it out of a list.")
-    console = Console(stderr=True)
-    progress = Silent() if quiet else Terminal(console)
-    with shown(console, ctx.obj["verbose"] or -quiet):
+    with displayed(ctx.obj["verbose"], quiet=quiet, as_json=as_json) as (console, progress):
         found = sweep(
             source,
             folder,
@@ -134,7 +133,7 @@ def command(
             cache=True if cache is None else cache,
             **options,
         )
-    if not quiet:
+    if not quiet and not as_json:
         curve.show(found, console, folder)
 
 
