@@ -20,16 +20,24 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from onnx_lowrank import commands
+from onnx_lowrank import commands, completion
+from onnx_lowrank.destinations import print_text
 from onnx_lowrank.errors import InputError, LowRankError
 from onnx_lowrank.logs import printable
+from onnx_lowrank.progress import Lines
 
 _INTERRUPTED = 130
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _NOTHING_HALF = "Interrupted; no file is half-written."
 _ALIKE = 0.8  # difflib's similarity, at most 1: --ratoi suggests --ratio, but --clean does not suggest --plan
 
-_EXAMPLES = {"onnx-lowrank": "onnx-lowrank IN.onnx OUT.onnx --ratio 0.5 halves a model"}
+_EXAMPLES = {
+    "onnx-lowrank": "onnx-lowrank IN.onnx OUT.onnx --ratio 0.5 halves a model",
+    "onnx-lowrank sweep": "onnx-lowrank sweep IN.onnx FOLDER tries many ratios",
+    "onnx-lowrank inspect": "onnx-lowrank inspect IN.onnx shows a model's layers",
+    "onnx-lowrank compare": "onnx-lowrank compare A.onnx B.onnx compares two models",
+    "onnx-lowrank explain": "onnx-lowrank explain PLAN.json shows a plan",
+}
 
 
 class _Terminated(BaseException):
@@ -41,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Not collected at exit: looking for cycles among all imported objects takes longer than a small model.
     atexit.register(gc.freeze)
     with _unwinding_on_signals():
+        if (completed := completion.completions()) is not None:
+            print_text(f"{completed}\n")
+            sys.exit(0)
         try:
             code = _run(sys.argv[1:] if arguments is None else list(arguments))
         except _Terminated as error:
@@ -73,7 +84,15 @@ def _unwinding_on_signals() -> Iterator[None]:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parsed: dict[str, Any] = {"verbose": 0, "command": shlex.join(("onnx-lowrank", *arguments))}
+    line = shlex.join(("onnx-lowrank", *arguments))
+    parsed: dict[str, Any] = {"verbose": 0, "as_json": False, "command": line}
+
+    def complain(message: str, code: int, *, traceback: bool = False) -> None:
+        if parsed["as_json"]:
+            Lines(sys.stderr).failed(message, code)
+        else:
+            _complain(message, traceback=traceback)
+
     program, name = "onnx-lowrank", commands.DEFAULT
     if arguments and arguments[0] in commands.names():
         name, *arguments = arguments
@@ -84,31 +103,38 @@ def _run(arguments: Sequence[str]) -> int:
         code = command.main(arguments, prog_name=program, standalone_mode=False, obj=parsed)
         return int(code or 0)
     except click.ClickException as error:
-        _complain(_sentence(error, program))
-        return error.exit_code if error.exit_code == 2 else 1
+        code = error.exit_code if error.exit_code == 2 else 1
+        complain(_sentence(error, program), code)
+        return code
     except (click.Abort, KeyboardInterrupt):
-        _complain(_NOTHING_HALF)
+        complain(_NOTHING_HALF, _INTERRUPTED)
         return _INTERRUPTED
     except LowRankError as error:
-        _complain(str(error), traceback=parsed["verbose"] > 1)
+        complain(str(error), error.exit_code, traceback=parsed["verbose"] > 1)
         return error.exit_code
     except Exception as error:
         is_shown = parsed["verbose"] > 0
         advice = "report it." if is_shown else "run again with --verbose and report what it prints."
-        _complain(f"Internal error ({type(error).__name__}: {error}): {advice}", traceback=is_shown)
+        complain(f"Internal error ({type(error).__name__}: {error}): {advice}", 1, traceback=is_shown)
         return 1
 
 
 def _check_command(name: str, arguments: Sequence[str]) -> None:
-    """Check that the first word is no misspelt command: `compress` would take it for a model.
+    """Check that the first word is no misspelt or unknown command: `compress` would take it for a model.
 
     Raises:
         InputError: It is one.
     """
     if name != commands.DEFAULT or not arguments or Path(arguments[0]).exists():
         return
-    if alike := get_close_matches(arguments[0], commands.names(), cutoff=_ALIKE):
-        raise InputError(f"There is no command {arguments[0]!r}: pass {alike[0]}, or name a model file.")
+    word, *others = arguments
+    if word == "help":
+        raise InputError(f"There is no command {word!r}: pass -h.")
+    if alike := get_close_matches(word, commands.names(), cutoff=_ALIKE):
+        raise InputError(f"There is no command {word!r}: pass {alike[0]}, or name a model file.")
+    if word.isalpha() and others and Path(others[0]).is_file():
+        known = ", ".join(commands.names())
+        raise InputError(f"There is no command {word!r}: leave it out, or name one of {known}.")
 
 
 def _sentence(error: click.ClickException, program: str) -> str:

@@ -16,7 +16,7 @@ from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.errors import InputError, ValidationError
 from onnx_lowrank.files.load import Model, load, stored_bytes
 from onnx_lowrank.graph import difference
-from onnx_lowrank.graph.parameters import parameters
+from onnx_lowrank.graph.parameters import parameters, quantized_bytes
 from onnx_lowrank.linalg.backend import one_blas_thread
 from onnx_lowrank.material import Material, read
 from onnx_lowrank.options import Options, completed
@@ -60,6 +60,7 @@ def compare(
         return Comparison(
             names=(Path(first.name).name, Path(second.name).name),
             params=Total(parameters(first), parameters(second)),
+            quantized=Total(quantized_bytes(first), quantized_bytes(second)),
             bytes=Total(stored_bytes(first), stored_bytes(second)),
             operators={n: Total(*counts) for n, counts in difference.operators(first, second).items()},
             nodes=nodes,
@@ -108,7 +109,7 @@ def _validated(material: Material, second: Model, setting: Setting) -> Validatio
             {},
             alone=lambda layer: None,
             inputs=material.given,
-            input_shapes=material.shapes,
+            input_shapes=setting.sets[0],
             provider=setting.provider,
             engine=setting.engine,
         )

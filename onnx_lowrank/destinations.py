@@ -26,6 +26,8 @@ def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report
         InputError: A target is the input model or another target, or cannot be written.
     """
     check_report(report)
+    if out is not None and out.is_file() and not source.exists():
+        raise InputError(f"{source} does not exist, but {out} does: name the input model first.")
     targets = [target for target in (out, save_plan, report) if target is not None]
     for target in targets:
         if target == _STDOUT:

@@ -20,6 +20,7 @@ from onnx_lowrank.budgets.params import parameters
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.errors import BudgetError
+from onnx_lowrank.graph.parameters import quantized_bytes
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.material import Material, read
@@ -99,7 +100,14 @@ def _seen(
         planning.check_reach(found.model, found.layers, _LEAST, asked.recipes, grid)
     except BudgetError as error:
         least = error.smallest_ratio
-    return Inspection(Path(found.model.name).stem, rows, found.skipped, grid.costs.total, least)
+    return Inspection(
+        Path(found.model.name).stem,
+        rows,
+        found.skipped,
+        grid.costs.total,
+        quantized_bytes(found.model),
+        least,
+    )
 
 
 def _row(layer: Layer, name: str, held: NDArray[np.float64]) -> Row:

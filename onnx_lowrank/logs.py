@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
@@ -52,20 +52,39 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
 
+class _Written(logging.Handler):
+    """Hands the level and the text of each record to a function."""
+
+    def __init__(self, write: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a record on."""
+        try:
+            self._write(record.levelname.lower(), printable(self.format(record)))
+        except Exception:
+            self.handleError(record)
+
+
 @contextmanager
-def shown(console: Console, verbosity: int) -> Iterator[None]:
+def shown(
+    console: Console, verbosity: int, write: Callable[[str, str], None] | None = None
+) -> Iterator[None]:
     """Show records on a console during the block.
 
     Args:
         console: The console.
+        write: Takes the level and the text of every record in place of the console.
         verbosity: Below 0 for none, 0 for warnings, 1 for decisions, 2 or more for details, with times and
             the modules' names.
     """
     if verbosity < 0:
         yield
         return
-    lines, level = _Lines(console), ROOT.level
-    if verbosity > 1:
+    lines: logging.Handler = _Lines(console) if write is None else _Written(write)
+    level = ROOT.level
+    if verbosity > 1 and write is None:
         lines.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(name)s: %(message)s", "%H:%M:%S"))
     ROOT.addHandler(lines)
     ROOT.setLevel({0: logging.WARNING, 1: logging.DEBUG}.get(verbosity, DETAIL))

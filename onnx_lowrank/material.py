@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from onnx_lowrank.calibrate.sources.source import Need
 from onnx_lowrank.engines.engine import Feed
 from onnx_lowrank.engines.id_limits import id_limits
-from onnx_lowrank.engines.inputs import Spec, specs
+from onnx_lowrank.engines.inputs import Spec, is_open, shape_text, specs
+from onnx_lowrank.engines.made import one_sample
 from onnx_lowrank.engines.pasts import uneven
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, ModelProto, load
@@ -24,6 +25,8 @@ from onnx_lowrank.request import Setting
 if TYPE_CHECKING:
     from onnx_lowrank.calibrate.data import Samples
     from onnx_lowrank.stages.other import Others
+
+_FEW = 3
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class Material:
         given: The user's inputs to compare the models on; None without them.
         shown: One feed of the user: `given`, or else a calibration sample; empty without both.
         shapes: The shapes of inputs for which the layers were found, by name.
+        counted: The part of `shapes` that neither the model nor the user states, a phrase; "" without any.
     """
 
     found: Found
@@ -47,6 +51,7 @@ class Material:
     given: Feed | None
     shown: Feed
     shapes: Mapping[str, tuple[int, ...]]
+    counted: str
 
 
 def read(
@@ -73,10 +78,23 @@ def read(
     shapes = dict(setting.sets[0])
     if any(array.size for array in shown.values()):
         # Arrays without elements count, too: at its first call, the past of a decoder has none.
-        shapes = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]} | shapes
+        told = {n: array.shape for n, array in shown.items() if 0 not in array.shape[:1]}
+        owner = "one sample" if given is None else "the inputs"
+    else:
+        told, owner = one_sample(model.proto, wanted, shapes), "one sample"
+    unstated = {spec.name for spec in wanted if is_open(spec)} & told.keys() - shapes.keys()
+    counted = [f"{spec.name} {shape_text(told[spec.name])}" for spec in wanted if spec.name in unstated]
+    shapes = told | shapes
     found = find_layers(model, shapes, setting.include, setting.exclude)
     _log_found(found)
-    return Material(found, samples, others, given, shown, shapes)
+    return Material(
+        found, samples, others, given, shown, shapes, f"{owner} ({_first(counted)})" if counted else ""
+    )
+
+
+def _first(texts: Sequence[str]) -> str:
+    more = len(texts) - _FEW
+    return ", ".join(texts[:_FEW]) + (f" and {more} more" if more > 0 else "")
 
 
 def _data(

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import inf
 from threading import Lock
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     ProgressColumn,
     Task,
-    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -78,6 +77,30 @@ class Labelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Above:
+    """Work of many parts, each with stages of its own.
+
+    Attributes:
+        name: The name to show.
+        done: The number of parts that are done.
+        total: The number of all parts.
+        begun: When the first part began.
+    """
+
+    name: str
+    done: int
+    total: int
+    begun: float
+
+
+def over(progress: Progress, name: str, done: int, total: int, begun: float) -> Progress:
+    """The progress with a bar of the parts above the bars of their stages, where it shows bars."""
+    if not isinstance(progress, Terminal):
+        return progress
+    return replace(progress, above=Above(name, done, total, begun))
+
+
+@dataclass(frozen=True, slots=True)
 class Terminal:
     """Shows the current stage as a bar with the time left.
 
@@ -86,10 +109,12 @@ class Terminal:
     Attributes:
         console: The console to show it on; it should write to stderr.
         clock: Seconds since any fixed moment.
+        above: The work that the stages are a part of, shown as a bar of its own.
     """
 
     console: Console
     clock: Callable[[], float] = monotonic
+    above: Above | None = None
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Step]:
@@ -97,13 +122,16 @@ class Terminal:
         # Drawn seldom, because drawing disturbs the times of models. The speed is averaged over the whole
         # stage, because steps may be further apart than any shorter window.
         bars = Bars(
-            *_columns(total),
+            *_columns(),
             console=self.console,
             get_time=self.clock,
             speed_estimate_period=inf,
             refresh_per_second=_PER_SECOND,
             transient=True,
         )
+        if self.above is not None:
+            whole = bars.add_task(self.above.name, total=self.above.total, completed=self.above.done)
+            bars.tasks[whole].start_time = self.above.begun
         task = bars.add_task(name, total=total)
 
         def step(done: float | None = None) -> None:
@@ -113,7 +141,7 @@ class Terminal:
                 bars.update(task, completed=done * total)
 
         if not self.console.is_terminal:
-            yield self._logged(bars.tasks[0], step)
+            yield self._logged(bars.tasks[-1], step)
             return
         with bars:
             yield step
@@ -143,19 +171,79 @@ class Terminal:
         self.console.print(line, markup=False, highlight=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Writes one JSON object a line, for programs that run the command.
+
+    A stage gives `{"event": "stage", "name": ..., "total": ...}`, with null for an unknown number of steps.
+    From time to time it gives `{"event": "step", "name": ..., "share": ...}`, and 1 as the share when it
+    ends. Records and the error that ends the program are lines, too.
+
+    Attributes:
+        file: Where to write.
+        clock: Seconds since any fixed moment.
+    """
+
+    file: TextIO
+    clock: Callable[[], float] = monotonic
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Step]:
+        """Write the begin, the progress and the end of a stage."""
+        self._write({"event": "stage", "name": name, "total": total})
+        share, due, lock = 0.0, self.clock() + 1 / _PER_SECOND, Lock()
+
+        def step(done: float | None = None) -> None:
+            nonlocal share, due
+            with lock:
+                share = done if done is not None else share + 1 / (total or 1)
+                now = self.clock()
+                if total and now >= due:
+                    due = now + 1 / _PER_SECOND
+                    self._write({"event": "step", "name": name, "share": round(min(share, 1.0), 4)})
+
+        yield step
+        self._write({"event": "step", "name": name, "share": 1.0})
+
+    def log(self, level: str, message: str) -> None:
+        """Write a record of the program, such as a warning."""
+        self._write({"event": "log", "level": level, "message": message})
+
+    def failed(self, message: str, code: int) -> None:
+        """Write the error that ends the program, with its exit code."""
+        self._write({"event": "error", "message": message, "code": code})
+
+    def _write(self, event: Mapping[str, object]) -> None:
+        self.file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+class _State(ProgressColumn):
+    """The steps that are done, or their share, or nothing if their number is unknown."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text()
+        if _is_counted(task.total):
+            return Text(f"{int(task.completed)}/{task.total:g}", style="progress.download")
+        return Text(f"{task.percentage:>3.0f}%", style="progress.percentage")
+
+
 class _TimeLeft(TimeRemainingColumn):
     """The time left, with a word that distinguishes it from the time elapsed."""
 
     def render(self, task: Task) -> Text:
-        return Text() if task.finished else super().render(task).append(" left")
+        if task.finished or task.total is None:
+            return Text()
+        if task.time_remaining is None and task.completed and task.elapsed:  # Parts that were done before.
+            seconds = task.elapsed / task.completed * (task.total - task.completed)
+            return Text(f"{timedelta(seconds=int(seconds))} left", style="progress.remaining")
+        return super().render(task).append(" left")
 
 
-def _columns(total: int | None) -> list[ProgressColumn]:
+def _columns() -> list[ProgressColumn]:
     name, bar = TextColumn("{task.description:<12}", markup=False), BarColumn(24)
-    if total is None:
-        return [name, bar, TimeElapsedColumn()]
-    state = MofNCompleteColumn() if _is_counted(total) else TaskProgressColumn()
-    return [name, bar, state, TimeElapsedColumn(), _TimeLeft()]
+    return [name, bar, _State(), TimeElapsedColumn(), _TimeLeft()]
 
 
 def _state(task: Task) -> str:

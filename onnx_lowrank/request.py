@@ -197,7 +197,8 @@ def request(ratio: float | None, options: Options) -> Request:
             raise InputError("A plan has its own quantization: leave out --then.")
         return _replayed(plan, calibrated=calibrated, recover=recover)
     if ratio is not None and not 0 < ratio <= 1:
-        raise InputError(f"The ratio is {ratio}, but it must be above 0 and at most 1: 0.5 keeps half.")
+        hint = f"{ratio / 100:g} keeps {ratio:g} %" if 2 <= ratio <= 100 else "0.5 keeps half"
+        raise InputError(f"The ratio is {ratio}, but it must be above 0 and at most 1: {hint}.")
     counted = registry.named(DEFAULT_BUDGET if budget is None else budget)
     align = target_rules.align if align is None else align
     if align is None and counted.is_aligned:

@@ -36,7 +36,7 @@ from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.quantize.kind import Quantizer
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request, Setting
-from onnx_lowrank.stages import planning, reporting, settling
+from onnx_lowrank.stages import planning, reach, reporting, settling
 from onnx_lowrank.stages.build import Built, build, judge
 from onnx_lowrank.stages.check import Measured, fault, validate
 from onnx_lowrank.stages.detail import details
@@ -112,7 +112,7 @@ def run(
         tools = Tools(stopwatch, material.shown, material.shapes, progress, *sets, quantizer)
         grid = Grid(asked.budget.on(found, tools), asked.block, asked.blocked)
         if asked.plan is None:
-            planning.check_reach(found.model, found.layers, asked.ratio or 1.0, asked.recipes, grid)
+            reach.check(found, asked.ratio or 1.0, asked.recipes, grid)
         compared = timing.comparison(grid.costs, found.model, tools)
         if keeper is not None:
             from onnx_lowrank.work.kept import Kept  # It loads the work items of all stages.
@@ -329,6 +329,7 @@ class _Job:
             self.material.shapes,
             times,
             None if built is None else built.quantized,
+            self.material.counted,
         )
         report = reporting.assemble(
             run,
@@ -402,7 +403,7 @@ class _Job:
             inputs=given,
             measured=held if given is None else None,
             padding=padding,
-            input_shapes=self.material.shapes,
+            input_shapes=self.setting.sets[0],
             provider=self.setting.provider,
             engine=self.setting.engine,
             max_error=self.setting.max_error,

@@ -90,6 +90,33 @@ WRONG = {
         [*HALF, "more.onnx"],
         "'more.onnx' is one argument too many: name IN.onnx and OUT.onnx",
     ),
+    "IN and OUT swapped": (
+        ["small.onnx", "in.onnx", "--ratio", "0.5"],
+        "small.onnx does not exist, but in.onnx does: name the input model first",
+    ),
+    "ratio without its option": (
+        ["in.onnx", "out.onnx", "0.5"],
+        "'0.5' is one argument too many: write it as --ratio 0.5",
+    ),
+    "ratio in per cent": (["in.onnx", "out.onnx", "--ratio", "50"], "at most 1: 0.5 keeps 50 %"),
+    "ratio slightly too large": (["in.onnx", "out.onnx", "--ratio", "1.5"], "at most 1: 0.5 keeps half"),
+    "help as a word": (["help"], "There is no command 'help': pass -h"),
+    "a command of another tool": (
+        ["optimize", "in.onnx", "out.onnx"],
+        "There is no command 'optimize': leave it out, or name one of compare, compress, explain, inspect,",
+    ),
+    "IN on the web": (
+        ["https://example.org/in.onnx", "out.onnx", "--ratio", "0.5"],
+        "https:/example.org/in.onnx is no file: save it to one and name that",
+    ),
+    "no FOLDER of a sweep": (
+        ["sweep", "in.onnx"],
+        "FOLDER is missing: onnx-lowrank sweep IN.onnx FOLDER tries many ratios",
+    ),
+    "a sweep into a file": (
+        ["sweep", "in.onnx", "in.onnx"],
+        "in.onnx is a file: name a folder for the points",
+    ),
     "option of another tool": ([*HALF, "--opset"], "no option --opset: -h lists all"),
     "no alignment": ([*HALF, "--align", "7.5"], "--align: '7.5' is neither auto nor a whole number"),
     "alignment of nothing": (
@@ -218,7 +245,6 @@ WRONG = {
     "missing plan": (["in.onnx", "out.onnx", "--plan", "p.json"], "The plan p.json cannot be read"),
     "folder as plan": (["in.onnx", "out.onnx", "--plan", "sub"], "The plan sub cannot be read"),
     "model as plan": (["in.onnx", "out.onnx", "--plan", "in.onnx"], "The plan in.onnx"),
-    "MACs of free dimensions": ([*HALF, "--budget", "macs"], "pass them as --input-shape x=1,8,6,6"),
     "unknown device": ([*HALF, "--device", "tpu"], "There is no device 'tpu': choose auto, cpu or cuda"),
     "unknown provider": ([*HALF, "--provider", "MagicExecutionProvider"], "one of"),
     "include of nothing": ([*HALF, "--include", "conv9*"], "is named 'conv9*'"),

@@ -15,6 +15,7 @@ from rich.console import Console
 from onnx_lowrank import InputError, cli, compress
 from onnx_lowrank.comparison import compare
 from onnx_lowrank.core.outcome import Differences
+from onnx_lowrank.inspection import inspect
 from onnx_lowrank.report import comparison
 from tiny import cnn
 
@@ -58,6 +59,23 @@ def test_a_model_equals_itself(pair: tuple[Path, Path]) -> None:
     assert found.validation.outputs[0].relative == 0
     assert not found.operators
     assert "Nodes: 6 the same." in text(found)
+
+
+def test_what_is_quantized_counts_by_its_bytes(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    quantized = onnx.load(pair[0])
+    (weight,) = (tensor for tensor in quantized.graph.initializer if tensor.name == "fc")
+    weight.CopyFrom(numpy_helper.from_array(np.ones((4, 16), np.int8), "fc"))
+    quantized.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "scale"))
+    quantized.graph.node[-1].input[1] = "fc_float"
+    node = onnx.helper.make_node("DequantizeLinear", ["fc", "scale"], ["fc_float"], "dequantize")
+    quantized.graph.node.insert(0, node)
+    onnx.save(quantized, tmp_path / "q.onnx")
+    found = compare(pair[0], tmp_path / "q.onnx")
+    assert vars_of(found.quantized) == (0, 64)
+    assert found.params.after == found.params.before - 64 + 1
+    assert "quantized bytes" in text(found)
+    assert "quantized bytes" not in text(compare(*pair))
+    assert inspect(tmp_path / "q.onnx").quantized == 64
 
 
 @pytest.mark.parametrize(

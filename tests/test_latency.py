@@ -168,7 +168,7 @@ def test_by_default_ranks_fill_the_providers_blocks(monkeypatch, block):
     ("options", "message"),
     [
         (
-            {"input_shape": {}},
+            {"proto": cnn(CNN.replace("8, 6, 6]", "8, H, 6]")), "input_shape": {}},
             "Times can be measured for known shapes only, and the inputs x have open dimensions",
         ),
         ({"recipe": "auto"}, "--pass auto chooses by held-out calibration inputs"),
@@ -185,6 +185,12 @@ def test_inputs_tell_the_shapes():
     x = np.random.default_rng(3).standard_normal((3, 8, 6, 6)).astype(np.float32)
     result = half(inputs={"x": x}, input_shape={})
     assert result.report.timing.inputs == "x float32 3×8×6×6"
+
+
+def test_times_of_an_open_batch_are_those_of_one_sample():
+    report = half(input_shape={}).report
+    assert report.timing.inputs == "x float32 1×8×6×6"
+    assert report.counted == "one sample (x 1×8×6×6)"
 
 
 @pytest.mark.parametrize("share", [0.4, 0.9])

@@ -31,6 +31,7 @@ _WITHOUT_VALUE = {
 _ADVICE_IN_VALUE = {
     f"The {VALUE} {VALUE} is wrong: {VALUE}; {VALUE}.": "each document has its own advice",
     f"{VALUE} ({VALUE}): {VALUE}.": "what is read has its own advice",
+    f"{VALUE} cannot get smaller than a ratio of {VALUE}, as {VALUE}: {VALUE}.": "each cause has its advice",
     f"The model's MACs are unknown because {VALUE}.": "each reason ends with its advice",
     f"The target cannot be judged, as no output of {VALUE} has {VALUE}.": "each measure ends with its advice",
 }

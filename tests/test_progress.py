@@ -4,7 +4,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from onnx_lowrank.progress import Labelled, Silent, Terminal
+from onnx_lowrank.progress import Labelled, Silent, Terminal, over
 
 
 class Clock:
@@ -169,6 +169,23 @@ def test_a_terminal_shows_the_time_elapsed_and_the_time_left():
             clock.now += 40
             step()
     assert "3/5 0:02:00 0:01:20 left" in file.getvalue()
+
+
+def test_a_terminal_shows_all_parts_above_a_stage():
+    clock = Clock()
+    file, progress = watched(clock)
+    clock.now += 60
+    with over(progress, "points", 2, 5, begun=100.0).stage("spectra", total=3) as step:
+        step()
+    first, second, *_ = file.getvalue().splitlines()
+    assert "points" in first
+    assert "2/5 0:01:00 0:01:30 left" in first
+    assert "spectra" in second
+
+
+def test_parts_do_not_change_other_progress():
+    silent = Silent()
+    assert over(silent, "points", 2, 5, begun=0.0) is silent
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80])

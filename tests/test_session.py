@@ -260,12 +260,10 @@ def test_one_glob_may_be_a_plain_string(names):
             InputError,
             "no budget 'time': choose one of params, macs, latency, bytes",
         ),
-        ({"ratio": 0.5, "budget": "latency"}, InputError, "the inputs x have open dimensions"),
         ({"ratio": 0.5, "threads": -1}, InputError, "--threads is -1"),
         ({"ratio": 0.5, "threads": 1025}, InputError, "--threads is 1025"),
         ({"ratio": 0.5, "threads": "2"}, InputError, "threads is '2'"),
         ({"ratio": 0.5, "cache": 1}, InputError, "cache is '1' of type int: give a folder, True or False"),
-        ({"ratio": 0.5, "budget": "macs"}, InputError, "MACs are unknown"),
         ({"ratio": 0.5, "recipe": "magic"}, RecipeError, "no recipe 'magic'"),
         ({"ratio": 0.5, "device": "tpu"}, InputError, "no device 'tpu'"),
         ({"ratio": 0.5, "provider": "Magic"}, InputError, "'Magic'"),
@@ -566,14 +564,27 @@ def test_inputs_tell_the_shapes_that_macs_need():
     proto = cnn()
     (entry,) = proto.graph.input
     sizes = [dim.dim_value or 1 for dim in entry.type.tensor_type.shape.dim]
-    entry.type.tensor_type.shape.dim[0].dim_param = "N"
-    with pytest.raises(InputError, match="--input-shape"):
-        compress(proto, 0.5, budget="macs")
+    entry.type.tensor_type.shape.dim[2].dim_param = "H"
+    for budget in ("macs", "latency"):
+        with pytest.raises(
+            InputError, match="inputs x have open dimensions: pass them as --input-shape x=1,8,"
+        ):
+            compress(proto, 0.5, budget=budget)
     inputs = {entry.name: np.ones([2, *sizes[1:]], np.float32)}
-    totals = compress(proto, 0.5, budget="macs", inputs=inputs).report.totals
+    report = compress(proto, 0.5, budget="macs", inputs=inputs).report
+    assert report.counted == "the inputs (x 2×8×6×6)"
+    totals = report.totals
     assert totals.amount("macs").after <= totals.amount("macs").before / 2
     stated = compress(proto, 0.5, budget="macs", input_shape={entry.name: [2, *sizes[1:]]}).report.totals
     assert stated.amount("macs") == totals.amount("macs")
+
+
+def test_macs_of_an_open_batch_are_those_of_one_sample():
+    one = compress(cnn(), 0.5, budget="macs").report
+    stated = compress(cnn(), 0.5, budget="macs", input_shape={"x": (1, 8, 6, 6)}).report
+    assert one.totals == stated.totals
+    assert (one.counted, stated.counted) == ("one sample (x 1×8×6×6)", "")
+    assert "made from the graph: x float32 4×8×6×6" in one.validation.inputs
 
 
 def test_a_plan_can_be_saved_read_and_replayed_from_python(tmp_path):

@@ -78,6 +78,7 @@ class Run:
         shapes: The shapes of inputs for which the layers were found, by name.
         timing: The times of both models; None if they are unknown.
         quantized: The compressed model after its quantization; None without one.
+        counted: The part of `shapes` that neither the model nor the user states, a phrase; "" without any.
     """
 
     found: Found
@@ -88,6 +89,7 @@ class Run:
     shapes: Shapes = field(default_factory=dict)
     timing: Timing | None = None
     quantized: Model | None = None
+    counted: str = ""
 
 
 class Budget(ABC):
@@ -98,7 +100,6 @@ class Budget(ABC):
         order: Its place among the budgets in help and messages.
         figure: The key of its amount in the totals of the JSON report.
         title: The title of its row in the totals in the terminal; "" if the times are shown there instead.
-        unknown: The sentence of the report for an unknown amount.
         is_measured: Whether it measures because it has no formula. Then plans are settled, and the finished
             model has to keep the ratio. Only budgets with a formula can be prices.
         tolerance: The share of the ratio by which a model may exceed it before the report warns.
@@ -113,7 +114,6 @@ class Budget(ABC):
     order: ClassVar[int]
     figure: ClassVar[str]
     title: ClassVar[str] = ""
-    unknown: ClassVar[str] = ""
     is_measured: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-9
     narrows: ClassVar[bool] = False
@@ -124,6 +124,10 @@ class Budget(ABC):
     def show(self, amount: int | None) -> str:
         """Write an amount; None is an unknown one."""
         return exact(amount)
+
+    def unknown(self, found: Found) -> str:
+        """The sentence of the report for an unknown amount."""
+        return ""
 
     def check(self, found: Found) -> None:  # noqa: B027 - most budgets accept any model
         """Check, before any work, that the cost of a model can be counted.

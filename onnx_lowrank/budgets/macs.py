@@ -82,8 +82,8 @@ def known_macs(layer: Layer, option: Option | None = None) -> int:
     if count is None:
         raise InputError(
             f"The MACs of layer {layer.id!r} are unknown because some of its shapes are unknown: pass the "
-            "dimensions that the model's inputs leave open as --input-shape NAME=1,3,224,224, or leave the "
-            "layer out with --exclude."
+            "dimensions that the model's inputs leave open as --input-shape, or leave the layer out with "
+            "--exclude."
         )
     # No limit for options: one that costs more than its layer is never chosen.
     if option is None and count > _LARGEST:
@@ -131,7 +131,12 @@ class Macs(Budget):
     title = "MACs"
     narrows = True
     shares = frozenset((Lowering.SHARED, Lowering.SUMMED))
-    unknown = "MACs need the shapes that the model leaves open: pass --input-shape NAME=1,3,224,224."
+
+    def unknown(self, found: Found) -> str:
+        """Why the multiply-accumulates are unknown, and how the user can change that."""
+        if found.open_inputs:
+            return f"MACs need the shapes that the model leaves open: pass {found.shape_words}."
+        return f"The MACs are unknown: {_lost(found)}."
 
     def on(self, found: Found, tools: Tools | None = None) -> Counted:
         """The meter of a model's multiply-accumulates."""
@@ -201,16 +206,21 @@ class _Meter(Counted):
                 f"its inputs {', '.join(found.open_inputs)} have open dimensions: pass them as "
                 f"{found.shape_words}, or choose --budget params"
             )
-        for scope in found.work:
-            uses = (use for layer in found.layers for use in layer.uses if use.scope == scope.path)
-            name = next((use.name for use in uses if use.positions is None), scope.unknown)
-            if name and scope.path in running(found.work):
-                place = f" in {scope.path}" if scope.path else ""
-                return (
-                    f"the shapes at node {name!r}{place} do not follow from its inputs' shapes: inline "
-                    "functions and check --input-shape, or choose --budget params"
-                )
-        return "its functions call themselves: choose --budget params"
+        return f"{_lost(found)}, or choose --budget params"
+
+
+def _lost(found: Found) -> str:
+    """The place where the shapes of a model with fixed inputs are lost, and how the user can change that."""
+    for scope in found.work:
+        uses = (use for layer in found.layers for use in layer.uses if use.scope == scope.path)
+        name = next((use.name for use in uses if use.positions is None), scope.unknown)
+        if name and scope.path in running(found.work):
+            place = f" in {scope.path}" if scope.path else ""
+            return (
+                f"the shapes at node {name!r}{place} do not follow from its inputs' shapes: inline functions "
+                "and check --input-shape"
+            )
+    return "its functions call themselves: inline them"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from onnx_lowrank import budgets, quantize, values
+from onnx_lowrank import budgets, completion, quantize, values
 from onnx_lowrank.api import compress
 from onnx_lowrank.destinations import check_outputs, print_text, write
+from onnx_lowrank.display import displayed
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.engines import kinds
-from onnx_lowrank.logs import shown
-from onnx_lowrank.progress import Silent, Terminal
 from onnx_lowrank.request import AUTO_RECIPE, DEFAULT_BUDGET, DEFAULT_RECIPE
 from onnx_lowrank.targets import TARGETS
 
@@ -25,14 +24,8 @@ _AUTO = (
     "Tries several recipes and keeps the best on held-out calibration inputs "
     "(the default with --calibration)."
 )
-_EPILOG = """\b
-Other commands, each with -h:
-  onnx-lowrank sweep IN.onnx FOLDER    many ratios, side by side
-  onnx-lowrank inspect IN.onnx         the layers and their spectra
-  onnx-lowrank explain PLAN.json       a saved plan in words
-  onnx-lowrank compare A.onnx B.onnx   the differences of two models
-
-\b
+_NUMBER = re.compile(r"[0-9]*\.?[0-9]+")
+EXIT_CODES = """\b
 Exit codes:
   0    done
   1    internal error
@@ -42,7 +35,26 @@ Exit codes:
   130  interrupted
   129  hung up
   143  terminated
+
+Colours are left out where NO_COLOR is set.
 """
+_EPILOG = f"""\b
+Examples:
+  onnx-lowrank IN.onnx OUT.onnx --ratio 0.5
+  onnx-lowrank IN.onnx OUT.onnx --ratio 0.4 --calibration samples.npz
+  onnx-lowrank IN.onnx OUT.onnx --target-error 0.05 --calibration samples.npz
+  onnx-lowrank IN.onnx OUT.onnx --ratio 0.6 --budget latency --threads 4
+  onnx-lowrank IN.onnx --ratio 0.5 --dry-run --save-plan plan.json
+  eval "$(onnx-lowrank --completion bash)"
+
+\b
+Other commands, each with -h:
+  onnx-lowrank sweep IN.onnx FOLDER    many ratios, side by side
+  onnx-lowrank inspect IN.onnx         the layers and their spectra
+  onnx-lowrank explain PLAN.json       a saved plan in words
+  onnx-lowrank compare A.onnx B.onnx   the differences of two models
+
+{EXIT_CODES}"""
 
 
 def _printing(text: Callable[[click.Context], str]) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -66,6 +78,27 @@ def _passes(ctx: click.Context) -> str:
     return formatter.getvalue()
 
 
+def _noted(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    """Remember a flag, also for the errors of options."""
+    ctx.obj[param.name] = value
+    return value
+
+
+def _script(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value and not ctx.resilient_parsing:
+        print_text(completion.script(value))
+        ctx.exit()
+
+
+def _names(known: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
+    """Completes the value of an option with known names."""
+    return lambda ctx, param, typed: [name for name in known() if name.startswith(typed)]
+
+
+def _recipes() -> Iterable[str]:
+    return (AUTO_RECIPE, *(recipe.name for recipe in recipes.load_all()))
+
+
 def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     ctx.obj["verbose"] = value
 
@@ -82,6 +115,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     "--pass",
     "recipe",
     metavar="NAME|FILE",
+    shell_complete=_names(_recipes),
     help="A recipe from --list-passes, or a TOML file; "
     f"by default {DEFAULT_RECIPE}, or {AUTO_RECIPE} with --calibration.",
 )
@@ -96,6 +130,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--budget",
     metavar="|".join(budgets.names()),
+    shell_complete=_names(budgets.names),
     help=f"The quantity that the ratio bounds, by default {DEFAULT_BUDGET}.",
 )
 @click.option(
@@ -293,6 +328,14 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 @click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_noted,
+    help="For programs: write progress, warnings and errors to stderr, one JSON object a line.",
+)
+@click.option(
     "--verbose",
     "-v",
     count=True,
@@ -300,6 +343,14 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     expose_value=False,
     callback=_verbose,
     help="Show the decisions of every stage with their reasons; -vv shows more, with times and modules.",
+)
+@click.option(
+    "--completion",
+    type=click.Choice(completion.SHELLS),
+    is_eager=True,
+    expose_value=False,
+    callback=_script,
+    help="Print the script that completes commands and options in a shell, and exit.",
 )
 @click.option(
     "--version",
@@ -320,14 +371,18 @@ def command(
     report: Path | None,
     dry_run: bool,
     quiet: bool,
+    as_json: bool,
     cache: Path | None,
     no_cache: bool,
     **options: Any,
 ) -> None:
     """Make IN.onnx smaller by low-rank decomposition and write it to OUT.onnx."""
     if ctx.args:
+        more = ctx.args[0]
+        if _NUMBER.fullmatch(more):
+            raise click.UsageError(f"{more!r} is one argument too many: write it as --ratio {more}.")
         raise click.UsageError(
-            f"{ctx.args[0]!r} is one argument too many: name IN.onnx and OUT.onnx, all others are options."
+            f"{more!r} is one argument too many: name IN.onnx and OUT.onnx, all others are options."
         )
     if out is None and not dry_run:
         raise click.UsageError("OUT.onnx is missing: name the file to write, or pass --dry-run.")
@@ -336,12 +391,10 @@ def command(
     options["cache"] = not no_cache if cache is None else cache
     out = None if dry_run else out
     check_outputs(source, out, save_plan, report)
-    console = Console(stderr=True)
-    progress = Silent() if quiet else Terminal(console)
     with (
-        shown(console, ctx.obj["verbose"] or -quiet),
+        displayed(ctx.obj["verbose"], quiet=quiet, as_json=as_json) as (console, progress),
         compress(source, dry_run=dry_run, progress=progress, **options) as result,
     ):
         write(result, out, save_plan, report, ctx.obj["command"])
-        if not quiet:
-            result.report.table(console)
+        if not quiet and not as_json:
+            result.report.table(console, every=ctx.obj["verbose"] > 0)

@@ -11,11 +11,12 @@ from onnx_lowrank.commands import compress
 from onnx_lowrank.documents import plans
 from onnx_lowrank.report import plan_table
 
-_EPILOG = """\b
-Example:
+_EPILOG = f"""\b
+Examples:
   onnx-lowrank IN.onnx --ratio 0.5 --dry-run --save-plan plan.json
   onnx-lowrank explain plan.json
-"""
+
+{compress.EXIT_CODES}"""
 
 
 @click.command("explain", context_settings={"max_content_width": 100}, epilog=_EPILOG, add_help_option=False)

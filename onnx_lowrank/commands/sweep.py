@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from onnx_lowrank import budgets, values
 from onnx_lowrank.commands import compress
 from onnx_lowrank.destinations import check_outputs
-from onnx_lowrank.logs import shown
-from onnx_lowrank.progress import Silent, Terminal
+from onnx_lowrank.display import displayed
 from onnx_lowrank.report import curve
 from onnx_lowrank.request import DEFAULT_BUDGET
 from onnx_lowrank.sweeps import page
@@ -26,6 +24,7 @@ _OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache", "r
 _SINGLE = frozenset({"out", "ratio", "plan", "save_plan", "dry_run", "list_passes"}) | {
     "target_error",
     "target_agreement",
+    "completion",
 }
 """The parameters of `compress` that this command has in its own form, and those of a single model."""
 
@@ -36,7 +35,8 @@ Examples:
 
 The folder gets a model, a plan and a report for every point, and {FILE}. A sweep that was interrupted goes on
 where it stopped: type the same command again.
-"""
+
+{compress.EXIT_CODES}"""
 
 
 def _ratios(
@@ -123,6 +123,7 @@ def command(
     cache: Path | None,
     report: Path | None,
     quiet: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Compress IN.onnx at many ratios, and compare the results; FOLDER gets their files."""
@@ -132,9 +133,7 @@ def command(
         raise click.UsageError("--points divides a range, such as --ratios 0.9..0.2: leave it out of a list.")
     if report is not None:
         check_outputs(source, None, None, report)
-    console = Console(stderr=True)
-    progress = Silent() if quiet else Terminal(console)
-    with shown(console, ctx.obj["verbose"] or -quiet):
+    with displayed(ctx.obj["verbose"], quiet=quiet, as_json=as_json) as (console, progress):
         found = sweep(
             source,
             folder,
@@ -148,7 +147,7 @@ def command(
         )
     if report is not None:
         page.write(folder, report, ctx.obj["command"])
-    if not quiet:
+    if not quiet and not as_json:
         curve.show(found, console, folder)
 
 

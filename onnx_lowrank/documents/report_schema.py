@@ -394,6 +394,8 @@ class Report(Table, frozen=True):
         timing: How long the model takes; null if nothing was timed.
         trials: The plans that were tried; empty if none were compared.
         graph: The differences of both graphs; null in a dry run.
+        counted: The inputs for which MACs and times count, where neither the model nor the user states their
+            shapes, a phrase; "" elsewhere.
     """
 
     schema: int
@@ -414,3 +416,4 @@ class Report(Table, frozen=True):
     timing: Timing | None
     trials: tuple[Trial, ...]
     graph: Graph | None = None
+    counted: str = ""

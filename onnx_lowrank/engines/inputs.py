@@ -42,6 +42,11 @@ def specs(proto: ModelProto) -> tuple[Spec, ...]:
     return tuple(_spec(value) for value in proto.graph.input if value.name not in given)
 
 
+def is_open(spec: Spec) -> bool:
+    """Whether an input has a dimension without a size."""
+    return spec.shape is None or not all(isinstance(size, int) for size in spec.shape)
+
+
 def outputs(proto: ModelProto) -> tuple[Spec, ...]:
     """The outputs, with their types and shapes as the graph states them."""
     return tuple(map(_spec, proto.graph.output))

@@ -13,12 +13,13 @@ from onnx import ModelProto
 
 from onnx_lowrank.engines.engine import Feed, UnmadeError
 from onnx_lowrank.engines.id_limits import id_limits
-from onnx_lowrank.engines.inputs import Spec, fits, shape_text
+from onnx_lowrank.engines.inputs import Spec, fits, is_open, shape_text
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import arrays
 from onnx_lowrank.graph.dimensions import Dimension, parse, solve
 
 _PAST = re.compile(r"past[._]?(key|value|kv|state|[0-9])")
+_LENGTH = re.compile(r"len|seq|time|frame|token|step|point", re.IGNORECASE)
 _SAMPLE_RATES = ("sr", "sample_rate", "sampling_rate")
 
 # Sizes to try for free dimensions: (batch, height and width, any other axis). Strides, position tables and
@@ -126,6 +127,44 @@ def first_call(
     """
     sizes = {"batch": 1, "channels": 1, "spatial": length, "length": length, "past": 0}
     return _Chooser(wanted, shapes).choose(sizes)
+
+
+def one_sample(
+    proto: ModelProto, wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of one sample, where the model leaves open no dimension but the first ones, of the batch.
+
+    Args:
+        proto: The model.
+        wanted: Its inputs.
+        shapes: Shapes that the user gave, by input.
+
+    Returns:
+        The shapes of the inputs that the user left open; empty if one of them has another open dimension, or
+        a shape of the user does not fit.
+    """
+    by_name = {spec.name: spec.shape for spec in wanted}
+    if not all(fits(shape, by_name.get(name) or shape) for name, shape in shapes.items() if name in by_name):
+        return {}
+    stated = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
+    open_ones = [spec for spec in wanted if spec.name not in shapes and is_open(spec)]
+    for spec in open_ones:
+        # ONNX Runtime takes a stated 0 for the size.
+        is_zero = any(dim.HasField("dim_value") and dim.dim_value == 0 for dim in stated[spec.name])
+        if is_zero or not _is_batch(spec, alone=len(wanted) == 1):
+            return {}
+    sizes = {"batch": 1, "channels": 1, "spatial": 1, "length": 1, "past": 0}
+    made = _Chooser(wanted, shapes).choose(sizes) if open_ones else {}
+    return {spec.name: made[spec.name] for spec in open_ones}
+
+
+def _is_batch(spec: Spec, *, alone: bool) -> bool:
+    """Whether the first dimension of an input is its only open one, and counts samples."""
+    if not spec.shape or not all(isinstance(size, int) for size in spec.shape[1:]):
+        return False
+    name = spec.shape[0]
+    name = name if isinstance(name, str) else ""
+    return _kind(spec, 0, name, alone=alone) == "batch" and not _LENGTH.search(name)
 
 
 def check_shapes(wanted: tuple[Spec, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:

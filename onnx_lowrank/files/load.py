@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,14 @@ from onnx_lowrank.files.tensors import (
 ModelProto = onnx.ModelProto
 """The type of a model in memory, for modules that may not import onnx."""
 
+
+_FOREIGN = {
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".safetensors"), ("PyTorch", "torch.onnx.export")),
+    **dict.fromkeys((".pb", ".h5", ".keras", ".tflite"), ("TensorFlow", "tf2onnx")),
+}
+"""The owners of other files of models by their suffixes, and the ways to make ONNX models of them."""
+
+_WEB = re.compile(r"https?:/")
 
 _PROTOBUF_LIMIT = 2**31 - 1
 _LARGEST_INLINE = 3 * 2**29
@@ -156,6 +165,9 @@ def _parsed(
             raise InputError(
                 f"{path} is in ONNX Runtime's own format, not ONNX: name the .onnx file it was made of."
             ) from error
+        if (origin := _FOREIGN.get(path.suffix.lower())) is not None:
+            owner, way = origin
+            raise InputError(f"{path} is a file of {owner}, no ONNX model: convert it with {way}.") from error
         raise InputError(
             f"{path} is no binary ONNX model, or is truncated: export or copy it again."
         ) from error
@@ -206,6 +218,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        if _WEB.match(str(path)):
+            raise InputError(f"{path} is no file: save it to one and name that.") from error
         raise InputError(f"{path} does not exist: check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -18,6 +18,7 @@ from onnx_lowrank.graph.scopes import scopes
 from onnx_lowrank.graph.walk import Walk
 
 _LARGEST_SIZE = 2**63 - 1
+_MOST_EXAMPLES = 3
 
 Shape = tuple[int | None, ...]
 Shapes = Mapping[tuple[str, str], Shape]
@@ -177,13 +178,28 @@ def open_inputs(model: Model, shapes: Shapes) -> tuple[str, ...]:
     )
 
 
-def example(shapes: Shapes, name: str) -> str:
-    """The words of --input-shape for an input, with likely sizes for its unknown dimensions."""
-    shape = shapes.get(("", name), (None,) * 4)
-    # Images have four axes, with one or three channels; sequences have fewer.
-    likely = (1, 3, 224, 224) if len(shape) == 4 else (1, *[16] * len(shape))
-    sizes = (guess if size is None else size for size, guess in zip(shape, likely, strict=False))
-    return f"--input-shape {name}={','.join(map(str, sizes))}"
+def examples(model: Model, shapes: Shapes) -> str:
+    """The words of --input-shape for the inputs with unknown dimensions, with likely sizes for these.
+
+    Inputs whose sizes follow from those before them are left out, and those after the first few.
+    """
+    inputs = {value.name: value for value in model.proto.graph.input}
+    known: dict[str, int] = {}
+    words = []
+    for name in open_inputs(model, shapes):
+        dims = inputs[name].type.tensor_type.shape.dim
+        shape = shapes.get(("", name), (None,) * 4)
+        texts = [dim.dim_param for dim in dims] if len(dims) == len(shape) else [""] * len(shape)
+        sizes = [_size(text, known) if n is None else n for text, n in zip(texts, shape, strict=True)]
+        if None not in sizes and dims:
+            continue
+        # Images have four axes, with one or three channels; sequences have fewer.
+        likely = (1, 3, 224, 224) if len(shape) == 4 else (1, *[16] * len(shape))
+        full = [guess if n is None else n for n, guess in zip(sizes, likely, strict=False)]
+        known |= {text: n for text, n in zip(texts, full, strict=True) if text}
+        known = solve([(parse(text), n) for text, n in known.items()], known)
+        words.append(f"--input-shape {name}={','.join(map(str, full))}")
+    return " ".join(words[:_MOST_EXAMPLES]) + " …" * (len(words) > _MOST_EXAMPLES)
 
 
 def shape_of(walk: Walk, shapes: Shapes, tensor: object) -> Shape | None:

@@ -11,7 +11,7 @@ from onnx_lowrank.core.plan import Choice
 from onnx_lowrank.core.routes import running
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model
-from onnx_lowrank.graph.shapes import Shapes, example, infer, open_inputs
+from onnx_lowrank.graph.shapes import Shapes, examples, infer, open_inputs
 from onnx_lowrank.graph.sizes import check_constants
 from onnx_lowrank.graph.walk import Place, Walk, label
 from onnx_lowrank.layers.attention import Attention, attention
@@ -65,7 +65,7 @@ class Found(Layered):
         skipped: The operators that are left alone.
         work: The MACs of every scope, without those of the layers.
         open_inputs: Names of the inputs with an unknown dimension.
-        shape_words: An example of --input-shape for the first of the open inputs; "" if there are none.
+        shape_words: Examples of --input-shape for the open inputs; "" if there are none.
     """
 
     skipped: tuple[Skipped, ...]
@@ -138,7 +138,7 @@ def find_layers(
     taken = {binding.layer.id for binding in bindings if binding.layer.narrowing is not None}
     bindings = tuple(_attending(binding, met, taken) for binding in bindings)
     unfixed = open_inputs(model, inferred)
-    words = example(inferred, unfixed[0]) if unfixed else ""
+    words = examples(model, inferred)
     found = Found(model, walk, bindings, spared, skipped, scopes, unfixed, words)
     for pattern in (*include, *exclude):
         if not matches(found.names(), pattern):

@@ -57,6 +57,7 @@ def as_table(report: Content) -> schema.Report:
         timing=_timing(report.timing) if report.timing else None,
         trials=tuple(_trial(trial) for trial in report.trials),
         graph=_graph(report.graph) if report.graph else None,
+        counted=report.counted,
     )
 
 

@@ -22,7 +22,8 @@ class Comparison:
     Attributes:
         names: The names of their files.
         params: Their parameters.
-        bytes: The bytes of their tensors.
+        quantized: The bytes of those tensors whose elements have 8 bits or fewer.
+        bytes: The bytes of all their tensors.
         operators: The numbers of nodes by operator type; only types whose number differs.
         nodes: Their nodes, which have no names that could be compared, so none is changed.
         tensors: Their initializers.
@@ -32,6 +33,7 @@ class Comparison:
 
     names: tuple[str, str]
     params: Total
+    quantized: Total
     bytes: Total
     operators: Mapping[str, Total]
     nodes: Differences
@@ -49,6 +51,8 @@ def show(found: Comparison, console: Console) -> None:
         ("float parameters", found.params, words.exact),
         ("bytes of tensors", found.bytes, words.exact),
     ]
+    if found.quantized != Total(0, 0):
+        rows.append(("quantized bytes", found.quantized, words.exact))
     if found.timing is not None:
         rows.append(("time", Total(found.timing.before, found.timing.after), words.time))
     ratios = [total.ratio for _, total, _ in rows]

@@ -197,6 +197,8 @@ class Content:
         merges: The pairs of adjacent operators that were multiplied. The rows of the layers describe their
             state before this step.
         graph: The differences of both graphs; None in a dry run.
+        counted: The inputs for which MACs and times count, where neither the model nor the user states their
+            shapes, a phrase; "" elsewhere.
     """
 
     version: str
@@ -221,3 +223,4 @@ class Content:
     timing: Timing | None = None
     merges: tuple[Merge, ...] = ()
     graph: Graph | None = None
+    counted: str = ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from onnx_lowrank.core.layer import Skipped
+from onnx_lowrank.layers.withheld import withheld
 from onnx_lowrank.report import words
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
@@ -57,6 +58,7 @@ class Inspection:
         layers: The layers that can be decomposed, in graph order.
         skipped: The operators that are left alone.
         total: The parameters of the model.
+        quantized: The bytes of its tensors whose elements have 8 bits or fewer.
         least: The smallest ratio of them that can be reached; None if that is unknown.
     """
 
@@ -64,18 +66,24 @@ class Inspection:
     layers: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
     total: int
+    quantized: int
     least: float | None
 
 
 def show(seen: Inspection, console: Console) -> None:
     """Print the layers, the largest first, and the reasons for the operators that are left alone."""
     page = Page(console)
+    if (held := withheld(seen.skipped, len(seen.layers))) is not None:
+        fact, advice = held
+        page.line(f"{seen.model}: {fact}: {advice}.", "bold yellow")
     mine = sum(row.params for row in seen.layers)
     page.line(
         f"{seen.model}: {_layers(len(seen.layers))} can be decomposed, with {words.short(mine)} of "
         f"{words.short(seen.total)} float parameters",
         "bold",
     )
+    if seen.quantized:
+        page.line(f"{words.short(seen.quantized)} bytes of its tensors are quantized.")
     if seen.layers:
         page.blank()
         _table(seen, page)

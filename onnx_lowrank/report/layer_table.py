@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from decimal import ROUND_CEILING, Context
 
 from onnx_lowrank.core.factors import LayerFit
@@ -35,22 +35,28 @@ _LAYOUTS: tuple[tuple[Callable[[int | None], str], frozenset[str]], ...] = (
 )
 
 
-def show(report: Content, page: Page) -> None:
-    """Print the table and its legend, in the most informative layout that has enough room for the names."""
-    names = [row.name for row in report.layers]
+def show(report: Content, rows: Sequence[LayerRow], page: Page) -> None:
+    """Print a table of layers and its legend, in the most informative layout with enough room for the names.
+
+    Args:
+        report: The report.
+        rows: The layers to show.
+        page: Where to print.
+    """
+    names = [row.name for row in rows]
     enough = min(_NAME_ROOM, max(map(len, names)))
     for number, omitted in _LAYOUTS:
-        columns = [column for column in _columns(report, number) if column.header not in omitted]
+        columns = [column for column in _columns(report, rows, number) if column.header not in omitted]
         room = page.room(columns)
         if room >= enough:
             break
     layer = Column("layer", distinct(names, max(room, 5)))
-    page.table([layer, *columns], ["" if row.option else "dim" for row in report.layers])
-    for line in _legend(report, {column.header for column in columns}):
+    page.table([layer, *columns], ["" if row.option else "dim" for row in rows])
+    for line in _legend(report, rows, {column.header for column in columns}):
         page.line(line, style="dim")
 
 
-def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
+def _legend(report: Content, rows: Sequence[LayerRow], shown: Container[str]) -> Iterator[str]:
     """Explanations of the columns whose headers do not explain them."""
     yield f"error: {report.measure}, {named(report.measure).legend}."
     for way, factor in ((Lowering.SHARED, "encoder"), (Lowering.SUMMED, "decoder")):
@@ -59,7 +65,7 @@ def _legend(report: Content, shown: Container[str]) -> Iterator[str]:
         yield "bound: certified ‖W − Ŵ‖/‖W‖, spectral norm, of the factors as stored."
     if _TIME in shown:
         yield "time alone: times of the layer and of its chain outside the model, measured like the model."
-    if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report)):
+    if "fit" in shown and any(fit is not None and fit.recovered for fit in _fits(report, rows)):
         yield "fit: recovered layers make up for the errors of the layers before them."
     for header, samples in ((_HELD, "held-out"), (_MEASURED, "the")):
         if header in shown:
@@ -79,8 +85,7 @@ def _joined(report: Content, way: Lowering, factor: str) -> Iterator[str]:
         yield f"{way}: one {factor} for all of {'; '.join(groups[:_GROUPS])}{more}."
 
 
-def _columns(report: Content, number: Callable[[int | None], str]) -> list[Column]:
-    rows = report.layers
+def _columns(report: Content, rows: Sequence[LayerRow], number: Callable[[int | None], str]) -> list[Column]:
     folds, ks, ranks = zip(*(_option(row) for row in rows), strict=True)
     columns = [
         Column("operator", tuple(row.op for row in rows)),
@@ -96,7 +101,7 @@ def _columns(report: Content, number: Callable[[int | None], str]) -> list[Colum
         times = [report.timing.layers.get(row.id) for row in rows]
         columns.append(Column(_TIME, tuple(map(_faster, times)), "right"))
         columns.append(Column(_PREDICTED, tuple(map(_expected, times)), "right"))
-    fits = _fits(report)
+    fits = _fits(report, rows)
     if any(fits):
         columns.append(Column("fit", tuple(map(_fit, fits))))
     if any(fit and fit.error is not None for fit in fits):
@@ -105,9 +110,9 @@ def _columns(report: Content, number: Callable[[int | None], str]) -> list[Colum
     return columns
 
 
-def _fits(report: Content) -> tuple[LayerFit | None, ...]:
-    """How the factors of every layer were made; None without calibration, where all are made in one way."""
-    return tuple(None if report.calibration is None else row.fit for row in report.layers)
+def _fits(report: Content, rows: Sequence[LayerRow]) -> tuple[LayerFit | None, ...]:
+    """How the factors of the layers were made; None without calibration, where all are made in one way."""
+    return tuple(None if report.calibration is None else row.fit for row in rows)
 
 
 def _lost(report: Content) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from onnx_lowrank.core.outcome import Other, OutputError
 from onnx_lowrank.report import words
@@ -54,10 +54,16 @@ def show(other: Other, page: Page) -> None:
         page.line(f"{len(other.pairs) - len(shown)} more outputs are in --report.", style="dim")
 
 
+def worst(outputs: Sequence[OutputError]) -> list[OutputError]:
+    """The outputs to show, in the order of the model: first those judged by more than a norm."""
+    order = sorted(outputs, key=lambda output: (not _is_judged(output), -(output.relative or 0.0)))
+    return [output for output in outputs if output in order[:_MOST]]
+
+
 def _shown(pairs: tuple[_Pair, ...]) -> list[_Pair]:
     """The pairs to show, in the order of the model."""
-    order = sorted(pairs, key=lambda pair: (not _is_judged(pair[0]), -(pair[0].relative or 0.0)))
-    return [pair for pair in pairs if pair in order[:_MOST]]
+    chosen = worst([here for here, _ in pairs])
+    return [pair for pair in pairs if pair[0] in chosen]
 
 
 def _is_judged(output: OutputError) -> bool:

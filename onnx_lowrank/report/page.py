@@ -83,13 +83,13 @@ class Page:
             table.add_row(*(self.text(cell) for cell in cells), style=style)
         self._console.print(table)
 
-    def groups(self, title: str, unit: str, items: list[tuple[str, str]]) -> None:
-        """Print names grouped by reason, the most frequent reason first."""
+    def groups(self, title: str, unit: str, items: list[tuple[str, str]], hint: str = "") -> None:
+        """Print names grouped by reason, the most frequent reason first; a hint follows their number."""
         if not items:
             return
         reasons: dict[str, list[str]] = {}
         for reason, name in items:
             reasons.setdefault(reason, []).append(name)
-        self.line(f"{title}: {len(items)} {unit}{'s' * (len(items) != 1)}")
+        self.line(f"{title}: {len(items)} {unit}{'s' * (len(items) != 1)}{hint}")
         for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
             self.line(f"{len(names)} × {reason} ({words.first_names(names)})", style="dim", indent=2)

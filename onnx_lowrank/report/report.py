@@ -14,9 +14,14 @@ from onnx_lowrank.report.content import Content
 class Report(Content):
     """All results of a run, as a table, as JSON, as a page and as data for Model Explorer."""
 
-    def table(self, console: Console | None = None) -> None:
-        """Print the report, by default on stdout."""
-        terminal.show(self, console or Console())
+    def table(self, console: Console | None = None, *, every: bool = False) -> None:
+        """Print the report.
+
+        Args:
+            console: Where to print, by default stdout.
+            every: Whether to list all kept layers and all outputs, too.
+        """
+        terminal.show(self, console or Console(), every=every)
 
     def to_json(self) -> str:
         """The whole report as JSON text; see `onnx_lowrank.documents.report_schema` for the keys."""

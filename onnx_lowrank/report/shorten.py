@@ -15,7 +15,7 @@ _MOST_NAMES = 2000  # more names are not shortened by folders: each name has a f
 def distinct(names: list[str], room: int) -> tuple[str, ...]:
     """Shorten names to `room` characters, and keep them distinct.
 
-    1. Names lose the folders and the ending that all of them share, then their middle.
+    1. Names lose the ending that all of them share, then the folders that they share, then their middle.
     2. If two names become equal, all names lose another part instead of the middle.
     3. If this does not help, as for `/layer.0/attention/self/query/MatMul`, each name keeps the folders that
        distinguish it.
@@ -29,6 +29,8 @@ def distinct(names: list[str], room: int) -> tuple[str, ...]:
         shared = _shared(names)
         head = 1 + max(shared.rfind(separator) for separator in "/.:")
         tail = min(len(_shared([name[::-1] for name in names])), min(map(len, names)) - len(shared))
+        if max(map(len, names)) - tail <= room:
+            return tuple(name[: len(name) - tail] for name in names)
         names = [("…" if head else "") + name[head : len(name) - tail] for name in names]
     best: tuple[str, ...] = ()
     for end in sorted(range(room), key=lambda end: abs(end - room // 2)):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from rich.console import Console
 
 from onnx_lowrank.core.outcome import Calibrated, Trial
+from onnx_lowrank.layers.withheld import withheld
 from onnx_lowrank.report import layer_table as layers
 from onnx_lowrank.report import proof, validation_text, words
 from onnx_lowrank.report.content import Content, Total
+from onnx_lowrank.report.next_steps import next_steps
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
 
@@ -18,25 +21,30 @@ WORTHLESS = 0.5
 """A relative error above this is closer to noise (1) than to the original: the report says so first."""
 
 
-def show(report: Content, console: Console) -> None:
-    """Print a report, laid out for the width of the console."""
+def show(report: Content, console: Console, *, every: bool = False) -> None:
+    """Print a report, laid out for the width of the console.
+
+    Args:
+        report: The report.
+        console: Where to print.
+        every: Whether the table has the kept layers, too, and the outputs are listed all.
+    """
     page = Page(console)
     _headlines(report, page)
-    if report.layers:
+    rewritten = [row for row in report.layers if row.option is not None]
+    kept = [row for row in report.layers if row.option is None]
+    if shown := rewritten + kept * every:
         page.blank()
-        layers.show(report, page)
+        layers.show(report, shown, page)
     page.blank()
     _totals(report, page)
-    for figure in report.totals.figures:
-        if figure.unknown and figure.total is not None and figure.total.before is None:
-            page.line(figure.unknown, style="dim")
     page.line(_ratios(report))
     page.blank()
     if report.calibration is not None:
         _calibration(report.calibration, report.trials, page)
     names = {row.id: row.name for row in report.layers}
-    kept = [(row.reason or "kept by the plan", row.name) for row in report.layers if row.option is None]
-    page.groups("Kept", "layer", kept)
+    reasons = [(row.reason or "kept by the plan", row.name) for row in kept]
+    page.groups("Kept", "layer", reasons, "" if every else " (-v lists all)")
     page.groups(
         "Skipped", "operator", [(item.reason, item.name or item.weight or item.op) for item in report.skipped]
     )
@@ -54,20 +62,42 @@ def show(report: Content, console: Console) -> None:
             f"({words.exact(saved)} parameters less)"
         )
     if report.validation is not None:
-        validation_text.show(report.validation, names, page)
+        validation_text.show(report.validation, names, page, every=every)
     for warning in report.warnings:
         page.line(f"Warning: {warning}", style="yellow")
+    page.blank()
+    page.line("Next:")
+    for step in next_steps(report):
+        page.line(step, style="dim", indent=2)
 
 
 def _headlines(report: Content, page: Page) -> None:
-    """Print the first lines: a model that hardly gives the original's outputs is told before all else."""
+    """Print the verdict; a model that hardly gives the original's outputs is told before all else."""
     worst = 0.0 if report.validation is None else report.validation.worst or 0.0
     if worst > WORTHLESS:
         advice = "raise the ratio" if report.calibration is not None else "give --calibration"
         page.line(f"Likely worthless: relative output error {words.number(worst)}; {advice}.", "bold red")
+    if (held := withheld(report.skipped, len(report.layers))) is not None:
+        fact, advice = held
+        page.line(f"{report.model}: {fact}: {advice}.", "bold yellow")
+    page.line(f"{report.model}: {', '.join(_verdict(report))}", "bold")
     rewritten = sum(row.option is not None for row in report.layers)
-    count = f"{rewritten} of {len(report.layers)} layers rewritten"
-    page.line(f"{report.model}: {count} with recipe {report.recipe}", "bold")
+    page.line(f"{rewritten} of {len(report.layers)} layers rewritten with recipe {report.recipe}")
+
+
+def _verdict(report: Content) -> Iterator[str]:
+    """The ratios and the error, in the order in which a reader asks for them."""
+    totals = {figure.key: figure.total for figure in report.totals.figures}
+    for key, name in (("params", "parameters"), ("macs", "MACs"), ("bytes", "bytes")):
+        total = totals.get(key)
+        if total is not None and total.ratio is not None and key in ("params", "macs", report.budget):
+            yield f"{total.ratio:.3f} of the {name}"
+    for name, times in islice(_times(report), 1):  # A prediction counts where nothing was measured.
+        if times.ratio is not None:
+            yield f"{times.ratio:.3f} of the {name}"
+    error = None if report.validation is None else report.validation.worst
+    if error is not None:
+        yield f"output error {words.number(error)}"
 
 
 def _totals(report: Content, page: Page) -> None:
@@ -89,6 +119,11 @@ def _totals(report: Content, page: Page) -> None:
         Column("ratio", tuple("–" if ratio is None else f"{ratio:.3f}" for ratio in ratios), "right"),
     ]
     page.table(columns, [""] * len(names))
+    for figure, total in shown:
+        if figure.unknown and total.before is None:
+            page.line(figure.unknown, style="dim")
+    if report.counted:
+        page.line(f"MACs and times are those of {report.counted}.", style="dim")
     if report.timing is not None:
         page.line(f"time: medians of interleaved runs on {report.timing.engine};", style="dim")
         if not report.timing.calls:

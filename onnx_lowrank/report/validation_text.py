@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from onnx_lowrank.core.outcome import Fused, OutputError, Quantized, Validation
 from onnx_lowrank.report import other_table, words
 from onnx_lowrank.report.page import Page
+from onnx_lowrank.report.shorten import distinct
+
+_ROOM = 32
+"""The most characters of an output's name."""
 
 
-def show(validation: Validation, names: Mapping[str, str], page: Page, title: str = "Validation") -> None:
+def show(
+    validation: Validation,
+    names: Mapping[str, str],
+    page: Page,
+    title: str = "Validation",
+    *,
+    every: bool = False,
+) -> None:
     """Print the differences of the outputs.
 
     Args:
@@ -17,12 +28,12 @@ def show(validation: Validation, names: Mapping[str, str], page: Page, title: st
         names: The names of layers for readers, by id.
         page: Where to print.
         title: The first word.
+        every: Whether to list all outputs.
     """
     page.line(f"{title} on {validation.engine}")
     page.line(f"inputs {validation.inputs}", style="dim", indent=2)
     layers = {f"layer {layer}": f"layer {name}" for layer, name in names.items()}
-    for output in validation.outputs:
-        page.line(f"{output.name}: {_differences(output)}", indent=2)
+    _outputs(validation.outputs, page, every=every)
     if validation.quantized is not None:
         _quantized(validation.quantized, page)
     for output in validation.alone:
@@ -46,6 +57,16 @@ def show(validation: Validation, names: Mapping[str, str], page: Page, title: st
     if validation.other is not None:
         page.blank()
         other_table.show(validation.other, page)
+
+
+def _outputs(outputs: Sequence[OutputError], page: Page, *, every: bool) -> None:
+    """Print the errors of all outputs, or of the worst ones."""
+    shown = outputs if every else other_table.worst(outputs)
+    titles = distinct([output.name for output in shown], _ROOM)
+    for title, output in zip(titles, shown, strict=True):
+        page.line(f"{title}: {_differences(output)}", indent=2)
+    if more := len(outputs) - len(shown):
+        page.line(f"{more} more outputs err less; --report has all", style="dim", indent=2)
 
 
 def _quantized(found: Quantized, page: Page) -> None:

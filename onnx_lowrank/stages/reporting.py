@@ -104,6 +104,7 @@ def assemble(
         timing=run.timing,
         merges=() if built is None else built.merges,
         graph=None if built is None else _graph(run, built),
+        counted=run.counted,
     )
 
 
@@ -376,7 +377,7 @@ def _totals(run: Run) -> Totals:
     ordered = sorted(registry.every(), key=lambda budget: budget.is_measured)
     return Totals(
         tuple(
-            Figure(budget.figure, budget.total(run), budget.title, budget.show, budget.unknown)
+            Figure(budget.figure, budget.total(run), budget.title, budget.show, budget.unknown(run.found))
             for budget in ordered
         )
     )

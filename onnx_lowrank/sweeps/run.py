@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from time import monotonic
 from types import NoneType
 from typing import Any, Unpack
 
@@ -27,7 +28,7 @@ from onnx_lowrank.errors import BudgetError, InputError, ValidationError
 from onnx_lowrank.files.atomic import is_taken, replacing
 from onnx_lowrank.files.load import load
 from onnx_lowrank.options import Options, completed
-from onnx_lowrank.progress import Labelled, Silent
+from onnx_lowrank.progress import Labelled, Silent, over
 from onnx_lowrank.request import DEFAULT_BUDGET
 from onnx_lowrank.sweeps import replay
 from onnx_lowrank.sweeps.evaluator import Evaluator, Score, evaluator
@@ -100,18 +101,25 @@ def sweep(
     with _held(place):
         state = _State(place)
         state.open(source, given, scorer)
+        begun = monotonic()
         if given["cache"] is True:
             given["cache"] = place / _CACHE
         for number, point in enumerate(wanted, 1):
             if (known := state.known(point)) is None:
-                progress = Labelled(given["progress"] or Silent(), f"{point.name}, {number}/{len(wanted)}")
+                label = f"{point.name}, {number}/{len(wanted)}"
+                above = over(given["progress"] or Silent(), "points", number - 1, len(wanted), begun)
+                progress = Labelled(above, label)
                 own = Options(budget=point.budget, recipe=point.wanted, progress=progress)
                 known = _made(source, place, point, {**given, **own})
                 command = replay.command(model, point.model, Path(folder) / point.plan, given)
                 known = msgspec.structs.replace(known, command=command if known.is_made else "")
                 state.keep(known)
-            if scorer is not None and known.is_made and known.score is None:
-                state.keep(msgspec.structs.replace(known, score=scorer(place / known.model)))
+            if scorer is not None:
+                state.score(known, scorer)
+        if scorer is not None:  # Those of earlier sweeps, too, so that one function scores all.
+            for point in state.sweep.points:
+                if state.known(point) is not None:
+                    state.score(point, scorer)
         return state.sweep
 
 
@@ -279,6 +287,11 @@ class _State:
         self.sweep = msgspec.structs.replace(self.sweep, points=tuple(points))
         self._write()
 
+    def score(self, point: Point, scorer: Evaluator) -> None:
+        """Score the model of a point that has no score yet."""
+        if point.is_made and point.score is None:
+            self.keep(msgspec.structs.replace(point, score=scorer(self.folder / point.model)))
+
     def _score(self, model: Path, scorer: Evaluator) -> None:
         """Score the input model first: an evaluator that fails ends the sweep before the work begins."""
         if scorer.is_named and self.sweep.evaluator == scorer.name and self.sweep.score is not None:
@@ -300,6 +313,8 @@ def _held(folder: Path) -> Iterator[None]:
     Raises:
         InputError: It cannot be made or written, or another sweep runs in it.
     """
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: name a folder for the points.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("ab")

@@ -8,7 +8,7 @@ from onnx.parser import parse_model
 
 from decoders import POSITIONS, TOTAL, decoder
 from onnx_lowrank.engines.inputs import specs
-from onnx_lowrank.engines.made import make
+from onnx_lowrank.engines.made import make, one_sample
 from onnx_lowrank.engines.running import first_run
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import InputError
@@ -35,6 +35,31 @@ def feeds(proto, **shapes):
 
 def shapes_of(feed):
     return {name: array.shape for name, array in feed.items()}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "given", "expected"),
+    [
+        ("float[N, 3, 8, 8] x", {}, {"x": (1, 3, 8, 8)}),
+        ("float[?, 8] x", {}, {"x": (1, 8)}),
+        ("float[2, 8] x", {}, {}),
+        ("float[2, 8] z, float[N, 4] x", {}, {"x": (1, 4)}),
+        ("float[N, 8] z, float[N, 4] x", {"z": (3, 8)}, {"x": (3, 4)}),
+        ("float[M, 8] z, float[N, 4] x", {"z": (3, 8)}, {"x": (1, 4)}),
+        ("float[N, T] z, float[N, 4] x", {}, {}),
+        ("float[N, T] z, float[N, 4] x", {"z": (1, 5)}, {"x": (1, 4)}),
+        ("float[N, 4] x", {"z": (1, 5)}, {"x": (1, 4)}),
+        ("float[N, 4] z, float[N, 4] x", {"z": (1, 5)}, {}),
+        ("float[N] x", {}, {}),
+        ("float[N] z, float[N, 4] x", {}, {"z": (1,), "x": (1, 4)}),
+        ("float[seq_len, 8] x", {}, {}),
+        ("float[0, 8] x", {}, {}),
+        ("float x", {}, {}),
+    ],
+)
+def test_one_sample_is_told_where_the_batch_alone_is_open(inputs, given, expected):
+    proto = parsed(inputs)
+    assert one_sample(proto, specs(proto), given) == expected
 
 
 class TestSizes:

@@ -203,6 +203,16 @@ def test_files_that_are_no_models(content, words, tmp_path):
     refused(path, str(path), words)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "words"),
+    [(".PT", "PyTorch, no ONNX model: convert it with torch.onnx.export"), (".tflite", "with tf2onnx")],
+)
+def test_a_file_of_another_framework_is_told_with_the_way_to_convert_it(suffix, words, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"PK\x03\x04" + bytes(64))
+    refused(path, str(path), words)
+
+
 def test_a_missing_file(tmp_path):
     refused(tmp_path / "no.onnx", str(tmp_path / "no.onnx"), "does not exist")
 

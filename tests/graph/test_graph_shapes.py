@@ -10,7 +10,7 @@ from onnx_lowrank.budgets.macs import dearest_macs
 from onnx_lowrank.core.layer import Positions
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import load
-from onnx_lowrank.graph.shapes import assumed, example, infer, open_inputs
+from onnx_lowrank.graph.shapes import assumed, examples, infer, open_inputs
 from rewriting import found, model
 
 
@@ -239,7 +239,24 @@ def test_a_product_of_more_than_64_bits_stays_open():
     ],
 )
 def test_an_example_of_a_shape_has_the_inputs_name_and_rank(shape, sizes):
-    assert example({("", "x"): shape}, "x") == f"--input-shape x={sizes}"
+    dims = ", ".join("?" if size is None else str(size) for size in shape)
+    loaded = load(model(f"g (float[{dims}] x) => (float[] y) {{ y = Relu (x) }}"))
+    assert examples(loaded, infer(loaded, {})) == f"--input-shape x={sizes}"
+
+
+def test_an_example_leaves_out_inputs_that_follow_from_others():
+    loaded = load(decoder())
+    words = examples(loaded, infer(loaded, {})).replace("--input-shape ", "").split()
+    given = {name: tuple(map(int, sizes.split(","))) for name, _, sizes in (w.partition("=") for w in words)}
+    assert list(given) == ["input_ids", "attention_mask"]
+    assert open_inputs(loaded, infer(loaded, given)) == ()
+
+
+def test_an_example_of_many_inputs_names_the_first_ones():
+    inputs = ", ".join(f"float[N{n}] x{n}" for n in range(5))
+    loaded = load(model(f"g ({inputs}) => (float[] y) {{ y = Relu (x0) }}"))
+    words = " ".join(f"--input-shape x{n}=1" for n in range(3))
+    assert examples(loaded, infer(loaded, {})) == f"{words} …"
 
 
 def test_open_dimensions_are_assumed_apart_from_each_other():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from onnx_lowrank.budgets import registry
 from onnx_lowrank.core.factors import Certificate, Fit, LayerFit
 from onnx_lowrank.core.layer import Skipped
 from onnx_lowrank.core.option import Fold, Lowering, Option
@@ -16,6 +15,8 @@ from onnx_lowrank.core.plan import Aggregate, Solver
 from onnx_lowrank.report import words
 from onnx_lowrank.report.content import Figure, LayerRow, Total, Totals
 from onnx_lowrank.report.report import Report
+
+OPEN = "MACs need the shapes that the model leaves open: pass --input-shape x=1,16."
 
 
 def row(index: int, kept: bool = False, certificate: float = 0.12341) -> LayerRow:
@@ -40,7 +41,7 @@ def totals(time):
     return Totals(
         (
             Figure("params", Total(123456, 61234), "parameters"),
-            Figure("macs", Total(None, None), "MACs", unknown=registry.named("macs").unknown),
+            Figure("macs", Total(None, None), "MACs", unknown=OPEN),
             Figure("bytes", Total(500000, 250000), "file bytes"),
             Figure("time", time),
         )
@@ -69,17 +70,17 @@ def report(**changes: object) -> Report:
     return replace(base, **changes)
 
 
-def printed(shown: Report, width: int = 120, encoding: str = "utf-8") -> str:
+def printed(shown: Report, width: int = 120, encoding: str = "utf-8", *, every: bool = False) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    shown.table(Console(file=file, width=width))
+    shown.table(Console(file=file, width=width), every=every)
     file.flush()
     return raw.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 160])
 def test_terminal_shows_every_layer_with_its_option(width):
-    lines = printed(report(), width).splitlines()
+    lines = printed(report(), width, every=True).splitlines()
     found = [line for line in lines if "of 48" in line]
     assert len(found) == 2
     assert all("rows" in line and "0.25" in line and "64×32×3×3" in line for line in found)
@@ -117,7 +118,8 @@ def test_terminal_groups_reasons_with_counts():
     assert "5 × no constant operand (m0, m1, m2 and 2 more)" in text
     assert "1 × depthwise (d)" in text
     assert text.index("no constant operand") < text.index("depthwise")
-    assert "Kept: 1 layer\n" in text
+    assert "Kept: 1 layer (-v lists all)\n" in text
+    assert "Kept: 1 layer\n" in printed(report(), every=True)
     assert "w1, w2" in text
 
 
@@ -192,7 +194,7 @@ def test_layers_are_shown_by_their_names_and_known_by_their_ids():
     )
     source = Calibrated("x: 9 samples, 1 held out", 9, 1, (("onnx::Conv_2", "it never ran"),))
     shown = report(layers=rows, validation=validation, calibration=source)
-    text = printed(shown, 160)
+    text = printed(shown, 160, every=True)
     assert [line.split()[0] for line in text.splitlines() if "64×32×3×3" in line] == [r.name for r in rows]
     assert "2 × no option is cheaper (/conv1/Conv, /conv2/Conv)" in text
     assert "1 × it never ran (/conv2/Conv)" in text
@@ -219,6 +221,7 @@ def test_json_holds_everything():
         "schema", "version", "model", "recipe", "ratio", "solver", "totals", "layers", "skipped",
         "removed_inputs", "merges", "validation", "warnings", "target", "calibration", "timing", "trials",
         "graph",
+        "counted",
     ]  # fmt: skip
     assert loaded["schema"] == 1
     assert (loaded["target"], loaded["calibration"], loaded["trials"]) == (None, None, [])
@@ -334,11 +337,11 @@ def flat(text: str) -> str:
 
 
 def test_terminal_tells_how_every_layer_was_fitted():
-    lines = printed(calibrated(), 160).splitlines()
+    lines = printed(calibrated(), 160, every=True).splitlines()
     header = next(line for line in lines if line.startswith("layer"))
     assert header.split()[-2:] == ["fit", "held-out"]
     ends = [line.split()[-2:] for line in lines if line.startswith("stage")]
-    assert ends == [["recovered", "1.23%"], ["–", "–"], ["activations", "50.0%"], ["weights", "–"]]
+    assert ends == [["recovered", "1.23%"], ["activations", "50.0%"], ["weights", "–"], ["–", "–"]]
 
 
 def test_terminal_has_no_columns_for_what_was_not_calibrated():
@@ -617,7 +620,7 @@ def test_totals_have_the_times_that_are_known(change, rows):
 
 
 def test_without_timing_there_are_no_times():
-    text = printed(report(), 160)
+    text, _, _ = printed(report(), 160).partition("Next:")
     assert "time" not in text
     assert "predicted" not in text
 

@@ -247,6 +247,38 @@ def test_a_sweep_can_be_scored_later_and_anew(source: Path, tmp_path: Path) -> N
         assert [found.score, *(point.score for point in found.points)] == [score] * 3
 
 
+def test_another_evaluator_scores_the_points_of_earlier_sweeps_too(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "points"
+    sweep(source, folder, RATIOS, evaluate=lambda model: 1.0)
+    found = sweep(source, folder, RATIOS[:1], evaluate=lambda model: 2.0)
+    assert [(point.name, point.score) for point in found.points] == [("params-0.8", 2.0), ("params-0.6", 2.0)]
+    (folder / "params-0.6.onnx").unlink()
+    found = sweep(source, folder, RATIOS[:1], evaluate=lambda model: 3.0)
+    assert [point.score for point in found.points] == [3.0, None]
+
+
+def test_a_sweep_without_room_keeps_the_points_that_are_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, written = tmp_path / "points", []
+    write = run.write
+
+    def full(result: Any, out: Path, *others: Path) -> None:
+        written.append(out)
+        if len(written) == 2:
+            raise InputError(f"{out} cannot be written (No space left on device): make room.")
+        write(result, out, *others)
+
+    monkeypatch.setattr(run, "write", full)
+    with pytest.raises(InputError, match=r"params-0\.6\.onnx cannot be written \(No space left"):
+        sweep(source, folder, RATIOS)
+    assert [point.name for point in sweeps.read(folder / FILE).points] == ["params-0.8"]
+    assert not [path for path in folder.iterdir() if "0.6" in path.name]
+    found = sweep(source, folder, RATIOS)
+    assert [point.is_made for point in found.points] == [True, True]
+    assert len(written) == 3
+
+
 @pytest.mark.parametrize(
     ("score", "words"),
     [
