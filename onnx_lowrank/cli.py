@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Not collected at exit: looking for cycles among all imported objects takes longer than a small model.
     atexit.register(gc.freeze)
     with _unwinding_on_signals():
-        if (completed := completion.completions()) is not None:
+        known = commands.names(), commands.DEFAULT, commands.command
+        if (completed := completion.completions(*known)) is not None:
             print_text(f"{completed}\n")
             sys.exit(0)
         try:

@@ -7,11 +7,10 @@ completion, with the words typed so far in its environment.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import click
 from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
-
-from onnx_lowrank import commands
 
 PROGRAM = "onnx-lowrank"
 SHELLS = ("bash", "zsh", "fish")
@@ -24,18 +23,24 @@ def script(shell: str) -> str:
     return _completer(shell, click.Command(PROGRAM)).source()
 
 
-def completions() -> str | None:
-    """The completions that a script asks for, as its shell reads them; None if no script asks."""
+def completions(names: Sequence[str], default: str, command: Callable[[str], click.Command]) -> str | None:
+    """The completions that a script asks for, as its shell reads them; None if no script asks.
+
+    Args:
+        names: The names of all commands.
+        default: The command without a name.
+        command: The command of a name.
+    """
     shell, _, instruction = os.environ.get(_VARIABLE, "").partition("_")
     if shell not in SHELLS or instruction != "complete":
         return None
     asked = _completer(shell, click.Command(PROGRAM))
     words, incomplete = asked.get_completion_args()
-    name = words[0] if words and words[0] in commands.names() else commands.DEFAULT
-    is_named = bool(words) and words[0] == name
-    found = _completer(shell, commands.command(name)).get_completions(words[is_named:], incomplete)
+    is_named = bool(words) and words[0] in names
+    name = words[0] if is_named else default
+    found = _completer(shell, command(name)).get_completions(words[is_named:], incomplete)
     if not words:
-        found += [CompletionItem(each) for each in commands.names() if each.startswith(incomplete)]
+        found += [CompletionItem(each) for each in names if each.startswith(incomplete)]
     return "\n".join(map(asked.format_completion, found))
 
 

@@ -100,22 +100,9 @@ WRONG = {
     ),
     "ratio in per cent": (["in.onnx", "out.onnx", "--ratio", "50"], "at most 1: 0.5 keeps 50 %"),
     "ratio slightly too large": (["in.onnx", "out.onnx", "--ratio", "1.5"], "at most 1: 0.5 keeps half"),
-    "help as a word": (["help"], "There is no command 'help': pass -h"),
-    "a command of another tool": (
-        ["optimize", "in.onnx", "out.onnx"],
-        "There is no command 'optimize': leave it out, or name one of compare, compress, explain, inspect,",
-    ),
     "IN on the web": (
         ["https://example.org/in.onnx", "out.onnx", "--ratio", "0.5"],
         "https:/example.org/in.onnx is no file: save it to one and name that",
-    ),
-    "no FOLDER of a sweep": (
-        ["sweep", "in.onnx"],
-        "FOLDER is missing: onnx-lowrank sweep IN.onnx FOLDER tries many ratios",
-    ),
-    "a sweep into a file": (
-        ["sweep", "in.onnx", "in.onnx"],
-        "in.onnx is a file: name a folder for the points",
     ),
     "option of another tool": ([*HALF, "--opset"], "no option --opset: -h lists all"),
     "no alignment": ([*HALF, "--align", "7.5"], "--align: '7.5' is neither auto nor a whole number"),
@@ -138,7 +125,6 @@ WRONG = {
         "--scheduler and --workers contradict each other: leave one of them out.",
     ),
     "65 workers": ([*HALF, "--workers", "65"], "--workers is 65: pass 1 to 64, or 0"),
-    "times of free dimensions": ([*HALF, "--budget", "latency"], "Times can be measured for known shapes"),
     "unknown budget": (
         [*HALF, "--budget", "speed"],
         "no budget 'speed': choose one of params, macs, latency, bytes",

@@ -52,9 +52,9 @@ def test_a_range_has_points_at_equal_steps(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep"], "IN.onnx is missing: see onnx-lowrank sweep -h."),
+        (["sweep"], "IN.onnx is missing: onnx-lowrank sweep IN.onnx FOLDER tries many ratios."),
         (["swep", "cnn.onnx", "points"], "There is no command 'swep': pass sweep, or name a model file."),
-        (["sweep", "cnn.onnx"], "FOLDER is missing: see onnx-lowrank sweep -h."),
+        (["sweep", "cnn.onnx"], "FOLDER is missing: onnx-lowrank sweep IN.onnx FOLDER tries many ratios."),
         (["sweep", "none.onnx", "points"], "none.onnx does not exist: check the path."),
         (["sweep", "cnn.onnx", "points", "--ratios", "half"], "write it like 0.9,0.7,0.5 or like 0.9..0.2"),
         (["sweep", "cnn.onnx", "points", "--ratios", "0.9..0.2..0.1"], "is no list of ratios"),
@@ -63,7 +63,7 @@ def test_a_range_has_points_at_equal_steps(capsys: pytest.CaptureFixture[str]) -
         (["sweep", "cnn.onnx", "points", "--ratio", "0.5"], "There is no option --ratio: did you mean"),
         (["sweep", "cnn.onnx", "points", "--evaluate", "nothing:here"], "cannot be imported"),
         (["sweep", "cnn.onnx", "points", "--budget", "weight"], "weight"),
-        (["sweep", "cnn.onnx", "cnn.onnx"], "cannot be used"),
+        (["sweep", "cnn.onnx", "cnn.onnx"], "is a file: name a folder for the points."),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

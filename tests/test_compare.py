@@ -166,4 +166,5 @@ def test_the_command_with_one_model(pair: tuple[Path, Path], capsys: Any) -> Non
     with pytest.raises(SystemExit) as ended:
         cli.main(["compare", str(pair[0])])
     assert ended.value.code == 2
-    assert "B.onnx is missing: see onnx-lowrank compare -h." in capsys.readouterr().err
+    said = "B.onnx is missing: onnx-lowrank compare A.onnx B.onnx compares two models."
+    assert said in capsys.readouterr().err

@@ -100,6 +100,30 @@ def test_decisions_are_lines_of_json_too(capsys: Any, source: str) -> None:
     assert any("3 layers" in event["message"] for event in logged)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["help"], "There is no command 'help': pass -h."),
+        (
+            ["optimize", "in.onnx", "out.onnx"],
+            "There is no command 'optimize': leave it out, or name one of compare, compress,",
+        ),
+        (["sweep", "in.onnx"], "FOLDER is missing: onnx-lowrank sweep IN.onnx FOLDER tries many ratios."),
+        (
+            ["compare", "in.onnx"],
+            "B.onnx is missing: onnx-lowrank compare A.onnx B.onnx compares two models.",
+        ),
+        (["sweep", "in.onnx", "in.onnx", "-q"], "in.onnx is a file: name a folder for the points."),
+    ],
+)
+def test_mistakes_about_commands_are_answered(
+    capsys: Any, source: str, words: list[str], message: str
+) -> None:
+    code, out, err = ran(capsys, *words)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
 @pytest.mark.parametrize("name", commands.names())
 def test_every_help_has_examples_and_exit_codes(capsys: Any, name: str) -> None:
     code, out, _ = ran(capsys, name, "-h")

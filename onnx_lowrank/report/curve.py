@@ -9,9 +9,11 @@ from rich.console import Console
 from onnx_lowrank.documents.sweeps import Point, Sweep
 from onnx_lowrank.report import words
 from onnx_lowrank.report.page import Column, Page
+from onnx_lowrank.report.shorten import distinct
 
 _BEST = "●"
-_BAR = 12  # characters of the longest bar
+_BAR, _LEAST_BAR = 12, 4  # characters of the longest bar
+_LEAST_NAME = 8
 
 _SHARES: tuple[tuple[str, Callable[[Point], float | None]], ...] = (
     ("params", lambda point: point.params),
@@ -33,8 +35,12 @@ def show(sweep: Sweep, console: Console, folder: object) -> None:
     made = [point for point in sweep.points if point.is_made]
     best = sweep.front()
     if made:
-        page.table(_columns(sweep, made, best), ["" if p.name in best else "dim" for p in made])
+        columns = _columns(sweep, made, best, page)
+        page.table(columns, ["" if p.name in best else "dim" for p in made])
         page.line(f"{_BEST} no point costs less and errs less. Error: {_source(made)}.", style="dim")
+    times = [point.time for point in made if point.time is not None]
+    if times and min(times) >= 1:
+        page.line("No point is faster than the input model: --budget latency plans by times.", "yellow")
     if sweep.evaluator is not None:
         page.line(f"Score of the input model by {sweep.evaluator}: {words.error(sweep.score)}.")
     for point in sweep.points:
@@ -48,32 +54,36 @@ def show(sweep: Sweep, console: Console, folder: object) -> None:
     page.line(f"{models} in {folder}.")
 
 
-def _columns(sweep: Sweep, made: Sequence[Point], best: frozenset[str]) -> list[Column]:
+def _columns(sweep: Sweep, made: Sequence[Point], best: frozenset[str], page: Page) -> list[Column]:
     marks = tuple(_BEST if point.name in best else "" for point in made)
-    columns = [Column("", marks), Column("point", tuple(point.name for point in made))]
+    before = [Column("", marks)]
     for title, share in _SHARES:
         values = [share(point) for point in made]
         if any(value is not None for value in values):
-            columns.append(_figures(title, values, "{:.3f}"))
+            before.append(_figures(title, values, "{:.3f}"))
     errors = [point.error for point in made]
-    columns.append(Column("error", tuple(map(words.error, errors)), "right"))
-    columns.append(Column("", _bars(errors)))
+    before.append(Column("error", tuple(map(words.error, errors)), "right"))
+    after = []
     if any(point.agreement is not None for point in made):
-        columns.append(_figures("agree", [point.agreement for point in made], "{:.1%}"))
+        after.append(_figures("agree", [point.agreement for point in made], "{:.1%}"))
     if sweep.evaluator is not None:
-        columns.append(Column("score", tuple(words.error(point.score) for point in made), "right"))
-    return columns
+        after.append(Column("score", tuple(words.error(point.score) for point in made), "right"))
+    names = distinct([point.name for point in made], max(page.room([*before, *after]) - 1, _LEAST_NAME))
+    before.insert(1, Column("point", names))
+    room = min(page.room([*before, *after]) - 1, _BAR)
+    bars = [Column("", _bars(errors, room))] if room >= _LEAST_BAR else []
+    return [*before, *bars, *after]
 
 
 def _figures(title: str, values: Sequence[float | None], form: str) -> Column:
     return Column(title, tuple("–" if v is None else form.format(v) for v in values), "right")
 
 
-def _bars(errors: Sequence[float | None]) -> tuple[str, ...]:
+def _bars(errors: Sequence[float | None], room: int) -> tuple[str, ...]:
     """Bars whose lengths are the errors, of which 1 is noise: a longer bar says no more."""
     longest = min(max((e for e in errors if e is not None), default=0.0), 1.0)
     shares = [0.0 if e is None or not longest else min(e / longest, 1.0) for e in errors]
-    return tuple("█" * round(_BAR * share) for share in shares)
+    return tuple("█" * round(room * share) for share in shares)
 
 
 def _source(made: Sequence[Point]) -> str:

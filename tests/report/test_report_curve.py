@@ -13,8 +13,8 @@ from onnx_lowrank.report import curve
 
 
 def point(ratio: float, error: float | None, **amounts: Any) -> Point:
-    amounts = {"reached": ratio, "params": ratio, "error": error, **amounts}
-    return Point(name=f"params-{ratio}", budget="params", asked=ratio, recipe="svd", **amounts)
+    amounts = {"reached": ratio, "params": ratio, "error": error, "name": f"params-{ratio}", **amounts}
+    return Point(budget="params", asked=ratio, recipe="svd", **amounts)
 
 
 def shown(*points: Point, width: int = 80, **circumstances: Any) -> list[str]:
@@ -65,3 +65,14 @@ def test_all_columns_fit_a_terminal(width: int) -> None:
     lines = shown(point(0.55, 0.123, **amounts), width=width, evaluator="mine:top1", score=1.0)
     assert lines[2].split()[-2:] == ["100.0%", "0.123"]
     assert max(map(len, lines)) <= width
+    named = [point(r, 0.3, **amounts, name=f"params-activation-{r}") for r in (0.35, 0.7)]
+    lines = shown(*named, width=width, evaluator="mine:top1", score=1.0)
+    assert [line.split()[-1] for line in lines[2:4]] == ["0.123"] * 2
+    assert all(f"params-activation-{r} " in line for r, line in zip((0.35, 0.7), lines[2:4], strict=True))
+    assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize(("time", "is_told"), [(1.3, True), (1.0, True), (0.9, False)])
+def test_a_sweep_that_makes_nothing_faster_says_so(time: float, is_told: bool) -> None:
+    text = " ".join(shown(point(0.5, 0.1, time=1.2), point(0.4, 0.2, time=time)))
+    assert ("No point is faster than the input model: --budget latency" in text) == is_told
