@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_lowrank import cli
+from onnx_lowrank import cli, display
 from onnx_lowrank.commands import compress as command
 from onnx_lowrank.documents import recipes
 from onnx_lowrank.options import DEFAULTS
@@ -579,8 +579,7 @@ INTERRUPT_MESSAGE = "\nonnx-lowrank: Interrupted; no file is half-written.\n"
 INTERRUPTED = """
 import os, signal, sys
 from contextlib import contextmanager
-from onnx_lowrank import cli
-from onnx_lowrank.commands import compress as command
+from onnx_lowrank import cli, display
 
 class Interrupting:
     @contextmanager
@@ -590,7 +589,7 @@ class Interrupting:
         yield lambda done=None: None
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
-command.Silent = Interrupting
+display.Silent = Interrupting
 cli.main(sys.argv[2:])
 """
 
@@ -606,13 +605,13 @@ def test_an_interrupt_at_any_stage_leaves_nothing_behind(run, folder, monkeypatc
     onnx.save(cnn(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
     before = files(folder)
 
-    class Interrupting(command.Silent):
+    class Interrupting(display.Silent):
         def stage(self, name, total=None):
             if name.split(" (")[0] == stage:
                 raise KeyboardInterrupt
             return super().stage(name, total)
 
-    monkeypatch.setattr(command, "Silent", Interrupting)
+    monkeypatch.setattr(display, "Silent", Interrupting)
     outcome = run("-q", "big.onnx", "out.onnx", "--ratio", "0.5", *options)
     assert outcome == Outcome(130, "", INTERRUPT_MESSAGE)
     assert files(folder) == before
@@ -649,8 +648,7 @@ def test_a_real_signal_exits_with_130(folder, stage):
 TERMINATED = """
 import os, shutil, signal, sys
 from contextlib import contextmanager
-from onnx_lowrank import cli
-from onnx_lowrank.commands import compress as command
+from onnx_lowrank import cli, display
 
 rmtree = shutil.rmtree
 
@@ -666,7 +664,7 @@ class Terminating:
             os.kill(os.getpid(), signal.SIGTERM)
         yield lambda done=None: None
 
-command.Silent = Terminating
+display.Silent = Terminating
 cli.main(sys.argv[2:])
 """
 TERMINATED_MESSAGE = INTERRUPT_MESSAGE.lstrip()
@@ -865,7 +863,7 @@ def test_the_help_fits_80_columns_and_names_everything(run, monkeypatch):
 def test_every_option_is_an_argument_of_compress():
     arguments = {"model", "ratio", *DEFAULTS}
     own = {"source", "out", "save_plan", "report", "quiet", "verbose", "list_passes", "version", "help"}
-    own.add("no_cache")  # `cache=False`
+    own |= {"no_cache", "as_json", "completion"}  # The first is `cache=False`.
     assert {option.name for option in command.command.params} - own <= arguments
 
 
@@ -884,6 +882,10 @@ def test_a_saved_plan_replays_to_the_same_bytes(run, folder):
     second = report_of(again)
     assert Path("again.onnx").read_bytes() == Path("out.onnx").read_bytes()
     assert Path("q.json").read_bytes() == Path("p.json").read_bytes()
+    chosen = [(row.pop("curve"), row.pop("alternatives")) for row in first["layers"]]
+    assert any(alternatives for _, alternatives in chosen)
+    # A replay chooses from nothing.
+    assert all((row.pop("curve"), row.pop("alternatives")) == (None, []) for row in second["layers"])
     assert second == first
     assert second["solver"]["gap"] == 0
 
