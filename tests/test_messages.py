@@ -23,6 +23,9 @@ _WITHOUT_VALUE = {
     "OUT.onnx is missing: name the file to write, or pass --dry-run.": "what is missing has none",
     "ONNX Runtime, which compares the two models, is not installed: install onnx-lowrank[cpu] or "
     "onnx-lowrank[gpu].": "what is missing has none",
+    "Olive, whose package file this is, is not installed: install onnx-lowrank[olive].": "as above",
+    "Olive, whose pass this is, is not installed: install onnx-lowrank[olive].": "as above",
+    "The package onnx_ir is not installed: install onnx-lowrank[ir].": "as above",
     "A worker process ended by itself: if a script calls compress(workers=...), guard the call with "
     '`if __name__ == "__main__":`; if memory ran out, use fewer workers.': "the system tells no reason",
     "The moments of a layer's activations are not finite in float64: look for NaN, Inf and huge values in "

@@ -36,8 +36,8 @@ LATE = {
 }
 """Modules that only some runs need, each with the options of such a run."""
 
-NEVER = ("distributed", "numpy.f2py", "onnx.reference", "scipy.optimize")
-"""Modules that no run of this model needs; they take long to import."""
+NEVER = ("distributed", "numpy.f2py", "onnx.reference", "onnx_lowrank.toolchains", "scipy.optimize")
+"""Modules that no run of this model needs."""
 
 
 def loaded(options, folder=""):

@@ -1,8 +1,8 @@
 """The commands: one module each, whose `command` is a click command.
 
 The first word of the command line chooses one: `onnx-lowrank sweep IN.onnx FOLDER`. Without such a word it is
-`compress`. A module has the name of its command, with an underscore behind if Python has a module of that
-name.
+`compress`. A module has the name of its command, with underscores for hyphens, and one more behind if Python
+has a module of that name.
 """
 
 from __future__ import annotations
@@ -28,4 +28,6 @@ def command(name: str) -> click.Command:
 
 def _modules() -> dict[str, str]:
     """The names of the modules, by those of their commands."""
-    return {module.name.rstrip("_"): module.name for module in pkgutil.iter_modules(__path__)}
+    return {
+        module.name.rstrip("_").replace("_", "-"): module.name for module in pkgutil.iter_modules(__path__)
+    }

@@ -53,6 +53,7 @@ Other commands, each with -h:
   onnx-lowrank inspect IN.onnx         the layers and their spectra
   onnx-lowrank explain PLAN.json       a saved plan in words
   onnx-lowrank compare A.onnx B.onnx   the differences of two models
+  onnx-lowrank olive-package-config    the package file for Olive's workflows
 
 {EXIT_CODES}"""
 
