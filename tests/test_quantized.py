@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -256,6 +258,16 @@ def test_the_command_says_what_it_did(tmp_path, capfd):
     assert "then int8: quantize_dynamic, weights unsigned, because there is no calibration" in shown
     assert "bounds are those of the factors before it" in shown
     assert "pre-processing" not in shown, "the tool's own advice is no help here"
+
+
+def test_a_process_of_its_own_prints_nothing_of_the_tools(tmp_path):
+    """One tool gives the root logger a handler when it is imported, unless it has one, as in these tests."""
+    onnx.save(matrices(), tmp_path / "in.onnx")
+    words = [tmp_path / "in.onnx", tmp_path / "out.onnx", "--ratio", "0.6", "--then", "int4", "--quiet"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "onnx_lowrank", *words], capture_output=True, text=True, check=True
+    )
+    assert (ran.stdout, ran.stderr) == ("", "")
 
 
 def test_the_tools_advice_stays_away_and_logging_stays_as_it_is(caplog):

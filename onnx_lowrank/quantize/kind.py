@@ -133,7 +133,7 @@ class Kind(ABC):
         """
         for module, package in self.modules:
             try:
-                importlib.import_module(module)
+                tool(module)
             except ImportError as error:
                 raise InputError(
                     f"--then {self.name} needs the package {package}, which is not installed: "
@@ -170,13 +170,14 @@ def tool(*modules: str) -> ModuleType:
     Raises:
         ImportError: It has none of them.
     """
-    for name in modules[:-1]:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-    return importlib.import_module(modules[-1])
+    with silent():  # One of them gives the root logger a handler and a level where it has none.
+        for name in modules[:-1]:
+            try:
+                return importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name != name:
+                    raise
+        return importlib.import_module(modules[-1])
 
 
 def opset(model: Model) -> int:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +55,6 @@ from onnx_lowrank.stages.recover import is_walked
 from onnx_lowrank.stages.rounding import Rounding, Scales, best, name_of, pairs
 from onnx_lowrank.work.executor import Executor, Threads
 
-if TYPE_CHECKING:
-    from onnx_lowrank.calibrate.calibration import Calibration
-
 _log = logging.getLogger(__name__)
 
 _RANGES = 512
@@ -79,7 +76,7 @@ class Low:
     calibration: Calibration | None
 
 
-Validate = Callable[[Built, "Calibration | None", tuple[Trial, ...]], Validation]
+Validate = Callable[[Built, Calibration | None, tuple[Trial, ...]], Validation]
 """Compares a model with the input model."""
 
 

@@ -19,10 +19,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from bench_calibrated import PACKAGES, Cell, Results, environment, launched
 from bench_transformers import MODULES, REAL, SOURCES, rounded
 from scores import SHARED, calibrated_tasks, calibration
@@ -34,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "quantized.json"
 ASKED = ("model", "recipe", "budget", "ratio", "then", "samples")
 NONE = "none"
 RESNET = "resnet20"
+_PER_CHANNEL = 13  # the first opset with a scale for each channel
 _WRONG, _UNREACHABLE = 2, 3  # the command's exit codes
 
 
@@ -62,6 +65,17 @@ def subjects(real: Path, names: Sequence[str]) -> Iterator[Subject]:
                 print(f"{subject.name}: skipped, {lacking}", file=sys.stderr)
             else:
                 yield subject
+
+
+def with_channels(subject: Subject, folder: Path) -> Subject:
+    """The subject with an opset that has a scale for each channel; converted once if its own is older."""
+    proto = onnx.load(subject.file)
+    if max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")) >= _PER_CHANNEL:
+        return subject
+    path = folder / subject.file.name
+    if not path.exists():
+        onnx.save(onnx.version_converter.convert_version(proto, _PER_CHANNEL), path)
+    return replace(subject, file=path)
 
 
 def measure(subject: Subject, asked: Cell, folder: Path) -> Cell:
@@ -107,7 +121,9 @@ def cells(subject: Subject, options: argparse.Namespace, results: Results) -> It
             for then in options.then:
                 asked: Cell = {"model": subject.name, "recipe": options.recipe, "budget": options.budget}
                 asked |= {"ratio": ratio, "then": then, "samples": options.samples}
-                yield results.known(asked) or results.add(measure(subject, asked, Path(name)))
+                folder = Path(name)
+                known = results.known(asked)
+                yield known or results.add(measure(with_channels(subject, folder), asked, folder))
 
 
 def table(found: Sequence[Cell]) -> Iterator[str]:

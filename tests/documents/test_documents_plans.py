@@ -111,7 +111,7 @@ def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
     assert plans.is_edited(PLAN)
     edits = {"model": "ef" * 32, "recipe": "svd", "measure": "nuclear", "ratio": 0.25}
     edits |= {"budget": "params", "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
-    edits |= {"factors": Fit.ACTIVATIONS, "recover": True, "merge": False}
+    edits |= {"factors": Fit.ACTIVATIONS, "recover": True, "merge": False, "then": "int8"}
     assert edits.keys() == PLAN.__dataclass_fields__.keys()
     for name, value in edits.items():
         assert plans.is_edited(replace(plan, **{name: value})), name
