@@ -102,12 +102,10 @@ class Detail:
     Attributes:
         curve: The errors by rank; None if no decomposition was considered.
         alternatives: Some of the decompositions, from the cheapest to the best.
-        keep: The cost of the kept layer in the budget's unit; None if it is unknown.
     """
 
     curve: Curve | None = None
     alternatives: tuple[Alternative, ...] = ()
-    keep: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

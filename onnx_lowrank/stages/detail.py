@@ -35,9 +35,7 @@ def details(scores: Scores, recipes: Sequence[Recipe], plan: Plan) -> Mapping[st
     chosen = {choice.layer: choice.option for choice in plan.choices}
     found = scores.fitted(recipe.factors).considered(recipe)
     return {
-        table.layer: Detail(
-            _curve(chosen.get(table.layer), errors, spectra), _alternatives(table), int(table.cost[0])
-        )
+        table.layer: Detail(_curve(chosen.get(table.layer), errors, spectra), _alternatives(table))
         for table, errors, spectra in found
     }
 

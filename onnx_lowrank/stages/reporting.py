@@ -310,6 +310,7 @@ def _rows(run: Run, built: Built | None, details: Mapping[str, Detail]) -> tuple
             narrow.get(choice.layer),
             full.get(choice.layer),
             sharing(binding.layer, options),
+            None if run.meter is None else run.meter.tariff(binding.layer).keep,
             details.get(choice.layer, Detail()),
         )
         for binding, name, choice in zip(bindings, names, run.plan.choices, strict=True)
@@ -344,6 +345,7 @@ def _row(
     narrow: Layer | None,
     full: int | None,
     joined: tuple[str, ...],
+    keep: int | None,
     detail: Detail,
 ) -> LayerRow:
     option = choice.option
@@ -367,7 +369,7 @@ def _row(
         if option is not None and option.lowering is Lowering.SPARSE
         else 0,
         joined=joined,
-        cost=Total(detail.keep, choice.cost),
+        cost=Total(keep, choice.cost),
         detail=detail,
     )
 
