@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING
 
 from onnx_lowrank import means
@@ -15,34 +14,30 @@ from onnx_lowrank.allocate.grid import Grid
 from onnx_lowrank.budgets import registry, timing
 from onnx_lowrank.budgets.budget import Gauge, Meter, Run, Tools
 from onnx_lowrank.core.option import Lowering, Option
-from onnx_lowrank.core.outcome import Continuation, Timing, Trial, Validation
+from onnx_lowrank.core.outcome import Timing, Trial, Validation
 from onnx_lowrank.core.plan import Plan
 from onnx_lowrank.documents import plans
-from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
-from onnx_lowrank.engines.padding import NO_PADDING
-from onnx_lowrank.engines.running import Engine, calibrating_engine, fitting_engine
-from onnx_lowrank.engines.runtime import runtime
+from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
+from onnx_lowrank.engines.running import calibrating_engine
 from onnx_lowrank.errors import BudgetError, LowRankError
 from onnx_lowrank.files.keeping import Keeper
 from onnx_lowrank.files.load import Model, ModelProto, check_unchanged, inlined, stored_bytes
 from onnx_lowrank.files.scratch import roomy
-from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.layers.lowered import lowered
 from onnx_lowrank.linalg.backend import one_blas_thread, resolve
 from onnx_lowrank.material import Material, held_out, read
-from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.quantize.kind import Quantizer
 from onnx_lowrank.report.report import Report
 from onnx_lowrank.request import Request, Setting
 from onnx_lowrank.stages import planning, reach, reporting, settling
-from onnx_lowrank.stages.build import Built, build, judge
-from onnx_lowrank.stages.check import Measured, fault, validate
+from onnx_lowrank.stages.build import Built, build
 from onnx_lowrank.stages.detail import details
 from onnx_lowrank.stages.planning import Goal
 from onnx_lowrank.stages.score import Scores
 from onnx_lowrank.stages.search import ANY, Search, check_target
+from onnx_lowrank.validation import Validator
 from onnx_lowrank.work.executor import Executor
 
 if TYPE_CHECKING:
@@ -146,6 +141,11 @@ class _Job:
     quantizer: Quantizer | None
 
     @property
+    def validator(self) -> Validator:
+        """Compares a compressed model with the input model."""
+        return Validator(self.material, self.setting)
+
+    @property
     def gauge(self) -> Gauge | None:
         """The budget on the model if it measures times, else None."""
         return self.grid.costs.gauge
@@ -237,13 +237,13 @@ class _Job:
                     return self._result(scores, built.plan, calibration, trials)
                 check_unchanged(self.found.model.stamps)
                 with self.progress.stage("validate"):
-                    validation = self._validated(built, calibration, trials)
+                    validation = self.validator(built, calibration, trials)
                 if self.quantizer is not None:
                     from onnx_lowrank.stages.quantizing import Low, follow
 
                     low, shapes = Low(built, validation, calibration), self.material.shapes
                     built, validation = follow(
-                        low, self.quantizer, self.executor, self.progress, shapes, self._validated
+                        low, self.quantizer, self.executor, self.progress, shapes, self.validator
                     )
                     stack.enter_context(built.resources)
                 times = self._timing(built)
@@ -367,85 +367,6 @@ class _Job:
             again = [gauge.timing(chosen, model) for _ in range(_CHANCES - 1)]
         return sorted([first, *again], key=lambda measured: measured.ratio or 0)[len(again) // 2]
 
-    def _validated(
-        self, built: Built, calibration: Calibration | None, trials: tuple[Trial, ...]
-    ) -> Validation:
-        rewritten = built.rewritten
-        bindings = {binding.layer.id: binding for binding in self.found.bindings}
-
-        @cache
-        def new_walk() -> Walk:
-            return Walk(rewritten.model.proto)
-
-        # No chain of these reads the layer's own input, so none can be compared alone.
-        shared = {layer for merged in built.merges for layer in merged.layers}
-        options = settling.options(built.plan).items()
-        shared |= {layer for layer, option in options if option.lowering in _TOGETHER}
-
-        def alone(layer: str) -> tuple[ModelProto, ModelProto] | None:
-            if layer in shared:
-                return None
-            chain = rewritten.chains[layer][0]
-            model, walk = self.found.model, self.found.walk
-            return excerpts(model, walk, rewritten.model, new_walk(), bindings[layer], chain)
-
-        given, others = self.material.given, self.material.others
-        padding = NO_PADDING if calibration is None else calibration.statistics.padding
-        held = None
-        if calibration is not None and (given is None or others is not None):
-            held = self._held(built, calibration, trials)
-        last = {layer: tuple(chain[-1] for chain in chains) for layer, chains in rewritten.chains.items()}
-        validation = validate(
-            self.found.model,
-            rewritten.model,
-            last,
-            alone=alone,
-            inputs=given,
-            measured=held if given is None else None,
-            padding=padding,
-            input_shapes=self.setting.sets[0],
-            provider=self.setting.provider,
-            engine=self.setting.engine,
-            max_error=self.setting.max_error,
-        )
-        validation = replace(validation, continuation=self._continuation(rewritten.model, calibration))
-        if others is None:
-            return validation
-        from onnx_lowrank.stages.other import compare_on
-
-        familiar, kind = (validation.outputs, "inputs") if given is not None else ((), "")
-        if held is not None and calibration is not None:
-            familiar, kind = held.outputs, "held-out" if calibration.samples.held else "calibration"
-        if self.setting.has_own_engine:
-            others = replace(others, engine=self.setting.tool)
-        other = compare_on(others, self.found.model, rewritten.model, familiar, kind, padding)
-        return replace(validation, other=other)
-
-    def _continuation(self, compressed: Model, calibration: Calibration | None) -> Continuation | None:
-        """The agreement of greedy continuations, of a decoder with texts."""
-        if calibration is None and self.material.given is None:
-            return None
-        from onnx_lowrank.engines.continuation import PROMPTS, continued
-
-        engine: Engine = fitting_engine(self.found.model, runtime(self.setting.provider))
-        feeds: Iterable[Feed] = (self.material.given or {},)
-        if calibration is not None:
-            engine, feeds = calibration.engine, held_out(calibration.samples, PROMPTS)
-        try:
-            return continued(self.found.model, compressed, engine, feeds)
-        except (UnsupportedError, RejectedError) as error:
-            raise fault(engine, error) from error
-
-    def _held(self, built: Built, calibration: Calibration, trials: tuple[Trial, ...]) -> Measured:
-        """The comparison on held-out calibration inputs, or on all of them if none are held out."""
-        chosen = next((trial.outputs for trial in trials if trial.chosen), None)
-        if self.setting.has_own_engine:
-            chosen, calibration = None, calibration.on(self.setting.tool)
-        outputs = chosen or judge(self.found.model, built, calibration)
-        samples = calibration.samples
-        source = f"{samples.held or samples.count} {'held-out ' if samples.held else ''}calibration inputs"
-        return Measured(outputs, tuple(held_out(samples, _SHOWN)), source)
-
 
 _IN_MEMORY = 2**28
 """Bytes up to which the made model is in memory if the input model was inline."""
@@ -453,12 +374,6 @@ _IN_MEMORY = 2**28
 _REFUSED = 1.02
 """A model that takes more than this share of the input model's time is slower; noise alone is smaller."""
 
-_TOGETHER = (Lowering.NARROW, Lowering.SHARED, Lowering.SUMMED)
-"""The ways to rewrite a layer that change the nodes of others, too."""
-
 _CHANCES = 3
 """How often a seemingly slower model is timed, since other work on the machine may have disturbed the first
 time (the median counts); and the largest number of models that are made."""
-
-_SHOWN = 16
-"""Number of calibration samples that show which layers run."""

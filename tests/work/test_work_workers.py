@@ -40,7 +40,7 @@ def test_an_error_leaves_no_process(monkeypatch):
         raise InputError("It stops here.")
 
     before = active_children()
-    monkeypatch.setattr("onnx_lowrank.session.validate", fail)
+    monkeypatch.setattr("onnx_lowrank.validation.validate", fail)
     with pytest.raises(InputError, match="It stops here"):
         compress(cnn(), 0.5, device="cpu", workers=1)
     assert active_children() == before
