@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Skipped
@@ -162,8 +162,9 @@ class LayerRow:
     fit: LayerFit | None = None
     kept: int = 0
     joined: tuple[str, ...] = ()
-    cost: Total = Total(None, None)
-    detail: Detail = Detail()
+    # A replay of a plan has the same results, and nothing to choose from.
+    cost: Total = field(default=Total(None, None), compare=False)
+    detail: Detail = field(default=Detail(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
