@@ -187,7 +187,7 @@ def test_wrong_use_is_refused_before_the_folder_is_made(
 
 
 def test_a_folder_that_is_a_file(source: Path) -> None:
-    with pytest.raises(InputError, match="cannot be used"):
+    with pytest.raises(InputError, match="is a file: name a folder"):
         sweep(source, source, [0.5])
 
 
