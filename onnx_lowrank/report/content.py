@@ -162,8 +162,8 @@ class LayerRow:
     fit: LayerFit | None = None
     kept: int = 0
     joined: tuple[str, ...] = ()
+    cost: Total = Total(None, None)
     # A replay of a plan has the same results, and nothing to choose from.
-    cost: Total = field(default=Total(None, None), compare=False)
     detail: Detail = field(default=Detail(), compare=False)
 
 
