@@ -87,7 +87,7 @@ function tiles(point) {
         : "";
     tile(`${TITLES[key]}, ratio`, String(Number(ratio.toFixed(3))), note + asked, ratio);
   }
-  if (isKnown(point.error)) tile("Output error", number(point.error), "largest of the outputs");
+  if (isKnown(point.error)) tile("Output error", number(point.error), "largest of the outputs, about its mean where known");
   if (isKnown(point.agreement)) tile("Agreement", percent(point.agreement), "with the input model");
   if (isKnown(point.score)) tile("Score", number(point.score), `input model ${number(data.score)}`);
   return h(".tiles", null, made);
