@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
 
+from onnx_lowrank.graph import negative
 from onnx_lowrank.graph.growth import propagates_little
 from onnx_lowrank.graph.walk import attribute_of
 
@@ -57,14 +58,14 @@ def infer_shapes(light: ModelProto) -> ModelProto:
     """
     proto = ModelProto()
     proto.CopyFrom(light)
-    inferred = onnx.shape_inference.infer_shapes(proto)
+    inferred = negative.infer_shapes(proto)
     folder = _Folder(proto)
     propagated = False
     for _ in range(_ROUNDS):
         if not folder.fold(inferred.graph) and propagated:
             break
         propagated = True
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=propagates_little(inferred))
+        inferred = negative.infer_shapes(proto, data_prop=propagates_little(inferred))
     return inferred
 
 
