@@ -17,7 +17,7 @@ from onnx_lowrank.engines import checker
 from onnx_lowrank.progress import Silent
 from onnx_lowrank.stages import score
 from onnx_lowrank.work.executor import Threads
-from tiny import cnn, files
+from tiny import cnn, decaying, files
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def failure(capsys, *arguments: object) -> str:
         # New tensors in a temporary file, the checker's folder, and the data file.
         ("external", (0, 8000, 14_000, 15_000), {".spill", "", ".onnx"}),
         # The plan and the report, and the model.
-        ("inline", (0, 2000, 5000), {".json", ".onnx"}),
+        ("inline", (0, 2000, 15_000), {".json", ".onnx"}),
     ],
 )
 def test_a_disk_that_fills_at_any_write_changes_nothing(model, tmp_path, capsys, kind, sizes, blamed):
     """Every bound makes another write fail."""
     if kind == "inline":
-        onnx.save(cnn(), model)
+        onnx.save(cnn(fc=decaying(1, 400, 16)), model)  # larger than its report
     out = tmp_path / "out"
     targets = [out / "out.onnx", "--save-plan", out / "plan.json", "--report", out / "report.json"]
     command = [model, *targets, "--ratio", "0.5", "--no-cache", "--quiet"]

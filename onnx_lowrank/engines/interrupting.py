@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,8 +19,8 @@ Call = Callable[[Any], list[Any]]
 def interruptible(options: Callable[[], Any]) -> Iterator[Callable[[Call], list[Any]]]:
     """A function that runs a call of ONNX Runtime, and ends it at a signal or after an hour.
 
-    Python handles signals in its main thread alone, and only between two of its own instructions. So the
-    main thread waits while another one makes the call. Other threads make their calls themselves.
+    Python handles signals in its main thread alone, and only between two of its own instructions. So every
+    thread waits while another one makes its call.
 
     Args:
         options: Makes the runtime's `RunOptions`; a runtime asks their `terminate` before every node.
@@ -30,13 +29,11 @@ def interruptible(options: Callable[[], Any]) -> Iterator[Callable[[Call], list[
         The function. It raises InputError for a call that takes over an hour, and everything that the call
         raises.
     """
-    with ThreadPoolExecutor(1, "run") as other:
+    with ThreadPoolExecutor(thread_name_prefix="run") as others:
 
         def run(call: Call) -> list[Any]:
             chosen = options()
-            if threading.current_thread() is not threading.main_thread():
-                return call(chosen)
-            running = other.submit(call, chosen)
+            running = others.submit(call, chosen)
             try:
                 wait((running,), _LONGEST)
                 if not running.done():

@@ -20,7 +20,7 @@ from onnx_lowrank.allocate.joins import Joined, sharings_of
 from onnx_lowrank.allocate.options import Candidates, candidates, narrowings, sparse_tables
 from onnx_lowrank.allocate.pairs import Group, Sharing, pairs_of
 from onnx_lowrank.budgets.budget import Gauge, Meter
-from onnx_lowrank.core.factors import Fit, Spectra
+from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold
 from onnx_lowrank.documents.recipes import Recipe
@@ -31,6 +31,7 @@ from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.measures import Errors, Evidence, Measure, Needs
 from onnx_lowrank.progress import Progress
+from onnx_lowrank.stages.detail import Considered, considered
 from onnx_lowrank.stages.fit import can_narrow, width_item
 from onnx_lowrank.stages.known import Key, Known
 from onnx_lowrank.stages.unmeasured import without_calibration
@@ -62,6 +63,8 @@ class Scores:
 
     Attributes:
         meter: The costs of the options.
+        considered: What reports tell of the options, layer by layer, by the name of the recipe; after
+            `candidates`.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Scores:
         self._shared: Mapping[Joined, Sequence[NDArray[np.float64]]] | None = None
         # Relative errors of tables that keep rows, at the ranks 0, 1, …, by id; None until computed.
         self._kept_rows: Mapping[str, NDArray[np.float64]] | None = None
+        self.considered: dict[str, tuple[Considered, ...]] = {}
         self._timed = set[Recipe]()
         self._timed_together = set[str]()
         self._probed = False
@@ -119,6 +123,7 @@ class Scores:
             self._scaled = made = copy(self)
             made._calibration, made._probed = scaled, False
             made._known, made._shared = [Known() for _ in self._layers], None
+            made.considered = {}
         return self._scaled
 
     def candidates(self, recipe: Recipe) -> tuple[Candidates, ...]:
@@ -144,26 +149,14 @@ class Scores:
             tables = list(tables)
             self._measure(recipe, self.meter.gauge, tables)
         price, yields = self._price(recipe), self._yields(recipe)
-        found = [
-            replace(
-                candidates(layer, table, recipe, self._grid, price),
-                reason=spared(layer, recipe) or reason,
-                yields=yields.get(layer.id, 1.0),
-            )
-            for layer, table, reason in zip(self._layers, tables, unknown, strict=True)
-        ]
+        found, seen = [], []
+        for layer, known, table, reason in zip(self._layers, self._known, tables, unknown, strict=True):
+            options = candidates(layer, table, recipe, self._grid, price)
+            seen.append(considered(options, table, known.evidence(measure.needs).spectra))
+            reason = spared(layer, recipe) or reason
+            found.append(replace(options, reason=reason, yields=yields.get(layer.id, 1.0)))
+        self.considered[recipe.name] = tuple(seen)
         return tuple(found if measure.calibrated else without_calibration(self._layers, found))
-
-    def considered(self, recipe: Recipe) -> Iterator[tuple[Candidates, Errors, Spectra]]:
-        """For every layer, its options without partners, their errors and spectra; after `candidates`."""
-        measure, price = measures.named(recipe.measure), self._price(recipe)
-        tables = self._errors(recipe, self._unknown(measure))
-        for layer, known, errors in zip(self._layers, self._known, tables, strict=True):
-            yield (
-                candidates(layer, errors, recipe, self._grid, price),
-                errors,
-                known.evidence(measure.needs).spectra,
-            )
 
     def _errors(self, recipe: Recipe, unknown: Sequence[str]) -> Iterator[Errors]:
         """The errors of all options of every layer; none for a layer that a reason keeps."""

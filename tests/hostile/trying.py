@@ -120,7 +120,8 @@ def _serve(folder: Path) -> None:
     import onnx_lowrank
 
     for module in pkgutil.walk_packages(onnx_lowrank.__path__, "onnx_lowrank."):
-        if module.name != "onnx_lowrank.linalg.cuda":
+        # These import packages that may be absent.
+        if module.name != "onnx_lowrank.linalg.cuda" and ".toolchains." not in module.name:
             importlib.import_module(module.name)
     for name in _EAGER:
         importlib.import_module(name)
