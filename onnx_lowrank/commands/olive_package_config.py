@@ -23,11 +23,12 @@ _PASS = {
     "dataset": "dataset_optional",
 }
 
-_EPILOG = """\b
-Example:
+_EPILOG = f"""\b
+Examples:
   onnx-lowrank olive-package-config > p.json
   olive run --config workflow.json --package-config p.json
-"""
+
+{compress.EXIT_CODES}"""
 
 
 @click.command(
