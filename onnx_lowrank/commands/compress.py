@@ -13,6 +13,7 @@ import click
 
 from onnx_lowrank import budgets, completion, quantize, values
 from onnx_lowrank.api import compress
+from onnx_lowrank.core.option import Style
 from onnx_lowrank.destinations import check_outputs, print_text, write
 from onnx_lowrank.display import displayed
 from onnx_lowrank.documents import recipes
@@ -32,8 +33,8 @@ Exit codes:
   2    wrong command or input
   3    the ratio cannot be reached; the message names one that can
   4    validation failed; nothing is written
-  130  interrupted
   129  hung up
+  130  interrupted
   143  terminated
 
 Colours are left out where NO_COLOR is set.
@@ -145,18 +146,21 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--then",
     metavar="|".join(quantize.names()),
+    shell_complete=_names(quantize.names),
     help="Quantize the compressed model afterwards with ONNX Runtime's own tool, with factors and "
     "biases fitted to it; --budget bytes counts it.",
 )
 @click.option(
     "--lowering",
-    metavar="conv|matmul|group-free",
+    metavar="|".join(Style),
+    shell_complete=_names(lambda: Style),
     help="Write factors as convolutions of size 1, as matrices, or without grouped convolutions; a comma "
     "joins several. By default, as their layers are.",
 )
 @click.option(
     "--target",
     metavar="|".join(TARGETS),
+    shell_complete=_names(lambda: TARGETS),
     help="The runtime or accelerator to write for: stands for its --align, --lowering and --engine.",
 )
 @click.option(
@@ -286,6 +290,7 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 @click.option(
     "--engine",
     metavar="|".join(kinds.names()),
+    shell_complete=_names(kinds.names),
     help="What compares and times the models, by default onnxruntime.",
 )
 @click.option(
