@@ -105,6 +105,7 @@ def assemble(
         merges=() if built is None else built.merges,
         graph=None if built is None else _graph(run, built),
         counted=run.counted,
+        then=plan.then or "",
     )
 
 
