@@ -121,7 +121,9 @@ def _ratio_warnings(run: Run, reached: float, *, targeted: bool) -> Iterator[str
     if all(choice.option is None for choice in plan.choices):
         made = f"the input model after --then {plan.then}" if plan.then else "the input model"
         yield f"No layer is rewritten, the output is {made}."
-    elif reached > plan.ratio * (1 + registry.named(plan.budget).tolerance):
+        if not plan.then:
+            return
+    if reached > plan.ratio * (1 + registry.named(plan.budget).tolerance):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
     elif reached < plan.ratio - _SLACK and not targeted and not run.merged:
         yield (
