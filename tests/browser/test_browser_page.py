@@ -120,9 +120,12 @@ def test_a_click_on_a_point_shows_its_model_its_plan_and_its_command(browser: An
 
 def test_the_front_is_marked_by_more_than_a_colour(browser: Any, swept: Path) -> None:
     with shown(browser, swept) as page:
+        titles = page.locator("#curve thead th").all_inner_texts()
+        columns = [titles.index("Parameters"), titles.index("Output error")]
         found = page.locator("#curve tbody tr").evaluate_all(
-            "rows => rows.map(({cells}) => "
-            "[cells[0].innerText.trim(), +cells[3].innerText, +cells[5].innerText])"
+            "(rows, columns) => rows.map(({cells}) => "
+            "[cells[0].innerText.trim(), ...columns.map((column) => +cells[column].innerText)])",
+            columns,
         )
         assert len(found) == 6
         for mark, cost, error in found:
