@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import onnx
-
 from scores import tasks
 
 
