@@ -359,6 +359,7 @@ class Trial(Table, frozen=True):
         chosen: Whether its model is the result.
         note: Why there are no outputs.
         outputs: Errors of the outputs on the held-out calibration inputs.
+        caches: The outputs that a decoder keeps for its next call, which judge no plan.
     """
 
     recipe: str
@@ -369,6 +370,7 @@ class Trial(Table, frozen=True):
     chosen: bool
     note: str
     outputs: tuple[Output, ...]
+    caches: tuple[str, ...] = ()
 
 
 class Report(Table, frozen=True):
@@ -396,6 +398,7 @@ class Report(Table, frozen=True):
         graph: The differences of both graphs; null in a dry run.
         counted: The inputs for which MACs and times count, where neither the model nor the user states their
             shapes, a phrase; "" elsewhere.
+        then: The kind of quantization of the compressed model, its name in --then; "" without one.
     """
 
     schema: int
@@ -417,3 +420,4 @@ class Report(Table, frozen=True):
     trials: tuple[Trial, ...]
     graph: Graph | None = None
     counted: str = ""
+    then: str = ""

@@ -58,6 +58,7 @@ def as_table(report: Content) -> schema.Report:
         trials=tuple(_trial(trial) for trial in report.trials),
         graph=_graph(report.graph) if report.graph else None,
         counted=report.counted,
+        then=report.then,
     )
 
 
@@ -216,4 +217,5 @@ def _trial(trial: Trial) -> schema.Trial:
         chosen=trial.chosen,
         note=trial.note,
         outputs=_outputs(trial.outputs),
+        caches=tuple(sorted(trial.caches)),
     )

@@ -198,6 +198,7 @@ class Content:
         graph: The differences of both graphs; None in a dry run.
         counted: The inputs for which MACs and times count, where neither the model nor the user states their
             shapes, a phrase; "" elsewhere.
+        then: The kind of quantization of the compressed model; "" without one.
     """
 
     version: str
@@ -223,3 +224,4 @@ class Content:
     merges: tuple[Merge, ...] = ()
     graph: Graph | None = None
     counted: str = ""
+    then: str = ""

@@ -7,7 +7,7 @@ from itertools import islice
 
 from rich.console import Console
 
-from onnx_lowrank.core.outcome import Calibrated, Trial
+from onnx_lowrank.core.outcome import Calibrated, Trial, largest_error
 from onnx_lowrank.layers.withheld import withheld
 from onnx_lowrank.report import layer_table as layers
 from onnx_lowrank.report import proof, validation_text, words
@@ -87,15 +87,18 @@ def _headlines(report: Content, page: Page) -> None:
 
 def _verdict(report: Content) -> Iterator[str]:
     """The ratios and the error, in the order in which a reader asks for them."""
-    totals = {figure.key: figure.total for figure in report.totals.figures}
-    for key, name in (("params", "parameters"), ("macs", "MACs"), ("bytes", "bytes")):
-        total = totals.get(key)
-        if total is not None and total.ratio is not None and key in ("params", "macs", report.budget):
-            yield f"{total.ratio:.3f} of the {name}"
+    stored = f"bytes with {report.then}" if report.then else "bytes"
+    shown = ("params", "macs", "bytes" if report.then else report.budget)
+    for key, name in (("params", "parameters"), ("macs", "MACs"), ("bytes", stored)):
+        ratio = report.totals.amount(key).ratio
+        if ratio is not None and key in shown:
+            yield f"{ratio:.3f} of the {name}"
+        elif key == "bytes" and report.then:
+            yield f"then {report.then}"
     for name, times in islice(_times(report), 1):  # A prediction counts where nothing was measured.
         if times.ratio is not None:
             yield f"{times.ratio:.3f} of the {name}"
-    error = None if report.validation is None else report.validation.worst
+    error = None if report.validation is None else largest_error(report.validation.outputs)
     if error is not None:
         yield f"output error {words.number(error)}"
 

@@ -105,6 +105,7 @@ def assemble(
         merges=() if built is None else built.merges,
         graph=None if built is None else _graph(run, built),
         counted=run.counted,
+        then=plan.then or "",
     )
 
 
@@ -120,7 +121,9 @@ def _ratio_warnings(run: Run, reached: float, *, targeted: bool) -> Iterator[str
     if all(choice.option is None for choice in plan.choices):
         made = f"the input model after --then {plan.then}" if plan.then else "the input model"
         yield f"No layer is rewritten, the output is {made}."
-    elif reached > plan.ratio * (1 + registry.named(plan.budget).tolerance):
+        if not plan.then:
+            return
+    if reached > plan.ratio * (1 + registry.named(plan.budget).tolerance):
         yield f"The plan reaches the ratio {reached:.4g}, above the {plan.ratio:g} for which it was made."
     elif reached < plan.ratio - _SLACK and not targeted and not run.merged:
         yield (

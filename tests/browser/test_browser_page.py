@@ -244,6 +244,15 @@ def test_every_kind_of_run_opens(browser: Any, tmp_path: Path) -> None:
                 assert text in page.locator("#page").inner_text()
 
 
+def test_the_page_of_a_quantized_model_says_so(browser: Any, tmp_path: Path) -> None:
+    with compress(cnn(), 0.6, then="int8") as result:
+        (tmp_path / "page.html").write_text(result.report.to_html(), encoding="utf-8")
+    with shown(browser, tmp_path / "page.html") as page:
+        assert page.locator("header p").inner_text().endswith(", then quantized (int8)")
+        assert "quantize_dynamic" in page.locator("#quantized").inner_text()
+        assert page.locator("#errors td:nth-child(2)").all_inner_texts() == ["after int8", "before int8"]
+
+
 def test_names_of_a_model_are_text(browser: Any, report: Report, tmp_path: Path) -> None:
     layers = tuple(
         replace(row, id=f"{BAD}{n}", name=f"{BAD}{n}", nodes=(BAD,)) for n, row in enumerate(report.layers)

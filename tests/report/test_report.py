@@ -222,6 +222,7 @@ def test_json_holds_everything():
         "removed_inputs", "merges", "validation", "warnings", "target", "calibration", "timing", "trials",
         "graph",
         "counted",
+        "then",
     ]  # fmt: skip
     assert loaded["schema"] == 1
     assert (loaded["target"], loaded["calibration"], loaded["trials"]) == (None, None, [])
@@ -517,7 +518,8 @@ def test_json_holds_calibration_and_trials():
         {"factors": "weights", "recovered": False, "error": None},
     ]
     output, schatten, svd, alds = loaded["trials"]
-    assert list(output) == ["recipe", "ratio", "recovered", "error", "agreement", "chosen", "note", "outputs"]
+    fields = ["recipe", "ratio", "recovered", "error", "agreement", "chosen", "note", "outputs", "caches"]
+    assert list(output) == fields
     assert [output[key] for key in ("recipe", "ratio", "error", "agreement")] == [
         "output",
         0.5,

@@ -17,6 +17,7 @@ from onnx_lowrank.inspection import inspect
 from onnx_lowrank.layers.withheld import withheld
 from onnx_lowrank.operators.left_alone import LEFT_ALONE
 from onnx_lowrank.report import inspection
+from onnx_lowrank.report.content import Figure, Total, Totals
 from onnx_lowrank.report.next_steps import next_steps
 from onnx_lowrank.report.report import Report
 from tiny import DIGITS, built, decaying
@@ -54,6 +55,13 @@ def test_the_verdict_has_times_where_they_are_known(digits: Report) -> None:
     assert "0.800 of the time, output error" in lines(measured, 100)[0]
     predicted = replace(digits, timing=Timing("engine", "made", 100, 70, None))
     assert "0.700 of the predicted time, output error" in lines(predicted, 100)[0]
+
+
+def test_the_verdict_names_the_quantization(digits: Report) -> None:
+    planned = replace(digits, then="int8", totals=Totals((Figure("bytes", Total(100, None)),)))
+    assert lines(planned)[0].startswith("digits: then int8, output error")
+    made = compress(DIGITS, 0.5, then="fp16", device="cpu").report
+    assert f", {made.totals.amount('bytes').ratio:.3f} of the bytes with fp16," in lines(made, 120)[0]
 
 
 def test_rewritten_layers_stand_alone_until_all_are_asked_for(digits: Report) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,6 +70,21 @@ def test_a_run_has_one_point_and_a_row_for_every_layer(made: Report) -> None:
     json.dumps(table, allow_nan=False)
 
 
+def test_a_quantized_run_is_judged_after_the_quantization() -> None:
+    inputs = np.random.default_rng(7).standard_normal((40, 8, 6, 6)).astype(np.float32)
+    made = compress(cnn(), 0.6, then="int8", calibration={"x": inputs}, recipe="activation").report
+    table = as_json.as_table(made)
+    (point,) = data.of_run(table, "")["points"]
+    (output,) = made.validation.outputs
+    assert (point["error"], point["agreement"]) == (output.centred, output.agreement)
+    (trial,) = (trial for trial in made.trials if trial.chosen)
+    assert point["error"] != trial.error
+    assert point["detail"]["then"] == "int8"
+    trials = tuple(replace_point(each, caches=("y",)) for each in table.trials)
+    (point,) = data.of_run(replace_point(table, trials=trials), "")["points"]
+    assert point["error"] is None
+
+
 def test_the_points_of_a_sweep_share_what_does_not_differ(swept: Path) -> None:
     table = data.of_sweep(*points(swept), "")
     first, second, failed = table["points"]
@@ -95,8 +111,8 @@ def fields(struct: object) -> dict:
     return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
 
-def replace_point(point: sweeps.Point, **values: object) -> sweeps.Point:
-    return sweeps.Point(**{**fields(point), **values})
+def replace_point(point: Any, **values: object) -> Any:
+    return type(point)(**{**fields(point), **values})
 
 
 def test_no_name_of_a_model_leaves_its_place(made: Report) -> None:

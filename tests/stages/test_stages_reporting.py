@@ -259,3 +259,11 @@ def test_a_time_may_miss_its_ratio_by_what_measurements_differ(planned, after, t
     report = reporting.assemble(Run(found, replace(plan, budget="latency", ratio=0.6), timing=timing(after)))
     assert len(report.warnings) == bool(told)
     assert all(warning.startswith(told) for warning in report.warnings)
+
+
+def test_a_quantization_that_alone_misses_the_ratio_is_a_warning(planned):
+    found, plan = planned
+    kept = replace(plan, choices=tuple(replace(choice, option=None) for choice in plan.choices))
+    for then, told in (("int8", 2), ("", 1)):
+        run = Run(found, replace(kept, then=then), None)
+        assert len(list(reporting._ratio_warnings(run, 3.2, targeted=False))) == told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -30,11 +30,9 @@ def of_run(report: schema.Report, command: str) -> _Table:
         command: The command that made it; "" if that is unknown.
     """
     pool = _Pool()
-    validation, chosen = report.validation, next((t for t in report.trials if t.chosen), None)
-    outputs = () if validation is None else validation.outputs
-    errors = [o.relative if o.centred is None else o.centred for o in outputs if not o.is_exact]
+    validation = report.validation
+    error, agreement = _judged(report)
     shares = {key: None if total is None else total.ratio for key, total in report.totals.items()}
-    error = chosen.error if chosen is not None else max((e for e in errors if e is not None), default=None)
     point = {
         "name": "",
         "budget": report.ratio.budget,
@@ -42,12 +40,25 @@ def of_run(report: schema.Report, command: str) -> _Table:
         "recipe": report.recipe.name,
         "reached": report.ratio.reached,
         "error": error,
-        "agreement": None if chosen is None else chosen.agreement,
+        "agreement": agreement,
         "shares": shares,
         "inputs": "" if validation is None else validation.inputs,
         "detail": pool.detail(report),
     }
     return {"kind": "run", "command": command, **_shared(report), **pool.table, "points": [finite(point)]}
+
+
+def _judged(report: schema.Report) -> tuple[float | None, float | None]:
+    """The largest output error and the smallest agreement of the model that a run has made."""
+    validation, chosen = report.validation, next((t for t in report.trials if t.chosen), None)
+    # A trial judges the model before its quantization.
+    if chosen is not None and (validation is None or validation.quantized is None):
+        return chosen.error, chosen.agreement
+    caches = () if chosen is None else chosen.caches
+    outputs = [] if validation is None else [o for o in validation.outputs if o.name not in caches]
+    errors = (o.relative if o.centred is None else o.centred for o in outputs if not o.is_exact)
+    shares = (o.neighbours if o.agreement is None else o.agreement for o in outputs)
+    return max(_known(errors), default=None), min(_known(shares), default=None)
 
 
 def of_sweep(sweep: Sweep, reports: Mapping[str, schema.Report], command: str) -> _Table:
@@ -140,7 +151,7 @@ class _Pool:
         table: _Table = msgspec.to_builtins(report, enc_hook=float)
         own = ("warnings", "totals", "skipped", "removed_inputs", "merges", "validation", "calibration")
         times = {time.layer: time for time in report.timing.layers} if report.timing is not None else {}
-        detail = {key: table[key] for key in (*own, "timing", "trials", "graph", "target")}
+        detail = {key: table[key] for key in (*own, "timing", "trials", "graph", "target", "then")}
         detail["rows"] = [self._row(layer, times.get(layer.id)) for layer in report.layers]
         detail["measure"] = f"{report.recipe.measure}, {measures.named(report.recipe.measure).legend}"
         detail["objective"] = _objective(report)
@@ -186,7 +197,7 @@ class _Pool:
         return self._kept[text]
 
 
-def _known(values: tuple[float | None, ...]) -> Iterator[float]:
+def _known(values: Iterable[float | None]) -> Iterator[float]:
     return (value for value in values if value is not None)
 
 

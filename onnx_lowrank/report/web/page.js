@@ -81,10 +81,11 @@ function chooseNode(name) {
 
 function header() {
   const rewritten = point.detail ? point.detail.rows.filter((row) => row.option).length : null;
+  const then = point.detail && point.detail.then ? `, then quantized (${point.detail.then})` : "";
   const line =
     data.kind === "sweep"
-      ? `${data.points.filter((each) => !each.note).length} compressed models`
-      : `${rewritten} of ${data.layers.length} layers rewritten with recipe ${point.recipe}`;
+      ? `${data.points.filter((each) => !each.note).length} compressed models${then}`
+      : `${rewritten} of ${data.layers.length} layers rewritten with recipe ${point.recipe}${then}`;
   const theme = h("button.quiet", { type: "button", id: "theme", "aria-live": "polite" });
   const name = () => (theme.textContent = isDark() ? "Light" : "Dark");
   theme.addEventListener("click", () => {
@@ -110,6 +111,29 @@ function header() {
 function isDark() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+function reproduce() {
+  const parts = [];
+  if (data.command)
+    parts.push(
+      h("p.hint", null, data.kind === "sweep" ? "The whole sweep:" : "This command made the model:"),
+      command(data.command),
+    );
+  if (!parts.length) parts.push(h("p", null, "The model was made from Python: the plan makes it again."));
+  const facts = [
+    ["input model", data.model],
+    ["SHA-256", data.sha256],
+    ["onnx-lowrank", data.version],
+  ];
+  parts.push(
+    h(
+      "dl.facts",
+      null,
+      facts.map(([title, value]) => [h("dt", null, title), h("dd", null, h("bdi", null, value))]),
+    ),
+  );
+  return section("reproduce", "Make it again", parts);
 }
 
 function showPoint() {

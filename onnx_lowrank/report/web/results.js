@@ -234,6 +234,19 @@ const FIGURES = [
   ["neighbour kept", "neighbours", percent],
 ];
 
+/** What a quantization did; the errors before it are rows of the table. */
+function quantized(found) {
+  const reason = found.reason ? `, because ${found.reason}` : "";
+  const sizes = `${short(found.bytes)} → ${short(found.bytes_after)} bytes`;
+  return h(
+    "p",
+    { id: "quantized" },
+    h("strong", null, `Quantized (${found.kind}): `),
+    `${found.method}${reason}; ${found.refitted} weights fitted to it; ${sizes}. `,
+    "Parameters, MACs, bounds and the graph below are those of the low-rank model before it.",
+  );
+}
+
 function errors(detail) {
   const found = detail.validation;
   const parts = [];
@@ -243,20 +256,24 @@ function errors(detail) {
     const judge = (output, kind) => rows.push({ output, kind });
     const isFamiliar = other && JSON.stringify(found.outputs) === JSON.stringify(other.familiar);
     for (const output of isFamiliar ? found.alone : found.outputs.concat(found.alone))
-      judge(output, other ? "validation" : "");
+      judge(output, other ? "validation" : found.quantized ? `after ${found.quantized.kind}` : "");
     if (other) {
       for (const output of other.familiar) judge(output, other.kind);
       for (const output of other.outputs) judge(output, "check");
     }
+    if (found.quantized)
+      for (const output of found.quantized.alone) judge(output, `before ${found.quantized.kind}`);
     rows.sort((a, b) => (a.output.name < b.output.name ? -1 : a.output.name > b.output.name ? 1 : 0));
     const known = FIGURES.filter(([, key]) => rows.some(({ output }) => isKnown(output[key])));
     parts.push(h("p", null, `${found.engine}, inputs ${found.inputs}.`));
+    if (found.quantized) parts.push(quantized(found.quantized));
     if (other) parts.push(h("p", null, `Inputs of another kind (check): ${other.source}.`));
-    const head = ["output", ...(other ? ["inputs"] : []), ...known.map(([title]) => title)];
-    const first = other ? 2 : 1;
+    const kinds = other ? ["inputs"] : found.quantized ? ["model"] : [];
+    const head = ["output", ...kinds, ...known.map(([title]) => title)];
+    const first = 1 + kinds.length;
     const line = ({ output, kind }) => [
       [nameOf(output.name), output.note ? h(".hint", null, output.note) : null],
-      ...(other ? [kind] : []),
+      ...kinds.map(() => kind),
       ...known.map(([, key, write]) => write(output[key])),
     ];
     parts.push(
@@ -291,7 +308,7 @@ function errors(detail) {
       trial.note,
     ]);
     parts.push(
-      h("h3", null, "Models that were tried"),
+      h("h3", null, `Models that were tried${detail.then ? ", before the quantization" : ""}`),
       table(["", "recipe", "ratio", "output error", "agreement", ""], rows, [2, 3, 4]),
     );
   }
@@ -419,27 +436,4 @@ function skipped(detail) {
     ),
   );
   return section("skipped", "Operators left alone", groups);
-}
-
-function reproduce() {
-  const parts = [];
-  if (data.command)
-    parts.push(
-      h("p.hint", null, data.kind === "sweep" ? "The whole sweep:" : "This command made the model:"),
-      command(data.command),
-    );
-  if (!parts.length) parts.push(h("p", null, "The model was made from Python: the plan makes it again."));
-  const facts = [
-    ["input model", data.model],
-    ["SHA-256", data.sha256],
-    ["onnx-lowrank", data.version],
-  ];
-  parts.push(
-    h(
-      "dl.facts",
-      null,
-      facts.map(([title, value]) => [h("dt", null, title), h("dd", null, h("bdi", null, value))]),
-    ),
-  );
-  return section("reproduce", "Make it again", parts);
 }
