@@ -97,7 +97,7 @@ def run(
         if asked.then is not None:
             from onnx_lowrank.stages.quantizing import chosen  # It loads the calibration.
 
-            quantizer = chosen(asked.then, found, calibrated=calibrated)
+            quantizer = chosen(asked.then, found, asked.budget, calibrated=calibrated)
         stopwatch = None
         if asked.budget.is_measured or setting.time:
             caching = setting.cache

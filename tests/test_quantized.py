@@ -183,6 +183,7 @@ def old(version):
 @pytest.mark.parametrize(
     ("proto", "options", "message"),
     [
+        (cnn, {"then": "int8", "budget": "latency"}, "times float layers, and --then int8 replaces them"),
         (cnn, {"then": "int16"}, r"--then is 'int16': choose one of int8, int4, fp16\."),
         (cnn, {"then": 8}, "then is '8' of type int: give a kind of quantization, such as int8"),
         (
@@ -206,7 +207,7 @@ def old(version):
             "model has opset 9, and dynamic quantization needs 11: convert it",
         ),
     ],
-    ids=["kind", "type", "twice", "no MatMul", "static opset", "dynamic opset"],
+    ids=["budget", "kind", "type", "twice", "no MatMul", "static opset", "dynamic opset"],
 )
 def test_what_cannot_be_quantized_is_told_before_the_work(proto, options, message):
     stages = []

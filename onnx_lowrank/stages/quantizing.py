@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.budgets.budget import Budget
 from onnx_lowrank.budgets.macs import macs
 from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.measured import Statistics
@@ -80,17 +81,23 @@ Validate = Callable[[Built, Calibration | None, tuple[Trial, ...]], Validation]
 """Compares a model with the input model."""
 
 
-def chosen(kind: Kind, found: Found, *, calibrated: bool) -> Quantizer:
+def chosen(kind: Kind, found: Found, budget: Budget, *, calibrated: bool) -> Quantizer:
     """The quantizer of a kind for a model; also checks that it has something to do there.
 
     Args:
         kind: The kind.
         found: The model with its layers.
+        budget: The budget of the plan.
         calibrated: Whether there are calibration inputs.
 
     Raises:
         InputError: It cannot quantize the model.
     """
+    if budget.is_measured:
+        raise InputError(
+            f"--budget {budget.name} times float layers, and --then {kind.name} replaces them: choose "
+            "--budget bytes, macs or params, and add --time to see the times."
+        )
     layers = [layer for layer in found.layers if not any(use.reads_indices for use in layer.uses)]
     counts = [macs(layer) for layer in layers]
     known = [count for count in counts if count is not None]
