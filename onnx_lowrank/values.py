@@ -116,8 +116,8 @@ def report_path(ctx: click.Context, param: click.Parameter, value: Path | None) 
     """
     if value is not None and str(value) != "-" and value.suffix not in (".json", ".html"):
         raise click.BadParameter(
-            f"{str(value)!r} is neither a .json nor a .html file nor -: name a .json or .html file, or - for "
-            "stdout"
+            f"{str(value)!r} is neither a .json nor a .html file nor -: name a .html, .nodes.json or .json "
+            "file, or - for stdout"
         )
     return value
 

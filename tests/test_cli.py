@@ -184,7 +184,7 @@ WRONG = {
     "report is a folder": ([*HALF, "--report", "sub.json"], "sub.json is a folder"),
     "report as XML": (
         [*HALF, "--report", "r.xml"],
-        "--report: 'r.xml' is neither a .json nor a .html file nor -: name a .json or .html file, or - for",
+        "--report: 'r.xml' is neither a .json nor a .html file nor -: name a .html, .nodes.json or .json",
     ),
     "report without suffix": ([*HALF, "--report", "report"], "--report: 'report' is neither a .json nor"),
     "no ratio": (["in.onnx", "out.onnx"], "exactly one of these: a ratio, such as --ratio 0.5; a plan"),
