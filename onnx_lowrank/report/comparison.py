@@ -49,7 +49,7 @@ def show(found: Comparison, console: Console) -> None:
     page.blank()
     rows: list[tuple[str, Total, Callable[[int | None], str]]] = [
         ("float parameters", found.params, words.exact),
-        ("bytes of tensors", found.bytes, words.exact),
+        ("file bytes", found.bytes, words.exact),
     ]
     if found.quantized != Total(0, 0):
         rows.append(("quantized bytes", found.quantized, words.exact))
