@@ -63,6 +63,8 @@ class Packed(Quantizer):
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:
         """Each block of the inputs of an output feature has a scale: the number of largest size over -8."""
         g, f, c, *kernel = weight.shape
+        if g > 1:
+            return weight  # The tool packs no stacks of matrices.
         blocks = -(-c // BLOCK)
         padded = np.zeros((g, f, blocks * BLOCK), weight.dtype)
         padded[..., :c] = weight.reshape(g, f, c)
@@ -87,6 +89,8 @@ class Packed(Quantizer):
         """A block has 16 bytes, and 4 for its scale."""
         total = 0
         for each in weights(proto, self.operators):
+            if each.stack > 1:
+                continue
             blocks = each.rows * -(-each.size // (each.rows * BLOCK))
             total += 4 * each.size - (BLOCK // 2 + 4) * blocks - _BESIDE - 3 * len(each.name)
         return total

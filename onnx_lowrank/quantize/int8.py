@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.errors import InputError
@@ -32,6 +33,7 @@ _MODULE = "onnxruntime.quantization"
 _BESIDE, _PAIR, _LINK, _AROUND = 270, 330, 30, 700
 """Bytes beside names: of a weight with its node, of the nodes and numbers of an activation, of each reader of
 one, and of the nodes around a dynamic weight."""
+_MATRIX = 2  # axes
 _MATRICES = frozenset({"MatMul", "Gemm"})
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 
@@ -75,7 +77,7 @@ class Static(Quantizer):
 
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:
         """Each output feature has a scale."""
-        return symmetric(weight, 127)
+        return symmetric(weight, 127, tuple(range(2, weight.ndim)))
 
     def write(self, source: Path, target: Path, feeds: Feeds, *, is_large: bool) -> None:
         """Do what `quantize_static` does, but keep its temporary files beside the target."""
@@ -142,7 +144,9 @@ class Dynamic(Quantizer):
         """Each output feature of a matrix has a scale; all others share one."""
         if operator not in _MATRICES:
             return affine(weight, tuple(range(weight.ndim)))
-        return symmetric(weight, 127) if self._is_signed else affine(weight, tuple(range(2, weight.ndim)))
+        # The tool gives a feature the same scale in all matrices of a stack.
+        axes = (0, *range(2, weight.ndim))
+        return symmetric(weight, 127, axes) if self._is_signed else affine(weight, axes)
 
     def write(self, source: Path, target: Path, feeds: Feeds, *, is_large: bool) -> None:
         """Run `quantize_dynamic`."""
@@ -155,17 +159,44 @@ class Dynamic(Quantizer):
                 weight_type=made.QuantType.QInt8 if self._is_signed else made.QuantType.QUInt8,
                 use_external_data_format=is_large,
             )
+        _stack_scales(target, is_large=is_large)
 
     def saved(self, proto: ModelProto) -> int:
         """Each weight gets the nodes that quantize its input and scale its result."""
         return sum(
             3 * each.size
-            - self.per_row * each.rows
+            - self.per_row * each.rows * each.stack
             - _AROUND
             - 25 * max(len(each.node.name), len(each.node.output[0]))
             - 10 * len(each.name)
             for each in weights(proto, self.operators)
         )
+
+
+def _stack_scales(path: Path, *, is_large: bool) -> None:
+    """Repeat the scales and zeros of weights that are stacks of matrices, one row of them for each matrix.
+
+    The tool writes one row for the whole stack, and ONNX Runtime's kernels refuse it: `MatMulInteger` asks
+    for shape (stack, 1, features).
+    """
+    import onnx
+
+    made = onnx.load(path)
+    stored = {tensor.name: tensor for tensor in made.graph.initializer}
+    changed = False
+    for node in made.graph.node:
+        weight = stored.get(node.input[1]) if node.op_type == "MatMulInteger" else None
+        if weight is None or len(weight.dims) <= _MATRIX:
+            continue
+        for name in (node.input[3], f"{weight.name.removesuffix('_quantized')}_scale"):
+            row = onnx.numpy_helper.to_array(stored[name])
+            if row.ndim == 1:
+                rows = np.broadcast_to(row, (*weight.dims[:-2], 1, row.size))
+                stored[name].CopyFrom(onnx.numpy_helper.from_array(rows.copy(), name))
+                changed = True
+    if changed:
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # onnx would append to it.
+        onnx.save_model(made, path, save_as_external_data=is_large, location=f"{path.name}.data")
 
 
 class _Reader:

@@ -216,14 +216,14 @@ def silent() -> Iterator[None]:
                 root.removeHandler(_NOWHERE)
 
 
-def symmetric(weight: NDArray[Any], largest: int) -> NDArray[Any]:
-    """Rows of a canonical weight rounded to multiples of max|w| / largest, shape kept.
+def symmetric(weight: NDArray[Any], largest: int, axes: tuple[int, ...]) -> NDArray[Any]:
+    """A weight rounded to multiples of max|w| / largest, shape kept.
 
     Args:
-        weight: Shape (g, f, c, *kernel).
+        weight: Any array.
         largest: The largest integer.
+        axes: The axes that share a scale.
     """
-    axes = tuple(range(2, weight.ndim))
     scale = np.abs(weight).max(axis=axes, keepdims=True, initial=0) / largest
     scale = np.where(scale > 0, scale, 1).astype(weight.dtype)
     return np.asarray(np.clip(np.rint(weight / scale), -largest, largest) * scale, weight.dtype)

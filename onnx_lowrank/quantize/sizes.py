@@ -33,6 +33,7 @@ class Weight:
         size: Number of elements.
         rows: Number of output features, each of which may have a scale.
         bias: Number of elements of the node's constant bias; 0 without one.
+        stack: Number of matrices in the weight of a MatMul that is a stack of them; else 1.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Weight:
     size: int
     rows: int
     bias: int
+    stack: int = 1
 
 
 def weights(proto: ModelProto, operators: Set[str]) -> Iterator[Weight]:
@@ -61,7 +63,8 @@ def weights(proto: ModelProto, operators: Set[str]) -> Iterator[Weight]:
         dims = known[name]
         if dims:
             bias = prod(known.get(node.input[2], (0,))) if len(node.input) > 2 else 0
-            yield Weight(name, node, prod(dims), _rows(node, dims), bias)
+            stack = prod(dims[:-2]) if node.op_type == "MatMul" else 1
+            yield Weight(name, node, prod(dims), _rows(node, dims), bias, stack)
 
 
 def activations(proto: ModelProto, operators: Set[str]) -> dict[str, int]:

@@ -22,10 +22,10 @@ matmul (float[N, 40] x) => (float[N, 12] y) { y = MatMul (x, w) }
 """
 
 
-def written(method, proto, tmp_path):
+def written(method, proto, tmp_path, *, is_large=False):
     onnx.save(proto, tmp_path / "in.onnx")
     feeds = [{"x": np.random.default_rng(1).standard_normal((4, 8, 6, 6)).astype(np.float32)}]
-    method.write(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds, is_large=False)
+    method.write(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds, is_large=is_large)
     return onnx.load(tmp_path / "out.onnx")
 
 
@@ -58,6 +58,26 @@ def test_matrices(is_signed, tmp_path):
     np.testing.assert_allclose(rounded, stood_for(made, "w", 1), rtol=1e-5, atol=1e-7)
 
 
+STACK = """
+<ir_version: 8, opset_import: ["": 17]>
+stack (float[3, N, 40] x) => (float[3, N, 12] y) { y = MatMul (x, w) }
+"""
+
+
+@pytest.mark.parametrize("method", [Dynamic("", is_signed=True), Dynamic("", is_signed=False), Packed()])
+@pytest.mark.parametrize("is_large", [True, False])
+def test_stacks_of_matrices(method, is_large, tmp_path):
+    weight = decaying(4, 120, 12).reshape(3, 40, 12)
+    made = written(method, built(STACK, {"w": weight}), tmp_path, is_large=is_large)
+    rounded = method.rounded(weight.swapaxes(1, 2), "MatMul").swapaxes(1, 2)
+    x = np.stack([np.eye(40, dtype=np.float32)] * 3)
+    np.testing.assert_allclose(run(made, x=x), rounded, rtol=0.02, atol=1e-6)
+    if isinstance(method, Dynamic):
+        stored = {each.name: numpy_helper.to_array(each) for each in made.graph.initializer}
+        steps = stored["w_quantized"].astype(np.float64) - stored["w_zero_point"]
+        np.testing.assert_allclose(rounded, steps * stored["w_scale"], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", [Packed(), Half()], ids=["int4", "fp16"])
 def test_what_a_matrix_gives_for_the_identity(method, tmp_path):
     weight = decaying(5, 40, 12)
@@ -75,7 +95,7 @@ def test_rounded_numbers_stay_where_they_are(seed):
         np.testing.assert_allclose(method.rounded(once, operator), once, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("round_", [lambda w: symmetric(w, 127), lambda w: affine(w, (2,))])
+@pytest.mark.parametrize("round_", [lambda w: symmetric(w, 127, (2,)), lambda w: affine(w, (2,))])
 def test_features_without_numbers_and_no_more_than_half_a_step(round_):
     weight = np.random.default_rng(6).standard_normal((1, 3, 9)).astype(np.float32)
     weight[0, 1] = 0

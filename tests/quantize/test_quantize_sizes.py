@@ -23,6 +23,16 @@ def chain():
     return built(CHAIN, arrays)
 
 
+STACK = """
+<ir_version: 8, opset_import: ["": 17]>
+stack (float[4, N, 50] x) => (float[4, N, 300] y) { a = MatMul (x, v) y = MatMul (a, w) }
+"""
+
+
+def stack():
+    return built(STACK, {"v": decaying(1, 200, 64).reshape(4, 50, 64), "w": decaying(2, 64, 300)})
+
+
 @pytest.mark.parametrize(
     ("proto", "method", "most"),
     [
@@ -31,9 +41,11 @@ def chain():
         (lambda: onnx.load(DIGITS), Half(), 1.02),
         (chain, Dynamic("", is_signed=True), 1.05),
         (chain, Packed(), 1.02),
+        (stack, Dynamic("", is_signed=True), 1.05),
+        (stack, Packed(), 1.02),
         (chain, Half(), 1.02),
     ],
-    ids=["static", "dynamic", "half", "matrices", "packed", "half matrices"],
+    ids=["static", "dynamic", "half", "matrices", "packed", "stack", "packed stack", "half matrices"],
 )
 def test_an_upper_bound_on_the_bytes(proto, method, most, tmp_path):
     before = lifted(proto())
