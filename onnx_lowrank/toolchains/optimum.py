@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from onnx_lowrank import cli
@@ -35,13 +35,27 @@ def compress_folder(source: Path, target: Path, options: Sequence[str]) -> None:
     weights = set(models)
     for model in models:
         made = target / model.relative_to(source)
-        made.parent.mkdir(parents=True, exist_ok=True)
         weights |= _data_files(model)
-        _run([str(model), str(made), *options])
+        with _folder(made.parent):
+            _run([str(model), str(made), *options])
     for file in sorted(file for file in source.rglob("*") if file.is_file() and file not in weights):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder that is made if there is none, and stays after an error only if it holds a file."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # Another file may lie there by now.
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 def _models(source: Path, target: Path) -> list[Path]:

@@ -160,6 +160,7 @@ def test_errors_are_sentences_with_exit_codes(tmp_path, monkeypatch, arguments, 
     assert (ran.returncode, ran.stdout) == (code, "")
     assert message in ran.stderr.splitlines()[-1]
     assert "Traceback" not in ran.stderr
+    assert not Path("out").exists()
 
 
 def test_every_option_is_one_of_the_command():
