@@ -1,10 +1,10 @@
-"""Writing of the model, the plan and the report to files or to stdout."""
+"""Writing of the model, the plan and the reports to files or to stdout."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,16 +19,17 @@ PAGE, NODES = ".html", ".nodes.json"
 _STDOUT = Path("-")
 
 
-def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report: Path | None) -> None:
+def check_outputs(source: Path, out: Path | None, save_plan: Path | None, reports: Sequence[Path]) -> None:
     """Check before the work begins that its results can be written.
 
     Raises:
         InputError: A target is the input model or another target, or cannot be written.
     """
-    check_report(report)
+    for report in reports:
+        check_report(report)
     if out is not None and out.is_file() and not source.exists():
         raise InputError(f"{source} does not exist, but {out} does: name the input model first.")
-    targets = [target for target in (out, save_plan, report) if target is not None]
+    targets = [target for target in (out, save_plan, *reports) if target is not None]
     for target in targets:
         if target == _STDOUT:
             continue
@@ -41,22 +42,22 @@ def check_outputs(source: Path, out: Path | None, save_plan: Path | None, report
             raise InputError(f"{target} is named for two outputs: give each its own name.")
 
 
-def check_report(report: Path | None) -> None:
+def check_report(report: Path) -> None:
     """Check before the work begins that the libraries of a page are there, if the report is one.
 
     Raises:
         InputError: One is not installed.
     """
-    if report is not None and report.suffix == PAGE:
+    if report.suffix == PAGE:
         from onnx_lowrank.report.web import render  # Most runs show no page.
 
         render.check_libraries()
 
 
 def write(
-    result: Result, out: Path | None, save_plan: Path | None, report: Path | None, command: str = ""
+    result: Result, out: Path | None, save_plan: Path | None, reports: Sequence[Path], command: str = ""
 ) -> None:
-    """Write the model, the plan and the report, each atomically; a plan or report named - goes to stdout.
+    """Write the model, the plan and the reports, each atomically; a plan or report named - goes to stdout.
 
     Cheap failures come first: stdout is written first, then the small files. These replace their targets only
     after the model has been written.
@@ -65,7 +66,7 @@ def write(
         result: The results.
         out: The place of the model; None for none, as for the others.
         save_plan: The place of the plan.
-        report: The place of the report: a page, data for Model Explorer or JSON, by its suffix.
+        reports: The places of reports: a page, data for Model Explorer or JSON, each by its suffix.
         command: The command that makes the model, for a page to show.
 
     Raises:
@@ -74,7 +75,7 @@ def write(
     texts: dict[Path, str] = {}
     if save_plan is not None:
         texts[save_plan] = plans.to_json(result.plan)
-    if report is not None:
+    for report in reports:
         texts[report] = _report(result, report, command)
     if (text := texts.pop(_STDOUT, None)) is not None:
         print_text(text)

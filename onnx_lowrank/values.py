@@ -108,18 +108,19 @@ def given_path(ctx: click.Context, param: click.Parameter, value: str | None) ->
     return None if value is None else Path(value)
 
 
-def report_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """The path of a report.
+def report_paths(ctx: click.Context, param: click.Parameter, given: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The paths of reports.
 
     Raises:
-        click.BadParameter: It is neither that of a .json or .html file nor stdout.
+        click.BadParameter: One is neither that of a .json or .html file nor stdout.
     """
-    if value is not None and str(value) != "-" and value.suffix not in (".json", ".html"):
-        raise click.BadParameter(
-            f"{str(value)!r} is neither a .json nor a .html file nor -: name a .html, .nodes.json or .json "
-            "file, or - for stdout"
-        )
-    return value
+    for value in given:
+        if str(value) != "-" and value.suffix not in (".json", ".html"):
+            raise click.BadParameter(
+                f"{str(value)!r} is neither a .json nor a .html file nor -: name a .html, .nodes.json or "
+                ".json file, or - for stdout"
+            )
+    return given
 
 
 def page_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

@@ -172,6 +172,7 @@ WRONG = {
         [*HALF, "--save-plan", "r.json", "--report", "sub/../r.json"],
         "r.json is named for two outputs",
     ),
+    "one report twice": ([*HALF, "--report", "r.json", "--report", "./r.json"], "named for two outputs"),
     "plan and report on stdout": ([*HALF, "--save-plan", "-", "--report", "-"], "- is named for two outputs"),
     "OUT in no folder": (["in.onnx", "no/out.onnx", "--ratio", "0.5"], "there is no folder no: create it"),
     "OUT is a folder": (["in.onnx", "sub", "--ratio", "0.5"], "sub is a folder"),
@@ -795,6 +796,14 @@ def test_a_report_file_says_the_same_as_stdout(run, folder):
     on_stdout = run(*RUN, "--report", "-").out
     assert run(*RUN, "--report", "r.json").code == 0
     assert Path("r.json").read_text(encoding="utf-8") == on_stdout
+
+
+def test_every_report_is_written(run, folder):
+    assert run(*RUN, "--report", "r.json", "--report", "r.nodes.json", "--report", "again.json").code == 0
+    assert Path("r.json").read_bytes() == Path("again.json").read_bytes()
+    assert set(json.loads(Path("r.nodes.json").read_text(encoding="utf-8"))) != set(
+        json.loads(Path("r.json").read_text(encoding="utf-8"))
+    )
 
 
 def test_a_dry_run_needs_no_out_and_writes_nothing(run, folder):

@@ -20,7 +20,7 @@ from onnx_lowrank.sweeps.run import FILE, spread, sweep
 _RANGE = re.compile(r"([0-9.]+)\.\.([0-9.]+)")
 _DEFAULT, _POINTS = "0.9..0.2", 8
 
-_OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache", "report"})
+_OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache", "reports"})
 _SINGLE = frozenset({"out", "ratio", "plan", "save_plan", "dry_run", "list_passes"}) | {
     "target_error",
     "target_agreement",
@@ -132,7 +132,7 @@ def command(
     elif points is not None:
         raise click.UsageError("--points divides a range, such as --ratios 0.9..0.2: leave it out of a list.")
     if report is not None:
-        check_outputs(source, None, None, report)
+        check_outputs(source, None, None, (report,))
     with displayed(ctx.obj["verbose"], quiet=quiet, as_json=as_json) as (console, progress):
         found = sweep(
             source,

@@ -212,7 +212,7 @@ def _made(model: Path, folder: Path, point: Point, options: Options) -> Point:
     """Make the model of a point, and its files."""
     try:
         with compress(model, point.asked, **options) as result:
-            write(result, folder / point.model, folder / point.plan, folder / point.report)
+            write(result, folder / point.model, folder / point.plan, (folder / point.report,))
             return _with_results(point, result, _digest(folder / point.model))
     except (BudgetError, ValidationError) as error:
         _log.debug("point %s has no model: %s", point.name, error)
