@@ -19,6 +19,10 @@ class InputError(LowRankError):
     exit_code = 2
 
 
+class EvaluatorError(InputError):
+    """The user's score of a model fails."""
+
+
 class RecipeError(InputError):
     """A recipe is unknown, or has a wrong key or value."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -70,6 +72,23 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
+
+
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize("scores", [[], [1.0], [1.0, 0.5]], ids=["original", "first point", "second point"])
+def test_a_page_has_the_points_before_an_evaluator_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, scores: list[float]
+) -> None:
+    left = iter(scores)
+    monkeypatch.setitem(sys.modules, "scores_of_pages", SimpleNamespace(score=lambda model: next(left)))
+    options = ("--ratios", "0.9,0.7,0.5", "--pass", "svd", "--evaluate", "scores_of_pages:score")
+    code, _, err = run(capsys, "sweep", "cnn.onnx", "points", *options, "-q", "--report", "page.html")
+    assert (code, "failed on" in err) == (2, True)
+    assert Path("page.html").exists() == bool(scores)
+    if scores:
+        table = json.loads(Path("points/sweep.json").read_text())
+        assert [point["score"] for point in table["points"]] == [*scores[1:], None]
+        assert all(point["name"] in Path("page.html").read_text() for point in table["points"])
 
 
 @pytest.mark.usefixtures("source")

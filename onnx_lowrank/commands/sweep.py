@@ -12,6 +12,7 @@ from onnx_lowrank import budgets, values
 from onnx_lowrank.commands import compress
 from onnx_lowrank.destinations import check_outputs
 from onnx_lowrank.display import displayed
+from onnx_lowrank.errors import EvaluatorError
 from onnx_lowrank.report import curve
 from onnx_lowrank.request import DEFAULT_BUDGET
 from onnx_lowrank.sweeps import page
@@ -134,17 +135,22 @@ def command(
     if report is not None:
         check_outputs(source, None, None, (report,))
     with displayed(ctx.obj["verbose"], quiet=quiet, as_json=as_json) as (console, progress):
-        found = sweep(
-            source,
-            folder,
-            ratios,
-            budgets=budgets or (DEFAULT_BUDGET,),
-            recipes=recipes or (None,),
-            evaluate=evaluate,
-            progress=progress,
-            cache=True if cache is None else cache,
-            **options,
-        )
+        try:
+            found = sweep(
+                source,
+                folder,
+                ratios,
+                budgets=budgets or (DEFAULT_BUDGET,),
+                recipes=recipes or (None,),
+                evaluate=evaluate,
+                progress=progress,
+                cache=True if cache is None else cache,
+                **options,
+            )
+        except EvaluatorError:
+            if report is not None and page.has_points(folder):
+                page.write(folder, report, ctx.obj["command"])
+            raise
     if report is not None:
         page.write(folder, report, ctx.obj["command"])
     if not quiet and not as_json:

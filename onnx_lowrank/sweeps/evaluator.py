@@ -12,7 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import EvaluatorError, InputError
 
 Score = Callable[[str], float]
 
@@ -37,19 +37,19 @@ class Evaluator:
         """The score of a model file.
 
         Raises:
-            InputError: The function fails, or does not return a finite number.
+            EvaluatorError: The function fails, or does not return a finite number.
         """
         try:
             score = self.function(str(model))
         except (Exception, SystemExit) as error:
-            raise InputError(
+            raise EvaluatorError(
                 f"The evaluator {self.name} failed on {model} ({type(error).__name__}, {error}): repair it "
                 "and run again, since the points that are done stay."
             ) from error
         # A NumPy scalar or an array of one element is a number, too.
         number = score.item() if getattr(score, "size", None) == 1 and hasattr(score, "item") else score
         if isinstance(number, bool) or not isinstance(number, Real) or not _is_finite(number):
-            raise InputError(
+            raise EvaluatorError(
                 f"The evaluator {self.name} returned {str(score)[:60]!r} for {model}: change it to return "
                 "a finite number."
             )

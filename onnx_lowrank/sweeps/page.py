@@ -11,6 +11,12 @@ from onnx_lowrank.files.atomic import replacing
 from onnx_lowrank.sweeps.run import FILE
 
 
+def has_points(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a sweep that has made a model."""
+    path = Path(folder) / FILE
+    return path.is_file() and any(point.is_made for point in sweeps.read(path).points)
+
+
 def write(folder: str | os.PathLike[str], path: str | os.PathLike[str], command: str = "") -> None:
     """Write the page of a sweep.
 
