@@ -239,12 +239,7 @@ class _Job:
                 with self.progress.stage("validate"):
                     validation = self.validator(built, calibration, trials)
                 if self.quantizer is not None:
-                    from onnx_lowrank.stages.quantizing import Low, follow
-
-                    low, shapes = Low(built, validation, calibration), self.material.shapes
-                    built, validation = follow(
-                        low, self.quantizer, self.executor, self.progress, shapes, self.validator
-                    )
+                    built, validation = self._quantized(self.quantizer, built, validation, calibration)
                     stack.enter_context(built.resources)
                 times = self._timing(built)
                 if self.gauge is None or times is None or not self._is_refused(built, times):
@@ -261,6 +256,16 @@ class _Job:
             "disturbs the times.",
             1.0,
         )
+
+    def _quantized(
+        self, quantizer: Quantizer, built: Built, validation: Validation, calibration: Calibration | None
+    ) -> tuple[Built, Validation]:
+        """The quantized model, and its comparison with the input model and with the quantization alone."""
+        from onnx_lowrank.stages.quantizing import Low, follow, undecomposed
+
+        low, shapes, validator = Low(built, validation, calibration), self.material.shapes, self.validator
+        beside = undecomposed(self.found.model, low, quantizer, self.progress, validator.errors)
+        return follow(low, quantizer, self.executor, self.progress, shapes, validator, beside)
 
     def _is_refused(self, built: Built, times: Timing) -> bool:
         """Whether a model is refused because it is slower; a replayed plan is never refused."""

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from onnx_lowrank.core.option import Lowering
-from onnx_lowrank.core.outcome import Continuation, Trial, Validation
+from onnx_lowrank.core.outcome import Continuation, OutputError, Trial, Validation
 from onnx_lowrank.engines.engine import Feed, RejectedError, UnsupportedError
 from onnx_lowrank.engines.padding import NO_PADDING
 from onnx_lowrank.engines.running import Engine, fitting_engine
@@ -20,7 +20,7 @@ from onnx_lowrank.probe.excerpt import excerpts
 from onnx_lowrank.request import Setting
 from onnx_lowrank.stages import settling
 from onnx_lowrank.stages.build import Built, judge
-from onnx_lowrank.stages.check import Measured, fault, validate
+from onnx_lowrank.stages.check import Measured, errors, fault, validate
 
 if TYPE_CHECKING:
     from onnx_lowrank.calibrate.calibration import Calibration
@@ -108,6 +108,30 @@ class Validator:
             others = replace(others, engine=self.setting.tool)
         other = compare_on(others, self.material.found.model, rewritten.model, familiar, kind, padding)
         return replace(validation, other=other)
+
+    def errors(self, built: Built, calibration: Calibration | None) -> tuple[OutputError, ...]:
+        """The errors of a model's outputs on the inputs of the comparison, without its other checks.
+
+        Args:
+            built: The model.
+            calibration: The calibration inputs; None without any.
+
+        Raises:
+            ValidationError: As for `stages.check.errors`.
+            InputError: The models fail on the data.
+        """
+        given = self.material.given
+        if given is None and calibration is not None:
+            return self._held(built, calibration, ()).outputs
+        return errors(
+            self.material.found.model,
+            built.rewritten.model,
+            inputs=given,
+            padding=NO_PADDING if calibration is None else calibration.statistics.padding,
+            input_shapes=self.setting.sets[0],
+            provider=self.setting.provider,
+            engine=self.setting.engine,
+        )
 
     def _continuation(self, compressed: Model, calibration: Calibration | None) -> Continuation | None:
         """The agreement of greedy continuations, of a decoder with texts."""

@@ -16,8 +16,10 @@ from onnx import numpy_helper
 
 from calibrating import run
 from editing import edited_plan
-from onnx_lowrank import InputError, cli, compress
+from onnx_lowrank import InputError, ValidationError, cli, compress
 from onnx_lowrank.quantize import int8, kind
+from onnx_lowrank.stages import quantizing
+from onnx_lowrank.validation import Validator
 from tiny import CNN, DIGITS, built, cnn, decaying
 
 MATRICES = """
@@ -99,6 +101,69 @@ def test_the_fit_lowers_the_error_of_coarse_blocks(monkeypatch):
     wanted = run(matrices(), **ROWS)
     errors = [np.linalg.norm(run(each.proto, **ROWS) - wanted) for each in (fitted, plain)]
     assert errors[0] < 0.95 * errors[1]
+
+
+def test_the_quantization_alone_stands_beside_the_pair(tmp_path):
+    proto, path = matrices(), str(tmp_path / "alone.onnx")
+    made = compress(proto, 0.6, then="int8", inputs=ROWS)
+    alone = table(made)["validation"]["quantized"]["undecomposed"]
+    with kind.silent():
+        onnxruntime.quantization.quantize_dynamic(proto, path, per_channel=True)
+    quantized = onnx.load(path)
+    wanted, got = run(proto, **ROWS), run(quantized, **ROWS)
+    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    assert alone["outputs"][0]["relative"] == pytest.approx(error, rel=1e-5)
+    assert alone["bytes"] == pytest.approx(quantized.ByteSize(), abs=300)  # our own note
+    assert alone["note"] == ""
+
+
+def test_a_pair_that_quantization_alone_beats_is_told():
+    """Noise has no low rank: factors of nearly all ranks save less than their nodes take."""
+    rng = np.random.default_rng(1)
+    arrays = {"v": rng.standard_normal((96, 128)), "c": np.ones(128), "w": rng.standard_normal((128, 64))}
+    proto = built(MATRICES, {name: array.astype(np.float32) for name, array in arrays.items()})
+    for ratio, told in ((0.99, 1), (0.6, 0)):
+        made = compress(proto, ratio, then="int8", inputs=ROWS)
+        assert sum(text.startswith("int8 alone is better") for text in made.report.warnings) == told
+        done = table(made)["validation"]["quantized"]
+        assert (done["undecomposed"]["bytes"] <= done["bytes_after"]) == bool(told)
+
+
+def test_where_no_layer_is_rewritten_the_result_is_the_quantization_alone():
+    assert table(compress(matrices(), 1, then="fp16"))["validation"]["quantized"]["undecomposed"] is None
+
+
+def test_a_quantization_alone_that_fails_is_no_error(monkeypatch):
+    write = int8.Dynamic.write
+
+    def fail(self, source, target, feeds, *, is_large):
+        if "v" in {each.name for each in onnx.load(source).graph.initializer}:
+            raise ValueError("no such thing\nin two lines")
+        write(self, source, target, feeds, is_large=is_large)
+
+    monkeypatch.setattr(int8.Dynamic, "write", fail)
+    alone = table(compress(matrices(), 0.4, then="int8"))["validation"]["quantized"]["undecomposed"]
+    assert alone["note"].startswith("ONNX Runtime cannot quantize the input model to int8 (no such thing")
+    assert (alone["bytes"], alone["outputs"]) == (None, [])
+
+
+def test_a_quantization_alone_that_cannot_be_compared_has_its_bytes(monkeypatch):
+    def fail(*_):
+        raise ValidationError("It gives NaN.")
+
+    monkeypatch.setattr(Validator, "errors", fail)
+    alone = table(compress(matrices(), 0.4, then="int8"))["validation"]["quantized"]["undecomposed"]
+    assert (alone["note"], alone["outputs"]) == ("The outputs of int8 alone cannot be compared.", [])
+    assert alone["bytes"] > 0
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_quantization_alone_that_needs_a_data_file_is_left_out(monkeypatch, over):
+    proto = matrices()
+    monkeypatch.setattr(quantizing, "PROTOBUF_LIMIT", proto.ByteSize() - over)
+    alone = table(compress(proto, 0.6, then="int8"))["validation"]["quantized"]["undecomposed"]
+    assert (alone["note"] == "int8 alone was not tried: the input model has more than 2 GiB.") == over
+    assert (alone["bytes"] is None) == over
 
 
 @pytest.mark.parametrize("then", ["int8", "fp16"])
@@ -258,6 +323,9 @@ def test_the_command_says_what_it_did(tmp_path, capfd):
     assert "before int8, y: relative error" in shown
     assert "then int8: quantize_dynamic, weights unsigned, because there is no calibration" in shown
     assert "bounds are those of the factors before it" in shown
+    assert ", int8 alone: 0." in shown.split(" layers rewritten")[0]
+    assert "low-rank alone" in shown
+    assert "low-rank, then int8" in shown
     assert "pre-processing" not in shown, "the tool's own advice is no help here"
 
 

@@ -45,7 +45,7 @@ from onnx_lowrank.core.layer import Layer
 from onnx_lowrank.core.option import Fold, Lowering, Option
 from onnx_lowrank.core.plan import Choice, Plan
 from onnx_lowrank.files.external import aligned, refer
-from onnx_lowrank.files.load import Model, ModelProto, inlined, outline, stored_bytes
+from onnx_lowrank.files.load import PROTOBUF_LIMIT, Model, ModelProto, inlined, outline, stored_bytes
 from onnx_lowrank.files.tensors import inline, is_external, reference, region, stored_size, tensors
 from onnx_lowrank.layers.bias import bias
 from onnx_lowrank.layers.binding import Binding
@@ -66,7 +66,7 @@ _LONGEST_NUMBER = 2.2250738585072014e-308
 _NESTED = 16
 """The most bytes by which the contents of a tensor lengthen the length fields around it."""
 
-_PROTOBUF_LIMIT, _INLINE_BYTES = 2**31 - 1, 1024
+_INLINE_BYTES = 1024
 
 
 class Bytes(Budget):
@@ -270,7 +270,7 @@ def _saved(model: Model) -> int:
     """The most bytes that `save` writes for a model."""
     # Scales hold all inline tensors, so they are only for models with a data file.
     size = stored_bytes(replace(model, path=None))
-    is_inline = model.files.keys() <= model.temporary and size <= _PROTOBUF_LIMIT
+    is_inline = model.files.keys() <= model.temporary and size <= PROTOBUF_LIMIT
     return size if is_inline else _Scales(model).saved
 
 
@@ -286,7 +286,7 @@ class _Scales:
         """Compute the bytes of all tensors of a model, or of those that a quantization leaves."""
         model = inlined(model)
         self._quantizer = quantizer
-        self._spills = bool(model.files) or stored_bytes(model) > _PROTOBUF_LIMIT
+        self._spills = bool(model.files) or stored_bytes(model) > PROTOBUF_LIMIT
         self._weights: list[_Weight] = []
         self.skeleton = outline(model.proto, 0)
         for bare, tensor in zip(tensors(self.skeleton), tensors(model.proto), strict=True):

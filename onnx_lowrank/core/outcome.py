@@ -126,6 +126,21 @@ class Fused:
 
 
 @dataclass(frozen=True, slots=True)
+class Undecomposed:
+    """The input model after the same quantization, without a decomposition.
+
+    Attributes:
+        size: Its bytes; None if it was not made.
+        outputs: One error per output, on the same inputs as those of the compressed model; empty if unknown.
+        note: Why it was not made or not compared, a sentence; else empty.
+    """
+
+    size: int | None = None
+    outputs: tuple[OutputError, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Quantized:
     """The quantization of a compressed model.
 
@@ -137,6 +152,7 @@ class Quantized:
         floats: Number of elements of the float32 weights of the main graph before and after it.
         size: Bytes of the model before and after it.
         alone: One error per output of the low-rank model before it, on the same inputs as those after it.
+        undecomposed: The quantization alone; None if no layer is rewritten, as that is the compressed model.
     """
 
     kind: str
@@ -146,6 +162,7 @@ class Quantized:
     floats: tuple[int, int]
     size: tuple[int, int]
     alone: tuple[OutputError, ...]
+    undecomposed: Undecomposed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,20 @@ class Output(Table, frozen=True):
     noise: float | None = None
 
 
+class Undecomposed(Table, frozen=True):
+    """The input model after the same quantization, without a decomposition.
+
+    Attributes:
+        bytes: Its size; null if it was not made.
+        outputs: The errors of its outputs, on the same inputs as those of the compressed model.
+        note: Why it was not made or not compared, a sentence; usually empty.
+    """
+
+    bytes: int | None
+    outputs: tuple[Output, ...]
+    note: str
+
+
 class Quantized(Table, frozen=True):
     """The quantization of the compressed model. The certificates are those of the factors before it.
 
@@ -50,6 +64,7 @@ class Quantized(Table, frozen=True):
         bytes: Size of the low-rank model.
         bytes_after: Size of the quantized model.
         alone: The errors of the low-rank model before it, on the same inputs.
+        undecomposed: The quantization alone; null if no layer is rewritten, as that is the compressed model.
     """
 
     kind: str
@@ -61,3 +76,4 @@ class Quantized(Table, frozen=True):
     bytes: int
     bytes_after: int
     alone: tuple[Output, ...]
+    undecomposed: Undecomposed | None = None

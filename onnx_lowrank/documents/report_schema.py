@@ -12,6 +12,7 @@ from onnx_lowrank.documents.report_details import Alternative, Curve, Graph, Tot
 from onnx_lowrank.documents.report_outputs import Output as Output
 from onnx_lowrank.documents.report_outputs import Quantized as Quantized
 from onnx_lowrank.documents.report_outputs import Table
+from onnx_lowrank.documents.report_outputs import Undecomposed as Undecomposed
 
 VERSION = 1
 """Increased when a key is removed or changes its meaning. New keys have a default and do not increase it."""

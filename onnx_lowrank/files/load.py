@@ -47,7 +47,9 @@ _FOREIGN = {
 
 _WEB = re.compile(r"https?:/")
 
-_PROTOBUF_LIMIT = 2**31 - 1
+PROTOBUF_LIMIT = 2**31 - 1
+"""The most bytes of a model without a data file."""
+
 _LARGEST_INLINE = 3 * 2**29
 _ORT = b"ORTM"
 """The identifier in the bytes 4 to 8 of a file in ONNX Runtime's format."""
@@ -238,7 +240,7 @@ def _regular(path: Path) -> os.stat_result:
         raise InputError(f"{path} is a folder: name the .onnx file in it.")
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is no regular file: save the model to one.")
-    if status.st_size > _PROTOBUF_LIMIT:
+    if status.st_size > PROTOBUF_LIMIT:
         raise InputError(
             f"{path} has {status.st_size} bytes, over protobuf's 2 GB: save it with external data."
         )

@@ -18,6 +18,7 @@ from onnx_lowrank.core.outcome import (
     Quantized,
     Timing,
     Trial,
+    Undecomposed,
     Validation,
 )
 from onnx_lowrank.documents import report_details as details
@@ -155,7 +156,12 @@ def _quantized(found: Quantized) -> schema.Quantized:
         bytes=found.size[0],
         bytes_after=found.size[1],
         alone=_outputs(found.alone),
+        undecomposed=_undecomposed(found.undecomposed) if found.undecomposed else None,
     )
+
+
+def _undecomposed(found: Undecomposed) -> schema.Undecomposed:
+    return schema.Undecomposed(bytes=found.size, outputs=_outputs(found.outputs), note=found.note)
 
 
 def _continuation(found: Continuation) -> schema.Continuation:

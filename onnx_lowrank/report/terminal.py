@@ -101,6 +101,17 @@ def _verdict(report: Content) -> Iterator[str]:
     error = None if report.validation is None else largest_error(report.validation.outputs)
     if error is not None:
         yield f"output error {words.number(error)}"
+    yield from _alone(report)
+
+
+def _alone(report: Content) -> Iterator[str]:
+    """The bytes and the error of the quantization alone, where they are known."""
+    done = None if report.validation is None else report.validation.quantized
+    other = None if done is None else done.undecomposed
+    before = report.totals.amount("bytes").before
+    if done is not None and other is not None and other.size is not None and before:
+        error = words.error(largest_error(other.outputs))
+        yield f"{done.kind} alone: {other.size / before:.3f} of the bytes with error {error}"
 
 
 def _totals(report: Content, page: Page) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from onnx_lowrank.core.outcome import Fused, OutputError, Quantized, Validation
+from onnx_lowrank.core.outcome import Fused, OutputError, Quantized, Undecomposed, Validation, largest_error
 from onnx_lowrank.report import other_table, words
-from onnx_lowrank.report.page import Page
+from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
 
 _ROOM = 32
@@ -35,7 +35,7 @@ def show(
     layers = {f"layer {layer}": f"layer {name}" for layer, name in names.items()}
     _outputs(validation.outputs, page, every=every)
     if validation.quantized is not None:
-        _quantized(validation.quantized, page)
+        _quantized(validation, validation.quantized, page)
     for output in validation.alone:
         page.line(f"{layers.get(output.name, output.name)}: {_differences(output)}", indent=2)
     if validation.continuation is not None:
@@ -69,8 +69,8 @@ def _outputs(outputs: Sequence[OutputError], page: Page, *, every: bool) -> None
         page.line(f"{more} more outputs err less; --report has all", style="dim", indent=2)
 
 
-def _quantized(found: Quantized, page: Page) -> None:
-    """Print what the quantization did, and the errors before it."""
+def _quantized(validation: Validation, found: Quantized, page: Page) -> None:
+    """Print what the quantization did, the errors before it, and those of the quantization alone."""
     for output in found.alone:
         page.line(f"before {found.kind}, {output.name}: {_differences(output)}", indent=2)
     before, after = map(words.exact, found.size)
@@ -82,6 +82,27 @@ def _quantized(found: Quantized, page: Page) -> None:
         "float32; bounds are those of the factors before it",
         indent=4,
     )
+    if found.undecomposed is not None:
+        _side_by_side(validation, found, found.undecomposed, page)
+
+
+def _side_by_side(validation: Validation, found: Quantized, other: Undecomposed, page: Page) -> None:
+    """Print the bytes and the errors of low-rank factors, of the quantization, and of both."""
+    if other.note:
+        page.line(other.note, style="yellow", indent=2)
+    models = [
+        ("low-rank alone", found.size[0], found.alone),
+        (f"{found.kind} alone", other.size, other.outputs),
+        (f"low-rank, then {found.kind}", found.size[1], validation.outputs),
+    ]
+    models = [model for model in models if model[1] is not None]
+    errors = tuple(words.error(largest_error(outputs)) for *_, outputs in models)
+    columns = [
+        Column("  model", tuple(f"  {name}" for name, *_ in models)),
+        Column("bytes", tuple(words.exact(size) for _, size, _ in models), "right"),
+        Column("output error", errors, "right"),
+    ]
+    page.table(columns, [""] * len(models))
 
 
 def _fused(fused: Fused, page: Page) -> None:

@@ -92,13 +92,9 @@ def validate(
     """
     tool = kinds.engine(engine, provider)
     notes = list(_check(original, compressed))
-    wanted = specs(original.proto)
-    whole = None if measured or inputs is None else read(inputs, wanted)
-    given = measured.feeds if measured else batches(tool, original, whole, wanted) if whole else None
-    feeds: _Feeds = partial(make, original.proto, wanted, input_shapes or {})
-    if given is not None:
-        feeds = given.__iter__
-    run = _run_original(original, tool, feeds, given is not None, notes)
+    whole = None if measured or inputs is None else read(inputs, specs(original.proto))
+    given = measured.feeds if measured else _batched(original, tool, whole)
+    run = _run_original(original, tool, _feeds(original, given, input_shapes), given is not None, notes)
     if run is None:
         result = _layers_alone(tuple(nodes), alone, tool)
     else:
@@ -119,6 +115,56 @@ def validate(
     result = replace(result, notes=(*notes, *result.notes))
     _judge(result, max_error)
     return result
+
+
+def errors(
+    original: Model,
+    compressed: Model,
+    *,
+    inputs: str | Path | Mapping[str, Any] | None = None,
+    padding: Padding = NO_PADDING,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    provider: str = "CPUExecutionProvider",
+    engine: str | None = None,
+) -> tuple[OutputError, ...]:
+    """The errors of the outputs as in `validate`, without its other checks; () if no engine runs both models.
+
+    Args:
+        original: As in `validate`, like all others.
+        compressed: The compressed model.
+        inputs: The inputs; None makes some.
+        padding: Their padding.
+        input_shapes: Shapes of inputs to make.
+        provider: The execution provider.
+        engine: The engine.
+
+    Raises:
+        InputError: The engine or the provider is missing, or the inputs do not fit the model.
+        ValidationError: The engine that runs the input model rejects the compressed model, or only that one
+            gives NaN or Inf.
+    """
+    tool = kinds.engine(engine, provider)
+    given = _batched(original, tool, None if inputs is None else read(inputs, specs(original.proto)))
+    run = _run_original(original, tool, _feeds(original, given, input_shapes), given is not None, [])
+    if run is None:
+        return ()
+    return _compared(
+        original, compressed, run, _run_compressed(compressed, run), given or (run.feed,), padding
+    )
+
+
+def _batched(model: Model, engine: Deployed, whole: Feed | None) -> tuple[Feed, ...] | None:
+    """The given inputs in batches; None without any."""
+    return batches(engine, model, whole, specs(model.proto)) if whole else None
+
+
+def _feeds(
+    model: Model, given: tuple[Feed, ...] | None, shapes: Mapping[str, tuple[int, ...]] | None
+) -> _Feeds:
+    """The given inputs; without any, inputs that are made anew in every call."""
+    if given is not None:
+        return given.__iter__
+    return partial(make, model.proto, specs(model.proto), shapes or {})
 
 
 def _described(feed: Feed, is_given: bool) -> str:

@@ -34,10 +34,10 @@ from onnx_lowrank.calibrate.calibration import Calibration
 from onnx_lowrank.calibrate.measured import Statistics
 from onnx_lowrank.calibrate.prefix import Prefix
 from onnx_lowrank.core.factors import Certificate
-from onnx_lowrank.core.outcome import Quantized, Trial, Validation
+from onnx_lowrank.core.outcome import OutputError, Quantized, Trial, Undecomposed, Validation
 from onnx_lowrank.engines.engine import one_line
-from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.load import Model, load, stored_bytes
+from onnx_lowrank.errors import InputError, LowRankError
+from onnx_lowrank.files.load import PROTOBUF_LIMIT, Model, load, stored_bytes
 from onnx_lowrank.files.save import save
 from onnx_lowrank.files.scratch import scratch
 from onnx_lowrank.graph.walk import Walk
@@ -80,6 +80,9 @@ class Low:
 Validate = Callable[[Built, Calibration | None, tuple[Trial, ...]], Validation]
 """Compares a model with the input model."""
 
+Errors = Callable[[Built, Calibration | None], tuple[OutputError, ...]]
+"""Gives the errors of a model's outputs."""
+
 
 def chosen(kind: Kind, found: Found, budget: Budget, *, calibrated: bool) -> Quantizer:
     """The quantizer of a kind for a model; also checks that it has something to do there.
@@ -113,6 +116,7 @@ def follow(
     progress: Progress,
     shapes: Mapping[str, tuple[int, ...]],
     validate: Validate,
+    beside: Undecomposed | None = None,
 ) -> tuple[Built, Validation]:
     """Fit a low-rank model to its quantization, quantize it, and compare the result with the input model.
 
@@ -123,6 +127,7 @@ def follow(
         progress: Where to show progress.
         shapes: The shapes of inputs for which the layers were found, by name.
         validate: Compares a model with the input model.
+        beside: The quantization alone, for the report.
 
     Returns:
         The quantized model, and the comparison, with what was done.
@@ -147,10 +152,46 @@ def follow(
             floats=(floats(rewritten.model.proto), floats(model.proto)),
             size=(stored_bytes(rewritten.model), stored_bytes(model)),
             alone=low.validation.outputs,
+            undecomposed=beside,
         )
         stack.enter_context(built.resources.pop_all())
         result = replace(built, quantized=model, resources=stack.pop_all())
     return result, replace(validation, never_ran=low.validation.never_ran, quantized=done)
+
+
+def undecomposed(
+    original: Model, low: Low, method: Quantizer, progress: Progress, errors: Errors
+) -> Undecomposed | None:
+    """The input model after the same quantization, without any fit to it, measured like the compressed model.
+
+    It is what a user would have without a decomposition. It fails alone: the run goes on without it.
+
+    Args:
+        original: The input model.
+        low: The low-rank model.
+        method: The quantizer.
+        progress: Where to show progress.
+        errors: Gives the errors of a model's outputs.
+
+    Returns:
+        The figures; None if no layer is rewritten.
+    """
+    built, name, size = low.built, method.kind, None
+    if all(choice.option is None for choice in built.plan.choices):
+        return None
+    if stored_bytes(original) > PROTOBUF_LIMIT >= stored_bytes(built.rewritten.model):
+        return Undecomposed(note=f"{name} alone was not tried: the input model has more than 2 GiB.")
+    try:
+        with progress.stage(f"{name} alone"), ExitStack() as stack:
+            model = _written(original, method, low.calibration, stack)
+            size = stored_bytes(model)
+            bare = replace(built, rewritten=replace(built.rewritten, model=model, chains={}))
+            return Undecomposed(size, errors(bare, low.calibration))
+    except _ToolError as error:
+        return Undecomposed(note=f"ONNX Runtime cannot quantize the input model to {name} ({error}).")
+    except LowRankError as error:
+        _log.debug("%s alone: %s", name, error)
+        return Undecomposed(size, note=f"The outputs of {name} alone cannot be compared.")
 
 
 def _quantized(
@@ -180,14 +221,25 @@ def _quantized(
 
     fitted, _, files = assemble(found, counted(), merging=False)
     with files, progress.stage("quantize"):
-        return _written(fitted.model, method, calibration, stack), count
+        try:
+            return _written(fitted.model, method, calibration, stack), count
+        except _ToolError as error:
+            raise InputError(
+                f"ONNX Runtime's {method.method.split(',')[0]} cannot quantize the low-rank model of "
+                f"{found.model.name} ({error}): leave out --then {method.kind}, or choose another kind."
+            ) from error
+
+
+class _ToolError(Exception):
+    """ONNX Runtime's tool fails; the message is its own, in one line."""
 
 
 def _written(model: Model, method: Quantizer, calibration: Calibration | None, stack: ExitStack) -> Model:
     """The quantized model; the stack deletes its files.
 
     Raises:
-        InputError: ONNX Runtime's tool fails.
+        _ToolError: ONNX Runtime's tool fails.
+        InputError: The disk is full.
     """
     # Saving locks the folder of the target, and the scratch folder is locked already.
     folder = stack.enter_context(scratch()) / "models"
@@ -201,10 +253,7 @@ def _written(model: Model, method: Quantizer, calibration: Calibration | None, s
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"ONNX Runtime's {method.method.split(',')[0]} cannot quantize the low-rank model of "
-            f"{model.name} ({one_line(error)}): leave out --then {method.kind}, or choose another kind."
-        ) from error
+        raise _ToolError(one_line(error)) from error
     made = load(target)
     finish(made.proto, model.proto, method.kind, method.method)
     return replace(made, name=model.name, sha256=model.sha256, path=None)

@@ -95,6 +95,7 @@ def assemble(
             *_lowering_warnings(run, styles),
             *_output_warnings(validation, given, target, calibrated=calibration is not None),
             *_quantized_warnings(validation, given),
+            *_dominated_warnings(plan, validation, totals),
             *_calibration_warnings(plan, calibration, trials),
         ),
         calibration=calibration,
@@ -212,6 +213,33 @@ def _quantized_warnings(validation: Validation | None, given: bool) -> Iterator[
         yield (
             f"The quantization to {done.kind} raises the relative error of an output from "
             f"{number(before)} to {number(after)}: compare with {others}, or with a smaller ratio alone."
+        )
+
+
+def _dominated_warnings(plan: Plan, validation: Validation | None, totals: Totals) -> Iterator[str]:
+    """Warnings where the decomposition alone, or the quantization alone, is better than both together.
+
+    It is if it errs no more and has no more bytes, or none above the bytes that were asked for.
+    """
+    done = None if validation is None else validation.quantized
+    error = None if validation is None else largest_error(validation.outputs)
+    if done is None or done.undecomposed is None or error is None:
+        return
+    other, size = done.undecomposed, done.size[1]
+    before = totals.amount("bytes").before
+    most = max(size, plan.ratio * before) if plan.budget == "bytes" and before is not None else size
+    both = f"the result {size:,} with {number(error)}"
+    alone = largest_error(other.outputs)
+    if alone is not None and alone <= error and other.size is not None and other.size <= most:
+        yield (
+            f"{done.kind} alone is better than with low-rank factors: {other.size:,} bytes with an output "
+            f"error of {number(alone)}, {both}: take --budget params --ratio 1 --then {done.kind}."
+        )
+    low = largest_error(done.alone)
+    if low is not None and low <= error and done.size[0] <= most:
+        yield (
+            f"The low-rank model is better before {done.kind}: {done.size[0]:,} bytes with an output error "
+            f"of {number(low)}, {both}: leave out --then {done.kind}."
         )
 
 

@@ -250,7 +250,10 @@ def test_the_page_of_a_quantized_model_says_so(browser: Any, tmp_path: Path) -> 
     with shown(browser, tmp_path / "page.html") as page:
         assert page.locator("header p").inner_text().endswith(", then quantized (int8)")
         assert "quantize_dynamic" in page.locator("#quantized").inner_text()
-        assert page.locator("#errors td:nth-child(2)").all_inner_texts() == ["after int8", "before int8"]
+        models = page.locator("#errors td:nth-child(2)").all_inner_texts()
+        assert models[3:] == ["after int8", "before int8", "int8 alone"]
+        rows = page.locator("#alone tbody tr").all_inner_texts()
+        assert [row.split("\t")[0] for row in rows] == ["low-rank alone", "int8 alone", "low-rank, then int8"]
 
 
 def test_names_of_a_model_are_text(browser: Any, report: Report, tmp_path: Path) -> None:

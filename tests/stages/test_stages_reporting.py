@@ -8,7 +8,7 @@ import pytest
 
 from onnx_lowrank import compress
 from onnx_lowrank.budgets.budget import Run
-from onnx_lowrank.core.outcome import Calibrated, OutputError, Quantized, Timing, Validation
+from onnx_lowrank.core.outcome import Calibrated, OutputError, Quantized, Timing, Undecomposed, Validation
 from onnx_lowrank.files.load import load
 from onnx_lowrank.layers.found import find_layers
 from onnx_lowrank.report.content import Total
@@ -79,6 +79,46 @@ def test_a_quantization_that_loses_more_than_the_decomposition(planned, before, 
         "compare with --then int4 or --then fp16, or with a smaller ratio alone."
     )
     assert report.warnings == ((wanted,) if told and given else ())
+
+
+@pytest.mark.parametrize(
+    ("alone", "error", "low", "told"),
+    [
+        (20, 0.2, 40, "int8 alone"),
+        (20, 0.21, 40, ""),
+        (21, 0.1, 40, ""),
+        (None, 0.1, 40, ""),
+        (30, 0.1, 20, "The low-rank model"),
+    ],
+    ids=["as good", "errs more", "larger", "not made", "low-rank"],
+)
+def test_a_pair_that_is_worse_than_one_of_both_alone(planned, alone, error, low, told):
+    outputs = (output(1.0, error),) if alone else ()
+    done = Quantized(
+        "int8", "method", "", 1, (10, 1), (low, 20), (output(1.0, 0.15),), Undecomposed(alone, outputs)
+    )
+    validation = Validation("engine", "inputs", (output(1.0, 0.2),), (), quantized=done)
+    (warning,) = reporting.assemble(Run(*planned), validation=validation).warnings or ("",)
+    assert warning.startswith(told)
+    assert warning.endswith(
+        {
+            "": "",
+            "int8 alone": "of 0.2, the result 20 with 0.2: take --budget params --ratio 1 --then int8.",
+            "The low-rank model": "of 0.15, the result 20 with 0.2: leave out --then int8.",
+        }[told]
+    )
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_quantization_alone_may_take_all_bytes_that_were_asked_for(planned, more):
+    found, plan, *others = planned
+    before = reporting.assemble(Run(*planned)).totals.amount("bytes").before
+    plan = replace(plan, budget="bytes", ratio=(before - 1) / before)
+    alone = Undecomposed(before - 1 + more, (output(1.0, 0.1),))
+    done = Quantized("int8", "method", "", 1, (10, 1), (before, 20), (output(1.0, 0.15),), alone)
+    validation = Validation("engine", "inputs", (output(1.0, 0.2),), (), quantized=done)
+    report = reporting.assemble(Run(found, plan, *others), validation=validation)
+    assert sum(text.startswith("int8 alone is better") for text in report.warnings) == 1 - more
 
 
 @pytest.mark.parametrize("agreement", [None, 0.9, 1.0])

@@ -234,6 +234,34 @@ const FIGURES = [
   ["neighbour kept", "neighbours", percent],
 ];
 
+/** The largest error of several outputs, about the mean where that is known. */
+function largest(outputs) {
+  const errors = outputs.filter((each) => !each.is_exact).map((each) => each.centred ?? each.relative);
+  const known = errors.filter(isKnown);
+  return known.length ? Math.max(...known) : null;
+}
+
+/** Low-rank factors, the quantization, and both, each with its bytes and its error. */
+function sideBySide(found, outputs) {
+  const other = found.undecomposed;
+  if (!other) return null;
+  const rows = [
+    ["low-rank alone", found.bytes, found.alone],
+    [`${found.kind} alone`, other.bytes, other.outputs],
+    [`low-rank, then ${found.kind}`, found.bytes_after, outputs],
+  ].filter(([, bytes]) => isKnown(bytes));
+  return h(
+    "div",
+    { id: "alone" },
+    table(
+      ["model", "bytes", "output error"],
+      rows.map(([name, bytes, each]) => [name, short(bytes), number(largest(each))]),
+      [1, 2],
+    ),
+    other.note ? h("p.hint", null, other.note) : null,
+  );
+}
+
 /** What a quantization did; the errors before it are rows of the table. */
 function quantized(found) {
   const reason = found.reason ? `, because ${found.reason}` : "";
@@ -261,12 +289,16 @@ function errors(detail) {
       for (const output of other.familiar) judge(output, other.kind);
       for (const output of other.outputs) judge(output, "check");
     }
-    if (found.quantized)
-      for (const output of found.quantized.alone) judge(output, `before ${found.quantized.kind}`);
+    if (found.quantized) {
+      const { kind, alone, undecomposed } = found.quantized;
+      for (const output of alone) judge(output, `before ${kind}`);
+      for (const output of undecomposed ? undecomposed.outputs : []) judge(output, `${kind} alone`);
+    }
     rows.sort((a, b) => (a.output.name < b.output.name ? -1 : a.output.name > b.output.name ? 1 : 0));
     const known = FIGURES.filter(([, key]) => rows.some(({ output }) => isKnown(output[key])));
     parts.push(h("p", null, `${found.engine}, inputs ${found.inputs}.`));
-    if (found.quantized) parts.push(quantized(found.quantized));
+    if (found.quantized)
+      parts.push(quantized(found.quantized), sideBySide(found.quantized, found.outputs));
     if (other) parts.push(h("p", null, `Inputs of another kind (check): ${other.source}.`));
     const kinds = other ? ["inputs"] : found.quantized ? ["model"] : [];
     const head = ["output", ...kinds, ...known.map(([title]) => title)];
