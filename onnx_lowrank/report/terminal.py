@@ -41,7 +41,7 @@ def show(report: Content, console: Console, *, every: bool = False) -> None:
     page.line(_ratios(report))
     page.blank()
     if report.calibration is not None:
-        _calibration(report.calibration, report.trials, page)
+        _calibration(report.calibration, report.trials, report.then, page)
     names = {row.id: row.name for row in report.layers}
     reasons = [(row.reason or "kept by the plan", row.name) for row in kept]
     page.groups("Kept", "layer", reasons, "" if every else " (-v lists all)")
@@ -178,8 +178,9 @@ def _asked(report: Content) -> str:
     return f"the smallest tried with held-out {' and '.join(wanted)}"
 
 
-def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page) -> None:
+def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], then: str, page: Page) -> None:
     """Print the source of the inputs, and the errors of the models that were tried."""
+    before = f", before {then}" if then else ""
     page.line(f"Calibration on {calibration.source}")
     if not trials:
         page.blank()
@@ -191,7 +192,7 @@ def _calibration(calibration: Calibrated, trials: tuple[Trial, ...], page: Page)
         held = "held-out " if calibration.held else ""
         page.line(
             "output error: ‖y − ŷ‖/‖y − ȳ‖ of the model's output y, ȳ its mean (0 if y is constant), on "
-            f"{held}calibration inputs; the largest of several.",
+            f"{held}calibration inputs; the largest of several{before}.",
             style="dim",
         )
     if any(output.neighbours is not None for trial in trials for output in trial.outputs):
