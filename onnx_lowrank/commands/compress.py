@@ -266,7 +266,6 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
 )
 @click.option(
     "--report",
-    "reports",
     multiple=True,
     type=click.Path(path_type=Path, allow_dash=True),
     callback=values.report_paths,
@@ -376,7 +375,7 @@ def command(
     source: Path,
     out: Path | None,
     save_plan: Path | None,
-    reports: tuple[Path, ...],
+    report: tuple[Path, ...],
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -398,11 +397,11 @@ def command(
         raise click.UsageError("--cache and --no-cache contradict each other: leave one of them out.")
     options["cache"] = not no_cache if cache is None else cache
     out = None if dry_run else out
-    check_outputs(source, out, save_plan, reports)
+    check_outputs(source, out, save_plan, report)
     with (
         displayed(ctx.obj["verbose"], quiet=quiet, as_json=as_json) as (console, progress),
         compress(source, dry_run=dry_run, progress=progress, **options) as result,
     ):
-        write(result, out, save_plan, reports, ctx.obj["command"])
+        write(result, out, save_plan, report, ctx.obj["command"])
         if not quiet and not as_json:
             result.report.table(console, every=ctx.obj["verbose"] > 0)

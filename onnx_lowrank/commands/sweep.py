@@ -21,7 +21,7 @@ from onnx_lowrank.sweeps.run import FILE, spread, sweep
 _RANGE = re.compile(r"([0-9.]+)\.\.([0-9.]+)")
 _DEFAULT, _POINTS = "0.9..0.2", 8
 
-_OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache", "reports"})
+_OWN = frozenset({"source", "recipe", "budget", "quiet", "cache", "no_cache", "report"})
 _SINGLE = frozenset({"out", "ratio", "plan", "save_plan", "dry_run", "list_passes"}) | {
     "target_error",
     "target_agreement",
