@@ -264,7 +264,7 @@ class _Job:
         from onnx_lowrank.stages.quantizing import Low, follow, undecomposed
 
         low, shapes, validator = Low(built, validation, calibration), self.material.shapes, self.validator
-        beside = undecomposed(self.found.model, low, quantizer, self.progress, validator.errors)
+        beside = undecomposed(self.found, low, quantizer, self.progress, validator.errors)
         return follow(low, quantizer, self.executor, self.progress, shapes, validator, beside)
 
     def _is_refused(self, built: Built, times: Timing) -> bool:

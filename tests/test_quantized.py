@@ -103,6 +103,34 @@ def test_the_fit_lowers_the_error_of_coarse_blocks(monkeypatch):
     assert errors[0] < 0.95 * errors[1]
 
 
+@pytest.mark.parametrize("opset", [17, 18])
+def test_features_of_unequal_ranges_are_balanced_first(monkeypatch, opset):
+    """One scale for a tensor leaves few steps to features of small ranges, whose weights are large here."""
+    spread = (10.0 ** np.random.default_rng(3).uniform(-1.5, 1.5, 96)).astype(np.float32)
+    arrays = {"v": decaying(1, 96, 128), "c": np.ones(128, np.float32), "w": decaying(2, 128, 64)}
+    proto = built(MATRICES.replace("17", str(opset)), arrays | {"v": arrays["v"] / spread[:, None]})
+    feeds = {"x": ROWS["x"] * spread}
+    errors = []
+    for balances in (True, False):
+        monkeypatch.setattr(
+            int8.Dynamic, "balances", property(lambda _, value=balances: value, lambda *_: None)
+        )
+        made = compress(proto, 0.6, then="int8", calibration=feeds, recipe="activation")
+        assert (made.proto.graph.node[0].op_type == "Mul") == balances
+        done = table(made)["validation"]
+        errors.append((done["worst"], done["quantized"]["undecomposed"]["outputs"][0]["relative"]))
+    assert errors[0][0] < 0.6 * errors[1][0]
+    assert errors[0][1] < 0.6 * errors[1][1]
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.2])
+def test_the_budget_of_bytes_counts_what_balances(ratio):
+    proto = matrices()
+    made = compress(proto, ratio, then="int8", budget="bytes", calibration=ROWS, recipe="activation")
+    assert "Mul" in kinds(made.proto)
+    assert made.proto.ByteSize() <= ratio * proto.ByteSize()
+
+
 def test_the_quantization_alone_stands_beside_the_pair(tmp_path):
     proto, path = matrices(), str(tmp_path / "alone.onnx")
     made = compress(proto, 0.6, then="int8", inputs=ROWS)

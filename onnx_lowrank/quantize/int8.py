@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, ModelProto
 from onnx_lowrank.quantize.kind import Feeds, Given, Kind, Quantizer, affine, opset, silent, symmetric, tool
-from onnx_lowrank.quantize.sizes import activations, weights
+from onnx_lowrank.quantize.sizes import Weight, activations, weights
 
 _PER_CHANNEL, _DYNAMIC = 13, 11
 """The first opsets with a scale for each channel, and with DynamicQuantizeLinear."""
@@ -33,6 +33,7 @@ _MODULE = "onnxruntime.quantization"
 _BESIDE, _PAIR, _LINK, _AROUND = 270, 330, 30, 700
 """Bytes beside names: of a weight with its node, of the nodes and numbers of an activation, of each reader of
 one, and of the nodes around a dynamic weight."""
+_MUL = 200  # bytes of a Mul that balances a tensor, beside its numbers and names
 _MATRIX = 2  # axes
 _MATRICES = frozenset({"MatMul", "Gemm"})
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
@@ -61,7 +62,7 @@ class Int8(Kind):
             )
         kinds = {given.walk.node(place).op_type for place in given.walk.places()}
         reason = "most of the work is in matrices" if given.multiplies else "there is no calibration"
-        return Dynamic(reason, is_signed="Conv" not in kinds)
+        return Dynamic(reason, is_signed="Conv" not in kinds, balances=given.calibrated)
 
 
 class Static(Quantizer):
@@ -133,8 +134,9 @@ class Dynamic(Quantizer):
     per_row = 5
     rounds_activations = True
 
-    def __init__(self, reason: str, *, is_signed: bool) -> None:
+    def __init__(self, reason: str, *, is_signed: bool, balances: bool = False) -> None:
         self.reason = reason
+        self.balances = balances
         self._is_signed = is_signed
         weights = "signed per channel" if is_signed else "unsigned"
         self.method = f"quantize_dynamic, weights {weights}"
@@ -162,15 +164,25 @@ class Dynamic(Quantizer):
         _stack_scales(target, is_large=is_large)
 
     def saved(self, proto: ModelProto) -> int:
-        """Each weight gets the nodes that quantize its input and scale its result."""
-        return sum(
+        """Each weight gets the nodes that quantize its input and scale its result; inputs may get scales."""
+        found = list(weights(proto, self.operators))
+        inputs = {
+            each.node.input[0]: each.size // (each.rows * each.stack)
+            for each in found
+            if self._is_balanced(each)
+        }
+        scales = sum(4 * size + _MUL + 4 * len(name) for name, size in inputs.items())
+        return -scales + sum(
             3 * each.size
             - self.per_row * each.rows * each.stack
             - _AROUND
             - 25 * max(len(each.node.name), len(each.node.output[0]))
             - 10 * len(each.name)
-            for each in weights(proto, self.operators)
+            for each in found
         )
+
+    def _is_balanced(self, weight: Weight) -> bool:
+        return self.balances and weight.node.op_type == "MatMul" and weight.stack == 1
 
 
 def _stack_scales(path: Path, *, is_large: bool) -> None:

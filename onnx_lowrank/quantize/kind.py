@@ -73,6 +73,7 @@ class Quantizer(ABC):
         per_number: Bytes of a number of such a weight.
         per_row: Bytes of the scale and the zero of an output feature.
         rounds_activations: Whether a whole tensor of activations has one scale.
+        balances: Whether the input features of matrices are balanced before it (`stages.balancing`).
     """
 
     kind: ClassVar[str]
@@ -82,6 +83,7 @@ class Quantizer(ABC):
     per_number: float
     per_row: int = 0
     rounds_activations: bool = False
+    balances: bool = False
 
     @abstractmethod
     def rounded(self, weight: NDArray[Any], operator: str) -> NDArray[Any]:

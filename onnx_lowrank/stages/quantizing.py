@@ -11,7 +11,8 @@ Rules:
 3. Nothing lies between an encoder and its decoder, so the scale of each rank is free. Where a tensor of
    activations has one scale, the ranks share their ranges with the decoder's columns, by square roots.
    Otherwise the rounding of activations counts in no fit.
-4. The certificates are those of the factors before all of this.
+4. With calibration inputs, the matrices of a dynamic quantization get inputs with balanced features.
+5. The certificates are those of the factors before all of this.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from onnx_lowrank.quantize.kind import Feeds, Given, Kind, Quantizer
 from onnx_lowrank.quantize.sizes import floats
 from onnx_lowrank.rewrite.refit import Refitted, can_refit, operands
 from onnx_lowrank.rewrite.replace import Rewritten
+from onnx_lowrank.stages.balancing import balanced
 from onnx_lowrank.stages.build import Built, assemble
 from onnx_lowrank.stages.gather import sums_bytes
 from onnx_lowrank.stages.recover import is_walked
@@ -160,14 +162,14 @@ def follow(
 
 
 def undecomposed(
-    original: Model, low: Low, method: Quantizer, progress: Progress, errors: Errors
+    original: Found, low: Low, method: Quantizer, progress: Progress, errors: Errors
 ) -> Undecomposed | None:
     """The input model after the same quantization, without any fit to it, measured like the compressed model.
 
     It is what a user would have without a decomposition. It fails alone: the run goes on without it.
 
     Args:
-        original: The input model.
+        original: The input model with its layers.
         low: The low-rank model.
         method: The quantizer.
         progress: Where to show progress.
@@ -179,11 +181,17 @@ def undecomposed(
     built, name, size = low.built, method.kind, None
     if all(choice.option is None for choice in built.plan.choices):
         return None
-    if stored_bytes(original) > PROTOBUF_LIMIT >= stored_bytes(built.rewritten.model):
+    if stored_bytes(original.model) > PROTOBUF_LIMIT >= stored_bytes(built.rewritten.model):
         return Undecomposed(note=f"{name} alone was not tried: the input model has more than 2 GiB.")
     try:
         with progress.stage(f"{name} alone"), ExitStack() as stack:
-            model = _written(original, method, low.calibration, stack)
+            model = original.model
+            if method.balances and low.calibration is not None:
+                model, files = _balanced(
+                    original, replace(built.rewritten, chains={}), method, low.calibration
+                )
+                stack.enter_context(files)
+            model = _written(model, method, low.calibration, stack)
             size = stored_bytes(model)
             bare = replace(built, rewritten=replace(built.rewritten, model=model, chains={}))
             return Undecomposed(size, errors(bare, low.calibration))
@@ -205,6 +213,11 @@ def _quantized(
     """The quantized model, whose files the stack deletes, and the number of weights fitted to it."""
     rewritten, calibration = low.built.rewritten, low.calibration
     found = find_layers(rewritten.model, shapes, (), ())
+    if method.balances and calibration is not None:
+        model, files = _balanced(found, rewritten, method, calibration)
+        stack.enter_context(files)
+        rewritten = replace(rewritten, model=model)
+        found = find_layers(model, shapes, (), ())
     if calibration is not None and calibration.samples.held:
         fits = _walked(found, rewritten, method, calibration, threads)
     else:
@@ -228,6 +241,15 @@ def _quantized(
                 f"ONNX Runtime's {method.method.split(',')[0]} cannot quantize the low-rank model of "
                 f"{found.model.name} ({error}): leave out --then {method.kind}, or choose another kind."
             ) from error
+
+
+def _balanced(
+    found: Found, low: Rewritten, method: Quantizer, calibration: Calibration
+) -> tuple[Model, ExitStack]:
+    """The model with balanced inputs of matrices (rule 4)."""
+    decoders = {decoder.layer.id for _, decoder in pairs(found, low)}
+    chosen = [binding for binding in _rounded(found, method) if binding.layer.id not in decoders]
+    return balanced(found, chosen, calibration, _feeds(calibration))
 
 
 class _ToolError(Exception):
@@ -341,4 +363,4 @@ def _origin(walk: Walk, binding: Binding, low: Rewritten) -> str:
 
 
 _NO_PROOF = Certificate((), ())
-"""Rounded weights are not certified (rule 4)."""
+"""Rounded weights are not certified (rule 5)."""
