@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import onnx
@@ -32,15 +33,25 @@ QUANTIZED = re.compile(
 )
 
 LEAST = {
-    backend_cases.nodes: (1884, 0, 0),
-    backend_cases.files: (140, 27, 31),
-    backend_cases.light: (9, 0, 0),
-    backend_cases.nodes_with_weights: (428, 14, 76),
-    backend_cases.light_with_weights: (6, 6, 6),
+    backend_cases.light_with_weights: ((2, 2, 2), (4, 4, 4)),
+    backend_cases.nodes: (
+        (216, 0, 0),
+        (232, 0, 0),
+        (252, 0, 0),
+        (224, 0, 0),
+        (238, 0, 0),
+        (245, 0, 0),
+        (224, 0, 0),
+        (253, 0, 0),
+    ),
+    backend_cases.nodes_with_weights: ((103, 4, 21), (110, 5, 21), (110, 3, 15), (105, 2, 19)),
+    backend_cases.light: ((4, 0, 0), (5, 0, 0)),
+    backend_cases.files: ((140, 27, 31),),
 }
-"""For every group, how many models there are, are rewritten at 0.5, and are rewritten at all.
+"""For every part of a group, how many models there are, are rewritten at 0.5, and are rewritten at all.
 
-The numbers are those of onnx 1.23; newer versions have more models.
+The numbers are those of onnx 1.23; newer versions have more models. Parts are small, and those that take
+longest come first, so that all workers have something to do until the end.
 """
 
 
@@ -92,8 +103,9 @@ def check(case: Case, folder: Path, builds: list[Built]) -> tuple[str, str]:
         assert [c.layer for c in result.plan.choices if c.option is not None] == [la.id for la in layers]
         assert_only_named_changes(case.proto, written, layers, chains)
         assert [shapes for shapes, _ in after] == [shapes for shapes, _ in before]
-        onnx.save(rewritten(seen).model.proto, target)
-        assert answers(target, case) == before, "at full rank, the outputs are the stored ones"
+        if case.sets:
+            onnx.save(rewritten(seen).model.proto, target)
+            assert answers(target, case) == before, "at full rank, the outputs are the stored ones"
     else:
         assert written == case.proto
         assert after == before
@@ -159,12 +171,24 @@ def test_a_sample(tmp_path, builds, record_property):
     assert outcomes.keys() == {HALF, MORE, SAME}
 
 
+def part_of(name: str, parts: int) -> int:
+    """The part that holds a model: models of newer versions leave all others where they are."""
+    return crc32(name.encode()) % parts
+
+
 @pytest.mark.backend
-@pytest.mark.parametrize("group", LEAST, ids=lambda group: group.__name__)
-def test_all(group, tmp_path, builds, record_property):
-    outcomes = tally(group.__name__, group(), tmp_path, builds, record_property)
+@pytest.mark.parametrize(
+    ("group", "part"),
+    [(group, part) for group, parts in LEAST.items() for part in range(len(parts))],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_all(group, part, tmp_path, builds, record_property):
+    parts = LEAST[group]
+    cases = (case for case in group() if part_of(case.name, len(parts)) == part)
+    label = f"{group.__name__} (part {part + 1} of {len(parts)})"
+    outcomes = tally(label, cases, tmp_path, builds, record_property)
     half, more = outcomes.get(HALF, 0), outcomes.get(MORE, 0)
-    models, least_half, least_rewritten = LEAST[group]
+    models, least_half, least_rewritten = parts[part]
     assert sum(outcomes.values()) >= models
     assert half >= least_half
     assert half + more >= least_rewritten
