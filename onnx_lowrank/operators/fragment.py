@@ -89,6 +89,21 @@ class Fragment:
             return self.add(role, op, [value], output, axes=[axis], **attributes)
         return self.add(role, op, [value, self.integers(f"{role}_axes", [axis])], output, **attributes)
 
+    def gemm(self, role: str, pair: Sequence[str], transposed: int, dtype: str) -> str:
+        """Append a Gemm that transposes one operand; before opset 11, it needs a bias, which is zero.
+
+        Args:
+            role: Its part in the chain.
+            pair: The operands.
+            transposed: The index of the operand to transpose.
+            dtype: The type of the operands.
+        """
+        bias = []
+        if self._opset < 11:
+            zero = gs.Constant(f"{self._stem}_{role}_bias", np.zeros(1, dtype))
+            bias = [self.add(f"{role}_bias", "Constant", [], value=zero)]
+        return self.add(role, "Gemm", [*pair, *bias], transA=int(not transposed), transB=int(transposed))
+
     def integers(self, role: str, values: Sequence[int]) -> str:
         """Append a Constant node of int64 numbers."""
         tensor = gs.Constant(f"{self._stem}_{role}", np.asarray(values, np.int64))

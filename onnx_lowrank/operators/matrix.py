@@ -25,6 +25,12 @@ from onnx_lowrank.operators.geometry import Vectors
 _ROWS = 3
 """Number of vectors in a sample."""
 
+_FUSED_WITHOUT_KERNEL = "float64"
+"""The type in which ONNX Runtime before 1.26 fuses a Transpose and a MatMul, and has no kernel for both.
+
+It does not fuse a Gemm, and no swap of the axes in the middle of four.
+"""
+
 
 class Product(Operator):
     """A matrix product with a constant on either side, or a look-up of rows."""
@@ -133,17 +139,29 @@ class Product(Operator):
                 fragment.add("biased", "Add", [result, names.bias])
             return
         first, second = self.stored_factors(fragment, site, names)
-        value = self._rows_read(fragment, site.node, use, names.value)
-        if option.lowering is Lowering.CONV:
-            hidden = _sliced_conv(fragment, value, first, option.k, use.rank or 2)
-        elif option.k > 1:
-            encode = _sliced_right if self.on_right(use.operand) else _sliced_left
-            hidden = encode(fragment, value, first, site.layer.c // option.k, option, use.rank or 2)
-        else:
-            pair = [value, first] if self.on_right(use.operand) else [first, value]
-            hidden = fragment.add("encoder", "MatMul", pair)
+        hidden = self._encoded(fragment, site, first, names.value)
         pair = [hidden, second] if self.on_right(use.operand) else [second, hidden]
         self._last(fragment, site, pair, names.bias)
+
+    def _encoded(self, fragment: Fragment, site: Site, encoder: str, value: str) -> str:
+        """Append the first factor."""
+        use, option, layer = site.use, site.option, site.layer
+        rank, on_right = use.rank or 2, self.on_right(use.operand)
+        is_fused = layer.dtype == _FUSED_WITHOUT_KERNEL
+        if is_fused and option.k == 1 and self._is_flipped(site.node, use):
+            pair = [value, encoder] if on_right else [encoder, value]
+            return fragment.gemm("encoder", pair, self.activation(use.operand), layer.dtype)
+        value = self._rows_read(fragment, site.node, use, value)
+        if option.lowering is Lowering.CONV:
+            return _sliced_conv(fragment, value, encoder, option.k, rank)
+        if option.k == 1:
+            return fragment.add("encoder", "MatMul", [value, encoder] if on_right else [encoder, value])
+        if is_fused and on_right and rank == 2:
+            value = fragment.along("Unsqueeze", "batch_axis", value, 0)
+            hidden = _sliced_right(fragment, value, encoder, layer.c // option.k, option, 3)
+            return fragment.along("Squeeze", "batch", hidden, 0)
+        encode = _sliced_right if on_right else _sliced_left
+        return encode(fragment, value, encoder, layer.c // option.k, option, rank)
 
     def stored_factors(self, fragment: Fragment, site: Site, names: Operands) -> tuple[str, str]:
         """The factors in the order and the orientation in which a use applies them.
@@ -165,11 +183,15 @@ class Product(Operator):
 
     def _rows_read(self, fragment: Fragment, node: NodeProto, use: Use, value: str) -> str:
         """The activation, transposed if the node transposes it."""
-        if not self.transposes(node, self.activation(use.operand)):
+        if not self._is_flipped(node, use):
             return value
         rank = use.rank or 2
         perm = [*range(rank - 2), rank - 1, rank - 2]
         return fragment.add("input_transposed", "Transpose", [value], perm=perm)
+
+    def _is_flipped(self, node: NodeProto, use: Use) -> bool:
+        """Whether the node transposes its activation."""
+        return self.transposes(node, self.activation(use.operand))
 
     def _last(self, fragment: Fragment, site: Site, pair: list[str], bias: str) -> None:
         """Append the second factor."""
