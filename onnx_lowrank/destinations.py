@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from onnx_lowrank.api import Result
 from onnx_lowrank.documents import plans
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.files.atomic import check_writable, finish, replacing
+from onnx_lowrank.files.atomic import check_writable, replacing
+from onnx_lowrank.files.save import save
 
 PAGE, NODES = ".html", ".nodes.json"
 """The ends of the names of reports that are a page, or data for Model Explorer."""
@@ -59,8 +59,9 @@ def write(
 ) -> None:
     """Write the model, the plan and the reports, each atomically; a plan or report named - goes to stdout.
 
-    Cheap failures come first: stdout is written first, then the small files. These replace their targets only
-    after the model has been written.
+    Cheap failures come first: stdout is written first, then the small files. These replace their targets with
+    the model, so that they are all old or all new. A killed run may leave none of the small files beside the
+    model, never those of another model.
 
     Args:
         result: The results.
@@ -79,9 +80,12 @@ def write(
         texts[report] = _report(result, report, command)
     if (text := texts.pop(_STDOUT, None)) is not None:
         print_text(text)
-    with _written(texts):
-        if out is not None:
-            result.save(out)
+    if out is not None:
+        save(result.model, out, texts)
+    elif texts:
+        with replacing(*texts) as files:
+            for file, text in zip(files, texts.values(), strict=True):
+                file.write(text.encode())
 
 
 def _report(result: Result, place: Path, command: str) -> str:
@@ -112,16 +116,3 @@ def print_text(text: str) -> None:
             raise InputError(
                 f"The standard output cannot be written ({reason}): make room or redirect it."
             ) from error
-
-
-@contextmanager
-def _written(texts: dict[Path, str]) -> Iterator[None]:
-    """Write texts beside their targets, and replace the targets when the block ends without an error."""
-    if not texts:
-        yield
-        return
-    with replacing(*texts) as files:
-        for file, text in zip(files, texts.values(), strict=True):
-            file.write(text.encode())
-            finish(file)  # A disk may fail as late as here, which has to be before the model is replaced.
-        yield

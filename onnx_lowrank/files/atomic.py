@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ if sys.platform != "win32":
     import fcntl
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.files.deferring import deferred_signals
 
 _PREFIX, _SUFFIX = ".onnx-lowrank-", ".tmp"
 
@@ -55,7 +56,7 @@ def check_writable(target: Path) -> None:
 
 
 @contextmanager
-def replacing(*targets: Path, mark: str = "") -> Iterator[list[BinaryIO]]:
+def replacing(*targets: Path, mark: str = "", leads: bool = False) -> Iterator[list[BinaryIO]]:
     """Open a temporary file beside each target; rename them over the targets if the block succeeds.
 
     They are renamed in the order given. After any exception, an interrupt included, the temporary files are
@@ -63,7 +64,9 @@ def replacing(*targets: Path, mark: str = "") -> Iterator[list[BinaryIO]]:
 
     Args:
         targets: The files.
-        mark: As for `hidden`.
+        mark: As for `hidden`, for the first file.
+        leads: Whether the others describe the first one. Then there are none while it changes, so that no
+            run, however it ends, leaves any that describe another one.
 
     Raises:
         InputError: A target is no file that can be written, or the disk is full.
@@ -72,17 +75,31 @@ def replacing(*targets: Path, mark: str = "") -> Iterator[list[BinaryIO]]:
         check_writable(target)
     for folder in {target.parent for target in targets}:
         sweep(folder)
+    marks = [mark, *[""] * (len(targets) - 1)]
+    with told(targets[0 if leads else -1]), ExitStack() as cleaning:
+        temporaries = [
+            cleaning.enter_context(hidden(t.parent, permissions(t), m))
+            for t, m in zip(targets, marks, strict=True)
+        ]
+        yield [file for _, file in temporaries]
+        for _, file in temporaries:
+            finish(file)
+        _rename([path for path, _ in temporaries], targets, marks, targets[1:] if leads else ())
+
+
+@contextmanager
+def told(target: Path) -> Iterator[None]:
+    """Tell of a file that cannot be written, by its name.
+
+    Raises:
+        InputError: The system refuses a step of the block.
+    """
     try:
-        with ExitStack() as cleaning:
-            temporaries = [cleaning.enter_context(hidden(t.parent, permissions(t), mark)) for t in targets]
-            yield [file for _, file in temporaries]
-            for _, file in temporaries:
-                finish(file)
-            _rename([path for path, _ in temporaries], targets)
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
-            f"{targets[-1]} cannot be written ({reason}): make room or choose another place."
+            f"{target} cannot be written ({reason}): make room or choose another place."
         ) from error
 
 
@@ -218,15 +235,29 @@ def lock_folder(folder: Path, stack: ExitStack, *, waiting: bool) -> bool:
     return locked(opened, waiting=waiting)
 
 
-def _rename(temporaries: list[Path], targets: tuple[Path, ...]) -> None:
-    """Rename all files; if a rename fails, the earlier ones are undone. The last rename is atomic."""
-    with ExitStack() as cleaning, ExitStack() as undo:
-        for temporary, target in zip(temporaries[:-1], targets[:-1], strict=True):
-            backup = cleaning.enter_context(second_name(target))
+def _rename(
+    temporaries: Sequence[Path], targets: Sequence[Path], marks: Sequence[str], absent: Sequence[Path]
+) -> None:
+    """Rename all files; if a step fails, the earlier ones are undone. The last rename is atomic.
+
+    Args:
+        temporaries: The files.
+        targets: Their new names.
+        marks: The marks in the names of backups.
+        absent: The targets of which there are none while the others get their names.
+    """
+    with deferred_signals(), ExitStack() as cleaning, ExitStack() as undo:
+        for target, mark in zip(targets, marks, strict=True):
+            if target == targets[-1] and target not in absent:
+                continue
+            backup = cleaning.enter_context(second_name(target, mark))
             if backup is None:
                 undo.callback(target.unlink, missing_ok=True)
             else:
                 undo.callback(backup.replace, target)
+        for target in absent:
+            target.unlink(missing_ok=True)
+        for temporary, target in zip(temporaries[:-1], targets[:-1], strict=True):
             temporary.replace(target)
         try:
             temporaries[-1].replace(targets[-1])

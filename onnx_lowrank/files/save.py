@@ -9,6 +9,9 @@ is old, and is removed at the end, under these conditions:
    target's data.
 2. No other model file in the folder contains its name, and the saved model does not read it.
 
+What describes the model, its plan and its report, is removed right before the model gets its name, and is
+written anew right after that, so that a plan of another model is never beside it.
+
 While names change and old data is removed, the folder is locked. Otherwise another run could remove data
 whose model does not have its name yet. A run that dies meanwhile leaves a second name of the model that it
 replaced, so the next run finds the old data.
@@ -24,6 +27,7 @@ from dataclasses import replace
 from functools import partial, reduce
 from operator import and_
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import onnx
@@ -41,6 +45,7 @@ from onnx_lowrank.files.atomic import (
     second_name,
     surely,
     sweep,
+    told,
 )
 from onnx_lowrank.files.external import data_names, pack
 from onnx_lowrank.files.load import Model, check_unchanged, inline_locations, serialized
@@ -65,14 +70,21 @@ def check_target(model: Model, path: str | os.PathLike[str]) -> None:
         raise InputError(f"{target} is a data file of the input model: choose another name.")
 
 
-def save(model: Model, path: str | os.PathLike[str]) -> None:
+def save(
+    model: Model, path: str | os.PathLike[str], texts: Mapping[Path, str] = MappingProxyType({})
+) -> None:
     """Write a model beside its target and rename it over the target; a failure changes nothing.
 
     A model with external data, one that exceeds protobuf's 2 GB, or a loaded one of over 1.5 GiB, becomes
     `path` and `path`.DIGEST.data. A target that is a symbolic link is replaced, not followed.
 
+    Args:
+        model: The model.
+        path: The target.
+        texts: What describes the model, by its target: it is written before the model, and replaced with it.
+
     Raises:
-        InputError: The target cannot be written, or is a data file that the model itself reads.
+        InputError: A target cannot be written, or is a data file that the model itself reads.
     """
     target, own = Path(path), inline_locations(model)
     inline = {name: file for name, file in model.files.items() if name in own}
@@ -82,7 +94,11 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     sweep(target.parent, lambda unfinished: old.update(_data_of(unfinished, target.name)))
     data = serialized(model.proto)
     with ExitStack() as alone, ExitStack() as undo:
-        with replacing(target, mark=MODEL) as (file,):
+        with replacing(target, *texts, mark=MODEL, leads=True) as (file, *others):
+            for other, (place, text) in zip(others, texts.items(), strict=True):
+                with told(place):  # Cheap failures come first.
+                    other.write(text.encode())
+                    finish(other)
             if data is None or outside:
                 _write_both(model, inline, target, file, _data_permissions(target, old), alone, undo)
             else:

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files import atomic
 from onnx_lowrank.files.atomic import check_writable, finish, hidden, locked, permissions, replacing, sweep
+from onnx_lowrank.files.deferring import deferred_signals
 
 
 def write(*targets: Path) -> None:
@@ -113,6 +116,93 @@ def test_finishing_twice_is_finishing_once(tmp_path, monkeypatch):
         assert file.closed, "Windows renames no open file"
         finish(file)
         assert locked(0) is False, "Windows has no such locks"
+
+
+def led(*targets: Path) -> None:
+    with replacing(*targets, leads=True) as files:
+        for file in files:
+            file.write(b"new")
+
+
+def old_and_others(folder: Path) -> list[Path]:
+    targets = [folder / name for name in ("model", "plan", "report")]
+    for target in targets[:2]:
+        target.write_bytes(b"old")
+    return targets
+
+
+def test_there_is_no_plan_while_its_model_changes(tmp_path, monkeypatch):
+    targets, seen = old_and_others(tmp_path), []
+    original = Path.replace
+
+    def noting(self: Path, other: Path) -> Path:
+        seen.append([path.name for path in targets if path.exists()])
+        return original(self, other)
+
+    monkeypatch.setattr(Path, "replace", noting)
+    led(*targets)
+    assert seen == [["model"], ["model"], ["model", "plan"]]
+    assert contents(tmp_path) == dict.fromkeys(("model", "plan", "report"), b"new")
+
+
+@pytest.mark.parametrize("failed", range(3))
+def test_a_model_and_its_plan_come_back_together(tmp_path, monkeypatch, failed):
+    targets = old_and_others(tmp_path)
+    original, left = Path.replace, [targets[failed]]
+
+    def replace(self: Path, other: Path) -> Path:
+        if other in left:
+            left.remove(other)
+            raise OSError(5, "Input/output error")
+        return original(self, other)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(InputError, match=r"model cannot be written \(Input/output error\)"):
+        led(*targets)
+    assert contents(tmp_path) == {"model": b"old", "plan": b"old"}
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_signal_between_renames_waits_for_the_last_one(tmp_path, monkeypatch, at):
+    targets = old_and_others(tmp_path)
+    original = Path.replace
+
+    def interrupted(self: Path, other: Path) -> Path:
+        if other == targets[at]:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, other)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        led(*targets)
+    assert contents(tmp_path) == dict.fromkeys(("model", "plan", "report"), b"new")
+
+
+def test_signals_wait_and_handlers_stay():
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        ours = [signal.getsignal(number) for number in numbers]
+        with deferred_signals():
+            for number in numbers:
+                signal.raise_signal(number)
+            assert not came
+        assert came == [signal.SIGINT, signal.SIGTERM]
+        assert [signal.getsignal(number) for number in numbers] == ours
+        with ThreadPoolExecutor() as threads, deferred_signals():
+            threads.submit(_pass_through).result()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _pass_through() -> None:
+    """In another thread, which can set no handler."""
+    handler = signal.getsignal(signal.SIGINT)
+    with deferred_signals():
+        assert signal.getsignal(signal.SIGINT) is handler
 
 
 # --- undoing --------------------------------------------------------------------------------------
