@@ -27,6 +27,7 @@ from onnx_lowrank import (
 )
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.documents import recipes
+from onnx_lowrank.report.content import Detail
 from onnx_lowrank.request import DEFAULT_RECIPE
 from tiny import CNN, DIGITS, built, cnn, decaying, files
 
@@ -181,11 +182,17 @@ def test_a_plan_is_replayed_from_memory_and_can_be_edited():
     assert [choice.layer for choice in edited.plan.choices] == ["conv1", "conv2", "fc"]
 
 
+def without_choices(report):
+    """A report without what its plan has chosen from."""
+    return replace(report, layers=tuple(replace(row, detail=Detail()) for row in report.layers))
+
+
 @pytest.mark.parametrize("recipe", FREE)
 def test_a_replayed_plan_reports_what_the_first_run_did(recipe):
     first = compress(cnn(), 0.5, recipe=recipe)
     second = compress(cnn(), plan=first.plan)
-    assert second.report == first.report
+    assert second.report != first.report, "a replay has nothing to choose from"
+    assert second.report == without_choices(first.report)
     assert second.report.solver is not None
 
 
@@ -646,7 +653,7 @@ def test_adjacent_factors_are_multiplied_and_counted(budget):
     assert np.isfinite(run(result.proto, x)).all()
     again = compress(model, plan=result.plan)
     assert again.proto == result.proto
-    assert again.report == report
+    assert again.report == without_choices(report)
     text = StringIO()
     report.table(Console(file=text, width=100))
     assert "Multiplied, because at most a bias is between them" in text.getvalue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from onnx_lowrank.core.factors import Certificate, LayerFit
 from onnx_lowrank.core.layer import Skipped
@@ -163,8 +163,7 @@ class LayerRow:
     kept: int = 0
     joined: tuple[str, ...] = ()
     cost: Total = Total(None, None)
-    # A replay of a plan has the same results, and nothing to choose from.
-    detail: Detail = field(default=Detail(), compare=False)
+    detail: Detail = Detail()
 
 
 @dataclass(frozen=True, slots=True)
