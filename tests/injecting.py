@@ -21,8 +21,10 @@ import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 from onnx_lowrank import cli, compress
+from onnx_lowrank.commands import compress as command
 
 CHANGES = ("mkdir", "rmdir", "rename", "replace", "link", "unlink", "remove", "chmod", "truncate")
 
@@ -176,7 +178,7 @@ def _serve(model=None):
     result = compress(model or cnn(), 0.5, cache=False)  # It imports all that commands import.
     tempfile.tempdir = temporary
     if model is not None:
-        cli.compress = lambda source, **options: nullcontext(result)
+        patch.object(command, "compress", lambda source, **options: nullcontext(result)).start()
     for line in sys.stdin:
         asked = json.loads(line)
         told, telling = os.pipe()
