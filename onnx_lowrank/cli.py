@@ -48,16 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
     # Not collected at exit: looking for cycles among all imported objects takes longer than a small model.
     atexit.register(gc.freeze)
-    with _unwinding_on_signals():
-        known = commands.names(), commands.DEFAULT, commands.command
-        if (completed := completion.completions(*known)) is not None:
-            print_text(f"{completed}\n")
-            sys.exit(0)
-        try:
+    try:
+        with _unwinding_on_signals():
+            known = commands.names(), commands.DEFAULT, commands.command
+            if (completed := completion.completions(*known)) is not None:
+                print_text(f"{completed}\n")
+                sys.exit(0)
             code = _run(sys.argv[1:] if arguments is None else list(arguments))
-        except _Terminated as error:
-            _complain(_NOTHING_HALF)
-            code = 128 + int(error.args[0])
+    except _Terminated as error:
+        _complain(_NOTHING_HALF)
+        code = 128 + int(error.args[0])
+    except KeyboardInterrupt:  # outside of the command
+        _complain(_NOTHING_HALF)
+        code = _INTERRUPTED
     sys.exit(code)
 
 

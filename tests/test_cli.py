@@ -713,6 +713,24 @@ def test_a_termination_and_one_more_during_the_clean_up_leave_nothing_behind(
     assert not left(temporary)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_beside_the_command_is_no_traceback(number, when, monkeypatch, capsys):
+    def interrupted(*given):
+        signal.raise_signal(number)
+        return 0
+
+    if when == "before":
+        monkeypatch.setattr(cli.completion, "completions", interrupted)
+    else:
+        monkeypatch.setattr(cli, "_run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["in.onnx", "out.onnx"])
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == "onnx-lowrank: Interrupted; no file is half-written.\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_termination_from_outside_leaves_no_temporary_file(folder, temporary):
     """The command has seconds of work left when its folder of activations appears."""
     np.savez("images.npz", image=np.random.default_rng(6).random((2000, 1, 8, 8), np.float32))
