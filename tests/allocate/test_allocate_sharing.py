@@ -229,7 +229,8 @@ def test_the_layers_of_a_sum_share_all_together():
     names = ("w0", "w1", "w2")
     layer = Layer("w0", "MatMul", 4, 4, (), 1, "float32", (Fold.ENCODE,), (1,), (), addends=names)
     layers = [replace(layer, id=name) for name in names]
-    assert joined(layers, [Lowering.SUMMED]) == ((Lowering.SUMMED, names),)
+    other = replace(layer, id="other", addends=())
+    assert joined([other, *layers], [Lowering.SUMMED]) == ((Lowering.SUMMED, names),)
     assert joined(layers, [Lowering.SHARED]) == ()
     siblings = ("w0", "w3")
     both = [replace(each, siblings=siblings if each.id in siblings else ()) for each in layers]
