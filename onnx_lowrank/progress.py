@@ -31,8 +31,13 @@ _FIRST, _EVERY = 10.0, 30.0  # seconds until a long stage prints its progress, a
 class Step(Protocol):
     """Reports the progress of a stage; threads may call it."""
 
-    def __call__(self, done: float | None = None) -> None:
-        """Report that one more step is done, or that the share `done` of the stage is, from 0 to 1."""
+    def __call__(self, done: float | None = None, note: str = "") -> None:
+        """Report that one more step is done, or that the share `done` of the stage is, from 0 to 1.
+
+        Args:
+            done: The share; None for one more step.
+            note: A phrase about the state of the work.
+        """
         ...
 
 
@@ -134,7 +139,9 @@ class Terminal:
             bars.tasks[whole].start_time = self.above.begun
         task = bars.add_task(name, total=total)
 
-        def step(done: float | None = None) -> None:
+        def step(done: float | None = None, note: str = "") -> None:
+            if note:
+                bars.update(task, description=f"{name}: {note}")
             if done is None:
                 bars.advance(task)
             elif total is not None:
@@ -155,10 +162,10 @@ class Terminal:
         due = self.clock() + _FIRST
         lock = Lock()
 
-        def logged(done: float | None = None) -> None:
+        def logged(done: float | None = None, note: str = "") -> None:
             nonlocal due
             with lock:
-                step(done)
+                step(done, note)
                 now = self.clock()
                 if now < due or task.total is None or task.finished:
                     return
@@ -176,8 +183,8 @@ class Lines:
     """Writes one JSON object a line, for programs that run the command.
 
     A stage gives `{"event": "stage", "name": ..., "total": ...}`, with null for an unknown number of steps.
-    From time to time it gives `{"event": "step", "name": ..., "share": ...}`, and 1 as the share when it
-    ends. Records and the error that ends the program are lines, too.
+    From time to time it gives `{"event": "step", "name": ..., "share": ...}`, with a note where there is one,
+    and 1 as the share when it ends. Records and the error that ends the program are lines, too.
 
     Attributes:
         file: Where to write.
@@ -193,14 +200,15 @@ class Lines:
         self._write({"event": "stage", "name": name, "total": total})
         share, due, lock = 0.0, self.clock() + 1 / _PER_SECOND, Lock()
 
-        def step(done: float | None = None) -> None:
+        def step(done: float | None = None, note: str = "") -> None:
             nonlocal share, due
             with lock:
                 share = done if done is not None else share + 1 / (total or 1)
                 now = self.clock()
                 if total and now >= due:
                     due = now + 1 / _PER_SECOND
-                    self._write({"event": "step", "name": name, "share": round(min(share, 1.0), 4)})
+                    known = {"event": "step", "name": name, "share": round(min(share, 1.0), 4)}
+                    self._write({**known, "note": note} if note else known)
 
         yield step
         self._write({"event": "step", "name": name, "share": 1.0})
@@ -259,5 +267,5 @@ def _is_counted(total: float | None) -> bool:
     return total is not None and total != 1
 
 
-def _nothing(done: float | None = None) -> None:
+def _nothing(done: float | None = None, note: str = "") -> None:
     """Show nothing."""
