@@ -73,13 +73,13 @@ class Rewritten:
         model: The new model.
         chains: For each layer and each of its uses, the names of the chain's nodes, in order.
         removed_inputs: Graph inputs that were removed with their initializers.
-        proofs: For each layer, its option and the certificate of its factors.
+        proofs: For each layer, its option and the certificate of its factors; None without one.
     """
 
     model: Model
     chains: Mapping[str, tuple[tuple[str, ...], ...]]
     removed_inputs: tuple[str, ...]
-    proofs: Mapping[str, tuple[Option, Certificate]] = field(default_factory=dict)
+    proofs: Mapping[str, tuple[Option, Certificate | None]] = field(default_factory=dict)
 
 
 def rewrite(
@@ -116,7 +116,7 @@ class _Writer:
 
     def __init__(self, model: Model, walk: Walk, store: Store) -> None:
         self.chains: dict[str, tuple[tuple[str, ...], ...]] = {}
-        self.proofs: dict[str, tuple[Option, Certificate]] = {}
+        self.proofs: dict[str, tuple[Option, Certificate | None]] = {}
         # By the first layer that shares it: the names of the nodes of an encoder, and of its result.
         self._encoders: dict[str, tuple[tuple[str, ...], str]] = {}
         # By the ids of the layers of a sum: those that are written, with the biases that move behind the sum.

@@ -25,6 +25,7 @@ from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.layers.found import Layered
 from onnx_lowrank.progress import Progress
+from onnx_lowrank.rewrite.edits import Store
 from onnx_lowrank.rewrite.merge import merge
 from onnx_lowrank.rewrite.notes import stamp
 from onnx_lowrank.rewrite.refit import Refitted
@@ -119,12 +120,16 @@ def _built(
                     step()
                 yield replacement
 
-    run = {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
     rewritten, merges, resources = assemble(source, replacements(), merging=plan.merge)
-    stamp(rewritten, run, merges)
+    stamp(rewritten, described(plan), merges)
     for merged in merges:
         _log.debug("multiplied %r and %r: %d parameters less", merged.first, merged.second, merged.saved)
     return Built(plan, rewritten, merges, certificates, fits, resources)
+
+
+def described(plan: Plan) -> dict[str, str]:
+    """The run that made a plan, for the metadata of its model."""
+    return {"version": version("onnx-lowrank"), "recipe": plan.recipe, "budget": plan.budget}
 
 
 def assemble(
@@ -144,20 +149,39 @@ def assemble(
         InputError: The disk is full.
     """
     with ExitStack() as stack:
-        model = source.model
-        spill = stack.enter_context(Spill()) if model.files else None
-        # The new tensors are where the old ones are: inline, if the input model's files are all temporary.
-        temporary = bool(model.temporary) and model.files.keys() <= model.temporary
-        store = inline if spill is None else spill.large if temporary else spill.tensor
-        rewritten = rewrite(model, source.walk, replacements, store)
-        if spill is not None:
-            files = {**model.files, **spill.files}
-            inlines = model.temporary.union(spill.files if temporary else ())
-            rewritten = replace(rewritten, model=replace(rewritten.model, files=files, temporary=inlines))
+        store, placed = storage(source.model, stack)
+        rewritten = rewrite(source.model, source.walk, replacements, store)
+        rewritten = replace(rewritten, model=placed(rewritten.model))
         merges: tuple[Merge, ...] = ()
         if merging:
             rewritten, merges = merge(rewritten, store, source.spared)
         return rewritten, merges, stack.pop_all()
+
+
+def storage(model: Model, stack: ExitStack) -> tuple[Store, Callable[[Model], Model]]:
+    """The place of new tensors of a model: where its own are.
+
+    Args:
+        model: The model.
+        stack: Deletes the file of the new tensors.
+
+    Returns:
+        Makes a tensor; and adds the file of all of them to the model that holds them.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    if not model.files:
+        return inline, lambda made: made
+    spill = stack.enter_context(Spill())
+    # Inline, if the input model's files are all temporary.
+    temporary = bool(model.temporary) and model.files.keys() <= model.temporary
+
+    def placed(made: Model) -> Model:
+        inlines = made.temporary.union(spill.files if temporary else ())
+        return replace(made, files={**made.files, **spill.files}, temporary=inlines)
+
+    return spill.large if temporary else spill.tensor, placed
 
 
 def _fitted(

@@ -1,6 +1,7 @@
 """What a compressed model says of itself."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from onnx import numpy_helper
 
 from onnx_lowrank.core.option import Fold, Option
 from onnx_lowrank.rewrite.merge import merge
-from onnx_lowrank.rewrite.notes import stamp
+from onnx_lowrank.rewrite.notes import stamp, unstamp
 from rewriting import found, model, rewritten
 
 BODY = "g (float[1,8,6,6] x) => (float[] y) { h = Conv (x, v) y = Conv (h, w) }"
@@ -64,3 +65,24 @@ def test_no_node_gets_the_notes_of_another_one_with_the_same_name():
     noted = {node.op_type: len(node.metadata_props) for node in new.graph.node if node.name == "n"}
     assert noted == {"MatMul": 0, "Relu": 0}
     assert "w" in json.loads(next(e.value for e in new.metadata_props if e.key == "onnx_lowrank.layers"))
+
+
+@pytest.mark.parametrize("ir", [8, 10])
+def test_notes_are_taken_out_again_and_older_ones_stay(ir):
+    _, after, merges = merged(ir)
+    before = after.model.proto.SerializeToString()
+    stamp(after, {"recipe": "r"}, merges)
+    assert after.model.proto.SerializeToString() != before
+    unstamp(after, {"recipe": "r"}, merges)
+    assert after.model.proto.SerializeToString() == before
+
+
+def test_layers_without_a_certificate_say_that_they_were_trained():
+    seen = found(model("g (float[5,12] x) => (float[] y) { y = MatMul (x, w) }", ir=10, w=(12, 12)))
+    made = rewritten(seen, {"w": Option(Fold.ENCODE, 1, 4)})
+    unstamp(made, {"run": "test"})
+    assert not made.model.proto.metadata_props
+    option, _ = made.proofs["w"]
+    stamp(replace(made, proofs={"w": (option, None)}), {"run": "test"})
+    notes = {entry.key: json.loads(entry.value) for entry in made.model.proto.metadata_props}
+    assert notes["onnx_lowrank.layers"] == {"w": {"option": str(option), "trained": True}}
