@@ -59,6 +59,40 @@ class Solver:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """Some steps of a training at one rate.
+
+    Attributes:
+        steps: Their number.
+        rate: The rate, relative to the root mean square of each tensor.
+        is_again: Whether they start from the best tensors so far.
+    """
+
+    steps: int
+    rate: float
+    is_again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A distillation, to be repeated to the same bits on one machine.
+
+    Attributes:
+        seed: The seed of all draws.
+        torch: The version of PyTorch.
+        device: The device that computed: "cpu" or "cuda".
+        data: The digest of the inputs (`calibrate.passes.digest_of`).
+        rounds: The rounds up to the best tensors.
+    """
+
+    seed: int
+    torch: str
+    device: str
+    data: str
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One choice for every layer.
 
@@ -76,6 +110,7 @@ class Plan:
         recover: Whether each layer is fitted to correct the errors of the compressed layers before it.
         merge: Whether adjacent linear operators are multiplied if their product is smaller.
         then: Name of the kind of quantization that follows; "" if none does.
+        training: The distillation of its model; None without one.
     """
 
     model: str
@@ -90,3 +125,4 @@ class Plan:
     recover: bool = False
     merge: bool = True
     then: str = ""
+    training: Training | None = None

@@ -14,14 +14,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite, nan
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer, shared_full_rank, sharing
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
+from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Round, Solver, Training
 from onnx_lowrank.documents import names
 from onnx_lowrank.documents.json_text import to_text
 from onnx_lowrank.documents.strict import Document
@@ -29,6 +29,12 @@ from onnx_lowrank.documents.wording import shown
 from onnx_lowrank.errors import PlanError
 
 VERSION = 4
+
+LONGEST = 2000
+"""The most rounds of a distillation."""
+
+_Steps = Annotated[int, Meta(ge=1, le=10_000, description="a whole number from 1 to 10,000")]
+_Rate = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 
 
 class _Solver(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,6 +44,16 @@ class _Solver(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     power: float
     objective: float | None
     gap: float | None
+
+
+class _Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The distillation of the model, as the file holds it; a round is [steps, rate, is_again]."""
+
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0 to 2⁶³ − 1")]
+    torch: str
+    device: Literal["cpu", "cuda"]
+    data: str
+    rounds: Annotated[tuple[tuple[_Steps, _Rate, bool], ...], Meta(max_length=LONGEST)]
 
 
 class _Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +89,7 @@ class _Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recover: bool
     merge: bool
     then: str | None = None
+    training: _Training | None = None
     solver: _Solver | None
     digest: str
     layers: tuple[_Layer, ...]
@@ -93,9 +110,11 @@ def to_json(plan: Plan) -> str:
     """Write a plan as JSON, one line per layer; options of kept layers and unknown errors are null."""
     solver = None if plan.solver is None else _solver_row(plan.solver)
     wanted = (plan.recipe, plan.measure, plan.ratio, plan.budget, plan.factors, plan.recover, plan.merge)
-    values = (VERSION, plan.model, *wanted, plan.then, solver, plan.digest)
+    training = None if plan.training is None else _training_row(plan.training)
+    values = (VERSION, plan.model, *wanted, plan.then, training, solver, plan.digest)
     pairs = zip(_Plan.__struct_fields__[:-1], values, strict=True)
-    head = [f"  {to_text(key)}: {to_text(value)}," for key, value in pairs if plan.then or key != "then"]
+    absent = {"then": not plan.then, "training": training is None}
+    head = [f"  {to_text(key)}: {to_text(value)}," for key, value in pairs if not absent.get(key)]
     rows = ",\n".join(f"    {to_text(_row(choice))}" for choice in plan.choices)
     return "\n".join(["{", *head, '  "layers": [', *([rows] if rows else []), "  ]", "}", ""])
 
@@ -107,6 +126,12 @@ def _row(choice: Choice) -> dict[str, Any]:
     row = (choice.layer, *values, encoder, choice.cost, _finite(choice.error), choice.reason)
     pairs = zip(_Layer.__struct_fields__, row, strict=True)
     return {key: value for key, value in pairs if encoder or key != "encoder"}
+
+
+def _training_row(training: Training) -> dict[str, Any]:
+    rounds = [(one.steps, one.rate, one.is_again) for one in training.rounds]
+    values = (training.seed, training.torch, training.device, training.data, rounds)
+    return dict(zip(_Training.__struct_fields__, values, strict=True))
 
 
 def _solver_row(solver: Solver) -> dict[str, Any]:
@@ -152,7 +177,13 @@ def read(path: str | os.PathLike[str]) -> Plan:
         recover=table.recover,
         merge=table.merge,
         then=table.then or "",
+        training=None if table.training is None else _training(table.training),
     )
+
+
+def _training(table: _Training) -> Training:
+    rounds = tuple(Round(*row) for row in table.rounds)
+    return Training(table.seed, table.torch, table.device, table.data, rounds)
 
 
 def _solver(table: _Solver) -> Solver:

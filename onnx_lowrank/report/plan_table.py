@@ -80,5 +80,9 @@ def _factors(plan: Plan) -> str:
     if plan.recover:
         text += ", and every layer makes up for the errors of the layers before it"
     data = "" if plan.factors is Fit.WEIGHTS else "; a replay needs --calibration with the same inputs"
-    after = f" The model is then quantized ({plan.then})." if plan.then else ""
+    after = ""
+    if plan.training is not None:
+        steps = sum(one.steps for one in plan.training.rounds)
+        after += f" The model is then distilled in {words.exact(steps)} steps (PyTorch {plan.training.torch})."
+    after += f" The model is then quantized ({plan.then})." if plan.then else ""
     return f"{text}{data}.{after}"

@@ -11,7 +11,7 @@ from onnx_lowrank.budgets.budget import Tools
 from onnx_lowrank.core.factors import Fit
 from onnx_lowrank.core.layer import Layer, Positions, Use
 from onnx_lowrank.core.option import Fold, Lowering, Option
-from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Solver
+from onnx_lowrank.core.plan import Aggregate, Choice, Plan, Round, Solver, Training
 from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.runtime import runtime
 from onnx_lowrank.errors import PlanError
@@ -101,6 +101,36 @@ def test_an_objective_that_is_too_large_for_a_number_is_null(tmp_path):
     assert isnan(read(tmp_path, text).solver.objective)
 
 
+TRAINING = Training(3, "2.13.0", "cpu", "ab" * 32, (Round(50, 0.01), Round(4, 1e-05, is_again=True)))
+
+
+def test_a_training_survives_a_round_trip(tmp_path):
+    plan = plans.sealed(replace(PLAN, training=TRAINING))
+    assert read(tmp_path, plans.to_json(plan)).training == TRAINING
+    assert "training" not in json.loads(plans.to_json(PLAN))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": [[0, 0.01, False]]},
+        {"rounds": [[10_001, 0.01, False]]},
+        {"rounds": [[5, 1.5, False]]},
+        {"rounds": [[5, 0.01]]},
+        {"rounds": [[1, 0.01, False]] * 2001},
+        {"device": "tpu"},
+        {"seed": -1},
+        {"torch": None},
+        {"steps": 3},
+    ],
+)
+def test_a_wrong_training_is_refused(tmp_path, changes):
+    table = json.loads(plans.to_json(replace(PLAN, training=TRAINING)))
+    table["training"] |= changes
+    with pytest.raises(PlanError, match="training"):
+        read(tmp_path, json.dumps(table))
+
+
 @pytest.mark.parametrize("replayed", [False, True])
 def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
     plan = plans.sealed(PLAN)
@@ -112,6 +142,7 @@ def test_the_digest_tells_whether_a_plan_was_edited(tmp_path, replayed):
     edits = {"model": "ef" * 32, "recipe": "svd", "measure": "nuclear", "ratio": 0.25}
     edits |= {"budget": "params", "choices": PLAN.choices[:2], "solver": None, "digest": "0" * 64}
     edits |= {"factors": Fit.ACTIVATIONS, "recover": True, "merge": False, "then": "int8"}
+    edits |= {"training": TRAINING}
     assert edits.keys() == PLAN.__dataclass_fields__.keys()
     for name, value in edits.items():
         assert plans.is_edited(replace(plan, **{name: value})), name
