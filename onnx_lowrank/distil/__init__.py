@@ -1,0 +1,1 @@
+"""Models as differentiable programs in PyTorch."""
