@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.load import Model, ModelProto, load
 from onnx_lowrank.layers.found import Found, find_layers
 from onnx_lowrank.logs import DETAIL, first_names
+from onnx_lowrank.progress import Progress
 from onnx_lowrank.request import Setting
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from onnx_lowrank.stages.other import Others
 
 _FEW = 3
+
+_MADE = (
+    "The inputs were made from the statistics of BatchNormalizations, and errors on them say little of real "
+    "ones: judge the model with --check on some real inputs, or give those to --calibration."
+)
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +58,23 @@ class Material:
     shown: Feed
     shapes: Mapping[str, tuple[int, ...]]
     counted: str
+
+
+def synthesized(source: str | os.PathLike[str] | ModelProto, setting: Setting, progress: Progress) -> Setting:
+    """The setting with inputs made from the statistics of a model.
+
+    Args:
+        source: The model.
+        setting: The setting of the run.
+        progress: Where to show progress.
+
+    Raises:
+        InputError: No inputs can be made.
+    """
+    from onnx_lowrank.distil.synthetic import synthesized as made  # It loads PyTorch.
+
+    with progress.stage("make inputs", 1) as step:
+        return replace(setting, calibration=made(load(source), setting.sets[0], step))
 
 
 def read(
@@ -112,6 +135,9 @@ def _data(
     samples = others = None
     if setting.calibration is not None:
         samples = stack.enter_context(data.open_needed(setting.calibration, need))
+        if setting.synthetic:
+            samples.extent = f"made inputs: {samples.count} samples"
+            samples.warnings = (*samples.warnings, _MADE)
     if setting.check is not None:
         others = open_others(setting.check, need, model, setting.provider, stack)
     return given, samples, others

@@ -43,6 +43,13 @@ class Options(TypedDict, total=False):
         then: Quantize the compressed model with ONNX Runtime's own tool, and fit the other factors and the
             biases to that before: "int8", "int4" or "fp16", a module of `onnx_lowrank.quantize`. By default
             None. The budget "bytes" counts the bytes after it.
+        distil: Train the factors, and all other weights, together by gradients, without labels, so that the
+            outputs and inner features of the compressed model follow the input model's on `calibration`; by
+            default False. It needs PyTorch. A plan that was distilled is distilled again.
+        minutes: The time of the distillation; None, the default, trains until the error on held-out inputs
+            stops falling.
+        synthetic: Distil without data: inputs made from the statistics of the input model's
+            BatchNormalizations stand in for `calibration`; by default False.
         plan: A plan to replay, instead of ratio, recipe, budget, alignment, lowering and
             quantization.
         include: Globs of layer ids or node names; if there are any, only these layers are decomposed.
@@ -97,6 +104,9 @@ class Options(TypedDict, total=False):
     lowering: str | Sequence[str] | None
     target: str | None
     then: str | None
+    distil: bool
+    minutes: float | None
+    synthetic: bool
     plan: str | os.PathLike[str] | Plan | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
@@ -133,6 +143,9 @@ DEFAULTS: Options = {
     "lowering": None,
     "target": None,
     "then": None,
+    "distil": False,
+    "minutes": None,
+    "synthetic": False,
     "plan": None,
     "include": (),
     "exclude": (),
@@ -187,3 +200,14 @@ def require(name: str, value: object, kinds: tuple[type, ...], wanted: str) -> N
         raise InputError(f"{name} is {str(value)[:60]!r} of type {type(value).__name__}: give {wanted}.")
     if isinstance(value, str) and not value:
         raise InputError(f"{name} is an empty text: give {wanted}.")
+
+
+def flag(name: str, given: bool) -> bool:
+    """Check an argument that is a flag.
+
+    Raises:
+        InputError: It is neither True nor False.
+    """
+    if not isinstance(given, bool):
+        raise InputError(f"{name} is {repr(given)[:60]}: give True or False.")
+    return given

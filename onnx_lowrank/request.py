@@ -29,11 +29,12 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.hardware import block, has_blocked_layout
 from onnx_lowrank.linalg.backend import check_device
 from onnx_lowrank.machine import allowance, cache, scheduler, thread_count, worker_count
-from onnx_lowrank.options import Inputs, Options, require
+from onnx_lowrank.options import Inputs, Options, flag, require
 from onnx_lowrank.quantize import registry as quantizations
 from onnx_lowrank.quantize.int4 import BLOCK
 from onnx_lowrank.quantize.kind import Kind
 from onnx_lowrank.stages.search import AUTO, Target
+from onnx_lowrank.training import Distillation, distillation
 
 if TYPE_CHECKING:
     from onnx_lowrank.calibrate.data import Source
@@ -71,6 +72,7 @@ class Request:
         target: The bounds on the outputs that replace a ratio; None without them.
         plan: The plan to replay; None without one.
         then: The quantization that follows; None for none.
+        training: The distillation that follows; None for none.
     """
 
     budget: Budget
@@ -82,6 +84,7 @@ class Request:
     target: Target | None = None
     plan: Plan | None = None
     then: Kind | None = None
+    training: Distillation | None = None
 
     @property
     def fits_activations(self) -> bool:
@@ -122,6 +125,7 @@ class Setting:
         scheduler: Address of the scheduler of a Dask cluster that computes them instead; None without one.
         dry_run: Whether only the plan is made.
         options: What the user gives to read texts and images.
+        synthetic: Whether made inputs stand in for calibration.
     """
 
     calibration: Source | None
@@ -144,6 +148,7 @@ class Setting:
     scheduler: str | None
     dry_run: bool
     options: source.Options
+    synthetic: bool = False
 
     @property
     def has_own_engine(self) -> bool:
@@ -195,7 +200,7 @@ def request(ratio: float | None, options: Options) -> Request:
             raise InputError("A plan has its own ranks and operators: leave out --lowering and --target.")
         if then is not None:
             raise InputError("A plan has its own quantization: leave out --then.")
-        return _replayed(plan, calibrated=calibrated, recover=recover)
+        return _replayed(plan, options, calibrated=calibrated, recover=recover)
     if ratio is not None and not 0 < ratio <= 1:
         hint = f"{ratio / 100:g} keeps {ratio:g} %" if 2 <= ratio <= 100 else "0.5 keeps half"
         raise InputError(f"The ratio is {ratio}, but it must be above 0 and at most 1: {hint}.")
@@ -212,6 +217,7 @@ def request(ratio: float | None, options: Options) -> Request:
         ratio=None if ratio is None else float(ratio),
         target=target,
         then=None if then is None else quantizations.named(then),
+        training=distillation(options, None, calibrated=calibrated),
     )
     aim = target if ratio is None else f"ratio {ratio:g}"
     _log.debug("asked for %s of %s; ranks are multiples of %d", aim, counted.name, asked.block)
@@ -240,7 +246,7 @@ def setting(asked: Request, options: Options) -> Setting:
         raise InputError(
             "--check judges the finished model, and --dry-run makes none: leave one of them out."
         )
-    if _flag("time", options["time"]) and dry_run and not asked.budget.is_measured:
+    if flag("time", options["time"]) and dry_run and not asked.budget.is_measured:
         raise InputError("--time times the finished model, and --dry-run makes none: leave one of them out.")
     sets = shape_sets.sets(options["input_shape"])
     if not (options["time"] or asked.budget.is_measured):
@@ -262,10 +268,11 @@ def setting(asked: Request, options: Options) -> Setting:
         workers=worker_count(options["workers"]),
         scheduler=scheduler(options["scheduler"], options["workers"]),
         cache=cache(options["cache"]),
-        memory=allowance(options["memory"], calibrated=options["calibration"] is not None),
+        memory=allowance(options["memory"], calibrated=_is_calibrated(options)),
         device=check_device(options["device"]),
         dry_run=dry_run,
         options=options_of(options["tokenizer"], options["mean"], options["std"]),
+        synthetic=options["synthetic"],
     )
     check_sources([checked.calibration, inputs, check], checked.options)
     if checked.calibration is not None or asked.budget.is_measured or not dry_run:
@@ -277,10 +284,7 @@ def setting(asked: Request, options: Options) -> Setting:
 
 
 def _replayed(
-    plan: str | os.PathLike[str] | Plan,
-    *,
-    calibrated: bool,
-    recover: bool,
+    plan: str | os.PathLike[str] | Plan, options: Options, *, calibrated: bool, recover: bool
 ) -> Request:
     known = plan if isinstance(plan, Plan) else plans.read(plan)
     measures.named(known.measure)  # Reading checks the name, but a Plan made in Python was never read.
@@ -291,6 +295,7 @@ def _replayed(
         budget=registry.named(known.budget),
         plan=known if recover else replace(known, recover=False),
         then=quantizations.named(known.then) if known.then else None,
+        training=distillation(options, known, calibrated=calibrated),
     )
 
 
@@ -393,14 +398,14 @@ def _is_calibrated(options: Options) -> bool:
     calibration, samples = options["calibration"], options["calibration_samples"]
     require("calibration", calibration, (object,), "a path, arrays by name, or feeds")
     require("calibration_samples", samples, (Integral, NoneType), "a whole number")
-    recover = _flag("recover", options["recover"])
+    recover = flag("recover", options["recover"])
     if samples is not None and samples < 1:
         raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
     if calibration is None and samples is not None:
         raise InputError("--calibration-samples limits what --calibration reads: pass --calibration, too.")
     if calibration is None and not recover:
         raise InputError("--no-recover turns off a step that only runs with --calibration: leave it out.")
-    return calibration is not None
+    return calibration is not None or flag("synthetic", options["synthetic"])
 
 
 def _refuse_clock(options: Options, sets: int) -> None:
@@ -424,12 +429,6 @@ def _refuse_clock(options: Options, sets: int) -> None:
             f"{' and '.join(names)} would do nothing, as nothing is timed: pass --time or --budget latency, "
             f"or leave {'it' if len(names) == 1 else 'them'} out."
         )
-
-
-def _flag(name: str, given: bool) -> bool:
-    if not isinstance(given, bool):
-        raise InputError(f"{name} is {given!r}: give True or False.")
-    return given
 
 
 def _patterns(name: str, given: str | Sequence[str]) -> tuple[str, ...]:

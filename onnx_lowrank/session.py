@@ -26,7 +26,7 @@ from onnx_lowrank.files.scratch import roomy
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.layers.lowered import lowered
 from onnx_lowrank.linalg.backend import one_blas_thread, resolve
-from onnx_lowrank.material import Material, held_out, read
+from onnx_lowrank.material import Material, held_out, read, synthesized
 from onnx_lowrank.progress import Progress, Silent
 from onnx_lowrank.quantize.kind import Quantizer
 from onnx_lowrank.report.report import Report
@@ -80,8 +80,10 @@ def run(
         BudgetError: The ratio cannot be reached.
         ValidationError: The compressed model does not behave like the input model.
     """
-    calibrated = setting.calibration is not None
+    calibrated = setting.calibration is not None or setting.synthetic
     with one_blas_thread(solvers=calibrated), roomy(), ExitStack() as stack:
+        if setting.synthetic:
+            setting = synthesized(model, setting, progress)
         with progress.stage("find layers"):
             loaded = stack.enter_context(ExitStack())
             material = read(model, setting, stack, loaded)
@@ -90,6 +92,10 @@ def run(
                 found = lowered(found, asked.styles)
                 material = replace(material, found=found)
             means.check_engine(found.model, setting)
+            if asked.training is not None:
+                from onnx_lowrank.distil.distillation import check  # It loads PyTorch.
+
+                check(found.model, material.shown)
         backend = resolve(setting.device, means.operations(found))
         running = stack.enter_context(means.executor(setting, backend, found))
         asked.budget.check(found)
@@ -238,11 +244,17 @@ class _Job:
                 check_unchanged(self.found.model.stamps)
                 with self.progress.stage("validate"):
                     validation = self.validator(built, calibration, trials)
+                if self.asked.training is not None and self.gauge is None:
+                    built, validation = self._distilled(built, validation, calibration)
+                    stack.enter_context(built.resources)
                 if self.quantizer is not None:
                     built, validation = self._quantized(self.quantizer, built, validation, calibration)
                     stack.enter_context(built.resources)
                 times = self._timing(built)
                 if self.gauge is None or times is None or not self._is_refused(built, times):
+                    if self.asked.training is not None and self.gauge is not None:  # Numbers change no times.
+                        built, validation = self._distilled(built, validation, calibration)
+                        stack.enter_context(built.resources)
                     return self._result(
                         scores, built.plan, calibration, trials, built, validation, times, stack.pop_all()
                     )
@@ -266,6 +278,20 @@ class _Job:
         low, shapes, validator = Low(built, validation, calibration), self.material.shapes, self.validator
         beside = undecomposed(self.found, low, quantizer, self.progress, validator.errors)
         return follow(low, quantizer, self.executor, self.progress, shapes, validator, beside)
+
+    def _distilled(
+        self, built: Built, validation: Validation, calibration: Calibration | None
+    ) -> tuple[Built, Validation]:
+        """Train the model, without labels."""
+        from onnx_lowrank.stages.distilling import Asked, follow
+        from onnx_lowrank.stages.quantizing import Low
+
+        wanted = self.asked.training
+        if wanted is None:
+            return built, validation
+        asked = Asked(wanted.seconds, self.setting.device, wanted.known)
+        low = Low(built, validation, calibration)
+        return follow(low, asked, self.found, self.executor, self.progress, self.validator)
 
     def _is_refused(self, built: Built, times: Timing) -> bool:
         """Whether a model is refused because it is slower; a replayed plan is never refused."""

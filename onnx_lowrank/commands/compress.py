@@ -151,6 +151,23 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
     "biases fitted to it; --budget bytes counts it.",
 )
 @click.option(
+    "--distil",
+    is_flag=True,
+    help="Train the factors together afterwards, by gradients and without labels, on the inputs of "
+    "--calibration; needs PyTorch.",
+)
+@click.option(
+    "--minutes",
+    callback=values.number,
+    metavar="NUMBER",
+    help="The time of the distillation; by default it goes on until the held-out loss stops falling.",
+)
+@click.option(
+    "--synthetic",
+    is_flag=True,
+    help="Distil without data: on inputs made from the statistics of the model's BatchNormalizations.",
+)
+@click.option(
     "--lowering",
     metavar="|".join(Style),
     shell_complete=_names(lambda: Style),

@@ -166,6 +166,39 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
+class Distilled:
+    """The distillation of a compressed model: all its tensors fitted together to the original's outputs.
+
+    Attributes:
+        tensors: Number of tensors that were trained.
+        elements: Number of their elements.
+        steps: Number of steps that were made.
+        loss: The held-out loss before it and after it.
+        losses: The names of the losses of every output.
+        features: Number of inner features that were compared.
+        changes: The names of the changes of inputs.
+        unreached: The outputs that no gradient reaches.
+        stops: The operators at which gradients stop.
+        is_kept: Whether the model has the trained tensors: they do no worse on held-out inputs.
+        is_ended: Whether an interrupt ended it.
+        alone: One error per output of the model before it, on the same inputs as those after it.
+    """
+
+    tensors: int
+    elements: int
+    steps: int
+    loss: tuple[float, float]
+    losses: Mapping[str, tuple[str, ...]]
+    features: int
+    changes: tuple[str, ...]
+    unreached: tuple[str, ...]
+    stops: tuple[str, ...]
+    is_kept: bool
+    is_ended: bool
+    alone: tuple[OutputError, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """The result of running both models on the same inputs.
 
@@ -181,6 +214,7 @@ class Validation:
             no texts.
         fused: The operators that ONNX Runtime fuses in both models; None if that is not compared.
         quantized: The quantization whose model this is about; None without one.
+        distilled: The distillation before that; None without one.
     """
 
     engine: str
@@ -193,6 +227,7 @@ class Validation:
     continuation: Continuation | None = None
     fused: Fused | None = None
     quantized: Quantized | None = None
+    distilled: Distilled | None = None
 
     @property
     def worst(self) -> float | None:
@@ -336,7 +371,7 @@ class Merge:
             product is evaluated at the positions of the second weight.
         saved: Number of parameters saved, biases included.
         certificate: Bounds on the error of the stored product, relative to the exact product of the original
-            two weights.
+            two weights; None if it was trained afterwards.
     """
 
     first: str
@@ -344,7 +379,7 @@ class Merge:
     layers: tuple[str, ...]
     elements: tuple[int, int, int]
     saved: int
-    certificate: Certificate
+    certificate: Certificate | None
 
 
 @dataclass(frozen=True, slots=True)

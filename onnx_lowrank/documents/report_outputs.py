@@ -51,6 +51,40 @@ class Undecomposed(Table, frozen=True):
     note: str
 
 
+class Distilled(Table, frozen=True):
+    """The distillation of the compressed model: all its tensors fitted together, without labels.
+
+    Attributes:
+        tensors: Number of tensors that were trained.
+        elements: Number of their elements.
+        steps: Number of steps.
+        loss: The held-out loss before it, relative to itself.
+        loss_after: The smallest held-out loss.
+        losses: The names of the losses of every output.
+        features: Number of inner features that were compared.
+        changes: The names of the changes of inputs.
+        unreached: The outputs that no gradient reaches.
+        stops: The operators at which gradients stop.
+        is_kept: Whether the model has the trained tensors: they do no worse on held-out inputs.
+        is_ended: Whether an interrupt ended it.
+        alone: The errors of the model before it, on the same inputs.
+    """
+
+    tensors: int
+    elements: int
+    steps: int
+    loss: float
+    loss_after: float
+    losses: dict[str, tuple[str, ...]]
+    features: int
+    changes: tuple[str, ...]
+    unreached: tuple[str, ...]
+    stops: tuple[str, ...]
+    is_kept: bool
+    is_ended: bool
+    alone: tuple[Output, ...]
+
+
 class Quantized(Table, frozen=True):
     """The quantization of the compressed model. The certificates are those of the factors before it.
 

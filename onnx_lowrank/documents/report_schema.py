@@ -9,6 +9,7 @@ from onnx_lowrank.core.factors import Fit as Fitted
 from onnx_lowrank.core.option import Fold, Lowering
 from onnx_lowrank.core.plan import Aggregate
 from onnx_lowrank.documents.report_details import Alternative, Curve, Graph, Total
+from onnx_lowrank.documents.report_outputs import Distilled as Distilled
 from onnx_lowrank.documents.report_outputs import Output as Output
 from onnx_lowrank.documents.report_outputs import Quantized as Quantized
 from onnx_lowrank.documents.report_outputs import Table
@@ -180,7 +181,8 @@ class Merge(Table, frozen=True):
         layers: The layers whose chains contained one of the nodes.
         elements: Number of elements of the first weight, of the second weight, and of their product.
         saved: Number of parameters saved.
-        certificate: Bounds on the error of the stored product, relative to the exact product.
+        certificate: Bounds on the error of the stored product, relative to the exact product; null if the
+            product was trained afterwards.
     """
 
     first: str
@@ -188,7 +190,7 @@ class Merge(Table, frozen=True):
     layers: tuple[str, ...]
     elements: tuple[int, ...]
     saved: int
-    certificate: Certificate
+    certificate: Certificate | None
 
 
 class Other(Table, frozen=True):
@@ -237,6 +239,7 @@ class Validation(Table, frozen=True):
         fused: The numbers of the operators that ONNX Runtime's optimizer puts in place of several, by type;
             null if they were not counted.
         quantized: The quantization whose model this is about; null without --then.
+        distilled: The distillation before that; null without --distil.
     """
 
     engine: str
@@ -250,6 +253,7 @@ class Validation(Table, frozen=True):
     continuation: Continuation | None = None
     fused: dict[str, Total] | None = None
     quantized: Quantized | None = None
+    distilled: Distilled | None = None
 
 
 class Target(Table, frozen=True):

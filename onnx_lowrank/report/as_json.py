@@ -11,6 +11,7 @@ from onnx_lowrank.core.outcome import (
     Calibrated,
     Change,
     Continuation,
+    Distilled,
     Fused,
     Merge,
     Other,
@@ -68,7 +69,7 @@ def _total(total: Total) -> details.Total:
 
 
 def _merge(merged: Merge) -> schema.Merge:
-    certificate = schema.Certificate(**asdict(merged.certificate))
+    certificate = None if merged.certificate is None else schema.Certificate(**asdict(merged.certificate))
     return schema.Merge(**{**asdict(merged), "certificate": certificate})
 
 
@@ -142,6 +143,25 @@ def _validation(validation: Validation) -> schema.Validation:
         continuation=_continuation(validation.continuation) if validation.continuation else None,
         fused=_fused(validation.fused) if validation.fused else None,
         quantized=_quantized(validation.quantized) if validation.quantized else None,
+        distilled=_distilled(validation.distilled) if validation.distilled else None,
+    )
+
+
+def _distilled(found: Distilled) -> schema.Distilled:
+    return schema.Distilled(
+        tensors=found.tensors,
+        elements=found.elements,
+        steps=found.steps,
+        loss=found.loss[0],
+        loss_after=found.loss[1],
+        losses={name: tuple(kinds) for name, kinds in found.losses.items()},
+        features=found.features,
+        changes=found.changes,
+        unreached=found.unreached,
+        stops=found.stops,
+        is_kept=found.is_kept,
+        is_ended=found.is_ended,
+        alone=_outputs(found.alone),
     )
 
 

@@ -83,6 +83,8 @@ def _factors(plan: Plan) -> str:
     after = ""
     if plan.training is not None:
         steps = sum(one.steps for one in plan.training.rounds)
-        after += f" The model is then distilled in {words.exact(steps)} steps (PyTorch {plan.training.torch})."
+        after += (
+            f" The model is then distilled in {words.exact(steps)} steps (PyTorch {plan.training.torch})."
+        )
     after += f" The model is then quantized ({plan.then})." if plan.then else ""
     return f"{text}{data}.{after}"

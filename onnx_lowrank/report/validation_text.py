@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from onnx_lowrank.core.outcome import Fused, OutputError, Quantized, Undecomposed, Validation, largest_error
+from onnx_lowrank.core.outcome import (
+    Distilled,
+    Fused,
+    OutputError,
+    Quantized,
+    Undecomposed,
+    Validation,
+    largest_error,
+)
 from onnx_lowrank.report import other_table, words
 from onnx_lowrank.report.page import Column, Page
 from onnx_lowrank.report.shorten import distinct
@@ -34,6 +42,8 @@ def show(
     page.line(f"inputs {validation.inputs}", style="dim", indent=2)
     layers = {f"layer {layer}": f"layer {name}" for layer, name in names.items()}
     _outputs(validation.outputs, page, every=every)
+    if validation.distilled is not None:
+        _distilled(validation.distilled, page)
     if validation.quantized is not None:
         _quantized(validation, validation.quantized, page)
     for output in validation.alone:
@@ -67,6 +77,27 @@ def _outputs(outputs: Sequence[OutputError], page: Page, *, every: bool) -> None
         page.line(f"{title}: {_differences(output)}", indent=2)
     if more := len(outputs) - len(shown):
         page.line(f"{more} more outputs err less; --report has all", style="dim", indent=2)
+
+
+def _distilled(found: Distilled, page: Page) -> None:
+    """Print what the distillation did, and the errors before it."""
+    for output in found.alone:
+        page.line(f"before distillation, {output.name}: {_differences(output)}", indent=2)
+    before, after = map(words.number, found.loss)
+    ended = ", interrupted" if found.is_ended else ""
+    state = "" if found.is_kept else "; the held-out error did not fall, so the model is the one before"
+    style = "dim" if found.is_kept else "yellow"
+    page.line(
+        f"distilled: {words.exact(found.elements)} numbers in {found.tensors} tensors, "
+        f"{words.exact(found.steps)} steps{ended}, held-out loss {before} → {after}{state}",
+        indent=2,
+        style=style,
+    )
+    inputs = f", inputs also {', '.join(found.changes)}" if found.changes else ""
+    page.line(f"fitted to the outputs and to {found.features} inner features{inputs}", style="dim", indent=4)
+    if found.unreached:
+        names = words.first_names(found.unreached)
+        page.line(f"no gradient reaches {names}: nothing was fitted to it", style="yellow", indent=4)
 
 
 def _quantized(validation: Validation, found: Quantized, page: Page) -> None:

@@ -158,7 +158,9 @@ def follow(
         )
         stack.enter_context(built.resources.pop_all())
         result = replace(built, quantized=model, resources=stack.pop_all())
-    return result, replace(validation, never_ran=low.validation.never_ran, quantized=done)
+    before = low.validation
+    known = replace(validation, never_ran=before.never_ran, distilled=before.distilled)
+    return result, replace(known, quantized=done)
 
 
 def undecomposed(
