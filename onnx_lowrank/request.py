@@ -403,7 +403,7 @@ def _is_calibrated(options: Options) -> bool:
         raise InputError(f"--calibration-samples is {samples}: pass 1 or more.")
     if calibration is None and samples is not None:
         raise InputError("--calibration-samples limits what --calibration reads: pass --calibration, too.")
-    if calibration is None and not recover:
+    if calibration is None and not recover and not options["synthetic"]:
         raise InputError("--no-recover turns off a step that only runs with --calibration: leave it out.")
     return calibration is not None or flag("synthetic", options["synthetic"])
 

@@ -95,7 +95,7 @@ def run(
             if asked.training is not None:
                 from onnx_lowrank.distil.distillation import check  # It loads PyTorch.
 
-                check(found.model, material.shown)
+                check(found.model, material.shown, setting.device)
         backend = resolve(setting.device, means.operations(found))
         running = stack.enter_context(means.executor(setting, backend, found))
         asked.budget.check(found)
@@ -150,6 +150,12 @@ class _Job:
     def validator(self) -> Validator:
         """Compares a compressed model with the input model."""
         return Validator(self.material, self.setting)
+
+    @property
+    def _first_validator(self) -> Validator:
+        """Compares a model before its distillation, after which a bound on its error is judged."""
+        setting = self.setting if self.asked.training is None else replace(self.setting, max_error=None)
+        return Validator(self.material, setting)
 
     @property
     def gauge(self) -> Gauge | None:
@@ -243,7 +249,7 @@ class _Job:
                     return self._result(scores, built.plan, calibration, trials)
                 check_unchanged(self.found.model.stamps)
                 with self.progress.stage("validate"):
-                    validation = self.validator(built, calibration, trials)
+                    validation = self._first_validator(built, calibration, trials)
                 if self.asked.training is not None and self.gauge is None:
                     built, validation = self._distilled(built, validation, calibration)
                     stack.enter_context(built.resources)
@@ -291,7 +297,11 @@ class _Job:
             return built, validation
         asked = Asked(wanted.seconds, self.setting.device, wanted.known)
         low = Low(built, validation, calibration)
-        return follow(low, asked, self.found, self.executor, self.progress, self.validator)
+        built, validation = follow(low, asked, self.found, self.executor, self.progress, self.validator)
+        done = validation.distilled
+        if self.setting.max_error is not None and (done is None or not done.is_kept):
+            self.validator(built, calibration, ())  # Its bound was not judged before.
+        return built, validation
 
     def _is_refused(self, built: Built, times: Timing) -> bool:
         """Whether a model is refused because it is slower; a replayed plan is never refused."""

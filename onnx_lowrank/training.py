@@ -38,19 +38,12 @@ def distillation(options: Options, plan: Plan | None, *, calibrated: bool) -> Di
     Raises:
         InputError: One of them is wrong, or PyTorch is not installed.
     """
-    asked, minutes = flag("distil", options["distil"]), options["minutes"]
     known = None if plan is None else plan.training
-    require("minutes", minutes, (Real, NoneType), "a number")
+    asked = flag("distil", options["distil"])
+    _check_minutes(options["minutes"], asked=asked, known=known)
+    _check_synthetic(options, asked=asked or known is not None)
     if asked and known is not None:
         raise InputError("The plan has a distillation of its own, which is repeated: leave out --distil.")
-    if minutes is not None and not asked:
-        raise InputError(f"--minutes {minutes:g} bounds a distillation: pass --distil, too, or leave it out.")
-    if minutes is not None and not 0 < minutes <= _LONGEST:
-        raise InputError(f"--minutes is {minutes:g}, but it must be above 0 and at most {_LONGEST:g}.")
-    if options["synthetic"] and options["calibration"] is not None:
-        raise InputError("--synthetic makes inputs, and --calibration gives some: leave one of them out.")
-    if options["synthetic"] and not asked and known is None:
-        raise InputError("--synthetic makes inputs for a distillation: pass --distil, too, or leave it out.")
     if not asked and known is None:
         return None
     if not calibrated:
@@ -61,4 +54,26 @@ def distillation(options: Options, plan: Plan | None, *, calibrated: bool) -> Di
         raise InputError(
             'PyTorch, which --distil needs, is not installed: run `pip install "onnx-lowrank[distil]"`.'
         )
+    minutes = options["minutes"]
     return Distillation(None if minutes is None else 60.0 * float(minutes), known)
+
+
+def _check_minutes(minutes: float | None, *, asked: bool, known: Training | None) -> None:
+    require("minutes", minutes, (Real, NoneType), "a number")
+    if minutes is None:
+        return
+    if known is not None:
+        raise InputError("The plan has a distillation of its own, which is repeated: leave out --minutes.")
+    if not asked:
+        raise InputError(f"--minutes {minutes:g} bounds a distillation: pass --distil, too, or leave it out.")
+    if not 0 < minutes <= _LONGEST:
+        raise InputError(f"--minutes is {minutes:g}, but it must be above 0 and at most {_LONGEST:g}.")
+
+
+def _check_synthetic(options: Options, *, asked: bool) -> None:
+    if not options["synthetic"]:
+        return
+    if options["calibration"] is not None:
+        raise InputError("--synthetic makes inputs, and --calibration gives some: leave one of them out.")
+    if not asked:
+        raise InputError("--synthetic makes inputs for a distillation: pass --distil, too, or leave it out.")

@@ -3,9 +3,9 @@
 Rules:
 
 1. Images are mirrored and shifted, pairs of samples are mixed, and floats get noise.
-2. A change is used only if the original takes the changed inputs for inputs of the same kind: on them it is
-   as sure of its classes, and its outputs vary as much, as on the given ones. So mirrored photographs are
-   used, and mirrored text is not.
+2. A change of single samples is used only if the original takes the changed inputs for inputs of the same
+   kind: on them it is as sure of its classes, and its outputs vary as much, as on the given ones. So mirrored
+   photographs are used, and mirrored text is not.
 3. Integers stay: a token that is no neighbour of another has none between.
 
 Mixing is from Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018.
@@ -156,17 +156,19 @@ class Augmentation:
 def chosen(feed: Feed, sureness: Callable[[Feed], Sequence[float]], draws: Draws) -> Augmentation:
     """The changes that the original takes for inputs of the same kind (rule 2).
 
-    Several inputs of floats belong together, so that none of them may change alone.
+    Several inputs belong together, so that none of them may change alone.
 
     Args:
         feed: A batch of inputs, samples first.
         sureness: For each output, how sure the original is, or how much it varies, on a batch.
         draws: Draws the changes.
     """
-    floats = [name for name, array in feed.items() if array.dtype.kind == "f" and array.ndim > 1]
-    if len(floats) != 1 or len(feed[floats[0]]) < _FEW:
+    arrays = [name for name, array in feed.items() if array.ndim]
+    if len(arrays) != 1 or feed[arrays[0]].dtype.kind != "f" or feed[arrays[0]].ndim < 2:
         return Augmentation({})
-    (name,) = floats
+    (name,) = arrays
+    if len(feed[name]) < _FEW:
+        return Augmentation({})
     given = sureness(feed)
 
     def fits(one: Named) -> bool:

@@ -39,6 +39,7 @@ from onnx_lowrank.distil.target import Arrays, Seen, Target
 from onnx_lowrank.distil.teacher import Teach, teaching
 from onnx_lowrank.distil.trained import Trained, trained
 from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.inputs import specs
 from onnx_lowrank.engines.pasts import caches
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.files.external import whole
@@ -48,7 +49,6 @@ from onnx_lowrank.hardware import cores
 
 _log = logging.getLogger(__name__)
 
-_LOOKED = 64  # samples that show which changes the original takes
 _DENORMAL = 1e-40
 _LEAST = 1e-9  # a loss before the training, by which it is divided
 
@@ -137,25 +137,32 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check(model: Model, feed: Feed) -> None:
+def check(model: Model, feed: Feed, device: str) -> None:
     """Check that a model can be distilled, by one run of it with gradients.
 
     Args:
         model: The input model.
         feed: One sample.
+        device: The device that will compute, as in `distil`.
 
     Raises:
         InputError: It cannot.
     """
+    _device(device)
     if unknown := lacking(whole_proto(model)):
         raise InputError(
             f"{model.name} has operators that --distil cannot run ({', '.join(unknown)}): leave --distil out."
         )
     values = trained(model, Walk(model.proto))
     leaves = {n: torch.from_numpy(widened(one.values)).requires_grad_() for n, one in values.items()}
-    made = program(whole_proto(model), [output.name for output in model.proto.graph.output if output.name])
-    with settings():
-        got = made(feed, leaves)
+    made = program(whole_proto(model), _outputs(model.proto))
+    try:
+        with settings():
+            got = made(feed, leaves)
+    except NotImplementedError as error:
+        raise InputError(
+            f"{model.name} has an operator that --distil cannot run ({error}): leave it out."
+        ) from error
     if not any(value.requires_grad for value in got.values()) and not ends(model.proto.graph, leaves.keys()):
         raise InputError(f"No output of {model.name} has a gradient ({_stopped(made)}): leave --distil out.")
 
@@ -164,15 +171,17 @@ def check(model: Model, feed: Feed) -> None:
 def settings() -> Iterator[None]:
     """PyTorch's settings for the time of a training: repeatable, on all cores, without denormal numbers."""
     threads, is_repeatable = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     flushes = bool((torch.full((1,), _DENORMAL) * 1.0 == 0).all())
     torch.set_num_threads(cores())
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_flush_denormal(True)  # Gradients of sure answers are denormal, which slows products tenfold.
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         torch.set_flush_denormal(flushes)
-        torch.use_deterministic_algorithms(is_repeatable)
+        torch.use_deterministic_algorithms(is_repeatable, warn_only=warns)
         torch.set_num_threads(threads)
 
 
@@ -201,12 +210,10 @@ class _Course:
         inner = features(self.ends, known)
         self._teach: Teach = stack.enter_context(teaching(original, calibration.engine, inner))
         self._kept = Originals(calibration.memory.outputs)
-        size = min(calibration.statistics.batch, _LOOKED)
-        self._inputs = Inputs(calibration.trimmed, size, calibration.memory.activations)
-        starts = {
-            name: torch.from_numpy(np.array(one.values, np.float32)) for name, one in self.trained.items()
-        }
-        outputs = tuple(output.name for output in low.proto.graph.output if output.name)
+        size, memory = calibration.statistics.batch, calibration.memory.activations
+        self._inputs = Inputs(calibration.trimmed, specs(original.proto), size, memory)
+        starts = {name: torch.from_numpy(widened(one.values)) for name, one in self.trained.items()}
+        outputs = _outputs(low.proto)
         self.program = program(whole_proto(low), (*outputs, *inner), device=str(device))
         self.target, self.unreached = self._compared(low, outputs, inner, starts)
         self.augmentation = self._changes()
@@ -230,12 +237,12 @@ class _Course:
     def judge(self, tensors: Tensors) -> tuple[float, bool]:
         """The held-out loss of the outputs, of all values if no output has a gradient; and whether it counts.
 
-        It does not where the largest error of an output, which reports show, is larger than at the start.
+        It does not where the error of an output, which reports show, is larger than at the start.
         """
         terms = self._held_terms(tensors, self.target.outputs or None)
         errors = {key: value for key, value in terms.items() if key[1] == ERROR}
-        largest = max((self.target.starts[key] for key in errors), default=0.0)
-        return float(self.target.total(terms)), max(errors.values(), default=0.0) <= largest
+        is_fit = all(value <= self.target.starts[key] for key, value in errors.items())
+        return float(self.target.total(terms)), is_fit
 
     def _held_terms(self, tensors: Tensors, names: Iterable[str] | None) -> dict[tuple[str, str], float]:
         sums: dict[tuple[str, str], float] = {}
@@ -264,19 +271,20 @@ class _Course:
         leaves = {name: value.clone().requires_grad_() for name, value in starts.items()}
         got = self.program(feed, leaves)
         with_gradient = {name for name, value in got.items() if value.requires_grad and name in wanted}
-        alike = {name for name in inner if name in with_gradient and got[name].shape == wanted[name].shape}
-        compared = [name for name in outputs if name in with_gradient and name not in self._caches]
-        if not compared and not alike:
+        alike = {name for name in with_gradient if got[name].shape == wanted[name].shape}
+        inner = [name for name in inner if name in alike]
+        compared = [name for name in outputs if name in alike and name not in self._caches]
+        if not compared and not inner:
             raise InputError(
                 f"No output of {low.name} has a gradient ({_stopped(self.program)}): leave --distil out."
             )
         seen = Seen()
         for values, inputs in self._held():
             seen.add(
-                {name: self._padding.hide(name, values[name], inputs) for name in (*compared, *alike)}, inputs
+                {name: self._padding.hide(name, values[name], inputs) for name in (*compared, *inner)}, inputs
             )
         self.known = known = seen.known()
-        powers = {name: known[name].power for name in inner if name in alike}
+        powers = {name: known[name].power for name in inner}
         unreached = tuple(name for name in outputs if name not in with_gradient)
         compared_by = {name: losses(known[name]) for name in compared}
         return Target(compared_by, powers, self._padding, self.program.device), unreached
@@ -306,6 +314,12 @@ class _Course:
         self.target.starts.update({key: max(value, _LEAST) for key, value in terms.items()})
         if self.program.taken > self._calibration.memory.activations:
             self.program.cuts = frozenset(self.ends)
+
+
+def _outputs(proto: ModelProto) -> tuple[str, ...]:
+    """The names of the outputs that are tensors."""
+    kinds = {output.name: output.type.WhichOneof("value") for output in proto.graph.output if output.name}
+    return tuple(name for name, kind in kinds.items() if kind in ("tensor_type", None))
 
 
 def whole_proto(model: Model) -> ModelProto:

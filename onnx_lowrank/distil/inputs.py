@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.calibrate.shares import Samples, together
+from onnx_lowrank.calibrate.shares import Samples
+from onnx_lowrank.engines.batches import samples as samples_of
 from onnx_lowrank.engines.engine import Feed
+from onnx_lowrank.engines.inputs import Spec
 
 SIZE = 32
 """The most samples in a batch: the gradient of more tells little more, and takes longer."""
@@ -27,11 +29,12 @@ _STEPS = 16
 class Inputs:
     """The share of the samples that is fitted to."""
 
-    def __init__(self, samples: Samples, most: int, memory: int) -> None:
+    def __init__(self, samples: Samples, wanted: tuple[Spec, ...], most: int, memory: int) -> None:
         """Read the inputs once.
 
         Args:
             samples: The samples.
+            wanted: The inputs of the model.
             most: The most samples that the model takes at once.
             memory: Bytes of inputs to hold.
         """
@@ -42,10 +45,16 @@ class Inputs:
         self._table: dict[str, NDArray[np.generic]] | None = None
         held = list(_within(self._read(), memory))
         self._feeds = held if sum(map(_bytes, held)) <= memory else None
-        if self._feeds is not None and _are_alike(self._feeds):
+        if self._feeds is not None and self._are_cut(self._feeds, wanted):
             self._table = {
                 name: np.concatenate([feed[name] for feed in self._feeds]) for name in self._feeds[0]
             }
+
+    def _are_cut(self, feeds: list[Feed], wanted: tuple[Spec, ...]) -> bool:
+        """Whether feeds were cut from a table of samples of one shape, so that they can be cut anew."""
+        counts = [samples_of(feed, wanted) for feed in feeds]
+        shapes = {tuple(array.shape[1:] for array in feed.values()) for feed in feeds if None not in counts}
+        return len(shapes) == 1 and self.size > 1 and all(count == self.size for count in counts[:-1])
 
     def _read(self) -> Iterator[Feed]:
         return (batch.feed for batch in self._samples.batches(self.size) if not batch.held)
@@ -80,17 +89,6 @@ def _within(feeds: Iterable[Feed], memory: int) -> Iterator[Feed]:
         yield feed
         if taken > memory:
             return
-
-
-def _are_alike(feeds: list[Feed]) -> bool:
-    """Whether samples can be put together anew: they have one shape, and come several at once."""
-    shapes = {tuple(array.shape[1:] for array in feed.values()) for feed in feeds if _is_whole(feed)}
-    return all(map(_is_whole, feeds)) and len(shapes) == 1 and max(map(together, feeds)) > 1
-
-
-def _is_whole(feed: Feed) -> bool:
-    """Whether the first axis of all arrays counts the samples."""
-    return all(array.ndim for array in feed.values()) and len({len(array) for array in feed.values()}) == 1
 
 
 def _bytes(feed: Feed) -> int:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from onnx_lowrank.core.plan import Round
+from onnx_lowrank.distil.forms.form import as_tensor
 from onnx_lowrank.distil.schedule import Schedule, bounded, plateaus
 
 _log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ SEED = 0
 """The seed of all draws."""
 
 _TESTED, _SEEN = 16, 8  # steps of a range test, and the last of them, which show the loss
+_TESTING = 0.1  # the share of the time that a range test may take
+_LIKELY = 0.002  # a rate that is seldom too large
 _RISE = 2.0  # of the loss, up to which a rate is good: it falls again with the rate
 _LOST = 4.0  # times the first loss: the training has diverged
 _BETAS = (0.9, 0.99)
@@ -68,7 +71,7 @@ class Learned:
         is_ended: Whether an interrupt ended the training.
     """
 
-    values: Mapping[str, NDArray[np.float32]]
+    values: Mapping[str, NDArray[Any]]
     rounds: tuple[Round, ...]
     before: float
     after: float
@@ -94,9 +97,7 @@ class Learner:
             judge: Gives the held-out loss, and whether tensors with it may be the result.
             device: The device that computes.
         """
-        self._starts = {
-            name: torch.from_numpy(np.array(value, np.float32)).to(device) for name, value in values.items()
-        }
+        self._starts = {name: as_tensor(value, device) for name, value in values.items()}
         self._losses = losses
         self._judge = judge
         self._restart(self._starts)
@@ -108,7 +109,7 @@ class Learner:
             seconds: The bound on the time, from now on; None for none.
         """
         began = monotonic()
-        first, tested = self._first_rate()
+        first, tested = self._first_rate(None if seconds is None else began + _TESTING * seconds)
         took = monotonic() - began
         self._restart(self._starts)
         _log.debug("range test: rate %g; a step takes %.3g s", first, took / tested)
@@ -176,8 +177,12 @@ class Learner:
             found.append(value.item())
         return found
 
-    def _first_rate(self) -> tuple[float, int]:
-        """The first rate of a training (rule 3), and the number of steps that the test took."""
+    def _first_rate(self, until: float | None = None) -> tuple[float, int]:
+        """The first rate of a training (rule 3), and the number of steps that the test took.
+
+        Args:
+            until: When the test has to end, with a rate that is likely to be good; None for no bound.
+        """
         start = np.mean(self._run(Round(_SEEN, 0.0), self._losses(SEED)))
         taken = _SEEN
         for rate in RATES:
@@ -187,4 +192,6 @@ class Learner:
             end = float(np.mean(found[-_SEEN:]))
             if isfinite(end) and end <= _RISE * start:
                 return rate, taken
+            if until is not None and monotonic() > until:
+                return min(rate, _LIKELY), taken
         return RATES[-1], taken

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from math import cos, pi
 
 from onnx_lowrank.core.plan import Round
-from onnx_lowrank.documents.plans import LONGEST
+from onnx_lowrank.documents.plans import LONGEST, STEPS
 
 _RISING = 3  # rounds in which the rate rises
 _USUAL, _LEAST = 50, 4  # steps of a round
@@ -38,9 +38,9 @@ def bounded(first: float, seconds: float, step: float, passed: Callable[[], floa
         step: The seconds that one step takes.
         passed: The seconds since the beginning.
     """
-    steps = max(_LEAST, int(seconds / _BOUNDED / max(step, 1e-6)))
+    steps = min(STEPS, max(_LEAST, int(seconds / _BOUNDED / max(step, 1e-6))))
     number = 0
-    while (share := passed() / seconds) < 1 and number < LONGEST:
+    while ((share := min(1.0, passed() / seconds)) < 1 or not number) and number < LONGEST:
         rising = min(1.0, (number + 1) / (_RISING + 1))
         yield share, Round(steps, first * rising * (1 + cos(pi * share)) / 2)
         number += 1

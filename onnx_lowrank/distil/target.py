@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,10 @@ class Target:
         """
         found: dict[tuple[str, str], Tensor] = {}
         for name in self.names if names is None else names:
-            theirs, ours = self._rows(got[name], self.padding.hide(name, wanted[name], feed))
+            # The shape of an output may depend on values, as behind NonMaxSuppression.
+            if name not in wanted or got[name].shape != wanted[name].shape:
+                continue
+            theirs, ours = self._rows(got[name], self._hidden(name, wanted[name], feed))
             if not len(ours):
                 continue
             for kind, loss in self.outputs.get(name, {}).items():
@@ -131,6 +134,11 @@ class Target:
         """The weights of the features, of sum 1."""
         halves = [2.0**place if self.outputs else 1.0 for place in range(len(self.inner))]
         return {name: half / sum(halves) for name, half in zip(self.inner, halves, strict=True)}
+
+    def _hidden(self, name: str, values: NDArray[Any], feed: Feed) -> NDArray[Any]:
+        """A value with NaN at hidden positions, which the second axis of features counts like their mask."""
+        padding = replace(self.padding, axes={name: 1}) if name in self.inner else self.padding
+        return padding.hide(name, values, feed)
 
     def _rows(self, got: Tensor, wanted: NDArray[Any]) -> tuple[Tensor, Tensor]:
         """The rows along the last axis that are finite in the original and shown."""

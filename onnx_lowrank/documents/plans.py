@@ -33,7 +33,10 @@ VERSION = 4
 LONGEST = 2000
 """The most rounds of a distillation."""
 
-_Steps = Annotated[int, Meta(ge=1, le=10_000, description="a whole number from 1 to 10,000")]
+STEPS = 10_000
+"""The most steps of a round."""
+
+_Steps = Annotated[int, Meta(ge=1, le=STEPS, description="a whole number from 1 to 10,000")]
 _Rate = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 
 

@@ -85,7 +85,7 @@ def _distilled(found: Distilled, page: Page) -> None:
         page.line(f"before distillation, {output.name}: {_differences(output)}", indent=2)
     before, after = map(words.number, found.loss)
     ended = ", interrupted" if found.is_ended else ""
-    state = "" if found.is_kept else "; the held-out error did not fall, so the model is the one before"
+    state = "" if found.is_kept else "; no output may err more, so the model is the one before"
     style = "dim" if found.is_kept else "yellow"
     page.line(
         f"distilled: {words.exact(found.elements)} numbers in {found.tensors} tensors, "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,15 @@ from onnx_lowrank.core.plan import Training
 from onnx_lowrank.documents import plans
 from onnx_lowrank.engines.engine import RejectedError, UnsupportedError
 from onnx_lowrank.engines.pasts import caches
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import InputError, ValidationError
 from onnx_lowrank.files.load import array
 from onnx_lowrank.files.tensors import tensors
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.graph.weights import resolve
 from onnx_lowrank.layers.found import Found
 from onnx_lowrank.progress import Progress
-from onnx_lowrank.rewrite import notes, stored
+from onnx_lowrank.rewrite import notes as metadata
+from onnx_lowrank.rewrite import stored
 from onnx_lowrank.rewrite.edits import Edits
 from onnx_lowrank.stages import settling
 from onnx_lowrank.stages.build import Built, described, storage
@@ -83,56 +84,84 @@ def follow(
         InputError: No output has a gradient, or the disk is full.
         ValidationError: As for `stages.check.validate`.
     """
-    from onnx_lowrank.distil.distillation import distil  # It loads PyTorch.
-
     calibration = low.calibration
     if calibration is None:
         raise RuntimeError("a distillation needs inputs")
-    with progress.stage("distil", 1) as step, _explained(found.model.name):
-        result = distil(
-            found.model,
-            low.built.rewritten.model,
-            calibration,
-            seconds=asked.seconds,
-            rounds=None if asked.known is None else asked.known.rounds,
-            device=asked.device,
-            report=lambda share, last, best: step(share, f"held-out loss {last:.4f}, best {best:.4f}"),
-        )
+    try:
+        result = _learned(low, asked, found, calibration, progress)
+    except KeyboardInterrupt:
+        _log.warning("interrupted before its first round: the model is the one before the distillation")
+        return low.built, low.validation
     _log.debug("distilled: %s", replace(result, values={}))
     done = _summary(result, low.validation.outputs)
+    before = low.built, replace(low.validation, distilled=replace(done, is_kept=False))
     if not result.learned.rounds:
-        return low.built, replace(low.validation, distilled=replace(done, is_kept=False))
-    trained = _trained(low.built, result.values)
-    with progress.stage("validate"):
-        validation = validate(trained, calibration, ())
-    if _is_worse(validation.outputs, low.validation.outputs, caches(found.model.proto)):
-        trained.resources.close()
-        return low.built, replace(low.validation, distilled=replace(done, is_kept=False))
-    with progress.stage("certify"):
-        certified = _certified(trained, low.built, found, executor)
-    certified.resources.enter_context(low.built.resources.pop_all())
-    plan = plans.sealed(replace(low.built.plan, training=_training(result, asked, calibration)))
-    return replace(certified, plan=plan), replace(validation, distilled=done)
+        return before
+    with ExitStack() as stack:
+        trained = _trained(low.built, result.values)
+        stack.enter_context(trained.resources)
+        try:
+            with progress.stage("validate"):
+                validation = validate(trained, calibration, ())
+        except ValidationError as error:
+            _log.debug("the distilled model is refused: %s", error)
+            return before
+        if _is_worse(validation.outputs, low.validation.outputs, caches(found.model.proto)):
+            return before
+        with progress.stage("certify"):
+            certified = _certified(trained, low.built, found, executor)
+        training = _training(result, asked, calibration)
+        stack.enter_context(low.built.resources.pop_all())
+        plan = plans.sealed(replace(low.built.plan, training=training))
+        notes = (*validation.notes, *_differences(asked.known, training))
+        return (
+            replace(certified, plan=plan, resources=stack.pop_all()),
+            replace(validation, distilled=done, notes=notes),
+        )
 
 
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """The errors of the engine that runs the original, as errors of the request."""
+def _learned(low: Low, asked: Asked, found: Found, calibration: Calibration, progress: Progress) -> Result:
+    """Train.
+
+    Raises:
+        InputError: No output has a gradient, or the original does not run with further outputs.
+    """
+    from onnx_lowrank.distil.distillation import distil  # It loads PyTorch.
+
     try:
-        yield
+        with progress.stage("distil", 1) as step:
+            return distil(
+                found.model,
+                low.built.rewritten.model,
+                calibration,
+                seconds=asked.seconds,
+                rounds=None if asked.known is None else asked.known.rounds,
+                device=asked.device if asked.known is None else asked.known.device,
+                report=lambda share, last, best: step(share, f"held-out loss {last:.4f}, best {best:.4f}"),
+            )
     except (UnsupportedError, RejectedError) as error:
         raise InputError(
-            f"{name} does not run with its inner values as outputs ({error}): leave --distil out."
+            f"{found.model.name} does not run with its inner values as outputs ({error}): leave --distil out."
         ) from error
 
 
+def _differences(known: Training | None, made: Training) -> Iterator[str]:
+    """Why a repeated training may give other bytes, sentences."""
+    if known is None:
+        return
+    if known.data != made.data:
+        yield "The plan was distilled on other inputs, so the bytes differ from those of its first model."
+    if known.torch != made.torch:
+        yield f"The plan was distilled by PyTorch {known.torch}, and {made.torch} may give other last digits."
+
+
 def _is_worse(after: tuple[OutputError, ...], before: tuple[OutputError, ...], ignored: Set[str]) -> bool:
-    """Whether the largest error has grown, over the outputs that count."""
-    grown, known = (
-        largest_error(output for output in outputs if output.name not in ignored)
-        for outputs in (after, before)
+    """Whether the error of an output that counts has grown."""
+    old = {output.name: output for output in before if output.name not in ignored and not output.is_exact}
+    pairs = (
+        (largest_error([output]), largest_error([old[output.name]])) for output in after if output.name in old
     )
-    return grown is not None and known is not None and grown > known
+    return any(new is not None and one is not None and new > one for new, one in pairs)
 
 
 def _summary(result: Result, alone: tuple[OutputError, ...]) -> Distilled:
@@ -185,14 +214,16 @@ def _certified(trained: Built, before: Built, found: Found, executor: Executor) 
     """The trained model with its own certificates, in its metadata, too (rule 3)."""
     proofs = dict(_proofs(trained, found, executor))
     run = described(before.plan)
-    notes.unstamp(trained.rewritten, run, trained.merges)
+    metadata.unstamp(trained.rewritten, run, trained.merges)
     options = {layer: option for layer, (option, _) in trained.rewritten.proofs.items()}
     rewritten = replace(
         trained.rewritten, proofs={layer: (option, proofs.get(layer)) for layer, option in options.items()}
     )
     merges = tuple(replace(merged, certificate=None) for merged in trained.merges)
-    notes.stamp(rewritten, run, merges)
-    return replace(trained, rewritten=rewritten, merges=merges, certificates=proofs)
+    metadata.stamp(rewritten, run, merges)
+    # The errors of single layers are those of the factors before.
+    fits = {layer: replace(fit, error=None) for layer, fit in trained.fits.items()}
+    return replace(trained, rewritten=rewritten, merges=merges, certificates=proofs, fits=fits)
 
 
 def _proofs(trained: Built, found: Found, executor: Executor) -> Iterator[tuple[str, Certificate]]:

@@ -11,7 +11,9 @@ from onnx_lowrank.options import DEFAULTS, Options
 
 _PATH = (str, os.PathLike)
 
-_IN_PLAN = frozenset({"recipe", "budget", "align", "lowering", "target", "then", "recover"})
+_IN_PLAN = frozenset(
+    {"recipe", "budget", "align", "lowering", "target", "then", "recover", "distil", "minutes"}
+)
 _NO_RESULT = frozenset({"progress", "cache", "workers", "scheduler", "device", "time", "threads", "weights"})
 """Options that do not change the model that a plan makes."""
 

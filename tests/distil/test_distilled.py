@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 from rich.console import Console
 
-from onnx_lowrank import InputError, cli, compress
+from onnx_lowrank import InputError, ValidationError, cli, compress
 from onnx_lowrank.core.plan import Round
 from onnx_lowrank.distil import distillation, learning
 from onnx_lowrank.distil.schedule import replayed
@@ -110,7 +110,7 @@ def test_a_model_that_errs_more_keeps_its_numbers(monkeypatch):
     assert made.model.proto.SerializeToString() == closed.model.proto.SerializeToString()
     assert not made.report.validation.distilled.is_kept
     assert made.plan == closed.plan
-    assert "did not fall" in text(made)
+    assert "so the model is the one before" in text(made)
 
 
 def text(made):
@@ -186,3 +186,61 @@ def test_the_command(tmp_path):
         cli.main(words)
     assert ended.value.code == 0
     assert json.loads((tmp_path / "plan.json").read_text())["training"]["rounds"][0] == [60, 0.005, False]
+
+
+FIXED = """
+<ir_version: 8, opset_import: ["": 17]>
+fixed (KIND[4, 64] x) => (KIND[4, 32] y) { a = MatMul (x, v) b = Tanh (a) y = MatMul (b, w) }
+"""
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("float", np.float32), ("double", np.float64)])
+def test_a_fixed_number_of_samples_and_other_floats(kind, dtype):
+    arrays = {"v": decaying(1, 64, 48).astype(dtype), "w": decaying(2, 48, 32).astype(dtype)}
+    rows = {"x": np.random.default_rng(3).standard_normal((80, 64)).astype(dtype)}
+    proto = built(FIXED.replace("KIND", kind), arrays)
+    made = compress(proto, 0.3, distil=True, **OPTIONS | {"calibration": rows})
+    assert made.report.validation.distilled.steps == 180
+
+
+LISTED = """
+<ir_version: 8, opset_import: ["": 17]>
+listed (float[N, 64] x) => (float[N, 32] y, seq(float[N, 32]) z, int64[2, K] places) {
+  a = MatMul (x, v)
+  b = Relu (a)
+  y = MatMul (b, w)
+  z = SequenceConstruct (y)
+  places = NonZero (y)
+}
+"""
+
+
+def test_outputs_that_are_no_floats_do_not_count():
+    arrays = {"v": decaying(1, 64, 48), "w": decaying(2, 48, 32)}
+    rows = {"x": np.random.default_rng(3).standard_normal((80, 64)).astype(np.float32)}
+    made = compress(built(LISTED, arrays), 0.3, distil=True, **OPTIONS | {"calibration": rows})
+    assert list(made.report.validation.distilled.losses) == ["y"]
+
+
+def test_an_interrupt_before_the_first_round_keeps_the_model(monkeypatch):
+    def interrupted(self, seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning.Learner, "schedule", interrupted)
+    closed, made = compress(cnn(), RATIO, **OPTIONS), compress(cnn(), RATIO, distil=True, **OPTIONS)
+    assert made.model.proto.SerializeToString() == closed.model.proto.SerializeToString()
+
+
+def test_the_bound_on_the_error_is_judged_after_the_training():
+    closed, made = compress(cnn(), RATIO, **OPTIONS), compress(cnn(), RATIO, distil=True, **OPTIONS)
+    between = (closed.report.validation.worst + made.report.validation.worst) / 2
+    compress(cnn(), RATIO, distil=True, max_error=between, **OPTIONS)
+    with pytest.raises(ValidationError):
+        compress(cnn(), RATIO, max_error=between, **OPTIONS)
+
+
+def test_a_replay_on_other_inputs_says_so():
+    made = compress(cnn(), RATIO, distil=True, **OPTIONS)
+    again = compress(cnn(), plan=made.plan, calibration=OTHERS, cache=False)
+    notes = again.report.validation.notes
+    assert not again.report.validation.distilled.is_kept or any("other inputs" in note for note in notes)

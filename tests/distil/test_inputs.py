@@ -8,6 +8,7 @@ import pytest
 from onnx_lowrank.calibrate.shares import Batch, held_out
 from onnx_lowrank.distil.augment import Augmentation, changes, chosen, sides
 from onnx_lowrank.distil.inputs import Inputs
+from onnx_lowrank.engines.inputs import Spec
 
 
 class Table:
@@ -25,12 +26,15 @@ class Table:
                 yield Batch({"x": places[start : start + size, None].astype(np.float32)}, bool(share))
 
 
+WANTED = (Spec("x", np.dtype(np.float32), (None, 1)),)
+
+
 def passed(inputs, seed):
     return [feed["x"][:, 0].astype(int).tolist() for feed in inputs.batches(np.random.default_rng(seed))]
 
 
 def test_batches_have_a_new_order_in_every_pass_and_no_held_out_sample():
-    inputs = Inputs(Table(100), 64, 2**20)
+    inputs = Inputs(Table(100), WANTED, 64, 2**20)
     first, again, other = passed(inputs, 0), passed(inputs, 0), passed(inputs, 1)
     assert first == again != other
     drawn = [number for batch in first for number in batch]
@@ -39,17 +43,23 @@ def test_batches_have_a_new_order_in_every_pass_and_no_held_out_sample():
 
 
 def test_the_last_part_of_a_batch_is_left_out():
-    inputs = Inputs(Table(42), 64, 2**20)
+    inputs = Inputs(Table(42), WANTED, 64, 2**20)
     assert {len(batch) for batch in passed(inputs, 0)} == {inputs.size}
 
 
 def test_single_samples_come_whole():
-    inputs = Inputs(Table(20, most=1), 64, 2**20)
+    inputs = Inputs(Table(20, most=1), WANTED, 64, 2**20)
     assert sorted(passed(inputs, 3)) == [[number] for number in range(20) if number % 5 != 4]
 
 
+def test_samples_of_a_fixed_batch_come_whole():
+    inputs = Inputs(Table(40), (Spec("x", np.dtype(np.float32), (4, 1)),), 64, 2**20)
+    drawn = [number for batch in passed(inputs, 0) for number in batch]
+    assert sorted(drawn) == [number for number in range(40) if number % 5 != 4]
+
+
 def test_inputs_beyond_the_memory_are_read_again():
-    inputs = Inputs(Table(100), 64, 64)
+    inputs = Inputs(Table(100), WANTED, 64, 64)
     drawn = [number for batch in passed(inputs, 0) for number in batch]
     assert sorted(drawn) == [number for number in range(100) if number % 5 != 4]
     assert passed(inputs, 0) != passed(inputs, 1)
@@ -116,5 +126,7 @@ def test_a_change_is_used_only_where_the_original_is_as_sure():
 def test_texts_and_several_inputs_of_floats_stay():
     ids = {"ids": np.ones((16, 8), np.int64)}
     assert chosen(ids, lambda changed: [1.0], np.random.default_rng(0)) == Augmentation({})
+    masked = {"x": np.ones((16, 8), np.float32), "mask": np.ones((16, 8), np.int64)}
+    assert chosen(masked, lambda changed: [1.0], np.random.default_rng(0)) == Augmentation({})
     two = {name: np.ones((16, 8), np.float32) for name in "ab"}
     assert chosen(two, lambda changed: [1.0], np.random.default_rng(0)) == Augmentation({})
