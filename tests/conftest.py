@@ -1,6 +1,8 @@
 """Fixtures for all tests."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -30,6 +32,16 @@ def recorded_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """No test depends on how fast a machine is; those marked `clock` measure, and bound no time."""
     if "clock" not in request.keywords:
         monkeypatch.setattr("onnx_lowrank.budgets.latency.stopwatch.Stopwatch", Recorded)
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals have their usual handlers: a job in the background of a shell ignores some of them."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -713,6 +713,7 @@ def test_a_termination_and_one_more_during_the_clean_up_leave_nothing_behind(
     assert not left(temporary)
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_beside_the_command_is_no_traceback(number, when, monkeypatch, capsys):
@@ -1177,7 +1178,7 @@ def test_no_small_file_is_left_where_the_model_cannot_be_written(run, folder, mo
         raise OSError(28, "No space left on device")
 
     before = files(folder)
-    monkeypatch.setattr("onnx_lowrank.api.Result.save", full)
+    monkeypatch.setattr("onnx_lowrank.files.save.write_whole", full)
     outcome = run(*RUN, "--save-plan", "p.json", "--report", "r.json")
     assert "No space left" in outcome.message
     assert outcome.code == 2

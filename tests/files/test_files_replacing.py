@@ -162,6 +162,7 @@ def test_a_model_and_its_plan_come_back_together(tmp_path, monkeypatch, failed):
     assert contents(tmp_path) == {"model": b"old", "plan": b"old"}
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("at", range(3))
 def test_a_signal_between_renames_waits_for_the_last_one(tmp_path, monkeypatch, at):
     targets = old_and_others(tmp_path)

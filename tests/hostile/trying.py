@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import resource
 import shutil
 import signal
@@ -116,12 +117,15 @@ class Server:
         return pipe
 
 
+_OPTIONAL = re.compile(r"\.(toolchains|distil)\.")
+
+
 def _serve(folder: Path) -> None:
     import onnx_lowrank
 
     for module in pkgutil.walk_packages(onnx_lowrank.__path__, "onnx_lowrank."):
         # These import packages that may be absent.
-        if module.name != "onnx_lowrank.linalg.cuda" and ".toolchains." not in module.name:
+        if module.name != "onnx_lowrank.linalg.cuda" and not _OPTIONAL.search(module.name):
             importlib.import_module(module.name)
     for name in _EAGER:
         importlib.import_module(name)
