@@ -3,8 +3,8 @@
 Rules:
 
 1. The original runs in the engine of the calibration, and the low-rank model in PyTorch (`distil.program`).
-2. What is trained: `distil.trained`. What it is fitted to: `distil.target`. On which inputs: `distil.inputs`,
-   changed by `distil.augment`. How: `distil.learning`.
+2. The trained tensors: `distil.trained`; the target of the fit: `distil.target`; the inputs: `distil.inputs`,
+   changed by `distil.augment`; the training: `distil.learning`.
 3. The held-out inputs judge every round; nothing is fitted to them.
 """
 
@@ -97,7 +97,7 @@ def distil(
     Args:
         original: The input model.
         low: The low-rank model.
-        calibration: The inputs to fit to, of which some are held out.
+        calibration: The inputs to fit to; some are held out.
         seconds: The bound on the time; None trains until the held-out loss stops falling.
         rounds: The rounds of an earlier training to repeat; None finds new ones.
         device: The device that computes: "cpu", "cuda", or "auto" for a GPU where there is one.
@@ -266,7 +266,7 @@ class _Course:
     def _compared(
         self, low: Model, outputs: Sequence[str], inner: Sequence[str], starts: Tensors
     ) -> tuple[Target, tuple[str, ...]]:
-        """What is compared, and the outputs that no gradient reaches."""
+        """The compared values, and the outputs that no gradient reaches."""
         wanted, feed = next(self._held())
         leaves = {name: value.clone().requires_grad_() for name, value in starts.items()}
         got = self.program(feed, leaves)

@@ -7,10 +7,12 @@ value before the next one counts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 
 from onnx import GraphProto, NodeProto
+
+from onnx_lowrank.graph.scopes import reads
 
 MOST = 12
 """The most features of a model: one more of them teaches little, and costs a pass over its values."""
@@ -26,16 +28,7 @@ class Node:
 
 def nodes(graph: GraphProto) -> list[Node]:
     """The nodes of a graph with all that they read."""
-    return [Node(node, frozenset(_reads(node))) for node in graph.node]
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for body in (attribute.g, *attribute.graphs):
-            for inner in body.node:
-                yield from _reads(inner)
-            yield from (value.name for value in body.output)
+    return [Node(node, frozenset(reads(node))) for node in graph.node]
 
 
 def features(found: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Seen:
-    """What batches of the original's outputs show of them."""
+    """Collects facts about the original's outputs, batch by batch."""
 
     def __init__(self) -> None:
         self._classes: dict[str, Classes] = {}
@@ -53,7 +53,7 @@ class Seen:
                 self._shares[name] = self._shares.get(name, True) and are_shares(y)
 
     def known(self) -> dict[str, Known]:
-        """What is known of every output."""
+        """The facts about every output."""
         every = list(self._classes.values())
         found = {}
         for name, spread in self._spreads.items():

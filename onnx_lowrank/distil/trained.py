@@ -4,7 +4,8 @@ Rules:
 
 1. A tensor is trained if all that reads it, directly or behind views, uses it as one of these, in the main
    graph. So the numbers of shapes, masks, positions and quantizations stay.
-2. A table stays: most of its rows are read in none of the calibration inputs. What follows it is trained.
+2. A table stays: most of its rows are read in none of the calibration inputs. The layers behind it are
+   trained.
 3. The statistics of a BatchNormalization stay, because its scale and its bias say the same.
 """
 

@@ -6,19 +6,20 @@ the tensors that later parts need go on. The order of the nodes is one in which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from onnx_lowrank.engines.engine import Feed, Run, UnsupportedError
 from onnx_lowrank.engines.runtime import Runtime
 from onnx_lowrank.files.load import Model, array
 from onnx_lowrank.files.tensors import is_external, reference, stored_size, tensors
+from onnx_lowrank.graph.scopes import reads
 
 _WHOLE = 2**29
 _LARGEST = 4
@@ -111,19 +112,19 @@ def parts(model: Model, most: int) -> tuple[Part, ...]:
     """
     graph = model.proto.graph
     stored = {tensor.name: _bytes(tensor) for tensor in graph.initializer}
-    reads = [_reads(node) for node in graph.node]
+    read = [set(reads(node)) for node in graph.node]
     groups: list[list[int]] = [[]]
     held: set[str] = set()
     size = 0
     for number, node in enumerate(graph.node):
         own = sum(map(_bytes, tensors(node)))
-        more = own + sum(stored[name] for name in reads[number] & (stored.keys() - held))
+        more = own + sum(stored[name] for name in read[number] & (stored.keys() - held))
         if groups[-1] and size + more > most:
             groups.append([])
             held, size = set(), 0
-            more = own + sum(stored[name] for name in reads[number] & stored.keys())
+            more = own + sum(stored[name] for name in read[number] & stored.keys())
         groups[-1].append(number)
-        held |= reads[number] & stored.keys()
+        held |= read[number] & stored.keys()
         size += more
     needed = {value.name for value in graph.output}
     found = []
@@ -131,22 +132,11 @@ def parts(model: Model, most: int) -> tuple[Part, ...]:
         made = {name for number in group for name in graph.node[number].output if name}
         # Sorted: the order of a set of texts changes from run to run.
         outputs = tuple(sorted(made & needed))
-        foreign = set[str]().union(*(reads[number] for number in group)) - made
+        foreign = set[str]().union(*(read[number] for number in group)) - made
         needed = (needed - made) | (foreign if outputs else set())
         if outputs:
             found.append(Part(tuple(graph.node[n] for n in group), tuple(sorted(foreign)), outputs))
     return tuple(reversed(found))
-
-
-def _reads(node: NodeProto) -> Set[str]:
-    """The names that a node and its bodies read; some may be names of a body's own tensors."""
-    names = {name for name in node.input if name}
-    for attribute in node.attribute:
-        bodies = [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
-        for body in bodies:
-            names.update(value.name for value in body.output)
-            names.update(*(_reads(inner) for inner in body.node))
-    return names
 
 
 def _alone(model: Model, part: Part, fed: Feed) -> Model:

@@ -43,6 +43,16 @@ def scopes(proto: onnx.ModelProto) -> Iterator[Scope]:
         yield from _below(Scope(_free(path, "", 0, taken), function.node, None, function, None), taken)
 
 
+def reads(node: NodeProto) -> Iterator[str]:
+    """The names that a node and its bodies read; those that a body makes itself are among them."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from reads(inner)
+            yield from (output.name for output in graph.output)
+
+
 def _below(scope: Scope, taken: set[str]) -> Iterator[Scope]:
     yield scope
     for index, node in enumerate(scope.nodes):

@@ -10,13 +10,14 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 from onnx.helper import make_tensor_value_info
 
 from onnx_lowrank.files.load import Model
+from onnx_lowrank.graph.scopes import reads
 from onnx_lowrank.graph.walk import Walk
 from onnx_lowrank.layers.binding import Binding
 from onnx_lowrank.probe.inference import without_dropout
@@ -44,12 +45,12 @@ class Cuts:
         self._model = model
         self._walk = walk
         self._nodes = list(walk.scopes[""].nodes)
-        self._reads = [set(_reads(node)) for node in self._nodes]
+        self._reads = [set(reads(node)) for node in self._nodes]
         graph = model.proto.graph
         constants = {tensor.name for tensor in graph.initializer}
         constants |= {tensor.values.name for tensor in graph.sparse_initializer}
-        for node, reads in zip(self._nodes, self._reads, strict=True):
-            if reads <= constants and _is_plain(node):
+        for node, names in zip(self._nodes, self._reads, strict=True):
+            if names <= constants and _is_plain(node):
                 constants.update(node.output)
         self._constants = constants
 
@@ -134,19 +135,9 @@ def _kept(graph: GraphProto, cut: Cut, outputs: Collection[str]) -> tuple[list[N
     kept = []
     for node in reversed(graph.node):
         if not needed.isdisjoint(set(node.output) - given):
-            needed.update(_reads(node))
+            needed.update(reads(node))
             kept.append(node)
     return kept[::-1], needed
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    """The names that a node and its bodies read; those that a body makes itself are among them."""
-    yield from filter(None, node.input)
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from _reads(inner)
-            yield from (output.name for output in graph.output)
 
 
 def _is_plain(node: NodeProto) -> bool:

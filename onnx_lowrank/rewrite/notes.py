@@ -8,7 +8,7 @@ Rules:
 2. A factor that was multiplied with its neighbour is no longer in the file. Nobody could check the
    certificate of its layer, so it is left out. The product has a certificate of its own.
 3. The numbers of some layers are trained after the rewriting, and those of the layers that were narrowed with
-   them, too. What is left of the weight then shows in no norm, so these layers have no certificate.
+   them, too. No norm then compares such a layer with its old weight, so it has no certificate.
 4. A model that was compressed before keeps its older entries; the new entries get other keys.
 """
 

@@ -71,7 +71,7 @@ def follow(
 
     Args:
         low: The low-rank model; the result takes over its files.
-        asked: What is asked for.
+        asked: The request.
         found: The input model with its layers.
         executor: Certifies the factors.
         progress: Where to show progress.
@@ -183,7 +183,7 @@ def _summary(result: Result, alone: tuple[OutputError, ...]) -> Distilled:
 
 
 def _training(result: Result, asked: Asked, calibration: Calibration) -> Training:
-    """What repeats a training to the same bits."""
+    """The record that repeats a training to the same bits."""
     return Training(
         seed=result.seed,
         torch=result.torch,

@@ -1,4 +1,4 @@
-"""Words for losses: what is known of an output, and the interface of a kind of loss."""
+"""Words for losses: facts about an output, and the interface of a kind of loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of an output of the original model, from its held-out inputs.
+    """Facts about an output of the original model, from its held-out inputs.
 
     Attributes:
         power: E(y − ȳ)² over its elements, ȳ the mean over the samples; E y² where it does not vary.
